@@ -1,0 +1,34 @@
+# Everything on a fresh machine: `make demo` trains, `make test` tests. Both make the environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test test-all check clean
+
+# 4 clients and a server in parallel on the documentation that comes with Python; no network
+# is needed once the environment stands.
+demo: $(VENV)/.ready
+	$(BIN)/torchrun --standalone --nproc-per-node 5 -m fedrun fed_avg --config tiny \
+	    --dataset pydocs --tokenizer bpe:4096 --lr 4e-3 --rounds 150 --val_freq 15 \
+	    --run_name demo --overwrite
+
+test: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# The tests that take longer.
+test-all: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+$(VENV)/.ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,109 @@
+"""Commands and flags, made from the dataclasses in config.py.
+
+    fedrun fed_avg --num_clients 8 --lr 1e-3
+    torchrun --standalone --nproc-per-node 5 -m fedrun fed_avg --num_clients 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from fedrun import __version__
+from fedrun.config import RunConfig, closest, method_settings, resolve
+from fedrun.strategies import STRATEGIES
+
+METHODS = {"central": "centralised training, the baseline: all the data in one process"} | {
+    name: (cls.__doc__ or "").split("\n")[0] for name, cls in STRATEGIES.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0 done, 1 failed, 2 asked for something that cannot be."""
+    try:
+        config = parse(sys.argv[1:] if argv is None else argv)
+        if config is None:
+            return 0
+        from fedrun.run import run  # torch is imported here, after everything quick
+        return run(config)
+    except ValueError as error:
+        complain(error)
+        return 2
+
+
+def complain(error: Exception) -> None:
+    """The one line for a user who asked for what cannot be; every rank asked the same."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"fedrun: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+def parse(argv: Sequence[str]) -> RunConfig | None:
+    """The config that a command line asks for; None where it only asked to be told something."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(overview())
+        return None
+    if argv[0] == "--version":
+        print(f"fedrun {__version__}")
+        return None
+    method = argv[0].replace("-", "_")
+    if method not in METHODS:
+        raise ValueError(f"unknown command {argv[0]!r}{closest(method, METHODS)}; "
+                         f"known are {', '.join(METHODS)}")
+    flags = vars(method_parser(method).parse_args([with_underscores(a) for a in argv[1:]]))
+    only_print = flags.pop("print_config")
+    config = resolve(method, {k: v for k, v in flags.items() if v is not None})
+    if only_print:
+        import yaml
+        print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
+        return None
+    return config
+
+
+def with_underscores(argument: str) -> str:
+    """--num-clients=4 as --num_clients=4: flags are known by both spellings."""
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are our one-line ValueErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        words = message.removeprefix("unrecognized arguments: ").split()
+        if message.startswith("unrecognized") and words:
+            known = [s for a in self._actions for s in a.option_strings]
+            message = (f"unknown flag {words[0]}{closest(words[0].split('=')[0], known)} "
+                       f"({self.prog} --help lists them)")
+        raise ValueError(message.removeprefix("argument "))
+
+
+def method_parser(method: str) -> argparse.ArgumentParser:
+    """The flags of one method, with help and defaults."""
+    parser = _Parser(prog=f"fedrun {method}", description=METHODS[method], allow_abbrev=False,
+                     formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30,
+                                                                         width=100))
+    for name, setting in method_settings(method).items():
+        text = setting.help.replace("%", "%%")
+        shown = "none" if setting.default is None else setting.default
+        extra: dict[str, Any] = {"metavar": "|".join(setting.choices) or {
+            int: "N", float: "X", bool: "true|false"}.get(setting.kind, "TEXT")}
+        if setting.kind is bool:
+            extra |= {"nargs": "?", "const": "true"}
+        parser.add_argument(f"--{name}", help=f"{text} (default: {shown})", default=None, **extra)
+    parser.add_argument("--print_config", action="store_true",
+                        help="Print the resolved settings as YAML and stop.")
+    return parser
+
+
+def overview() -> str:
+    width = max(map(len, METHODS))
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in METHODS.items())
+    return (f"fedrun {__version__}: federated training of Mamba-2 language models\n\n"
+            f"usage: fedrun COMMAND [--flag value ...]\n"
+            f"       torchrun --standalone --nproc-per-node 5 -m fedrun COMMAND ...\n\n"
+            f"{commands}\n\n`fedrun COMMAND --help` explains the flags of a command.\n"
+            "Without a network: --dataset pydocs --tokenizer bpe:8192")

@@ -1,0 +1,171 @@
+"""The two planes: small messages through the server, vectors among the workers.
+
+The only file that calls collectives. Control messages are JSON, never pickle; every wait has a
+timeout, and where a rank is missing the message names it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_FAILED = "failed"  # store key that a failing rank writes and the others look at between steps
+
+
+class LostRanks(RuntimeError):
+    """Ranks that did not answer: dead, stuck or cut off."""
+
+
+class PeerFailed(RuntimeError):
+    """Another rank failed and said so; carries its rank and traceback."""
+
+    def __init__(self, rank: int, traceback: str) -> None:
+        super().__init__(f"rank {rank} failed: {traceback.strip().splitlines()[-1]}")
+        self.rank = rank
+        self.traceback = traceback
+
+
+class Control:
+    """The control plane: the server's words to all, and everybody's to the server.
+
+    Without a group it is the plane of one process, where nothing travels.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, store: dist.Store | None = None,
+                 timeout: timedelta = timedelta(), first_worker: int = 0) -> None:
+        self.group = group
+        self.store = store
+        self.timeout = timeout
+        self.first_worker = first_worker
+        self.rank = dist.get_rank(group) if group else 0
+        self.world_size = dist.get_world_size(group) if group else 1
+        self._copy: Tensor | None = None
+        self._copy_sent: dist.Work | None = None
+
+    def share(self, message: Any = None) -> Any:
+        """All ranks: the server's message, on every rank. The others' argument is ignored."""
+        if self.group is None:
+            return message
+        payload = _encode(message) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
+        length = torch.tensor([payload.numel()])
+        with self._naming(0):
+            dist.broadcast(length, 0, group=self.group)
+            if self.rank:
+                payload = torch.empty(int(length), dtype=torch.uint8)
+            dist.broadcast(payload, 0, group=self.group)
+        return _decode(payload)
+
+    def gather(self, message: Any) -> list[Any] | None:
+        """All ranks: everybody's message in the order of ranks on the server, None elsewhere."""
+        if self.group is None:
+            return [message]
+        if self.rank:
+            payload = _encode(message)
+            with self._naming(0):
+                dist.send(torch.tensor([payload.numel()]), 0, group=self.group)
+                dist.send(payload, 0, group=self.group)
+            return None
+        peers = range(1, self.world_size)
+        lengths = {rank: torch.zeros(1, dtype=torch.int64) for rank in peers}
+        self._receive(lengths)
+        payloads = {rank: torch.empty(int(lengths[rank]), dtype=torch.uint8) for rank in peers}
+        self._receive(payloads)
+        return [message, *(_decode(payloads[rank]) for rank in peers)]
+
+    def _receive(self, buffers: dict[int, Tensor]) -> None:
+        """Server: fill one buffer from each rank, or say which ranks are missing."""
+        deadline = time.monotonic() + self.timeout.total_seconds()
+        works = {rank: cast(dist.Work, dist.irecv(buffer, rank, group=self.group))
+                 for rank, buffer in buffers.items()}
+        lost = {}
+        for rank, work in works.items():
+            left = max(deadline - time.monotonic(), 0.001)
+            try:
+                work.wait(timedelta(seconds=left))
+            except RuntimeError as error:
+                lost[rank] = str(error).splitlines()[0]
+        if lost:
+            raise self._lost(lost)
+
+    def copy_to_server(self, vector: Tensor) -> None:
+        """First worker: start sending a copy of a vector to the server, from a buffer of its own.
+
+        The vector may change at once; the copy before must be through before this one starts.
+        """
+        self.wait_for_copy()
+        if self._copy is None:
+            self._copy = torch.empty_like(vector, device="cpu", pin_memory=vector.is_cuda)
+        self._copy.copy_(vector)
+        if self.rank:
+            self._copy_sent = dist.isend(self._copy, 0, group=self.group, tag=1)
+
+    def receive_copy(self, size: int, dtype: torch.dtype) -> Tensor:
+        """Server: the vector that the first worker sends, (size,) on the CPU, the caller's own."""
+        if self.first_worker == 0:
+            assert self._copy is not None
+            return self._copy.clone()
+        vector = torch.empty(size, dtype=dtype)
+        with self._naming(self.first_worker):
+            dist.recv(vector, self.first_worker, group=self.group, tag=1)
+        return vector
+
+    def wait_for_copy(self) -> None:
+        if self._copy_sent is not None:
+            with self._naming(0):
+                self._copy_sent.wait()
+            self._copy_sent = None
+
+    def fail(self) -> None:
+        """A failing rank: let the others know between two of their local steps."""
+        if self.store is not None:
+            self.store.set(_FAILED, str(self.rank))
+
+    def peer_failed(self) -> bool:
+        """Whether some rank has failed: a look at the store, about 0.06 ms."""
+        return self.store is not None and self.store.check([_FAILED])
+
+    @contextmanager
+    def _naming(self, peer: int) -> Iterator[None]:
+        """Turn torch.distributed's errors into one that names the rank that did not answer."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._lost({peer: str(error).splitlines()[0]}) from error
+
+    def _lost(self, lost: dict[int, str]) -> LostRanks:
+        names = ", ".join(map(str, lost))
+        return LostRanks(f"rank {self.rank} got no word from rank {names} (dead, stuck, or slower "
+                         f"than --timeout {self.timeout.total_seconds():g} s): "
+                         f"{next(iter(lost.values()))}")
+
+
+class DataPlane:
+    """The data plane: sums of vectors over the workers."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.bytes_sent = 0
+        """Payload bytes this process has handed to collectives."""
+
+    def all_reduce(self, vector: Tensor) -> None:
+        """Workers: the sum over all workers, in place. On one worker nothing runs."""
+        if self.group is None or dist.get_world_size(self.group) == 1:
+            return
+        dist.all_reduce(vector, group=self.group)
+        self.bytes_sent += vector.numel() * vector.element_size()
+
+
+def _encode(message: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+
+
+def _decode(payload: Tensor) -> Any:
+    return json.loads(payload.numpy().tobytes())

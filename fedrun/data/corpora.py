@@ -1,0 +1,338 @@
+"""Where the text comes from: the hub, local files, or the documentation of the running Python.
+
+A corpus is two lists of rows. A row is what the source calls one: a row of the dataset (for
+WikiText a line), a line of a text file, a whole document for `pydocs`.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import glob
+import hashlib
+import re
+import sys
+import sysconfig
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ALIASES = {
+    "wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1",
+    "wikitext-103": "Salesforce/wikitext:wikitext-103-raw-v1",
+}
+ACCEPTED = (
+    f"{', '.join(ALIASES)}, pydocs, a hub id (owner/name or owner/name:config), a folder that "
+    "datasets.load_dataset reads, or UTF-8 text files ('path/*.txt')"
+)
+HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
+HUB_SECONDS = 5.0  # how long the hub may take to answer before it counts as out of reach
+
+# Not documentation, or not the same everywhere: generated codecs, tests, and what Linux
+# distributions split off into packages of their own.
+PYDOCS_SKIPPED = {
+    "distutils", "encodings", "ensurepip", "idle_test", "idlelib", "lib2to3", "test", "tests",
+    "tkinter", "turtledemo",
+}  # fmt: skip
+PYDOCS_HELD_OUT = 0.07  # share of the text in pydocs' validation split
+REPEATABLE = 60  # characters: paragraphs this short ("See also ...") may occur twice
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The rows of one dataset, and where its validation split comes from."""
+
+    name: str
+    train: list[str]
+    validation: list[str]
+    validation_from: str
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of all rows in their order, split by split."""
+        digest = hashlib.sha256()
+        for rows in (self.train, self.validation):
+            digest.update(b"%d rows\n" % len(rows))
+            for row in rows:
+                text = row.encode()
+                digest.update(b"%d bytes\n" % len(text))
+                digest.update(text)
+        return digest.hexdigest()
+
+
+def load_corpus(dataset: str) -> Corpus:
+    """Read all text of `dataset` (the value of `--dataset`).
+
+    A source without a validation split has the last twentieth of its train rows held out.
+
+    Raises:
+        ValueError: an unknown dataset, no text in it, or no column that is clearly the text.
+        ConnectionError: the hub cannot be reached and the dataset is not in its local cache.
+    """
+    name = dataset_name(dataset)
+    if dataset == "pydocs":
+        train, validation = _split_by_hash(read_pydocs(local_files(dataset)))
+        validation_from = f"whole documents, {PYDOCS_HELD_OUT:.0%} of the text"
+    else:
+        splits = _read_splits(dataset)
+        train, validation = splits["train"], splits.get("validation", [])
+        validation_from = "the split of that name"
+        if "validation" not in splits:
+            held_out = -(-len(train) // 20)
+            train, validation = train[:-held_out], train[-held_out:]
+            validation_from = "the last twentieth of the train rows"
+    for split, rows in (("train", train), ("validation", validation)):
+        if not any(row.strip() for row in rows):
+            raise ValueError(f"--dataset {dataset}: the corpus has no text in its {split} split")
+    return Corpus(name, train, validation, validation_from)
+
+
+def dataset_name(dataset: str) -> str:
+    """`dataset` as reports call it: a folder by its last part, anything else as it was given."""
+    folder = _folder(dataset)
+    return folder.name if folder else dataset
+
+
+def local_files(dataset: str) -> list[Path]:
+    """All local files that `dataset` is read from, sorted; none for what comes from the hub.
+
+    Raises:
+        ValueError: `dataset` is nothing that can be read, or a pattern without files.
+    """
+    if dataset == "pydocs":
+        return sorted(_stdlib_files(Path(sysconfig.get_path("stdlib"))))
+    if dataset in ALIASES:
+        return []
+    if folder := _folder(dataset):
+        return sorted(file for file in folder.rglob("*") if file.is_file())
+    path = Path(dataset).expanduser()
+    if path.is_file():
+        return [path]
+    files = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+    files = [file for file in files if file.is_file()]
+    if not files and not HUB_ID.fullmatch(dataset):
+        raise ValueError(f"--dataset {dataset}: no such file, folder or name; give {ACCEPTED}")
+    return files
+
+
+def _folder(dataset: str) -> Path | None:
+    path = Path(dataset).expanduser().resolve()
+    return path if dataset not in ALIASES and path.is_dir() else None
+
+
+def file_signature(files: Iterable[Path]) -> list[list[object]]:
+    """Path, size, modification and change time of every file: what a write to it changes.
+
+    The change time tells a file that was replaced with its old size and modification time.
+    """
+    stats = [(file, file.stat()) for file in files]
+    return [[str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns] for f, s in stats]
+
+
+# ---------------------------------------------------------------------------------------------
+# Text files, folders and the hub
+
+
+def _read_splits(dataset: str) -> dict[str, list[str]]:
+    files = local_files(dataset)
+    if not files or _folder(dataset):
+        return _load_dataset(dataset)
+    try:
+        # Not str.splitlines: it also cuts at form feeds and other characters inside a line.
+        return {"train": [line for file in files for line in file.open(encoding="utf-8")]}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--dataset {dataset}: not UTF-8 text ({error})") from error
+
+
+def _load_dataset(dataset: str) -> dict[str, list[str]]:
+    """Rows of the splits that `datasets.load_dataset` finds in a folder or on the hub."""
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    folder = _folder(dataset)
+    try:
+        if folder:
+            # The library's own cache would miss a file that kept its modification time; ours
+            # does not, so a folder is read afresh whenever it is read at all.
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+                return _text_rows(datasets.load_dataset(str(folder), cache_dir=scratch))
+        hub_id = HUB_ID.fullmatch(ALIASES.get(dataset, dataset))
+        assert hub_id is not None, "local_files() has refused it"
+        with nullcontext() if hub_answers() else _answer_from_caches():
+            return _text_rows(datasets.load_dataset(hub_id["name"], hub_id["config"]))
+    except Exception as error:  # the library raises many kinds for what a user got wrong
+        refused = isinstance(error, datasets.exceptions.DatasetsError)
+        if folder or (hub_answers() and (refused or not isinstance(error, OSError))):
+            raise ValueError(f"--dataset {dataset}: {one_line(error)}") from error
+        raise hub_out_of_reach("--dataset", dataset, error) from error
+
+
+def _text_rows(splits: Any) -> dict[str, list[str]]:
+    if "train" not in splits:
+        raise ValueError(f"there is no train split, only {', '.join(splits)}")
+    features = splits["train"].features
+    strings = [name for name, kind in features.items() if _is_string(kind)]
+    if "text" not in strings and len(strings) != 1:
+        raise ValueError(
+            "the text must be in a column named text or in the only column of strings; "
+            f"the columns are {', '.join(features)}"
+        )
+    column = "text" if "text" in strings else strings[0]
+    wanted = [split for split in ("train", "validation") if split in splits]
+    return {split: [row or "" for row in splits[split][column][:]] for split in wanted}
+
+
+def _is_string(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string", "string_view")
+
+
+# ---------------------------------------------------------------------------------------------
+# The hub's reach
+
+
+@functools.cache
+def hub_answers() -> bool:
+    """Whether the hub answers within `HUB_SECONDS`, asked once per process.
+
+    Its client libraries retry for up to a minute before they give up, hence a question first.
+    """
+    import http.client
+    import ssl
+    import urllib.error
+    import urllib.request
+
+    from huggingface_hub import constants
+
+    answers: list[bool] = []
+
+    def ask() -> None:
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=HUB_SECONDS).close()
+            answers.append(True)
+        except urllib.error.HTTPError as error:
+            answers.append(error.code < 500)  # proxies answer 5xx for hosts they cannot reach
+        except urllib.error.URLError as error:
+            # A certificate unknown to Python may be known to the libraries, which bring others.
+            answers.append(isinstance(error.reason, ssl.SSLError))
+        except (OSError, ValueError, http.client.HTTPException):
+            answers.append(False)
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    # In a thread, because looking up the host's name knows no timeout.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS)
+    return answers == [True]
+
+
+def hub_out_of_reach(flag: str, asked: str, error: Exception) -> ConnectionError:
+    """The error for `flag asked` where neither the hub nor its cache on this machine has it."""
+    from huggingface_hub import constants
+
+    reason = one_line(error) if hub_answers() else "no answer"
+    return ConnectionError(
+        f"{flag} {asked}: no such folder, not in the hub's cache on this machine, and not to be "
+        f"had from the hub ({constants.ENDPOINT}: {reason}); to run without a network: "
+        "--dataset pydocs --tokenizer bpe:8192"
+    )
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def _answer_from_caches() -> Iterator[None]:
+    """As if HF_HUB_OFFLINE were set, which the libraries read only when they are imported."""
+    import datasets.config
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+# ---------------------------------------------------------------------------------------------
+# pydocs: the documentation that comes with Python
+
+
+def _stdlib_files(folder: Path) -> Iterator[Path]:
+    for path in folder.iterdir():
+        # site-packages, lib-dynload and the like are no identifiers, so no packages
+        if path.is_dir() and path.name.isidentifier() and path.name not in PYDOCS_SKIPPED:
+            yield from _stdlib_files(path)
+        elif path.suffix == ".py":
+            yield path
+
+
+def read_pydocs(files: list[Path]) -> dict[str, str]:
+    """Documents by name, in the order of their names: `topic:<topic>` and `module:<module>`.
+
+    The sources are parsed, never imported, so that platform, side effects and optional modules
+    do not matter. Topics quote each other at length; what an earlier document has said is left
+    out of later ones, or validation text would stand in the train split.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    documents: dict[str, str] = {}
+    for file in files:
+        module = ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        tree = ast.parse(file.read_bytes())
+        if module == "pydoc_data.topics":
+            (assignment,) = (node for node in tree.body if isinstance(node, ast.Assign))
+            for topic, text in ast.literal_eval(assignment.value).items():
+                documents[f"topic:{topic}"] = text.strip()
+        else:
+            documents[f"module:{module}"] = "\n\n\n".join(_docstrings(tree, module))
+    said: set[str] = set()
+    fresh = {name: _without_repeats(documents[name], said) for name in sorted(documents)}
+    return {name: text for name, text in fresh.items() if text}
+
+
+def _docstrings(node: ast.AST, name: str) -> Iterator[str]:
+    """Docstrings below `node` in the order of the source, each under its qualified name."""
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    if isinstance(node, documented) and (text := ast.get_docstring(node)):
+        yield f"{name}\n\n{text}"
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docstrings(child, f"{name}.{child.name}")
+        elif isinstance(child, ast.stmt | ast.excepthandler):
+            yield from _docstrings(child, name)
+
+
+def _without_repeats(text: str, said: set[str]) -> str:
+    """`text` without the long paragraphs in `said`; its own are added to `said`."""
+    kept = []
+    for paragraph in re.split(r"\n[^\S\n]*\n", text):
+        words = " ".join(paragraph.split())
+        if len(words) < REPEATABLE or words not in said:
+            kept.append(paragraph)
+            said.add(words)
+    return "\n\n".join(kept).strip()
+
+
+def _split_by_hash(documents: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Train and validation documents: of topics and of modules alike, the same share held out.
+
+    Documents are offered in the order of their names' hashes and held out where they still fit.
+    """
+    held_out: set[str] = set()
+    for kind in ("topic:", "module:"):
+        sizes = {name: len(text) for name, text in documents.items() if name.startswith(kind)}
+        room = PYDOCS_HELD_OUT * sum(sizes.values())
+        for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
+            if sizes[name] <= room:
+                held_out.add(name)
+                room -= sizes[name]
+    train = [text for name, text in documents.items() if name not in held_out]
+    return train, [text for name, text in documents.items() if name in held_out]

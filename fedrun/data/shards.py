@@ -1,0 +1,79 @@
+"""Who trains on what, and in which order: shards of the train sequences, batches of a shard."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+
+def contiguous_shards(n_sequences: int, n_clients: int) -> list[range]:
+    """Cut `range(n_sequences)` into one contiguous range per client; sizes differ by at most one.
+
+    Raises:
+        ValueError: fewer sequences than clients.
+    """
+    assert n_clients > 0
+    if n_sequences < n_clients:
+        raise ValueError(
+            f"--num_clients {n_clients}: the train split has only {n_sequences} sequences, and "
+            f"every client needs one; give at most {n_sequences}"
+        )
+    starts = [client * n_sequences // n_clients for client in range(n_clients + 1)]
+    return [range(*bounds) for bounds in itertools.pairwise(starts)]
+
+
+class Batches:
+    """The batches of one client: permutations of its shard, end to end, without an end.
+
+    Pass p over the shard is permuted by a generator seeded with (seed, client, p), so that a
+    batch is a function of (seed, client, step) alone: of no rank, and of no earlier batch. A
+    batch may straddle two passes; no sequence of a pass is left out or visited twice.
+
+    Raises:
+        ValueError: the shard has fewer sequences than a batch.
+    """
+
+    def __init__(self, n_sequences: int, batch_size: int, seed: int, client: int) -> None:
+        assert batch_size > 0
+        if n_sequences < batch_size:
+            raise ValueError(
+                f"client {client}: its shard has {n_sequences} sequences, fewer than a batch of "
+                f"{batch_size}; give a smaller --batch_size or --num_clients"
+            )
+        self.n_sequences = n_sequences
+        self.batch_size = batch_size
+        self.seed = seed
+        self.client = client
+        self._permutations: dict[int, np.ndarray] = {}  # by pass; of the last batch
+
+    def indices(self, step: int) -> np.ndarray:
+        """Positions in the shard of the sequences of batch `step` (0, 1, ...).
+
+        Returns:
+            int64, (batch_size,)
+        """
+        assert step >= 0
+        n, begin = self.n_sequences, step * self.batch_size  # begin: a place in the endless stream
+        end = begin + self.batch_size
+        passes = range(begin // n, (end - 1) // n + 1)  # one, or two that the batch straddles
+        self._permutations = {p: self._permutation(p) for p in passes}
+        return np.concatenate(
+            [self._permutations[p][max(begin - p * n, 0) : end - p * n] for p in passes]
+        )
+
+    def read(self, step: int, sequences: np.ndarray, shard: range) -> np.ndarray:
+        """Batch `step` of `shard`, a range of the rows of `sequences` (n, sequence_length).
+
+        Returns:
+            int64, (batch_size, sequence_length): a copy
+        """
+        assert len(shard) == self.n_sequences
+        batch: np.ndarray = sequences[shard.start + self.indices(step)]
+        return batch.astype(np.int64)
+
+    def _permutation(self, pass_: int) -> np.ndarray:
+        if pass_ in self._permutations:
+            return self._permutations[pass_]
+        entropy = np.random.SeedSequence([self.seed, self.client, pass_])
+        return np.random.Generator(np.random.PCG64(entropy)).permutation(self.n_sequences)

@@ -1,0 +1,214 @@
+"""Mamba-2 as a language model (Dao & Gu 2024, https://arxiv.org/abs/2405.21060).
+
+Parameter names, shapes and initialisation are those of `mamba_ssm`'s MambaLMHeadModel with
+ssm_cfg={"layer": "Mamba2"}: the head is tied to the embedding, the vocabulary is not padded, the
+residual stream stays in the parameters' type. Legend: b batch, l sequence length, d d_model,
+i = expand * d inner width, h heads, p headdim, g groups, n d_state.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fedrun.config import ModelConfig
+from fedrun.model.loss import linear_cross_entropy, predictive_entropy
+from fedrun.model.ssd import ssd_scan
+
+NORM_EPS = 1e-5
+CHUNK_SIZE = 64  # of the scan; the fastest of 32, 64 and 128 (tests/benchmarks/step.py)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019), in x's own type."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, NORM_EPS)
+
+
+class GatedRMSNorm(nn.Module):
+    """RMS norm of y * silu(z), one norm a group of heads: (b, l, i), (b, l, i) -> (b, l, i)."""
+
+    def __init__(self, width: int, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        gated = (y * F.silu(z)).unflatten(-1, (self.groups, -1))
+        return F.rms_norm(gated, gated.shape[-1:], eps=NORM_EPS).flatten(-2) * self.weight
+
+
+class Mamba2Mixer(nn.Module):
+    """The sequence mixer: (b, l, d) -> (b, l, d), with the state's way in and out for generation."""
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.compute_dtype = config, compute_dtype
+        self.d_inner = config.expand * config.d_model
+        self.heads = self.d_inner // config.headdim
+        self.d_bc = config.ngroups * config.d_state
+        self.d_conv_in = self.d_inner + 2 * self.d_bc
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.D = nn.Parameter(torch.empty(self.heads))
+        self.in_proj = nn.Linear(config.d_model, self.d_inner + self.d_conv_in + self.heads,
+                                 bias=False)
+        self.conv1d = nn.Conv1d(self.d_conv_in, self.d_conv_in, config.d_conv,
+                                groups=self.d_conv_in)
+        self.norm = GatedRMSNorm(self.d_inner, config.ngroups)
+        self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
+
+    def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate z (b, l, i), convolution input (b, l, i + 2 g n), and step sizes dt (b, l, h)."""
+        low = product_dtype(self.compute_dtype, u)
+        zxbcdt = F.linear(u.to(low), self.in_proj.weight.to(low)).to(u.dtype)
+        z, xbc, dt = zxbcdt.split([self.d_inner, self.d_conv_in, self.heads], dim=-1)
+        return z, xbc, F.softplus(dt + self.dt_bias)
+
+    def split(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The convolution's output as x (..., h, p), B and C (..., g, n)."""
+        x, B, C = xbc.split([self.d_inner, self.d_bc, self.d_bc], dim=-1)
+        groups = (self.config.ngroups, self.config.d_state)
+        return (x.unflatten(-1, (self.heads, self.config.headdim)),
+                B.unflatten(-1, groups), C.unflatten(-1, groups))
+
+    def finish(self, y: Tensor, z: Tensor) -> Tensor:
+        """Gate, norm and output projection: (..., h, p), (..., i) -> (..., d)."""
+        normed = self.norm(y.flatten(-2), z)
+        low = product_dtype(self.compute_dtype, normed)
+        return F.linear(normed.to(low), self.out_proj.weight.to(low)).to(normed.dtype)
+
+    def forward(self, u: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
+        """Mix a sequence u (b, l, d) that follows `state`; also returns the state after it."""
+        taps = self.config.d_conv - 1
+        z, xbc, dt = self.project(u)
+        past = xbc.new_zeros(len(u), taps, self.d_conv_in) if state is None else state[0]
+        window = torch.cat([past, xbc], dim=1)  # (b, taps + l, i + 2 g n)
+        convolved = F.silu(self.conv1d(window.transpose(1, 2))).transpose(1, 2)
+        x, B, C = self.split(convolved)
+        y, ssm_state = ssd_scan(x, dt, -torch.exp(self.A_log), B, C, self.D, chunk_size=CHUNK_SIZE,
+                                initial_state=None if state is None else state[1],
+                                product_dtype=product_dtype(self.compute_dtype, u))
+        return self.finish(y, z), (window[:, window.shape[1] - taps:], ssm_state)
+
+
+LayerState = tuple[Tensor, Tensor]
+"""The last d_conv - 1 inputs of the convolution (b, d_conv - 1, i + 2 g n) and H (b, h, p, n)."""
+
+
+def product_dtype(compute_dtype: torch.dtype, x: Tensor) -> torch.dtype:
+    """The type of matrix products: compute_dtype, but fp64 for a model that is in fp64."""
+    return x.dtype if x.dtype == torch.float64 else compute_dtype
+
+
+class Block(nn.Module):
+    """Pre-norm residual block."""
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.d_model)
+        self.mixer = Mamba2Mixer(config, compute_dtype)
+
+
+class Backbone(nn.Module):
+    """Embedding, blocks and final norm."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, compute_dtype: torch.dtype) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(vocab_size, config.d_model),
+                                                      freeze=False)
+        self.layers = nn.ModuleList(Block(config, compute_dtype) for _ in range(config.n_layer))
+        self.norm_f = RMSNorm(config.d_model)
+
+
+class Mamba2LM(nn.Module):
+    """A Mamba-2 language model; its weights are unset until `init_weights` or a state dict."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int,
+                 compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config, self.vocab_size, self.compute_dtype = config, vocab_size, compute_dtype
+        self.backbone = Backbone(config, vocab_size, compute_dtype)
+        self.lm_head = nn.Linear(config.d_model, vocab_size, bias=False, device="meta")
+        self.lm_head.weight = self.backbone.embedding.weight
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Initialise as mamba_ssm does; the same seed gives the same weights on every device."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(p: Tensor, std: float) -> None:
+            p.copy_(torch.randn(p.shape, generator=generator).mul_(std))
+
+        def uniform(p: Tensor, low: float, high: float) -> None:
+            p.copy_(torch.rand(p.shape, generator=generator).mul_(high - low).add_(low))
+
+        normal(self.backbone.embedding.weight, 0.02)
+        for block in self.backbone.layers:
+            assert isinstance(block, Block)
+            mixer = block.mixer
+            # dt is log-uniform in [1e-3, 1e-1]; dt_bias is its inverse under softplus.
+            log_dt = torch.rand(mixer.heads, generator=generator)
+            dt = torch.exp(log_dt * (math.log(1e-1) - math.log(1e-3)) + math.log(1e-3))
+            mixer.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+            uniform(mixer.A_log, 1.0, 16.0)
+            mixer.A_log.log_()
+            mixer.D.fill_(1.0)
+            bound = 1 / math.sqrt(self.config.d_model)
+            uniform(mixer.in_proj.weight, -bound, bound)
+            bound = 1 / math.sqrt(self.config.d_conv)
+            uniform(mixer.conv1d.weight, -bound, bound)
+            assert mixer.conv1d.bias is not None
+            uniform(mixer.conv1d.bias, -bound, bound)
+            # The residual stream sums n_layer outputs (Radford et al. 2019, section 2.3).
+            bound = 1 / math.sqrt(mixer.d_inner * self.config.n_layer)
+            uniform(mixer.out_proj.weight, -bound, bound)
+            block.norm.weight.fill_(1.0)
+            mixer.norm.weight.fill_(1.0)
+        self.backbone.norm_f.weight.fill_(1.0)
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """Hidden states after the final norm: (b, l) integers -> (b, l, d)."""
+        residual = F.embedding(input_ids, self.backbone.embedding.weight)
+        for block in self.backbone.layers:
+            assert isinstance(block, Block)
+            mixed, _ = block.mixer(block.norm(residual))
+            residual = residual + mixed
+        normed: Tensor = self.backbone.norm_f(residual)
+        return normed
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits: (b, l) integers -> (b, l, vocab)."""
+        return self.head(self.hidden(input_ids))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states: (..., d) -> (..., vocab), in hidden's type."""
+        low = product_dtype(self.compute_dtype, hidden)
+        return F.linear(hidden.to(low), self.lm_head.weight.to(low)).to(hidden.dtype)
+
+    def loss(self, input_ids: Tensor) -> tuple[Tensor, int]:
+        """Summed next-token cross-entropy in nats, and the number of tokens predicted.
+
+        input_ids: (b, l); every token but a sequence's first is predicted from those before it.
+        """
+        hidden = self.hidden(input_ids)[:, :-1].flatten(0, 1)
+        targets = input_ids[:, 1:].flatten()
+        loss = linear_cross_entropy(hidden, self.lm_head.weight, targets,
+                                    product_dtype(self.compute_dtype, hidden))
+        return loss, targets.numel()
+
+    @torch.no_grad()
+    def entropy(self, input_ids: Tensor) -> tuple[Tensor, int]:
+        """Summed entropy in nats of the same predictions as `loss`, and their number."""
+        hidden = self.hidden(input_ids)[:, :-1].flatten(0, 1)
+        entropy = predictive_entropy(hidden, self.lm_head.weight,
+                                     product_dtype(self.compute_dtype, hidden))
+        return entropy, len(hidden)

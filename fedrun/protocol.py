@@ -1,0 +1,79 @@
+"""The protocol: one loop that every rank runs. Read this file first.
+
+The server (rank 0) plans a round, the workers train their clients on their own shards, one
+all-reduce sums the clients' terms, and every worker makes the same update of the same global model
+from the sum. Alone, one process is the server and the only worker, and the loop is the same.
+"""
+
+from __future__ import annotations
+
+import traceback
+from typing import Any
+
+from fedrun.comm import PeerFailed
+from fedrun.config import FederatedConfig
+from fedrun.data.tokens import TokenData
+from fedrun.plan import Plan
+from fedrun.runtime import Runtime
+from fedrun.server import Server
+from fedrun.worker import StoppedForPeer, Worker
+
+
+def run(config: FederatedConfig, data: TokenData, runtime: Runtime) -> None:
+    """All ranks: train for all rounds. Raises PeerFailed on every rank where one fails."""
+    control = runtime.control
+    server = Server(config, data) if runtime.is_server else None
+    worker = Worker(config, data, runtime) if runtime.worker is not None else None
+    number, last = 0, False
+    while not last:
+        number += 1
+        plan = Plan(**control.share(server and server.plan(number)))       # server -> all
+        report = _train(worker, plan, runtime) if worker else {}           # workers, each for itself
+        reports = control.gather(report)                                   # all -> server
+        verdict = control.share(server and server.judge(plan, reports or []))  # server -> all
+        if verdict:
+            _end(verdict, server, worker, runtime)
+        if worker:
+            report["aggregation_seconds"] = worker.aggregate()             # workers <-> workers
+            if plan.evaluate:
+                report["pieces"], report["evaluation_seconds"] = worker.evaluate()
+        model = _copy(server, worker, runtime) if plan.evaluate else None  # first worker -> server
+        reports = control.gather(report)                                   # all -> server
+        if server:
+            server.record(plan, reports or [], model)
+        last = plan.last
+    control.wait_for_copy()
+    if server:
+        server.finish()
+    control.share()                                       # nobody leaves before all is written
+
+
+def _train(worker: Worker, plan: Plan, runtime: Runtime) -> dict[str, Any]:
+    """Workers: local training. What goes wrong is reported, so that all ranks end together."""
+    try:
+        return worker.train(plan)
+    except StoppedForPeer:
+        return {}
+    except Exception:
+        runtime.control.fail()
+        return {"traceback": traceback.format_exc()}
+
+
+def _copy(server: Server | None, worker: Worker | None, runtime: Runtime) -> Any:
+    """The global model, from the first worker to the server: a vector there, None elsewhere."""
+    if worker and runtime.worker == 0:
+        runtime.control.copy_to_server(worker.global_model)
+    return server and runtime.control.receive_copy(server.size, server.dtype)
+
+
+def _end(verdict: dict[str, Any], server: Server | None, worker: Worker | None,
+         runtime: Runtime) -> None:
+    """All ranks: the end that the server has decided, an exception with its reason."""
+    if "failed" in verdict:
+        raise PeerFailed(*verdict["failed"])
+    model = _copy(server, worker, runtime)
+    if server:
+        server.finish()
+        server.save_model(model)
+    runtime.control.wait_for_copy()
+    raise RuntimeError(verdict["no_client_left"])

@@ -1,0 +1,101 @@
+"""One run from its beginning to its end, orderly or not, on this rank."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import traceback
+from importlib.metadata import version
+
+import torch
+
+from fedrun import central, protocol
+from fedrun.comm import PeerFailed
+from fedrun.config import FederatedConfig, RunConfig
+from fedrun.data.tokens import TokenData, prepare
+from fedrun.model.precision import kernel_path
+from fedrun.plan import Schedule
+from fedrun.data.shards import contiguous_shards
+from fedrun.rundir import open_run_dir, write_json
+from fedrun.runtime import Launch, choose_device, connected, detect
+
+
+def run(config: RunConfig) -> int:
+    """Prepare, connect, train. The exit code: 0 done, 1 failed with a message on stderr.
+
+    Raises ValueError for what the user has to change, before any process group exists.
+    """
+    launch = detect(os.environ)
+    federated = isinstance(config, FederatedConfig)
+    if not federated and not launch.alone:
+        raise ValueError(f"central runs in one process, but {launch.world_size} were started: "
+                         f"use `python -m fedrun central`")
+    dedicated = isinstance(config, FederatedConfig) and config.server == "dedicated"
+    torch.set_num_threads(config.threads)
+    device = choose_device(config.device, launch, dedicated)
+    data = prepare(config.dataset, config.tokenizer, config.sequence_length,
+                   config.cache_dir.expanduser(), say=_say_from(launch))
+    if isinstance(config, FederatedConfig):  # what only the data can refuse, before connecting
+        Schedule(config, [len(s) for s in contiguous_shards(len(data.train), config.num_clients)])
+    if launch.rank == 0:
+        open_run_dir(config)
+        write_json(config.run_dir / "environment.json", environment(launch, device, data))
+    try:
+        if isinstance(config, FederatedConfig):
+            _warn(config, launch, dedicated)
+            with connected(launch, device, dedicated, config.timeout,
+                           identity(config, data, device)) as runtime:
+                protocol.run(config, data, runtime)
+        else:
+            central.run(config, data, device)
+    except PeerFailed as failure:
+        if launch.rank == 0:
+            print(f"{failure.traceback}fedrun: rank {failure.rank} failed with the error above; "
+                  "all ranks end", file=sys.stderr, flush=True)
+        return 1
+    except Exception:
+        print(f"{traceback.format_exc()}fedrun: rank {launch.rank} ends with the error above",
+              file=sys.stderr, flush=True)
+        return 1
+    if launch.rank == 0:
+        print(f"done: {config.run_dir}", flush=True)
+    return 0
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version()} | {
+        name: version(name) for name in ("torch", "numpy", "transformers", "datasets",
+                                         "tokenizers")}
+
+
+def environment(launch: Launch, device: torch.device, data: TokenData) -> dict[str, object]:
+    """What a reader of the run folder needs to know of the machine and the data."""
+    return {"versions": versions(), "processes": launch.world_size, "device": str(device),
+            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda"
+            else platform.processor() or platform.machine(), "host": platform.node(),
+            "kernels": kernel_path(device), "corpus": data.fingerprint}
+
+
+def identity(config: RunConfig, data: TokenData, device: torch.device) -> dict[str, str]:
+    """What must be equal on all ranks for their sums to mean anything."""
+    corpus = hashlib.sha256(json.dumps(data.fingerprint, sort_keys=True).encode()).hexdigest()
+    return ({f"--{k}": json.dumps(v) for k, v in config.results_dict().items()}
+            | {f"version of {k}": v for k, v in versions().items()}
+            | {"the tokenised corpus": corpus[:16], "worker kernels": kernel_path(device)})
+
+
+def _warn(config: FederatedConfig, launch: Launch, dedicated: bool) -> None:
+    workers = max(1, launch.world_size - int(dedicated))
+    if launch.rank == 0 and workers > config.num_clients:
+        print(f"fedrun: warning: {workers} workers for {config.num_clients} clients: "
+              f"{workers - config.num_clients} will only help to evaluate", flush=True)
+
+
+def _say_from(launch: Launch):  # type: ignore[no-untyped-def]
+    def say(line: str) -> None:
+        if launch.local_rank == 0:
+            print(line, file=sys.stderr, flush=True)
+    return say

@@ -1,0 +1,232 @@
+"""Where am I: rank, device and process groups, for torchrun, for SLURM's srun, or alone.
+
+Topology: the control plane is a gloo group of all ranks, the data plane one group of the worker
+ranks, NCCL on GPUs and gloo on CPUs. Rank 0 is the server; alone it is the one worker as well.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from fedrun.comm import Control, DataPlane
+
+STARTUP_TIMEOUT = timedelta(minutes=5)  # for all ranks to appear: schedulers start nodes unevenly
+GRACE = timedelta(seconds=20)  # workers wait longer than the server, whose message names who is lost
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How this process was started, read from the environment."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    on_first_node: bool = True
+    """Whether rank 0 runs on this machine."""
+    attempt: int = 0
+    """How often torchrun has restarted this job in place."""
+
+    @property
+    def alone(self) -> bool:
+        return self.world_size == 1
+
+
+def detect(env: Mapping[str, str]) -> Launch:
+    """The launch that the environment describes: torchrun's variables, or those of no launcher."""
+    if "RANK" not in env or "WORLD_SIZE" not in env:
+        return Launch()
+    rank, local_rank = int(env["RANK"]), int(env.get("LOCAL_RANK", env["RANK"]))
+    world = int(env["WORLD_SIZE"])
+    return Launch(rank, world, local_rank, int(env.get("LOCAL_WORLD_SIZE", world)),
+                  on_first_node=rank == local_rank,  # ranks are numbered node by node
+                  attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")))
+
+
+def device_index(launch: Launch, dedicated_server: bool, gpus: int) -> int | None:
+    """The GPU of this process on its machine; None for a server that owns none.
+
+    A dedicated server takes no GPU, so on its machine the workers' indices are one lower than
+    their local ranks. Where the launcher shows each process one GPU only, that is number 0; two
+    workers that were shown the same one are found by their UUIDs at the start.
+    """
+    server_here = dedicated_server and not launch.alone and launch.on_first_node
+    if server_here and launch.local_rank == 0:
+        return None
+    index = launch.local_rank - int(server_here)
+    workers = launch.local_world_size - int(server_here)
+    if gpus == 1:
+        return 0
+    if index >= gpus:
+        extra = int(server_here)
+        raise ValueError(f"--device cuda: {workers} workers but {gpus} GPUs on {socket.gethostname()}"
+                         f"; start {gpus + extra} processes here (--nproc-per-node {gpus + extra}): "
+                         "fewer workers host more clients each")
+    return index
+
+
+def choose_device(wanted: str, launch: Launch, dedicated_server: bool) -> torch.device:
+    """The device of this process; ValueError where --device asks for one that is not there."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cuda" and gpus == 0:
+        raise ValueError("--device cuda: no CUDA device is available here; accepted is cpu or auto")
+    if wanted == "cpu" or gpus == 0:
+        return torch.device("cpu")
+    index = device_index(launch, dedicated_server, gpus)
+    return torch.device("cpu") if index is None else torch.device("cuda", index)
+
+
+def interface_to(address: str) -> str | None:
+    """The network interface that routes to an address (no packet is sent); None if unknown."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))
+            here = probe.getsockname()[0]
+    except OSError:
+        return None
+    return next((name for name, addresses in psutil.net_if_addrs().items()
+                 if any(a.address == here for a in addresses)), None)
+
+
+def choose_interfaces(launch: Launch, env: Mapping[str, str]) -> dict[str, str]:
+    """Values for GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME that the user has not set.
+
+    Left alone, gloo binds to whatever the host name resolves to, often 127.0.1.1, which no other
+    machine can reach. ValueError, naming the variable, where no route to MASTER_ADDR is found.
+    """
+    names = [n for n in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if n not in env]
+    one_machine = launch.local_world_size == launch.world_size
+    address = "127.0.0.1" if one_machine else env.get("MASTER_ADDR", "")
+    interface = interface_to(address)
+    if interface is None or (not one_machine and address_is_local_only(address)):
+        if "GLOO_SOCKET_IFNAME" in names:
+            raise ValueError(f"GLOO_SOCKET_IFNAME: no network interface routes from "
+                             f"{socket.gethostname()} to MASTER_ADDR={address}; set it to the "
+                             "interface that connects the machines (`ip route` shows them)")
+        return {}
+    return {name: interface for name in names}
+
+
+def address_is_local_only(address: str) -> bool:
+    """Whether a host name resolves to loopback, which other machines cannot reach."""
+    try:
+        return socket.gethostbyname(address).startswith("127.")
+    except OSError:
+        return False
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """This process in the run: who it is, where it computes, whom it talks to."""
+
+    launch: Launch
+    device: torch.device
+    workers: tuple[int, ...]
+    """Ranks that host clients, in order."""
+    control: Control
+    data_plane: DataPlane
+
+    @property
+    def rank(self) -> int:
+        return self.launch.rank
+
+    @property
+    def is_server(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def worker(self) -> int | None:
+        """Index of this process among the workers; None for a dedicated server."""
+        return self.workers.index(self.rank) if self.rank in self.workers else None
+
+
+@contextmanager
+def connected(launch: Launch, device: torch.device, dedicated_server: bool, timeout: float,
+              identity: Mapping[str, str]) -> Iterator[Runtime]:
+    """Connect all ranks; inside, collectives work. `timeout` in seconds bounds every later wait.
+
+    `identity` is what must be equal on all ranks (digests of config, versions, corpus); entries
+    whose name begins with "worker" need to be equal on the workers only.
+    Groups are taken down only after success: on an error peers may be gone, and a destructor that
+    waits for them would hide the message.
+    """
+    if launch.alone:
+        yield Runtime(launch, device, (0,), Control(), DataPlane())
+        return
+    workers = tuple(range(1 if dedicated_server else 0, launch.world_size))
+    os.environ.update(choose_interfaces(launch, os.environ))
+    # torchrun restarts workers in place over the same store, which still holds the addresses of the
+    # dead: every attempt gets a name space of its own.
+    store = dist.PrefixStore(f"attempt{launch.attempt}", dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), launch.world_size,
+        is_master=launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        timeout=STARTUP_TIMEOUT))
+    # all ranks, in this order
+    dist.init_process_group("gloo", store=store, rank=launch.rank, world_size=launch.world_size,
+                            timeout=STARTUP_TIMEOUT)
+    wait = timedelta(seconds=timeout) + (GRACE if launch.rank else timedelta())
+    control = Control(dist.new_group(backend="gloo", timeout=wait), store, wait, workers[0])
+    compare(control, workers, device, identity)
+    # A server without a GPU is no member, so what it names as backend does not matter.
+    data = dist.new_group(list(workers), backend="nccl" if device.type == "cuda" else "gloo",
+                          timeout=wait)
+    yield Runtime(launch, device, workers, control, DataPlane(data))
+    dist.destroy_process_group()
+
+
+def compare(control: Control, workers: tuple[int, ...], device: torch.device,
+            identity: Mapping[str, str]) -> None:
+    """All ranks: end with one message if they were not started alike, or share a GPU."""
+    gpu = {"gpu": str(torch.cuda.get_device_properties(device).uuid),
+           "gpus here": str(torch.cuda.device_count())} if device.type == "cuda" else {}
+    mine = {**identity, "worker device": device.type, "host": socket.gethostname(), **gpu}
+    everyone = control.gather(mine)
+    message = "" if everyone is None else difference(everyone, workers)
+    message = control.share(message)
+    if message:
+        raise RuntimeError(message)
+    if everyone is not None:
+        for warning in idle_gpus(everyone):
+            print(f"fedrun: warning: {warning}", flush=True)
+
+
+def difference(everyone: list[dict[str, str]], workers: tuple[int, ...]) -> str:
+    """What keeps these ranks from training together, in one line; empty if nothing does."""
+    for name in everyone[workers[0]]:
+        if name in ("host", "gpu", "gpus here"):
+            continue
+        ranks = workers if name.startswith("worker") else range(len(everyone))
+        values = {rank: everyone[rank].get(name) for rank in ranks}
+        if len(set(values.values())) > 1:
+            return f"ranks differ in {name}: {values}; start all with the same command and install"
+    owner: dict[str, int] = {}
+    for rank in workers:
+        gpu = everyone[rank].get("gpu")
+        if gpu is not None and owner.setdefault(gpu, rank) != rank:
+            gpus = everyone[rank]["gpus here"]
+            return (f"ranks {owner[gpu]} and {rank} were given the same GPU {gpu} on "
+                    f"{everyone[rank]['host']}, which has {gpus}: start one worker per GPU "
+                    f"(and the server), fewer workers host more clients each")
+    return ""
+
+
+def idle_gpus(everyone: list[dict[str, str]]) -> list[str]:
+    """A line for each machine that has GPUs which no worker uses."""
+    used: dict[str, int] = {}
+    seen: dict[str, int] = {}
+    for rank in everyone:
+        if "gpu" in rank:
+            used[rank["host"]] = used.get(rank["host"], 0) + 1
+            seen[rank["host"]] = max(seen.get(rank["host"], 0), int(rank["gpus here"]))
+    return [f"{seen[host] - used[host]} of {seen[host]} GPUs on {host} are idle: raise "
+            f"--nproc-per-node by {seen[host] - used[host]} to use them"
+            for host in used if seen[host] > max(1, used[host])]

@@ -1,0 +1,97 @@
+"""Shared by all tests: small data prepared once, and whole runs in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+# A run of seconds on real text: the documentation that comes with Python.
+SMALL = ("--config", "tiny", "--dataset", "pydocs", "--tokenizer", "bpe:400",
+         "--sequence_length", "32", "--batch_size", "2", "--val_freq", "3", "--lr", "2e-3")
+
+
+@dataclass
+class Outcome:
+    """How a run ended, and what it left."""
+
+    code: int
+    output: str
+    run_dir: Path
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        history: list[dict[str, Any]] = json.loads(
+            (self.run_dir / "training_history.json").read_text())
+        return history
+
+    @property
+    def model(self) -> dict[str, Tensor]:
+        return load_file(self.run_dir / "model.safetensors")
+
+    @property
+    def bits(self) -> bytes:
+        return (self.run_dir / "model.safetensors").read_bytes()
+
+
+Run = Callable[..., Outcome]
+
+
+def execute(command: Sequence[str], limit: float = 100, env: dict[str, str] | None = None,
+            cwd: Path = ROOT) -> tuple[int, str]:
+    """Run a command; its exit code and all it printed. Past the limit (seconds) it and the
+    processes it started, which share its session, are killed, and the test fails."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               cwd=cwd, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+    try:
+        output, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"still running after {limit} s: {' '.join(command)}\n{output}")
+    return process.returncode, output
+
+
+def torchrun(processes: int) -> list[str]:
+    """The command line's beginning: torchrun, or plain Python for one process."""
+    if processes == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+            str(processes)]
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokenised text for all tests of this session."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def run(cache_dir: Path, tmp_path: Path) -> Run:
+    """run("fed_avg", "--rounds", 4, processes=3): a whole run on SMALL, in its own processes."""
+
+    def run_it(method: str, *flags: object, processes: int = 1, name: str = "run", limit: float = 100,
+               script: Path | None = None, env: dict[str, str] | None = None) -> Outcome:
+        program = [str(script)] if script else ["-m", "fedrun"]
+        code, output = execute(
+            [*torchrun(processes), *program, method, *SMALL, "--data_dir", str(tmp_path),
+             "--cache_dir", str(cache_dir), "--run_name", name, *map(str, flags)], limit, env)
+        return Outcome(code, output, tmp_path / name)
+
+    return run_it

@@ -1,0 +1,150 @@
+"""Commands, flags, precedence, and the one line that a wrong value gets."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, execute
+
+from fedrun import cli
+from fedrun.config import FederatedConfig, RunConfig, resolve
+from fedrun.strategies import STRATEGIES
+
+
+def parsed(*argv: str) -> RunConfig:
+    config = cli.parse(argv)
+    assert config is not None
+    return config
+
+
+def test_defaults_are_those_of_the_study() -> None:
+    central, federated = parsed("central"), parsed("fed_avg")
+    assert (central.batch_size, central.val_freq) == (16, 10)
+    assert isinstance(federated, FederatedConfig)
+    assert (federated.batch_size, federated.val_freq) == (4, 30)
+    assert (federated.num_clients, federated.local_updates) == (4, 1)
+    for config in (central, federated):
+        assert (config.config, config.n_epochs, config.lr) == ("pure_ssm_1_layer", 1, 5e-4)
+        assert (config.sequence_length, config.seed) == (256, 0)
+        assert str(config.data_dir) == "results"
+        model = config.model
+        assert (model.d_model, model.d_state, model.headdim, model.expand, model.ngroups,
+                model.d_conv) == (512, 128, 64, 2, 1, 4)
+
+
+def test_folder_names_are_those_of_the_study() -> None:
+    assert parsed("central", "--seed", "3").name == "central_config_pure_ssm_1_layer_seed_3"
+    assert parsed("fed_avg", "--local_updates", "8", "--config", "pure_ssm_4_layer").name == (
+        "federated_config_pure_ssm_4_layer_lu_8_seed_0")
+    assert parsed("fed_avg", "--run_name", "mine").name == "mine"
+
+
+def test_underscores_and_dashes_are_the_same() -> None:
+    assert parsed("fed-avg", "--num-clients", "7", "--local-updates=2") == parsed(
+        "fed_avg", "--num_clients=7", "--local_updates", "2")
+
+
+def test_precedence_default_method_config_flags(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("lr: 1e-3\nbatch_size: 8\nmodel: {n_layer: 3}\n")
+    config = parsed("central", "--config", str(mine), "--batch_size", "2")
+    assert config.val_freq == 10            # the method's file over the field's default
+    assert config.lr == 1e-3                # --config (a text in YAML 1.1) over both
+    assert config.batch_size == 2           # a flag over all
+    assert config.model.n_layer == 3
+    assert config.config_name == "mine"
+
+
+def test_printed_config_is_a_config_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--lr", "3e-3", "--sync", "epoch", "--rounds", "9"]
+    assert cli.main(["fed_avg", *flags, "--print_config"]) == 0
+    lines = capsys.readouterr().out.splitlines(keepends=True)
+    saved = tmp_path / "pure_ssm_1_layer.yaml"
+    saved.write_text("".join(line for line in lines if not line.startswith(("method:", "config:"))))
+    again = parsed("fed_avg", "--config", str(saved))
+    assert again.results_dict() | {"config": ""} == (
+        parsed("fed_avg", *flags).results_dict() | {"config": ""})
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (["fed_avgg"], "unknown command 'fed_avgg', did you mean fed_avg?"),
+    (["fed_avg", "--num_client", "3"], "did you mean --num_clients?"),
+    (["fed_avg", "--num_clients", "0"], "--num_clients 0: accepted is a whole number of at least 1"),
+    (["fed_avg", "--num_clients", "2.5"], "--num_clients 2.5: accepted is a whole number"),
+    (["fed_avg", "--lr", "-1"], "--lr -1.0: accepted is a number above 0"),
+    (["fed_avg", "--lr", "nan"], "--lr nan"),
+    (["fed_avg", "--lr"], "--lr: expected one argument"),
+    (["fed_avg", "--sync", "never"], "--sync never: accepted is round or epoch"),
+    (["fed_avg", "--rounds", "0"], "--rounds 0"),
+    (["fed_avg", "--timeout", "0"], "--timeout"),
+    (["fed_avg", "--run_name", "../x"], "--run_name ../x"),
+    (["fed_avg", "--config", "pure_ssm_9"], "known are pure_ssm_1_layer, pure_ssm_2_layer"),
+    (["fed_avg", "--config", "no/such.yaml"], "--config no/such.yaml"),
+    (["central", "--num_clients", "4"], "unknown flag --num_clients"),
+])
+def test_a_wrong_value_gets_one_line_and_exit_code_2(
+        argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(argv) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("learning_rate: 1\n", "unknown key 'learning_rate'"),
+    ("model: {layers: 2}\n", "section `model` accepts n_layer"),
+    ("model: {headdim: 48}\n", "model.headdim"),
+    ("lr: fast\n", "lr fast: accepted is a number"),
+    ("- a\n", "a mapping of settings is expected"),
+    ("a: [\n", "cannot be read as YAML"),
+])
+def test_a_wrong_file_is_named_with_its_key(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="--config") as caught:
+        resolve("fed_avg", {"config": str(path)})
+    assert said in str(caught.value)
+
+
+def test_every_flag_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    for method in ("central", *STRATEGIES):
+        assert cli.method_parser(method).format_help().count("(default:") >= 15
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in ("central", *STRATEGIES))
+
+
+def test_help_is_quick_and_imports_no_torch() -> None:
+    best = min(_seconds_of_help() for _ in range(3))
+    assert best < 0.5
+    code, output = execute([sys.executable, "-X", "importtime", "-m", "fedrun", "fed_avg", "--help"])
+    assert code == 0
+    assert not any(line.rstrip().endswith(("torch", "transformers", "datasets", "numpy"))
+                   for line in output.splitlines())
+
+
+def _seconds_of_help() -> float:
+    began = time.monotonic()
+    assert execute([sys.executable, "-m", "fedrun", "fed_avg", "--help"])[0] == 0
+    return time.monotonic() - began
+
+
+@pytest.mark.slow
+def test_presets_work_from_an_installed_wheel_in_an_empty_folder(tmp_path: Path) -> None:
+    wheels, site = tmp_path / "wheels", tmp_path / "site"
+    code, output = execute([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps",
+                            "--wheel-dir", str(wheels), str(ROOT)], limit=110)
+    assert code == 0, output
+    code, output = execute([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps",
+                            "--target", str(site), str(next(wheels.glob("*.whl")))])
+    assert code == 0, output
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    code, output = execute([sys.executable, "-m", "fedrun", "central", "--config", "tiny",
+                            "--print_config"], cwd=empty, env={"PYTHONPATH": str(site)})
+    assert code == 0, output
+    assert "d_model: 64" in output
+    assert "batch_size: 16" in output

@@ -1,0 +1,93 @@
+"""The fused head against the plain formula in float64 and against torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedrun.model.loss import CHUNK_TOKENS, linear_cross_entropy, predictive_entropy
+
+
+def example(tokens: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    hidden = torch.randn(tokens, 16, generator=generator, dtype=torch.float64)
+    weight = torch.randn(97, 16, generator=generator, dtype=torch.float64)
+    targets = torch.randint(97, (tokens,), generator=generator)
+    return (hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets)
+
+
+def plain(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+
+
+@pytest.mark.parametrize("tokens", [1, CHUNK_TOKENS, CHUNK_TOKENS + 3, 2 * CHUNK_TOKENS + 1])
+def test_loss_and_gradients_equal_the_formula(tokens: int) -> None:
+    hidden, weight, targets = example(tokens)
+    got = linear_cross_entropy(hidden, weight, targets)
+    expected = plain(hidden, weight, targets)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    scale = 3.0  # gradients are made going forward: the incoming one has to reach them
+    torch.testing.assert_close(torch.autograd.grad(scale * got, (hidden, weight)),
+                               torch.autograd.grad(scale * expected, (hidden, weight)),
+                               rtol=1e-10, atol=1e-12)
+
+
+def test_equals_torchs_linear_cross_entropy() -> None:
+    hidden, weight, targets = example(300, torch.float32)
+    got = linear_cross_entropy(hidden, weight, targets)
+    theirs = F.linear_cross_entropy(hidden, weight, targets, reduction="sum")
+    torch.testing.assert_close(got, theirs, rtol=1e-6, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(got, (hidden, weight)),
+                               torch.autograd.grad(theirs, (hidden, weight)),
+                               rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("wanted", ["hidden", "weight"])
+def test_only_the_wanted_gradient(wanted: str) -> None:
+    hidden, weight, targets = example(10)
+    leaf = {"hidden": hidden, "weight": weight}[wanted]
+    for other in (hidden, weight):
+        other.requires_grad_(other is leaf)
+    got, = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), leaf)
+    expected, = torch.autograd.grad(plain(hidden, weight, targets), leaf)
+    torch.testing.assert_close(got, expected)
+
+
+def test_improbable_targets_have_a_finite_loss() -> None:
+    """A probability that underflows must not become an infinite loss."""
+    hidden, weight, targets = example(5, torch.float32)
+    with torch.no_grad():
+        hidden.mul_(100.0)
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets),
+                               plain(hidden, weight, targets), rtol=1e-5, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden, weight, targets),
+                                   plain(hidden, weight, targets), rtol=1e-5, atol=0)
+
+
+def test_bf16_products_stay_close() -> None:
+    hidden, weight, targets = example(600, torch.float32)
+    got = linear_cross_entropy(hidden, weight, targets, torch.bfloat16)
+    exact = plain(hidden, weight, targets)
+    assert got.dtype == torch.float32
+    assert 0 < abs(got - exact) / exact < 2e-3
+    pairs = zip(torch.autograd.grad(got, (hidden, weight)),
+                torch.autograd.grad(exact, (hidden, weight)), strict=True)
+    for ours, theirs in pairs:
+        assert ours.dtype == torch.float32
+        assert 0 < (ours - theirs).norm() / theirs.norm() < 2e-2
+
+
+@pytest.mark.parametrize("tokens", [1, CHUNK_TOKENS + 3])
+def test_entropy_equals_the_formula(tokens: int) -> None:
+    hidden, weight, _ = example(tokens)
+    p = torch.softmax(hidden @ weight.T, dim=-1)
+    torch.testing.assert_close(predictive_entropy(hidden, weight), -(p * p.log()).sum())
+
+
+def test_entropy_of_a_certain_prediction_is_zero() -> None:
+    hidden, weight, _ = example(5, torch.float32)
+    entropy = predictive_entropy(hidden * 1000, weight)
+    torch.testing.assert_close(entropy, torch.zeros(()), atol=1e-5, rtol=0)

@@ -1,0 +1,149 @@
+"""The model against transformers, its initialisation, and what its callers rely on."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fedrun.config import ModelConfig
+from fedrun.model.convert import to_transformers, to_transformers_config
+from fedrun.model.mamba2 import Mamba2LM
+
+SMALL = ModelConfig(n_layer=2, d_model=64, d_state=32, headdim=16)
+VOCAB = 199
+
+
+def build(config: ModelConfig = SMALL, seed: int = 0, **kwargs: torch.dtype) -> Mamba2LM:
+    model = Mamba2LM(config, VOCAB, **kwargs)
+    model.init_weights(seed)
+    return model
+
+
+def tokens(batch: int, length: int, vocab: int = VOCAB) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(batch * 1000 + length)
+    return torch.randint(vocab, (batch, length), generator=generator)
+
+
+@pytest.mark.parametrize("config", [
+    SMALL, ModelConfig(n_layer=1, d_model=64, d_state=32, headdim=16, ngroups=2)],
+    ids=["2 layers", "2 groups"])
+@pytest.mark.parametrize("length", [16, 100])
+def test_logits_and_gradients_equal_transformers(config: ModelConfig, length: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = build(config)
+    theirs = transformers.Mamba2ForCausalLM(to_transformers_config(config, VOCAB)).eval()
+    theirs.load_state_dict(to_transformers(ours.state_dict()))
+    ids = tokens(2, length)
+    torch.testing.assert_close(ours(ids), theirs(ids, use_cache=False).logits, rtol=1e-5, atol=1e-5)
+
+    loss_sum, count = ours.loss(ids)
+    (loss_sum / count).backward()
+    theirs(ids, labels=ids, use_cache=False).loss.backward()
+    names = to_transformers(dict(ours.named_parameters()))
+    references = dict(theirs.named_parameters())
+    assert names.keys() == references.keys()
+    for name, parameter in names.items():
+        assert parameter.grad is not None
+        error = (parameter.grad - references[name].grad).abs().max()
+        assert error <= 1e-5 * references[name].grad.abs().max(), name
+
+
+def test_names_and_shapes_are_those_of_mamba_ssm() -> None:
+    model = Mamba2LM(ModelConfig(n_layer=1), 50257)
+    i, conv = 1024, 1280
+    layer = "backbone.layers.0"
+    expected = {
+        "backbone.embedding.weight": (50257, 512),
+        f"{layer}.mixer.dt_bias": (16,), f"{layer}.mixer.A_log": (16,), f"{layer}.mixer.D": (16,),
+        f"{layer}.mixer.in_proj.weight": (i + conv + 16, 512),
+        f"{layer}.mixer.conv1d.weight": (conv, 1, 4), f"{layer}.mixer.conv1d.bias": (conv,),
+        f"{layer}.mixer.norm.weight": (i,), f"{layer}.mixer.out_proj.weight": (512, i),
+        f"{layer}.norm.weight": (512,), "backbone.norm_f.weight": (512,)}
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == expected
+    assert model.state_dict().keys() == {*expected, "lm_head.weight"}
+    assert model.lm_head.weight is model.backbone.embedding.weight
+
+
+@pytest.mark.parametrize(("layers", "millions"), [(1, 27.45), (2, 29.17), (4, 32.61)])
+def test_parameter_counts_of_the_presets(layers: int, millions: float) -> None:
+    with torch.device("meta"):
+        model = Mamba2LM(ModelConfig(n_layer=layers), 50257)
+    count = sum(p.numel() for p in model.parameters())
+    assert round(count / 1e6, 2) == millions
+
+
+def test_initialisation_has_the_documented_distributions() -> None:
+    config = ModelConfig(n_layer=4, d_model=256, d_state=64, headdim=4)  # 128 heads a layer
+    model = build(config)
+    embedding = model.backbone.embedding.weight
+    assert abs(embedding.std() - 0.02) < 0.0005 and abs(embedding.mean()) < 0.0005
+
+    def uniform(values: torch.Tensor, low: float, high: float) -> None:
+        """In range, and mean and deviation of a uniform within 5 standard errors or so."""
+        assert low <= values.min() and values.max() <= high
+        tolerance = 3 * (high - low) / math.sqrt(values.numel())
+        assert abs(values.mean() - (low + high) / 2) < tolerance
+        assert abs(values.std() - (high - low) / math.sqrt(12)) < tolerance
+
+    mixers = [block.mixer for block in model.backbone.layers]
+    uniform(torch.cat([m.A_log.exp() for m in mixers]), 1 - 1e-5, 16 + 1e-5)
+    dt = torch.cat([F.softplus(m.dt_bias) for m in mixers])
+    uniform(dt.log(), math.log(1e-3) - 1e-4, math.log(1e-1) + 1e-4)
+    for mixer in mixers:
+        uniform(mixer.in_proj.weight, -1 / 16, 1 / 16)  # 1 / sqrt(fan-in)
+        uniform(mixer.out_proj.weight, -1 / math.sqrt(512 * 4), 1 / math.sqrt(512 * 4))
+        uniform(mixer.conv1d.weight, -0.5, 0.5)
+        uniform(mixer.conv1d.bias, -0.5, 0.5)
+        assert (mixer.D == 1).all() and (mixer.norm.weight == 1).all()
+    assert (model.backbone.norm_f.weight == 1).all()
+
+
+def test_the_seed_decides_the_weights() -> None:
+    first, again, other = build(seed=3), build(seed=3), build(seed=4)
+    torch.testing.assert_close(first.state_dict(), again.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(first.backbone.embedding.weight, other.backbone.embedding.weight)
+
+
+def test_loss_and_entropy_equal_the_logits_formulas() -> None:
+    model, ids = build().double(), tokens(3, 20)
+    with torch.no_grad():
+        log_p = torch.log_softmax(model(ids)[:, :-1], dim=-1)
+    loss, count = model.loss(ids)
+    assert loss.dtype == torch.float64 and count == 57
+    expected = -log_p.gather(2, ids[:, 1:, None]).sum()
+    torch.testing.assert_close(loss.detach(), expected)
+    entropy, count = model.entropy(ids)
+    assert count == 57
+    torch.testing.assert_close(entropy, -(log_p.exp() * log_p).sum())
+
+
+def test_gradients_accumulate_in_place_in_a_flat_buffer() -> None:
+    """What FedAvg relies on: parameters and gradients are views, and stay so."""
+    reference, model = build(), build()
+    parameters = list(model.parameters())
+    flat = torch.zeros(sum(p.numel() for p in parameters))
+    offset = 0
+    for p in parameters:
+        p.grad = flat[offset:offset + p.numel()].view(p.shape)
+        offset += p.numel()
+    ids = tokens(2, 20)
+    for _ in range(2):
+        loss, count = model.loss(ids)
+        (loss / count).backward()
+    loss, count = reference.loss(ids)
+    (2 * loss / count).backward()
+    expected = torch.cat([p.grad.flatten() for p in reference.parameters()])
+    torch.testing.assert_close(flat, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_bf16_products_stay_close_to_fp32() -> None:
+    exact, low, ids = build(), build(compute_dtype=torch.bfloat16), tokens(2, 100)
+    for model in (exact, low):
+        loss, count = model.loss(ids)
+        (loss / count).backward()
+    for ours, theirs in zip(low.parameters(), exact.parameters(), strict=True):
+        assert ours.dtype == ours.grad.dtype == torch.float32
+        assert 0 < (ours.grad - theirs.grad).norm() / theirs.grad.norm() < 0.05

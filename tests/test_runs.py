@@ -1,0 +1,172 @@
+"""Whole runs: the same experiment whatever the launch, and nothing hangs when something fails."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Outcome, Run
+
+# What differs between runs of the same experiment: clocks.
+CLOCKS = {"seconds", "local_training_seconds", "aggregation_seconds", "evaluation_seconds"}
+
+
+def without_clocks(outcome: Outcome) -> list[dict[str, object]]:
+    return [{k: v for k, v in r.items() if k not in CLOCKS} for r in outcome.history]
+
+
+def test_same_bits_in_1_2_3_and_5_processes(run: Run) -> None:
+    flags = ("--num_clients", 4, "--rounds", 4)
+    runs = [run("fed_avg", *flags, processes=n, name=f"p{n}") for n in (1, 2, 3, 5)]
+    assert [r.code for r in runs] == [0] * 4, runs[-1].output
+    assert len({r.bits for r in runs}) == 1
+    histories = [without_clocks(r) for r in runs]
+    assert all(h == histories[0] for h in histories)
+    assert [r["global_step"] for r in histories[0]] == [1, 3, 4]
+    assert histories[0][-1]["server_val_ppl"] < histories[0][0]["server_val_ppl"]
+
+
+def test_seven_clients_on_three_workers_and_a_colocated_server(run: Run) -> None:
+    flags = ("--num_clients", 7, "--rounds", 3, "--local_updates", 2)
+    alone = run("fed_avg", *flags, name="alone")
+    three = run("fed_avg", *flags, processes=4, name="three")
+    colocated = run("fed_avg", *flags, "--server", "colocated", processes=3, name="colocated")
+    assert [alone.code, three.code, colocated.code] == [0, 0, 0], three.output + colocated.output
+    assert alone.bits == three.bits == colocated.bits
+    assert without_clocks(alone) == without_clocks(three) == without_clocks(colocated)
+
+
+def test_float_sums_agree_to_rounding(run: Run) -> None:
+    flags = ("--num_clients", 4, "--rounds", 4)
+    exact = run("fed_avg", *flags, name="exact").model
+    for processes in (1, 3):
+        outcome = run("fed_avg", *flags, "--reduce", "float", processes=processes,
+                      name=f"float{processes}")
+        assert outcome.code == 0, outcome.output
+        for name, value in outcome.model.items():
+            torch.testing.assert_close(value, exact[name], rtol=0, atol=1e-5)
+
+
+def test_more_workers_than_clients_warns_and_helps_to_evaluate(run: Run) -> None:
+    alone = run("fed_avg", "--num_clients", 2, "--rounds", 2, name="alone")
+    many = run("fed_avg", "--num_clients", 2, "--rounds", 2, processes=5, name="many")
+    assert many.code == 0, many.output
+    assert "4 workers for 2 clients" in many.output
+    assert many.bits == alone.bits
+    assert without_clocks(many) == without_clocks(alone)
+
+
+def test_one_client_equals_central_on_the_same_batches(run: Run) -> None:
+    central = run("central", "--rounds", 5, "--dtype", "fp64", name="central")
+    federated = run("fed_avg", "--num_clients", 1, "--rounds", 5, "--dtype", "fp64", name="fed")
+    assert central.code == federated.code == 0, central.output + federated.output
+    for name, value in federated.model.items():
+        torch.testing.assert_close(value, central.model[name], rtol=0, atol=1e-12)
+    for ours, theirs in zip(federated.history, central.history, strict=True):
+        assert math.isclose(ours["server_val_loss"], theirs["val_loss"], abs_tol=1e-9)
+
+
+def test_sync_epoch_lets_clients_drift(run: Run) -> None:
+    flags = ("--num_clients", 2, "--batch_size", 64, "--rounds", 8)
+    every_round = run("fed_avg", *flags, name="round")
+    epoch = run("fed_avg", *flags, "--sync", "epoch", name="epoch")
+    epoch3 = run("fed_avg", *flags, "--sync", "epoch", processes=3, name="epoch3")
+    assert every_round.code == epoch.code == 0, epoch.output
+    assert epoch.bits == epoch3.bits
+    # The first round begins from the same model in both; from the second on they part.
+    assert without_clocks(every_round)[0] == without_clocks(epoch)[0]
+    assert every_round.bits != epoch.bits
+    assert epoch.history[-1]["server_val_ppl"] > every_round.history[-1]["server_val_ppl"]
+
+
+def test_resetting_moments_changes_the_run(run: Run) -> None:
+    flags = ("--num_clients", 2, "--rounds", 3)
+    keep, reset = (run("fed_avg", *flags, "--client_state", s, name=s) for s in ("keep", "reset"))
+    assert keep.code == reset.code == 0
+    assert keep.bits != reset.bits
+
+
+def test_what_a_federated_run_writes(run: Run) -> None:
+    outcome = run("fed_avg", "--num_clients", 3, "--rounds", 4, "--eval_clients",
+                  "--save_client_deltas", processes=3)
+    assert outcome.code == 0, outcome.output
+    record = outcome.history[-1]
+    assert {"global_step", "train_ppl", "server_val_ppl", "client_val_ppls", "generated", "tokens",
+            "seconds", "local_training_seconds", "aggregation_seconds",
+            "evaluation_seconds"} <= set(record)
+    assert record["tokens"] == 4 * 3 * 2 * 32
+    assert len(record["client_val_ppls"]) == 3
+    assert len(record["generated"]) > 100
+    assert min(r["server_val_ppl"] for r in outcome.history) == record["server_val_ppl"]
+    config = json.loads((outcome.run_dir / "config.json").read_text())
+    assert config["num_clients"] == 3
+    assert config["model"]["n_layer"] == 2
+    environment = json.loads((outcome.run_dir / "environment.json").read_text())
+    assert environment["corpus"]["dataset"] == "pydocs" or environment["corpus"]
+    assert "torch" in environment["versions"]
+    for owner in ("server", "client_0", "client_1", "client_2"):
+        params = np.load(outcome.run_dir / owner / "params" / "step_000004.npz")
+        deltas = np.load(outcome.run_dir / owner / "deltas" / "step_000004.npz")
+        names = {f"layers.{i}.{p}" for i in (0, 1) for p in ("in_proj", "A_log", "D", "dt_bias")}
+        assert set(params) == names
+        assert set(deltas) == {f"delta_{n}" for n in names}
+        assert np.abs(deltas["delta_layers.0.in_proj"]).max() > 0
+    model = outcome.model["backbone.layers.1.mixer.in_proj.weight"].numpy()
+    server = np.load(outcome.run_dir / "server" / "params" / "step_000004.npz")
+    assert np.array_equal(server["layers.1.in_proj"], model)
+    events = [json.loads(line) for line in (outcome.run_dir / "events.jsonl").open()]
+    assert [e["round"] for e in events if e["event"] == "round"] == [1, 2, 3, 4]
+
+
+def test_what_a_central_run_writes(run: Run) -> None:
+    outcome = run("central", "--rounds", 4)
+    assert outcome.code == 0, outcome.output
+    assert [r["step"] for r in outcome.history] == [1, 3, 4]
+    record = outcome.history[-1]
+    assert {"val_loss", "val_ppl", "train_loss", "generated", "grad_cosine", "delta_norms",
+            "tokens", "seconds"} <= set(record)
+    assert -1 <= record["grad_cosine"] <= 1
+    deltas = np.load(outcome.run_dir / "deltas" / "step_000004.npz")
+    for name, norm in record["delta_norms"].items():
+        assert math.isclose(norm, np.linalg.norm(deltas[f"delta_{name}"]), rel_tol=1e-4)
+    assert record["val_ppl"] < outcome.history[0]["val_ppl"]
+
+
+FAULTS = Path(__file__).parent / "faulty_fedrun.py"
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_a_client_that_raises_ends_every_rank(run: Run, processes: int) -> None:
+    """In the middle of local training: the others break off theirs, which would take minutes."""
+    outcome = run("fed_avg", "--num_clients", 3, "--rounds", 3, "--local_updates", 400,
+                  "--lr", "1e-4", processes=processes, script=FAULTS,
+                  env={"FAULT": "raise", "FAULT_CLIENT": "1", "FAULT_STEP": "3"}, limit=60)
+    assert outcome.code == 1
+    assert "ZeroDivisionError" in outcome.output
+    assert outcome.output.count("Traceback (most recent call last)") == 1
+    rank = 2 if processes == 4 else 0
+    assert f"rank {rank} failed" in outcome.output
+
+
+def test_an_update_that_is_not_finite_is_left_out(run: Run) -> None:
+    env = {"FAULT": "nan", "FAULT_CLIENT": "1", "FAULT_STEP": "1"}  # its second round
+    runs = [run("fed_avg", "--num_clients", 3, "--rounds", 3, processes=n, script=FAULTS, env=env,
+                name=f"p{n}") for n in (1, 3)]
+    assert [r.code for r in runs] == [0, 0], runs[1].output
+    assert runs[0].bits == runs[1].bits
+    assert runs[0].history[-1]["left_out"] == [[2, 1]]
+    assert "client 1 is left out" in runs[0].output
+    assert all(torch.isfinite(v).all() for v in runs[0].model.values())
+
+
+def test_when_no_client_is_left_the_last_good_model_is_kept(run: Run) -> None:
+    good = run("fed_avg", "--num_clients", 2, "--rounds", 2, name="good")
+    outcome = run("fed_avg", "--num_clients", 2, "--rounds", 5, processes=3, script=FAULTS,
+                  env={"FAULT": "nan", "FAULT_CLIENT": "all", "FAULT_STEP": "2"}, name="bad")
+    assert outcome.code == 1
+    assert "no client's update is finite" in outcome.output
+    assert outcome.bits == good.bits

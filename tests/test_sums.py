@@ -1,0 +1,131 @@
+"""Exact sums against fractions and float64; every order and placement gives the same bits."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedrun.strategies import FedAvg
+from fedrun.sums import TermSum, adamw_step_bound
+
+SIZE = 70_001  # more than one slice, and not a multiple of one
+
+
+def updates(clients: int, bound: float, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(clients)
+    return [(torch.rand(SIZE, generator=generator, dtype=dtype) * 2 - 1) * bound
+            for _ in range(clients)]
+
+
+def summed(groups: list[list[int]], deltas: list[torch.Tensor], weights: list[float], bound: float,
+           exact: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """(model after one round, buffer) with the clients of each group on a worker of its own."""
+    total = None
+    for group in groups:
+        terms = TermSum(FedAvg(), SIZE, deltas[0], exact=exact)
+        terms.begin(bound)
+        for k in group:
+            assert terms.add(deltas[k].clone(), weights[k])
+        if total is None:
+            total = terms
+        else:
+            total.buffer += terms.buffer  # what all_reduce does
+    assert total is not None
+    model = torch.zeros(SIZE, dtype=deltas[0].dtype)
+    total.apply(model, {})
+    return model, total.buffer
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("exact", [True, False])
+def test_mean_against_float64(dtype: torch.dtype, tolerance: float, exact: bool) -> None:
+    bound, weights = 3e-3, [0.5, 0.3, 0.2]
+    deltas = updates(3, bound, dtype)
+    expected = sum(w * d.double() for w, d in zip(weights, deltas, strict=True))
+    model, _ = summed([[0, 1, 2]], deltas, weights, bound, exact)
+    assert (model.double() - expected).abs().max() < tolerance * bound
+
+
+def test_same_bits_whatever_the_order_and_placement() -> None:
+    weights = [0.1, 0.2, 0.3, 0.15, 0.25]
+    deltas = updates(5, 1e-3)
+    _, one = summed([[0, 1, 2, 3, 4]], deltas, weights, 1e-3)
+    for groups in ([[4, 2], [0], [3, 1]], [[0], [1], [2], [3], [4]], [[], [4, 3, 2, 1, 0]]):
+        _, other = summed(groups, deltas, weights, 1e-3)
+        assert torch.equal(one, other)
+
+
+def test_leaving_a_client_out_renormalises() -> None:
+    deltas = updates(3, 1e-3)
+    terms = TermSum(FedAvg(), SIZE, deltas[0], exact=True)
+    terms.begin(1e-3)
+    bad = deltas[1].clone()
+    bad[SIZE - 1] = math.nan
+    assert [terms.add(d, w) for d, w in ((deltas[0], 0.2), (bad, 0.5), (deltas[2], 0.3))] == [
+        True, False, True]
+    model = torch.zeros(SIZE)
+    terms.apply(model, {})
+    expected = (0.2 * deltas[0].double() + 0.3 * deltas[2].double()) / 0.5
+    assert (model.double() - expected).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_every_kind_of_not_finite_is_seen(value: float) -> None:
+    terms = TermSum(FedAvg(), 10, torch.zeros(10), exact=True)
+    terms.begin(1.0)
+    for place in (0, 9):
+        delta = torch.zeros(10)
+        delta[place] = value
+        assert not terms.add(delta, 1.0)
+    assert not terms.buffer.any()
+
+
+def test_an_update_beyond_the_bound_is_an_error_not_a_wrap() -> None:
+    terms = TermSum(FedAvg(), 10, torch.zeros(10), exact=True)
+    terms.begin(1e-3)
+    with pytest.raises(OverflowError, match="--reduce float"):
+        terms.add(torch.full((10,), 1.1e-3), 1.0)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(1e-9, 1e6), st.integers(1, 300))
+def test_the_grid_holds_any_cohort_at_its_bound(bound: float, clients: int) -> None:
+    terms = TermSum(FedAvg(), 2, torch.zeros(2), exact=True)
+    terms.begin(bound)
+    largest = torch.tensor([bound, -bound])
+    if float(largest[0]) > bound:  # fp32 rounds some bounds up
+        largest = torch.nextafter(largest, torch.zeros(2))
+    for _ in range(clients):
+        terms.add(largest.clone(), 1 / clients)
+    model = torch.zeros(2)
+    terms.apply(model, {})
+    assert torch.allclose(model, largest, rtol=1e-5)
+    grid = Fraction(bound) / 2**29
+    assert abs(Fraction(float(model[0])) - Fraction(float(largest[0]))) <= (
+        clients * grid + Fraction(bound) / 10**6)
+
+
+@pytest.mark.parametrize(("beta1", "beta2"), [(0.9, 0.999), (0.9, 0.95), (0.8, 0.99), (0.0, 0.9)])
+def test_adamw_moves_no_further_than_its_bound_and_almost_as_far(beta1: float, beta2: float) -> None:
+    """torch's own AdamW on the worst gradients: by Cauchy-Schwarz those that grow by b2 / b1."""
+    lr, steps = 1e-2, 6000
+    bound = adamw_step_bound(lr, 0.0, beta1, beta2)
+    furthest = 0.0
+    for growth in (beta2 / beta1 if beta1 else 20.0, 1.0, 1.01, 3.0):
+        p = torch.nn.Parameter(torch.tensor([0.5], dtype=torch.float64))
+        optimizer = torch.optim.AdamW([p], lr=lr, betas=(beta1, beta2), eps=0.0,
+                                      weight_decay=0.0)
+        for step in range(steps):
+            p.grad = torch.tensor([max(growth ** max(step - steps, -400), 1e-100)],
+                                  dtype=torch.float64)
+            before = p.item()
+            optimizer.step()
+            if step < 60 or step > steps - 60:
+                furthest = max(furthest, abs(p.item() - before))
+    assert furthest <= bound
+    assert furthest > 0.99 * bound

@@ -7,9 +7,10 @@ timeout, and where a rank is missing the message names it.
 from __future__ import annotations
 
 import json
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, cast
 
@@ -22,15 +23,6 @@ _FAILED = "failed"  # store key that a failing rank writes and the others look a
 
 class LostRanks(RuntimeError):
     """Ranks that did not answer: dead, stuck or cut off."""
-
-
-class PeerFailed(RuntimeError):
-    """Another rank failed and said so; carries its rank and traceback."""
-
-    def __init__(self, rank: int, traceback: str) -> None:
-        super().__init__(f"rank {rank} failed: {traceback.strip().splitlines()[-1]}")
-        self.rank = rank
-        self.traceback = traceback
 
 
 class Control:
@@ -47,6 +39,7 @@ class Control:
         self.first_worker = first_worker
         self.rank = dist.get_rank(group) if group else 0
         self.world_size = dist.get_world_size(group) if group else 1
+        self._beats: _Heartbeat | None = _Heartbeat(store, self.rank) if store else None
         self._copy: Tensor | None = None
         self._copy_sent: dist.Work | None = None
 
@@ -140,11 +133,41 @@ class Control:
         except RuntimeError as error:
             raise self._lost({peer: str(error).splitlines()[0]}) from error
 
-    def _lost(self, lost: dict[int, str]) -> LostRanks:
-        names = ", ".join(map(str, lost))
-        return LostRanks(f"rank {self.rank} got no word from rank {names} (dead, stuck, or slower "
-                         f"than --timeout {self.timeout.total_seconds():g} s): "
-                         f"{next(iter(lost.values()))}")
+    def _lost(self, unanswered: dict[int, str]) -> LostRanks:
+        """The error for ranks that did not answer, naming first those that show no life."""
+        names = ", ".join(map(str, unanswered))
+        assert self._beats is not None
+        dead = self._beats.silent(range(self.world_size))
+        life = f"no sign of life from rank {', '.join(map(str, dead))}, " if dead else ""
+        return LostRanks(f"{life}no word from rank {names} to rank {self.rank} (dead, stuck, or "
+                         f"slower than --timeout {self.timeout.total_seconds():g} s): "
+                         f"{next(iter(unanswered.values()))}")
+
+
+class _Heartbeat:
+    """Every rank counts up a number in the store, so that the others can tell who is alive: ranks
+    that wait for a lost one are as silent on the wire as the lost one itself."""
+
+    SECONDS = 1.0
+
+    def __init__(self, store: dist.Store, rank: int) -> None:
+        self.store, self.rank = store, rank
+        threading.Thread(target=self._beat, name="fedrun-heartbeat", daemon=True).start()
+
+    def _beat(self) -> None:
+        with suppress(RuntimeError):  # the store is gone: the run is at its end
+            while True:
+                self.store.add(f"beats/{self.rank}", 1)
+                time.sleep(self.SECONDS)
+
+    def silent(self, ranks: Iterable[int]) -> list[int]:
+        """Those whose count stands still for a few beats; takes as long."""
+        try:
+            before = {rank: self.store.add(f"beats/{rank}", 0) for rank in ranks}
+            time.sleep(3 * self.SECONDS)
+            return [r for r in before if self.store.add(f"beats/{r}", 0) == before[r]]
+        except RuntimeError:
+            return []
 
 
 class DataPlane:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import traceback
 from typing import Any
 
-from fedrun.comm import PeerFailed
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
 from fedrun.plan import Plan
@@ -19,8 +18,12 @@ from fedrun.server import Server
 from fedrun.worker import StoppedForPeer, Worker
 
 
+class RunEnded(RuntimeError):
+    """All ranks have agreed to end, and the server has told why."""
+
+
 def run(config: FederatedConfig, data: TokenData, runtime: Runtime) -> None:
-    """All ranks: train for all rounds. Raises PeerFailed on every rank where one fails."""
+    """All ranks: train for all rounds. Raises RunEnded on every rank where one rank fails."""
     control = runtime.control
     server = Server(config, data) if runtime.is_server else None
     worker = Worker(config, data, runtime) if runtime.worker is not None else None
@@ -68,12 +71,10 @@ def _copy(server: Server | None, worker: Worker | None, runtime: Runtime) -> Any
 
 def _end(verdict: dict[str, Any], server: Server | None, worker: Worker | None,
          runtime: Runtime) -> None:
-    """All ranks: the end that the server has decided, an exception with its reason."""
-    if "failed" in verdict:
-        raise PeerFailed(*verdict["failed"])
+    """All ranks: the end that the server has decided. Nobody leaves before it has told the reason
+    and kept the model, since a launcher ends all processes with the first."""
     model = _copy(server, worker, runtime)
     if server:
-        server.finish()
-        server.save_model(model)
-    runtime.control.wait_for_copy()
-    raise RuntimeError(verdict["no_client_left"])
+        server.end_early(verdict["reason"], model)
+    runtime.control.share()
+    raise RunEnded(verdict["reason"])

@@ -13,7 +13,6 @@ from importlib.metadata import version
 import torch
 
 from fedrun import central, protocol
-from fedrun.comm import PeerFailed
 from fedrun.config import FederatedConfig, RunConfig
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.model.precision import kernel_path
@@ -51,10 +50,7 @@ def run(config: RunConfig) -> int:
                 protocol.run(config, data, runtime)
         else:
             central.run(config, data, device)
-    except PeerFailed as failure:
-        if launch.rank == 0:
-            print(f"{failure.traceback}fedrun: rank {failure.rank} failed with the error above; "
-                  "all ranks end", file=sys.stderr, flush=True)
+    except protocol.RunEnded:
         return 1
     except Exception:
         print(f"{traceback.format_exc()}fedrun: rank {launch.rank} ends with the error above",

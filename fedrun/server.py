@@ -7,6 +7,7 @@ next round's training: nobody waits for a disk.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -65,12 +66,13 @@ class Server:
         """What happens after local training: all go on, or all end, with the same reason."""
         for rank, report in enumerate(reports):
             if report.get("traceback"):
-                return {"failed": [rank, report["traceback"]]}
+                return {"reason": f"{report['traceback']}round {plan.round}: rank {rank} failed "
+                        "with the error above; all ranks end"}
         trained = [c for report in reports for c in report.get("clients", [])]
         assert sorted(index for index, *_ in trained) == sorted(plan.cohort)
         if not any(finite for *_, finite in trained):
-            return {"no_client_left": f"round {plan.round}: no client's update is finite"
-                    f" (--lr {self.config.lr:g} may be too large); the last good model is in "
+            return {"reason": f"round {plan.round}: no client's update is finite (--lr "
+                    f"{self.config.lr:g} may be too large); the last good model is in "
                     f"{self.config.run_dir / 'model.safetensors'}"}
         return {}
 
@@ -132,6 +134,12 @@ class Server:
         if self._writing is not None:
             self._writing.result()
         self._writing = self._writer.submit(work)
+
+    def end_early(self, reason: str, model: Tensor) -> None:
+        """Keep the model of the last whole round, and tell the reason."""
+        self.finish()
+        self.save_model(model)
+        print(f"fedrun: {reason}", file=sys.stderr, flush=True)
 
     def finish(self) -> None:
         """Wait until all is written."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -147,9 +148,10 @@ def test_a_client_that_raises_ends_every_rank(run: Run, processes: int) -> None:
                   env={"FAULT": "raise", "FAULT_CLIENT": "1", "FAULT_STEP": "3"}, limit=60)
     assert outcome.code == 1
     assert "ZeroDivisionError" in outcome.output
-    assert outcome.output.count("Traceback (most recent call last)") == 1
-    rank = 2 if processes == 4 else 0
-    assert f"rank {rank} failed" in outcome.output
+    # One traceback of ours, and torchrun's own.
+    assert outcome.output.count("Traceback (most recent call last)") == 1 + (processes > 1)
+    assert re.search(r"round 1: rank [123] failed" if processes > 1 else "rank 0 failed",
+                     outcome.output)
 
 
 def test_an_update_that_is_not_finite_is_left_out(run: Run) -> None:

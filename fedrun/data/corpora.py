@@ -236,7 +236,9 @@ def hub_out_of_reach(flag: str, asked: str, error: Exception) -> ConnectionError
     """The error for `flag asked` where neither the hub nor its cache on this machine has it."""
     from huggingface_hub import constants
 
-    reason = one_line(error) if hub_answers() else "no answer"
+    # Without an answer, only what the cache objects to is worth telling: its configs, say.
+    told = hub_answers() or isinstance(error, ValueError)
+    reason = one_line(error) if told else "no answer"
     return ConnectionError(
         f"{flag} {asked}: no such folder, not in the hub's cache on this machine, and not to be "
         f"had from the hub ({constants.ENDPOINT}: {reason}); to run without a network: "

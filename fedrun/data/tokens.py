@@ -220,8 +220,8 @@ def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None]
     tokens = {
         split: _write_tokens(work / f"{split}.bin", rows[split], tokeniser, dtype) for split in rows
     }
-    # From here on the process may fork, and only single samples are tokenised or decoded: a
-    # thread pool would not survive the fork, which the library prevents and complains about.
+    # The library's threads do not survive a fork, and every fork after their use makes it warn.
+    # What is left to do, single samples, needs none.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer_json = (work / "tokenizer" / "tokenizer.json").read_bytes()
     fingerprint: dict[str, Any] = {

@@ -1,0 +1,135 @@
+"""What goes wrong is told in one line, or ends every rank with a message: nothing hangs."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, SMALL, Run, torchrun
+
+
+def error_line(output: str) -> str:
+    lines = [line for line in output.splitlines() if line.startswith("fedrun: error:")]
+    assert len(lines) == 1, output
+    assert str(ROOT / "fedrun") not in output  # no traceback of ours; torchrun prints its own
+    return lines[0]
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (("--num_clients", 50_000), r"--num_clients 50000"),
+    (("--num_clients", 2, "--batch_size", 30_000), r"--batch_size"),
+    (("--num_clients", 2, "--local_updates", 30_000), r"--local_updates 30000: .* accepted is up to"),
+    (("--device", "cuda"), r"--device cuda: no CUDA device is available"),
+])
+def test_what_cannot_be_is_refused_in_one_line(run: Run, flags: tuple[object, ...], said: str
+                                               ) -> None:
+    outcome = run("fed_avg", *flags)
+    assert outcome.code == 2
+    assert re.search(said, error_line(outcome.output))
+    assert not outcome.run_dir.exists()
+
+
+def test_an_empty_corpus(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    outcome = run("fed_avg", "--dataset", tmp_path / "*.txt")
+    assert outcome.code == 2
+    assert "--dataset" in error_line(outcome.output)
+
+
+def test_under_torchrun_the_line_comes_once(run: Run) -> None:
+    outcome = run("fed_avg", "--lr", "-1", processes=3)
+    assert outcome.code == 1  # torchrun's own code for any failure
+    assert "--lr -1.0: accepted is a number above 0" in error_line(outcome.output)
+    assert "exitcode  : 2" in outcome.output
+
+
+def test_central_under_torchrun_is_refused(run: Run) -> None:
+    outcome = run("central", processes=2)
+    assert "central runs in one process" in error_line(outcome.output)
+
+
+def test_a_folder_with_another_config_is_refused_unless_overwritten(run: Run) -> None:
+    assert run("fed_avg", "--rounds", 1).code == 0
+    refused = run("fed_avg", "--rounds", 2, "--lr", "1e-3")
+    assert refused.code == 2
+    line = error_line(refused.output)
+    assert "--overwrite" in line
+    assert "rounds 1 there, 2 here" in line
+    assert "lr 0.002 there, 0.001 here" in line
+    assert [r["global_step"] for r in refused.history] == [1]
+    again = run("fed_avg", "--rounds", 2, "--overwrite")
+    assert again.code == 0
+    assert [r["global_step"] for r in again.history] == [1, 2]
+
+
+def test_a_folder_that_is_no_run_is_never_replaced(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("precious")
+    outcome = run("fed_avg", "--rounds", 1, "--overwrite")
+    assert outcome.code == 2
+    assert "is no run's folder" in error_line(outcome.output)
+    assert (tmp_path / "run" / "thesis.tex").read_text() == "precious"
+
+
+def test_a_data_dir_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    outcome = run("fed_avg", "--rounds", 1, "--data_dir", tmp_path / "file")
+    assert outcome.code == 2
+    assert "--data_dir" in error_line(outcome.output)
+
+
+@pytest.mark.parametrize(("sent", "timeout"), [(signal.SIGKILL, 600), (signal.SIGSTOP, 8)])
+def test_a_lost_worker_ends_all_ranks(sent: signal.Signals, timeout: int, cache_dir: Path,
+                                      tmp_path: Path) -> None:
+    """A killed worker is noticed at once, a stopped one at the timeout; the server names it."""
+    log = tmp_path / "log"
+    command = [*torchrun(4), "-m", "fedrun", "fed_avg", *SMALL, "--data_dir", str(tmp_path),
+               "--cache_dir", str(cache_dir), "--run_name", "run", "--rounds", "100000",
+               "--num_clients", "3", "--val_freq", "100000", "--timeout", str(timeout)]
+    with log.open("w") as out:
+        launcher = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
+                                    start_new_session=True)
+    try:
+        events = tmp_path / "run" / "events.jsonl"
+        wait_until(lambda: events.exists() and events.read_text().count("\n") > 3, 60)
+        children = psutil.Process(launcher.pid).children()
+        assert len(children) == 4
+        ranks = {int(c.environ()["RANK"]): c for c in children}
+        ranks[2].send_signal(sent)
+        began = time.monotonic()
+        others = [ranks[r] for r in (0, 1, 3)]
+        wait_until(lambda: not any(alive(c) for c in others), timeout=60)
+        took = time.monotonic() - began
+        if sent == signal.SIGSTOP:
+            # torchrun has sent SIGTERM, which a stopped process cannot take, and would wait on.
+            assert took < timeout + 20
+            text = log.read_text()
+            assert "no sign of life from rank 2, " in text, text
+            ranks[2].kill()
+        else:
+            assert took < 10
+        assert launcher.wait(60) == 1
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.wait()
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(condition, timeout: float) -> None:  # type: ignore[no-untyped-def]
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)

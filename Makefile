@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
+# torchrun would say it at length for every start.
+export OMP_NUM_THREADS := 1
+
 .PHONY: demo test test-all check clean
 
 # 4 clients and a server in parallel on the documentation that comes with Python; no network
@@ -14,11 +17,11 @@ demo: $(VENV)/.ready
 	    --run_name demo --overwrite
 
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(BIN)/python -m pytest
 
 # The tests that take longer.
 test-all: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store
 
 _FAILED = "failed"  # store key that a failing rank writes and the others look at between steps
 
@@ -31,7 +32,7 @@ class Control:
     Without a group it is the plane of one process, where nothing travels.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, store: dist.Store | None = None,
+    def __init__(self, group: dist.ProcessGroup | None = None, store: Store | None = None,
                  timeout: timedelta = timedelta(), first_worker: int = 0) -> None:
         self.group = group
         self.store = store
@@ -150,7 +151,7 @@ class _Heartbeat:
 
     SECONDS = 1.0
 
-    def __init__(self, store: dist.Store, rank: int) -> None:
+    def __init__(self, store: Store, rank: int) -> None:
         self.store, self.rank = store, rank
         threading.Thread(target=self._beat, name="fedrun-heartbeat", daemon=True).start()
 

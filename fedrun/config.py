@@ -13,7 +13,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import functools
 import inspect
 import math
 import textwrap
@@ -152,9 +151,13 @@ class RunConfig:
         def plain(value: Any) -> Any:
             if isinstance(value, Path):
                 return str(value)
-            return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value  # type: ignore[arg-type]
+            if dataclasses.is_dataclass(value) and not isinstance(value, type):
+                return dataclasses.asdict(value)
+            return value
+
         values = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        return values | values.pop("strategy", {})
+        strategy: dict[str, Any] = values.pop("strategy", {})
+        return values | strategy
 
     def results_dict(self) -> dict[str, Any]:
         """The part of `to_dict` that decides the results: two runs with equal ones are equal."""
@@ -240,7 +243,6 @@ class Setting:
             raise ValueError(f"{where}{value}: accepted is {what}") from None
 
 
-@functools.cache
 def settings(cls: type) -> dict[str, Setting]:
     """The fields of a dataclass that can be set by flags and YAML keys, by name."""
     helps: dict[str, str] = {}
@@ -268,7 +270,8 @@ def _docstrings(cls: type) -> dict[str, str]:
     return {a.target.id: " ".join(s.value.value.split())
             for a, s in zip(tree.body, tree.body[1:], strict=False)
             if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name)
-            and isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)}
+            and isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)
+            and isinstance(s.value.value, str)}
 
 
 # ---- from defaults, files and flags to a config -------------------------------------------------

@@ -31,7 +31,7 @@ def run(config: FederatedConfig, data: TokenData, runtime: Runtime) -> None:
     while not last:
         number += 1
         plan = Plan(**control.share(server and server.plan(number)))       # server -> all
-        report = _train(worker, plan, runtime) if worker else {}           # workers, each for itself
+        report = _train(worker, plan, runtime) if worker else {}           # workers, each alone
         reports = control.gather(report)                                   # all -> server
         verdict = control.share(server and server.judge(plan, reports or []))  # server -> all
         if verdict:

@@ -14,10 +14,10 @@ import torch
 
 from fedrun import central, protocol
 from fedrun.config import FederatedConfig, RunConfig
+from fedrun.data.shards import contiguous_shards
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.model.precision import kernel_path
 from fedrun.plan import Schedule
-from fedrun.data.shards import contiguous_shards
 from fedrun.rundir import open_run_dir, write_json
 from fedrun.runtime import Launch, choose_device, connected, detect
 

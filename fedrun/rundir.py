@@ -16,6 +16,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,8 @@ def open_run_dir(config: RunConfig) -> None:
 def _refuse_other(config: RunConfig, path: Path) -> None:
     held: dict[str, Any] | None = None
     if (path / "config.json").is_file():
-        try:
+        with suppress(ValueError):
             held = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        except ValueError:
-            pass
     if held is None:
         if any(path.iterdir()):
             raise ValueError(f"--run_name {config.name}: {path} exists and is no run's folder; "
@@ -109,5 +108,5 @@ def save_studied(folder: Path, step: int, now: Mapping[str, np.ndarray],
     deltas = {f"delta_{name}": now[name] - start[name] for name in now}
     for kind, arrays in (("params", now), ("deltas", deltas)):
         buffer = io.BytesIO()
-        np.savez(buffer, **arrays)  # type: ignore[arg-type]
+        np.savez(buffer, **arrays)
         write_whole(folder / kind / f"step_{step:06d}.npz", buffer.getvalue())

@@ -16,11 +16,14 @@ from datetime import timedelta
 import psutil
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from fedrun.comm import Control, DataPlane
 
-STARTUP_TIMEOUT = timedelta(minutes=5)  # for all ranks to appear: schedulers start nodes unevenly
-GRACE = timedelta(seconds=20)  # workers wait longer than the server, whose message names who is lost
+# For all ranks to appear: schedulers start nodes unevenly.
+STARTUP_TIMEOUT = timedelta(minutes=5)
+# Workers wait longer than the server, whose message names who is lost.
+GRACE = timedelta(seconds=20)
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,10 @@ def device_index(launch: Launch, dedicated_server: bool, gpus: int) -> int | Non
         return 0
     if index >= gpus:
         extra = int(server_here)
-        raise ValueError(f"--device cuda: {workers} workers but {gpus} GPUs on {socket.gethostname()}"
-                         f"; start {gpus + extra} processes here (--nproc-per-node {gpus + extra}): "
-                         "fewer workers host more clients each")
+        raise ValueError(
+            f"--device cuda: {workers} workers but {gpus} GPUs on {socket.gethostname()}; start "
+            f"{gpus + extra} processes here (--nproc-per-node {gpus + extra}): fewer workers host "
+            "more clients each")
     return index
 
 
@@ -113,7 +117,7 @@ def choose_interfaces(launch: Launch, env: Mapping[str, str]) -> dict[str, str]:
                              f"{socket.gethostname()} to MASTER_ADDR={address}; set it to the "
                              "interface that connects the machines (`ip route` shows them)")
         return {}
-    return {name: interface for name in names}
+    return dict.fromkeys(names, interface)
 
 
 def address_is_local_only(address: str) -> bool:
@@ -166,7 +170,7 @@ def connected(launch: Launch, device: torch.device, dedicated_server: bool, time
     os.environ.update(choose_interfaces(launch, os.environ))
     # torchrun restarts workers in place over the same store, which still holds the addresses of the
     # dead: every attempt gets a name space of its own.
-    store = dist.PrefixStore(f"attempt{launch.attempt}", dist.TCPStore(
+    store = PrefixStore(f"attempt{launch.attempt}", TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), launch.world_size,
         is_master=launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
         timeout=STARTUP_TIMEOUT))

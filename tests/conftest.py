@@ -86,8 +86,9 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(cache_dir: Path, tmp_path: Path) -> Run:
     """run("fed_avg", "--rounds", 4, processes=3): a whole run on SMALL, in its own processes."""
 
-    def run_it(method: str, *flags: object, processes: int = 1, name: str = "run", limit: float = 100,
-               script: Path | None = None, env: dict[str, str] | None = None) -> Outcome:
+    def run_it(method: str, *flags: object, processes: int = 1, name: str = "run",
+               limit: float = 100, script: Path | None = None,
+               env: dict[str, str] | None = None) -> Outcome:
         program = [str(script)] if script else ["-m", "fedrun"]
         code, output = execute(
             [*torchrun(processes), *program, method, *SMALL, "--data_dir", str(tmp_path),

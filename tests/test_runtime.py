@@ -33,7 +33,7 @@ def test_device_index(launch: Launch, dedicated: bool, gpus: int, index: int | N
 
 
 def test_too_few_gpus_prints_the_right_launch_line() -> None:
-    with pytest.raises(ValueError, match="5 workers but 2 GPUs.*--nproc-per-node 3"):
+    with pytest.raises(ValueError, match=r"5 workers but 2 GPUs.*--nproc-per-node 3"):
         device_index(first(5, 6), True, 2)
     with pytest.raises(ValueError, match="--nproc-per-node 2"):
         device_index(later(2, 3, 7), True, 2)
@@ -56,7 +56,7 @@ def test_interfaces_on_one_machine_are_loopback_unless_the_user_has_chosen() -> 
 
 
 def test_between_machines_a_master_on_loopback_is_refused_by_the_variables_name() -> None:
-    with pytest.raises(ValueError, match="GLOO_SOCKET_IFNAME.*MASTER_ADDR=127.0.1.1"):
+    with pytest.raises(ValueError, match=r"GLOO_SOCKET_IFNAME.*MASTER_ADDR=127\.0\.1\.1"):
         choose_interfaces(later(0, 1, 2), {"MASTER_ADDR": "127.0.1.1"})
 
 

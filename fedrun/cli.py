@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -19,11 +20,18 @@ from fedrun.strategies import STRATEGIES
 METHODS = {"central": "centralised training, the baseline: all the data in one process"} | {
     name: (cls.__doc__ or "").split("\n")[0] for name, cls in STRATEGIES.items()}
 
+# Commands beside training: name -> (help, module whose `main(argv) -> exit code` it is).
+TOOLS: dict[str, tuple[str, str]] = {}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 1 failed, 2 asked for something that cannot be."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        config = parse(sys.argv[1:] if argv is None else argv)
+        if argv and argv[0] in TOOLS:
+            tool = importlib.import_module(TOOLS[argv[0]][1])
+            return int(tool.main([with_underscores(a) for a in argv[1:]]))
+        config = parse(argv)
         if config is None:
             return 0
         from fedrun.run import run  # torch is imported here, after everything quick
@@ -49,8 +57,9 @@ def parse(argv: Sequence[str]) -> RunConfig | None:
         return None
     method = argv[0].replace("-", "_")
     if method not in METHODS:
-        raise ValueError(f"unknown command {argv[0]!r}{closest(method, METHODS)}; "
-                         f"known are {', '.join(METHODS)}")
+        known = [*METHODS, *TOOLS]
+        raise ValueError(f"unknown command {argv[0]!r}{closest(method, known)}; "
+                         f"known are {', '.join(known)}")
     flags = vars(method_parser(method).parse_args([with_underscores(a) for a in argv[1:]]))
     only_print = flags.pop("print_config")
     config = resolve(method, {k: v for k, v in flags.items() if v is not None})
@@ -69,7 +78,7 @@ def with_underscores(argument: str) -> str:
     return "--" + flag[2:].replace("-", "_") + equals + value
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """argparse whose errors are our one-line ValueErrors."""
 
     def error(self, message: str) -> NoReturn:
@@ -83,7 +92,7 @@ class _Parser(argparse.ArgumentParser):
 
 def method_parser(method: str) -> argparse.ArgumentParser:
     """The flags of one method, with help and defaults."""
-    parser = _Parser(prog=f"fedrun {method}", description=METHODS[method], allow_abbrev=False,
+    parser = Parser(prog=f"fedrun {method}", description=METHODS[method], allow_abbrev=False,
                      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30,
                                                                          width=100))
     for name, setting in method_settings(method).items():
@@ -100,8 +109,9 @@ def method_parser(method: str) -> argparse.ArgumentParser:
 
 
 def overview() -> str:
-    width = max(map(len, METHODS))
-    commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in METHODS.items())
+    told = METHODS | {name: text for name, (text, _) in TOOLS.items()}
+    width = max(map(len, told))
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in told.items())
     return (f"fedrun {__version__}: federated training of Mamba-2 language models\n\n"
             f"usage: fedrun COMMAND [--flag value ...]\n"
             f"       torchrun --standalone --nproc-per-node 5 -m fedrun COMMAND ...\n\n"

@@ -64,6 +64,9 @@ class ModelConfig:
                 f"a divisor of the number of heads, {heads}")
 
 
+Dtype = Literal["auto", "bf16", "fp32", "fp64"]
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """What a centralised and a federated run have in common."""
@@ -104,8 +107,9 @@ class RunConfig:
     """Replace a run folder that was made with other settings."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where workers compute; auto takes GPUs where there are any."""
-    dtype: Literal["fp32", "fp64"] = "fp32"
-    """Type of parameters and arithmetic; fp64 is slow and there to check fp32 against."""
+    dtype: Dtype = "auto"
+    """Type of the matrix products. Parameters, norms, decays and losses are fp32 with bf16 too; auto
+    takes bf16 where the workers' hardware multiplies it, else fp32; fp64 is to check against."""
     threads: int = 1
     """CPU threads of a client's training. The results depend on it in the last bits, so it is a
     setting and never guessed from the machine."""

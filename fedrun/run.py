@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -13,10 +14,10 @@ from importlib.metadata import version
 import torch
 
 from fedrun import central, protocol
-from fedrun.config import FederatedConfig, RunConfig
+from fedrun.config import Dtype, FederatedConfig, RunConfig
 from fedrun.data.shards import contiguous_shards
 from fedrun.data.tokens import TokenData, prepare
-from fedrun.model.precision import kernel_path
+from fedrun.model.precision import bf16_in_hardware, kernel_path
 from fedrun.plan import Schedule
 from fedrun.rundir import open_run_dir, write_json
 from fedrun.runtime import Launch, choose_device, connected, detect
@@ -35,6 +36,7 @@ def run(config: RunConfig) -> int:
     dedicated = isinstance(config, FederatedConfig) and config.server == "dedicated"
     torch.set_num_threads(config.threads)
     device = choose_device(config.device, launch, dedicated)
+    config = dataclasses.replace(config, dtype=resolve_dtype(config, device))
     data = prepare(config.dataset, config.tokenizer, config.sequence_length,
                    config.cache_dir.expanduser(), say=_say_from(launch))
     if isinstance(config, FederatedConfig):  # what only the data can refuse, before connecting
@@ -59,6 +61,22 @@ def run(config: RunConfig) -> int:
     if launch.rank == 0:
         print(f"done: {config.run_dir}", flush=True)
     return 0
+
+
+def resolve_dtype(config: RunConfig, device: torch.device) -> Dtype:
+    """What --dtype amounts to here: by what the hardware can do, never by a timing.
+
+    A dedicated server computes on the CPU but answers for the GPUs beside it. Ranks that come to
+    different answers do not train together (see `identity`). ValueError for bf16 without hardware.
+    """
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    has_bf16 = bf16_in_hardware(torch.device("cuda", 0) if on_gpu else device)
+    if config.dtype == "bf16" and not has_bf16:
+        raise ValueError(f"--dtype bf16: no hardware for it on {platform.node()}, where it would be "
+                         "emulated, many times slower than fp32; accepted is auto, fp32 or fp64")
+    if config.dtype == "auto":
+        return "bf16" if has_bf16 else "fp32"
+    return config.dtype
 
 
 def versions() -> dict[str, str]:

@@ -25,12 +25,14 @@ from fedrun.rundir import save_studied, studied
 from fedrun.runtime import Runtime
 from fedrun.sums import TermSum
 
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
 
 
 def new_model(config: RunConfig, vocab_size: int, device: torch.device) -> Mamba2LM:
     """The model of a run at its start: the same weights on every rank and every device."""
-    model = Mamba2LM(config.model, vocab_size)
+    assert config.dtype != "auto", "resolved before anything is built: it decides the bits"
+    products = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+    model = Mamba2LM(config.model, vocab_size, compute_dtype=products)
     model.init_weights(config.seed)
     return model.to(device=device, dtype=DTYPES[config.dtype])
 

@@ -23,7 +23,8 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 # A run of seconds on real text: the documentation that comes with Python.
 SMALL = ("--config", "tiny", "--dataset", "pydocs", "--tokenizer", "bpe:400",
-         "--sequence_length", "32", "--batch_size", "2", "--val_freq", "3", "--lr", "2e-3")
+         "--sequence_length", "32", "--batch_size", "2", "--val_freq", "3", "--lr", "2e-3",
+         "--dtype", "fp32")
 
 
 @dataclass

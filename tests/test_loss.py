@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedrun.model.loss import CHUNK_TOKENS, linear_cross_entropy, predictive_entropy
+from fedrun.model import loss as loss_module
+from fedrun.model.loss import linear_cross_entropy, predictive_entropy
+
+CHUNK_TOKENS = loss_module.CHUNK_TOKENS["cpu"]
 
 
 def example(tokens: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:

@@ -130,13 +130,24 @@ def test_gradients_accumulate_in_place_in_a_flat_buffer() -> None:
         p.grad = flat[offset:offset + p.numel()].view(p.shape)
         offset += p.numel()
     ids = tokens(2, 20)
-    for _ in range(2):
-        loss, count = model.loss(ids)
-        (loss / count).backward()
+    loss, count = model.loss(ids)
+    (loss / count).backward()
+    model.accumulate_grad(ids)
     loss, count = reference.loss(ids)
     (2 * loss / count).backward()
     expected = torch.cat([p.grad.flatten() for p in reference.parameters()])
     torch.testing.assert_close(flat, expected, rtol=1e-5, atol=1e-8)
+
+
+def test_accumulate_grad_equals_backward_of_the_mean_loss() -> None:
+    reference, model, ids = build().double(), build().double(), tokens(3, 20)
+    loss, count = reference.loss(ids)
+    (loss / count).backward()
+    got, got_count = model.accumulate_grad(ids)
+    torch.testing.assert_close(got, loss.detach())
+    assert got_count == count and not got.requires_grad
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-14)
 
 
 def test_bf16_products_stay_close_to_fp32() -> None:

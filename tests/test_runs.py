@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import math
 import re
+import socket
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import Outcome, Run
+from conftest import SMALL, Outcome, Run, execute
+
+from fedrun.model.precision import bf16_in_hardware
 
 # What differs between runs of the same experiment: clocks.
 CLOCKS = {"seconds", "local_training_seconds", "aggregation_seconds", "evaluation_seconds"}
@@ -172,3 +177,38 @@ def test_when_no_client_is_left_the_last_good_model_is_kept(run: Run) -> None:
     assert outcome.code == 1
     assert "no client's update is finite" in outcome.output
     assert outcome.bits == good.bits
+
+
+def test_two_uneven_nodes_with_static_rendezvous(run: Run, cache_dir: Path, tmp_path: Path) -> None:
+    """Two torchrun agents, as on two machines: 3 processes (with the server) and 2."""
+    flags = ("--num_clients", "5", "--rounds", "2")
+    alone = run("fed_avg", *flags, name="alone")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def node(number: int, processes: int) -> tuple[int, str]:
+        return execute(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank",
+             str(number), "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1",
+             "--master-port", str(port), "-m", "fedrun", "fed_avg", *SMALL, *flags, "--data_dir",
+             str(tmp_path), "--cache_dir", str(cache_dir), "--run_name", "nodes"],
+            env={"GLOO_SOCKET_IFNAME": "lo"})  # both "machines" are this one
+
+    with ThreadPoolExecutor(2) as pool:
+        nodes = [f.result() for f in (pool.submit(node, 0, 3), pool.submit(node, 1, 2))]
+    assert [code for code, _ in nodes] == [0, 0], nodes
+    assert Outcome(0, "", tmp_path / "nodes").bits == alone.bits
+
+
+def test_bf16_has_the_same_bits_in_1_and_3_processes(run: Run) -> None:
+    flags = ("--num_clients", 3, "--rounds", 2, "--dtype", "auto")
+    alone, three = run("fed_avg", *flags, name="p1"), run("fed_avg", *flags, processes=3, name="p3")
+    assert alone.code == three.code == 0, three.output
+    assert alone.bits == three.bits
+    chosen = json.loads((alone.run_dir / "config.json").read_text())["dtype"]
+    assert chosen == ("bf16" if bf16_in_hardware("cpu") else "fp32")
+    fp32 = run("fed_avg", *flags[:-1], "fp32", name="fp32")
+    assert (fp32.bits == alone.bits) == (chosen == "fp32")
+    ours, theirs = alone.history[-1]["server_val_loss"], fp32.history[-1]["server_val_loss"]
+    assert math.isclose(ours, theirs, rel_tol=2e-3)

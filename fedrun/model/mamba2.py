@@ -15,7 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedrun.config import ModelConfig
-from fedrun.model.loss import linear_cross_entropy, predictive_entropy
+from fedrun.model.loss import (
+    linear_cross_entropy,
+    linear_cross_entropy_gradients,
+    predictive_entropy,
+)
 from fedrun.model.ssd import ssd_scan
 
 NORM_EPS = 1e-5
@@ -177,7 +181,10 @@ class Mamba2LM(nn.Module):
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         """Hidden states after the final norm: (b, l) integers -> (b, l, d)."""
-        residual = F.embedding(input_ids, self.backbone.embedding.weight)
+        return self.hidden_of(F.embedding(input_ids, self.backbone.embedding.weight))
+
+    def hidden_of(self, residual: Tensor) -> Tensor:
+        """Hidden states after the final norm, of embedded tokens: (b, l, d) -> (b, l, d)."""
         for block in self.backbone.layers:
             assert isinstance(block, Block)
             mixed, _ = block.mixer(block.norm(residual))
@@ -203,6 +210,26 @@ class Mamba2LM(nn.Module):
         targets = input_ids[:, 1:].flatten()
         loss = linear_cross_entropy(hidden, self.lm_head.weight, targets,
                                     product_dtype(self.compute_dtype, hidden))
+        return loss, targets.numel()
+
+    def accumulate_grad(self, input_ids: Tensor) -> tuple[Tensor, int]:
+        """The same values as `loss`; adds the gradient of the mean loss to every .grad, in place.
+
+        The result is that of `(loss / count).backward()`, without its passes over tensors of the
+        embedding's size: both gradients of the tied weight are added where they belong.
+        """
+        weight = self.lm_head.weight
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        embedded = F.embedding(input_ids, weight.detach()).requires_grad_()
+        hidden = self.hidden_of(embedded)
+        targets = input_ids[:, 1:].flatten()
+        loss, grad = linear_cross_entropy_gradients(
+            hidden.detach()[:, :-1].flatten(0, 1), weight.detach(), targets, weight.grad,
+            1 / targets.numel(), product_dtype(self.compute_dtype, hidden))
+        hidden[:, :-1].backward(grad.view(len(input_ids), -1, grad.shape[-1]))
+        assert embedded.grad is not None
+        weight.grad.index_add_(0, input_ids.flatten(), embedded.grad.flatten(0, 1))
         return loss, targets.numel()
 
     @torch.no_grad()

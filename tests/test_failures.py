@@ -95,6 +95,7 @@ def test_a_lost_worker_ends_all_ranks(sent: signal.Signals, timeout: int, cache_
     with log.open("w") as out:
         launcher = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
                                     start_new_session=True)
+    ranks: dict[int, psutil.Process] = {}
     try:
         events = tmp_path / "run" / "events.jsonl"
         wait_until(lambda: events.exists() and events.read_text().count("\n") > 3, 60)
@@ -119,6 +120,9 @@ def test_a_lost_worker_ends_all_ranks(sent: signal.Signals, timeout: int, cache_
         if launcher.poll() is None:
             os.killpg(launcher.pid, signal.SIGKILL)
             launcher.wait()
+        for process in ranks.values():
+            if process.is_running():
+                process.kill()
 
 
 def alive(process: psutil.Process) -> bool:

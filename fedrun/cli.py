@@ -14,14 +14,23 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from fedrun import __version__
-from fedrun.config import RunConfig, closest, method_settings, resolve
+from fedrun.config import RunConfig
+from fedrun.settings import closest, method_settings, resolve
 from fedrun.strategies import STRATEGIES
 
 METHODS = {"central": "centralised training, the baseline: all the data in one process"} | {
     name: (cls.__doc__ or "").split("\n")[0] for name, cls in STRATEGIES.items()}
 
 # Commands beside training: name -> (help, module whose `main(argv) -> exit code` it is).
-TOOLS: dict[str, tuple[str, str]] = {}
+TOOLS: dict[str, tuple[str, str]] = {
+    "watch": ("follow a run in the terminal, or look at a finished one", "fedrun.tools.watch"),
+    "plot": ("figures of perplexities and of how weights changed, from run folders",
+             "fedrun.plots"),
+    "report": ("one HTML page of all runs in a folder", "fedrun.tools.report"),
+    "generate": ("continue a text with the model of a run", "fedrun.tools.generate"),
+    "evaluate": ("loss and perplexity of a run's model on any text", "fedrun.tools.evaluate"),
+    "export": ("a run's model as transformers or mamba_ssm load it", "fedrun.tools.export"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,14 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedrun.config import FederatedConfig, RunConfig
-from fedrun.data.shards import Batches
+from fedrun.config import RunConfig
+from fedrun.data.shards import make_batches
+from fedrun.fisher import FisherEstimate, batch_gradient
 from fedrun.model.mamba2 import Mamba2LM
+from fedrun.optimizer import LocalOptimizer
 from fedrun.params import FlatParams
-from fedrun.sums import adamw_step_bound
-
-BETAS = (0.9, 0.999)
-WEIGHT_DECAY = 0.01
 
 
 @dataclass
@@ -30,30 +28,23 @@ class LocalLosses:
 class Client:
     """One owner of data. Its batches depend on (seed, client) alone, never on where it is hosted.
 
-    Several clients share a worker's model: between a client's turns only its AdamW moments (and,
-    under --sync epoch, its parameters) are kept.
+    Several clients share a worker's model: between a client's turns only its AdamW moments (unless
+    `optimizer` is shared as well) and, under --sync epoch, its parameters are kept.
     """
 
     def __init__(self, index: int, shard: range, sequences: np.ndarray, flat: FlatParams,
-                 config: RunConfig) -> None:
+                 config: RunConfig, optimizer: LocalOptimizer) -> None:
         self.index = index
         self.shard = shard
         self.sequences = sequences
         self.flat = flat
         self.config = config
-        self.batches = Batches(len(shard), config.batch_size, config.seed, index)
+        self.optimizer = optimizer
+        self.batches = make_batches(config.sampling, len(shard), config.batch_size, config.seed,
+                                    index)
         self.steps_done = 0
         self.parameters: Tensor | None = None
         """The client's own model between rounds that do not begin with the global one."""
-        self.optimizer = self.new_optimizer()
-
-    def new_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([self.flat.parameter()], lr=self.config.lr, betas=BETAS,
-                                 weight_decay=WEIGHT_DECAY, fused=True)
-
-    def reset_moments(self) -> None:
-        """Start AdamW anew."""
-        self.optimizer = self.new_optimizer()
 
     def keep_parameters(self) -> None:
         """Keep the worker's parameters as this client's own, for a round that goes on from them."""
@@ -64,32 +55,54 @@ class Client:
     def forget(self) -> None:
         """Drop all that local training has left behind, after an update that was not finite."""
         self.parameters = None
-        self.reset_moments()
+        self.optimizer.reset()
 
-    def train(self, model: Mamba2LM, steps: int, between_steps: Callable[[], None] = lambda: None
-              ) -> LocalLosses:
-        """`steps` optimizer steps from where the worker's parameters are, on the next batches."""
-        device = self.flat.vector.device
-        loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    def train(self, model: Mamba2LM, steps: int, first_step: int,
+              between_steps: Callable[[], None] = lambda: None, *, anchor: Tensor | None = None,
+              prox_mu: float = 0.0, fisher: FisherEstimate | None = None) -> LocalLosses:
+        """`steps` optimizer steps from where the worker's parameters are, on the next batches.
+
+        first_step: the place of the first of them in the run, counted from 0, for the schedule.
+        With prox_mu, the loss has the term (prox_mu / 2) |w - anchor|^2 (Li et al. 2020, "Federated
+        Optimization in Heterogeneous Networks", equation 2). `fisher` estimates beside it, without
+        that term.
+        """
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.flat.vector.device)
         tokens = 0
-        for _ in range(steps):
+        for step in range(steps):
             between_steps()
-            batch = self.next_batch().to(device, non_blocking=True)
-            self.flat.grad.zero_()
-            loss, count = model.loss(batch)
-            (loss / count).backward()
-            self.optimizer.step()
-            loss_sum += loss.detach()
+            batch = self.next_batch()
+            loss, count = (fisher.gradient(model, batch) if fisher
+                           else batch_gradient(model, self.flat, batch))
+            if prox_mu:
+                assert anchor is not None
+                self.flat.grad.add_(self.flat.vector - anchor, alpha=prox_mu)
+            self.optimizer.step(first_step + step)
+            loss_sum += loss
             tokens += count
         return LocalLosses(loss_sum.item(), tokens)
+
+    def gradient(self, model: Mamba2LM) -> LocalLosses:
+        """The gradient of the next batch's mean loss in flat.grad; no step."""
+        loss, tokens = batch_gradient(model, self.flat, self.next_batch())
+        return LocalLosses(loss.item(), tokens)
 
     def next_batch(self) -> Tensor:
         """(batch_size, sequence_length) token ids; the client's position moves on."""
         batch = self.batches.read(self.steps_done, self.sequences, self.shard)
         self.steps_done += 1
-        return torch.from_numpy(batch)
+        return torch.from_numpy(batch).to(self.flat.vector.device, non_blocking=True)
 
 
-def update_bound(config: FederatedConfig, local_steps: int) -> float:
-    """The largest element of an update after so many local steps (fixes the grid of the sums)."""
-    return local_steps * adamw_step_bound(config.lr, WEIGHT_DECAY, *BETAS)
+def mean_entropy(model: Mamba2LM, sequences: np.ndarray, holdout: range, batch_size: int,
+                 batches: int) -> float:
+    """Mean predictive entropy in nats a token over at most `batches` batches of the holdout."""
+    device = next(model.parameters()).device
+    entropy, tokens = 0.0, 0
+    for start in range(0, len(holdout), batch_size)[:batches]:
+        rows = holdout[start:start + batch_size]
+        batch = torch.from_numpy(sequences[rows.start:rows.stop].astype(np.int64)).to(device)
+        summed, count = model.entropy(batch)
+        entropy += float(summed)
+        tokens += count
+    return entropy / tokens

@@ -126,6 +126,11 @@ class Control:
         """Whether some rank has failed: a look at the store, about 0.06 ms."""
         return self.store is not None and self.store.check([_FAILED])
 
+    def close(self) -> None:
+        """After the last message of a run that has succeeded."""
+        if self._beats is not None:
+            self._beats.stop()
+
     @contextmanager
     def _naming(self, peer: int) -> Iterator[None]:
         """Turn torch.distributed's errors into one that names the rank that did not answer."""
@@ -153,13 +158,19 @@ class _Heartbeat:
 
     def __init__(self, store: Store, rank: int) -> None:
         self.store, self.rank = store, rank
-        threading.Thread(target=self._beat, name="fedrun-heartbeat", daemon=True).start()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="fedrun-heartbeat", daemon=True)
+        self._thread.start()
 
     def _beat(self) -> None:
         with suppress(RuntimeError):  # the store is gone: the run is at its end
-            while True:
+            while not self._stopped.wait(self.SECONDS):
                 self.store.add(f"beats/{self.rank}", 1)
-                time.sleep(self.SECONDS)
+
+    def stop(self) -> None:
+        """Before the process ends: a thread inside the store would abort the interpreter's end."""
+        self._stopped.set()
+        self._thread.join()
 
     def silent(self, ranks: Iterable[int]) -> list[int]:
         """Those whose count stands still for a few beats; takes as long."""

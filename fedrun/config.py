@@ -1,37 +1,22 @@
 """Every setting of a run, as frozen dataclasses: what `--help` says, what a run folder records.
 
 The docstring under a field is its help text, its type says what the flag accepts, and
-``__post_init__`` refuses values that cannot work, naming the flag. Torch is not imported here, so
-that `--help` and a wrong flag answer at once.
-
-A value is looked up in this order, later ones win:
-field default < configs/methods/<method>.yaml < --config < flags.
+``__post_init__`` refuses values that cannot work, naming the flag (settings.py turns fields into
+flags). Torch is not imported here, so that `--help` and a wrong flag answer at once.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import difflib
-import inspect
 import math
-import textwrap
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import yaml
-
-from fedrun.strategies import FedAvg, Strategy, strategy_class
-
-
-def require(condition: bool, flag: str, value: object, accepted: str) -> None:
-    """Raise the ValueError of a wrong setting: which flag, what it got, what it accepts."""
-    if not condition:
-        raise ValueError(f"{flag} {value}: accepted is {accepted}")
+from fedrun.strategies import FedAvg, Strategy
+from fedrun.strategies.base import require
+from fedrun.strategies.fed_fisher import FedFisher
+from fedrun.strategies.fed_sgd import FedSGD
 
 
 @dataclass(frozen=True)
@@ -52,6 +37,9 @@ class ModelConfig:
     """Groups of heads that share B and C (G)."""
     d_conv: int = 4
     """Taps of the causal depthwise convolution."""
+    pad_vocab_multiple: int = 1
+    """The embedding and head have as many rows as the next multiple of this after the vocabulary;
+    rows beyond it stand for no token."""
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
@@ -62,6 +50,10 @@ class ModelConfig:
         heads = inner // self.headdim
         require(heads % self.ngroups == 0, "model.ngroups (--config)", self.ngroups,
                 f"a divisor of the number of heads, {heads}")
+
+    def rows(self, vocab_size: int) -> int:
+        """Rows of the embedding for a vocabulary of that size."""
+        return -(-vocab_size // self.pad_vocab_multiple) * self.pad_vocab_multiple
 
 
 Dtype = Literal["auto", "bf16", "fp32", "fp64"]
@@ -78,15 +70,31 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model's shape; set in the YAML file that --config names."""
     n_epochs: int = 1
-    """Passes over the training data; --rounds overrides it."""
+    """Epochs to run; --rounds overrides it."""
+    epoch_passes: float = 1.0
+    """Passes over the training data (of a client: its shard) that one epoch takes."""
     rounds: int | None = None
     """Global steps to run (rounds; for central: optimizer steps) instead of whole epochs."""
     lr: float = 5e-4
     """Learning rate of AdamW."""
+    beta1: float = 0.9
+    """Decay of AdamW's first moment."""
+    beta2: float = 0.999
+    """Decay of AdamW's second moment; above the square of --beta1."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay."""
+    grad_clip: float | None = None
+    """Largest norm of a gradient; longer ones are shortened to it."""
+    warmup: int = 0
+    """Optimizer steps over which the learning rate rises linearly to --lr."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """The learning rate after the warmup: constant, or falling to zero along a cosine."""
     batch_size: int = 4
     """Sequences in one optimizer step (of one client)."""
     sequence_length: int = 256
     """Tokens in a sequence."""
+    sampling: Literal["shuffle", "replacement"] = "shuffle"
+    """Batches are cut from a new permutation in every pass (shuffle), or drawn with replacement."""
     seed: int = 0
     """Seed of the initial weights and of every client's batches."""
     val_freq: int = 30
@@ -97,6 +105,9 @@ class RunConfig:
     tokenizer: str = "gpt2"
     """A tokenizer's hub name or folder, or bpe:N to train a byte-level BPE of N tokens on the
     training text (needs no network)."""
+    init_from: str | None = None
+    """Start from the weights of a run's folder, an exported folder or a model of the hub, with its
+    shape and its tokenizer (the --tokenizer given where it has none), instead of from scratch."""
     data_dir: Path = Path("results")
     """Folder that receives the run's folder."""
     cache_dir: Path = Path("~/.cache/fedrun")
@@ -105,11 +116,14 @@ class RunConfig:
     """Name of the run's folder, instead of the one made from method, config and seed."""
     overwrite: bool = False
     """Replace a run folder that was made with other settings."""
+    track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Also send the numbers of every round there; each is an extra to install."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where workers compute; auto takes GPUs where there are any."""
     dtype: Dtype = "auto"
-    """Type of the matrix products. Parameters, norms, decays and losses are fp32 with bf16 too; auto
-    takes bf16 where the workers' hardware multiplies it, else fp32; fp64 is to check against."""
+    """Type of the matrix products. Parameters, norms, decays and losses are fp32 with bf16 too;
+    auto takes bf16 where the workers' hardware multiplies it, else fp32; fp64 is to check
+    against."""
     threads: int = 1
     """CPU threads of a client's training. The results depend on it in the last bits, so it is a
     setting and never guessed from the machine."""
@@ -118,7 +132,7 @@ class RunConfig:
 
     # Settings that say where and how a run happens, not what comes out of it.
     neutral: ClassVar[frozenset[str]] = frozenset(
-        {"data_dir", "cache_dir", "run_name", "overwrite", "timeout"})
+        {"data_dir", "cache_dir", "run_name", "overwrite", "track", "timeout"})
 
     def __post_init__(self) -> None:
         check = require
@@ -126,6 +140,15 @@ class RunConfig:
         check(self.rounds is None or self.rounds >= 1, "--rounds", self.rounds,
               "a whole number of at least 1")
         check(0 < self.lr < math.inf, "--lr", self.lr, "a number above 0")
+        check(self.epoch_passes > 0, "--epoch_passes", self.epoch_passes, "a number above 0")
+        check(0 <= self.beta1 < 1, "--beta1", self.beta1, "a number of at least 0 and below 1")
+        check(self.beta1**2 < self.beta2 < 1, "--beta2", self.beta2,
+              "a number above the square of --beta1 and below 1 (else steps have no bound)")
+        check(0 <= self.weight_decay < math.inf, "--weight_decay", self.weight_decay,
+              "a number of at least 0")
+        check(self.grad_clip is None or self.grad_clip > 0, "--grad_clip", self.grad_clip,
+              "a number above 0, or none")
+        check(self.warmup >= 0, "--warmup", self.warmup, "a whole number of at least 0")
         check(self.batch_size >= 1, "--batch_size", self.batch_size, "a whole number of at least 1")
         check(self.sequence_length >= 2, "--sequence_length", self.sequence_length,
               "a whole number of at least 2")
@@ -172,6 +195,21 @@ class RunConfig:
 class CentralConfig(RunConfig):
     """Centralised training: all the data, one model, one optimizer, one process."""
 
+    batches: Literal["all", "clients", "one_client"] = "all"
+    """What a step trains on: a batch from all the data, the concatenated batches of all clients of
+    a federated run (clients: --batch_size is then of all together), or the batches of the first
+    client, from its shard alone (one_client)."""
+    num_clients: int = 4
+    """Clients of that federated run (--batches clients and one_client)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.num_clients >= 1, "--num_clients", self.num_clients,
+                "a whole number of at least 1")
+        require(self.batches != "clients" or self.batch_size % self.num_clients == 0,
+                "--batch_size", self.batch_size,
+                f"a multiple of --num_clients {self.num_clients} for --batches clients")
+
 
 @dataclass(frozen=True)
 class FederatedConfig(RunConfig):
@@ -187,8 +225,13 @@ class FederatedConfig(RunConfig):
     """When clients receive the global model: at the start of every round, or, as in a study whose
     numbers can be compared so, only at the start of an epoch while the server goes on averaging
     models that no client ever sees."""
-    client_state: Literal["keep", "reset"] = "keep"
-    """What becomes of a client's AdamW moments after a round: kept for its next, or made anew."""
+    client_state: Literal["keep", "reset", "average"] = "keep"
+    """What becomes of a client's AdamW moments after a round: kept for its next, made anew, or
+    averaged over the cohort like the updates, in the same sum: 24 bytes a parameter instead of 4
+    (12 instead of 4 with --reduce float)."""
+    prox_mu: float = 0.0
+    """Weight mu of FedProx's term (mu/2) |w - w_t|^2 in the clients' loss, w_t the global model;
+    no effect at one local update, where w is w_t."""
     server: Literal["dedicated", "colocated"] = "dedicated"
     """Under torchrun, rank 0 only serves (dedicated), or is a worker as well (colocated)."""
     reduce: Literal["exact", "float"] = "exact"
@@ -207,160 +250,38 @@ class FederatedConfig(RunConfig):
                 "a whole number of at least 1")
         require(self.local_updates >= 1, "--local_updates", self.local_updates,
                 "a whole number of at least 1")
+        require(0 <= self.prox_mu < math.inf, "--prox_mu", self.prox_mu, "a number of at least 0")
+        require(self.prox_mu == 0 or self.sync == "round", "--prox_mu", self.prox_mu,
+                "0 with --sync epoch, whose clients do not know the global model")
+        require(self.client_state != "average" or self.sync == "round", "--client_state",
+                self.client_state, "keep or reset with --sync epoch")
+        if isinstance(self.strategy, FedSGD):
+            self._check_fed_sgd()
+        if isinstance(self.strategy, FedFisher) and self.strategy.fisher == "corrected":
+            parts = self.strategy.fisher_microbatches
+            require(self.batch_size % parts == 0, "--fisher_microbatches", parts,
+                    f"a divisor of --batch_size {self.batch_size}")
+
+    def _check_fed_sgd(self) -> None:
+        """A client makes no step of its own: settings of local training would do nothing."""
+        for flag, value, accepted in (("local_updates", self.local_updates, 1),
+                                      ("client_state", self.client_state, "keep"),
+                                      ("sync", self.sync, "round"), ("prox_mu", self.prox_mu, 0),
+                                      ("grad_clip", self.grad_clip, None)):
+            require(value == accepted, f"--{flag}", value, f"{accepted} for fed_sgd".lower())
+
+    def warnings(self) -> list[str]:
+        """Settings that work but hardly do what was meant, each in a line."""
+        found = self.strategy.warnings(self.local_updates)
+        if self.prox_mu and self.local_updates == 1:
+            found.append(f"--prox_mu {self.prox_mu:g} has no effect at --local_updates 1")
+        if self.client_state == "reset" and self.local_updates == 1:
+            found.append("--client_state reset at --local_updates 1 makes every step AdamW's "
+                         "first, which is sign descent")
+        return found
 
     @property
     def name(self) -> str:
         method = "federated" if self.method == "fed_avg" else self.method
         return self.run_name or (f"{method}_config_{self.config_name}_lu_{self.local_updates}"
                                  f"_seed_{self.seed}")
-
-
-# ---- fields as settings -------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Setting:
-    """One field of a dataclass, seen as a flag."""
-
-    name: str
-    kind: type
-    choices: tuple[str, ...]
-    optional: bool
-    default: Any
-    help: str
-
-    def parse(self, value: Any, where: str) -> Any:
-        """A value of the field's type from a flag's text or a YAML value; ValueError names it."""
-        if self.optional and (value is None or value == "none"):
-            return None
-        try:
-            if self.kind is bool:
-                return {"true": True, "false": False}[str(value).lower()]
-            if self.choices:
-                return {c: c for c in self.choices}[str(value)]
-            if self.kind is int:
-                number = float(value)
-                return {True: int(number)}[number.is_integer() and not isinstance(value, bool)]
-            return self.kind(value)
-        except (KeyError, ValueError, TypeError, OverflowError):
-            what = " or ".join(self.choices) or {bool: "true or false", int: "a whole number",
-                                                 float: "a number"}.get(self.kind, "a text")
-            raise ValueError(f"{where}{value}: accepted is {what}") from None
-
-
-def settings(cls: type) -> dict[str, Setting]:
-    """The fields of a dataclass that can be set by flags and YAML keys, by name."""
-    helps: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if dataclasses.is_dataclass(base):
-            helps |= _docstrings(base)
-    hints = typing.get_type_hints(cls)
-    found = {}
-    for f in dataclasses.fields(cls):
-        hint = hints[f.name]
-        if f.name == "method" or dataclasses.is_dataclass(hint):
-            continue
-        args = typing.get_args(hint)
-        optional = isinstance(hint, types.UnionType) and type(None) in args
-        choices = args if typing.get_origin(hint) is Literal else ()
-        kind = str if choices else next(a for a in args if a is not type(None)) if args else hint
-        found[f.name] = Setting(f.name, kind, choices, optional, f.default, helps[f.name])
-    return found
-
-
-def _docstrings(cls: type) -> dict[str, str]:
-    """Field name -> the string literal that follows the field in the class body."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
-    assert isinstance(tree, ast.ClassDef)
-    return {a.target.id: " ".join(s.value.value.split())
-            for a, s in zip(tree.body, tree.body[1:], strict=False)
-            if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name)
-            and isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)
-            and isinstance(s.value.value, str)}
-
-
-# ---- from defaults, files and flags to a config -------------------------------------------------
-
-def config_classes(method: str) -> tuple[type[RunConfig], type[Strategy] | None]:
-    """The dataclasses whose fields are the method's flags."""
-    if method == "central":
-        return CentralConfig, None
-    return FederatedConfig, strategy_class(method)
-
-
-def method_settings(method: str) -> dict[str, Setting]:
-    """All settings of a method, defaults as its YAML file leaves them."""
-    run_class, strategy = config_classes(method)
-    known = settings(run_class) | (settings(strategy) if strategy else {})
-    defaults = _read_yaml(configs_dir() / "methods" / f"{method}.yaml", optional=True)
-    unknown = set(defaults) - set(known)
-    assert not unknown, f"configs/methods/{method}.yaml sets {unknown}"
-    return {name: dataclasses.replace(s, default=s.parse(defaults[name], f"{name}: "))
-            if name in defaults else s for name, s in known.items()}
-
-
-def resolve(method: str, flags: Mapping[str, Any]) -> RunConfig:
-    """The config of a run from the flags that were given (name -> value).
-
-    Raises ValueError, naming the flag or the file and its key, for what is wrong or unknown.
-    """
-    run_class, strategy = config_classes(method)
-    known = method_settings(method)
-    values = {name: s.default for name, s in known.items()}
-    if "config" in flags:
-        values["config"] = flags["config"]
-    path = find_config(str(values["config"]))
-    chosen = _read_yaml(path)
-    model = chosen.pop("model", {})
-    for name, value in chosen.items():
-        if name == "config" or name not in known:
-            raise ValueError(f"--config {path}: unknown key {name!r}{closest(name, known)}")
-        values[name] = known[name].parse(value, f"--config {path}: {name} ")
-    values |= {name: known[name].parse(value, f"--{name} ") for name, value in flags.items()}
-
-    if not isinstance(model, dict) or set(model) - set(settings(ModelConfig)):
-        raise ValueError(f"--config {path}: the section `model` accepts "
-                         + ", ".join(settings(ModelConfig)))
-    shape = ModelConfig(**{k: settings(ModelConfig)[k].parse(v, f"--config {path}: model.{k} ")
-                           for k, v in model.items()})
-    rest: dict[str, Any] = {}
-    if strategy:
-        rest["strategy"] = strategy(**{k: values.pop(k) for k in settings(strategy)})
-    return run_class(method=method, model=shape, **rest, **values)
-
-
-def configs_dir() -> Path:
-    """configs/ of the checkout, or the copy of it that an installed wheel carries."""
-    installed = Path(__file__).parent / "configs"
-    return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
-
-
-def find_config(config: str) -> Path:
-    """The YAML file behind --config: a preset's name, or a path that ends in .yaml or .yml."""
-    if config.endswith((".yaml", ".yml")):
-        path = Path(config).expanduser()
-        require(path.is_file(), "--config", config, "a file that exists, or a preset's name")
-        return path
-    presets = {p.stem: p for p in sorted((configs_dir() / "models").glob("*.yaml"))}
-    if config not in presets:
-        raise ValueError(f"--config {config}: unknown preset{closest(config, presets)}; known are "
-                         f"{', '.join(presets)}, or give the path of a .yaml file")
-    return presets[config]
-
-
-def closest(name: str, known: typing.Iterable[str]) -> str:
-    """', did you mean ...?' where a known name is near, else nothing."""
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {near[0]}?" if near else ""
-
-
-def _read_yaml(path: Path, optional: bool = False) -> dict[str, Any]:
-    if optional and not path.exists():
-        return {}
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"--config {path}: cannot be read as YAML: "
-                         + " ".join(str(error).split())) from None
-    if content is not None and not isinstance(content, dict):
-        raise ValueError(f"--config {path}: a mapping of settings is expected")
-    return content or {}

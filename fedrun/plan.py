@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from fedrun.client import update_bound
 from fedrun.config import FederatedConfig
+from fedrun.data.shards import contiguous_shards, split_holdout
+from fedrun.fisher import gradient_bound
+from fedrun.optimizer import update_bound
 
 
 @dataclass(frozen=True)
@@ -17,14 +20,39 @@ class Plan:
     cohort: list[int]
     """The clients that train in this round."""
     weights: list[float]
-    """p_k of each of them; they sum to one."""
+    """What is known before training of each one's weight p_k."""
     bound: float
     """No element of an update is larger: the grid of the exact sum."""
+    gradient_bound: float
+    """No element of a gradient is larger, for methods that sum them or their squares."""
+    reference: float
+    """What the method made of the clients' entropies in the round before."""
     start_from_global: bool
     """Whether clients receive the global model first (always, but for --sync epoch)."""
     evaluate: bool
     """Whether to evaluate and save the global model at the end."""
     last: bool
+
+
+class Shards:
+    """Who owns which sequences of the train split: what a client trains on, what it holds out."""
+
+    def __init__(self, config: FederatedConfig, n_sequences: int) -> None:
+        whole = contiguous_shards(n_sequences, config.num_clients)
+        fraction = config.strategy.holdout
+        parts = [split_holdout(shard, fraction) for shard in whole]
+        self.train = [train for train, _ in parts]
+        self.holdout = [held for _, held in parts]
+        for client, held in enumerate(self.holdout):
+            if fraction and not held:
+                raise ValueError(f"--entropy_holdout {fraction:g}: nothing of client {client}'s "
+                                 f"shard of {len(whole[client])} sequences is held out; accepted "
+                                 f"here is {1 / len(whole[client]):.2g} or more")
+
+    @property
+    def sizes(self) -> list[int]:
+        """Sequences that each client trains on."""
+        return [len(shard) for shard in self.train]
 
 
 class Schedule:
@@ -33,16 +61,19 @@ class Schedule:
     def __init__(self, config: FederatedConfig, shard_sizes: list[int]) -> None:
         self.config = config
         self.shard_sizes = shard_sizes
+        smallest = min(shard_sizes)
         each = config.batch_size * config.local_updates
-        self.rounds_per_epoch = min(shard_sizes) // each
-        if self.rounds_per_epoch == 0:
+        # In this order: --sync epoch repeats a study that rounded so.
+        batches = math.ceil(smallest * config.epoch_passes) // config.batch_size
+        self.rounds_per_epoch = batches // config.local_updates
+        if self.rounds_per_epoch == 0 or smallest < config.batch_size:
             raise ValueError(
                 f"--local_updates {config.local_updates}: a round takes {each} sequences of every "
                 f"client (--batch_size {config.batch_size} each update), but a shard has "
-                f"{min(shard_sizes)}; accepted is up to {min(shard_sizes) // config.batch_size}")
+                f"{smallest}; accepted is up to {smallest // config.batch_size}")
         self.rounds = config.rounds or config.n_epochs * self.rounds_per_epoch
 
-    def plan(self, number: int) -> Plan:
+    def plan(self, number: int, reference: float) -> Plan:
         """The plan of round `number`, counted from 1."""
         config = self.config
         in_epoch = (number - 1) % self.rounds_per_epoch
@@ -50,9 +81,14 @@ class Schedule:
         # Clients that are not brought back move on from where they were, and so does the global
         # model, their mean: twice the way of a client lies between them at most.
         ways = 1 if every_round else 2 * (in_epoch + 1)
-        total = sum(self.shard_sizes)
-        return Plan(number, list(range(config.num_clients)), [n / total for n in self.shard_sizes],
+        length = config.sequence_length
+        weights = config.strategy.plan_weights(
+            [n * length for n in self.shard_sizes],
+            config.local_updates * config.batch_size * (length - 1))
+        return Plan(number, list(range(config.num_clients)), weights,
                     bound=update_bound(config, ways * config.local_updates),
+                    gradient_bound=gradient_bound(config.strategy, config.batch_size, length),
+                    reference=reference,
                     start_from_global=every_round or in_epoch == 0,
                     evaluate=number == 1 or number % config.val_freq == 0 or number == self.rounds,
                     last=number == self.rounds)

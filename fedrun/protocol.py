@@ -37,7 +37,7 @@ def run(config: FederatedConfig, data: TokenData, runtime: Runtime) -> None:
         if verdict:
             _end(verdict, server, worker, runtime)
         if worker:
-            report["aggregation_seconds"] = worker.aggregate()             # workers <-> workers
+            report |= worker.aggregate(plan)                               # workers <-> workers
             if plan.evaluate:
                 report["pieces"], report["evaluation_seconds"] = worker.evaluate()
         model = _copy(server, worker, runtime) if plan.evaluate else None  # first worker -> server

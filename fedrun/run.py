@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import sys
 import traceback
 from importlib.metadata import version
@@ -14,13 +15,15 @@ from importlib.metadata import version
 import torch
 
 from fedrun import central, protocol
-from fedrun.config import Dtype, FederatedConfig, RunConfig
-from fedrun.data.shards import contiguous_shards
+from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
 from fedrun.data.tokens import TokenData, prepare
-from fedrun.model.precision import bf16_in_hardware, kernel_path
-from fedrun.plan import Schedule
+from fedrun.model.kernels import kernel_path
+from fedrun.model.precision import bf16_in_hardware
+from fedrun.plan import Schedule, Shards
+from fedrun.pretrained import find_pretrained, fit_vocabulary, start_from
 from fedrun.rundir import open_run_dir, write_json
 from fedrun.runtime import Launch, choose_device, connected, detect
+from fedrun.track import check_tracker
 
 
 def run(config: RunConfig) -> int:
@@ -35,15 +38,23 @@ def run(config: RunConfig) -> int:
                          f"use `python -m fedrun central`")
     dedicated = isinstance(config, FederatedConfig) and config.server == "dedicated"
     torch.set_num_threads(config.threads)
+    check_tracker(config)
     device = choose_device(config.device, launch, dedicated)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # NCCL takes the current one
     config = dataclasses.replace(config, dtype=resolve_dtype(config, device))
+    if config.init_from:
+        config = start_from(config)
     data = prepare(config.dataset, config.tokenizer, config.sequence_length,
                    config.cache_dir.expanduser(), say=_say_from(launch))
+    if config.init_from:
+        data = fit_vocabulary(config, data)
     if isinstance(config, FederatedConfig):  # what only the data can refuse, before connecting
-        Schedule(config, [len(s) for s in contiguous_shards(len(data.train), config.num_clients)])
+        Schedule(config, Shards(config, len(data.train)).sizes)
     if launch.rank == 0:
         open_run_dir(config)
         write_json(config.run_dir / "environment.json", environment(launch, device, data))
+        shutil.copytree(data.tokenizer_path, config.run_dir / "tokenizer", dirs_exist_ok=True)
     try:
         if isinstance(config, FederatedConfig):
             _warn(config, launch, dedicated)
@@ -51,6 +62,7 @@ def run(config: RunConfig) -> int:
                            identity(config, data, device)) as runtime:
                 protocol.run(config, data, runtime)
         else:
+            assert isinstance(config, CentralConfig)
             central.run(config, data, device)
     except protocol.RunEnded:
         return 1
@@ -95,17 +107,22 @@ def environment(launch: Launch, device: torch.device, data: TokenData) -> dict[s
 
 def identity(config: RunConfig, data: TokenData, device: torch.device) -> dict[str, str]:
     """What must be equal on all ranks for their sums to mean anything."""
+    start = {} if config.init_from is None else {
+        "the weights of --init_from": find_pretrained(config.init_from, "--init_from").digest()}
     corpus = hashlib.sha256(json.dumps(data.fingerprint, sort_keys=True).encode()).hexdigest()
     return ({f"--{k}": json.dumps(v) for k, v in config.results_dict().items()}
             | {f"version of {k}": v for k, v in versions().items()}
-            | {"the tokenised corpus": corpus[:16], "worker kernels": kernel_path(device)})
+            | {"the tokenised corpus": corpus[:16], "worker kernels": kernel_path(device)} | start)
 
 
 def _warn(config: FederatedConfig, launch: Launch, dedicated: bool) -> None:
     workers = max(1, launch.world_size - int(dedicated))
-    if launch.rank == 0 and workers > config.num_clients:
-        print(f"fedrun: warning: {workers} workers for {config.num_clients} clients: "
-              f"{workers - config.num_clients} will only help to evaluate", flush=True)
+    found = config.warnings()
+    if workers > config.num_clients:
+        found.append(f"{workers} workers for {config.num_clients} clients: "
+                     f"{workers - config.num_clients} will only help to evaluate")
+    for warning in found if launch.rank == 0 else []:
+        print(f"fedrun: warning: {warning}", flush=True)
 
 
 def _say_from(launch: Launch):  # type: ignore[no-untyped-def]

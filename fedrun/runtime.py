@@ -184,6 +184,7 @@ def connected(launch: Launch, device: torch.device, dedicated_server: bool, time
     data = dist.new_group(list(workers), backend="nccl" if device.type == "cuda" else "gloo",
                           timeout=wait)
     yield Runtime(launch, device, workers, control, DataPlane(data))
+    control.close()
     dist.destroy_process_group()
 
 

@@ -7,8 +7,8 @@ next round's training: nobody waits for a disk.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
-import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 
 from fedrun.config import FederatedConfig
-from fedrun.data.shards import contiguous_shards
 from fedrun.data.tokens import TokenData
 from fedrun.evaluate import Piece, mean_loss, perplexity, sample_text
+from fedrun.history import COHORT_NUMBERS, SECONDS, Clocks, cohort_record, half_losses
+from fedrun.optimizer import scheduled_lr
 from fedrun.params import FlatParams
-from fedrun.plan import Plan, Schedule
+from fedrun.plan import Plan, Schedule, Shards
 from fedrun.rundir import save_model, save_studied, studied, write_json
-from fedrun.track import Events, Progress
+from fedrun.track import Events, Progress, cohort_event
 from fedrun.worker import DTYPES, new_model
-
-SECONDS = ("local_training_seconds", "aggregation_seconds", "evaluation_seconds")
 
 
 class Server:
@@ -34,18 +33,16 @@ class Server:
     def __init__(self, config: FederatedConfig, data: TokenData) -> None:
         self.config = config
         self.data = data
-        shards = contiguous_shards(len(data.train), config.num_clients)
-        self.schedule = Schedule(config, [len(s) for s in shards])
+        self.schedule = Schedule(config, Shards(config, len(data.train)).sizes)
         self.model = new_model(config, data.vocab_size, torch.device("cpu"))
         self.flat = FlatParams(self.model)
         self.start = studied(self.flat.views(self.flat.vector))
         self.history: list[dict[str, Any]] = []
-        self.events = Events(config.run_dir / "events.jsonl")
+        self.events = Events(config.run_dir / "events.jsonl", config)
+        self.events.add("start", unit="round", total=self.schedule.rounds)
         self.progress = Progress("round", self.schedule.rounds)
-        self.began = time.monotonic()
-        self.tokens = 0
-        self.seconds = dict.fromkeys(SECONDS, 0.0)
-        self._losses_since_record = (0.0, 0)
+        self.clocks = Clocks()
+        self.reference = config.strategy.first_reference(data.vocab_size, config.num_clients)
         self._left_out_since_record: list[list[int]] = []
         self._writer = ThreadPoolExecutor(1, "fedrun-writer",
                                           initializer=lambda: torch.set_num_threads(config.threads))
@@ -60,7 +57,7 @@ class Server:
         return DTYPES[self.config.dtype]
 
     def plan(self, number: int) -> dict[str, Any]:
-        return dataclasses.asdict(self.schedule.plan(number))
+        return dataclasses.asdict(self.schedule.plan(number, self.reference))
 
     def judge(self, plan: Plan, reports: list[dict[str, Any]]) -> dict[str, Any]:
         """What happens after local training: all go on, or all end, with the same reason."""
@@ -68,53 +65,63 @@ class Server:
             if report.get("traceback"):
                 return {"reason": f"{report['traceback']}round {plan.round}: rank {rank} failed "
                         "with the error above; all ranks end"}
-        trained = [c for report in reports for c in report.get("clients", [])]
-        assert sorted(index for index, *_ in trained) == sorted(plan.cohort)
-        if not any(finite for *_, finite in trained):
+        weights = [c["weight"] for c in _clients(plan, reports) if c["finite"]]
+        if not weights:
             return {"reason": f"round {plan.round}: no client's update is finite (--lr "
                     f"{self.config.lr:g} may be too large); the last good model is in "
                     f"{self.config.run_dir / 'model.safetensors'}"}
-        return {}
+        refused = self.config.strategy.refuse_total(math.fsum(weights))
+        return {"reason": f"round {plan.round}: {refused}"} if refused else {}
 
     def record(self, plan: Plan, reports: list[dict[str, Any]], model: Tensor | None) -> None:
         """Take note of a round; `model` (size,) is the global model where it was evaluated."""
-        clients = [c for report in reports for c in report.get("clients", [])]
-        finite = [c for c in clients if c[3]]
-        left_out = [index for index, *_, ok in clients if not ok]
-        loss_sum, tokens = sum(c[1] for c in finite), sum(c[2] for c in finite)
-        self.tokens += (len(clients) * self.config.local_updates * self.config.batch_size
-                        * self.config.sequence_length)
-        for name in SECONDS:
-            self.seconds[name] += max(report.get(name, 0.0) for report in reports)
-        before = self._losses_since_record
-        self._losses_since_record = (before[0] + loss_sum, before[1] + tokens)
+        clients = _clients(plan, reports)
+        finite = [c for c in clients if c["finite"]]
+        left_out = [c["client"] for c in clients if not c["finite"]]
+        loss_sum = math.fsum(c["loss_sum"] for c in finite)
+        tokens = sum(c["tokens"] for c in finite)
+        trained = self.config.local_updates * self.config.batch_size * self.config.sequence_length
+        self.clocks.add(len(clients) * trained, loss_sum, tokens, **{
+            name: max(report.get(name, 0.0) for report in reports) for name in SECONDS})
+        self.clocks.bytes += sum(report.get("bytes", 0) for report in reports)
+        if "entropy" in finite[0]:
+            self.reference = self.config.strategy.next_reference([c["entropy"] for c in finite])
         for index in left_out:
             self._left_out_since_record.append([plan.round, index])
             self.progress.say(f"round {plan.round}: client {index} is left out, its update is not "
                               "finite; its moments start anew")
         train_ppl = perplexity(loss_sum / tokens)
-        self.events.add("round", round=plan.round, train_ppl=train_ppl, tokens=self.tokens,
-                        left_out=left_out, seconds=time.monotonic() - self.began, **self.seconds)
+        steps = self.config.local_updates
+        seen = {"train_ppl": train_ppl, "left_out": left_out, "clients": cohort_event(clients),
+                "lr": scheduled_lr(self.config, (plan.round - 1) * steps,
+                                   self.schedule.rounds * steps), **self.clocks.now()}
         val_ppl = None
         if model is not None:
-            val_ppl = self._add_record(plan, reports, model)
-        self.progress.step(plan.round, train_ppl, self.tokens, val_ppl)
+            record = self._add_record(plan, reports, model)
+            val_ppl = record["server_val_ppl"]
+            seen |= {"val_ppl": val_ppl} | {n: record[n] for n in COHORT_NUMBERS if n in record}
+        self.events.add("round", round=plan.round, **seen)
+        self.progress.step(plan.round, train_ppl, self.clocks.tokens, val_ppl)
 
-    def _add_record(self, plan: Plan, reports: list[dict[str, Any]], model: Tensor) -> float:
-        loss = mean_loss(_pieces(reports, "pieces"))
-        train_loss = self._losses_since_record[0] / self._losses_since_record[1]
+    def _add_record(self, plan: Plan, reports: list[dict[str, Any]], model: Tensor
+                    ) -> dict[str, Any]:
+        pieces = _pieces(reports, "pieces")
+        loss = mean_loss(pieces)
+        measured = next(r["server"] for r in reports if "server" in r)
         record = {
-            "global_step": plan.round, "train_loss": train_loss, "train_ppl": perplexity(train_loss),
-            "server_val_loss": loss, "server_val_ppl": perplexity(loss), "generated": None,
-            "tokens": self.tokens, "seconds": time.monotonic() - self.began, **self.seconds,
+            "global_step": plan.round, **self.clocks.take_train_loss(),
+            "server_val_loss": loss, "server_val_ppl": perplexity(loss),
+            "val_loss_halves": half_losses(pieces), "generated": None, **self.clocks.now(),
+            **cohort_record(_clients(plan, reports), measured,
+                            gradients="gradient" in self.config.strategy.inputs),
             "left_out": self._left_out_since_record}
         if self.config.eval_clients:
             by_client = {int(k): v for r in reports for k, v in r.get("client_pieces", {}).items()}
             record["client_val_ppls"] = [perplexity(mean_loss(by_client[k])) for k in plan.cohort]
-        self._losses_since_record, self._left_out_since_record = (0.0, 0), []
+        self._left_out_since_record = []
         self.history.append(record)
         self._write(lambda: self._save(plan.round, model, record))
-        return perplexity(loss)
+        return record
 
     def _save(self, number: int, model: Tensor, record: dict[str, Any]) -> None:
         """On the writer's thread: the model, its studied parameters, sample text, the history."""
@@ -146,9 +153,16 @@ class Server:
         if self._writing is not None:
             self._writing.result()
         self._writer.shutdown()
-        self.events.add("end", seconds=time.monotonic() - self.began)
+        self.events.add("end", **self.clocks.now())
         self.events.close()
         self.progress.close()
+
+
+def _clients(plan: Plan, reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The clients' reports in the order of the cohort, wherever they were trained."""
+    by_client = {c["client"]: c for report in reports for c in report.get("clients", [])}
+    assert sorted(by_client) == sorted(plan.cohort)
+    return [by_client[k] for k in plan.cohort]
 
 
 def _pieces(reports: list[dict[str, Any]], name: str) -> list[Piece]:

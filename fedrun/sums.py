@@ -4,98 +4,160 @@ Floating-point sums depend on their order, and the order on the number of proces
 term is rounded once to an integer multiple of a grid step that the plan of the round fixes, and
 integers are summed, first over the clients of a worker and then over the workers: the result has
 the same bits whatever the placement. An update is at most the round's bound in size (AdamW cannot
-move further) and the weights of a cohort sum to one, so the sum cannot overflow; an update that
-breaks the bound is an error.
+move further), gradients have a fixed bound, and the weights of a cohort sum to one (or to a power
+of two that the strategy declares), so the sum cannot overflow; what breaks a bound is an error.
+
+Updates alone fit int32. Squared gradients span too many powers of ten for it, and weights that are
+known only after training need room: their sums are int64, twice the bytes for each vector.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fedrun.strategies import Strategy
+from fedrun.strategies.base import CLIENT_VECTORS, ServerRound, Strategy, Units
 
-# Integer type of the sum and bits below the sign, one spare, for each type of the model.
-_GRIDS = {torch.float32: (torch.int32, 30), torch.float64: (torch.int64, 62)}
+# Bits below the sign, one spare.
+_BITS = {torch.int32: 30, torch.int64: 62}
 # Elements handled at a time: intermediate results stay in the processor's cache; on a GPU, where
 # launches cost more than memory, a slice is large.
 _SLICE = {"cpu": 1 << 16, "cuda": 1 << 24}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """No element of what a client reports is larger: the grids of a round."""
+
+    update: float
+    gradient: float = 1.0
+
+    def of(self, units: Units) -> float:
+        return self.update**units.update * self.gradient**units.gradient
 
 
 class TermSum:
     """One buffer that client terms are added to, that `all_reduce` sums, that the server applies.
 
-    `buffer` is (len(strategy.sums) * size + 1,): the vectors one after the other, and the sum of
-    the weights of the clients that took part.
+    `buffer` is (number of sums * size + 1,): the strategy's vectors one after the other, then, with
+    `average_moments`, AdamW's two, and the sum of the weights of the clients that took part.
     """
 
-    def __init__(self, strategy: Strategy, size: int, like: Tensor, exact: bool) -> None:
+    def __init__(self, strategy: Strategy, size: int, like: Tensor, exact: bool,
+                 average_moments: bool = False) -> None:
         self.strategy = strategy
         self.size = size
         self.exact = exact
-        kind, self._bits = _GRIDS[like.dtype] if exact else (like.dtype, 0)
-        self.buffer = torch.zeros(len(strategy.sums) * size + 1, dtype=kind, device=like.device)
+        self.moments = MOMENTS if average_moments else ()
+        self.sums = {**strategy.sums, **{name: CLIENT_VECTORS[name] for name in self.moments}}
+        narrow = (like.dtype == torch.float32 and not strategy.weight_headroom
+                  and not any(units.gradient for units in self.sums.values()))
+        kind = (torch.int32 if narrow else torch.int64) if exact else like.dtype
+        self._bits = _BITS[kind] - strategy.weight_headroom if exact else 0
+        self.buffer = torch.zeros(len(self.sums) * size + 1, dtype=kind, device=like.device)
         width = min(size, _SLICE[like.device.type])
-        self._scratch = torch.empty(width, dtype=like.dtype, device=like.device)
+        self._scratch = torch.empty(len(self.sums), width, dtype=like.dtype, device=like.device)
         self._rounded = torch.empty(width, dtype=kind, device=like.device)
-        self._scale = 1.0
-        self._bound = math.inf
+        self._bounds = Bounds(math.inf)
+        self._scales = [1.0] * len(self.sums)
 
-    def begin(self, bound: float) -> None:
-        """Start a round in which no element of an update is larger than `bound`."""
+    def begin(self, bounds: Bounds) -> None:
+        """Start a round in which clients keep within these bounds."""
         self.buffer.zero_()
-        self._bound = bound
-        # A power of two: scaling is exact, and rounding to the grid the only loss.
-        self._scale = 2.0 ** (self._bits - math.ceil(math.log2(bound))) if self.exact else 1.0
+        self._bounds = bounds
+        if self.exact:
+            # Powers of two: scaling is exact, and rounding to the grid the only loss.
+            self._scales = [2.0 ** (self._bits - math.ceil(math.log2(bounds.of(units))))
+                            for units in self.sums.values()]
 
-    def add(self, delta: Tensor, weight: float) -> bool:
-        """Add a client's terms for its update `delta` (size,), times its weight in (0, 1].
+    def add(self, client: Mapping[str, Tensor], weight: float) -> bool:
+        """Add a client's terms, times its weight.
 
-        False, with nothing added, where the update is not finite. Raises OverflowError for an
-        update beyond the bound.
+        client: the strategy's inputs, and the moments where they are averaged, (size,) each.
+        False, with nothing added, where one of them is not finite. Raises OverflowError for one
+        beyond its bound.
         """
-        low, high = (float(x) for x in torch.aminmax(delta))
-        peak = max(-low, high)
-        if not math.isfinite(peak) or math.isnan(low):
-            return False
-        if self.exact and peak > self._bound:
-            raise OverflowError(f"an update of size {peak:g} exceeds {self._bound:g}, the furthest "
-                                "that AdamW moves at this learning rate: --reduce float has no "
-                                "such bound")
+        for name, vector in client.items():
+            low, high = (float(x) for x in torch.aminmax(vector))
+            peak = max(-low, high)
+            if not math.isfinite(peak) or math.isnan(low):
+                return False
+            bound = self._bounds.of(CLIENT_VECTORS[name])
+            if self.exact and peak > bound:
+                what = ("the furthest that AdamW moves at this learning rate" if name == "delta"
+                        else "the size that the grid of the exact sum is made for")
+                raise OverflowError(f"{name}: an element of size {peak:g} exceeds {bound:g}, "
+                                    f"{what}: --reduce float has no such bound")
         for a, b in self._slices():
-            terms = self.strategy.client_term({"delta": delta[a:b]})
-            for name, term in zip(self.strategy.sums, terms, strict=True):
-                scaled = torch.mul(term, weight * self._scale, out=self._scratch[:b - a])
+            slices = {name: vector[a:b] for name, vector in client.items()}
+            terms = (*self.strategy.client_term(slices), *(slices[name] for name in self.moments))
+            for i, (term, scale) in enumerate(zip(terms, self._scales, strict=True)):
+                scaled = torch.mul(term, weight * scale, out=self._scratch[i, :b - a])
                 if self.exact:
-                    self._section(name, a, b).add_(self._rounded[:b - a].copy_(scaled.round_()))
+                    self._section(i, a, b).add_(self._rounded[:b - a].copy_(scaled.round_()))
                 else:
-                    self._section(name, a, b).add_(scaled)
+                    self._section(i, a, b).add_(scaled)
         self.buffer[-1] += round(weight * 2.0**self._bits) if self.exact else weight
         return True
 
-    def apply(self, model: Tensor, state: Mapping[str, Tensor]) -> None:
-        """The server update of `model` (size,) and `state`, in place, from the reduced buffer."""
+    def apply(self, model: Tensor, state: Mapping[str, Tensor], context: ServerRound,
+              moments: Mapping[str, Tensor] | None = None, measure: bool = False
+              ) -> dict[str, float]:
+        """The server update of `model` (size,), `state` and `moments`, in place, from the reduced
+        buffer.
+
+        With `measure`: norms of the model's step (`step_norm`) and of the mean update or gradient
+        (`mean_norm`, where the method sums one), and the strategy's counts as shares.
+        """
         total = float(self.buffer[-1]) / 2.0**self._bits
         assert total > 0, "the server stops a round in which no client is left"
+        context = self._with_element_means(context, total)
+        squares: dict[str, float] = {}
+        counts: dict[str, int] = {}
         for a, b in self._slices():
-            mean = {}
-            for name in self.strategy.sums:
-                section = self._section(name, a, b)
-                # One sum needs one scratch; more would overwrite each other.
-                out = self._scratch[:b - a] if len(self.strategy.sums) == 1 else model.new_empty(b - a)
-                mean[name] = out.copy_(section).mul_(1.0 / (self._scale * total))
-            self.strategy.server_update(model[a:b], {k: v[a:b] for k, v in state.items()}, mean)
+            mean = {name: self._scratch[i, :b - a].copy_(self._section(i, a, b))
+                    .mul_(1.0 / (self._scales[i] * total)) for i, name in enumerate(self.sums)}
+            for name in self.moments:
+                assert moments is not None
+                moments[name][a:b] = mean.pop(name)
+            before = model[a:b].clone() if measure else model
+            if measure:
+                for name, count in self.strategy.counts(mean, context).items():
+                    counts[name] = counts.get(name, 0) + int(count)
+                for name in {"delta", "gradient"} & mean.keys():
+                    squares["mean_norm"] = squares.get("mean_norm", 0.0) + _squared(mean[name])
+            self.strategy.server_update(model[a:b], {k: v[a:b] for k, v in state.items()}, mean,
+                                        context)
+            if measure:
+                step = _squared(before.sub_(model[a:b]))
+                squares["step_norm"] = squares.get("step_norm", 0.0) + step
+        return ({name: math.sqrt(value) for name, value in squares.items()}
+                | {name: count / self.size for name, count in counts.items()})
 
-    def _section(self, name: str, a: int, b: int) -> Tensor:
-        start = self.strategy.sums.index(name) * self.size
-        return self.buffer[start + a:start + b]
+    def _with_element_means(self, context: ServerRound, total: float) -> ServerRound:
+        names = self.strategy.element_means
+        if not names:
+            return context
+        sections = {name: self._section(i, 0, self.size) for i, name in enumerate(self.sums)}
+        means = {name: float(sections[name].mean(dtype=torch.float64))
+                 / (self._scales[list(self.sums).index(name)] * total) for name in names}
+        return context.with_element_mean(means)
+
+    def _section(self, index: int, a: int, b: int) -> Tensor:
+        return self.buffer[index * self.size + a:index * self.size + b]
 
     def _slices(self) -> Iterator[tuple[int, int]]:
-        width = self._scratch.numel()
+        width = self._scratch.shape[1]
         return ((a, min(a + width, self.size)) for a in range(0, self.size, width))
+
+
+def _squared(vector: Tensor) -> float:
+    return float(torch.linalg.vector_norm(vector, dtype=torch.float64)) ** 2
 
 
 def adamw_step_bound(lr: float, weight_decay: float, beta1: float, beta2: float) -> float:
@@ -104,6 +166,8 @@ def adamw_step_bound(lr: float, weight_decay: float, beta1: float, beta2: float)
     By Cauchy-Schwarz |m_t| <= (1 - b1) sqrt(sum_j b2^j g_(t-j)^2) sqrt(sum_j (b1^2 / b2)^j), so
     |m_t| / sqrt(v_t) <= (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)), 7.3 at the usual betas; early
     steps, with their bias correction, stay below. Kingma & Ba (2015), section 2.1, argue likewise.
+    Moments averaged over clients keep within it too (Jensen: the mean of roots is at most the root
+    of the mean).
     """
     ratio = beta1**2 / beta2
     assert ratio < 1

@@ -1,14 +1,23 @@
-"""What a run tells while it runs: a progress line, and one JSON line a round in events.jsonl."""
+"""What a run tells while it runs: a progress line, a JSON line a round in events.jsonl, and the
+same numbers to a tracker (--track), which is optional and an extra to install."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
+import math
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tqdm import tqdm
+
+from fedrun.config import RunConfig
+
+PROJECT = "fedrun"
 
 
 class Progress:
@@ -47,13 +56,117 @@ class Progress:
 
 
 class Events:
-    """events.jsonl: one JSON object a line, written as the run goes, for whoever follows it."""
+    """events.jsonl: one JSON object a line, written as the run goes, for whoever follows it; and
+    the numbers of every line to the run's tracker."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, config: RunConfig) -> None:
         self.file = path.open("w", encoding="utf-8", buffering=1)
+        self.tracker = open_tracker(config)
+        self._last = (0, 0.0)
 
     def add(self, kind: str, **values: Any) -> None:
+        """One line. `round` or `step` numbers it; `tokens` and `seconds` give the tokens/s since
+        the line before."""
+        if "tokens" in values:
+            tokens, seconds = values["tokens"], values["seconds"]
+            passed = seconds - self._last[1]
+            if tokens > self._last[0] and passed > 0:
+                values["tokens_per_second"] = (tokens - self._last[0]) / passed
+            self._last = (tokens, seconds)
         self.file.write(json.dumps({"event": kind, "time": time.time()} | values) + "\n")
+        step = values.get("round", values.get("step"))
+        if self.tracker and step is not None:
+            self.tracker.log(scalars(values), step)
 
     def close(self) -> None:
         self.file.close()
+        if self.tracker:
+            self.tracker.close()
+
+
+def cohort_event(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What an event says of each client of a round: loss in nats a token, its part of the weight,
+    and, where they were measured, the norm of its update and its entropy."""
+    total = math.fsum(c["weight"] for c in clients if c["finite"])
+    return [{"client": c["client"], "loss": c["loss_sum"] / c["tokens"] if c["finite"] else None,
+             "weight": c["weight"] / total if c["finite"] else 0.0}
+            | {name: c[name] for name in ("norm", "entropy") if c["finite"] and name in c}
+            for c in clients]
+
+
+# ---- trackers ----------------------------------------------------------------------------------------
+
+class Tracker(Protocol):
+    """Where numbers go while a run runs."""
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        """The numbers of one global step."""
+
+    def close(self) -> None:
+        """The run has ended."""
+
+
+class TensorBoard:
+    """Event files under the run's tensorboard/ folder: `tensorboard --logdir results`."""
+
+    def __init__(self, config: RunConfig) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+        self.writer = SummaryWriter(str(config.run_dir / "tensorboard"))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Hosted:
+    """Weights & Biases, or Trackio, whose interface is the same where we use it."""
+
+    def __init__(self, package: str, config: RunConfig) -> None:
+        self.package = importlib.import_module(package)
+        self.package.init(project=PROJECT, name=config.name, config=config.to_dict())
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.package.log(values, step=step)
+
+    def close(self) -> None:
+        self.package.finish()
+
+
+def check_tracker(config: RunConfig) -> None:
+    """ValueError, saying what to install, where the package behind --track is missing."""
+    if config.track != "none" and importlib.util.find_spec(config.track) is None:
+        raise ValueError(f"--track {config.track}: the package {config.track} is not installed: "
+                         f"pip install 'fedrun[{config.track}]' (or pip install {config.track})")
+
+
+def open_tracker(config: RunConfig) -> Tracker | None:
+    """The tracker that --track names; None for none."""
+    if config.track == "none":
+        return None
+    return TensorBoard(config) if config.track == "tensorboard" else Hosted(config.track, config)
+
+
+_NAMES = {"train_ppl": "perplexity/train", "val_ppl": "perplexity/validation",
+          "lr": "learning_rate", "tokens_per_second": "tokens_per_second"}
+
+
+def scalars(values: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of an event under a tracker's names: perplexity/train, seconds/aggregation,
+    client_0/weight, ...; what is no finite number is left out."""
+    def named() -> Iterator[tuple[str, Any]]:
+        for name, value in values.items():
+            if name == "clients":
+                yield from ((f"client_{client['client']}/{what}", number) for client in value
+                            for what, number in client.items() if what != "client")
+            elif name == "left_out":
+                yield name, len(value)
+            elif name.endswith("_seconds"):
+                yield f"seconds/{name.removesuffix('_seconds')}", value
+            elif name not in ("round", "step"):
+                yield _NAMES.get(name, "seconds/all" if name == "seconds" else name), value
+
+    return {name: float(value) for name, value in named()
+            if isinstance(value, (int, float)) and math.isfinite(value)}

@@ -7,23 +7,29 @@ more memory than one.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fedrun.client import Client
+from fedrun.client import Client, mean_entropy
 from fedrun.config import FederatedConfig, RunConfig
-from fedrun.data.shards import contiguous_shards
 from fedrun.data.tokens import TokenData
 from fedrun.evaluate import Piece, validation_pieces
+from fedrun.fisher import FisherEstimate
 from fedrun.model.mamba2 import Mamba2LM
+from fedrun.optimizer import LocalOptimizer, scheduled_lr
 from fedrun.params import FlatParams
 from fedrun.placement import place
-from fedrun.plan import Plan
+from fedrun.plan import Plan, Schedule, Shards
+from fedrun.pretrained import find_pretrained
 from fedrun.rundir import save_studied, studied
 from fedrun.runtime import Runtime
-from fedrun.sums import TermSum
+from fedrun.strategies.base import ClientReport, ServerRound
+from fedrun.strategies.fed_fisher import FedFisher
+from fedrun.sums import MOMENTS, Bounds, TermSum
 
 DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -32,8 +38,11 @@ def new_model(config: RunConfig, vocab_size: int, device: torch.device) -> Mamba
     """The model of a run at its start: the same weights on every rank and every device."""
     assert config.dtype != "auto", "resolved before anything is built: it decides the bits"
     products = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    model = Mamba2LM(config.model, vocab_size, compute_dtype=products)
-    model.init_weights(config.seed)
+    model = Mamba2LM(config.model, config.model.rows(vocab_size), compute_dtype=products)
+    if config.init_from is None:
+        model.init_weights(config.seed)
+    else:
+        find_pretrained(config.init_from, "--init_from").load_into(model)
     return model.to(device=device, dtype=DTYPES[config.dtype])
 
 
@@ -45,55 +54,114 @@ class Worker:
         self.config = config
         self.data = data
         self.runtime = runtime
+        self.strategy = config.strategy
         self.model = new_model(config, data.vocab_size, runtime.device)
         self.flat = FlatParams(self.model)
         self.global_model = self.flat.vector.clone()
-        self.state = {name: torch.zeros_like(self.global_model) for name in config.strategy.state}
-        self.terms = TermSum(config.strategy, self.flat.size, self.flat.vector,
-                             exact=config.reduce == "exact")
-        shards = contiguous_shards(len(data.train), config.num_clients)
-        hosted = place([len(s) for s in shards], len(runtime.workers))[runtime.worker]
-        self.clients = {k: Client(k, shards[k], data.train, self.flat, config) for k in hosted}
-        self.start = studied(self.flat.views(self.global_model)) if config.save_client_deltas else {}
+        self.state = {name: torch.full_like(self.global_model, value)
+                      for name, value in self.strategy.state.items()}
+        average = config.client_state == "average"
+        self.moments = {name: torch.zeros_like(self.global_model) for name in MOMENTS
+                        } if average else None
+        """AdamW's moments, averaged over the last cohort, where clients share them."""
+        self.terms = TermSum(self.strategy, self.flat.size, self.flat.vector,
+                             exact=config.reduce == "exact", average_moments=average)
+        self.fisher = FisherEstimate(self.flat, self.strategy
+                                     ) if isinstance(self.strategy, FedFisher) else None
+        self.shards = Shards(config, len(data.train))
+        self.rounds = Schedule(config, self.shards.sizes).rounds
+        self.clients = self._host_clients(shared=average)
+        self.start = studied(self.flat.views(self.global_model))
+
+    def _host_clients(self, shared: bool) -> dict[int, Client]:
+        """This worker's clients; one optimizer serves all where its state is loaded every turn."""
+        def new() -> LocalOptimizer:
+            return LocalOptimizer(self.flat, self.config, self.rounds * self.config.local_updates)
+
+        sizes, common = self.shards.sizes, new()
+        hosted = place(sizes, len(self.runtime.workers))[self.runtime.worker or 0]
+        return {k: Client(k, self.shards.train[k], self.data.train, self.flat, self.config,
+                          common if shared else new()) for k in hosted}
 
     def train(self, plan: Plan) -> dict[str, Any]:
         """Train the hosted clients of the cohort, adding each one's term; nothing travels."""
         began = time.monotonic()
-        self.terms.begin(plan.bound)
+        self.terms.begin(Bounds(plan.bound, plan.gradient_bound))
         clients, client_pieces = [], {}
-        for index, weight in zip(plan.cohort, plan.weights, strict=True):
+        for index, planned in zip(plan.cohort, plan.weights, strict=True):
             if (client := self.clients.get(index)) is None:
                 continue
-            losses = self._train_client(client, plan)
+            clients.append(self._turn(client, planned, plan))
             if plan.evaluate and self.config.eval_clients:
-                client_pieces[index] = self._pieces(0, 1)
-            if plan.evaluate and self.config.save_client_deltas:
-                save_studied(self.config.run_dir / f"client_{index}", plan.round,
-                             studied(self.flat.views(self.flat.vector)), self.start)
-            # From here on the worker's parameters are the update; the next client loads its own.
-            finite = self.terms.add(self.flat.vector.sub_(self.global_model), weight)
-            if not finite:
-                client.forget()
-            clients.append([index, losses.loss_sum, losses.tokens, finite])
+                client_pieces[index] = clients[-1].pop("pieces")
+        # Bytes as if every client were a worker of its own: its term there, and the sum back.
         return {"clients": clients, "client_pieces": client_pieces,
+                "bytes": 2 * len(clients) * self.terms.buffer.nbytes,
                 "local_training_seconds": time.monotonic() - began}
 
-    def _train_client(self, client: Client, plan: Plan) -> Any:
+    def _turn(self, client: Client, planned: float, plan: Plan) -> dict[str, Any]:
+        """One client's part of a round: train, look at its model, add its term."""
+        report: dict[str, Any] = {"client": client.index}
         own = None if plan.start_from_global else client.parameters
         self.flat.vector.copy_(self.global_model if own is None else own)
-        if self.config.client_state == "reset":
-            client.reset_moments()
-        losses = client.train(self.model, self.config.local_updates, self._look_at_peers)
+        steps = self.config.local_updates
+        if "gradient" in self.strategy.inputs:
+            self._look_at_peers()
+            losses = client.gradient(self.model)
+        else:
+            if self.config.client_state == "reset":
+                client.optimizer.reset()
+            if self.moments is not None:
+                client.optimizer.load_moments(self.moments, (plan.round - 1) * steps)
+            if self.fisher:
+                self.fisher.begin()
+            losses = client.train(self.model, steps, (plan.round - 1) * steps, self._look_at_peers,
+                                  anchor=self.global_model, prox_mu=self.config.prox_mu,
+                                  fisher=self.fisher)
         if self.config.sync == "epoch":
             client.keep_parameters()
-        return losses
+        if self.strategy.holdout:
+            report["entropy"] = mean_entropy(self.model, self.data.train,
+                                             self.shards.holdout[client.index],
+                                             self.config.batch_size, self.strategy.holdout_batches)
+        if plan.evaluate and self.config.eval_clients:
+            report["pieces"] = self._pieces(0, 1)
+        if plan.evaluate and self.config.save_client_deltas:
+            save_studied(self.config.run_dir / f"client_{client.index}", plan.round,
+                         studied(self.flat.views(self.flat.vector)), self.start)
+        # From here on the worker's parameters are the update; the next client loads its own.
+        self.flat.vector.sub_(self.global_model)
+        vectors = self._vectors(client)
+        finite = math.isfinite(report.get("entropy", 0.0))
+        if finite:
+            report["weight"] = self.strategy.client_weight(
+                planned, ClientReport(losses.tokens, report.get("entropy")), plan.reference)
+            finite = self.terms.add(vectors, report["weight"])
+        if not finite:
+            client.forget()
+        elif plan.evaluate:
+            main = vectors[self.strategy.inputs[0]]
+            report["norm"] = float(torch.linalg.vector_norm(main, dtype=torch.float64))
+        return report | {"loss_sum": losses.loss_sum, "tokens": losses.tokens, "finite": finite}
 
-    def aggregate(self) -> float:
-        """Workers: sum the terms and update the global model; seconds it took."""
+    def _vectors(self, client: Client) -> dict[str, Tensor]:
+        """What the method's terms are made of, for the client that has just trained."""
+        known = {"delta": self.flat.vector, "gradient": self.flat.grad}
+        if self.fisher:
+            known["fisher"] = self.fisher.finish()
+        vectors = {name: known[name] for name in self.strategy.inputs}
+        return vectors if self.moments is None else vectors | client.optimizer.take_moments()
+
+    def aggregate(self, plan: Plan) -> dict[str, Any]:
+        """Workers: sum the terms and update the global model; seconds it took, and norms."""
         began = time.monotonic()
         self.runtime.data_plane.all_reduce(self.terms.buffer)
-        self.terms.apply(self.global_model, self.state)
-        return time.monotonic() - began
+        config = self.config
+        context = ServerRound(plan.round, scheduled_lr(config, plan.round - 1, self.rounds),
+                              config.beta1, config.beta2, config.weight_decay)
+        norms = self.terms.apply(self.global_model, self.state, context, self.moments,
+                                 measure=plan.evaluate)
+        return {"aggregation_seconds": time.monotonic() - began, "server": norms}
 
     def evaluate(self) -> tuple[list[Piece], float]:
         """This worker's part of the validation split under the global model; seconds it took."""

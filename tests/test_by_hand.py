@@ -17,9 +17,10 @@ import torch
 from conftest import Run
 from torch.nn.functional import cross_entropy
 
-from fedrun.config import ModelConfig, find_config
+from fedrun.config import ModelConfig
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.model.mamba2 import Mamba2LM
+from fedrun.settings import find_config
 
 ROUNDS, CLIENTS, LOCAL_UPDATES, BATCH, LENGTH, LR = 3, 3, 2, 2, 32, 2e-3
 

@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT, execute
 
 from fedrun import cli
-from fedrun.config import FederatedConfig, RunConfig, resolve
+from fedrun.config import FederatedConfig, RunConfig
+from fedrun.settings import resolve
 from fedrun.strategies import STRATEGIES
 
 
@@ -84,7 +85,7 @@ def test_printed_config_is_a_config_again(
     (["fed_avg", "--run_name", "../x"], "--run_name ../x"),
     (["fed_avg", "--config", "pure_ssm_9"], "known are pure_ssm_1_layer, pure_ssm_2_layer"),
     (["fed_avg", "--config", "no/such.yaml"], "--config no/such.yaml"),
-    (["central", "--num_clients", "4"], "unknown flag --num_clients"),
+    (["central", "--local_updates", "4"], "unknown flag --local_updates"),
 ])
 def test_a_wrong_value_gets_one_line_and_exit_code_2(
         argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,11 +79,13 @@ def test_initialisation_has_the_documented_distributions() -> None:
     config = ModelConfig(n_layer=4, d_model=256, d_state=64, headdim=4)  # 128 heads a layer
     model = build(config)
     embedding = model.backbone.embedding.weight
-    assert abs(embedding.std() - 0.02) < 0.0005 and abs(embedding.mean()) < 0.0005
+    assert abs(embedding.std() - 0.02) < 0.0005
+    assert abs(embedding.mean()) < 0.0005
 
     def uniform(values: torch.Tensor, low: float, high: float) -> None:
         """In range, and mean and deviation of a uniform within 5 standard errors or so."""
-        assert low <= values.min() and values.max() <= high
+        assert low <= values.min()
+        assert values.max() <= high
         tolerance = 3 * (high - low) / math.sqrt(values.numel())
         assert abs(values.mean() - (low + high) / 2) < tolerance
         assert abs(values.std() - (high - low) / math.sqrt(12)) < tolerance
@@ -97,7 +99,8 @@ def test_initialisation_has_the_documented_distributions() -> None:
         uniform(mixer.out_proj.weight, -1 / math.sqrt(512 * 4), 1 / math.sqrt(512 * 4))
         uniform(mixer.conv1d.weight, -0.5, 0.5)
         uniform(mixer.conv1d.bias, -0.5, 0.5)
-        assert (mixer.D == 1).all() and (mixer.norm.weight == 1).all()
+        assert (mixer.D == 1).all()
+        assert (mixer.norm.weight == 1).all()
     assert (model.backbone.norm_f.weight == 1).all()
 
 
@@ -112,7 +115,8 @@ def test_loss_and_entropy_equal_the_logits_formulas() -> None:
     with torch.no_grad():
         log_p = torch.log_softmax(model(ids)[:, :-1], dim=-1)
     loss, count = model.loss(ids)
-    assert loss.dtype == torch.float64 and count == 57
+    assert loss.dtype == torch.float64
+    assert count == 57
     expected = -log_p.gather(2, ids[:, 1:, None]).sum()
     torch.testing.assert_close(loss.detach(), expected)
     entropy, count = model.entropy(ids)
@@ -122,9 +126,9 @@ def test_loss_and_entropy_equal_the_logits_formulas() -> None:
 
 def test_gradients_accumulate_in_place_in_a_flat_buffer() -> None:
     """What FedAvg relies on: parameters and gradients are views, and stay so."""
-    reference, model = build(), build()
+    reference, model = build().double(), build().double()
     parameters = list(model.parameters())
-    flat = torch.zeros(sum(p.numel() for p in parameters))
+    flat = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
     offset = 0
     for p in parameters:
         p.grad = flat[offset:offset + p.numel()].view(p.shape)
@@ -136,7 +140,7 @@ def test_gradients_accumulate_in_place_in_a_flat_buffer() -> None:
     loss, count = reference.loss(ids)
     (2 * loss / count).backward()
     expected = torch.cat([p.grad.flatten() for p in reference.parameters()])
-    torch.testing.assert_close(flat, expected, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(flat, expected, rtol=1e-9, atol=1e-14)
 
 
 def test_accumulate_grad_equals_backward_of_the_mean_loss() -> None:
@@ -145,7 +149,8 @@ def test_accumulate_grad_equals_backward_of_the_mean_loss() -> None:
     (loss / count).backward()
     got, got_count = model.accumulate_grad(ids)
     torch.testing.assert_close(got, loss.detach())
-    assert got_count == count and not got.requires_grad
+    assert got_count == count
+    assert not got.requires_grad
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-14)
 

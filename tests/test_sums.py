@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedrun.strategies import FedAvg
-from fedrun.sums import TermSum, adamw_step_bound
+from fedrun.strategies.base import ServerRound
+from fedrun.sums import Bounds, TermSum, adamw_step_bound
 
 SIZE = 70_001  # more than one slice, and not a multiple of one
 
@@ -28,16 +29,16 @@ def summed(groups: list[list[int]], deltas: list[torch.Tensor], weights: list[fl
     total = None
     for group in groups:
         terms = TermSum(FedAvg(), SIZE, deltas[0], exact=exact)
-        terms.begin(bound)
+        terms.begin(Bounds(bound))
         for k in group:
-            assert terms.add(deltas[k].clone(), weights[k])
+            assert terms.add({"delta": deltas[k]}, weights[k])
         if total is None:
             total = terms
         else:
             total.buffer += terms.buffer  # what all_reduce does
     assert total is not None
     model = torch.zeros(SIZE, dtype=deltas[0].dtype)
-    total.apply(model, {})
+    total.apply(model, {}, ServerRound(1))
     return model, total.buffer
 
 
@@ -63,13 +64,13 @@ def test_same_bits_whatever_the_order_and_placement() -> None:
 def test_leaving_a_client_out_renormalises() -> None:
     deltas = updates(3, 1e-3)
     terms = TermSum(FedAvg(), SIZE, deltas[0], exact=True)
-    terms.begin(1e-3)
+    terms.begin(Bounds(1e-3))
     bad = deltas[1].clone()
     bad[SIZE - 1] = math.nan
-    assert [terms.add(d, w) for d, w in ((deltas[0], 0.2), (bad, 0.5), (deltas[2], 0.3))] == [
+    assert [terms.add({"delta": d}, w) for d, w in ((deltas[0], 0.2), (bad, 0.5), (deltas[2], 0.3))] == [
         True, False, True]
     model = torch.zeros(SIZE)
-    terms.apply(model, {})
+    terms.apply(model, {}, ServerRound(1))
     expected = (0.2 * deltas[0].double() + 0.3 * deltas[2].double()) / 0.5
     assert (model.double() - expected).abs().max() < 1e-9
 
@@ -77,33 +78,33 @@ def test_leaving_a_client_out_renormalises() -> None:
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_every_kind_of_not_finite_is_seen(value: float) -> None:
     terms = TermSum(FedAvg(), 10, torch.zeros(10), exact=True)
-    terms.begin(1.0)
+    terms.begin(Bounds(1.0))
     for place in (0, 9):
         delta = torch.zeros(10)
         delta[place] = value
-        assert not terms.add(delta, 1.0)
+        assert not terms.add({"delta": delta}, 1.0)
     assert not terms.buffer.any()
 
 
 def test_an_update_beyond_the_bound_is_an_error_not_a_wrap() -> None:
     terms = TermSum(FedAvg(), 10, torch.zeros(10), exact=True)
-    terms.begin(1e-3)
+    terms.begin(Bounds(1e-3))
     with pytest.raises(OverflowError, match="--reduce float"):
-        terms.add(torch.full((10,), 1.1e-3), 1.0)
+        terms.add({"delta": torch.full((10,), 1.1e-3)}, 1.0)
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.floats(1e-9, 1e6), st.integers(1, 300))
 def test_the_grid_holds_any_cohort_at_its_bound(bound: float, clients: int) -> None:
     terms = TermSum(FedAvg(), 2, torch.zeros(2), exact=True)
-    terms.begin(bound)
+    terms.begin(Bounds(bound))
     largest = torch.tensor([bound, -bound])
     if float(largest[0]) > bound:  # fp32 rounds some bounds up
         largest = torch.nextafter(largest, torch.zeros(2))
     for _ in range(clients):
-        terms.add(largest.clone(), 1 / clients)
+        terms.add({"delta": largest}, 1 / clients)
     model = torch.zeros(2)
-    terms.apply(model, {})
+    terms.apply(model, {}, ServerRound(1))
     assert torch.allclose(model, largest, rtol=1e-5)
     grid = Fraction(bound) / 2**29
     assert abs(Fraction(float(model[0])) - Fraction(float(largest[0]))) <= (

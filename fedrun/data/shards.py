@@ -77,3 +77,28 @@ class Batches:
             return self._permutations[pass_]
         entropy = np.random.SeedSequence([self.seed, self.client, pass_])
         return np.random.Generator(np.random.PCG64(entropy)).permutation(self.n_sequences)
+
+
+class DrawnBatches(Batches):
+    """The batches of one client, drawn with replacement: a sequence may come twice, or never.
+
+    Batch `step` is drawn by a generator seeded with (seed, client, step).
+    """
+
+    def indices(self, step: int) -> np.ndarray:
+        entropy = np.random.SeedSequence([self.seed, self.client, step])
+        generator = np.random.Generator(np.random.PCG64(entropy))
+        return generator.integers(self.n_sequences, size=self.batch_size)
+
+
+def make_batches(sampling: str, n_sequences: int, batch_size: int, seed: int, client: int
+                 ) -> Batches:
+    """The batches of a client by the name of --sampling."""
+    kind = {"shuffle": Batches, "replacement": DrawnBatches}[sampling]
+    return kind(n_sequences, batch_size, seed, client)
+
+
+def split_holdout(shard: range, fraction: float) -> tuple[range, range]:
+    """(what a client trains on, what it keeps for evaluation): the last part of its shard."""
+    held = int(len(shard) * fraction)
+    return shard[:len(shard) - held], shard[len(shard) - held:]

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fedrun.config import ModelConfig
-from fedrun.model.mamba2 import CHUNK_SIZE, NORM_EPS
+from fedrun.model.mamba2 import CHUNK_SIZE
+from fedrun.model.norm import EPS
 
 if TYPE_CHECKING:
     from transformers import Mamba2Config
@@ -38,14 +39,14 @@ def to_transformers_config(config: ModelConfig, vocab_size: int) -> Mamba2Config
         vocab_size=vocab_size, hidden_size=config.d_model, state_size=config.d_state,
         num_hidden_layers=config.n_layer, head_dim=config.headdim, expand=config.expand,
         num_heads=config.expand * config.d_model // config.headdim, n_groups=config.ngroups,
-        conv_kernel=config.d_conv, chunk_size=CHUNK_SIZE, layer_norm_epsilon=NORM_EPS,
+        conv_kernel=config.d_conv, chunk_size=CHUNK_SIZE, layer_norm_epsilon=EPS,
         tie_word_embeddings=True, pad_token_id=None, bos_token_id=None, eos_token_id=None)
 
 
 def from_transformers_config(config: Mamba2Config) -> tuple[ModelConfig, int]:
     """Our configuration and the vocabulary's size; ValueError where the model is another one."""
     required = {"tie_word_embeddings": True, "use_bias": False, "use_conv_bias": True,
-                "hidden_act": "silu", "layer_norm_epsilon": NORM_EPS, "residual_in_fp32": True,
+                "hidden_act": "silu", "layer_norm_epsilon": EPS, "residual_in_fp32": True,
                 "time_step_limit": (0.0, float("inf"))}
     for name, value in required.items():
         found = getattr(config, name)

@@ -13,6 +13,8 @@ denominators scale the small factors of the products instead.
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +24,7 @@ from torch import Tensor
 # Tokens in a chunk. On a CPU measured with tests/benchmarks/step.py: smaller chunks pass over the
 # weight and its gradient more often, larger ones leave the cache and cost memory.
 CHUNK_TOKENS = {"cpu": 384, "cuda": 4096}
-BLOCK_ROWS = 4096  # rows of the vocabulary handled at a time, so that temporaries stay in the cache
+BLOCK_ROWS = 2048  # rows of the vocabulary handled at a time, so that temporaries stay in the cache
 ALIGNMENT = 64  # tokens: reductions over ragged rows are several times slower
 
 
@@ -126,16 +128,17 @@ def _logits(hidden: Tensor, weight: Tensor, product_dtype: torch.dtype | None,
     length has columns at its end that stand for no token.
     """
     low = product_dtype or hidden.dtype
-    head = weight.to(low)
+    head = weight
+    if low != weight.dtype:
+        head = _scratch.empty("head", weight.shape, low, weight.device).copy_(weight)
     size = CHUNK_TOKENS.get(hidden.device.type, CHUNK_TOKENS["cpu"])
-    size = min(size, -(-len(hidden) // ALIGNMENT) * ALIGNMENT)
-    buffer = head.new_empty(len(weight) * size)
     for start in range(0, len(hidden), size):
         x = hidden[start:start + size]
-        width = -(-len(x) // ALIGNMENT) * ALIGNMENT
-        padded = x.new_zeros(width, x.shape[1], dtype=low)
+        padded = x.new_zeros(-(-len(x) // ALIGNMENT) * ALIGNMENT, x.shape[1], dtype=low)
         padded[:len(x)] = x
-        logits = torch.mm(head, padded.T, out=buffer[:len(weight) * width].view(-1, width))
+        shape = (len(weight), len(padded))
+        logits = _scratch.empty("logits", shape, low, weight.device)
+        torch.mm(head, padded.T, out=logits)
         yield slice(start, start + len(x)), head, logits
 
 
@@ -163,9 +166,35 @@ def _max_over_vocab(logits: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b for total (vocab, d_model), in total's type also where a and b have a lower."""
+    """total (vocab, d_model) += a @ b, summed in its own type whatever that of a and b is."""
     if a.dtype == total.dtype:
         total.addmm_(a, b)
         return
     for rows, block in zip(a.split(BLOCK_ROWS), total.split(BLOCK_ROWS), strict=True):
-        block += rows @ b
+        product = torch.mm(rows, b, out=_scratch.empty("product", block.shape, b.dtype, b.device))
+        wide = _scratch.empty("wide product", block.shape, total.dtype, b.device)
+        block.add_(wide.copy_(product))
+
+
+class _Scratch(threading.local):
+    """Memory that survives between calls: on a CPU, fresh pages cost more than what is done there.
+
+    One buffer a name and thread; on other devices torch's allocator does the same by itself.
+    """
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype,
+              device: torch.device) -> Tensor:
+        """An uninitialised tensor, whose values last until the name is asked for again."""
+        if device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=device)
+        size = math.prod(shape)
+        buffer = self.buffers.get((name, dtype))
+        if buffer is None or len(buffer) < size:
+            buffer = self.buffers[name, dtype] = torch.empty(size, dtype=dtype)
+        return buffer[:size].view(shape)
+
+
+_scratch = _Scratch()

@@ -15,43 +15,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedrun.config import ModelConfig
+from fedrun.model import kernels
 from fedrun.model.loss import (
     linear_cross_entropy,
     linear_cross_entropy_gradients,
     predictive_entropy,
 )
+from fedrun.model.norm import EPS, rms_norm
 from fedrun.model.ssd import ssd_scan
 
-NORM_EPS = 1e-5
 CHUNK_SIZE = 64  # of the scan; the fastest of 32, 64 and 128 (tests/benchmarks/step.py)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension (Zhang & Sennrich 2019), in x's own type."""
+    """RMS norm of x, or of x * silu(z) with a gate z, over each group of the last dimension."""
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, NORM_EPS)
-
-
-class GatedRMSNorm(nn.Module):
-    """RMS norm of y * silu(z), one norm a group of heads: (b, l, i), (b, l, i) -> (b, l, i)."""
-
-    def __init__(self, width: int, groups: int) -> None:
+    def __init__(self, width: int, groups: int = 1) -> None:
         super().__init__()
         self.groups = groups
         self.weight = nn.Parameter(torch.empty(width))
 
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        gated = (y * F.silu(z)).unflatten(-1, (self.groups, -1))
-        return F.rms_norm(gated, gated.shape[-1:], eps=NORM_EPS).flatten(-2) * self.weight
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
+        gated = x if z is None else x * F.silu(z)
+        return rms_norm(gated, self.weight, self.groups)
 
 
 class Mamba2Mixer(nn.Module):
-    """The sequence mixer: (b, l, d) -> (b, l, d), with the state's way in and out for generation."""
+    """The sequence mixer: (b, l, d) -> (b, l, d), with a state's way in and out for generation."""
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype) -> None:
         super().__init__()
@@ -67,7 +57,7 @@ class Mamba2Mixer(nn.Module):
                                  bias=False)
         self.conv1d = nn.Conv1d(self.d_conv_in, self.d_conv_in, config.d_conv,
                                 groups=self.d_conv_in)
-        self.norm = GatedRMSNorm(self.d_inner, config.ngroups)
+        self.norm = RMSNorm(self.d_inner, config.ngroups)
         self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,13 +80,24 @@ class Mamba2Mixer(nn.Module):
         low = product_dtype(self.compute_dtype, normed)
         return F.linear(normed.to(low), self.out_proj.weight.to(low)).to(normed.dtype)
 
+    def mix(self, u: Tensor) -> Tensor:
+        """Mix a sequence from its beginning, by the fastest code for u's device: (b, l, d)."""
+        path = kernels.path_for(u)
+        if path == "own":
+            return self.forward(u)[0]
+        return kernels.mix(self, u, path, product_dtype(self.compute_dtype, u), EPS)
+
     def forward(self, u: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
         """Mix a sequence u (b, l, d) that follows `state`; also returns the state after it."""
         taps = self.config.d_conv - 1
         z, xbc, dt = self.project(u)
         past = xbc.new_zeros(len(u), taps, self.d_conv_in) if state is None else state[0]
         window = torch.cat([past, xbc], dim=1)  # (b, taps + l, i + 2 g n)
-        convolved = F.silu(self.conv1d(window.transpose(1, 2))).transpose(1, 2)
+        # As an image of height 1, channels last: the one-dimensional one transposes both ways.
+        image = window.transpose(1, 2)[:, :, None]
+        convolved = F.conv2d(image, self.conv1d.weight[:, :, None], self.conv1d.bias,
+                             groups=self.d_conv_in)[:, :, 0].transpose(1, 2)
+        convolved = F.silu(convolved)
         x, B, C = self.split(convolved)
         y, ssm_state = ssd_scan(x, dt, -torch.exp(self.A_log), B, C, self.D, chunk_size=CHUNK_SIZE,
                                 initial_state=None if state is None else state[1],
@@ -187,8 +188,7 @@ class Mamba2LM(nn.Module):
         """Hidden states after the final norm, of embedded tokens: (b, l, d) -> (b, l, d)."""
         for block in self.backbone.layers:
             assert isinstance(block, Block)
-            mixed, _ = block.mixer(block.norm(residual))
-            residual = residual + mixed
+            residual = residual + block.mixer.mix(block.norm(residual))
         normed: Tensor = self.backbone.norm_f(residual)
         return normed
 

@@ -16,8 +16,3 @@ def bf16_in_hardware(device: torch.device | str) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
-
-
-def kernel_path(device: torch.device | str) -> str:
-    """Name of the kernels that the model runs on this device: what decides the last bits."""
-    return f"own scan on {torch.device(device).type}"

@@ -15,6 +15,8 @@ C, r = h / g heads a group, c chunks, q positions in a chunk.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,7 +32,6 @@ def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     heads_per_group = x.shape[1] // B.shape[1]
     B = B.repeat_interleave(heads_per_group, dim=1)  # (b, h, n)
     C = C.repeat_interleave(heads_per_group, dim=1)  # (b, h, n)
-    x = x.to(state.dtype)
     decay = torch.exp(dt * A)[..., None, None]  # (b, h, 1, 1)
     state = decay * state + (dt[..., None] * x)[..., None] * B[:, :, None, :]
     y = (state * C[:, :, None, :]).sum(-1) + D[:, None] * x
@@ -43,62 +44,165 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
     """The whole recurrence: returns the outputs (b, l, h, p) and the final state (b, h, p, n).
 
     x: (b, l, h, p); dt: (b, l, h), after softplus; A, D: (h,), A negative; B, C: (b, l, g, n);
-    initial_state: (b, h, p, n), zero where it is None. Any l >= 1. Decays, their sums and the
-    state are kept in dt's type, the matrix products take product_dtype (default: dt's).
+    initial_state: (b, h, p, n), zero where it is None. Any l >= 1. All tensors have one type, in
+    which decays, their sums and the state are kept; the matrix products take product_dtype.
     """
     batch, seqlen, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
-    per_group = heads // groups
-    full, low = dt.dtype, product_dtype or dt.dtype
+    if initial_state is None:
+        initial_state = x.new_zeros(batch, heads, headdim, d_state)
     q = min(chunk_size, seqlen)
     pad = -seqlen % q
     if pad:  # a padded token has dt = 0: it keeps the state and adds nothing
-        x, dt, B, C = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) for t in (x, dt, B, C))
-    chunks = (seqlen + pad) // q
+        x, B, C = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (x, B, C))
+        dt = F.pad(dt, (0, 0, 0, pad))
+    y, final = _Scan.apply(
+        x.unflatten(1, (-1, q)), dt.unflatten(1, (-1, q)), A,
+        B.unflatten(1, (-1, q)).transpose(2, 3), C.unflatten(1, (-1, q)).transpose(2, 3), D,
+        initial_state.unflatten(1, (groups, -1)).permute(0, 1, 4, 2, 3).flatten(3),
+        product_dtype or x.dtype)
+    final = final.unflatten(3, (-1, headdim)).permute(0, 1, 3, 4, 2).flatten(1, 2)
+    return y.flatten(1, 2)[:, :seqlen], final
 
-    x = x.reshape(batch, chunks, q, heads, headdim).to(full)
-    dt = dt.reshape(batch, chunks, q, heads)
-    B = B.reshape(batch, chunks, q, groups, d_state).transpose(2, 3).to(low)  # (b, c, g, q, n)
-    C = C.reshape(batch, chunks, q, groups, d_state).transpose(2, 3).to(low)
 
-    # log of the decay from the chunk's start to each position, and over the whole chunk
-    log_decay = torch.cumsum(dt * A, dim=2)  # (b, c, q, h)
-    log_total = log_decay[:, :, -1]  # (b, c, h)
+class _Scan(torch.autograd.Function):
+    """The scan in chunks, with its gradient by hand: a third of the passes that autograd makes.
 
-    # 1. Within a chunk: y_i += sum_{j <= i} (C_i . B_j) exp(sum of dt A over j+1..i) dt_j x_j
-    by_head = log_decay.transpose(2, 3)  # (b, c, h, q)
-    difference = by_head[..., :, None] - by_head[..., None, :]  # (b, c, h, q, q)
-    causal = torch.ones(q, q, dtype=torch.bool, device=x.device).tril()
+    x: (b, c, q, h, p); dt: (b, c, q, h); B, C: (b, c, g, q, n); initial: (b, g, n, r p).
+    Returns y (b, c, q, h, p) and the final state (b, g, n, r p).
+
+    Products over the positions of a chunk, one a head, have the layout (b, c, h, q, p), those
+    with B and C, which serve all heads of a group at once, (b, c, g, q, r p).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
+                initial: Tensor, low: torch.dtype) -> tuple[Tensor, Tensor]:
+        groups = B.shape[2]
+        B, C = B.to(low), C.to(low)
+        # log of the decay from the chunk's start to each position, and over the whole chunk
+        log_decay = torch.cumsum(dt * A, dim=2)  # (b, c, q, h)
+        log_total = log_decay[:, :, -1:]  # (b, c, 1, h)
+        dt_x = dt[..., None] * x
+
+        # 1. Within a chunk: y_i = sum_{j <= i} (C_i . B_j) exp(sum of dt A over j+1..i) dt_j x_j
+        decay = _decay_within(log_decay)  # (b, c, h, q, q)
+        scores = (C @ B.mT).to(x.dtype)  # (b, c, g, q, q)
+        weights = _per_group(decay, groups).mul(scores[:, :, :, None]).flatten(2, 3).to(low)
+        dt_x_heads = _to_heads(dt_x, low)
+        within = weights @ dt_x_heads  # (b, c, h, q, p)
+
+        # 2. What each chunk adds to the state at its end
+        to_end = torch.exp(log_total - log_decay)  # (b, c, q, h)
+        carried = _to_groups(dt_x.mul_(to_end[..., None]), groups).to(low)  # (b, c, g, q, r p)
+        added = B.mT @ carried  # (b, c, g, n, r p)
+
+        # 3. The recurrence over chunks
+        over_chunk = _over_chunk(log_total, groups, x.shape[-1])  # (b, c, g, 1, r p)
+        entering = x.new_empty(added.shape)
+        state = initial
+        for c in range(x.shape[1]):
+            entering[:, c] = state
+            state = torch.addcmul(added[:, c].to(x.dtype), over_chunk[:, c], state)
+        entering = entering.to(low)
+
+        # 4. What each position reads from the state that entered its chunk
+        y = _from_groups(C @ entering, x).mul_(torch.exp(log_decay)[..., None])
+        y.add_(within.transpose(2, 3)).addcmul_(x, D[:, None])
+        ctx.save_for_backward(x, dt, A, B, C, D, log_decay, decay, scores, weights, dt_x_heads,
+                              carried, entering)
+        return y, state
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
+        (x, dt, A, B, C, D, log_decay, decay, scores, weights, dt_x_heads, carried,
+         entering) = ctx.saved_tensors
+        groups, low = B.shape[2], B.dtype
+        log_total = log_decay[:, :, -1:]
+        from_start, to_end = torch.exp(log_decay), torch.exp(log_total - log_decay)
+        over_chunk = _over_chunk(log_total, groups, x.shape[-1])
+
+        # 4. Reads: y += from_start * (C @ entering)
+        grad_read = grad_y * from_start[..., None]  # (b, c, q, h, p)
+        grad_log_read = (_from_groups(C @ entering, x).mul_(grad_read)).sum(-1)  # (b, c, q, h)
+        grad_read_groups = _to_groups(grad_read, groups).to(low)
+        grad_C = grad_read_groups @ entering.mT  # (b, c, g, q, n)
+        grad_entering = (C.mT @ grad_read_groups).to(x.dtype)  # (b, c, g, n, r p)
+
+        # 3. The recurrence backwards: grad_added[c] is the gradient of the state after chunk c
+        grad_added = torch.empty_like(grad_entering)
+        grad_state = grad_final
+        for c in reversed(range(x.shape[1])):
+            grad_added[:, c] = grad_state
+            grad_state = torch.addcmul(grad_entering[:, c], over_chunk[:, c], grad_state)
+        grad_log_total = torch.mul(grad_added, entering, out=grad_entering).mul_(over_chunk)
+        grad_log_total = _per_head(grad_log_total.sum(3), x)  # (b, c, h)
+
+        # 2. Additions: added = B^T @ carried, carried = to_end * dt * x
+        grad_added = grad_added.to(low)
+        grad_B = carried @ grad_added.mT  # (b, c, g, q, n)
+        grad_dt_x = _from_groups(B @ grad_added, x).mul_(to_end[..., None])
+        grad_log_carried = (grad_dt_x * x).sum(-1).mul_(dt)  # (b, c, q, h)
+
+        # 1. Within a chunk: y += weights @ dt_x, weights = scores * decay
+        grad_heads = _to_heads(grad_y, low)
+        grad_weights = (grad_heads @ dt_x_heads.mT).to(x.dtype)  # (b, c, h, q, q)
+        grad_dt_x.add_((weights.mT @ grad_heads).transpose(2, 3))
+        grad_weights = _per_group(grad_weights.mul_(decay), groups)  # (b, c, g, r, q, q)
+        grad_scores = grad_weights.sum(3).to(low)  # (b, c, g, q, q)
+        grad_C += grad_scores @ B
+        grad_B += grad_scores.mT @ C
+        grad_log = grad_weights.mul_(scores[:, :, :, None]).flatten(2, 3)  # of the exponent i, j
+        grad_log_within = (grad_log.sum(-1) - grad_log.sum(-2)).transpose(2, 3)  # (b, c, q, h)
+
+        # Every log is a sum of dt A: over the positions up to i (reads), after j (additions)
+        until = grad_log_within.add_(grad_log_read).flip(2).cumsum(2).flip(2)
+        after = grad_log_carried.cumsum(2).sub_(grad_log_carried)
+        grad_dt_A = until.add_(after).add_(grad_log_total[:, :, None])
+        grad_dt = torch.addcmul((grad_dt_x * x).sum(-1), grad_dt_A, A)
+        grad_x = grad_dt_x.mul_(dt[..., None]).addcmul_(grad_y, D[:, None])
+        grad_D = (grad_y * x).sum((0, 1, 2, 4))
+        return (grad_x, grad_dt, (grad_dt_A * dt).sum((0, 1, 2)), grad_B.to(x.dtype),
+                grad_C.to(x.dtype), grad_D, grad_state, None)
+
+
+def _decay_within(log_decay: Tensor) -> Tensor:
+    """exp(log_decay_i - log_decay_j) for i >= j, else 0: (b, c, q, h) -> (b, c, h, q, q)."""
+    by_head = log_decay.transpose(2, 3)
+    q = by_head.shape[-1]
+    future = torch.full((q, q), -torch.inf, dtype=by_head.dtype, device=by_head.device).triu_(1)
     # Masked before exp: above the diagonal the difference is positive and may overflow.
-    decay = torch.exp(difference.masked_fill(~causal, -torch.inf))
-    scores = (C @ B.transpose(-1, -2)).to(full)  # (b, c, g, q, q), once a group
-    weights = scores[:, :, :, None] * decay.unflatten(2, (groups, per_group))
-    dt_x = dt[..., None] * x  # (b, c, q, h, p)
-    within = weights.flatten(2, 3).to(low) @ dt_x.transpose(2, 3).to(low)  # (b, c, h, q, p)
+    return (by_head[..., :, None] - by_head[..., None, :]).add_(future).exp_()
 
-    # 2. What each chunk adds to the state at its end: one product a group, all its heads at once
-    to_end = torch.exp(log_total[:, :, None] - log_decay)  # (b, c, q, h)
-    weighted = (to_end[..., None] * dt_x).unflatten(3, (groups, per_group)).transpose(2, 3)
-    added = (B.transpose(-1, -2) @ weighted.flatten(4).to(low)).to(full)  # (b, c, g, n, r p)
-    added = added.unflatten(4, (per_group, headdim))  # (b, c, g, n, r, p)
 
-    # 3. The recurrence over chunks
-    over_chunk = torch.exp(log_total).view(batch, chunks, groups, 1, per_group, 1)
-    if initial_state is None:
-        state = added.new_zeros(batch, groups, d_state, per_group, headdim)
-    else:
-        state = initial_state.to(full).unflatten(1, (groups, per_group)).permute(0, 1, 4, 2, 3)
-    entering = []
-    for c in range(chunks):
-        entering.append(state)
-        state = over_chunk[:, c] * state + added[:, c]
-    states = torch.stack(entering, dim=1)  # (b, c, g, n, r, p)
+def _over_chunk(log_total: Tensor, groups: int, headdim: int) -> Tensor:
+    """The decay over whole chunks, for each channel: (b, c, 1, h) -> (b, c, g, 1, r p)."""
+    decay = torch.exp(log_total).unflatten(3, (groups, -1)).transpose(2, 3)  # (b, c, g, 1, r)
+    return decay.repeat_interleave(headdim, dim=-1)
 
-    # 4. What each position reads from the state that entered its chunk
-    read = (C @ states.flatten(4).to(low)).to(full)  # (b, c, g, q, r p)
-    read = read.unflatten(4, (per_group, headdim)).transpose(2, 3).flatten(3, 4)  # (b, c, q, h, p)
 
-    y = within.transpose(2, 3).to(full) + torch.exp(log_decay)[..., None] * read + D[:, None] * x
-    y = y.reshape(batch, chunks * q, heads, headdim)[:, :seqlen]
-    final = state.permute(0, 1, 3, 4, 2).flatten(1, 2)  # (b, h, p, n)
-    return y, final
+def _per_group(t: Tensor, groups: int) -> Tensor:
+    """(b, c, h, ...) -> (b, c, g, r, ...)"""
+    return t.unflatten(2, (groups, -1))
+
+
+def _per_head(t: Tensor, x: Tensor) -> Tensor:
+    """Sum over the channels of each head: (b, c, g, r p) -> (b, c, h)."""
+    return t.unflatten(3, (-1, x.shape[-1])).sum(-1).flatten(2, 3)
+
+
+def _to_heads(t: Tensor, low: torch.dtype) -> Tensor:
+    """(b, c, q, h, p) -> (b, c, h, q, p), contiguous, in memory of its own."""
+    t = t.transpose(2, 3)
+    return torch.empty(t.shape, dtype=low, device=t.device).copy_(t)
+
+
+def _to_groups(t: Tensor, groups: int) -> Tensor:
+    """(b, c, q, h, p) -> (b, c, g, q, r p)"""
+    return t.unflatten(3, (groups, -1)).transpose(2, 3).flatten(4)
+
+
+def _from_groups(t: Tensor, x: Tensor) -> Tensor:
+    """(b, c, g, q, r p) -> (b, c, q, h, p), in x's type and in memory of its own."""
+    t = t.unflatten(4, (-1, x.shape[-1])).transpose(2, 3).flatten(3, 4)
+    return t.to(x.dtype)

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from fedrun.strategies.base import Strategy
 from fedrun.strategies.fed_avg import FedAvg
+from fedrun.strategies.fed_entropy import FedEntropy
+from fedrun.strategies.fed_fisher import FedFisher
+from fedrun.strategies.fed_momentum import DiLoCo, FedMomentum
+from fedrun.strategies.fed_opt import FedAdagrad, FedAdam, FedYogi
+from fedrun.strategies.fed_sgd import FedSGD
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "fed_avg": FedAvg,
+    "fed_momentum": FedMomentum,
+    "diloco": DiLoCo,
+    "fed_entropy": FedEntropy,
+    "fed_fisher": FedFisher,
+    "fed_adam": FedAdam,
+    "fed_yogi": FedYogi,
+    "fed_adagrad": FedAdagrad,
+    "fed_sgd": FedSGD,
 }
 
 

@@ -1,18 +1,19 @@
 """FedAvg: the global model moves by the weighted mean of the clients' updates.
 
-    w <- w + sum_k p_k d_k / sum_k p_k,   p_k = tokens of client k's shard
+    w <- w + sum_k p_k d_k / sum_k p_k
 
 McMahan et al. (2017), "Communication-Efficient Learning of Deep Networks from Decentralized Data",
-Algorithm 1. The weights' sum travels with the updates, so that the mean is over those who took part.
+Algorithm 1, with p_k in proportion to the size of client k's shard. The weights' sum travels with
+the updates, so that the mean is over those who took part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from fedrun.strategies.base import Strategy
+from fedrun.strategies.base import ClientReport, ServerRound, Strategy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +23,22 @@ if TYPE_CHECKING:
 class FedAvg(Strategy):
     """Federated averaging: clients train on their shards, the server takes the weighted mean."""
 
-    def server_update(self, model: Tensor, state: Mapping[str, Tensor], mean: Mapping[str, Tensor]
-                      ) -> None:
+    weighting: Literal["samples", "trained", "uniform"] = "samples"
+    """Weight of a client: the tokens of its shard (samples), the tokens in this round's losses
+    (trained), or the same for all (uniform)."""
+
+    def plan_weights(self, shard_tokens: Sequence[int], round_tokens: int) -> list[float]:
+        clients = len(shard_tokens)
+        if self.weighting == "samples":
+            return [n / sum(shard_tokens) for n in shard_tokens]
+        # A weight for each trained token: no client trains on more than round_tokens, so that the
+        # weights sum to at most one though they are known only after training.
+        each = 1 / clients if self.weighting == "uniform" else 1 / (clients * round_tokens)
+        return [each] * clients
+
+    def client_weight(self, planned: float, report: ClientReport, reference: float) -> float:
+        return planned * report.tokens if self.weighting == "trained" else planned
+
+    def server_update(self, model: Tensor, state: Mapping[str, Tensor], mean: Mapping[str, Tensor],
+                      context: ServerRound) -> None:
         model.add_(mean["delta"])

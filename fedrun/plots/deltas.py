@@ -1,0 +1,348 @@
+"""`fedrun plot deltas` and `federated-deltas`: how in_proj changed since the start of a run.
+
+    heatmap_structure_{run}.png              where in the matrix the change lies, step by step
+    averaged_svd_evolution_{config}.png      its largest singular values over the steps
+    averaged_final_spectrum_{config}.png     all singular values at the end, and the rank that
+                                             holds 95 % of the energy (their squares)
+
+and for federated runs heatmap_{method}_{config}_lu_{lu}_seed_{seed}_{entity},
+svd_evolution_{method}_{config}_lu_{lu} and svd_spectrum_..., with _{entity} unless it is the server
+and _layer{N} unless it is layer 0.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from fedrun.plots import style
+from fedrun.plots.runs import Damaged, Run, groups, identify, is_run
+
+ROWS_AND_COLUMNS = 80
+HEATMAPS = 10
+TOP_VALUES = 6
+ENERGY = 0.95
+COLOUR_QUANTILE = 0.995
+"""The colour scale ends here, not at the largest change: a single element would pale all others."""
+
+STEP_FILE = re.compile(r"step_(\d+)\.npz")
+IN_PROJ = re.compile(r"(?:delta_)?(?:layers\.(?P<layer>\d+)\.)?in_proj")
+
+
+@dataclass(frozen=True)
+class Entity:
+    """The saved steps of one model of one run: the global one, a client's, or a central run's."""
+
+    run: Run
+    """Without its history, which these figures do not need."""
+    name: str
+    """server, client_0, ... or central."""
+    folder: Path
+    files: dict[int, Path]
+    """The npz of each saved step, in order: deltas where there are any, else parameters."""
+    is_delta: bool
+    layers: list[int]
+
+    def changes(self, layer: int, steps: Sequence[int]) -> dict[int, np.ndarray]:
+        """The change of in_proj (rows, columns) at each of `steps`, since the start of the run, or,
+        where only parameters were saved, since the first step that was."""
+        arrays = {step: _in_proj(self.files[step])[layer] for step in steps}
+        if self.is_delta:
+            return arrays
+        first = _in_proj(self.files[self.steps[0]])[layer]
+        return {step: array - first for step, array in arrays.items()}
+
+    @property
+    def steps(self) -> list[int]:
+        """The saved steps; where changes are computed, the first is the origin and none of them."""
+        return list(self.files)
+
+    @property
+    def changed_steps(self) -> list[int]:
+        return self.steps if self.is_delta else self.steps[1:]
+
+    @property
+    def since(self) -> str:
+        return "the start" if self.is_delta else f"step {self.steps[0]}"
+
+
+@dataclass(frozen=True)
+class FoundEntities:
+    """What a data folder holds of one entity."""
+
+    entity: str
+    federated: bool
+    entities: list[Entity]
+    passed_over: list[tuple[str, str]]
+
+    def __str__(self) -> str:
+        return "\n".join([
+            f"found {len(self.entities)} runs with saved changes of {self.entity}",
+            *(f"passed over {name}: {reason}" for name, reason in self.passed_over)])
+
+
+def find_entities(data_dir: Path, entity: str, federated: bool, config: str | None
+                  ) -> FoundEntities:
+    """The saved steps of `entity` in every central, or every federated, run under `data_dir`.
+
+    Raises ValueError where there is no such folder.
+    """
+    if not data_dir.is_dir():
+        raise ValueError(f"--data_dir {data_dir}: no such folder; accepted is one with run folders")
+    found, passed_over = [], []
+    for path in sorted(p for p in data_dir.iterdir() if p.is_dir() and is_run(p)):
+        try:
+            run = identify(path)
+            if (run.method != "central") != federated or config not in (None, run.config):
+                continue
+            read, damage = _read_entity(run, entity if federated else "central",
+                                        path / entity if federated else path)
+            found.append(read)
+            passed_over += [(f"{path.name}/{file}", reason) for file, reason in damage]
+        except Damaged as damaged:
+            passed_over.append((path.name, str(damaged)))
+    return FoundEntities(entity if federated else "central", federated, found, passed_over)
+
+
+def _read_entity(run: Run, name: str, folder: Path) -> tuple[Entity, list[tuple[str, str]]]:
+    """The entity, and its files that are damaged. Raises Damaged where none can be used."""
+    damage: list[tuple[str, str]] = []
+    for kind in ("deltas", "params"):
+        files: dict[int, Path] = {}
+        layers: list[int] = []
+        for path in sorted((folder / kind).glob("step_*.npz")):
+            step = STEP_FILE.fullmatch(path.name)
+            if step is None:
+                continue
+            try:
+                layers = sorted(_in_proj(path))
+                files[int(step[1])] = path
+            except Damaged as damaged:
+                damage.append((str(path.relative_to(run.path)), str(damaged)))
+        entity = Entity(run, name, folder, dict(sorted(files.items())), kind == "deltas", layers)
+        if entity.changed_steps:
+            return entity, damage
+    told = "; ".join(f"{file} {reason}" for file, reason in damage)
+    raise Damaged(told or f"no deltas/step_*.npz and fewer than two params/step_*.npz in "
+                  f"{folder.relative_to(run.path.parent)}")
+
+
+def _in_proj(path: Path) -> dict[int, np.ndarray]:
+    """in_proj, or its change, of every layer in a file; a key without a layer is layer 0."""
+    try:
+        with np.load(path) as file:
+            found = {int(key["layer"] or 0): file[name] for name in file.files
+                     if (key := IN_PROJ.fullmatch(name))}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise Damaged(f"is damaged: {error}") from None
+    if not found or any(array.ndim != 2 or not np.isfinite(array).all()
+                        for array in found.values()):
+        raise Damaged("has no in_proj of two dimensions with finite values")
+    return found
+
+
+# ---- the numbers -----------------------------------------------------------------------------------
+
+def evenly(steps: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the steps, spread evenly, the first and the last among them."""
+    places = np.linspace(0, len(steps) - 1, min(count, len(steps))).round().astype(int)
+    return [steps[place] for place in dict.fromkeys(places.tolist())]
+
+
+def strongest(change: np.ndarray, count: int = ROWS_AND_COLUMNS) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the `count` rows and columns of largest Euclidean norm, in their own order."""
+    rows = np.sort(np.argsort(-np.linalg.norm(change, axis=1), kind="stable")[:count])
+    columns = np.sort(np.argsort(-np.linalg.norm(change, axis=0), kind="stable")[:count])
+    return rows, columns
+
+
+def singular_values(change: np.ndarray) -> np.ndarray:
+    """All singular values, falling, in float64."""
+    values: np.ndarray = np.linalg.svd(change.astype(np.float64), compute_uv=False)
+    return values
+
+
+def energy_rank(values: np.ndarray, share: float = ENERGY) -> int:
+    """The smallest rank whose squared singular values make up `share` of their sum."""
+    energy = np.cumsum(values**2)
+    return int(np.searchsorted(energy, share * energy[-1])) + 1
+
+
+# ---- the figures -----------------------------------------------------------------------------------
+
+def figures(found: FoundEntities, layer: int | None = 0) -> dict[str, Figure | str]:
+    """All figures of what was found, by name, or why there is none; layer None is all layers."""
+    made: dict[str, Figure | str] = {}
+    if not found.entities:
+        wanted = "runs" if found.entity in ("server", "central") \
+            else "runs with --save_client_deltas"
+        kind = "federated" if found.federated else "central"
+        return {f"heatmaps and spectra of {found.entity}": f"want {kind} {wanted}"}
+    layers = sorted({n for e in found.entities for n in e.layers}) if layer is None else [layer]
+    families = _families(found.entities)
+    with style.drawing():
+        for number in layers:
+            suffix = f"_layer{number}" if number else ""
+            for entity in found.entities:
+                name = (f"heatmap_{_family(entity)}_seed_{entity.run.seed}_{entity.name}"
+                        if found.federated else f"heatmap_structure_{entity.run.name}")
+                made[_unused(made, name + suffix, entity)] = (
+                    heatmap(entity, number) if number in entity.layers else _no_layer(entity))
+            for family, members in families.items():
+                having = [e for e in members if number in e.layers]
+                entity_suffix = "" if found.entity in ("server", "central") else f"_{found.entity}"
+                names = ((f"svd_evolution_{family}", f"svd_spectrum_{family}") if found.federated
+                         else (f"averaged_svd_evolution_{family}",
+                               f"averaged_final_spectrum_{family}"))
+                for name, draw in zip(names, (evolution, spectrum), strict=True):
+                    made[name + entity_suffix + suffix] = (
+                        draw(having, number) if having else _no_layer(members[0]))
+    return made
+
+
+def _families(entities: Sequence[Entity]) -> dict[str, list[Entity]]:
+    """Repetitions with different seeds, under the name that their figures share; of two runs with
+    one seed the first. Where settings differ within a family, they are part of the name."""
+    by_path = {entity.run.path: entity for entity in entities}
+    families: dict[str, list[Entity]] = {}
+    for group in groups(entity.run for entity in entities):
+        variant = re.sub(r"[^\w.=-]+", "_", group.variant)
+        one_a_seed = {run.seed: by_path[run.path] for run in reversed(group.runs)}
+        name = "_".join(filter(None, [_family(by_path[group.runs[0].path]), variant]))
+        families[name] = [one_a_seed[seed] for seed in sorted(one_a_seed)]
+    return families
+
+
+def heatmap(entity: Entity, layer: int) -> Figure:
+    """The rows and columns that have changed most at the end, at up to ten steps."""
+    steps = evenly(entity.changed_steps, HEATMAPS)
+    changes = entity.changes(layer, steps)
+    rows, columns = strongest(changes[steps[-1]])
+    shown = {step: change[np.ix_(rows, columns)] for step, change in changes.items()}
+    limit = float(np.quantile(np.abs(np.stack(list(shown.values()))), COLOUR_QUANTILE)) or 1.0
+    across = min(5, len(steps))
+    down = -(-len(steps) // across)
+    fig = style.figure(1.6 + 2.5 * across, 1.5 + 2.6 * down)
+    grid = fig.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    axes = list(grid.flat)
+    for ax, step in zip(axes, steps, strict=False):
+        image = ax.imshow(shown[step], cmap=style.DIVERGING, vmin=-limit, vmax=limit,
+                          aspect="auto", interpolation="nearest")
+        ax.set_title(f"step {step}" if entity.run.method == "central" else f"round {step}",
+                     fontsize=12)
+        ax.grid(False)
+        ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+        ax.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    for unused in axes[len(steps):]:
+        unused.remove()
+    fig.colorbar(image, ax=axes[:len(steps)], extend="both", label="change of the weight",
+                 shrink=0.9, pad=0.015)
+    total_rows, total_columns = changes[steps[-1]].shape
+    fig.supxlabel(f"the {len(columns)} of {total_columns} inputs that changed most", fontsize=12)
+    fig.supylabel(f"the {len(rows)} of {total_rows} outputs", fontsize=12)
+    fig.suptitle(f"Change of in_proj since {entity.since}, layer {layer}\n{_title(entity)}, "
+                 f"seed {entity.run.seed}")
+    return fig
+
+
+def evolution(entities: Sequence[Entity], layer: int) -> Figure:
+    """The largest singular values over the steps: the mean over the seeds and its band."""
+    steps, values = _over_seeds(entities, layer)  # (seeds, steps, values)
+    fig = style.figure(7.6, 5.0)
+    ax = fig.subplots()
+    shades = np.linspace(0.95, 0.35, min(TOP_VALUES, values.shape[-1]))
+    handles = []
+    for index, shade in enumerate(shades):
+        colour = style.shade(entities[0].run.method, float(shade))
+        series = values[:, :, index]
+        handles += ax.plot(steps, series.mean(axis=0), color=colour, marker="o", markersize=4,
+                           label=f"$\\sigma_{{{index + 1}}}$")
+        if len(series) > 1:
+            std = series.std(axis=0, ddof=1)
+            ax.fill_between(steps, series.mean(axis=0) - std, series.mean(axis=0) + std,
+                            color=colour, alpha=style.BAND_OPACITY, linewidth=0)
+    ax.set_ylim(bottom=0)
+    ax.set_xlim(left=0)
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.set_xlabel("step" if entities[0].run.method == "central" else "round")
+    ax.set_ylabel("singular value")
+    ax.set_title(f"Largest singular values of the change of in_proj, layer {layer}\n"
+                 f"{_title(entities[0])}{_seeds(len(values))}")
+    style.legend_below(fig, handles, TOP_VALUES)
+    return fig
+
+
+def spectrum(entities: Sequence[Entity], layer: int) -> Figure:
+    """All singular values at the last step that all seeds have, and the rank of 95 % energy."""
+    steps, values = _over_seeds(entities, layer, last_only=True)
+    final = values[:, -1]
+    mean = final.mean(axis=0)
+    rank = energy_rank(mean)
+    look = style.look(entities[0].run.method)
+    fig = style.figure(7.6, 5.0)
+    ax = fig.subplots()
+    numbers = np.arange(1, len(mean) + 1)
+    handles = ax.plot(numbers, mean, color=look.colour, label="mean" if len(final) > 1 else
+                      f"seed {entities[0].run.seed}")
+    if len(final) > 1:
+        std = final.std(axis=0, ddof=1)
+        ax.fill_between(numbers, (mean - std).clip(min=mean[mean > 0].min(initial=1e-12) / 10),
+                        mean + std, color=look.colour, alpha=style.BAND_OPACITY, linewidth=0)
+    ax.axvline(rank, color="#444444", linestyle=(0, (4, 2)), linewidth=1.4)
+    handles.append(Line2D([], [], color="#444444", linestyle=(0, (4, 2)), linewidth=1.4,
+                          label=f"{ENERGY:.0%} of the energy in rank {rank} of {len(mean)}"))
+    style.log_axis(ax)
+    ax.set_xlim(0, len(mean) + 1)
+    ax.set_xlabel("number of the singular value")
+    ax.set_ylabel("singular value")
+    when = "step" if entities[0].run.method == "central" else "round"
+    ax.set_title(f"Singular values of the change of in_proj, layer {layer}, {when} {steps[-1]}\n"
+                 f"{_title(entities[0])}{_seeds(len(final))}")
+    style.legend_below(fig, handles, 2)
+    return fig
+
+
+def _over_seeds(entities: Sequence[Entity], layer: int, last_only: bool = False
+                ) -> tuple[list[int], np.ndarray]:
+    """The steps that all entities have, and their singular values (entities, steps, values)."""
+    common = set.intersection(*(set(e.changed_steps) for e in entities))
+    steps = sorted(common)[-1:] if last_only else sorted(common)
+    return steps, np.array([[singular_values(change) for change in
+                             e.changes(layer, steps).values()] for e in entities])
+
+
+def _family(entity: Entity) -> str:
+    run = entity.run
+    return run.config if run.method == "central" else (
+        f"{run.method}_{run.config}_lu_{run.local_updates}")
+
+
+def _title(entity: Entity) -> str:
+    run = entity.run
+    look = style.look(run.method)
+    if run.method == "central":
+        return f"{look.label}, {run.config}"
+    who = "global model" if entity.name == "server" else entity.name.replace("_", " ")
+    updates = f"{run.local_updates} local update{'s' * (run.local_updates != 1)}"
+    return f"{look.label}, {run.config}, {updates}, {who}"
+
+
+def _seeds(count: int) -> str:
+    return f", mean of {count} seeds" if count > 1 else ""
+
+
+def _no_layer(entity: Entity) -> str:
+    return f"--layer: {entity.run.name} has layers {', '.join(map(str, entity.layers))}"
+
+
+def _unused(made: dict[str, Figure | str], name: str, entity: Entity) -> str:
+    """The name, or where another run of the same method and seed has it, one with the folder's."""
+    return name if name not in made else f"{name}_{entity.run.name}"

@@ -1,0 +1,329 @@
+"""`fedrun plot perplexities`: validation perplexity against work, from the histories alone.
+
+    1_central_vs_fed_{config}      central training and FedAvg, train and validation
+    2_lu_comparison_{config}       the same number of tokens in rounds of 1, 8, ... local updates
+    3_method_comparison_{config}   every method found, a panel for each number of local updates
+    4_multi_config_comparison      every config found, and how the final perplexity goes with it
+
+Runs with several seeds are one line, their mean, and a band of one standard deviation.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from fedrun.plots import style
+from fedrun.plots.runs import INFERRED, Axis, Curve, Group, Measure, Run, curve, groups
+
+Result = Figure | str
+"""A figure, or why there is none: which runs it wants."""
+
+LU_LINES = {1: "-", 8: (0, (5, 2)), 60: (0, (1.2, 1.6)), 240: (0, (6, 2, 1.2, 2))}
+TRAIN: dict[str, Any] = {"linestyle": (0, (1.2, 1.6)), "linewidth": 1.5, "marker": None}
+PANELS_A_ROW = 3
+NOTE_WIDTH = 100  # characters that fit under the narrowest figure
+
+
+class Selection:
+    """The groups of runs that a set of figures draws from, and what a reader has to be told."""
+
+    def __init__(self, runs: Iterable[Run], axis: Axis) -> None:
+        self.axis: Axis = axis
+        self.groups = groups(runs)
+        self.notes: dict[str, None] = {}
+        """Lines for the foot of the figure at hand, in order."""
+        self.said: dict[str, None] = {}
+        """What has been left out so far, for the terminal."""
+
+    def group(self, method: str, config: str, local_updates: int) -> Group | None:
+        """The group for one line; of several variants the best, which the figure then says."""
+        variants = [g for g in self.groups if (g.method, g.config, g.local_updates)
+                    == (method, config, local_updates)]
+        if not variants:
+            return None
+        best = min(variants, key=lambda g: g.final_ppl)
+        if len(variants) > 1:
+            where = f"{style.look(method).label}, {_updates(local_updates)}" \
+                if method != "central" else style.look(method).label
+            self.notes[f"{where}: {best.variant}, the best of {len(variants)} variants"] = None
+        return best
+
+    def curve(self, group: Group, measure: Measure) -> Curve | None:
+        found = curve(group, measure, self.axis)
+        if found is None and measure == "val_ppl":
+            for run in group.runs:
+                self.said[f"{run.name}: its history has no {self.axis}"] = None
+        if found is not None:
+            for name in found.left_out:
+                self.said[f"{name}: shorter than the other seeds, or a second run of one"] = None
+            if self.axis == "tokens" and any(
+                    run.tokens_inferred for run in group.runs if run.name not in found.left_out):
+                self.notes[INFERRED] = None
+        return found
+
+    def methods(self, config: str) -> list[str]:
+        """Methods that this config has runs of, in the order of the palette."""
+        order = list(style.LOOKS)
+        return sorted({g.method for g in self.groups if g.config == config},
+                      key=lambda m: (order.index(m) if m in order else len(order), m))
+
+    def updates(self, config: str, methods: Sequence[str]) -> list[int]:
+        """Numbers of local updates that federated runs of these methods have."""
+        return sorted({g.local_updates for g in self.groups if g.config == config
+                       and g.method in methods and g.method != "central"})
+
+    @property
+    def configs(self) -> list[str]:
+        return natural({g.config for g in self.groups})
+
+    def foot(self) -> str:
+        """The notes of the figure at hand, which are then done with."""
+        text = "\n".join(textwrap.fill(note, NOTE_WIDTH) for note in self.notes)
+        self.notes.clear()
+        return text
+
+
+def natural(names: Iterable[str]) -> list[str]:
+    """Sorted, with numbers by value: 2_layer before 10_layer."""
+    return sorted(names, key=lambda n: [(p.isdigit(), int(p) if p.isdigit() else 0, p)
+                                        for p in re.split(r"(\d+)", n)])
+
+
+def figures(runs: Sequence[Run], axis: Axis, config: str | None = None
+            ) -> tuple[dict[str, Result], list[str]]:
+    """All figures of one config, or of every config found, by name; and what they leave out."""
+    selection = Selection(runs, axis)
+    made: dict[str, Result] = {}
+    with style.drawing():
+        for name in [config] if config else selection.configs:
+            made[f"1_central_vs_fed_{name}"] = central_vs_fed(selection, name)
+            made[f"2_lu_comparison_{name}"] = lu_comparison(selection, name)
+            made[f"3_method_comparison_{name}"] = method_comparison(selection, name)
+        made["4_multi_config_comparison"] = multi_config_comparison(selection)
+    return made, list(selection.said)
+
+
+def central_vs_fed(selection: Selection, config: str) -> Result:
+    """Central and FedAvg with the fewest local updates, validation and train."""
+    updates = selection.updates(config, ["fed_avg"])
+    central = selection.group("central", config, 1)
+    if central is None or not updates:
+        return f"wants central and fed_avg runs of --config {config}"
+    fed = selection.group("fed_avg", config, updates[0])
+    assert fed is not None
+    fig, (ax,) = _panels(1)
+    handles = []
+    for group in (central, fed):
+        label = style.look(group.method).label
+        label += f", {_updates(group.local_updates)}" if group.method != "central" else ""
+        line = _draw(ax, selection, group, "val_ppl")
+        _draw(ax, selection, group, "train_ppl", **TRAIN)
+        handles += _named([(line, label + _seeds(selection.curve(group, "val_ppl")))])
+    if not ax.lines:
+        return _nothing_on(selection.axis)
+    ax.set_title(f"Central and federated training, {config}")
+    handles += [Line2D([], [], color="#666666", label="validation"),
+                Line2D([], [], color="#666666", label="train", **TRAIN)]
+    return _finish(fig, [ax], selection, handles, 2, ylabel="perplexity")
+
+
+def lu_comparison(selection: Selection, config: str) -> Result:
+    """One panel for each method that was run with more than one number of local updates."""
+    methods = [m for m in selection.methods(config)
+               if m != "central" and len(selection.updates(config, [m])) > 1]
+    if not methods:
+        return (f"wants runs of one method and --config {config} with --local_updates 1 and with "
+                "--local_updates 8")
+    fig, axes = _panels(len(methods))
+    drawn: dict[int, None] = {}
+    for ax, method in zip(axes, methods, strict=True):
+        for updates in selection.updates(config, [method]):
+            group = selection.group(method, config, updates)
+            assert group is not None
+            if _draw(ax, selection, group, "val_ppl", linestyle=_lu_line(updates),
+                     markerfacecolor=_lu_face(updates)):
+                drawn[updates] = None
+        ax.set_title(style.look(method).label)
+    if not drawn:
+        return _nothing_on(selection.axis)
+    fig.suptitle(f"Local updates in a round, {config}")
+    colour = style.look(methods[0]).colour if len(methods) == 1 else "#444444"
+    handles = [Line2D([], [], color=colour, linestyle=_lu_line(u), marker="o",
+                      markerfacecolor=_lu_face(u), label=_updates(u)) for u in drawn]
+    return _finish(fig, axes, selection, handles, 4)
+
+
+def method_comparison(selection: Selection, config: str) -> Result:
+    """One panel for each number of local updates, every method in it, and central in each."""
+    methods = selection.methods(config)
+    panels = selection.updates(config, methods)
+    if len(methods) < 2 or not panels:
+        return f"wants runs of two or more methods with --config {config}"
+    fig, axes = _panels(len(panels))
+    drawn: dict[str, Any] = {}
+    for ax, updates in zip(axes, panels, strict=True):
+        for method in methods:
+            group = selection.group(method, config, 1 if method == "central" else updates)
+            if group and (line := _draw(ax, selection, group, "val_ppl")):
+                drawn[method] = line
+        ax.set_title(_updates(updates))
+    if not drawn:
+        return _nothing_on(selection.axis)
+    fig.suptitle(f"Methods, {config}")
+    handles = _named([(drawn[m], style.look(m).label) for m in methods if m in drawn])
+    return _finish(fig, axes, selection, handles, 3)
+
+
+def multi_config_comparison(selection: Selection) -> Result:
+    """One panel for each config with the methods at their fewest local updates, and a last one
+    with the final perplexities side by side."""
+    configs = selection.configs
+    if len(configs) < 2:
+        return ("wants runs of two or more configs, such as pure_ssm_1_layer, pure_ssm_2_layer "
+                "and pure_ssm_4_layer")
+    fig, axes = _panels(len(configs) + 1)
+    finals: dict[str, list[tuple[int, Curve]]] = {}
+    lines: dict[str, Any] = {}
+    for place, (ax, config) in enumerate(zip(axes, configs, strict=False)):
+        for method in selection.methods(config):
+            own = [g.local_updates for g in selection.groups
+                   if (g.method, g.config) == (method, config)]
+            group = selection.group(method, config, min(own))
+            if group and (line := _draw(ax, selection, group, "val_ppl")):
+                lines[method] = line
+                found = selection.curve(group, "val_ppl")
+                assert found is not None
+                finals.setdefault(method, []).append((place, found))
+        ax.set_title(config)
+    if not lines:
+        return _nothing_on(selection.axis)
+    last = axes[-1]
+    for number, (method, ends) in enumerate(finals.items()):
+        look = style.look(method)
+        shift = 0.08 * (number - (len(finals) - 1) / 2)  # error bars beside each other
+        last.errorbar([place + shift for place, _ in ends], [c.mean[-1] for _, c in ends],
+                      [0.0 if c.std is None else c.std[-1] for _, c in ends], color=look.colour,
+                      marker=look.marker, linestyle="-", linewidth=1.2, capsize=3)
+    last.set_title("at the end")
+    last.set_xticks(range(len(configs)), _short(configs))
+    last.set_xlim(-0.5, len(configs) - 0.5)
+    fig.suptitle("Configs (the fewest local updates of each method)")
+    handles = _named([(line, style.look(m).label) for m, line in lines.items()])
+    return _finish(fig, axes, selection, handles, 3, curves=axes[:-1])
+
+
+def single(run: Run, axis: Axis) -> Figure:
+    """One run alone: validation and train; on the steps where its history has no such axis."""
+    known = axis if len(run.series("val_ppl", axis)[0]) else "rounds"
+    selection = Selection([run], known)
+    (group,) = selection.groups
+    with style.drawing():
+        fig = style.figure(7.0, 3.6)
+        ax = fig.subplots()
+        handles = _named([(_draw(ax, selection, group, "val_ppl"), "validation")])
+        if _draw(ax, selection, group, "train_ppl", **TRAIN):
+            handles.append(Line2D([], [], color=style.look(run.method).colour, label="train",
+                                  **TRAIN))
+        return _finish(fig, [ax], selection, handles, 2, ylabel="perplexity")
+
+
+# ---- pieces of figures -----------------------------------------------------------------------------
+
+def _panels(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels on one y-axis, at most three a row."""
+    columns = 2 if count == 4 else min(count, PANELS_A_ROW)
+    rows = math.ceil(count / columns)
+    width = 7.6 if columns == 1 else 1.2 + 3.9 * columns
+    fig = style.figure(width, 1.3 + 3.9 * rows)
+    grid = fig.subplots(rows, columns, sharey=True, squeeze=False)
+    axes = list(grid.flat)
+    for unused in axes[count:]:
+        unused.remove()
+    return fig, axes[:count]
+
+
+def _draw(ax: Axes, selection: Selection, group: Group, measure: Measure, **kwargs: Any
+          ) -> Line2D | None:
+    """The mean of a group and its band; None where the group has nothing on this axis."""
+    found = selection.curve(group, measure)
+    if found is None:
+        return None
+    look = style.look(group.method)
+    every = max(1, len(found.x) // 8)
+    settings: dict[str, Any] = {"color": look.colour, "marker": look.marker, "markevery": every} | kwargs
+    (line,) = ax.plot(found.x, found.mean, **settings)
+    line.set_gid(f"{group.method} {group.config} {group.local_updates} {measure}")
+    if found.std is not None:
+        low = (found.mean - found.std).clip(min=1.0)  # no perplexity is below 1
+        ax.fill_between(found.x, low, found.mean + found.std, color=look.colour,
+                        alpha=style.BAND_OPACITY, linewidth=0)
+    return line
+
+
+def _named(lines: Iterable[tuple[Line2D | None, str]]) -> list[Line2D]:
+    """Legend entries that look like the lines."""
+    return [Line2D([], [], color=line.get_color(), marker=line.get_marker(),
+                   linestyle=line.get_linestyle(), label=label)
+            for line, label in lines if line is not None]
+
+
+def _finish(fig: Figure, axes: Sequence[Axes], selection: Selection, handles: Sequence[Line2D],
+            columns: int, curves: Sequence[Axes] | None = None,
+            ylabel: str = "validation perplexity") -> Figure:
+    for ax in axes if curves is None else curves:
+        style.work_axis(ax, selection.axis)
+    style.log_axis(axes[0])
+    for ax in axes:
+        if ax.get_subplotspec().is_first_col():  # type: ignore[union-attr]
+            ax.set_ylabel(ylabel)
+    style.legend_below(fig, handles, min(columns, len(handles)), selection.foot())
+    return fig
+
+
+def _short(configs: Sequence[str]) -> list[str]:
+    """Config names for ticks: without what all of them begin and end with, by whole words."""
+    words = [name.split("_") for name in configs]
+    while min(map(len, words)) > 1 and len({w[0] for w in words}) == 1:
+        words = [w[1:] for w in words]
+    while min(map(len, words)) > 2 and len({w[-1] for w in words}) == 1:
+        words = [w[:-1] for w in words]
+    return ["\n".join(w) for w in words]
+
+
+def _lu_line(updates: int) -> Any:
+    return LU_LINES.get(updates, (0, (3, 1.5, 1, 1.5, 1, 1.5)))
+
+
+def _lu_face(updates: int) -> str | None:
+    """Hollow markers from the second number of local updates on."""
+    return None if updates == 1 else "white"
+
+
+def _updates(count: int) -> str:
+    return f"{count} local update{'s' * (count != 1)}"
+
+
+def _seeds(found: Curve | None) -> str:
+    return f" ({len(found.seeds)} seeds)" if found and len(found.seeds) > 1 else ""
+
+
+def _nothing_on(axis: Axis) -> str:
+    return f"wants runs whose histories record {axis}"
+
+
+def save_all(made: dict[str, Result], out_dir: Path, say: Callable[[str], None] = print) -> None:
+    """Write the figures there are; say what was written and what the others want."""
+    for name, result in made.items():
+        if isinstance(result, str):
+            say(f"skipped {name}: {result}")
+        else:
+            say(f"wrote {style.save(result, out_dir, name)}")

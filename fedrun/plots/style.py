@@ -1,0 +1,135 @@
+"""How figures look: the one place of colours, labels, ticks and files.
+
+Colours are Okabe & Ito's (2008), which remain apart under the common colour-vision deficiencies;
+the methods beyond their number take Paul Tol's muted scheme. A marker of its own tells a method
+apart in grey as well. Figures are drawn without pyplot: no display, no state between them.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullFormatter, NullLocator
+
+from fedrun.plots.runs import Axis
+
+
+class Look(NamedTuple):
+    """A method in a figure."""
+
+    label: str
+    colour: str
+    marker: str
+
+
+LOOKS = {
+    "central": Look("Central", "#000000", "o"),
+    "fed_avg": Look("FedAvg", "#0072B2", "s"),
+    "fed_momentum": Look("FedMomentum", "#E69F00", "^"),
+    "fed_entropy": Look("FedEntropy", "#009E73", "D"),
+    "fed_fisher": Look("FedFisher", "#D55E00", "v"),
+    "fed_adam": Look("FedAdam", "#CC79A7", "P"),
+    "diloco": Look("DiLoCo", "#56B4E9", "X"),
+    "fed_yogi": Look("FedYogi", "#882255", "<"),
+    "fed_adagrad": Look("FedAdagrad", "#999933", ">"),
+    "fed_sgd": Look("FedSGD", "#7F7F7F", "h"),
+}
+_OTHER_COLOURS = ("#332288", "#44AA99", "#AA4499", "#661100")
+BAND_OPACITY = 0.18
+DIVERGING = "RdBu_r"
+
+X_LABELS: dict[Axis, str] = {
+    "tokens": "training tokens seen", "steps": "local optimizer steps of a client",
+    "rounds": "global steps (rounds; central: optimizer steps)", "seconds": "wall-clock seconds",
+    "bytes": "bytes exchanged by the clients"}
+
+RC: Any = {  # its keys are literals to the type checker
+    "font.size": 12, "axes.titlesize": 13, "axes.labelsize": 12, "legend.fontsize": 11,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.color": "#E3E3E3", "grid.linewidth": 0.8, "axes.axisbelow": True,
+    "lines.linewidth": 2.0, "lines.markersize": 5.5, "legend.frameon": False,
+    "savefig.dpi": 150, "svg.hashsalt": "fedrun", "svg.fonttype": "path"}
+
+
+def look(method: str) -> Look:
+    """The method's own look, the same in every figure; one made from its name where it has none."""
+    if method in LOOKS:
+        return LOOKS[method]
+    number = zlib.crc32(method.encode())
+    return Look(method, _OTHER_COLOURS[number % len(_OTHER_COLOURS)], "*")
+
+
+def shade(method: str, strength: float) -> tuple[float, float, float]:
+    """The method's colour (strength 1), mixed with white (towards 0)."""
+    red, green, blue = to_rgb(look(method).colour)
+    return (1 - strength * (1 - red), 1 - strength * (1 - green), 1 - strength * (1 - blue))
+
+
+def figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches; everything drawn on it later makes room for itself."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def drawing() -> Any:
+    """The context in which figures are drawn."""
+    return matplotlib.rc_context(RC)
+
+
+def save(fig: Figure, folder: Path, name: str) -> Path:
+    """Write `name`.png and `name`.svg; the path of the PNG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with drawing():
+        fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
+        fig.savefig(folder / f"{name}.png")
+    return folder / f"{name}.png"
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Four to nine round numbers from `low` to `high`, as evenly on a log axis as round ones lie."""
+    assert 0 < low <= high
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    whole = [10.0**d for d in decades if low <= 10.0**d <= high]
+    if len(whole) > 9:
+        return whole[::-(-len(whole) // 9)]
+    for mantissas in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
+        ticks = [m * 10.0**d for d in decades for m in mantissas if low <= m * 10.0**d <= high]
+        if len(ticks) >= 4:
+            return ticks
+    # Within a small part of a decade a log axis is nearly even: round steps do.
+    rough = (high - low) / 5 or high / 10
+    step = 10.0 ** math.floor(math.log10(rough))
+    step *= next(s for s in (1, 2, 2.5, 5, 10) if s * step >= rough)
+    first = math.ceil(low / step - 1e-9)
+    return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def log_axis(ax: Axes) -> None:
+    """A log y-axis with plain numbers, over what is drawn. Call it last."""
+    ax.set_yscale("log")
+    low, high = ax.get_ylim()
+    ax.yaxis.set_major_locator(FixedLocator(log_ticks(low, high)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def work_axis(ax: Axes, axis: Axis) -> None:
+    """The x-axis of curves: its label, and 500k, 2M, 3G for large numbers."""
+    ax.set_xlabel(X_LABELS[axis])
+    ax.set_xlim(left=0)
+    ax.xaxis.set_major_formatter(EngFormatter(unit="B" if axis == "bytes" else "", sep=""))
+    ax.locator_params(axis="x", nbins=5)
+
+
+def legend_below(fig: Figure, handles: Iterable[Any], columns: int, notes: str = "") -> None:
+    """One legend for all panels, under them, with room of its own; `notes` over it, small."""
+    fig.legend(handles=list(handles), loc="outside lower center", ncols=columns,
+               handlelength=2.6, columnspacing=1.6, title=notes or None, title_fontsize=9.5)

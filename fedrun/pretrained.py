@@ -1,0 +1,207 @@
+"""Models from disk or the hub, in any of the forms that this project reads.
+
+    a run's folder                     config.json with a `method`, model.safetensors, tokenizer/
+    transformers' Mamba2ForCausalLM    config.json with model_type mamba2, *.safetensors
+    mamba_ssm's MambaLMHeadModel       config.json with d_model and ssm_cfg, pytorch_model.bin
+
+The last two may carry a tokenizer beside the weights; `AntonV/mamba2-130m-hf` does,
+`state-spaces/mamba2-130m` does not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedrun.config import ModelConfig, RunConfig
+from fedrun.data import corpora
+from fedrun.data.tokens import HUB_NAME, TokenData
+from fedrun.model.convert import from_transformers, from_transformers_config
+from fedrun.model.mamba2 import Mamba2LM
+
+EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
+FILES = ["config.json", "*.safetensors", "pytorch_model.bin", "tokenizer*", "vocab*", "merges.txt",
+         "special_tokens_map.json", "generation_config.json"]
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Where a model lies, and what it is; its weights are read when they are asked for."""
+
+    folder: Path
+    model: ModelConfig
+    vocab_size: int
+    """Rows of the embedding and head."""
+    settings: dict[str, Any]
+    """The run's config.json; empty for an exported or downloaded model."""
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder with tokenizer.json, where there is one."""
+        for folder in (self.folder / "tokenizer", self.folder):
+            if (folder / "tokenizer.json").is_file():
+                return folder
+        return None
+
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters by our names, in the type they were saved in; the tied head is left out.
+
+        Raises ValueError where they cannot be read or are not those of the config.
+        """
+        files = sorted(self.folder.glob("*.safetensors"))
+        found: dict[str, Tensor] = {}
+        try:
+            for file in files:
+                found |= load_file(file)
+            if not files:
+                found = torch.load(self.folder / "pytorch_model.bin", map_location="cpu",
+                                   weights_only=True)
+        except Exception as error:  # both libraries raise many kinds for a damaged file
+            raise ValueError(f"{self.folder}: no weights can be read: "
+                             f"{corpora.one_line(error)}") from error
+        found = from_transformers(found)
+        head = found.pop(HEAD, None)
+        if head is not None and EMBEDDING in found and not torch.equal(head, found[EMBEDDING]):
+            raise ValueError(f"{self.folder}: its head is not its embedding; accepted is a model "
+                             "with tied embeddings")
+        return found
+
+    def digest(self) -> str:
+        """A short digest of the weights' files, to compare two machines by."""
+        total = hashlib.sha256()
+        for file in sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("*.bin")]):
+            total.update(hashlib.sha256(file.read_bytes()).digest())
+        return total.hexdigest()[:16]
+
+    def load_into(self, model: Mamba2LM) -> None:
+        """Give `model` these weights, converted to its type. ValueError where they do not fit."""
+        weights = self.weights()
+        try:
+            model.load_state_dict({**weights, HEAD: weights[EMBEDDING]})
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{self.folder}: weights and config.json do not belong together: "
+                             f"{corpora.one_line(error)}") from error
+
+    def build(self, compute_dtype: torch.dtype = torch.float32) -> Mamba2LM:
+        """The model with its weights, float32, on the CPU."""
+        model = Mamba2LM(self.model, self.vocab_size, compute_dtype)
+        self.load_into(model)
+        return model
+
+
+def find_pretrained(name: str, flag: str) -> Pretrained:
+    """The model that a folder, a run's name under results/, or a hub name stands for.
+
+    Raises ValueError, naming `flag`, for what is no model of ours to read, and ConnectionError
+    where the hub is needed and cannot be reached.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and (Path("results") / name).is_dir():
+        folder = Path("results") / name
+    if not folder.is_dir():
+        folder = _download(name, flag)
+    try:
+        held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "method" in held:
+            return _of_run(folder, held, flag)
+        if held.get("model_type") == "mamba2":
+            from transformers import Mamba2Config
+            model, vocab_size = from_transformers_config(
+                Mamba2Config.from_pretrained(folder))
+            return Pretrained(folder, model, vocab_size, {})
+        if "ssm_cfg" in held:
+            return Pretrained(folder, *from_mamba_ssm_config(held), {})
+    except FileNotFoundError as missing:
+        raise ValueError(f"{flag} {name}: there is no {missing.filename}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{flag} {name}: {corpora.one_line(error)}") from error
+    raise ValueError(f"{flag} {name}: config.json is not one of a run, of a transformers Mamba2 "
+                     "model or of a mamba_ssm model")
+
+
+def _of_run(folder: Path, settings: dict[str, Any], flag: str) -> Pretrained:
+    from safetensors import safe_open
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(2, "no such file", str(path))
+    with safe_open(path, framework="pt") as file:
+        rows = file.get_slice(EMBEDDING).get_shape()[0]
+    return Pretrained(folder, ModelConfig(**settings["model"]), rows, settings)
+
+
+def from_mamba_ssm_config(config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
+    """Our configuration of a mamba_ssm MambaConfig, and the rows of its embedding, padded.
+
+    Raises ValueError where the model is another one.
+    """
+    required: dict[str, tuple[Any, Any]] = {  # name: (mamba_ssm's default, ours)
+        "d_intermediate": (0, 0), "attn_layer_idx": ([], []), "rms_norm": (True, True),
+        "residual_in_fp32": (True, True), "tie_embeddings": (True, True)}
+    ssm = dict(config["ssm_cfg"])
+    shape = {name: ssm.pop(name, default) for name, default in
+             (("d_state", 128), ("headdim", 64), ("expand", 2), ("ngroups", 1), ("d_conv", 4))}
+    found = {name: config.get(name, default) for name, (default, _) in required.items()}
+    wrong = {name: value for name, value in found.items() if value != required[name][1]}
+    if ssm.pop("layer", "Mamba1") != "Mamba2":
+        wrong["ssm_cfg.layer"] = config["ssm_cfg"].get("layer", "Mamba1")
+    wrong |= {f"ssm_cfg.{name}": value for name, value in ssm.items() if name != "chunk_size"}
+    if wrong:
+        raise ValueError("not a model of this project: " + ", ".join(
+            f"{name} {value}" for name, value in wrong.items()))
+    multiple = config.get("pad_vocab_size_multiple", 8)
+    rows = -(-config["vocab_size"] // multiple) * multiple
+    return ModelConfig(n_layer=config["n_layer"], d_model=config["d_model"], **shape), rows
+
+
+def _download(name: str, flag: str) -> Path:
+    """The hub's model in its cache."""
+    if not HUB_NAME.fullmatch(name):
+        raise ValueError(f"{flag} {name}: no such folder; accepted is a run's folder, an exported "
+                         "one, or a model of the hub (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+    try:
+        return Path(snapshot_download(name, allow_patterns=FILES,
+                                      local_files_only=not corpora.hub_answers()))
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{flag} {name}: neither a folder nor a model of the hub") from error
+    except Exception as error:  # the library raises many kinds
+        raise corpora.hub_out_of_reach(flag, name, error) from error
+
+
+# ---- training from one: --init_from --------------------------------------------------------------
+
+def start_from(config: Config) -> Config:
+    """The config of a run under --init_from: the model's shape, its tokenizer where it has one, and
+    its name as the config's in the run folder's name."""
+    assert config.init_from is not None
+    found = find_pretrained(config.init_from, "--init_from")
+    if found.folder.resolve() == config.run_dir.resolve():
+        raise ValueError(f"--init_from {config.init_from}: this run would replace it; choose another "
+                         "--run_name or --data_dir")
+    tokenizer = config.tokenizer if found.tokenizer is None else str(found.tokenizer)
+    name = re.sub(r"[^\w-]", "_", Path(config.init_from).name)
+    return dataclasses.replace(config, config=name, model=found.model, tokenizer=tokenizer)
+
+
+def fit_vocabulary(config: RunConfig, data: TokenData) -> TokenData:
+    """`data` with the vocabulary of the --init_from model, which may have rows to spare."""
+    assert config.init_from is not None
+    found = find_pretrained(config.init_from, "--init_from")
+    if data.vocab_size > found.vocab_size:
+        raise ValueError(f"--tokenizer {config.tokenizer}: its {data.vocab_size} tokens are more than "
+                         f"the {found.vocab_size} of --init_from {config.init_from}; give the "
+                         "tokenizer that the model was trained with")
+    return dataclasses.replace(data, vocab_size=found.vocab_size)

@@ -1,0 +1,92 @@
+"""FedFisher: each parameter is averaged with weights in proportion to its Fisher information.
+
+    w <- w + sum_k p_k (F_k + phi) d_k / sum_k p_k (F_k + phi)      elementwise
+
+F_k is the diagonal of client k's (empirical) Fisher information, estimated during its local steps
+(see fedrun/fisher.py), phi a floor that keeps the quotient defined: where F is far below it, the
+method is the plain average. The merging rule is that of Matena & Raffel (2022), "Merging Models
+with Fisher-Weighted Averaging", equation 5. (A method of 2024 is called FedFisher too; it is
+one-shot, and solves for the global model by further training on the server.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from fedrun.strategies.base import ServerRound, Units, require
+from fedrun.strategies.fed_avg import FedAvg
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FedFisher(FedAvg):
+    """Fisher-weighted averaging: a parameter follows the clients that know most about it."""
+
+    fisher: Literal["batch", "sequence", "corrected"] = "batch"
+    """Estimate of the Fisher diagonal, averaged over local steps: squared gradient of the batch's
+    mean loss (batch), mean of squared gradients of single sequences' summed log-likelihood
+    (sequence), or, from microbatches of B sequences, mean(g^2) + (B-1) Var(g), which estimates the
+    mean of squared gradients of single sequences' mean loss (corrected)."""
+    fisher_microbatches: int = 2
+    """Microbatches that a batch is split into for --fisher corrected; at least 2."""
+    fisher_floor: float = 1e-8
+    """Added to every element of the Fisher diagonal."""
+    fisher_floor_mode: Literal["absolute", "relative"] = "absolute"
+    """Whether the floor is a number (absolute), or a multiple of the cohort's mean of F (relative;
+    sums a third vector)."""
+    fisher_scope: Literal["all", "mixers"] = "all"
+    """Which parameters have a Fisher weight: all, or only those of the mixers, while the tied
+    embedding and head and the norms between are averaged plainly."""
+
+    inputs: ClassVar[tuple[str, ...]] = ("delta", "fisher")
+
+    def __post_init__(self) -> None:
+        require(0 < self.fisher_floor <= 1, "--fisher_floor", self.fisher_floor,
+                "a number above 0 and at most 1")
+        require(self.fisher != "corrected" or self.fisher_microbatches >= 2,
+                "--fisher_microbatches", self.fisher_microbatches,
+                "a whole number of at least 2 (--fisher corrected needs a variance)")
+
+    @property
+    def relative(self) -> bool:
+        return self.fisher_floor_mode == "relative"
+
+    @property
+    def sums(self) -> Mapping[str, Units]:
+        sums = {"fisher_delta": Units(update=1, gradient=2), "fisher": Units(gradient=2)}
+        return sums | ({"delta": Units(update=1)} if self.relative else {})
+
+    @property
+    def element_means(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("fisher",) if self.relative else ()
+
+    def client_term(self, client: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        delta, fisher = client["delta"], client["fisher"]
+        if self.relative:  # the cohort's mean is known only after the sum: the floor comes there
+            return fisher * delta, fisher, delta
+        floored = fisher + self.fisher_floor
+        return floored * delta, floored
+
+    def server_update(self, model: Tensor, state: Mapping[str, Tensor], mean: Mapping[str, Tensor],
+                      context: ServerRound) -> None:
+        numerator, denominator = mean["fisher_delta"], mean["fisher"]
+        if self.relative:
+            assert context.element_mean is not None
+            # Where all of F is zero, any floor makes it the plain average.
+            floor = self.fisher_floor * context.element_mean["fisher"] or 1.0
+            numerator.add_(mean["delta"], alpha=floor)
+            denominator.add_(floor)
+        model.addcdiv_(numerator, denominator)
+
+    def counts(self, mean: Mapping[str, Tensor], context: ServerRound) -> Mapping[str, Tensor]:
+        """Elements whose F is under the floor, the cohort's mean taken: the plain average there."""
+        if self.relative:
+            assert context.element_mean is not None
+            limit = self.fisher_floor * context.element_mean["fisher"]
+        else:
+            limit = 2 * self.fisher_floor  # which is in the sum once
+        return {"under_floor": (mean["fisher"] < limit).sum()}

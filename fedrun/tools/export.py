@@ -1,0 +1,150 @@
+"""`fedrun export RUN --to hf|mamba_ssm OUT`: a run's model as others load it.
+
+    hf         AutoModelForCausalLM.from_pretrained(OUT), AutoTokenizer.from_pretrained(OUT)
+    mamba_ssm  MambaLMHeadModel.from_pretrained(OUT)
+
+Both folders carry the tokenizer and a model card, and `--init_from OUT` trains on from either.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedrun.tools.common import model_parser, need_tokenizer, parse
+
+if TYPE_CHECKING:
+    from fedrun.pretrained import Pretrained
+
+LOADS = {
+    "hf": "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+          'model = AutoModelForCausalLM.from_pretrained("{folder}")\n'
+          'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
+    "mamba_ssm": "from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel\n"
+                 "from transformers import AutoTokenizer\n\n"
+                 'model = MambaLMHeadModel.from_pretrained("{folder}", device="cuda")\n'
+                 'tokenizer = AutoTokenizer.from_pretrained("{folder}")'}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write OUT; it must not exist, or be empty."""
+    parser = model_parser("export", "Write a run's model as other libraries load it.")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
+    parser.add_argument("--to", choices=tuple(LOADS), default="hf",
+                        help="hf: for transformers; mamba_ssm: for the original library "
+                             "(default: hf)")
+    args = parse(parser, argv)
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        raise ValueError(f"OUT {args.out}: it is there already; accepted is a new or empty folder")
+
+    from fedrun.pretrained import find_pretrained
+    export(find_pretrained(args.model, "RUN"), args.to, args.out)
+    print(f"wrote {args.out}; load it with\n\n{LOADS[args.to].format(folder=args.out)}")
+    return 0
+
+
+def export(found: Pretrained, form: str, out: Path) -> None:
+    """Write the model, float32, with tokenizer and card into the folder `out`.
+
+    Raises ValueError where the model has no tokenizer, or weights that do not belong to its config.
+    """
+    from fedrun.pretrained import EMBEDDING, HEAD
+    tokenizer = need_tokenizer(found)
+    model = found.build()
+    weights = {name: tensor.detach().float().contiguous()
+               for name, tensor in model.named_parameters()}
+    out.mkdir(parents=True, exist_ok=True)
+    if form == "hf":
+        _write_hf(found, weights, tokenizer, out)
+    else:
+        import torch
+
+        from fedrun.model.convert import to_mamba_ssm_config
+        config = to_mamba_ssm_config(found.model, found.vocab_size)
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        # The library loads strictly, and its state dict has the tied head a second time.
+        torch.save({**weights, HEAD: weights[EMBEDDING]}, out / "pytorch_model.bin")
+    for file in tokenizer.iterdir():
+        if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "added_tokens")):
+            shutil.copyfile(file, out / file.name)
+    (out / "README.md").write_text(model_card(found, form, out, model), encoding="utf-8")
+
+
+def _write_hf(found: Pretrained, weights: dict[str, Any], tokenizer: Path, out: Path) -> None:
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer
+
+    from fedrun.model.convert import to_transformers, to_transformers_config
+    config = to_transformers_config(found.model, found.vocab_size)
+    config.architectures = ["Mamba2ForCausalLM"]
+    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    config.bos_token_id, config.eos_token_id = loaded.bos_token_id, loaded.eos_token_id
+    config.pad_token_id = loaded.eos_token_id if loaded.pad_token_id is None \
+        else loaded.pad_token_id
+    config.dtype = "float32"
+    config.save_pretrained(out)
+    save_file(to_transformers(weights), out / "model.safetensors", metadata={"format": "pt"})
+
+
+# ---- the card ----------------------------------------------------------------------------------------
+
+def model_card(found: Pretrained, form: str, out: Path, model: Any) -> str:
+    """Markdown with the hub's front matter: data, method, config, perplexity."""
+    settings = found.settings
+    front = ["---", f"library_name: {'transformers' if form == 'hf' else 'mamba-ssm'}",
+             "pipeline_tag: text-generation", "tags:", "- mamba2"]
+    if settings.get("method", "central") != "central":
+        front += ["- federated-learning"]
+    if "/" in str(settings.get("dataset", "")) and not Path(settings["dataset"]).exists():
+        front += ["datasets:", f"- {settings['dataset']}"]
+    parameters = sum(p.numel() for p in model.parameters())
+    body = ["---", "", f"# {found.folder.resolve().name}", "",
+            f"A Mamba-2 language model of {parameters:,} parameters (embedding and head are tied), "
+            + _how(settings) + ".", "", "```python",
+            LOADS[form].format(folder=out.name), "```", ""]
+    body += _results(found)
+    if settings:
+        body += ["## Settings", "", "| setting | value |", "|---|---|"]
+        body += [f"| {name} | {_cell(value)} |" for name, value in settings.items()
+                 if name not in ("data_dir", "cache_dir", "run_name", "overwrite", "timeout")]
+        body += [""]
+    return "\n".join(front + body)
+
+
+def _how(settings: dict[str, Any]) -> str:
+    if not settings:
+        return "converted from another library's form"
+    how = "trained centrally" if settings["method"] == "central" else (
+        f"trained by federated learning ({settings['method']}, {settings.get('num_clients')} "
+        f"clients, local updates a round: {settings.get('local_updates')})")
+    return f"{how} on {settings.get('dataset')} from scratch with fedrun" \
+        if not settings.get("init_from") else \
+        f"{how} on {settings.get('dataset')} with fedrun, starting from {settings['init_from']}"
+
+
+def _results(found: Pretrained) -> list[str]:
+    """The last perplexity and the data, as far as the run folder tells."""
+    from fedrun.plots.runs import Damaged, read_run
+    try:
+        run = read_run(found.folder) if found.settings else None
+    except Damaged:
+        run = None
+    if run is None:
+        return []
+    corpus = run.environment.get("corpus", {})
+    last = run.final
+    lines = ["## Results", "", "| | |", "|---|---|",
+             f"| validation perplexity | {last.val_ppl:.2f} (lowest {run.best.val_ppl:.2f}) |",
+             f"| training tokens | {last.tokens:,.0f} |"]
+    lines += [f"| {name.replace('_', ' ')} | {_cell(corpus[name])} |"
+              for name in ("dataset", "validation_from", "tokenizer", "vocab_size",
+                           "dataset_sha256") if name in corpus]
+    return [*lines, ""]
+
+
+def _cell(value: Any) -> str:
+    text = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")

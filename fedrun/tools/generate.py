@@ -1,0 +1,49 @@
+"""`fedrun generate RUN --prompt ...`: continue a text with the model of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedrun.tools.common import model_parser, need_tokenizer, parse
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the prompt and its continuation."""
+    parser = model_parser("generate", "Continue a text with the model of a run.")
+    parser.add_argument("--prompt", default="Once upon a time,", metavar="TEXT",
+                        help="the text to continue (default: %(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, default=100, metavar="N",
+                        help="tokens to add (default: 100)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X",
+                        help="0 takes the most likely token; above, tokens are drawn from "
+                             "softmax(logits / X) (default: 0)")
+    parser.add_argument("--top_k", type=int, default=0, metavar="N",
+                        help="draw from the N most likely tokens only; 0: from all (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N",
+                        help="seed of the drawing (default: 0)")
+    parser.add_argument("--tokenizer", metavar="FOLDER",
+                        help="a tokenizer's folder, where the model came without one")
+    args = parse(parser, argv)
+    for flag, value, low in (("max_new_tokens", args.max_new_tokens, 1), ("top_k", args.top_k, 0),
+                             ("temperature", args.temperature, 0), ("seed", args.seed, 0)):
+        if not value >= low:
+            raise ValueError(f"--{flag} {value}: accepted is a number of at least {low}")
+
+    import torch
+    from tokenizers import Tokenizer
+
+    from fedrun.model.generate import generate
+    from fedrun.pretrained import find_pretrained
+
+    found = find_pretrained(args.model, "RUN")
+    tokenizer = Tokenizer.from_file(str(need_tokenizer(found, args.tokenizer) / "tokenizer.json"))
+    prompt = tokenizer.encode(args.prompt, add_special_tokens=False).ids
+    if not prompt:
+        raise ValueError("--prompt: accepted is a text of at least one token")
+    if max(prompt) >= found.vocab_size:
+        raise ValueError(f"--tokenizer {args.tokenizer}: not the tokenizer of {args.model}, which "
+                         f"knows {found.vocab_size} tokens")
+    new = generate(found.build(), torch.tensor([prompt]), args.max_new_tokens, args.temperature,
+                   args.top_k, torch.Generator().manual_seed(args.seed))
+    print(args.prompt + str(tokenizer.decode(new[0].tolist())))
+    return 0

@@ -1,0 +1,161 @@
+"""`fedrun report --data_dir results/`: one HTML page of all runs, complete in one file.
+
+A table of the runs, the figures of `fedrun plot`, and each run's curve, settings and sample text.
+It loads nothing from anywhere: figures are SVG inside the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from fedrun.cli import Parser
+from fedrun.plots import deltas, perplexity, style
+from fedrun.plots.runs import AXES, Found, Run, find_runs
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure as the page shows it."""
+
+    name: str
+    source: str
+    """A data: URL."""
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A run as the page shows it."""
+
+    run: Run
+    label: str
+    colour: str
+    lowest: bool
+    """Whether no run of the same config ends lower."""
+    final: str
+    best: str
+    tokens: str
+    clock: str
+    bytes: str
+    devices: str
+    pictures: list[Picture]
+    settings: list[tuple[str, str]]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the page; 0, or 1 where the folder has no run to show."""
+    parser = Parser(prog="fedrun report", allow_abbrev=False,
+                    description="One self-contained HTML page of all runs in a folder.")
+    parser.add_argument("--data_dir", type=Path, default=Path("results"), metavar="FOLDER",
+                        help="folder with run folders (default: results/)")
+    parser.add_argument("--out", type=Path, metavar="FILE",
+                        help="the page (default: report.html in --data_dir)")
+    parser.add_argument("--x", choices=AXES, default="tokens",
+                        help="what lies on the x-axis of curves (default: tokens)")
+    parser.add_argument("--skip_deltas", action="store_true",
+                        help="leave out heatmaps and singular values, which take longest")
+    args = parser.parse_args(argv)
+    found = find_runs(args.data_dir)
+    print(found)
+    if not found.runs:
+        return 1
+    out = args.out or args.data_dir / "report.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page(found, args.data_dir, args.x, not args.skip_deltas), encoding="utf-8")
+    print(f"wrote {out}")
+    return 0
+
+
+def page(found: Found, data_dir: Path, axis: Any, with_deltas: bool) -> str:
+    """The whole page as HTML."""
+    made, left_out = perplexity.figures(found.runs, axis)
+    heatmaps: dict[Path, list[Picture]] = {}
+    if with_deltas:
+        for federated in (False, True):
+            saved = deltas.find_entities(data_dir, "server", federated, None)
+            if not saved.entities:
+                continue
+            made |= {name: figure for name, figure in deltas.figures(saved).items()
+                     if not name.startswith("heatmap_")}
+            with style.drawing():
+                for entity in saved.entities:
+                    if 0 in entity.layers:
+                        heatmaps.setdefault(entity.run.path, []).append(
+                            picture("how in_proj changed", deltas.heatmap(entity, 0)))
+    lowest = {config: min(r.final.val_ppl for r in found.runs if r.config == config)
+              for config in {r.config for r in found.runs}}
+    runs = sorted(found.runs, key=lambda r: (r.config, r.final.val_ppl, r.name))
+    rows = [_row(run, run.final.val_ppl == lowest[run.config], axis, heatmaps.get(run.path, []))
+            for run in runs]
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined,
+                                     trim_blocks=True, lstrip_blocks=True)
+    environment.filters["breakable"] = breakable
+    template = environment.from_string(
+        (Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8"))
+    return template.render(
+        folder=data_dir.resolve().name, rows=rows, left_out=left_out,
+        passed_over=found.passed_over,
+        pictures=[picture(name, figure) for name, figure in made.items()
+                  if isinstance(figure, Figure)],
+        skipped=[(name, reason) for name, reason in made.items() if isinstance(reason, str)])
+
+
+def picture(name: str, figure: Figure) -> Picture:
+    """A figure as SVG in a data: URL."""
+    content = io.BytesIO()
+    with style.drawing():
+        figure.savefig(content, format="svg", metadata={"Date": None})
+    width, height = figure.get_size_inches()
+    return Picture(name, "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode(),
+                   round(96 * width), round(96 * height))
+
+
+def _row(run: Run, lowest: bool, axis: Any, heatmaps: Iterable[Picture]) -> Row:
+    look = style.look(run.method)
+    last = run.final
+    device = run.environment.get("device_name") or run.environment.get("device") or ""
+    processes = run.environment.get("processes")
+    return Row(run, look.label, look.colour, lowest, f"{last.val_ppl:,.2f}",
+               f"{run.best.val_ppl:,.2f}",
+               f"{last.tokens:,.0f}" + (" (inferred)" if run.tokens_inferred else ""),
+               clock(last.seconds), size(last.bytes),
+               f"{processes} × {device}" if processes and device else str(device),
+               [picture("perplexity", perplexity.single(run, axis)), *heatmaps],
+               [(name, value if isinstance(value, str) else json.dumps(value))
+                for name, value in run.settings.items()])
+
+
+def breakable(name: str) -> Markup:
+    """A name that a browser may break after its underscores."""
+    return Markup("_<wbr>").join(name.split("_"))
+
+
+def clock(seconds: float) -> str:
+    """3725 as 1:02:05; nothing for nan."""
+    if not math.isfinite(seconds):
+        return ""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def size(count: float) -> str:
+    """63e6 as 63 MB; nothing for nan."""
+    if not math.isfinite(count):
+        return ""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.3g} {unit}"

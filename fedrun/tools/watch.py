@@ -1,0 +1,224 @@
+"""`fedrun watch RUN`: follow a run's events.jsonl in the terminal, from this machine or another.
+
+Shows progress, the perplexities with a small curve, where the seconds go, and a line a client. Over
+a finished run it shows the end and returns; it needs nothing but the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.bar import Bar
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from fedrun.cli import Parser
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+CURVE_WIDTH = 48
+CLIENTS_SHOWN = 16
+POLL_SECONDS = 0.3
+
+
+class Follower:
+    """The events of a file that is still being written: whole lines only, each once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offset = 0
+        self.file_id: int | None = None
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        """Events that were added since the last call, from the first where the file was replaced."""
+        try:
+            with self.path.open("rb") as file:
+                status = self.path.stat()
+                if status.st_ino != self.file_id or status.st_size < self.offset:
+                    self.file_id, self.offset = status.st_ino, 0
+                file.seek(self.offset)
+                text = file.read()
+        except FileNotFoundError:
+            return
+        whole = text.rfind(b"\n") + 1  # a line without its end is still being written
+        self.offset += whole
+        for line in text[:whole].splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # what a crash has torn
+            if isinstance(event, dict):
+                yield event
+
+
+@dataclass
+class State:
+    """What is known of a run from its events so far."""
+
+    name: str
+    total: int | None = None
+    unit: str = "round"
+    number: int = 0
+    last: dict[str, Any] = field(default_factory=dict)
+    """The values of the last event that had them."""
+    train: dict[int, float] = field(default_factory=dict)
+    """Global step -> train perplexity."""
+    validation: dict[int, float] = field(default_factory=dict)
+    clients: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """What was last said of each client."""
+    left_out: dict[int, int] = field(default_factory=dict)
+    """Client -> rounds in which its update was left out."""
+    ended: bool = False
+
+    def take(self, event: dict[str, Any]) -> None:
+        """Bring the state forward by one event."""
+        kind = event.get("event")
+        self.ended = kind == "end"
+        self.last |= event
+        if kind == "start":
+            self.unit, self.total = event.get("unit", self.unit), event.get("total")
+        if kind in ("round", "step"):
+            self.unit, self.number = kind, int(event[kind])
+            for store, value in ((self.train, event.get("train_ppl")),
+                                 (self.validation, event.get("val_ppl"))):
+                if value is not None:
+                    store[self.number] = value
+            for client in event.get("clients", []):
+                self.clients[client["client"]] = self.clients.get(client["client"], {}) | client
+            for index in event.get("left_out", []):
+                self.left_out[index] = self.left_out.get(index, 0) + 1
+
+
+def main(argv: Sequence[str]) -> int:
+    """Follow a run until it ends, or until Ctrl-C."""
+    parser = Parser(prog="fedrun watch", allow_abbrev=False,
+                    description="Follow a run in the terminal, or look at a finished one.")
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or its name under results/")
+    parser.add_argument("--once", action="store_true", help="show the state as it is, and return")
+    args = parser.parse_args(argv)
+    folder = Path(args.run).expanduser()
+    folder = folder if folder.is_dir() else Path("results") / args.run
+    if not folder.is_dir():
+        raise ValueError(f"RUN {args.run}: no such folder, nor one of that name under results/")
+    path = folder / "events.jsonl"
+    if not path.exists() and (args.once or (folder / "training_history.json").exists()):
+        raise ValueError(f"RUN {args.run}: it has no events.jsonl to follow")
+    follow(Follower(path), State(folder.resolve().name), Console(), once=args.once)
+    return 0
+
+
+def follow(follower: Follower, state: State, console: Console, once: bool) -> None:
+    """Show the state again and again until the run has ended; where there is no terminal, at the
+    end only."""
+    with ExitStack() as stack:
+        live = stack.enter_context(Live(console=console, auto_refresh=False)) \
+            if console.is_terminal else None
+        with suppress(KeyboardInterrupt):
+            while True:
+                for event in follower.new():
+                    state.take(event)
+                if live:
+                    live.update(screen(state), refresh=True)
+                if state.ended or once:
+                    break
+                time.sleep(POLL_SECONDS)
+    if not live:
+        console.print(screen(state))
+
+
+def screen(state: State) -> RenderableType:
+    """All that is shown of a state."""
+    parts: list[RenderableType] = [_head(state)]
+    if state.train:
+        parts += [Text(), _perplexities(state)]
+    if state.number:
+        parts += [Text(), _work(state)]
+    if state.clients:
+        parts += [Text(), _clients(state)]
+    return Group(*parts)
+
+
+def _head(state: State) -> RenderableType:
+    progress = f"{state.unit} {state.number}" + (f" of {state.total}" if state.total else "")
+    word = "ended" if state.ended else "running" if state.number else "waiting for its first round"
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(Text(state.name, style="bold", overflow="fold"))
+    line = Table.grid(padding=(0, 2))
+    line.add_row(Bar(size=state.total or 1, begin=0, end=state.number if state.total else 0,
+                     width=24, color="blue"), progress, Text(word, style="dim"))
+    grid.add_row(line)
+    return grid
+
+
+def _perplexities(state: State) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    for name, series in (("train", state.train), ("validation", state.validation)):
+        if series:
+            values = [series[number] for number in sorted(series)]
+            table.add_row(Text(name, style="dim"), f"{values[-1]:,.1f}",
+                          Text(sparkline(values, CURVE_WIDTH), style="blue"),
+                          Text(f"lowest {min(values):,.1f}", style="dim"))
+    return table
+
+
+def _work(state: State) -> RenderableType:
+    last = state.last
+    rate = last.get("tokens_per_second")
+    told = [f"{last.get('tokens', 0):,} tokens"]
+    if rate:
+        told.append(f"{rate:,.0f} tokens/s")
+    if last.get("bytes"):
+        told.append(f"{last['bytes'] / 1e6:,.1f} MB exchanged")
+    if last.get("lr") is not None:
+        told.append(f"learning rate {last['lr']:.3g}")
+    seconds = [f"{name} {last[f'{key}_seconds']:.1f}" for name, key in
+               (("training", "local_training"), ("aggregation", "aggregation"),
+                ("evaluation", "evaluation")) if f"{key}_seconds" in last]
+    if "seconds" in last:
+        seconds.insert(0, f"{last['seconds']:.1f} s")
+    return Text("  ".join(told) + "\n" + "  ".join(seconds), style="dim")
+
+
+def _clients(state: State) -> RenderableType:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    shown = sorted(state.clients)[:CLIENTS_SHOWN]
+    columns = ["client", "train ppl", "weight"]
+    measured = [name for name in ("norm", "entropy")
+                if any(name in state.clients[k] for k in shown)]
+    for name in [*columns, *measured]:
+        table.add_column(name, justify="right")
+    table.add_column("")
+    for index in shown:
+        client = state.clients[index]
+        loss = client.get("loss")
+        ppl = "-" if loss is None else f"{math.exp(min(loss, 700)):,.1f}"
+        count = state.left_out.get(index, 0)
+        table.add_row(str(index), ppl, f"{client.get('weight', 0):.3f}",
+                      *(f"{client[name]:.3f}" if name in client else "-" for name in measured),
+                      Text(f"left out {count}×", style="red") if count else "")
+    rest = len(state.clients) - len(shown)
+    return Group(table, Text(f"and {rest} more", style="dim")) if rest else table
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """A curve of at most `width` characters, on a log axis from the lowest value to the highest;
+    where there are more values than that, each character is the mean of its part."""
+    logs = [math.log(v) for v in values if v > 0 and math.isfinite(v)]
+    count = min(width, len(logs))
+    means = []
+    for i in range(count):
+        part = logs[i * len(logs) // count:(i + 1) * len(logs) // count]
+        means.append(sum(part) / len(part))
+    if not means:
+        return ""
+    low, span = min(means), max(means) - min(means)
+    return "".join(BLOCKS[round((v - low) / span * (len(BLOCKS) - 1)) if span else 0]
+                   for v in means)

@@ -1,0 +1,35 @@
+"""Every method's run in one set of processes: python every_method.py DATA_DIR SHARED_FLAG ...
+
+Whole runs one after the other, each connecting anew as after a restart of torchrun.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from fedrun import cli
+
+METHODS: dict[str, tuple[str, ...]] = {
+    "trained": ("fed_avg", "--weighting", "trained", "--sampling", "replacement"),
+    "average": ("fed_avg", "--client_state", "average", "--prox_mu", "0.5", "--grad_clip", "1"),
+    "fed_momentum": ("fed_momentum",),
+    "diloco": ("diloco", "--warmup", "2", "--lr_schedule", "cosine"),
+    "fed_entropy": ("fed_entropy", "--temperature", "0.1"),
+    "fed_fisher": ("fed_fisher",),
+    "sequence": ("fed_fisher", "--fisher", "sequence", "--fisher_scope", "mixers"),
+    "corrected": ("fed_fisher", "--fisher", "corrected", "--fisher_floor_mode", "relative",
+                  "--fisher_floor", "0.1"),
+    "fed_adam": ("fed_adam",),
+    "fed_yogi": ("fed_yogi",),
+    "fed_adagrad": ("fed_adagrad",),
+    "fed_sgd": ("fed_sgd", "--local_updates", "1"),
+}
+
+if __name__ == "__main__":
+    for number, (name, flags) in enumerate(METHODS.items()):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # a name space in the store
+        code = cli.main([flags[0], *sys.argv[2:], *flags[1:], "--data_dir", sys.argv[1],
+                         "--run_name", name])
+        if code:
+            sys.exit(f"{name}: exit code {code}")

@@ -1,0 +1,103 @@
+"""Small run folders for the tests of figures and the report, made without training.
+
+Both forms that exist: this project's, with config.json and full records, and those of the study it
+grew from, which have names, short records, and npz keys without a layer.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROWS, COLUMNS = 24, 16
+STEPS = (1, 30, 60, 90)
+
+
+def perplexity_at(step: int, seed: int, gain: float) -> float:
+    """A falling curve that differs with the seed."""
+    return 400 * math.exp(-gain * step / 60) + 90 + 3 * seed
+
+
+def ours(data_dir: Path, method: str = "fed_avg", config: str = "tiny", local_updates: int = 1,
+         seed: int = 0, name: str | None = None, steps: tuple[int, ...] = STEPS, gain: float = 1.0,
+         **settings: Any) -> Path:
+    """A run folder as `fedrun` writes it, without a model."""
+    central = method == "central"
+    batch = 16 if central else 4
+    tokens_a_step = batch * 256 * (1 if central else 4 * local_updates)
+    updates = "" if central else f"_lu_{local_updates}"
+    prefix = "federated" if method == "fed_avg" else method
+    path = data_dir / (name or f"{prefix}_config_{config}{updates}_seed_{seed}")
+    path.mkdir(parents=True)
+    held = {"method": method, "config": config, "seed": seed, "lr": 5e-4, "batch_size": batch,
+            "sequence_length": 256, "dataset": "pydocs", "tokenizer": "bpe:400"}
+    if not central:
+        held |= {"num_clients": 4, "local_updates": local_updates}
+    write(path / "config.json", held | settings)
+    write(path / "environment.json", {"processes": 5, "device": "cpu", "device_name": "x86_64",
+                                      "versions": {"torch": "2.13.0"},
+                                      "corpus": {"dataset": "pydocs"}})
+    records = []
+    for step in steps:
+        value = perplexity_at(step * local_updates, seed, gain)
+        record = {"train_loss": math.log(1.1 * value), "train_ppl": 1.1 * value,
+                  "tokens": step * tokens_a_step, "seconds": 0.5 * step + 0.01 * seed,
+                  "generated": f"<b>Once & again</b> {step}"}
+        if central:
+            record |= {"step": step, "val_loss": math.log(value), "val_ppl": value}
+        else:
+            record |= {"global_step": step, "server_val_loss": math.log(value),
+                       "server_val_ppl": value, "bytes": step * 1000}
+        records.append(record)
+    write(path / "training_history.json", records)
+    return path
+
+
+def study(data_dir: Path, local_updates: int | None = None, seed: int = 0,
+          config: str = "pure_ssm_1_layer", method: str = "federated") -> Path:
+    """A run folder as the study left it; central where `local_updates` is None."""
+    if local_updates is None:
+        path = data_dir / f"central_config_{config}_seed_{seed}"
+        records = [{"step": step, "train_loss": math.log(perplexity_at(step, seed, 1) + 20),
+                    "val_loss": math.log(perplexity_at(step, seed, 1))} for step in STEPS]
+    else:
+        path = data_dir / f"{method}_config_{config}_lu_{local_updates}_seed_{seed}"
+        records = [{"global_step": step, "train_ppl": perplexity_at(step, seed, 1) + 20,
+                    "server_val_ppl": perplexity_at(step, seed, 1)} for step in STEPS]
+    path.mkdir(parents=True)
+    write(path / "training_history.json", records)
+    return path
+
+
+def change(step: int, seed: int, layer: int = 0) -> np.ndarray:
+    """A change of in_proj (ROWS, COLUMNS) of two strong directions and noise, growing with step."""
+    left = np.random.default_rng([seed, layer]).normal(size=(ROWS, 2))
+    right = np.random.default_rng([seed, layer, 1]).normal(size=(2, COLUMNS))
+    noise = np.random.default_rng([seed, layer, 2]).normal(size=(ROWS, COLUMNS))
+    return (step * (left @ right + 0.1 * noise) / 100).astype(np.float32)
+
+
+def save_steps(folder: Path, seed: int = 0, layers: int = 1, deltas: bool = True,
+               params: bool = True, study_keys: bool = False,
+               steps: tuple[int, ...] = STEPS) -> None:
+    """params/step_*.npz and deltas/step_*.npz under `folder`; parameters start at 1."""
+    for step in steps:
+        for kind, wanted, offset in (("deltas", deltas, 0.0), ("params", params, 1.0)):
+            if not wanted:
+                continue
+            prefix = "delta_" if kind == "deltas" else ""
+            arrays = {}
+            for layer in range(layers):
+                key = "" if study_keys else f"layers.{layer}."
+                arrays[f"{prefix}{key}in_proj"] = change(step, seed, layer) + np.float32(offset)
+                arrays[f"{prefix}{key}D"] = np.ones(4, np.float32)
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            np.savez(folder / kind / f"step_{step:06d}.npz", **arrays)
+
+
+def write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value))

@@ -1,0 +1,78 @@
+"""mamba-ssm's own model and kernels against ours, on the CPU, in Triton's interpreter.
+
+Prints one JSON object: the largest relative difference, max|a - b| / max|b|, of the logits and of
+every gradient. usage: parity.py ours|conv1d_and_chunk_scan SEQUENCE_LENGTH
+(ours: our own scan; conv1d_and_chunk_scan: our module over the official kernels, as on a GPU)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import types
+
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ["MAMBA_DETERMINISTIC"] = "1"
+# What the package imports or asks of a GPU, and the SSD kernels do not need.
+sys.modules["selective_scan_cuda"] = types.ModuleType("selective_scan_cuda")
+
+import torch  # noqa: E402
+
+torch.cuda.device = lambda *_: contextlib.nullcontext()  # type: ignore[assignment,misc]
+torch.cuda.get_device_properties = (  # type: ignore[assignment]
+    lambda *_: types.SimpleNamespace(multi_processor_count=2))
+
+from mamba_ssm.models.config_mamba import MambaConfig  # noqa: E402
+from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel  # noqa: E402
+from torch.nn.functional import cross_entropy  # noqa: E402
+
+from fedrun.config import ModelConfig  # noqa: E402
+from fedrun.model import kernels  # noqa: E402
+from fedrun.model.mamba2 import Mamba2LM  # noqa: E402
+
+VOCAB = 97
+
+
+def main(path: str, length: int) -> None:
+    config = ModelConfig(n_layer=2, d_model=64, d_state=32, headdim=32)
+    official = MambaLMHeadModel(MambaConfig(
+        d_model=config.d_model, n_layer=config.n_layer, vocab_size=VOCAB, tie_embeddings=True,
+        pad_vocab_size_multiple=1, rms_norm=True, residual_in_fp32=True, fused_add_norm=False,
+        ssm_cfg={"layer": "Mamba2", "d_state": config.d_state, "headdim": config.headdim,
+                 "chunk_size": 32}))
+    for layer in official.backbone.layers:
+        layer.mixer.use_mem_eff_path = False  # it needs causal-conv1d, which needs a GPU
+    ours = Mamba2LM(config, VOCAB)
+    ours.init_weights(0)
+    official.load_state_dict(ours.state_dict())
+    if path != "ours":
+        kernels.CHUNK_SIZE = 32
+        kernels.path_for = lambda x: path  # type: ignore[assignment,return-value]
+        official_mix, calls = kernels.mix, []
+        kernels.mix = lambda *a: calls.append(a) or official_mix(*a)  # type: ignore[func-returns-value,assignment]
+    tokens = torch.randint(0, VOCAB, (2, length), generator=torch.Generator().manual_seed(0))
+    found = {}
+    logits = {}
+    for name, model in (("official", official), ("ours", ours)):
+        out = model(tokens)
+        logits[name] = out.logits if name == "official" else out
+        cross_entropy(logits[name][:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    assert path == "ours" or len(calls) == config.n_layer
+    found["logits"] = difference(logits["ours"], logits["official"])
+    theirs = dict(official.named_parameters())
+    for name, p in ours.named_parameters():
+        assert p.grad is not None
+        found[name] = difference(p.grad, theirs[name].grad)
+    print(json.dumps(found))
+
+
+def difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    assert a.shape == b.shape
+    assert b.abs().max() > 0
+    return float((a - b).abs().max() / b.abs().max())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

@@ -1,0 +1,144 @@
+"""The Fisher estimates against torch.func on a model small enough to differentiate by sequence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.functional import cross_entropy
+
+from fedrun.config import ModelConfig
+from fedrun.fisher import FisherEstimate, batch_gradient
+from fedrun.model.mamba2 import Mamba2LM
+from fedrun.params import FlatParams
+from fedrun.strategies.fed_fisher import FedFisher
+
+BATCH, LENGTH, VOCAB = 6, 9, 13
+
+
+class Bigram(nn.Module):
+    """A language model that torch.func can differentiate, with Mamba2LM's accumulate_grad."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCAB, 4, dtype=torch.float64)
+        self.mixer = nn.Linear(4, VOCAB, dtype=torch.float64)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Summed loss of (b, l) token ids."""
+        logits = self.mixer(torch.tanh(self.embedding(tokens[:, :-1])))
+        return cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+
+    def accumulate_grad(self, tokens: Tensor) -> tuple[Tensor, int]:
+        loss, count = self(tokens), tokens[:, 1:].numel()
+        (loss / count).backward()
+        return loss.detach(), count
+
+
+@pytest.fixture
+def model() -> Bigram:
+    torch.manual_seed(5)
+    return Bigram()
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(VOCAB, (BATCH, LENGTH), generator=generator) for _ in range(3)]
+
+
+def gradients(model: nn.Module, groups: Tensor, mean: bool) -> Tensor:
+    """(groups, size): the gradient of each group's loss, summed or meaned over its tokens;
+    groups: (groups, sequences, length). Names sorted, as FlatParams lays them out."""
+    parameters = {k: v.detach() for k, v in model.named_parameters()}
+
+    def loss(p: dict[str, Tensor], tokens: Tensor) -> Tensor:
+        value: Tensor = functional_call(model, p, (tokens,))
+        return value / tokens[:, 1:].numel() if mean else value
+
+    found = vmap(grad(loss), in_dims=(None, 0))(parameters, groups)
+    return torch.cat([found[name].flatten(1) for name in sorted(found)], dim=1)
+
+
+def estimate(model: Bigram, settings: FedFisher) -> Tensor:
+    flat = FlatParams(model)
+    fisher = FisherEstimate(flat, settings)
+    fisher.begin()
+    for batch in batches():
+        loss, tokens = fisher.gradient(model, batch)  # type: ignore[arg-type]
+        assert tokens == BATCH * (LENGTH - 1)
+        torch.testing.assert_close(loss, model(batch).detach(), rtol=1e-12, atol=0)
+        expected = gradients(model, batch[None], mean=True)[0]
+        torch.testing.assert_close(flat.grad, expected, rtol=1e-9, atol=1e-15)
+    return fisher.finish().clone()
+
+
+def test_batch(model: Bigram) -> None:
+    expected = torch.stack([gradients(model, b[None], mean=True)[0] ** 2 for b in batches()])
+    torch.testing.assert_close(estimate(model, FedFisher()), expected.mean(0), rtol=1e-9, atol=0)
+
+
+def test_sequence(model: Bigram) -> None:
+    single = torch.cat(batches())[:, None]
+    expected = (gradients(model, single, mean=False) ** 2).mean(0)
+    torch.testing.assert_close(estimate(model, FedFisher(fisher="sequence")), expected,
+                               rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("microbatches", [2, 3, 6])
+def test_corrected(model: Bigram, microbatches: int) -> None:
+    size = BATCH // microbatches
+    expected = []
+    for batch in batches():
+        g = gradients(model, batch.unflatten(0, (microbatches, size)), mean=True)
+        expected.append((g**2).mean(0) + (size - 1) * g.var(0, correction=1))
+    found = estimate(model, FedFisher(fisher="corrected", fisher_microbatches=microbatches))
+    torch.testing.assert_close(found, torch.stack(expected).mean(0), rtol=1e-9, atol=0)
+
+
+def test_corrected_estimates_what_single_sequences_have(model: Bigram) -> None:
+    """In expectation over batches: with microbatches of one the estimate is exact, and drawing
+    microbatches of three from the same sequences comes near it."""
+    generator = torch.Generator().manual_seed(1)
+    pool = torch.randint(VOCAB, (40, LENGTH), generator=generator)
+    exact = (gradients(model, pool[:, None], mean=True) ** 2).mean(0)
+    flat = FlatParams(model)
+    corrected, batch = (FisherEstimate(flat, FedFisher(fisher=kind))  # type: ignore[arg-type]
+                        for kind in ("corrected", "batch"))
+    for _ in range(300):
+        rows = pool[torch.randint(len(pool), (BATCH,), generator=generator)]
+        corrected.gradient(model, rows)  # type: ignore[arg-type]
+        batch.gradient(model, rows)  # type: ignore[arg-type]
+    total = exact.sum()
+    assert (corrected.finish().sum() / total).item() == pytest.approx(1, abs=0.1)
+    assert batch.finish().sum() / total < 0.5  # the bias that is corrected
+
+
+def test_scope_is_zero_outside_the_mixers(model: Bigram) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = model
+
+        def accumulate_grad(self, tokens: Tensor) -> tuple[Tensor, int]:
+            return model.accumulate_grad(tokens)
+
+    named = Named()
+    flat = FlatParams(named)
+    fisher = FisherEstimate(flat, FedFisher(fisher_scope="mixers"))
+    fisher.gradient(named, batches()[0])  # type: ignore[arg-type]
+    values = dict(flat.views(fisher.finish()))
+    assert not values["layers.embedding.weight"].any()
+    assert values["layers.mixer.weight"].all()
+
+
+def test_the_embedding_and_head_of_mamba_count_once() -> None:
+    language_model = Mamba2LM(ModelConfig(d_model=16, d_state=4, headdim=8), VOCAB)
+    language_model.init_weights(0)
+    flat = FlatParams(language_model.double())
+    fisher = FisherEstimate(flat, FedFisher())
+    fisher.gradient(language_model, batches()[0])
+    diagonal = fisher.finish().clone()
+    batch_gradient(language_model, flat, batches()[0])
+    assert torch.equal(diagonal, flat.grad**2)
+    assert flat.size == sum(p.numel() for p in language_model.parameters())

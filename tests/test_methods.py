@@ -1,0 +1,262 @@
+"""Whole runs of every method: the same bits in any world, and what the history says of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, Outcome, execute, torchrun
+from every_method import METHODS
+from test_runs import without_clocks
+
+from fedrun import cli
+from fedrun.data.shards import DrawnBatches, split_holdout
+from fedrun.plan import Schedule, Shards
+from fedrun.settings import resolve
+from fedrun.strategies import STRATEGIES
+
+InProcess = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="session")
+def little_text(cache_dir: Path) -> tuple[str, ...]:
+    """Flags for runs on so little text that evaluating it takes no time."""
+    from pydoc_data.topics import topics
+    path = cache_dir / "little.txt"
+    path.write_text("\n\n".join(topics[name] for name in sorted(topics)[:25]), encoding="utf-8")
+    return (*SMALL, "--dataset", str(path), "--cache_dir", str(cache_dir))
+
+
+@pytest.fixture
+def run_here(little_text: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+             ) -> InProcess:
+    """run_here("fed_avg", "--rounds", 3): a whole run in the process of the test."""
+
+    def run_it(method: str, *flags: object, name: str = "run") -> Outcome:
+        code = cli.main([method, *little_text, "--data_dir", str(tmp_path), "--run_name", name,
+                         *map(str, flags)])
+        out, err = capfd.readouterr()
+        return Outcome(code, out + err, tmp_path / name)
+
+    return run_it
+
+
+@pytest.mark.timeout(400)
+def test_same_bits_in_1_3_and_5_processes_for_every_method(little_text: tuple[str, ...],
+                                                           tmp_path: Path) -> None:
+    flags = (*little_text, "--num_clients", "4", "--rounds", "3", "--local_updates", "2",
+             "--dtype", "fp32")
+    for processes in (1, 3, 5):
+        code, output = execute(
+            [*torchrun(processes), str(ROOT / "tests" / "every_method.py"),
+             str(tmp_path / f"p{processes}"), *flags], limit=300)
+        assert code == 0, output
+    seen = set()
+    for name in METHODS:
+        alone, three, five = (Outcome(0, "", tmp_path / f"p{n}" / name) for n in (1, 3, 5))
+        assert alone.bits == three.bits == five.bits, name
+        assert without_clocks(alone) == without_clocks(three) == without_clocks(five), name
+        assert alone.history[-1]["server_val_ppl"] < alone.history[0]["server_val_ppl"]
+        seen.add(alone.bits)
+    assert len(seen) == len(METHODS)  # and no method is another one
+    assert {flags[0] for flags in METHODS.values()} == set(STRATEGIES)
+
+
+@pytest.mark.parametrize(("dtype", "rounds", "tolerance"), [("fp64", 3, 1e-9), ("fp32", 1, 1e-5)])
+def test_fed_sgd_is_central_on_the_clients_batches(run_here: InProcess, dtype: str, rounds: int,
+                                                   tolerance: float) -> None:
+    flags = ("--rounds", rounds, "--num_clients", 3, "--dtype", dtype, "--lr", 5e-4)
+    federated = run_here("fed_sgd", *flags, name="fed")
+    central = run_here("central", *flags, "--batches", "clients", "--batch_size", 6, name="central")
+    assert federated.code == central.code == 0, federated.output + central.output
+    for name, value in federated.model.items():
+        torch.testing.assert_close(value, central.model[name], rtol=0, atol=tolerance)
+    assert federated.history[-1]["server_val_loss"] == pytest.approx(
+        central.history[-1]["val_loss"], abs=tolerance)
+
+
+def test_central_on_one_client_sees_its_shard_alone(run_here: InProcess) -> None:
+    one = run_here("central", "--rounds", 3, "--batches", "one_client", "--dtype", "fp64", name="1")
+    alone = run_here("fed_avg", "--rounds", 3, "--num_clients", 1, "--dtype", "fp64", name="2")
+    assert one.code == alone.code == 0, one.output
+    assert one.bits != alone.bits  # one client of four, not the only one
+    whole = run_here("central", "--rounds", 3, "--batches", "one_client", "--num_clients", 1,
+                     "--dtype", "fp64", name="3")
+    for name, value in whole.model.items():
+        torch.testing.assert_close(value, alone.model[name], rtol=0, atol=1e-12)
+
+
+def test_history_of_weights_entropies_and_norms(run_here: InProcess) -> None:
+    outcome = run_here("fed_entropy", "--num_clients", 3, "--rounds", 2, "--temperature", 0.05)
+    assert outcome.code == 0, outcome.output
+    record = outcome.history[-1]
+    entropies = record["client_entropies"]
+    assert all(0 < h < math.log(400) for h in entropies)
+    assert record["avg_client_entropy"] == pytest.approx(sum(entropies) / 3)
+    softmax = torch.softmax(-torch.tensor(entropies, dtype=torch.float64) / 0.05, 0)
+    assert record["client_weights"] == pytest.approx(softmax.tolist())
+    assert record["effective_clients"] == pytest.approx(1 / float((softmax**2).sum()))
+    assert record["effective_clients"] < 3
+    assert len(record["update_norms"]) == 3
+    assert 0 < record["update_cosine"] < 1
+    assert 0 < record["step_norm"] <= max(record["update_norms"])
+    assert len(record["val_loss_halves"]) == 2
+
+
+def test_mean_cosine_is_that_of_the_pairs() -> None:
+    from fedrun.history import mean_cosine
+    vectors = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).double() + 0.3
+    weights = [0.1, 0.2, 0.3, 0.4]
+    norms = [float(v.norm()) for v in vectors]
+    pairs = [(i, j) for i in range(4) for j in range(4) if i != j]
+    scale = [weights[i] * weights[j] * norms[i] * norms[j] for i, j in pairs]
+    cosines = [float(vectors[i] @ vectors[j]) / norms[i] / norms[j] for i, j in pairs]
+    expected = sum(s * c for s, c in zip(scale, cosines, strict=True)) / sum(scale)
+    mean_norm = float((torch.tensor(weights).double() @ vectors).norm())
+    assert mean_cosine(weights, norms, mean_norm) == pytest.approx(expected)
+    assert mean_cosine([1.0], [2.0], 2.0) is None
+
+
+def test_noise_ratio_of_gradients(run_here: InProcess) -> None:
+    record = run_here("fed_sgd", "--num_clients", 3, "--rounds", 1).history[-1]
+    assert record["noise_ratio"] > 1
+    assert -1 < record["gradient_cosine"] < 1
+    one = run_here("fed_sgd", "--num_clients", 1, "--rounds", 1, name="one").history[-1]
+    assert one["noise_ratio"] == pytest.approx(1, abs=1e-5)
+
+
+def test_prox_pulls_clients_back_and_does_nothing_at_one_step(run_here: InProcess) -> None:
+    free, pulled = (run_here("fed_avg", "--num_clients", 2, "--rounds", 1, "--local_updates", 4,
+                             "--prox_mu", mu, "--beta1", 0, name=f"mu{mu}") for mu in (0, 30))
+    norms = [sum(r.history[-1]["update_norms"]) for r in (free, pulled)]
+    assert norms[1] < 0.9 * norms[0]
+    one, same = (run_here("fed_avg", "--num_clients", 2, "--rounds", 2, "--prox_mu", mu,
+                          name=f"one{mu}") for mu in (0, 5))
+    assert one.bits == same.bits
+    assert "--prox_mu 5 has no effect" in same.output
+
+
+def test_averaged_moments_with_one_client_are_its_own(run_here: InProcess) -> None:
+    kept, averaged = (run_here("fed_avg", "--num_clients", 1, "--rounds", 4, "--client_state", s,
+                               "--dtype", "fp64", name=s) for s in ("keep", "average"))
+    for name, value in averaged.model.items():
+        torch.testing.assert_close(value, kept.model[name], rtol=0, atol=1e-6)
+
+
+def test_schedule_and_clipping_by_hand(run_here: InProcess) -> None:
+    """AdamW's first step is lr times the sign: its length shows the learning rate of each step."""
+    flags = ("--num_clients", 1, "--client_state", "reset", "--val_freq", 1, "--rounds", 6,
+             "--weight_decay", 0, "--beta1", 0, "--beta2", 0.5)
+    outcome = run_here("fed_avg", *flags, "--warmup", 2, "--lr_schedule", "cosine")
+    steps = [r["step_norm"] for r in outcome.history]
+    expected = [0.5, 1, 1, *(0.5 * (1 + math.cos(math.pi * k / 4)) for k in (1, 2, 3))]
+    assert [s / steps[1] for s in steps] == pytest.approx(expected, rel=0.03)
+    # Shortened to 1e-12, gradients vanish beside AdamW's epsilon.
+    clipped = run_here("fed_avg", *flags, "--grad_clip", 1e-12, name="clipped")
+    assert clipped.history[0]["step_norm"] < 1e-3 * steps[1]
+
+
+def test_padded_vocabulary(run_here: InProcess, tmp_path: Path) -> None:
+    preset = tmp_path / "padded.yaml"
+    preset.write_text("model: {n_layer: 1, d_model: 16, d_state: 8, headdim: 8, "
+                      "pad_vocab_multiple: 64}\n")
+    outcome = run_here("fed_fisher", "--config", preset, "--rounds", 2, "--fisher_scope", "mixers")
+    assert outcome.code == 0, outcome.output
+    assert outcome.model["backbone.embedding.weight"].shape == (448, 16)
+
+
+# ---- shards, epochs, folders --------------------------------------------------------------------
+
+def test_the_holdout_is_never_trained_on() -> None:
+    config: Any = resolve("fed_entropy", {"entropy_holdout": 0.25, "num_clients": 3})
+    shards = Shards(config, 100)
+    for train, held in zip(shards.train, shards.holdout, strict=True):
+        assert len(held) == (len(train) + len(held)) // 4
+        assert not set(train) & set(held)
+    assert sorted(i for part in (*shards.train, *shards.holdout) for i in part) == list(range(100))
+    assert split_holdout(range(5, 9), 0.0) == (range(5, 9), range(9, 9))
+    with pytest.raises(ValueError, match=r"--entropy_holdout 0\.25: nothing of client 0"):
+        Shards(config, 9)
+
+
+def test_drawn_batches_repeat_and_depend_on_the_step_alone() -> None:
+    draws = DrawnBatches(20, 8, seed=1, client=2)
+    first = draws.indices(3)
+    assert np.array_equal(first, DrawnBatches(20, 8, seed=1, client=2).indices(3))
+    everything = np.concatenate([draws.indices(k) for k in range(200)])
+    assert everything.min() == 0
+    assert everything.max() == 19
+    assert any(len(set(draws.indices(k))) < 8 for k in range(10))
+    assert not np.array_equal(first, DrawnBatches(20, 8, seed=1, client=3).indices(3))
+
+
+@pytest.mark.parametrize("local_updates", [1, 8])
+@pytest.mark.parametrize("n", [2335, 101])
+def test_rounds_of_the_original_study(local_updates: int, n: int) -> None:
+    config: Any = resolve("fed_avg", {"epoch_passes": 2.5, "batch_size": 4,
+                                      "local_updates": local_updates})
+    assert Schedule(config, [n, n + 1]).rounds == math.ceil(10 * n / 4) // 4 // local_updates
+
+
+@pytest.mark.parametrize("method", sorted(STRATEGIES))
+def test_folder_names(method: str) -> None:
+    prefix = "federated" if method == "fed_avg" else method
+    assert resolve(method, {}).name == f"{prefix}_config_pure_ssm_1_layer_lu_1_seed_0"
+
+
+# ---- combinations that cannot work, or hardly do ------------------------------------------------
+
+@pytest.mark.parametrize(("method", "flags", "said"), [
+    ("fed_sgd", {"local_updates": 2}, "--local_updates 2: accepted is 1 for fed_sgd"),
+    ("fed_sgd", {"client_state": "average"}, "--client_state average: accepted is keep"),
+    ("fed_sgd", {"grad_clip": 1}, "--grad_clip"),
+    ("fed_avg", {"sync": "epoch", "client_state": "average"}, "--client_state average"),
+    ("fed_avg", {"sync": "epoch", "prox_mu": 1}, "--prox_mu"),
+    ("fed_avg", {"beta1": 0.99, "beta2": 0.98}, "--beta2 0.98"),
+    ("fed_avg", {"prox_mu": -1}, "--prox_mu -1"),
+    ("fed_avg", {"grad_clip": 0}, "--grad_clip 0"),
+    ("fed_fisher", {"fisher": "corrected", "fisher_microbatches": 1}, "--fisher_microbatches 1"),
+    ("fed_fisher", {"fisher": "corrected", "batch_size": 3}, "divisor of --batch_size 3"),
+    ("fed_fisher", {"fisher_floor": 0}, "--fisher_floor 0"),
+    ("fed_entropy", {"temperature": 0}, "--temperature 0"),
+    ("fed_entropy", {"entropy_holdout": 1}, "--entropy_holdout 1"),
+    ("fed_entropy", {"entropy_batches": 0}, "--entropy_batches 0"),
+    ("fed_momentum", {"server_momentum": 1}, "--server_momentum 1"),
+    ("fed_adam", {"server_beta2": 1}, "--server_beta2 1"),
+    ("fed_adam", {"tau": 0}, "--tau 0"),
+    ("central", {"batches": "clients", "batch_size": 6}, "--batch_size 6: accepted is a multiple"),
+])
+def test_wrong_combinations_name_the_flag(method: str, flags: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match="accepted is") as caught:
+        resolve(method, flags)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("method", "flags", "said"), [
+    ("diloco", {"local_updates": 7}, "steady steps 7 times as long"),
+    ("fed_momentum", {"momentum_form": "heavy_ball"}, "steady steps 10 times as long"),
+    ("fed_avg", {"client_state": "reset"}, "sign descent"),
+    ("fed_avg", {"prox_mu": 0.1}, "--prox_mu 0.1 has no effect"),
+])
+def test_questionable_settings_warn(method: str, flags: dict[str, Any], said: str) -> None:
+    config: Any = resolve(method, flags)
+    (warning,) = config.warnings()
+    assert said in warning
+    usual: Any = resolve(method, flags | {"local_updates": 8, "client_state": "keep"})
+    assert usual.warnings() == []
+
+
+def test_overflow_ends_the_run_with_a_reason(run_here: InProcess,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedrun.plan.gradient_bound", lambda *_: 1e-6)
+    outcome = run_here("fed_sgd", "--num_clients", 2, "--rounds", 2)
+    assert outcome.code == 1
+    assert "OverflowError: gradient" in outcome.output
+    assert "--reduce float" in outcome.output
+
+

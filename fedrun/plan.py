@@ -66,7 +66,9 @@ class Schedule:
         # In this order: --sync epoch repeats a study that rounded so.
         batches = math.ceil(smallest * config.epoch_passes) // config.batch_size
         self.rounds_per_epoch = batches // config.local_updates
-        if self.rounds_per_epoch == 0 or smallest < config.batch_size:
+        # A round may be longer than an epoch where nothing counts in epochs.
+        needs_epochs = config.rounds is None or config.sync == "epoch"
+        if (needs_epochs and self.rounds_per_epoch == 0) or smallest < config.batch_size:
             raise ValueError(
                 f"--local_updates {config.local_updates}: a round takes {each} sequences of every "
                 f"client (--batch_size {config.batch_size} each update), but a shard has "
@@ -76,7 +78,7 @@ class Schedule:
     def plan(self, number: int, reference: float) -> Plan:
         """The plan of round `number`, counted from 1."""
         config = self.config
-        in_epoch = (number - 1) % self.rounds_per_epoch
+        in_epoch = (number - 1) % max(self.rounds_per_epoch, 1)
         every_round = config.sync == "round"
         # Clients that are not brought back move on from where they were, and so does the global
         # model, their mean: twice the way of a client lies between them at most.

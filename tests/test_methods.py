@@ -145,7 +145,7 @@ def test_averaged_moments_with_one_client_are_its_own(run_here: InProcess) -> No
     kept, averaged = (run_here("fed_avg", "--num_clients", 1, "--rounds", 4, "--client_state", s,
                                "--dtype", "fp64", name=s) for s in ("keep", "average"))
     for name, value in averaged.model.items():
-        torch.testing.assert_close(value, kept.model[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(value, kept.model[name], rtol=0, atol=1e-5)  # the grid
 
 
 def test_schedule_and_clipping_by_hand(run_here: InProcess) -> None:

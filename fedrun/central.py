@@ -76,12 +76,13 @@ def run(config: CentralConfig, data: TokenData, device: torch.device) -> None:
     for step in range(1, steps + 1):
         before = time.monotonic()
         losses: LocalLosses = client.train(model, 1, step - 1)
-        clocks.add(config.batch_size * config.sequence_length, losses.loss_sum, losses.tokens,
+        loss_sum = losses.loss_sum.item()
+        clocks.add(config.batch_size * config.sequence_length, loss_sum, losses.tokens,
                    local_training_seconds=time.monotonic() - before)
         if not torch.isfinite(flat.vector.sum()):
             raise RuntimeError(f"step {step}: the model is no longer finite (--lr {config.lr:g} "
                                f"may be too large); the last good one is in {config.run_dir}")
-        train_ppl = perplexity(losses.loss_sum / losses.tokens)
+        train_ppl = perplexity(loss_sum / losses.tokens)
         val_ppl = None
         if step == 1 or step % config.val_freq == 0 or step == steps:
             before = time.monotonic()

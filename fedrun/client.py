@@ -21,7 +21,8 @@ from fedrun.params import FlatParams
 class LocalLosses:
     """What local training reports: summed losses in nats, and over how many tokens."""
 
-    loss_sum: float
+    loss_sum: Tensor
+    """0-dim, still on the device: reading it is the one wait for a GPU, after the last step."""
     tokens: int
 
 
@@ -80,12 +81,12 @@ class Client:
             self.optimizer.step(first_step + step)
             loss_sum += loss
             tokens += count
-        return LocalLosses(loss_sum.item(), tokens)
+        return LocalLosses(loss_sum, tokens)
 
     def gradient(self, model: Mamba2LM) -> LocalLosses:
         """The gradient of the next batch's mean loss in flat.grad; no step."""
         loss, tokens = batch_gradient(model, self.flat, self.next_batch())
-        return LocalLosses(loss.item(), tokens)
+        return LocalLosses(loss.double(), tokens)
 
     def next_batch(self) -> Tensor:
         """(batch_size, sequence_length) token ids; the client's position moves on."""

@@ -1,0 +1,56 @@
+"""A whole local step on the meta device, where tensors have shapes and no values.
+
+It finds, without a GPU, what would be slow or wrong on one: a tensor made on another device (mixing
+it with meta tensors is an error), and every wait of the host for a value (`.item()`, `bool()`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from fedrun.client import Client
+from fedrun.config import FederatedConfig
+from fedrun.fisher import FisherEstimate
+from fedrun.model.mamba2 import Mamba2LM
+from fedrun.optimizer import LocalOptimizer
+from fedrun.params import FlatParams
+from fedrun.settings import resolve
+from fedrun.strategies.fed_fisher import FedFisher
+
+SEQUENCES = np.zeros((12, 24), dtype=np.uint16)
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fisher", [None, "batch", "sequence", "corrected"])
+def test_training_fisher_and_entropy_touch_no_value(compute_dtype: torch.dtype, fisher: str | None
+                                                    ) -> None:
+    config = resolve("fed_fisher", {"config": "tiny", "grad_clip": "1.0", "prox_mu": "0.1"})
+    assert isinstance(config, FederatedConfig)
+    with torch.device("meta"):
+        model = Mamba2LM(config.model, 50, compute_dtype=compute_dtype)
+    flat = FlatParams(model)
+    assert flat.vector.is_meta
+    optimizer = LocalOptimizer(flat, config, 10)
+    # torch's fused AdamW has no meta kernel; its other implementation stands in for it here.
+    optimizer.adamw = torch.optim.AdamW([optimizer.parameter], lr=config.lr, foreach=True)
+    client = Client(0, range(12), SEQUENCES, flat, config, optimizer)
+    estimate = None
+    if fisher:
+        strategy = dataclasses.replace(config.strategy, fisher=fisher)
+        assert isinstance(strategy, FedFisher)
+        estimate = FisherEstimate(flat, strategy)
+    losses = client.train(model, 2, 0, anchor=torch.empty_like(flat.vector), prox_mu=0.1,
+                          fisher=estimate)
+    assert losses.loss_sum.is_meta
+    assert losses.tokens == 2 * 4 * 23
+    if estimate:
+        assert estimate.finish().is_meta
+    entropy, tokens = model.entropy(client.next_batch())
+    assert entropy.is_meta
+    assert tokens == 4 * 23
+    with pytest.raises(RuntimeError, match="meta"):
+        losses.loss_sum.item()  # what the test would have met

@@ -23,6 +23,7 @@ METHODS = {"central": "centralised training, the baseline: all the data in one p
 
 # Commands beside training: name -> (help, module whose `main(argv) -> exit code` it is).
 TOOLS: dict[str, tuple[str, str]] = {
+    "study": ("a grid of runs, tuned and repeated over seeds, in one table", "fedrun.study"),
     "watch": ("follow a run in the terminal, or look at a finished one", "fedrun.tools.watch"),
     "plot": ("figures of perplexities and of how weights changed, from run folders",
              "fedrun.plots"),

@@ -1,0 +1,332 @@
+"""`fedrun study FILE`: a grid of runs, tuned, repeated over seeds, and put into one table.
+
+    python -m fedrun study configs/experiments/methods.yaml --dataset my/text --jobs 2
+
+FILE names settings, each a method with its flags. Every setting is run on a grid (of learning
+rates, say) with one seed and tuned on the first half of the validation split; a best value at the
+grid's edge extends the grid. Settings that come near enough to the reference are run again at their
+best value with other seeds, and reported on the second half, as ratios of perplexity to the
+reference with the same seed. Each run is a run folder under results/NAME/runs; those that are
+finished are not run again, so that a study goes on where it stopped.
+
+    name: methods               # results go to results/methods
+    jobs: 2                     # runs at a time
+    reference: central          # what the others are compared to
+    tune_seed: 0
+    report_seeds: [1, 2, 3]
+    prune: 1.1                  # settings tuned worse than this ratio are not repeated
+    extensions: 3               # how often a grid may grow at an edge
+    grid: {lr: [1e-3, 2e-3]}    # of every setting that has none of its own
+    base: {config: study}       # flags of all runs; flags on the command line override them
+    settings:
+      central: {method: central, rounds: 240}
+      averaged: {method: fed_avg, rounds: 240, grid: {lr: [1e-3]}}
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedrun.config import RunConfig
+from fedrun.settings import closest, resolve
+from fedrun.strategies.base import require
+
+Point = tuple[tuple[str, float], ...]
+"""A place on a setting's grid: ((flag, value), ...)."""
+
+DEFAULTS: dict[str, Any] = {
+    "name": None, "jobs": 1, "reference": None, "tune_seed": 0, "report_seeds": [], "prune": math.inf,
+    "extensions": 0, "grid": {}, "base": {}, "settings": None}
+
+
+@dataclass
+class Setting:
+    """One line of the table: a method with its flags, and the grid that it is tuned on."""
+
+    name: str
+    flags: dict[str, Any]
+    grid: dict[str, list[float]]
+    extensions: int = 0
+    tuned: dict[Point, float] = field(default_factory=dict)
+    """Loss on the first half of the validation split, in nats a token."""
+
+    def points(self) -> list[Point]:
+        return [tuple(zip(self.grid, values, strict=True))
+                for values in itertools.product(*self.grid.values())]
+
+    @property
+    def best(self) -> Point:
+        return min(self.tuned, key=lambda point: (self.tuned[point], point))
+
+    def extend(self) -> bool:
+        """Grow the grid by one value wherever the best one lies at an edge; whether it grew."""
+        if self.extensions == 0 or not math.isfinite(self.tuned[self.best]):
+            return False
+        grew = False
+        for name, value in self.best:
+            values = sorted(self.grid[name])
+            if len(values) < 2 or values[0] < value < values[-1]:
+                continue
+            factor = values[1] / values[0]
+            self.grid[name].append(value / factor if value == values[0] else value * factor)
+            grew = True
+        self.extensions -= grew
+        return grew
+
+
+@dataclass
+class Study:
+    """What the YAML file asks for."""
+
+    folder: Path
+    jobs: int
+    reference: str
+    tune_seed: int
+    report_seeds: list[int]
+    prune: float
+    settings: dict[str, Setting]
+
+    def config(self, setting: Setting, point: Point, seed: int) -> RunConfig:
+        """The config of one run. ValueError for flags that its method does not take."""
+        flags = setting.flags | dict(point) | {"seed": seed}
+        place = "".join(f"_{name}_{value:g}" for name, value in point)
+        return resolve(flags.pop("method"), flags | {
+            "data_dir": self.folder / "runs", "run_name": f"{setting.name}{place}_seed_{seed}"})
+
+
+def read(path: Path, results: Path, overrides: dict[str, Any]) -> Study:
+    """The study of a YAML file. ValueError naming the file and its key for what is wrong."""
+    require(path.is_file(), "study", path, "the path of a YAML file")
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    require(isinstance(found, dict), "study", path, "a mapping with " + ", ".join(DEFAULTS))
+    for key in found:
+        if key not in DEFAULTS:
+            raise ValueError(f"study {path}: unknown key {key!r}{closest(key, DEFAULTS)}")
+    values = DEFAULTS | {"name": path.stem} | found | {
+        k: overrides.pop(k) for k in ("jobs",) if k in overrides}
+    require(bool(values["settings"]), f"study {path}: settings", values["settings"],
+            "at least one name with its flags")
+    require(values["reference"] in values["settings"], f"study {path}: reference",
+            values["reference"], "one of " + ", ".join(values["settings"]))
+    settings = {}
+    for name, own in values["settings"].items():
+        flags = values["base"] | own | overrides
+        require("method" in flags, f"study {path}: settings.{name}", own, "flags with a `method`")
+        grid = {flag: [float(v) for v in grid_values] for flag, grid_values in
+                flags.pop("grid", values["grid"]).items()}
+        settings[name] = Setting(name, flags, grid, int(values["extensions"]))
+    study = Study(results / str(values["name"]), int(values["jobs"]), values["reference"],
+                  int(values["tune_seed"]), [int(s) for s in values["report_seeds"]],
+                  float(values["prune"]), settings)
+    for setting in settings.values():
+        study.config(setting, setting.points()[0], 0)  # a wrong flag is told before anything runs
+    return study
+
+
+# ---- runs ---------------------------------------------------------------------------------------
+
+def loss_halves(config: RunConfig) -> list[float] | None:
+    """Losses of a finished run on the halves of the validation split; None if it is not finished.
+
+    Infinite for a run that failed, as one whose learning rate is too large does. ValueError for a
+    run folder of another config.
+    """
+    folder = config.run_dir
+    if not (folder / "config.json").exists():
+        return None
+    held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(config.results_dict()))
+    if differing := [k for k, v in wanted.items() if held.get(k) != v and v != "auto"]:
+        raise ValueError(f"study: {folder} holds a run with another {', '.join(differing)}; "
+                         "remove it, or give the study another name")
+    if (folder / "failed.txt").exists():
+        return [math.inf, math.inf]
+    events = folder / "events.jsonl"
+    if not events.exists() or '"event": "end"' not in events.read_text(encoding="utf-8"):
+        return None
+    halves: list[float] = history(config)[-1]["val_loss_halves"]
+    return halves
+
+
+def history(config: RunConfig) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = json.loads(
+        (config.run_dir / "training_history.json").read_text(encoding="utf-8"))
+    return records
+
+
+def start(config: RunConfig) -> float:
+    """One run in a process of its own; the seconds it took. ValueError where its flags are wrong;
+    a run that fails leaves its last words in failed.txt."""
+    began = time.monotonic()
+    flags = [f"--{name}={'none' if value is None else value}"
+             for name, value in config.to_dict().items() if name not in ("method", "model")]
+    done = subprocess.run([sys.executable, "-m", "fedrun", config.method, *flags],
+                          capture_output=True, text=True, check=False)
+    last_words = done.stderr.strip()[-2000:]
+    if done.returncode == 1:
+        (config.run_dir / "failed.txt").write_text(last_words, encoding="utf-8")
+    elif done.returncode:
+        raise ValueError(f"study: {config.name}: {last_words}")
+    return time.monotonic() - began
+
+
+def run_all(configs: Iterable[RunConfig], jobs: int) -> None:
+    """Run those that are not finished, `jobs` at a time."""
+    todo = [config for config in configs if loss_halves(config) is None]
+    with ThreadPoolExecutor(jobs) as pool:
+        for number, (config, seconds) in enumerate(zip(todo, pool.map(start, todo), strict=True), 1):
+            loss = loss_halves(config)
+            assert loss is not None, f"{config.run_dir} is not finished"
+            print(f"{number}/{len(todo)}  {config.name}  {seconds:.0f} s  "
+                  f"val ppl {_ppl(statistics.mean(loss)):.2f}", flush=True)
+
+
+def tune(study: Study) -> None:
+    """Run all grids with the tuning seed, growing them until the best values are interior."""
+    growing = list(study.settings.values())
+    while growing:
+        configs = {(s.name, point): study.config(s, point, study.tune_seed)
+                   for s in growing for point in s.points()}
+        run_all(configs.values(), study.jobs)
+        for setting in growing:
+            for point in setting.points():
+                halves = loss_halves(configs[setting.name, point])
+                assert halves is not None
+                setting.tuned[point] = halves[0]
+        growing = [setting for setting in growing if setting.extend()]
+
+
+def repeat(study: Study) -> None:
+    """Run the settings that come near the reference again, with the seeds that are reported."""
+    kept = [s for s in study.settings.values() if tuned_ratio(study, s) <= study.prune]
+    run_all([study.config(s, s.best, seed) for seed in study.report_seeds for s in kept],
+            study.jobs)
+
+
+def tuned_ratio(study: Study, setting: Setting) -> float:
+    """Perplexity of the best point over that of the reference, both with the tuning seed."""
+    reference = study.settings[study.reference]
+    return _ppl(setting.tuned[setting.best] - reference.tuned[reference.best])
+
+
+# ---- the table ----------------------------------------------------------------------------------
+
+def table(study: Study) -> list[dict[str, Any]]:
+    """A row for each setting, best first: perplexities, and ratios to the reference."""
+    rows = []
+    reference = study.settings[study.reference]
+    for setting in study.settings.values():
+        row: dict[str, Any] = {
+            "setting": setting.name, "flags": setting.flags, "best": dict(setting.best),
+            "tuned_ppl": {_shown(p): _ppl(loss) for p, loss in sorted(setting.tuned.items())},
+            "tuned_ratio": tuned_ratio(study, setting)}
+        ratios, final, best = [], [], []
+        for seed in study.report_seeds:
+            config = study.config(setting, setting.best, seed)
+            mine = loss_halves(config)
+            theirs = loss_halves(study.config(reference, reference.best, seed))
+            if mine is None or theirs is None:
+                continue
+            ratios.append(_ppl(mine[1] - theirs[1]))
+            if not math.isfinite(mine[1]):
+                continue
+            curve = [r.get("server_val_ppl", r.get("val_ppl")) for r in history(config)]
+            final.append(curve[-1])
+            best.append(min(curve))
+        if ratios:
+            row |= {"ratios": ratios, "ratio_mean": statistics.mean(ratios),
+                    "ratio_std": statistics.stdev(ratios) if len(ratios) > 1 else 0.0}
+        if final:
+            row |= {"final_ppl": statistics.mean(final), "best_ppl": statistics.mean(best)}
+        rows.append(row)
+    return sorted(rows, key=lambda r: (r.get("ratio_mean", math.inf), r["tuned_ratio"]))
+
+
+def markdown(study: Study, rows: Sequence[dict[str, Any]]) -> str:
+    seeds = ", ".join(map(str, study.report_seeds))
+    lines = [f"Perplexity against {study.reference}. Tuned: seed {study.tune_seed}, first half of "
+             f"the validation split. Ratio: seeds {seeds}, second half, paired by seed. Final and "
+             "best: whole split, mean over these seeds.", "",
+             "| setting | tuned at | tuned ratio | ratio | final ppl | best ppl |",
+             "|---|---|---|---|---|---|"]
+    for row in rows:
+        ratio = (f"{row['ratio_mean']:.4f} ± {row['ratio_std']:.4f}" if "ratio_mean" in row
+                 else "not repeated")
+        final, best = (f"{row[k]:.2f}" if k in row else "" for k in ("final_ppl", "best_ppl"))
+        lines.append(f"| {row['setting']} | {_shown(tuple(row['best'].items()))} | "
+                     f"{row['tuned_ratio']:.4f} | {ratio} | {final} | {best} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(study: Study) -> None:
+    """table.json, table.md, and the curves of each setting's repeated runs."""
+    rows = table(study)
+    curves = {}
+    for setting in study.settings.values():
+        for seed in (study.tune_seed, *study.report_seeds):
+            config = study.config(setting, setting.best, seed)
+            halves = loss_halves(config)
+            if halves and math.isfinite(halves[0]):
+                curves[config.name] = [{k: v for k, v in record.items() if k != "generated"}
+                                       for record in history(config)]
+    study.folder.mkdir(parents=True, exist_ok=True)
+    for name, content in (("table.json", json.dumps(rows, indent=1, default=str) + "\n"),
+                          ("table.md", markdown(study, rows)),
+                          ("histories.json", json.dumps(curves) + "\n")):
+        (study.folder / name).write_text(content, encoding="utf-8")
+
+
+def _ppl(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def _shown(point: Point) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in point)
+
+
+def budget(study: Study) -> str:
+    """How many runs the study asks for at most, and how many of the first grid are left."""
+    grid = [study.config(s, p, study.tune_seed) for s in study.settings.values()
+            for p in s.points()]
+    left = sum(loss_halves(config) is None for config in grid)
+    repeats = len(study.settings) * len(study.report_seeds)
+    return (f"{study.folder.name}: {len(study.settings)} settings, {len(grid)} runs on the grid "
+            f"({left} to do), at most {repeats} repeated with other seeds, {study.jobs} at a time")
+
+
+def main(argv: Sequence[str]) -> int:
+    """`fedrun study FILE [--jobs N] [--results FOLDER] [--dry_run] [--flag value of all runs ...]`."""
+    parser = argparse.ArgumentParser(prog="fedrun study", usage=(main.__doc__ or "").strip("`."),
+                                     description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, help="the study, as YAML")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="parent of its folder")
+    parser.add_argument("--dry_run", action="store_true", help="say what would run, and stop")
+    known, rest = parser.parse_known_args(argv)
+    overrides = {}
+    for flag, value in itertools.zip_longest(rest[::2], rest[1::2]):
+        require(flag.startswith("--") and value is not None, "study", flag, "--flag value pairs")
+        overrides[flag[2:]] = value
+    study = read(known.file, known.results, overrides)
+    print(budget(study), flush=True)
+    if known.dry_run:
+        return 0
+    tune(study)
+    repeat(study)
+    write(study)
+    print((study.folder / "table.md").read_text(encoding="utf-8"), end="")
+    return 0

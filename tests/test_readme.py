@@ -1,0 +1,60 @@
+"""What the README shows works as it stands there."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+
+import pytest
+import torch
+from conftest import ROOT
+
+from fedrun import cli, config, settings, strategies
+from fedrun.strategies.base import ServerRound
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_method_of_your_own(monkeypatch: pytest.MonkeyPatch,
+                              capsys: pytest.CaptureFixture[str]) -> None:
+    source = re.search(r"```python\n(.*?class FedSign.*?)```", README, re.DOTALL)
+    assert source
+    module = types.ModuleType("fed_sign")
+    monkeypatch.setitem(sys.modules, "fed_sign", module)
+    exec(compile(source[1], "fed_sign.py", "exec"), module.__dict__)
+    monkeypatch.setitem(strategies.STRATEGIES, "fed_sign", module.FedSign)
+    monkeypatch.setitem(cli.METHODS, "fed_sign", module.FedSign.__doc__)
+    # inspect.getsource needs a file for the docstrings under the fields; give it the README's text.
+    monkeypatch.setattr(settings.inspect, "getsource", _source_of(source[1]))
+    chosen = cli.parse(["fed_sign", "--server_lr", "2e-3"])
+    assert isinstance(chosen, config.FederatedConfig)
+    model, delta = torch.zeros(3), torch.tensor([0.5, -0.1, 0.0])
+    chosen.strategy.server_update(model, {}, {"delta": delta}, ServerRound(1))
+    assert torch.equal(model, torch.tensor([2e-3, -2e-3, 0.0]))
+    assert "How far every parameter moves in a round." in " ".join(
+        cli.method_parser("fed_sign").format_help().split())
+
+
+def _source_of(text: str):  # type: ignore[no-untyped-def]
+    real = settings.inspect.getsource
+
+    def getsource(cls: type) -> str:
+        if cls.__name__ != "FedSign":
+            return str(real(cls))
+        return text[text.index("@dataclass"):]
+    return getsource
+
+
+def test_commands_and_flags_in_the_readme_exist() -> None:
+    for line in re.findall(r"^(?:python -m fedrun|torchrun .*-m fedrun|fedrun) (.*)$", README, re.M):
+        words = line.split("#")[0].split()
+        if words[0] in cli.METHODS:
+            assert cli.parse(words) is not None
+    methods = [*cli.METHODS]
+    known = {f"--{name}" for m in methods for name in settings.method_settings(m)}
+    known |= {"--print_config", "--help", "--nproc-per-node", "--node-rank", "--extra-index-url",
+              "--no-build-isolation", "--no-deps"}
+    named = set(re.findall(r"`(--[a-z0-9_-]+)", README))
+    assert named
+    assert named - known == set()

@@ -115,7 +115,7 @@ def find_pretrained(name: str, flag: str) -> Pretrained:
     try:
         held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "method" in held:
-            return _of_run(folder, held, flag)
+            return _of_run(folder, held)
         if held.get("model_type") == "mamba2":
             from transformers import Mamba2Config
             model, vocab_size = from_transformers_config(
@@ -131,13 +131,16 @@ def find_pretrained(name: str, flag: str) -> Pretrained:
                      "model or of a mamba_ssm model")
 
 
-def _of_run(folder: Path, settings: dict[str, Any], flag: str) -> Pretrained:
-    from safetensors import safe_open
+def _of_run(folder: Path, settings: dict[str, Any]) -> Pretrained:
+    from safetensors import SafetensorError, safe_open
     path = folder / "model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(2, "no such file", str(path))
-    with safe_open(path, framework="pt") as file:
-        rows = file.get_slice(EMBEDDING).get_shape()[0]
+    try:
+        with safe_open(path, framework="pt") as file:
+            rows = file.get_slice(EMBEDDING).get_shape()[0]
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} cannot be read: {error}") from error
     return Pretrained(folder, ModelConfig(**settings["model"]), rows, settings)
 
 
@@ -189,8 +192,8 @@ def start_from(config: Config) -> Config:
     assert config.init_from is not None
     found = find_pretrained(config.init_from, "--init_from")
     if found.folder.resolve() == config.run_dir.resolve():
-        raise ValueError(f"--init_from {config.init_from}: this run would replace it; choose another "
-                         "--run_name or --data_dir")
+        raise ValueError(f"--init_from {config.init_from}: this run would replace it; choose "
+                         "another --run_name or --data_dir")
     tokenizer = config.tokenizer if found.tokenizer is None else str(found.tokenizer)
     name = re.sub(r"[^\w-]", "_", Path(config.init_from).name)
     return dataclasses.replace(config, config=name, model=found.model, tokenizer=tokenizer)
@@ -201,7 +204,7 @@ def fit_vocabulary(config: RunConfig, data: TokenData) -> TokenData:
     assert config.init_from is not None
     found = find_pretrained(config.init_from, "--init_from")
     if data.vocab_size > found.vocab_size:
-        raise ValueError(f"--tokenizer {config.tokenizer}: its {data.vocab_size} tokens are more than "
-                         f"the {found.vocab_size} of --init_from {config.init_from}; give the "
+        raise ValueError(f"--tokenizer {config.tokenizer}: its {data.vocab_size} tokens are more "
+                         f"than the {found.vocab_size} of --init_from {config.init_from}; give the "
                          "tokenizer that the model was trained with")
     return dataclasses.replace(data, vocab_size=found.vocab_size)

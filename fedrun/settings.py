@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import textwrap
 import types
@@ -96,6 +97,7 @@ def config_classes(method: str) -> tuple[type[RunConfig], type[Strategy] | None]
     return FederatedConfig, strategy_class(method)
 
 
+@functools.cache
 def method_settings(method: str) -> dict[str, Setting]:
     """All settings of a method, defaults as its YAML file leaves them."""
     run_class, strategy = config_classes(method)
@@ -114,6 +116,9 @@ def resolve(method: str, flags: Mapping[str, Any]) -> RunConfig:
     """
     run_class, strategy = config_classes(method)
     known = method_settings(method)
+    for name in flags:
+        if name not in known:
+            raise ValueError(f"unknown flag --{name}{closest(name, known)} for {method}")
     values = {name: s.default for name, s in known.items()}
     if "config" in flags:
         values["config"] = flags["config"]
@@ -126,14 +131,16 @@ def resolve(method: str, flags: Mapping[str, Any]) -> RunConfig:
         values[name] = known[name].parse(value, f"--config {path}: {name} ")
     values |= {name: known[name].parse(value, f"--{name} ") for name, value in flags.items()}
 
-    if not isinstance(model, dict) or set(model) - set(settings(ModelConfig)):
+    shapes = settings(ModelConfig)
+    if not isinstance(model, dict) or set(model) - set(shapes):
         raise ValueError(f"--config {path}: the section `model` accepts "
-                         + ", ".join(settings(ModelConfig)))
-    shape = ModelConfig(**{k: settings(ModelConfig)[k].parse(v, f"--config {path}: model.{k} ")
+                         + ", ".join(shapes))
+    shape = ModelConfig(**{k: shapes[k].parse(v, f"--config {path}: model.{k} ")
                            for k, v in model.items()})
     rest: dict[str, Any] = {}
     if strategy:
-        rest["strategy"] = strategy(**{k: values.pop(k) for k in settings(strategy)})
+        rest["strategy"] = strategy(
+            **{f.name: values.pop(f.name) for f in dataclasses.fields(strategy)})
     return run_class(method=method, model=shape, **rest, **values)
 
 

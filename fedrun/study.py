@@ -49,8 +49,8 @@ Point = tuple[tuple[str, float], ...]
 """A place on a setting's grid: ((flag, value), ...)."""
 
 DEFAULTS: dict[str, Any] = {
-    "name": None, "jobs": 1, "reference": None, "tune_seed": 0, "report_seeds": [], "prune": math.inf,
-    "extensions": 0, "grid": {}, "base": {}, "settings": None}
+    "name": None, "jobs": 1, "reference": None, "tune_seed": 0, "report_seeds": [],
+    "prune": math.inf, "extensions": 0, "grid": {}, "base": {}, "settings": None}
 
 
 @dataclass
@@ -188,7 +188,8 @@ def run_all(configs: Iterable[RunConfig], jobs: int) -> None:
     """Run those that are not finished, `jobs` at a time."""
     todo = [config for config in configs if loss_halves(config) is None]
     with ThreadPoolExecutor(jobs) as pool:
-        for number, (config, seconds) in enumerate(zip(todo, pool.map(start, todo), strict=True), 1):
+        timed = zip(todo, pool.map(start, todo), strict=True)
+        for number, (config, seconds) in enumerate(timed, start=1):
             loss = loss_halves(config)
             assert loss is not None, f"{config.run_dir} is not finished"
             print(f"{number}/{len(todo)}  {config.name}  {seconds:.0f} s  "
@@ -244,7 +245,8 @@ def table(study: Study) -> list[dict[str, Any]]:
             ratios.append(_ppl(mine[1] - theirs[1]))
             if not math.isfinite(mine[1]):
                 continue
-            curve = [r.get("server_val_ppl", r.get("val_ppl")) for r in history(config)]
+            curve = [float(r["server_val_ppl" if "server_val_ppl" in r else "val_ppl"])
+                     for r in history(config)]
             final.append(curve[-1])
             best.append(min(curve))
         if ratios:
@@ -309,12 +311,14 @@ def budget(study: Study) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`fedrun study FILE [--jobs N] [--results FOLDER] [--dry_run] [--flag value of all runs ...]`."""
-    parser = argparse.ArgumentParser(prog="fedrun study", usage=(main.__doc__ or "").strip("`."),
-                                     description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run what is left of a study, and write its table."""
+    parser = argparse.ArgumentParser(
+        prog="fedrun study", description=__doc__, allow_abbrev=False,
+        usage="fedrun study FILE [--jobs N] [--results FOLDER] [--dry_run] [--flag value ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="the study, as YAML")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="parent of its folder")
+    parser.add_argument("--results", type=Path, default=Path("results"),
+                        help="parent of its folder")
     parser.add_argument("--dry_run", action="store_true", help="say what would run, and stop")
     known, rest = parser.parse_known_args(argv)
     overrides = {}

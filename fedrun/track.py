@@ -94,7 +94,7 @@ def cohort_event(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             for c in clients]
 
 
-# ---- trackers ----------------------------------------------------------------------------------------
+# ---- trackers ------------------------------------------------------------------------------------
 
 class Tracker(Protocol):
     """Where numbers go while a run runs."""

@@ -231,7 +231,7 @@ def test_no_torch_is_needed(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
-# ---- how weights changed ---------------------------------------------------------------------------
+# ---- how weights changed -------------------------------------------------------------------------
 
 def test_strongest_rows_and_columns() -> None:
     change = folders.change(30, 0)

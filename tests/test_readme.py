@@ -47,7 +47,8 @@ def _source_of(text: str):  # type: ignore[no-untyped-def]
 
 
 def test_commands_and_flags_in_the_readme_exist() -> None:
-    for line in re.findall(r"^(?:python -m fedrun|torchrun .*-m fedrun|fedrun) (.*)$", README, re.M):
+    launch = r"^(?:python -m fedrun|torchrun .*-m fedrun|fedrun) (.*)$"
+    for line in re.findall(launch, README, re.M):
         words = line.split("#")[0].split()
         if words[0] in cli.METHODS:
             assert cli.parse(words) is not None

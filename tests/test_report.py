@@ -19,7 +19,8 @@ from fedrun.tools.report import clock, size
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which(
     "google-chrome")
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync")
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         "--hide-scrollbars")  # as on a phone, they take no room
 
 # The page in a frame of a given width, and what a reader's browser makes of it.
 FRAME = """<!doctype html><iframe id="page" width="{width}" height="800" srcdoc="{page}"></iframe>

@@ -67,8 +67,8 @@ def test_leaving_a_client_out_renormalises() -> None:
     terms.begin(Bounds(1e-3))
     bad = deltas[1].clone()
     bad[SIZE - 1] = math.nan
-    assert [terms.add({"delta": d}, w) for d, w in ((deltas[0], 0.2), (bad, 0.5), (deltas[2], 0.3))] == [
-        True, False, True]
+    clients = ((deltas[0], 0.2), (bad, 0.5), (deltas[2], 0.3))
+    assert [terms.add({"delta": d}, w) for d, w in clients] == [True, False, True]
     model = torch.zeros(SIZE)
     terms.apply(model, {}, ServerRound(1))
     expected = (0.2 * deltas[0].double() + 0.3 * deltas[2].double()) / 0.5

@@ -149,7 +149,7 @@ def _in_proj(path: Path) -> dict[int, np.ndarray]:
     return found
 
 
-# ---- the numbers -----------------------------------------------------------------------------------
+# ---- the numbers ---------------------------------------------------------------------------------
 
 def evenly(steps: Sequence[int], count: int) -> list[int]:
     """At most `count` of the steps, spread evenly, the first and the last among them."""
@@ -176,7 +176,7 @@ def energy_rank(values: np.ndarray, share: float = ENERGY) -> int:
     return int(np.searchsorted(energy, share * energy[-1])) + 1
 
 
-# ---- the figures -----------------------------------------------------------------------------------
+# ---- the figures ---------------------------------------------------------------------------------
 
 def figures(found: FoundEntities, layer: int | None = 0) -> dict[str, Figure | str]:
     """All figures of what was found, by name, or why there is none; layer None is all layers."""

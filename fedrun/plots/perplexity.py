@@ -236,7 +236,7 @@ def single(run: Run, axis: Axis) -> Figure:
         return _finish(fig, [ax], selection, handles, 2, ylabel="perplexity")
 
 
-# ---- pieces of figures -----------------------------------------------------------------------------
+# ---- pieces of figures ---------------------------------------------------------------------------
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
     """A figure with so many panels on one y-axis, at most three a row."""
@@ -259,8 +259,8 @@ def _draw(ax: Axes, selection: Selection, group: Group, measure: Measure, **kwar
         return None
     look = style.look(group.method)
     every = max(1, len(found.x) // 8)
-    settings: dict[str, Any] = {"color": look.colour, "marker": look.marker, "markevery": every} | kwargs
-    (line,) = ax.plot(found.x, found.mean, **settings)
+    settings: dict[str, Any] = {"color": look.colour, "marker": look.marker, "markevery": every}
+    (line,) = ax.plot(found.x, found.mean, **settings | kwargs)
     line.set_gid(f"{group.method} {group.config} {group.local_updates} {measure}")
     if found.std is not None:
         low = (found.mean - found.std).clip(min=1.0)  # no perplexity is below 1

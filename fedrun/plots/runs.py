@@ -26,8 +26,8 @@ NAME = re.compile(r"(?P<method>\w+?)_config_(?P<config>.+?)(_lu_(?P<lu>\d+))?_se
 
 # What the study used where its folders do not say.
 STUDY_CLIENTS, STUDY_BATCH, STUDY_CENTRAL_BATCH, STUDY_LENGTH = 4, 4, 16, 256
-INFERRED = (f"tokens of runs that do not record them: {STUDY_CLIENTS} clients × batch {STUDY_BATCH} "
-            f"(central: {STUDY_CENTRAL_BATCH}) × {STUDY_LENGTH} tokens a step")
+INFERRED = (f"tokens of runs that do not record them: {STUDY_CLIENTS} clients × batch "
+            f"{STUDY_BATCH} (central: {STUDY_CENTRAL_BATCH}) × {STUDY_LENGTH} tokens a step")
 
 # Settings in which runs may differ and still be repetitions of one experiment.
 _NO_VARIANT = frozenset({
@@ -233,7 +233,7 @@ def _number(raw: dict[str, Any], *names: str) -> float:
     return math.nan
 
 
-# ---- repetitions of one experiment ----------------------------------------------------------------
+# ---- repetitions of one experiment ---------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Group:

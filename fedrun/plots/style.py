@@ -93,7 +93,7 @@ def save(fig: Figure, folder: Path, name: str) -> Path:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Four to nine round numbers from `low` to `high`, as evenly on a log axis as round ones lie."""
+    """Four to nine round numbers from `low` to `high`, about evenly on a log axis."""
     assert 0 < low <= high
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     whole = [10.0**d for d in decades if low <= 10.0**d <= high]

@@ -1,4 +1,4 @@
-"""`fedrun evaluate RUN --dataset ... --split validation`: the perplexity of any model on any text."""
+"""`fedrun evaluate RUN --dataset ... --split validation`: a model's perplexity on any text."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def _write_hf(found: Pretrained, weights: dict[str, Any], tokenizer: Path, out: 
     save_file(to_transformers(weights), out / "model.safetensors", metadata={"format": "pt"})
 
 
-# ---- the card ----------------------------------------------------------------------------------------
+# ---- the card ------------------------------------------------------------------------------------
 
 def model_card(found: Pretrained, form: str, out: Path, model: Any) -> str:
     """Markdown with the hub's front matter: data, method, config, perplexity."""

@@ -118,8 +118,8 @@ def picture(name: str, figure: Figure) -> Picture:
     with style.drawing():
         figure.savefig(content, format="svg", metadata={"Date": None})
     width, height = figure.get_size_inches()
-    return Picture(name, "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode(),
-                   round(96 * width), round(96 * height))
+    source = "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
+    return Picture(name, source, round(96 * width), round(96 * height))
 
 
 def _row(run: Run, lowest: bool, axis: Any, heatmaps: Iterable[Picture]) -> Row:

@@ -38,7 +38,7 @@ class Follower:
         self.file_id: int | None = None
 
     def new(self) -> Iterator[dict[str, Any]]:
-        """Events that were added since the last call, from the first where the file was replaced."""
+        """Events that were added since the last call, from the first if the file was replaced."""
         try:
             with self.path.open("rb") as file:
                 status = self.path.stat()

@@ -17,7 +17,7 @@ import torch
 from fedrun import central, protocol
 from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
 from fedrun.data.tokens import TokenData, prepare
-from fedrun.model.kernels import kernel_path
+from fedrun.model.kernels import kernel_path, on_gpu
 from fedrun.model.precision import bf16_in_hardware
 from fedrun.plan import Schedule, Shards
 from fedrun.pretrained import find_pretrained, fit_vocabulary, start_from
@@ -84,8 +84,8 @@ def resolve_dtype(config: RunConfig, device: torch.device) -> Dtype:
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     has_bf16 = bf16_in_hardware(torch.device("cuda", 0) if on_gpu else device)
     if config.dtype == "bf16" and not has_bf16:
-        raise ValueError(f"--dtype bf16: no hardware for it on {platform.node()}, where it would be "
-                         "emulated, many times slower than fp32; accepted is auto, fp32 or fp64")
+        raise ValueError(f"--dtype bf16: no hardware for it on {platform.node()}, where it would "
+                         "be emulated, many times slower than fp32; accepted is auto, fp32 or fp64")
     if config.dtype == "auto":
         return "bf16" if has_bf16 else "fp32"
     return config.dtype
@@ -121,6 +121,9 @@ def _warn(config: FederatedConfig, launch: Launch, dedicated: bool) -> None:
     if workers > config.num_clients:
         found.append(f"{workers} workers for {config.num_clients} clients: "
                      f"{workers - config.num_clients} will only help to evaluate")
+    if config.device != "cpu" and torch.cuda.is_available() and on_gpu() == "own":
+        found.append("mamba-ssm is not installed: GPUs scan sequences by torch alone, which is "
+                     "slower (see the README on GPUs)")
     for warning in found if launch.rank == 0 else []:
         print(f"fedrun: warning: {warning}", flush=True)
 

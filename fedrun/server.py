@@ -137,7 +137,7 @@ class Server:
         save_model(self.config.run_dir / "model.safetensors", self.flat.views(self.flat.vector))
 
     def _write(self, work: Any) -> None:
-        """Hand work to the writer; one piece at a time is under way, and its errors surface here."""
+        """Hand work to the writer; one piece at a time is under way, its errors surface here."""
         if self._writing is not None:
             self._writing.result()
         self._writing = self._writer.submit(work)

@@ -142,7 +142,8 @@ class Worker:
         elif plan.evaluate:
             main = vectors[self.strategy.inputs[0]]
             report["norm"] = float(torch.linalg.vector_norm(main, dtype=torch.float64))
-        return report | {"loss_sum": losses.loss_sum.item(), "tokens": losses.tokens, "finite": finite}
+        return report | {"loss_sum": losses.loss_sum.item(), "tokens": losses.tokens,
+                         "finite": finite}
 
     def _vectors(self, client: Client) -> dict[str, Tensor]:
         """What the method's terms are made of, for the client that has just trained."""

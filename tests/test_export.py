@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import test_official_kernels
 import torch
-from conftest import SMALL, Outcome, execute, torchrun
+from conftest import ROOT, SMALL, Outcome, execute, torchrun
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -18,6 +19,7 @@ from fedrun.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.pretrained import find_pretrained, from_mamba_ssm_config
 
+official_python = test_official_kernels.official_python
 IDS = torch.randint(0, 400, (2, 37), generator=torch.Generator().manual_seed(0))
 
 
@@ -67,6 +69,21 @@ def test_mamba_ssm_folder_has_what_its_loader_reads(trained: Outcome, tmp_path: 
     assert torch.equal(state["lm_head.weight"], state["backbone.embedding.weight"])
     assert torch.equal(logits(out), logits(trained.run_dir))
     assert (out / "tokenizer.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_mamba_ssm_itself_loads_it_with_equal_logits(trained: Outcome, tmp_path: Path,
+                                                     official_python: Path) -> None:
+    out = tmp_path / "original"
+    assert cli.main(["export", str(trained.run_dir), "--to", "mamba_ssm", str(out)]) == 0
+    code, output = execute([str(official_python), str(ROOT / "tests/official/load_export.py"),
+                            str(out)], limit=110)
+    assert code == 0, output
+    with torch.no_grad():
+        ours = find_pretrained(str(trained.run_dir), "RUN").build()(torch.arange(24)[None])
+    torch.testing.assert_close(torch.tensor(json.loads(output.splitlines()[-1])), ours, rtol=0,
+                               atol=1e-5)
 
 
 @pytest.mark.parametrize(("form", "library"), [("hf", "transformers"), ("mamba_ssm", "mamba-ssm")])

@@ -73,19 +73,18 @@ def test_every_axis(tmp_path: Path, axis: Axis) -> None:
     np.testing.assert_allclose(drawn(figure, f"fed_fisher {CONFIG} 8 val_ppl")[0], expected)
 
 
-def test_seconds_of_seeds_differ_and_are_interpolated(tmp_path: Path) -> None:
-    for seed in (0, 1):
-        folders.ours(tmp_path, config=CONFIG, seed=seed)
+def test_seconds_of_seeds_are_averaged(tmp_path: Path) -> None:
     folders.ours(tmp_path, "central", CONFIG)
+    folders.ours(tmp_path, config=CONFIG, seed=0)
+    slow = folders.ours(tmp_path, config=CONFIG, seed=1)
+    history = json.loads((slow / "training_history.json").read_text())
+    folders.write(slow / "training_history.json",
+                  [record | {"seconds": 1000.0 + record["global_step"]} for record in history])
     x, y = drawn(make(tmp_path, "seconds")[0][f"1_central_vs_fed_{CONFIG}"],
                  f"fed_avg {CONFIG} 1 val_ppl")
-    assert x[0] == 0.5 + 0.01
-    assert x[-1] == 45.0
-    runs = {run.seed: run.series("val_ppl", "seconds") for run in find_runs(tmp_path).runs
-            if run.method == "fed_avg"}
-    middle = len(x) // 2
-    np.testing.assert_allclose(y[middle], np.mean([np.interp(x[middle], *r)
-                                                   for r in runs.values()]))
+    steps = np.array(folders.STEPS)
+    np.testing.assert_allclose(x, (0.5 * steps + 1000 + steps) / 2)
+    np.testing.assert_allclose(y, [folders.perplexity_at(s, 0, 1) + 1.5 for s in folders.STEPS])
 
 
 def test_folders_of_the_study(tmp_path: Path) -> None:
@@ -119,7 +118,9 @@ def test_all_four_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         f"{name}.{ending}" for name in (f"1_central_vs_fed_{CONFIG}", f"2_lu_comparison_{CONFIG}",
                                         f"3_method_comparison_{CONFIG}",
                                         "4_multi_config_comparison") for ending in ("png", "svg"))
-    assert "found 14 runs" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "found 14 runs" in said
+    assert f"  {CONFIG}: diloco, local updates 8, seeds 0\n" in said
     made, _ = make(tmp_path)
     lines = made[f"2_lu_comparison_{CONFIG}"].axes[0].lines  # type: ignore[union-attr]
     assert {line.get_linestyle() for line in lines} == {"-", "--"}
@@ -194,7 +195,7 @@ def test_diverged_points_are_left_out(tmp_path: Path) -> None:
     history[1] |= {"val_ppl": float("inf"), "val_loss": float("nan")}
     folders.write(run / "training_history.json", history)
     (read,) = find_runs(tmp_path).runs
-    assert list(read.series("val_ppl", "rounds")[0]) == [1, 60, 90]
+    assert list(read.points("val_ppl", "rounds")) == [1, 60, 90]
 
 
 def test_nothing_to_draw_says_what_is_wanted(tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -23,11 +26,23 @@ CHUNK_SIZE = 256  # of mamba-ssm's scan, as its Mamba2 module has it
 Path = Literal["split_conv1d_scan", "conv1d_and_chunk_scan", "own"]
 
 
+def ssd_kernels() -> Any:
+    """mamba-ssm's module of Triton kernels; ImportError where it is not installed.
+
+    Its package imports the compiled scan of Mamba-1 on the way, which an installation made without
+    nvcc has not, and Mamba-2 does not use: an empty module takes its place.
+    """
+    missing = "selective_scan_cuda"
+    if missing not in sys.modules and importlib.util.find_spec(missing) is None:
+        sys.modules[missing] = ModuleType(missing)
+    return importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+
+
 @functools.cache
 def on_gpu() -> Path:
     """The best path for CUDA tensors that this installation has."""
     try:
-        importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+        ssd_kernels()
     except ImportError:
         return "own"
     try:
@@ -51,7 +66,7 @@ def kernel_path(device: torch.device | str) -> str:
 def mix(mixer: Mamba2Mixer, u: Tensor, path: Path, product_dtype: torch.dtype, norm_eps: float
         ) -> Tensor:
     """A block's mixer by the official kernels, without states: (b, l, d) -> (b, l, d)."""
-    combined: Any = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+    combined = ssd_kernels()
     config = mixer.config
     A = -torch.exp(mixer.A_log)
     zxbcdt = F.linear(u.to(product_dtype), mixer.in_proj.weight.to(product_dtype))

@@ -223,7 +223,7 @@ def multi_config_comparison(selection: Selection) -> Result:
 
 def single(run: Run, axis: Axis) -> Figure:
     """One run alone: validation and train; on the steps where its history has no such axis."""
-    known = axis if len(run.series("val_ppl", axis)[0]) else "rounds"
+    known = axis if run.points("val_ppl", axis) else "rounds"
     selection = Selection([run], known)
     (group,) = selection.groups
     with style.drawing():

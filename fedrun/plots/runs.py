@@ -84,17 +84,15 @@ class Run:
     def _evaluated(self) -> list[Record]:
         return [r for r in self.history if math.isfinite(r.val_ppl)]
 
-    def series(self, measure: Measure, axis: Axis) -> tuple[np.ndarray, np.ndarray]:
-        """x and perplexity (n,), (n,) of the records that have both, x rising."""
+    def points(self, measure: Measure, axis: Axis) -> dict[int, tuple[float, float]]:
+        """Global step -> (x, perplexity), in order, of the records that have both."""
         def position(record: Record) -> float:
             if axis == "steps":
                 return record.step * self.local_updates
             return float(record.step if axis == "rounds" else getattr(record, axis))
 
-        points = [(position(r), getattr(r, measure)) for r in self.history]
-        finite = [p for p in points if math.isfinite(p[0]) and math.isfinite(p[1])]
-        x, y = np.array(sorted(finite), dtype=float).reshape(-1, 2).T
-        return x, y
+        points = {r.step: (position(r), getattr(r, measure)) for r in self.history}
+        return {step: p for step, p in points.items() if math.isfinite(p[0] + p[1])}
 
 
 @dataclass(frozen=True)
@@ -105,9 +103,13 @@ class Found:
     passed_over: list[tuple[str, str]]
 
     def __str__(self) -> str:
-        count = f"{len(self.runs)} run{'s' * (len(self.runs) != 1)}"
-        return "\n".join([f"found {count}", *(f"passed over {name}: {reason}"
-                                              for name, reason in self.passed_over)])
+        lines = [f"found {len(self.runs)} run{'s' * (len(self.runs) != 1)}"]
+        for group in groups(self.runs):
+            updates = f", local updates {group.local_updates}" * (group.method != "central")
+            variant = f", {group.variant}" * bool(group.variant)
+            seeds = ", ".join(str(seed) for seed in sorted(run.seed for run in group.runs))
+            lines.append(f"  {group.config}: {group.method}{updates}{variant}, seeds {seeds}")
+        return "\n".join(lines + [f"passed over {n}: {reason}" for n, reason in self.passed_over])
 
 
 class Damaged(Exception):
@@ -307,26 +309,21 @@ class Curve:
 def curve(group: Group, measure: Measure, axis: Axis) -> Curve | None:
     """The mean curve of a group; None where no run has this measure on this axis.
 
-    Where the runs were not evaluated at the same x (seconds never are), each is interpolated at all
-    of them, inside the range that all cover.
+    It has a point for each global step at which all seeds were evaluated: the mean of their x
+    (seconds differ, all else is equal) and of their perplexities.
     """
     longest = max(run.history[-1].step for run in group.runs)
-    chosen: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    chosen: dict[int, dict[int, tuple[float, float]]] = {}
     left_out = []
     for run in group.runs:
-        x, y = run.series(measure, axis)
+        points = run.points(measure, axis)
         if run.history[-1].step < longest or run.seed in chosen:
             left_out.append(run.name)
-        elif len(x):
-            chosen[run.seed] = x, y
-    if not chosen:
+        elif points:
+            chosen[run.seed] = points
+    steps = sorted(set.intersection(*map(set, chosen.values()))) if chosen else []
+    if not steps:
         return None
-    low = max(x[0] for x, _ in chosen.values())
-    high = min(x[-1] for x, _ in chosen.values())
-    at = np.unique(np.concatenate([x for x, _ in chosen.values()]))
-    at = at[(at >= low) & (at <= high)]
-    if not len(at):
-        return None
-    values = np.stack([np.interp(at, x, y) for x, y in chosen.values()])
-    std = values.std(axis=0, ddof=1) if len(values) > 1 else None
-    return Curve(at, values.mean(axis=0), std, sorted(chosen), left_out)
+    x, y = np.moveaxis(np.array([[points[s] for s in steps] for points in chosen.values()]), 2, 0)
+    std = y.std(axis=0, ddof=1) if len(y) > 1 else None
+    return Curve(x.mean(axis=0), y.mean(axis=0), std, sorted(chosen), left_out)

@@ -15,8 +15,6 @@ import types
 
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ["MAMBA_DETERMINISTIC"] = "1"
-# What the package imports or asks of a GPU, and the SSD kernels do not need.
-sys.modules["selective_scan_cuda"] = types.ModuleType("selective_scan_cuda")
 
 import torch  # noqa: E402
 
@@ -24,13 +22,16 @@ torch.cuda.device = lambda *_: contextlib.nullcontext()  # type: ignore[assignme
 torch.cuda.get_device_properties = (  # type: ignore[assignment]
     lambda *_: types.SimpleNamespace(multi_processor_count=2))
 
-from mamba_ssm.models.config_mamba import MambaConfig  # noqa: E402
-from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 
 from fedrun.config import ModelConfig  # noqa: E402
 from fedrun.model import kernels  # noqa: E402
 from fedrun.model.mamba2 import Mamba2LM  # noqa: E402
+
+kernels.ssd_kernels()  # makes the package importable without its compiled part
+
+from mamba_ssm.models.config_mamba import MambaConfig  # noqa: E402
+from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel  # noqa: E402
 
 VOCAB = 97
 

@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         from fedrun.run import run  # torch is imported here, after everything quick
         return run(config)
+    except BrokenPipeError:  # whoever read our output has enough: `fedrun ... | head`
+        return 1
     except (ValueError, ConnectionError, TimeoutError) as error:  # all told by the flag's name
         complain(error)
         return 2

@@ -106,11 +106,13 @@ def test_equal_clients_are_one_client(case: str, seed: int, clients: int) -> Non
     many, one = (Server(strategy, torch.float64, n) for n in (clients, 1))
     many.round([output] * clients)
     one.round([output])
-    assert (many.model - one.model).abs().max() < 1e-9
+    # Fisher diagonals as small as their floor have few digits on the grid of the exact sum.
+    tolerance = 1e-7 if isinstance(strategy, FedFisher) else 1e-9
+    assert (many.model - one.model).abs().max() < tolerance
     if isinstance(strategy, FedAvg | FedEntropy | FedFisher) and type(strategy) in (
             FedAvg, FedEntropy, FedFisher):  # those whose server adds a mean of the updates
         start = Server(strategy, torch.float64, 1).model
-        assert (many.model - start - output.vectors["delta"]).abs().max() < 1e-9
+        assert (many.model - start - output.vectors["delta"]).abs().max() < tolerance
 
 
 @settings(max_examples=60, deadline=None)

@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 # torchrun would say it at length for every start.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-all check clean
+.PHONY: demo test test-all check figures clean
 
 # 4 clients and a server in parallel on the documentation that comes with Python; no network
 # is needed once the environment stands.
@@ -35,3 +35,16 @@ $(VENV)/.ready: setup.cfg pyproject.toml
 
 clean:
 	rm -rf $(VENV) build *.egg-info
+
+# The README's figures, from short runs on the documentation that comes with Python.
+TOUR := --config tiny --dataset pydocs --tokenizer bpe:4096 --lr 4e-3 --val_freq 15 --data_dir results/tour
+figures: $(VENV)/.ready
+	$(BIN)/python -m fedrun central $(TOUR) --rounds 150
+	$(BIN)/python -m fedrun fed_avg $(TOUR) --rounds 150
+	$(BIN)/python -m fedrun fed_avg $(TOUR) --rounds 19 --local_updates 8 --val_freq 2
+	$(BIN)/python -m fedrun fed_entropy $(TOUR) --rounds 150
+	$(BIN)/python -m fedrun fed_fisher $(TOUR) --rounds 150
+	$(BIN)/python -m fedrun fed_momentum $(TOUR) --rounds 150
+	$(BIN)/fedrun plot perplexities --data_dir results/tour --out_dir results/figures --config tiny
+	$(BIN)/fedrun plot deltas --data_dir results/tour --output_dir results/figures
+	$(BIN)/fedrun report --data_dir results/tour

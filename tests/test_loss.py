@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,13 @@ from torch import Tensor
 from fedrun.model import loss as loss_module
 from fedrun.model.loss import linear_cross_entropy, predictive_entropy
 
-CHUNK_TOKENS = loss_module.CHUNK_TOKENS["cpu"]
+CHUNK_TOKENS = loss_module.chunk_tokens(torch.device("cpu"), torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of which a small vocabulary has several, the last one ragged."""
+    monkeypatch.setitem(loss_module.BLOCK_ROWS, "cpu", 40)
 
 
 def example(tokens: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,6 +64,30 @@ def test_only_the_wanted_gradient(wanted: str) -> None:
     got, = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), leaf)
     expected, = torch.autograd.grad(plain(hidden, weight, targets), leaf)
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 300.0])
+@pytest.mark.parametrize("offset", [-300.0, 0.0, 300.0])
+def test_logits_of_any_size(scale: float, offset: float) -> None:
+    """Logits that exp cannot take without a shift: large ones, and all of them low or high."""
+    hidden, weight, targets = example(70, torch.float32)
+    with torch.no_grad():
+        weight.mul_(scale)
+        hidden[:, 0] = 1.0
+        weight[:, 0] += offset
+    exact = [leaf.detach().double().requires_grad_() for leaf in (hidden, weight)]
+    loss = plain(exact[0], exact[1], targets)
+    references = torch.autograd.grad(loss, exact)
+
+    def errors(loss_of: Callable[..., Tensor]) -> list[float]:
+        got = loss_of(hidden, weight, targets)
+        torch.testing.assert_close(got.double(), loss, rtol=1e-5, atol=1e-3)
+        gradients = torch.autograd.grad(got, (hidden, weight))
+        return [float((ours - reference).norm() / reference.norm())
+                for ours, reference in zip(gradients, references, strict=True)]
+
+    for ours, of_fp32 in zip(errors(linear_cross_entropy), errors(plain), strict=True):
+        assert ours < 3 * of_fp32 + 1e-6
 
 
 def test_improbable_targets_have_a_finite_loss() -> None:

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from fedrun.config import ModelConfig
+from fedrun.model.conv import causal_conv_silu
 from fedrun.model.convert import to_transformers, to_transformers_config
 from fedrun.model.mamba2 import Mamba2LM
+from fedrun.model.norm import rms_norm
+from fedrun.params import FlatParams
 
 SMALL = ModelConfig(n_layer=2, d_model=64, d_state=32, headdim=16)
 VOCAB = 199
@@ -151,8 +154,59 @@ def test_accumulate_grad_equals_backward_of_the_mean_loss() -> None:
     torch.testing.assert_close(got, loss.detach())
     assert got_count == count
     assert not got.requires_grad
+    model.accumulate_grad(ids, fresh=True)  # instead of the first, not on top of it
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_local_step_makes_no_tensor_elsewhere_and_never_waits_for_the_device(
+        dtype: torch.dtype) -> None:
+    """On the meta device a tensor of another device, .item() and bool() are errors."""
+    with torch.device("meta"):
+        model = Mamba2LM(SMALL, VOCAB, dtype)
+    flat = FlatParams(model)
+    adamw = torch.optim.AdamW([flat.parameter()], lr=1e-3)
+    ids, fisher = torch.zeros(5, 20, dtype=torch.long, device="meta"), torch.zeros_like(flat.grad)
+    for _ in range(2):
+        loss, _ = model.accumulate_grad(ids, fresh=True)
+        fisher.addcmul_(flat.grad, flat.grad)
+        adamw.step()
+    entropy, _ = model.entropy(ids)
+    summed, count = model.loss(ids)
+    (summed / count).backward()
+    for value in (loss, entropy, summed):
+        assert value.is_meta
+        assert value.shape == ()
+    with pytest.raises(RuntimeError):
+        loss.item()  # the reason why this test shows something
+
+
+def test_norm_and_convolution_have_the_gradients_of_their_formulas() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    x, z, weight = normal(2, 3, 8), normal(2, 3, 8), normal(8)
+    window, taps, bias = normal(2, 8, 6), normal(6, 1, 4), normal(6)
+
+    def norm_formula(gated: torch.Tensor) -> torch.Tensor:
+        parts = gated.view(2, 3, 2, 4)
+        return (parts / (parts ** 2).mean(-1, keepdim=True).add(1e-5).sqrt()).flatten(2) * weight
+
+    def convolution_formula() -> torch.Tensor:
+        summed = [sum(window[:, t + k] * taps[:, 0, k] for k in range(4)) + bias for t in range(5)]
+        return torch.stack([y * torch.sigmoid(y) for y in summed], dim=1)
+
+    for got, expected, leaves in (
+            (rms_norm(x, weight, None, 2), norm_formula(x), (x, weight)),
+            (rms_norm(x, weight, z, 2), norm_formula(x * z * torch.sigmoid(z)), (x, weight, z)),
+            (causal_conv_silu(window, taps, bias), convolution_formula(), (window, taps, bias))):
+        torch.testing.assert_close(got, expected)
+        direction = normal(*got.shape).detach()
+        torch.testing.assert_close(torch.autograd.grad(got, leaves, direction),
+                                   torch.autograd.grad(expected, leaves, direction))
 
 
 def test_bf16_products_stay_close_to_fp32() -> None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedrun.model.conv import causal_conv_silu
 from fedrun.model.mamba2 import Block, LayerState, Mamba2LM
 from fedrun.model.ssd import ssd_step
 
@@ -36,9 +37,9 @@ def step(model: Mamba2LM, tokens: Tensor, state: State) -> Tensor:
         past, ssm_state = state[layer]
         z, xbc, dt = mixer.project(block.norm(residual))
         window = torch.cat([past, xbc[:, None]], dim=1)  # (b, d_conv, i + 2 g n)
-        convolved = F.conv1d(window.transpose(1, 2), mixer.conv1d.weight, mixer.conv1d.bias,
-                             groups=mixer.d_conv_in)[..., 0]
-        x, B, C = mixer.split(F.silu(convolved))
+        assert mixer.conv1d.bias is not None
+        convolved = causal_conv_silu(window, mixer.conv1d.weight, mixer.conv1d.bias)[:, 0]
+        x, B, C = mixer.split(convolved)
         y, ssm_state = ssd_step(x, dt, -torch.exp(mixer.A_log), B, C, mixer.D, ssm_state)
         state[layer] = window[:, 1:], ssm_state
         residual = residual + mixer.finish(y, z)

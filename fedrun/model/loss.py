@@ -1,14 +1,13 @@
-"""The language model's head: linear projection and cross-entropy, fused and chunked over tokens.
+"""The language model's head: linear projection and cross-entropy, fused and in blocks.
 
 The head of a small model with a large vocabulary is most of its arithmetic and, when the logits
-of a whole batch are kept, most of its memory. Here a chunk's logits are turned into its gradient
-in place and used up at once: three matrix products a chunk (logits, gradient of the hidden states,
-gradient of the weight), none of them repeated in a backward pass.
+of a whole batch are kept, most of its memory. Here the logits of a chunk of tokens are turned into
+their gradient in place and used up at once: three matrix products (logits, gradient of the hidden
+states, gradient of the weight), none of them repeated in a backward pass.
 
-Logits are kept as (vocab, tokens), with softmax over the first dimension: then each of the three
-products reads its large operands in the order in which they lie in memory, which makes bf16 on a
-CPU about twice as fast as the usual (tokens, vocab). The softmax is never normalised either: its
-denominators scale the small factors of the products instead.
+A chunk is worked off in blocks of the vocabulary, small enough for a processor's cache. Logits lie
+as (vocab, tokens): bf16 products on a CPU are about twice as fast so as with (tokens, vocab). The
+softmax is never normalised: its denominators scale the small factors of the products instead.
 """
 
 from __future__ import annotations
@@ -20,12 +19,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-# Tokens in a chunk. On a CPU measured with tests/benchmarks/step.py: smaller chunks pass over the
-# weight and its gradient more often, larger ones leave the cache and cost memory.
-CHUNK_TOKENS = {"cpu": 384, "cuda": 4096}
-BLOCK_ROWS = 2048  # rows of the vocabulary handled at a time, so that temporaries stay in the cache
-ALIGNMENT = 64  # tokens: reductions over ragged rows are several times slower
+# Measured with tests/benchmarks/step.py. A chunk's logits are kept until the weight's gradient is
+# made: larger chunks pass over weight and gradient less often, and take more memory.
+CHUNK_BYTES = {"cpu": 1024, "cuda": 8192}  # of logits, for each word of the vocabulary
+BLOCK_ROWS = {"cpu": 1024, "cuda": 2**17}  # words of the vocabulary
+EVALUATED_TOKENS = 2048  # in a chunk of which nothing is kept
+ALIGNMENT = 64  # tokens: products and reductions over ragged rows are several times slower
+# Sums of exponentials within which nothing that matters overflows or vanishes in fp32 and bf16.
+SAFE_TOTAL = 1e-20, 1e25
+
+
+def chunk_tokens(device: torch.device, dtype: torch.dtype) -> int:
+    """Tokens whose logits are kept at a time, for products in `dtype`."""
+    return CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // dtype.itemsize
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor,
@@ -35,7 +43,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor,
     hidden: (tokens, d_model); weight: (vocab, d_model); targets: (tokens,), integers. The matrix
     products take product_dtype (default: hidden's own), everything else hidden's.
     """
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, product_dtype)
+    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, targets, product_dtype or hidden.dtype)
     return loss
 
 
@@ -44,16 +53,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor,
-                product_dtype: torch.dtype | None) -> Tensor:
+                low: torch.dtype) -> Tensor:
         if not any(ctx.needs_input_grad):
-            return _loss(hidden, weight, targets, product_dtype)
-        grad_weight = torch.zeros_like(weight)
+            return (_log_partition(hidden, weight, low)[0]
+                    - _logit_of(hidden, weight, targets, low)).sum()
+        grad_weight = torch.empty_like(weight)
         loss, grad_hidden = linear_cross_entropy_gradients(
-            hidden, weight, targets, grad_weight, 1.0, product_dtype)
+            hidden, weight, targets, low, 1.0, grad_weight, add=False)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
@@ -63,40 +74,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 @torch.no_grad()
 def linear_cross_entropy_gradients(
-        hidden: Tensor, weight: Tensor, targets: Tensor, grad_weight: Tensor, scale: float,
-        product_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        hidden: Tensor, weight: Tensor, targets: Tensor, product_dtype: torch.dtype, scale: float,
+        grad_weight: Tensor, add: bool) -> tuple[Tensor, Tensor]:
     """The summed loss, and the gradient of scale * loss with respect to hidden (tokens, d_model).
 
-    Its gradient with respect to weight is added to grad_weight (vocab, d_model) in place. With a
-    scale that is known beforehand nothing of the weight's size has to be passed over again.
+    Its gradient with respect to weight is written to grad_weight (vocab, d_model), or added to it:
+    with a scale known beforehand nothing of the weight's size has to be passed over again.
     """
     loss = hidden.new_zeros(())
     grad_hidden = torch.empty_like(hidden)
-    for rows, head, logits in _logits(hidden, weight, product_dtype):
-        x, target = hidden[rows], targets[rows]
-        at_target = logits.gather(0, target[None])[0].to(x.dtype)
-        shift, total = _exponentiate(logits, x.dtype)
-        exponentials, shift, total = logits, shift[:len(x)], total[:len(x)]
+    chunk = chunk_tokens(hidden.device, product_dtype)
+    for x, target, grad_x in zip(hidden.split(chunk), targets.split(chunk),
+                                 grad_hidden.split(chunk), strict=True):
+        exponentials, shift, total, expected = _softmax(x, weight, product_dtype)
+        at_target = _logit_of(x, weight, target, product_dtype)
         loss += (shift + torch.log(total) - at_target).sum()
-
         # d loss / d logits = softmax - one-hot, with softmax = exponentials / total
         factor = (scale / total)[:, None]  # (tokens, 1)
-        grad_x = (head.T @ exponentials)[:, :len(x)].T.to(x.dtype)
-        grad_hidden[rows] = (grad_x * factor).sub_(weight[target], alpha=scale)
-        _add_product(grad_weight, exponentials[:, :len(x)], (x * factor).to(head.dtype))
+        torch.mul(expected, factor, out=grad_x).sub_(weight[target], alpha=scale)
+        scaled = (x * factor).to(product_dtype)
+        for rows in _blocks(weight):
+            _product(exponentials[rows, :len(x)], scaled, grad_weight[rows], add)
         grad_weight.index_add_(0, target, x, alpha=-scale)
+        add = True
     return loss, grad_hidden
-
-
-def _loss(hidden: Tensor, weight: Tensor, targets: Tensor,
-          product_dtype: torch.dtype | None) -> Tensor:
-    loss = hidden.new_zeros(())
-    for rows, _, logits in _logits(hidden, weight, product_dtype):
-        target = targets[rows]
-        at_target = logits.gather(0, target[None])[0].to(loss.dtype)
-        shift, total = _exponentiate(logits, loss.dtype)
-        loss += (shift + torch.log(total))[:len(target)].sum() - at_target.sum()
-    return loss
 
 
 @torch.no_grad()
@@ -106,74 +107,108 @@ def predictive_entropy(hidden: Tensor, weight: Tensor,
 
     hidden: (tokens, d_model); weight: (vocab, d_model). No gradients.
     """
-    entropy = hidden.new_zeros(())
-    for rows, _, logits in _logits(hidden, weight, product_dtype):
-        shift = _max_over_vocab(logits)
-        total = weighted = hidden.new_zeros(logits.shape[1])
-        for block in logits.split(BLOCK_ROWS):
-            shifted = block.sub_(shift).to(hidden.dtype)
-            exponentials = shifted.exp()
-            total = total + exponentials.sum(0)
-            weighted = weighted + exponentials.mul_(shifted).sum(0)
-        # -sum p log p with log p = shifted - log total
-        entropy += (torch.log(total) - weighted / total)[:len(hidden[rows])].sum()
-    return entropy
+    log_partition, mean_logit = _log_partition(hidden, weight, product_dtype or hidden.dtype)
+    return (log_partition - mean_logit).sum()
 
 
-def _logits(hidden: Tensor, weight: Tensor, product_dtype: torch.dtype | None,
-            ) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """For each chunk of tokens: its rows, the weight in product_dtype, the logits (vocab, tokens).
+def _softmax(x: Tensor, weight: Tensor, low: torch.dtype) -> tuple[Tensor, ...]:
+    """The softmax of a chunk's logits, not normalised, and what it expects of the weight.
 
-    The caller may overwrite the logits: their memory serves the next chunk. A last chunk of ragged
-    length has columns at its end that stand for no token.
+    Returns exp(logits - shift) (vocab, tokens), whose memory the next call takes again and whose
+    last columns stand for no token; shift and the sums of the exponentials (tokens,); and the sums
+    of the weight's rows, weighted with the exponentials (tokens, d_model).
     """
-    low = product_dtype or hidden.dtype
-    head = weight
-    if low != weight.dtype:
-        head = _scratch.empty("head", weight.shape, low, weight.device).copy_(weight)
-    size = CHUNK_TOKENS.get(hidden.device.type, CHUNK_TOKENS["cpu"])
-    for start in range(0, len(hidden), size):
-        x = hidden[start:start + size]
-        padded = x.new_zeros(-(-len(x) // ALIGNMENT) * ALIGNMENT, x.shape[1], dtype=low)
-        padded[:len(x)] = x
-        shape = (len(weight), len(padded))
-        logits = _scratch.empty("logits", shape, low, weight.device)
-        torch.mm(head, padded.T, out=logits)
-        yield slice(start, start + len(x)), head, logits
+    columns = _columns(x, low)
+    exponentials = _scratch.empty("logits", (len(weight), columns.shape[1]), low, x.device)
+    # Unless logits are extreme exp needs no shift, and the passes for it can be left out. To look
+    # costs nothing on a CPU; elsewhere it would mean to wait for the device.
+    for shifted in (False, True) if x.is_cpu else (True,):
+        shift = x.new_zeros(columns.shape[1])
+        if shifted:
+            for rows, block in _cast_blocks(weight, low):
+                torch.mm(block, columns, out=exponentials[rows])
+            shift = exponentials.amax(0)
+        total = x.new_zeros(columns.shape[1])
+        expected = x.new_empty(columns.shape)  # (d_model, tokens)
+        for rows, block in _cast_blocks(weight, low):
+            part = exponentials[rows]
+            if shifted:
+                part.sub_(shift)
+            else:
+                torch.mm(block, columns, out=part)
+            total += part.exp_().sum(0)
+            _product(block.T, part, expected, add=rows.start > 0)
+        if shifted or SAFE_TOTAL[0] < total.min() <= total.max() < SAFE_TOTAL[1]:
+            break
+    tokens = len(x)
+    return exponentials, shift[:tokens].to(x.dtype), total[:tokens], expected.T[:tokens]
 
 
-def _exponentiate(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Turn logits (vocab, tokens) into exp(logits - shift) in place.
+def _log_partition(hidden: Tensor, weight: Tensor, low: torch.dtype) -> tuple[Tensor, Tensor]:
+    """log sum exp of each token's logits, and their mean under the softmax: (tokens,) each.
 
-    Returns shift, the largest logit, and the sum of the exponentials: (tokens,) each, in dtype.
+    Block by block with a running maximum, as in Milakov & Gimelshein (2018, algorithm 3).
     """
-    shift = _max_over_vocab(logits)
-    total = torch.zeros_like(shift, dtype=dtype)
-    for block in logits.split(BLOCK_ROWS):
-        total += block.sub_(shift).exp_().sum(0)
-    return shift.to(dtype), total
+    log_partitions, means = [], []
+    for x in hidden.split(EVALUATED_TOKENS):
+        columns = _columns(x, low)
+        shift = total = weighted = x.new_zeros(())
+        for rows, block in _cast_blocks(weight, low):
+            part = _scratch.empty("part", (len(block), columns.shape[1]), low, x.device)
+            logits = torch.mm(block, columns, out=part).to(x.dtype)
+            largest = logits.amax(0)
+            if rows.start == 0:
+                shift = largest
+            moved = torch.maximum(shift, largest) - shift
+            shift = shift + moved
+            shrink = torch.exp(-moved)
+            logits = logits.sub_(shift)
+            exponentials = logits.exp()
+            # weighted is the sum of exp(logit - shift) * (logit - shift)
+            weighted = (weighted - moved * total) * shrink + logits.mul_(exponentials).sum(0)
+            total = total * shrink + exponentials.sum(0)
+        log_partitions.append((shift + torch.log(total))[:len(x)])
+        means.append((shift + weighted / total)[:len(x)])
+    return torch.cat(log_partitions), torch.cat(means)
 
 
-def _max_over_vocab(logits: Tensor) -> Tensor:
-    """The largest logit of each token: (vocab, tokens) -> (tokens,)."""
-    if logits.dtype != torch.bfloat16:
-        return logits.amax(0)
-    # bf16 numbers without their sign bit are ordered as the integers with the same bits, negative
-    # ones the other way round. The two integer reductions take half the time of the one in bf16.
-    bits = logits.view(torch.int16)
-    largest, smallest = bits.amax(0), bits.amin(0)
-    return torch.where(largest < 0, smallest, largest).view(torch.bfloat16)
+def _logit_of(x: Tensor, weight: Tensor, target: Tensor, low: torch.dtype) -> Tensor:
+    """The logit of each token's target, (tokens,), rounded as a product in `low` would be."""
+    exact = (x.to(low).to(x.dtype) * weight[target].to(low).to(x.dtype)).sum(1)
+    return exact.to(low).to(x.dtype)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total (vocab, d_model) += a @ b, summed in its own type whatever that of a and b is."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
+def _columns(x: Tensor, low: torch.dtype) -> Tensor:
+    """(tokens, d_model) -> (d_model, tokens, filled up with zeros to a multiple of ALIGNMENT)"""
+    padded = x.new_zeros(-(-len(x) // ALIGNMENT) * ALIGNMENT, x.shape[1], dtype=low)
+    padded[:len(x)] = x
+    return padded.T
+
+
+def _blocks(weight: Tensor) -> Iterator[slice]:
+    size = BLOCK_ROWS.get(weight.device.type, BLOCK_ROWS["cpu"])
+    return (slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size))
+
+
+def _cast_blocks(weight: Tensor, low: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The weight in blocks of the vocabulary, each cast when it is needed: (rows, d_model)."""
+    for rows in _blocks(weight):
+        block = weight[rows]
+        if low != weight.dtype:
+            block = _scratch.empty("block", block.shape, low, weight.device).copy_(block)
+        yield rows, block
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """out = or += a @ b, summed in out's type whatever that of a and b is."""
+    if a.dtype == out.dtype:
+        torch.addmm(out, a, b, beta=1 if add else 0, out=out)
         return
-    for rows, block in zip(a.split(BLOCK_ROWS), total.split(BLOCK_ROWS), strict=True):
-        product = torch.mm(rows, b, out=_scratch.empty("product", block.shape, b.dtype, b.device))
-        wide = _scratch.empty("wide product", block.shape, total.dtype, b.device)
-        block.add_(wide.copy_(product))
+    product = torch.mm(a, b, out=_scratch.empty("product", out.shape, b.dtype, b.device))
+    if add:
+        out += _scratch.empty("wide product", out.shape, out.dtype, b.device).copy_(product)
+    else:
+        out.copy_(product)
 
 
 class _Scratch(threading.local):

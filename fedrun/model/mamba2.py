@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from fedrun.config import ModelConfig
 from fedrun.model import kernels
+from fedrun.model.conv import causal_conv_silu
 from fedrun.model.loss import (
+    chunk_tokens,
     linear_cross_entropy,
     linear_cross_entropy_gradients,
     predictive_entropy,
@@ -36,8 +38,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        gated = x if z is None else x * F.silu(z)
-        return rms_norm(gated, self.weight, self.groups)
+        return rms_norm(x, self.weight, z, self.groups)
 
 
 class Mamba2Mixer(nn.Module):
@@ -93,11 +94,8 @@ class Mamba2Mixer(nn.Module):
         z, xbc, dt = self.project(u)
         past = xbc.new_zeros(len(u), taps, self.d_conv_in) if state is None else state[0]
         window = torch.cat([past, xbc], dim=1)  # (b, taps + l, i + 2 g n)
-        # As an image of height 1, channels last: the one-dimensional one transposes both ways.
-        image = window.transpose(1, 2)[:, :, None]
-        convolved = F.conv2d(image, self.conv1d.weight[:, :, None], self.conv1d.bias,
-                             groups=self.d_conv_in)[:, :, 0].transpose(1, 2)
-        convolved = F.silu(convolved)
+        assert self.conv1d.bias is not None
+        convolved = causal_conv_silu(window, self.conv1d.weight, self.conv1d.bias)
         x, B, C = self.split(convolved)
         y, ssm_state = ssd_scan(x, dt, -torch.exp(self.A_log), B, C, self.D, chunk_size=CHUNK_SIZE,
                                 initial_state=None if state is None else state[1],
@@ -212,25 +210,37 @@ class Mamba2LM(nn.Module):
                                     product_dtype(self.compute_dtype, hidden))
         return loss, targets.numel()
 
-    def accumulate_grad(self, input_ids: Tensor) -> tuple[Tensor, int]:
+    def accumulate_grad(self, input_ids: Tensor, fresh: bool = False) -> tuple[Tensor, int]:
         """The same values as `loss`; adds the gradient of the mean loss to every .grad, in place.
 
         The result is that of `(loss / count).backward()`, without its passes over tensors of the
-        embedding's size: both gradients of the tied weight are added where they belong.
+        embedding's size: both gradients of the tied weight are added where they belong. With
+        `fresh`, what .grad held before is overwritten, which saves setting it to zero.
         """
-        weight = self.lm_head.weight
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        embedded = F.embedding(input_ids, weight.detach()).requires_grad_()
-        hidden = self.hidden_of(embedded)
-        targets = input_ids[:, 1:].flatten()
-        loss, grad = linear_cross_entropy_gradients(
-            hidden.detach()[:, :-1].flatten(0, 1), weight.detach(), targets, weight.grad,
-            1 / targets.numel(), product_dtype(self.compute_dtype, hidden))
-        hidden[:, :-1].backward(grad.view(len(input_ids), -1, grad.shape[-1]))
-        assert embedded.grad is not None
-        weight.grad.index_add_(0, input_ids.flatten(), embedded.grad.flatten(0, 1))
-        return loss, targets.numel()
+        if self.lm_head.weight.grad is None:
+            self.lm_head.weight.grad = torch.zeros_like(self.lm_head.weight)
+        if fresh:
+            for p in self.parameters():
+                if p is not self.lm_head.weight and p.grad is not None:
+                    p.grad.zero_()
+        weight, grad_weight = self.lm_head.weight.detach(), self.lm_head.weight.grad
+        low = product_dtype(self.compute_dtype, weight)
+        count = input_ids[:, 1:].numel()
+        loss = weight.new_zeros(())
+        # A chunk of the head at a time: more tokens together are no faster and take more memory.
+        sequences = max(1, chunk_tokens(weight.device, low) // input_ids.shape[1])
+        for ids in input_ids.split(sequences):
+            embedded = F.embedding(ids, weight).requires_grad_()
+            hidden = self.hidden_of(embedded)
+            part, grad = linear_cross_entropy_gradients(
+                hidden.detach()[:, :-1].flatten(0, 1), weight, ids[:, 1:].flatten(), low,
+                1 / count, grad_weight, add=not fresh)
+            hidden[:, :-1].backward(grad.view(len(ids), -1, grad.shape[-1]))
+            assert embedded.grad is not None
+            grad_weight.index_add_(0, ids.flatten(), embedded.grad.flatten(0, 1))
+            loss += part
+            fresh = False
+        return loss, count
 
     @torch.no_grad()
     def entropy(self, input_ids: Tensor) -> tuple[Tensor, int]:

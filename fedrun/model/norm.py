@@ -5,17 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 EPS = 1e-5
 
 
-def rms_norm(x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, the mean over each of `groups` parts of the width.
+def rms_norm(x: Tensor, weight: Tensor, z: Tensor | None = None, groups: int = 1) -> Tensor:
+    """g / sqrt(mean(g^2) + eps) * weight with g = x, or x * silu(z) where there is a gate z.
 
-    x: (..., width); weight: (width,). In x's type, whatever it is.
+    x, z: (..., width); weight: (width,). The mean is over each of `groups` parts of the width.
     """
-    normed: Tensor = _RMSNorm.apply(x, weight, groups)
+    normed: Tensor = _RMSNorm.apply(  # type: ignore[no-untyped-call]
+        x, weight, z, groups)
     return normed
 
 
@@ -23,24 +26,31 @@ class _RMSNorm(torch.autograd.Function):
     """By hand, because autograd's composite makes three times the passes over x on a CPU."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, groups: int) -> Tensor:
-        parts = x.unflatten(-1, (groups, -1))  # (..., g, width / g)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, z: Tensor | None, groups: int) -> Tensor:
+        g = x if z is None else F.silu(z).mul_(x)
+        parts = torch.unflatten(g, -1, (groups, -1))  # (..., groups, width / groups)
         mean_square = torch.linalg.vector_norm(parts, dim=-1, keepdim=True).square_()
-        scale = mean_square.div_(parts.shape[-1]).add_(EPS).rsqrt_()  # (..., g, 1)
-        ctx.save_for_backward(x, weight, scale)
+        scale = mean_square.div_(parts.shape[-1]).add_(EPS).rsqrt_()  # (..., groups, 1)
+        ctx.save_for_backward(x, weight, z, scale)
         ctx.groups = groups
-        return (parts * scale).flatten(-2).mul_(weight)
+        return torch.mul(parts, scale).flatten(-2).mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
-        # With s the scale and w the weight of n channels, y = s w x has the gradient
-        # dx = s w dy - x s^3 / n (w dy . x) and dw = the sum over tokens of s x dy.
-        parts = x.unflatten(-1, (ctx.groups, -1))
-        products = (grad * x).unflatten(-1, (ctx.groups, -1))
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        x, weight, z, scale = ctx.saved_tensors
+        gate = None if z is None else F.silu(z)
+        g = x if gate is None else x * gate
+        # With s the scale and w the weight of n channels, y = s w g has the gradient
+        # dg = s w dy - g s^3 / n (w dy . g) and dw = the sum over tokens of s g dy.
+        parts = g.unflatten(-1, (ctx.groups, -1))
+        products = (grad * g).unflatten(-1, (ctx.groups, -1))
         w = weight.unflatten(0, (ctx.groups, -1))
-        dot = (products * w).sum(-1, keepdim=True)  # (..., g, 1)
+        dot = (products * w).sum(-1, keepdim=True)  # (..., groups, 1)
         grad_weight = products.mul_(scale).flatten(0, -3).sum(0).flatten()
-        grad_x = (grad * weight).unflatten(-1, (ctx.groups, -1)).mul_(scale)
-        grad_x.addcmul_(parts, dot.mul_(scale ** 3).div_(-parts.shape[-1]))
-        return grad_x.flatten(-2), grad_weight, None
+        grad_g = (grad * weight).unflatten(-1, (ctx.groups, -1)).mul_(scale)
+        grad_g = grad_g.addcmul_(parts, dot.mul_(scale ** 3).div_(-parts.shape[-1])).flatten(-2)
+        if gate is None:
+            return grad_g, grad_weight, None, None
+        grad_z = torch.ops.aten.silu_backward(grad_g * x, z)
+        return grad_g.mul_(gate), grad_weight, grad_z, None

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
@@ -56,7 +57,7 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
     if pad:  # a padded token has dt = 0: it keeps the state and adds nothing
         x, B, C = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (x, B, C))
         dt = F.pad(dt, (0, 0, 0, pad))
-    y, final = _Scan.apply(
+    y, final = _Scan.apply(  # type: ignore[no-untyped-call]
         x.unflatten(1, (-1, q)), dt.unflatten(1, (-1, q)), A,
         B.unflatten(1, (-1, q)).transpose(2, 3), C.unflatten(1, (-1, q)).transpose(2, 3), D,
         initial_state.unflatten(1, (groups, -1)).permute(0, 1, 4, 2, 3).flatten(3),
@@ -99,12 +100,12 @@ class _Scan(torch.autograd.Function):
 
         # 3. The recurrence over chunks
         over_chunk = _over_chunk(log_total, groups, x.shape[-1])  # (b, c, g, 1, r p)
-        entering = x.new_empty(added.shape)
+        entering = torch.empty_like(added)
         state = initial
         for c in range(x.shape[1]):
             entering[:, c] = state
             state = torch.addcmul(added[:, c].to(x.dtype), over_chunk[:, c], state)
-        entering = entering.to(low)
+        del added
 
         # 4. What each position reads from the state that entered its chunk
         y = _from_groups(C @ entering, x).mul_(torch.exp(log_decay)[..., None])
@@ -114,6 +115,7 @@ class _Scan(torch.autograd.Function):
         return y, state
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
         (x, dt, A, B, C, D, log_decay, decay, scores, weights, dt_x_heads, carried,
          entering) = ctx.saved_tensors
@@ -125,24 +127,28 @@ class _Scan(torch.autograd.Function):
         # 4. Reads: y += from_start * (C @ entering)
         grad_read = grad_y * from_start[..., None]  # (b, c, q, h, p)
         grad_log_read = (_from_groups(C @ entering, x).mul_(grad_read)).sum(-1)  # (b, c, q, h)
-        grad_read_groups = _to_groups(grad_read, groups).to(low)
-        grad_C = grad_read_groups @ entering.mT  # (b, c, g, q, n)
-        grad_entering = (C.mT @ grad_read_groups).to(x.dtype)  # (b, c, g, n, r p)
+        grad_read = _to_groups(grad_read, groups).to(low)
+        grad_C = grad_read @ entering.mT  # (b, c, g, q, n)
+        grad_entering = C.mT @ grad_read  # (b, c, g, n, r p)
+        del grad_read
 
         # 3. The recurrence backwards: grad_added[c] is the gradient of the state after chunk c
-        grad_added = torch.empty_like(grad_entering)
+        grad_added = torch.empty_like(grad_entering, dtype=x.dtype)
         grad_state = grad_final
         for c in reversed(range(x.shape[1])):
             grad_added[:, c] = grad_state
-            grad_state = torch.addcmul(grad_entering[:, c], over_chunk[:, c], grad_state)
-        grad_log_total = torch.mul(grad_added, entering, out=grad_entering).mul_(over_chunk)
-        grad_log_total = _per_head(grad_log_total.sum(3), x)  # (b, c, h)
+            read = grad_entering[:, c].to(x.dtype)
+            grad_state = torch.addcmul(read, over_chunk[:, c], grad_state)
+        grad_log_total = (grad_added * entering).sum(3).mul_(over_chunk[:, :, :, 0])
+        grad_log_total = _per_head(grad_log_total, x)  # (b, c, h)
+        grad_added = grad_added.to(low)
+        del grad_entering
 
         # 2. Additions: added = B^T @ carried, carried = to_end * dt * x
-        grad_added = grad_added.to(low)
         grad_B = carried @ grad_added.mT  # (b, c, g, q, n)
         grad_dt_x = _from_groups(B @ grad_added, x).mul_(to_end[..., None])
         grad_log_carried = (grad_dt_x * x).sum(-1).mul_(dt)  # (b, c, q, h)
+        del grad_added
 
         # 1. Within a chunk: y += weights @ dt_x, weights = scores * decay
         grad_heads = _to_heads(grad_y, low)
@@ -154,6 +160,7 @@ class _Scan(torch.autograd.Function):
         grad_B += grad_scores.mT @ C
         grad_log = grad_weights.mul_(scores[:, :, :, None]).flatten(2, 3)  # of the exponent i, j
         grad_log_within = (grad_log.sum(-1) - grad_log.sum(-2)).transpose(2, 3)  # (b, c, q, h)
+        del grad_heads, grad_weights, grad_log
 
         # Every log is a sum of dt A: over the positions up to i (reads), after j (additions)
         until = grad_log_within.add_(grad_log_read).flip(2).cumsum(2).flip(2)
@@ -177,18 +184,18 @@ def _decay_within(log_decay: Tensor) -> Tensor:
 
 def _over_chunk(log_total: Tensor, groups: int, headdim: int) -> Tensor:
     """The decay over whole chunks, for each channel: (b, c, 1, h) -> (b, c, g, 1, r p)."""
-    decay = torch.exp(log_total).unflatten(3, (groups, -1)).transpose(2, 3)  # (b, c, g, 1, r)
-    return decay.repeat_interleave(headdim, dim=-1)
+    decay = torch.unflatten(torch.exp(log_total), 3, (groups, -1))  # (b, c, 1, g, r)
+    return decay.transpose(2, 3).repeat_interleave(headdim, dim=-1)
 
 
 def _per_group(t: Tensor, groups: int) -> Tensor:
     """(b, c, h, ...) -> (b, c, g, r, ...)"""
-    return t.unflatten(2, (groups, -1))
+    return torch.unflatten(t, 2, (groups, -1))
 
 
 def _per_head(t: Tensor, x: Tensor) -> Tensor:
     """Sum over the channels of each head: (b, c, g, r p) -> (b, c, h)."""
-    return t.unflatten(3, (-1, x.shape[-1])).sum(-1).flatten(2, 3)
+    return torch.unflatten(t, 3, (-1, x.shape[-1])).sum(-1).flatten(2, 3)
 
 
 def _to_heads(t: Tensor, low: torch.dtype) -> Tensor:
@@ -199,10 +206,10 @@ def _to_heads(t: Tensor, low: torch.dtype) -> Tensor:
 
 def _to_groups(t: Tensor, groups: int) -> Tensor:
     """(b, c, q, h, p) -> (b, c, g, q, r p)"""
-    return t.unflatten(3, (groups, -1)).transpose(2, 3).flatten(4)
+    return torch.unflatten(t, 3, (groups, -1)).transpose(2, 3).flatten(4)
 
 
 def _from_groups(t: Tensor, x: Tensor) -> Tensor:
     """(b, c, g, q, r p) -> (b, c, q, h, p), in x's type and in memory of its own."""
-    t = t.unflatten(4, (-1, x.shape[-1])).transpose(2, 3).flatten(3, 4)
+    t = torch.unflatten(t, 4, (-1, x.shape[-1])).transpose(2, 3).flatten(3, 4)
     return t.to(x.dtype)

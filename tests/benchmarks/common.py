@@ -1,4 +1,4 @@
-"""Sides of a comparison in processes of their own, their steps interleaved; how a machine is named."""
+"""Sides of a comparison in processes of their own, their steps interleaved; a machine's name."""
 
 from __future__ import annotations
 

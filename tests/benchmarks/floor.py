@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -54,8 +55,8 @@ class Products(TorchDispatchMode):
                 out = tensors[-2].new_empty(tensors[-2].shape[0], tensors[-1].shape[1])
             if len(tensors) == 3:  # the first is added to, in place
                 out = tensors[0]
-            operation = getattr(torch, name)
-            total += count * median_seconds(lambda: operation(*tensors, out=out))
+            operation = functools.partial(getattr(torch, name), *tensors, out=out)
+            total += count * median_seconds(operation)
         return total
 
 

@@ -16,7 +16,7 @@ import types
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ["MAMBA_DETERMINISTIC"] = "1"
 
-import torch  # noqa: E402
+import torch
 
 torch.cuda.device = lambda *_: contextlib.nullcontext()  # type: ignore[assignment,misc]
 torch.cuda.get_device_properties = (  # type: ignore[assignment]

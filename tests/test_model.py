@@ -13,7 +13,6 @@ from fedrun.model.conv import causal_conv_silu
 from fedrun.model.convert import to_transformers, to_transformers_config
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.model.norm import rms_norm
-from fedrun.params import FlatParams
 
 SMALL = ModelConfig(n_layer=2, d_model=64, d_state=32, headdim=16)
 VOCAB = 199
@@ -157,29 +156,6 @@ def test_accumulate_grad_equals_backward_of_the_mean_loss() -> None:
     model.accumulate_grad(ids, fresh=True)  # instead of the first, not on top of it
     for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-14)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_local_step_makes_no_tensor_elsewhere_and_never_waits_for_the_device(
-        dtype: torch.dtype) -> None:
-    """On the meta device a tensor of another device, .item() and bool() are errors."""
-    with torch.device("meta"):
-        model = Mamba2LM(SMALL, VOCAB, dtype)
-    flat = FlatParams(model)
-    adamw = torch.optim.AdamW([flat.parameter()], lr=1e-3)
-    ids, fisher = torch.zeros(5, 20, dtype=torch.long, device="meta"), torch.zeros_like(flat.grad)
-    for _ in range(2):
-        loss, _ = model.accumulate_grad(ids, fresh=True)
-        fisher.addcmul_(flat.grad, flat.grad)
-        adamw.step()
-    entropy, _ = model.entropy(ids)
-    summed, count = model.loss(ids)
-    (summed / count).backward()
-    for value in (loss, entropy, summed):
-        assert value.is_meta
-        assert value.shape == ()
-    with pytest.raises(RuntimeError):
-        loss.item()  # the reason why this test shows something
 
 
 def test_norm_and_convolution_have_the_gradients_of_their_formulas() -> None:

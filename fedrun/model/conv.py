@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 def causal_conv_silu(window: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """y_t = silu(bias + sum_k weight_k window_(t+k)).
 
-    window: (b, taps - 1 + l, channels); y: (b, l, channels);
+    window: (b, taps - 1 + l, channels), of any type; y: (b, l, channels), in the weight's type;
     weight: (channels, 1, taps); bias: (channels,). The first taps - 1 positions of the window are
     those before the sequence.
     """
@@ -29,12 +29,13 @@ class _CausalConvSilu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, window: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(window, weight, bias)
-        return F.silu(_convolve(window, weight, bias))
+        return F.silu(_convolve(window.to(weight.dtype), weight, bias))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         window, weight, bias = ctx.saved_tensors
+        window_dtype, window = window.dtype, window.to(weight.dtype)
         summed = _convolve(window, weight, bias)
         grad = torch.ops.aten.silu_backward(grad, summed)
         grad_window = torch.zeros_like(window)
@@ -43,7 +44,7 @@ class _CausalConvSilu(torch.autograd.Function):
             taken = slice(k, k + grad.shape[1])
             grad_window[:, taken].addcmul_(grad, weight[:, 0, k])
             grad_weight[:, 0, k] = torch.mul(grad, window[:, taken], out=summed).sum((0, 1))
-        return grad_window, grad_weight, grad.sum((0, 1))
+        return grad_window.to(window_dtype), grad_weight, grad.sum((0, 1))
 
 
 def _convolve(window: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

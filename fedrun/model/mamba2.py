@@ -62,11 +62,12 @@ class Mamba2Mixer(nn.Module):
         self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gate z (b, l, i), convolution input (b, l, i + 2 g n), and step sizes dt (b, l, h)."""
+        """Gate z (b, l, i) and convolution input (b, l, i + 2 g n), as the product gives them, and
+        step sizes dt (b, l, h), in u's type."""
         low = product_dtype(self.compute_dtype, u)
-        zxbcdt = F.linear(u.to(low), self.in_proj.weight.to(low)).to(u.dtype)
+        zxbcdt = F.linear(u.to(low), self.in_proj.weight.to(low))
         z, xbc, dt = zxbcdt.split([self.d_inner, self.d_conv_in, self.heads], dim=-1)
-        return z, xbc, F.softplus(dt + self.dt_bias)
+        return z, xbc, F.softplus(dt.to(u.dtype) + self.dt_bias)
 
     def split(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The convolution's output as x (..., h, p), B and C (..., g, n)."""

@@ -15,7 +15,8 @@ EPS = 1e-5
 def rms_norm(x: Tensor, weight: Tensor, z: Tensor | None = None, groups: int = 1) -> Tensor:
     """g / sqrt(mean(g^2) + eps) * weight with g = x, or x * silu(z) where there is a gate z.
 
-    x, z: (..., width); weight: (width,). The mean is over each of `groups` parts of the width.
+    x, z: (..., width); weight: (width,). The mean is over each of `groups` parts of the width. All
+    is done in x's type; z may have another.
     """
     normed: Tensor = _RMSNorm.apply(  # type: ignore[no-untyped-call]
         x, weight, z, groups)
@@ -27,7 +28,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, z: Tensor | None, groups: int) -> Tensor:
-        g = x if z is None else F.silu(z).mul_(x)
+        g = x if z is None else F.silu(z.to(x.dtype)).mul_(x)
         parts = torch.unflatten(g, -1, (groups, -1))  # (..., groups, width / groups)
         mean_square = torch.linalg.vector_norm(parts, dim=-1, keepdim=True).square_()
         scale = mean_square.div_(parts.shape[-1]).add_(EPS).rsqrt_()  # (..., groups, 1)
@@ -39,7 +40,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
         x, weight, z, scale = ctx.saved_tensors
-        gate = None if z is None else F.silu(z)
+        gate = None if z is None else F.silu(z.to(x.dtype))
         g = x if gate is None else x * gate
         # With s the scale and w the weight of n channels, y = s w g has the gradient
         # dg = s w dy - g s^3 / n (w dy . g) and dw = the sum over tokens of s g dy.
@@ -48,9 +49,10 @@ class _RMSNorm(torch.autograd.Function):
         w = weight.unflatten(0, (ctx.groups, -1))
         dot = (products * w).sum(-1, keepdim=True)  # (..., groups, 1)
         grad_weight = products.mul_(scale).flatten(0, -3).sum(0).flatten()
-        grad_g = (grad * weight).unflatten(-1, (ctx.groups, -1)).mul_(scale)
-        grad_g = grad_g.addcmul_(parts, dot.mul_(scale ** 3).div_(-parts.shape[-1])).flatten(-2)
+        grad_g = torch.mul(grad.unflatten(-1, (ctx.groups, -1)), w, out=products).mul_(scale)
+        grad_g.addcmul_(parts, dot.mul_(scale ** 3).div_(-parts.shape[-1]))
         if gate is None:
-            return grad_g, grad_weight, None, None
-        grad_z = torch.ops.aten.silu_backward(grad_g * x, z)
-        return grad_g.mul_(gate), grad_weight, grad_z, None
+            return grad_g.flatten(-2), grad_weight, None, None
+        grad_gate = torch.mul(grad_g, x.unflatten(-1, (ctx.groups, -1)), out=parts).flatten(-2)
+        grad_z = torch.ops.aten.silu_backward(grad_gate, z.to(x.dtype)).to(z.dtype)
+        return grad_g.flatten(-2).mul_(gate), grad_weight, grad_z, None

@@ -87,11 +87,11 @@ class _Scan(torch.autograd.Function):
         dt_x = dt[..., None] * x
 
         # 1. Within a chunk: y_i = sum_{j <= i} (C_i . B_j) exp(sum of dt A over j+1..i) dt_j x_j
-        decay = _decay_within(log_decay)  # (b, c, h, q, q)
         scores = (C @ B.mT).to(x.dtype)  # (b, c, g, q, q)
-        weights = _per_group(decay, groups).mul(scores[:, :, :, None]).flatten(2, 3).to(low)
+        weights = _per_group(_decay_within(log_decay), groups).mul_(scores[:, :, :, None])
         dt_x_heads = _to_heads(dt_x, low)
-        within = weights @ dt_x_heads  # (b, c, h, q, p)
+        within = weights.flatten(2, 3).to(low) @ dt_x_heads  # (b, c, h, q, p)
+        del weights
 
         # 2. What each chunk adds to the state at its end
         to_end = torch.exp(log_total - log_decay)  # (b, c, q, h)
@@ -110,15 +110,13 @@ class _Scan(torch.autograd.Function):
         # 4. What each position reads from the state that entered its chunk
         y = _from_groups(C @ entering, x).mul_(torch.exp(log_decay)[..., None])
         y.add_(within.transpose(2, 3)).addcmul_(x, D[:, None])
-        ctx.save_for_backward(x, dt, A, B, C, D, log_decay, decay, scores, weights, dt_x_heads,
-                              carried, entering)
+        ctx.save_for_backward(x, dt, A, B, C, D, log_decay, scores, dt_x_heads, carried, entering)
         return y, state
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
-        (x, dt, A, B, C, D, log_decay, decay, scores, weights, dt_x_heads, carried,
-         entering) = ctx.saved_tensors
+        x, dt, A, B, C, D, log_decay, scores, dt_x_heads, carried, entering = ctx.saved_tensors
         groups, low = B.shape[2], B.dtype
         log_total = log_decay[:, :, -1:]
         from_start, to_end = torch.exp(log_decay), torch.exp(log_total - log_decay)
@@ -133,15 +131,15 @@ class _Scan(torch.autograd.Function):
         del grad_read
 
         # 3. The recurrence backwards: grad_added[c] is the gradient of the state after chunk c
-        grad_added = torch.empty_like(grad_entering, dtype=x.dtype)
+        grad_added = torch.empty_like(grad_entering)
+        grad_log_total = torch.empty_like(over_chunk[:, :, :, 0])  # (b, c, g, r p)
         grad_state = grad_final
         for c in reversed(range(x.shape[1])):
             grad_added[:, c] = grad_state
+            grad_log_total[:, c] = (grad_state * entering[:, c]).sum(2)
             read = grad_entering[:, c].to(x.dtype)
             grad_state = torch.addcmul(read, over_chunk[:, c], grad_state)
-        grad_log_total = (grad_added * entering).sum(3).mul_(over_chunk[:, :, :, 0])
-        grad_log_total = _per_head(grad_log_total, x)  # (b, c, h)
-        grad_added = grad_added.to(low)
+        grad_log_total = _per_head(grad_log_total.mul_(over_chunk[:, :, :, 0]), x)  # (b, c, h)
         del grad_entering
 
         # 2. Additions: added = B^T @ carried, carried = to_end * dt * x
@@ -152,15 +150,19 @@ class _Scan(torch.autograd.Function):
 
         # 1. Within a chunk: y += weights @ dt_x, weights = scores * decay
         grad_heads = _to_heads(grad_y, low)
-        grad_weights = (grad_heads @ dt_x_heads.mT).to(x.dtype)  # (b, c, h, q, q)
+        decay = _decay_within(log_decay)  # (b, c, h, q, q)
+        weights = _per_group(decay, groups).mul(scores[:, :, :, None]).flatten(2, 3).to(low)
         grad_dt_x.add_((weights.mT @ grad_heads).transpose(2, 3))
+        del weights
+        grad_weights = (grad_heads @ dt_x_heads.mT).to(x.dtype)  # (b, c, h, q, q)
         grad_weights = _per_group(grad_weights.mul_(decay), groups)  # (b, c, g, r, q, q)
+        del decay, grad_heads
         grad_scores = grad_weights.sum(3).to(low)  # (b, c, g, q, q)
         grad_C += grad_scores @ B
         grad_B += grad_scores.mT @ C
         grad_log = grad_weights.mul_(scores[:, :, :, None]).flatten(2, 3)  # of the exponent i, j
         grad_log_within = (grad_log.sum(-1) - grad_log.sum(-2)).transpose(2, 3)  # (b, c, q, h)
-        del grad_heads, grad_weights, grad_log
+        del grad_weights, grad_log
 
         # Every log is a sum of dt A: over the positions up to i (reads), after j (additions)
         until = grad_log_within.add_(grad_log_read).flip(2).cumsum(2).flip(2)

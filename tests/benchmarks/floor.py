@@ -1,70 +1,55 @@
-"""What a step cannot go below: its matrix products alone, and AdamW's traffic to memory."""
+"""What a step cannot go below: its matrix products alone, and AdamW's traffic to memory.
+
+Each product is measured by itself, over all tokens at once, in the layout in which a linear layer
+and its gradients have it. How a step cuts its products up, and what it does beside them, is what
+it is to be compared with.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections import Counter
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fedrun.config import ModelConfig
+from fedrun.model.mamba2 import CHUNK_SIZE
 from tests.benchmarks.common import median_seconds
 
 ADAMW_TRANSFERS = 7  # reads parameter, gradient and two moments; writes all but the gradient
+Shape = tuple[int, int, int, int]  # products, rows, summed over, columns
 
 
-class Operand(NamedTuple):
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    def make(self) -> Tensor:
-        tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype)
-        return tensor.normal_() if 0 not in self.stride else tensor.zero_()
-
-
-class Products(TorchDispatchMode):
-    """Counts the matrix products that run inside it, by their operands' shapes and strides."""
-
-    OPERATIONS = ("mm", "bmm", "addmm", "baddbmm")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[tuple[str, tuple[Operand, ...]]] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__.rstrip("_")
-        if name in self.OPERATIONS:
-            operands = tuple(Operand(tuple(t.shape), t.stride(), t.dtype)
-                             for t in args if isinstance(t, Tensor))
-            self.seen[name, operands] += 1
-        return func(*args, **(kwargs or {}))
-
-    def seconds(self) -> float:
-        """The time of all products, each measured alone with operands laid out as they were."""
-        total = 0.0
-        for (name, operands), count in self.seen.items():
-            tensors = [operand.make() for operand in operands]
-            if name.startswith("b"):
-                out = tensors[-2].new_empty(len(tensors[-2]), tensors[-2].shape[1],
-                                            tensors[-1].shape[2])
-            else:
-                out = tensors[-2].new_empty(tensors[-2].shape[0], tensors[-1].shape[1])
-            if len(tensors) == 3:  # the first is added to, in place
-                out = tensors[0]
-            operation = functools.partial(getattr(torch, name), *tensors, out=out)
-            total += count * median_seconds(operation)
-        return total
+def products(config: ModelConfig, vocab_size: int, batch: int, length: int) -> Iterator[Shape]:
+    """The products of a forward pass."""
+    tokens, chunks = batch * length, batch * -(-length // CHUNK_SIZE)
+    inner = config.expand * config.d_model
+    heads = inner // config.headdim
+    b_and_c = 2 * config.ngroups * config.d_state
+    channels = inner // config.ngroups
+    groups = chunks * config.ngroups
+    for _ in range(config.n_layer):
+        yield 1, tokens, config.d_model, 2 * inner + b_and_c + heads  # input projection
+        yield 1, tokens, inner, config.d_model  # output projection
+        yield groups, CHUNK_SIZE, config.d_state, CHUNK_SIZE  # C B^T
+        yield chunks * heads, CHUNK_SIZE, CHUNK_SIZE, config.headdim  # within chunks
+        yield groups, config.d_state, CHUNK_SIZE, channels  # what chunks add to the state
+        yield groups, CHUNK_SIZE, config.d_state, channels  # what positions read from it
+    yield 1, batch * (length - 1), config.d_model, vocab_size  # head
 
 
-def product_seconds(step: Callable[[], object]) -> float:
-    """The time of one step's matrix products, as shaped and laid out as the step has them."""
-    with Products() as products:
-        step()
-    return products.seconds()
+def product_seconds(shape: Shape, dtype: torch.dtype) -> float:
+    """The time of one product and of its two gradients."""
+    count, rows, summed, columns = shape
+    x = torch.randn(count, rows, summed).to(dtype)
+    weight = torch.randn(count, columns, summed).to(dtype)
+    y = torch.randn(count, rows, columns).to(dtype)
+    if count == 1:
+        x, weight, y = x[0], weight[0], y[0]
+    multiply = torch.mm if count == 1 else torch.bmm
+    grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+    return (median_seconds(lambda: multiply(x, weight.mT, out=y))
+            + median_seconds(lambda: multiply(y, weight, out=grad_x))
+            + median_seconds(lambda: multiply(y.mT, x, out=grad_weight)))
 
 
 def adamw_seconds(size: int) -> float:

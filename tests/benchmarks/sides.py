@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import os
 import time
 from collections.abc import Callable
@@ -20,114 +19,100 @@ import torch
 
 from fedrun.config import ModelConfig
 from fedrun.model import mamba2, ssd
+from fedrun.model.convert import to_transformers_config
 from fedrun.model.generate import prefill, step
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.params import FlatParams
-from tests.benchmarks.common import (
-    Commands,
-    answer,
-    median_seconds,
-    peak_mib,
-    resident_mib,
-    seconds,
-)
-from tests.benchmarks.floor import adamw_seconds, product_seconds
+from tests.benchmarks.common import answer, median_seconds, peak_mib, resident_mib, seconds
+from tests.benchmarks.floor import adamw_seconds, product_seconds, products
 
 VOCAB = 50257  # GPT-2's
-LR = 5e-4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Step = Callable[[], object]
+ADAMW = {"lr": 5e-4, "weight_decay": 0.01}
 
 
-def batch_of(arguments: argparse.Namespace) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(VOCAB, (arguments.batch, arguments.length), generator=generator)
+class Ours:
+    """A step as `fedrun` makes it: gradients into one flat vector, AdamW on another."""
+
+    def __init__(self, config: ModelConfig, arguments: argparse.Namespace) -> None:
+        self.config, self.dtype = config, DTYPES[arguments.dtype]
+        self.model = Mamba2LM(config, VOCAB, self.dtype)
+        self.model.init_weights(0)
+        self.flat = FlatParams(self.model)
+        self.adamw = torch.optim.AdamW([self.flat.parameter()], fused=True, **ADAMW)
+        self.batch = torch.randint(VOCAB, (arguments.batch, arguments.length))
+
+    def train(self) -> None:
+        self.model.accumulate_grad(self.batch, fresh=True)
+        self.adamw.step()
+
+    def floor(self) -> float:
+        shapes = products(self.config, VOCAB, *self.batch.shape)
+        return (sum(product_seconds(shape, self.dtype) for shape in shapes)
+                + adamw_seconds(self.flat.size))
+
+    def parts(self) -> dict[str, float]:
+        """Mean seconds of a step in the head, the scan, AdamW and all the rest."""
+        spent = dict.fromkeys(("head", "scan", "adamw"), 0.0)
+
+        def timed(part: str, work: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                start = time.perf_counter()
+                result = work(*args, **kwargs)
+                spent[part] += time.perf_counter() - start
+                return result
+            return run
+
+        steps, scan = 5, ssd._Scan
+        with contextlib.ExitStack() as undo:
+            for owner, name, part in ((scan, "forward", "scan"), (scan, "backward", "scan")):
+                original = getattr(owner, name)
+                setattr(owner, name, staticmethod(timed(part, original)))
+                undo.callback(setattr, owner, name, staticmethod(original))
+            head = mamba2.linear_cross_entropy_gradients
+            mamba2.linear_cross_entropy_gradients = timed("head", head)
+            undo.callback(setattr, mamba2, "linear_cross_entropy_gradients", head)
+            adamw = timed("adamw", self.adamw.step)
+            total = 0.0
+            for _ in range(steps):
+                total += seconds(lambda: self.model.accumulate_grad(self.batch, fresh=True))
+                total += seconds(adamw)
+        found = {part: value / steps for part, value in spent.items()}
+        return found | {"rest": total / steps - sum(found.values())}
+
+    def token(self) -> dict[str, float]:
+        """Seconds for one more token after prompts of some lengths."""
+        found = {}
+        for length in (16, 256, 2048):
+            logits, state = prefill(self.model, torch.zeros(1, length, dtype=torch.long))
+            work = bind(step, self.model, logits.argmax(-1), state)
+            found[str(length)] = median_seconds(work, 31)
+        return found
 
 
-def ours(arguments: argparse.Namespace) -> Commands:
-    before = resident_mib()
-    model = Mamba2LM(ModelConfig(n_layer=arguments.layers), VOCAB, DTYPES[arguments.dtype])
-    model.init_weights(0)
-    flat = FlatParams(model)
-    adamw = torch.optim.AdamW([flat.parameter()], lr=LR, weight_decay=0.01, fused=True)
-    batch = batch_of(arguments)
+class Stock:
+    """A step as users of transformers make it."""
 
-    def train() -> None:
-        flat.grad.zero_()
-        model.accumulate_grad(batch)
-        adamw.step()
+    def __init__(self, config: ModelConfig, arguments: argparse.Namespace) -> None:
+        from transformers import Mamba2Config, Mamba2ForCausalLM
 
-    def floor() -> float:
-        return product_seconds(train) + adamw_seconds(flat.size)
+        theirs = to_transformers_config(config, VOCAB)
+        theirs.chunk_size = Mamba2Config().chunk_size
+        self.model = Mamba2ForCausalLM(theirs)
+        self.adamw = torch.optim.AdamW(self.model.parameters(), **ADAMW)
+        self.batch = torch.randint(VOCAB, (arguments.batch, arguments.length))
+        self.low = arguments.dtype == "bf16"
 
-    def evaluate() -> None:
-        with torch.no_grad():
-            model.loss(batch)
-
-    return {"step": lambda: seconds(train), "memory": lambda: peak_mib() - before,
-            "floor": floor, "parts": lambda: parts(train, adamw),
-            "evaluate": lambda: median_seconds(evaluate), "token": lambda: token_seconds(model)}
+    def train(self) -> None:
+        self.adamw.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.low):
+            loss = self.model(self.batch, labels=self.batch).loss
+        loss.backward()
+        self.adamw.step()
 
 
-def stock(arguments: argparse.Namespace) -> Commands:
-    from transformers import Mamba2ForCausalLM
-
-    from fedrun.model.convert import to_transformers_config
-
-    before = resident_mib()
-    config = to_transformers_config(ModelConfig(n_layer=arguments.layers), VOCAB)
-    config.chunk_size = type(config)().chunk_size
-    model = Mamba2ForCausalLM(config)
-    adamw = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
-    batch = batch_of(arguments)
-    low = (torch.autocast("cpu", torch.bfloat16) if arguments.dtype == "bf16"
-           else contextlib.nullcontext())
-
-    def train() -> None:
-        adamw.zero_grad()
-        with low:
-            result = model(batch, labels=batch).loss
-        result.backward()
-        adamw.step()
-
-    return {"step": lambda: seconds(train), "memory": lambda: peak_mib() - before}
-
-
-def parts(train: Step, adamw: torch.optim.Optimizer) -> dict[str, float]:
-    """Mean seconds of a step in the head, the scan, AdamW and all the rest."""
-    spent = dict.fromkeys(("head", "scan", "adamw"), 0.0)
-
-    def timed(part: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            start = time.perf_counter()
-            result = work(*args, **kwargs)
-            spent[part] += time.perf_counter() - start
-            return result
-        return run
-
-    steps = 5
-    with contextlib.ExitStack() as replaced:
-        for owner, name, part in ((mamba2, "linear_cross_entropy_gradients", "head"),
-                                  (ssd._Scan, "forward", "scan"), (ssd._Scan, "backward", "scan"),
-                                  (adamw, "step", "adamw")):
-            original = getattr(owner, name)
-            wrapped = timed(part, original)
-            setattr(owner, name, staticmethod(wrapped) if owner is ssd._Scan else wrapped)
-            replaced.callback(setattr, owner, name,
-                              staticmethod(original) if owner is ssd._Scan else original)
-        total = sum(seconds(train) for _ in range(steps))
-    found = {part: value / steps for part, value in spent.items()}
-    return found | {"rest": total / steps - sum(found.values())}
-
-
-def token_seconds(model: Mamba2LM) -> dict[str, float]:
-    """Seconds for one more token after prompts of some lengths."""
-    found = {}
-    for length in (16, 256, 2048):
-        logits, state = prefill(model, torch.zeros(1, length, dtype=torch.long))
-        again = functools.partial(step, model, logits.argmax(-1), state)
-        found[str(length)] = median_seconds(again, 31)
-    return found
+def bind(work: Callable[..., object], *args: object) -> Callable[[], object]:
+    return lambda: work(*args)
 
 
 def main() -> None:
@@ -139,7 +124,15 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    answer({"ours": ours, "stock": stock}[arguments.side](arguments))
+    build = Ours if arguments.side == "ours" else Stock
+    # A small model first: the code that a step loads is not the memory that it needs.
+    build(ModelConfig(d_model=16, d_state=16, headdim=16), argparse.Namespace(
+        **vars(arguments) | {"batch": 1, "length": 16})).train()
+    before = resident_mib()
+    one = build(ModelConfig(n_layer=arguments.layers), arguments)
+    commands = {name: getattr(one, name) for name in ("floor", "parts", "token")
+                if hasattr(one, name)}
+    answer(commands | {"step": lambda: seconds(one.train), "memory": lambda: peak_mib() - before})
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ the floor.
     python -m tests.benchmarks.step --layers 1 --batch 4 --json
 
 Ours and theirs take turns in processes of their own; times are medians, with the interquartile
-range in percent beside them; memory is the peak above what the process held after its imports.
-The floor is the time of the step's own matrix products, measured alone, and of AdamW's memory
-traffic at the rate of a copy.
+range in percent beside them; memory is the peak above what the process held when it had trained a
+tiny model once. The floor is the time of the step's matrix products, measured alone, and of AdamW's
+memory traffic at the rate of a copy (see floor.py).
 """
 
 from __future__ import annotations

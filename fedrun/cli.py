@@ -10,6 +10,7 @@ import argparse
 import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -21,6 +22,7 @@ from fedrun.strategies import STRATEGIES
 METHODS = {"central": "centralised training, the baseline: all the data in one process"} | {
     name: (cls.__doc__ or "").split("\n")[0] for name, cls in STRATEGIES.items()}
 
+SECONDS_FOR_RANK_0 = 15.0
 # Commands beside training: name -> (help, module whose `main(argv) -> exit code` it is).
 TOOLS: dict[str, tuple[str, str]] = {
     "study": ("a grid of runs, tuned and repeated over seeds, in one table", "fedrun.study"),
@@ -54,9 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def complain(error: Exception) -> None:
-    """The one line for a user who asked for what cannot be; every rank asked the same."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"fedrun: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    """The one line for a user who asked for what cannot be.
+
+    Mostly every rank was asked the same, and rank 0 says it; a launcher ends all with the first
+    that ends, so the others wait. Who is still there after that has a complaint of its own.
+    """
+    if int(os.environ.get("RANK", "0")):
+        time.sleep(SECONDS_FOR_RANK_0)
+    print(f"fedrun: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
 def parse(argv: Sequence[str]) -> RunConfig | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedrun.model import loss as loss_module
 from fedrun.model.loss import linear_cross_entropy, predictive_entropy
 
-CHUNK_TOKENS = loss_module.chunk_tokens(torch.device("cpu"), torch.float64)
+CHUNK_TOKENS = loss_module.chunk_tokens(torch.empty(1, 16), torch.float64)
 
 
 @pytest.fixture(autouse=True)
@@ -21,10 +21,11 @@ def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(loss_module.BLOCK_ROWS, "cpu", 40)
 
 
-def example(tokens: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+def example(tokens: int, dtype: torch.dtype = torch.float64, width: int = 16,
+            ) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(tokens)
-    hidden = torch.randn(tokens, 16, generator=generator, dtype=torch.float64)
-    weight = torch.randn(97, 16, generator=generator, dtype=torch.float64)
+    hidden = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
+    weight = torch.randn(97, width, generator=generator, dtype=torch.float64)
     targets = torch.randint(97, (tokens,), generator=generator)
     return (hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets)
 
@@ -43,6 +44,25 @@ def test_loss_and_gradients_equal_the_formula(tokens: int) -> None:
     torch.testing.assert_close(torch.autograd.grad(scale * got, (hidden, weight)),
                                torch.autograd.grad(scale * expected, (hidden, weight)),
                                rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("low", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6),
+                                                (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("tokens", [3, 120, 128, 1000])
+def test_logits_that_lie_where_the_gradient_is_written(
+        monkeypatch: pytest.MonkeyPatch, low: torch.dtype, tolerance: float, tokens: int) -> None:
+    """Of the first chunk, while a row of the weight is as large as its tokens' logits."""
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 256)
+    dtype = torch.float32 if low == torch.bfloat16 else low
+    hidden, weight, targets = example(tokens, dtype, width=128)
+    with torch.no_grad():
+        weight.mul_(0.1)
+    row = weight.shape[1] * weight.itemsize
+    assert loss_module.chunk_tokens(weight, low, add=False) * low.itemsize == row
+    got = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, low), (hidden, weight))
+    expected = torch.autograd.grad(plain(hidden, weight, targets), (hidden, weight))
+    for ours, theirs in zip(got, expected, strict=True):
+        assert (ours - theirs).norm() / theirs.norm() < tolerance
 
 
 def test_equals_torchs_linear_cross_entropy() -> None:

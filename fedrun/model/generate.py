@@ -24,7 +24,7 @@ def prefill(model: Mamba2LM, input_ids: Tensor) -> tuple[Tensor, State]:
         mixed, layer_state = block.mixer(block.norm(residual))
         residual = residual + mixed
         state.append(layer_state)
-    return model.head(model.backbone.norm_f(residual[:, -1])), state
+    return _logits(model, residual[:, -1]), state
 
 
 @torch.no_grad()
@@ -43,7 +43,7 @@ def step(model: Mamba2LM, tokens: Tensor, state: State) -> Tensor:
         y, ssm_state = ssd_step(x, dt, -torch.exp(mixer.A_log), B, C, mixer.D, ssm_state)
         state[layer] = window[:, 1:], ssm_state
         residual = residual + mixer.finish(y, z)
-    return model.head(model.backbone.norm_f(residual))
+    return _logits(model, residual)
 
 
 @torch.no_grad()
@@ -61,6 +61,12 @@ def generate(model: Mamba2LM, input_ids: Tensor, max_new_tokens: int, temperatur
         if i < max_new_tokens - 1:
             logits = step(model, tokens[-1], state)
     return torch.stack(tokens, dim=1)
+
+
+def _logits(model: Mamba2LM, residual: Tensor) -> Tensor:
+    # In the weight's own type whatever that of products is: one row is multiplied in the time that
+    # it takes to read the weight, which a cast would do as well.
+    return F.linear(model.backbone.norm_f(residual), model.lm_head.weight)
 
 
 def _choose(logits: Tensor, temperature: float, top_k: int,

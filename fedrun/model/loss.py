@@ -22,18 +22,22 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Measured with tests/benchmarks/step.py. A chunk's logits are kept until the weight's gradient is
-# made: larger chunks pass over weight and gradient less often, and take more memory.
+# made: larger chunks pass over weight and gradient less often, and take more memory. The first
+# chunk takes none: its logits lie where the gradient that it makes will be written.
 CHUNK_BYTES = {"cpu": 1024, "cuda": 8192}  # of logits, for each word of the vocabulary
-BLOCK_ROWS = {"cpu": 1024, "cuda": 2**17}  # words of the vocabulary
-EVALUATED_TOKENS = 2048  # in a chunk of which nothing is kept
+BLOCK_ROWS = {"cpu": 2048, "cuda": 2**17}  # words of the vocabulary
 ALIGNMENT = 64  # tokens: products and reductions over ragged rows are several times slower
 # Sums of exponentials within which nothing that matters overflows or vanishes in fp32 and bf16.
 SAFE_TOTAL = 1e-20, 1e25
 
 
-def chunk_tokens(device: torch.device, dtype: torch.dtype) -> int:
-    """Tokens whose logits are kept at a time, for products in `dtype`."""
-    return CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"]) // dtype.itemsize
+def chunk_tokens(weight: Tensor, dtype: torch.dtype, add: bool = True) -> int:
+    """Tokens whose logits are kept at a time, for products in `dtype`.
+
+    Without `add`, where the weight's gradient is written and not added to, they may be more.
+    """
+    size = CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES["cpu"])
+    return (size if add else max(size, weight.shape[1] * weight.itemsize)) // dtype.itemsize
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor,
@@ -55,8 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor,
                 low: torch.dtype) -> Tensor:
         if not any(ctx.needs_input_grad):
-            return (_log_partition(hidden, weight, low)[0]
-                    - _logit_of(hidden, weight, targets, low)).sum()
+            return _loss(hidden, weight, targets, low)
         grad_weight = torch.empty_like(weight)
         loss, grad_hidden = linear_cross_entropy_gradients(
             hidden, weight, targets, low, 1.0, grad_weight, add=False)
@@ -83,15 +86,18 @@ def linear_cross_entropy_gradients(
     """
     loss = hidden.new_zeros(())
     grad_hidden = torch.empty_like(hidden)
-    chunk = chunk_tokens(hidden.device, product_dtype)
-    for x, target, grad_x in zip(hidden.split(chunk), targets.split(chunk),
-                                 grad_hidden.split(chunk), strict=True):
-        exponentials, shift, total, expected = _softmax(x, weight, product_dtype)
+    end = 0
+    while end < len(hidden):
+        start, end = end, end + chunk_tokens(weight, product_dtype, add)
+        x, target, grad_x = (t[start:end] for t in (hidden, targets, grad_hidden))
+        expected = x.new_empty(x.shape[1], _aligned(len(x)))
+        exponentials, shift, total = _softmax(x, weight, product_dtype, expected,
+                                              None if add else grad_weight)
         at_target = _logit_of(x, weight, target, product_dtype)
         loss += (shift + torch.log(total) - at_target).sum()
         # d loss / d logits = softmax - one-hot, with softmax = exponentials / total
         factor = (scale / total)[:, None]  # (tokens, 1)
-        torch.mul(expected, factor, out=grad_x).sub_(weight[target], alpha=scale)
+        torch.mul(expected.T[:len(x)], factor, out=grad_x).sub_(weight[target], alpha=scale)
         scaled = (x * factor).to(product_dtype)
         for rows in _blocks(weight):
             _product(exponentials[rows, :len(x)], scaled, grad_weight[rows], add)
@@ -100,26 +106,30 @@ def linear_cross_entropy_gradients(
     return loss, grad_hidden
 
 
-@torch.no_grad()
-def predictive_entropy(hidden: Tensor, weight: Tensor,
-                       product_dtype: torch.dtype | None = None) -> Tensor:
-    """Sum over tokens of the entropy of softmax(hidden @ weight.T), in nats: a 0-dim tensor.
-
-    hidden: (tokens, d_model); weight: (vocab, d_model). No gradients.
-    """
-    log_partition, mean_logit = _log_partition(hidden, weight, product_dtype or hidden.dtype)
-    return (log_partition - mean_logit).sum()
+def _loss(hidden: Tensor, weight: Tensor, targets: Tensor, low: torch.dtype) -> Tensor:
+    loss = hidden.new_zeros(())
+    chunk = chunk_tokens(weight, low)
+    for x, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        _, shift, total = _softmax(x, weight, low)
+        loss += (shift + torch.log(total) - _logit_of(x, weight, target, low)).sum()
+    return loss
 
 
-def _softmax(x: Tensor, weight: Tensor, low: torch.dtype) -> tuple[Tensor, ...]:
+def _softmax(x: Tensor, weight: Tensor, low: torch.dtype, expected: Tensor | None = None,
+             room: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The softmax of a chunk's logits, not normalised, and what it expects of the weight.
 
-    Returns exp(logits - shift) (vocab, tokens), whose memory the next call takes again and whose
-    last columns stand for no token; shift and the sums of the exponentials (tokens,); and the sums
-    of the weight's rows, weighted with the exponentials (tokens, d_model).
+    Returns exp(logits - shift) (vocab, tokens), whose last columns stand for no token; shift and
+    the sums of the exponentials (tokens,). The exponentials lie in `room`, a tensor of the weight's
+    size, if they fit, or else in memory that the next call takes again. The sum of the weight's
+    rows, weighted with the exponentials, goes to `expected` (d_model, tokens).
     """
     columns = _columns(x, low)
-    exponentials = _scratch.empty("logits", (len(weight), columns.shape[1]), low, x.device)
+    shape = len(weight), columns.shape[1]
+    if room is not None and shape[1] * low.itemsize <= room.shape[1] * room.itemsize:
+        exponentials = room.view(low)[:, :shape[1]]
+    else:
+        exponentials = _scratch.empty("logits", shape, low, x.device)
     # Unless logits are extreme exp needs no shift, and the passes for it can be left out. To look
     # costs nothing on a CPU; elsewhere it would mean to wait for the device.
     for shifted in (False, True) if x.is_cpu else (True,):
@@ -129,7 +139,6 @@ def _softmax(x: Tensor, weight: Tensor, low: torch.dtype) -> tuple[Tensor, ...]:
                 torch.mm(block, columns, out=exponentials[rows])
             shift = exponentials.amax(0)
         total = x.new_zeros(columns.shape[1])
-        expected = x.new_empty(columns.shape)  # (d_model, tokens)
         for rows, block in _cast_blocks(weight, low):
             part = exponentials[rows]
             if shifted:
@@ -137,20 +146,24 @@ def _softmax(x: Tensor, weight: Tensor, low: torch.dtype) -> tuple[Tensor, ...]:
             else:
                 torch.mm(block, columns, out=part)
             total += part.exp_().sum(0)
-            _product(block.T, part, expected, add=rows.start > 0)
+            if expected is not None:
+                _product(block.T, part, expected, add=rows.start > 0)
         if shifted or SAFE_TOTAL[0] < total.min() <= total.max() < SAFE_TOTAL[1]:
             break
-    tokens = len(x)
-    return exponentials, shift[:tokens].to(x.dtype), total[:tokens], expected.T[:tokens]
+    return exponentials, shift[:len(x)].to(x.dtype), total[:len(x)]
 
 
-def _log_partition(hidden: Tensor, weight: Tensor, low: torch.dtype) -> tuple[Tensor, Tensor]:
-    """log sum exp of each token's logits, and their mean under the softmax: (tokens,) each.
+@torch.no_grad()
+def predictive_entropy(hidden: Tensor, weight: Tensor,
+                       product_dtype: torch.dtype | None = None) -> Tensor:
+    """Sum over tokens of the entropy of softmax(hidden @ weight.T), in nats: a 0-dim tensor.
 
-    Block by block with a running maximum, as in Milakov & Gimelshein (2018, algorithm 3).
+    hidden: (tokens, d_model); weight: (vocab, d_model). No gradients. Block by block with a running
+    maximum, as in Milakov & Gimelshein (2018, algorithm 3).
     """
-    log_partitions, means = [], []
-    for x in hidden.split(EVALUATED_TOKENS):
+    low = product_dtype or hidden.dtype
+    entropy = hidden.new_zeros(())
+    for x in hidden.split(chunk_tokens(weight, low)):
         columns = _columns(x, low)
         shift = total = weighted = x.new_zeros(())
         for rows, block in _cast_blocks(weight, low):
@@ -162,14 +175,13 @@ def _log_partition(hidden: Tensor, weight: Tensor, low: torch.dtype) -> tuple[Te
             moved = torch.maximum(shift, largest) - shift
             shift = shift + moved
             shrink = torch.exp(-moved)
-            logits = logits.sub_(shift)
-            exponentials = logits.exp()
+            exponentials = logits.sub_(shift).exp()
             # weighted is the sum of exp(logit - shift) * (logit - shift)
             weighted = (weighted - moved * total) * shrink + logits.mul_(exponentials).sum(0)
             total = total * shrink + exponentials.sum(0)
-        log_partitions.append((shift + torch.log(total))[:len(x)])
-        means.append((shift + weighted / total)[:len(x)])
-    return torch.cat(log_partitions), torch.cat(means)
+        # -sum p log p with log p = logit - shift - log total
+        entropy += (torch.log(total) - weighted / total)[:len(x)].sum()
+    return entropy
 
 
 def _logit_of(x: Tensor, weight: Tensor, target: Tensor, low: torch.dtype) -> Tensor:
@@ -180,9 +192,13 @@ def _logit_of(x: Tensor, weight: Tensor, target: Tensor, low: torch.dtype) -> Te
 
 def _columns(x: Tensor, low: torch.dtype) -> Tensor:
     """(tokens, d_model) -> (d_model, tokens, filled up with zeros to a multiple of ALIGNMENT)"""
-    padded = x.new_zeros(-(-len(x) // ALIGNMENT) * ALIGNMENT, x.shape[1], dtype=low)
+    padded = x.new_zeros(_aligned(len(x)), x.shape[1], dtype=low)
     padded[:len(x)] = x
     return padded.T
+
+
+def _aligned(tokens: int) -> int:
+    return -(-tokens // ALIGNMENT) * ALIGNMENT
 
 
 def _blocks(weight: Tensor) -> Iterator[slice]:
@@ -200,8 +216,9 @@ def _cast_blocks(weight: Tensor, low: torch.dtype) -> Iterator[tuple[slice, Tens
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-    """out = or += a @ b, summed in out's type whatever that of a and b is."""
-    if a.dtype == out.dtype:
+    """out = or += a @ b, summed in out's type whatever that of a and b is; a may lie in out."""
+    if a.dtype == out.dtype and (add or a.untyped_storage().data_ptr()
+                                 != out.untyped_storage().data_ptr()):
         torch.addmm(out, a, b, beta=1 if add else 0, out=out)
         return
     product = torch.mm(a, b, out=_scratch.empty("product", out.shape, b.dtype, b.device))

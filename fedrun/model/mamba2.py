@@ -228,18 +228,23 @@ class Mamba2LM(nn.Module):
         low = product_dtype(self.compute_dtype, weight)
         count = input_ids[:, 1:].numel()
         loss = weight.new_zeros(())
-        # A chunk of the head at a time: more tokens together are no faster and take more memory.
-        sequences = max(1, chunk_tokens(weight.device, low) // input_ids.shape[1])
-        for ids in input_ids.split(sequences):
-            embedded = F.embedding(ids, weight).requires_grad_()
-            hidden = self.hidden_of(embedded)
-            part, grad = linear_cross_entropy_gradients(
-                hidden.detach()[:, :-1].flatten(0, 1), weight, ids[:, 1:].flatten(), low,
-                1 / count, grad_weight, add=not fresh)
-            hidden[:, :-1].backward(grad.view(len(ids), -1, grad.shape[-1]))
-            assert embedded.grad is not None
-            grad_weight.index_add_(0, ids.flatten(), embedded.grad.flatten(0, 1))
-            loss += part
+        length, end = input_ids.shape[1], 0
+        while end < len(input_ids):  # a chunk of the head at a time
+            start, end = end, end + max(1, chunk_tokens(weight, low, add=not fresh) // length)
+            # The layers take fewer tokens at a time: what they keep should stay in the cache.
+            ids = input_ids[start:end].split(max(1, chunk_tokens(weight, low) // length))
+            embedded = [F.embedding(part, weight).requires_grad_() for part in ids]
+            hidden = [self.hidden_of(part)[:, :-1] for part in embedded]
+            part_loss, grad = linear_cross_entropy_gradients(
+                torch.cat([part.detach() for part in hidden]).flatten(0, 1), weight,
+                input_ids[start:end, 1:].flatten(), low, 1 / count, grad_weight, add=not fresh)
+            grads = grad.unflatten(0, (-1, length - 1)).split([len(part) for part in ids])
+            for tokens, leaf, top, grad in zip(ids, embedded, hidden, grads, strict=True):
+                top.backward(grad)
+                assert leaf.grad is not None
+                grad_weight.index_add_(0, tokens.flatten(), leaf.grad.flatten(0, 1))
+                leaf.grad = None
+            loss += part_loss
             fresh = False
         return loss, count
 

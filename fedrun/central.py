@@ -8,6 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedrun.checkpoint import (
+    GLOBAL,
+    Checkpoint,
+    Checkpoints,
+    Saver,
+    client_file,
+    folder_of,
+)
 from fedrun.client import Client, LocalLosses
 from fedrun.config import CentralConfig
 from fedrun.data.shards import Batches, contiguous_shards, make_batches
@@ -16,7 +24,8 @@ from fedrun.evaluate import mean_loss, perplexity, sample_text, validation_piece
 from fedrun.history import Clocks, half_losses
 from fedrun.optimizer import LocalOptimizer, scheduled_lr
 from fedrun.params import FlatParams
-from fedrun.rundir import save_model, save_studied, studied, write_json
+from fedrun.rundir import save_model, save_studied, studied, write_json, write_outcome
+from fedrun.stopping import StopRequest
 from fedrun.track import Events, Progress
 from fedrun.worker import new_model
 
@@ -57,56 +66,119 @@ def training_client(config: CentralConfig, data: TokenData, flat: FlatParams) ->
     return Client(0, owned, data.train, flat, config, optimizer), steps
 
 
-def run(config: CentralConfig, data: TokenData, device: torch.device) -> None:
+class Training:
+    """A run in one process: the model, its client, and what is recorded of them."""
+
+    def __init__(self, config: CentralConfig, data: TokenData, device: torch.device,
+                 made_with: dict[str, Any], checkpoint: Checkpoint | None) -> None:
+        self.config, self.data, self.device = config, data, device
+        self.model = new_model(config, data.vocab_size, device)
+        self.flat = FlatParams(self.model)
+        self.client, self.steps = training_client(config, data, self.flat)
+        self.start = studied(self.flat.views(self.flat.vector))
+        self.history: list[dict[str, Any]] = []
+        self.clocks = Clocks()
+        self.last_gradient: Tensor | None = None
+        self.done = 0
+        if checkpoint:
+            self._load(checkpoint)
+        self.progress = Progress("step", self.steps, self.done, self.clocks.tokens)
+        self.events = Events(config, "step", self.steps, self.done)
+        self.saver = Saver()
+        self.checkpoints = Checkpoints(config, made_with, 1, self.progress.say)
+
+    def step(self) -> None:
+        """One optimizer step, evaluated and recorded where it is due."""
+        config, before = self.config, time.monotonic()
+        losses: LocalLosses = self.client.train(self.model, 1, self.done)
+        loss_sum = losses.loss_sum.item()
+        self.clocks.add(config.batch_size * config.sequence_length, loss_sum, losses.tokens,
+                        local_training_seconds=time.monotonic() - before)
+        self.done += 1
+        if not torch.isfinite(self.flat.vector.sum()):
+            raise RuntimeError(f"step {self.done}: the model is no longer finite (--lr "
+                               f"{config.lr:g} may be too large); the last good one is in "
+                               f"{config.run_dir}")
+        train_ppl, seen = perplexity(loss_sum / losses.tokens), {}
+        if self.done == 1 or self.done % config.val_freq == 0 or self.done == self.steps:
+            seen = {"val_ppl": self._record()}
+        self.events.add("step", step=self.done, train_ppl=train_ppl,
+                        lr=scheduled_lr(config, self.done - 1, self.steps), **self.clocks.now(),
+                        **seen)
+        self.progress.step(self.done, train_ppl, self.clocks.tokens, seen.get("val_ppl"))
+
+    def _record(self) -> float:
+        """Evaluate, and write what is to be kept of this step; the validation perplexity."""
+        config, before = self.config, time.monotonic()
+        pieces = validation_pieces(self.model, self.data.validation, self.device)
+        val_loss = mean_loss(pieces)
+        self.clocks.add(0, 0.0, 0, evaluation_seconds=time.monotonic() - before)
+        now = studied(self.flat.views(self.flat.vector))
+        cosine = None if self.last_gradient is None else float(
+            torch.nn.functional.cosine_similarity(self.flat.grad, self.last_gradient, dim=0))
+        self.last_gradient = self.flat.grad.clone()
+        self.history.append({
+            "step": self.done, "val_loss": val_loss, "val_ppl": perplexity(val_loss),
+            "val_loss_halves": half_losses(pieces), **self.clocks.take_train_loss(),
+            "generated": sample_text(self.model, self.data, self.device), "grad_cosine": cosine,
+            "delta_norms": {k: float(((now[k] - self.start[k]) ** 2).sum() ** 0.5) for k in now},
+            **self.clocks.now()})
+        save_studied(config.run_dir, self.done, now, self.start)
+        save_model(config.run_dir / "model.safetensors", self.flat.views(self.flat.vector))
+        write_json(config.run_dir / "training_history.json", self.history)
+        return perplexity(val_loss)
+
+    def save(self) -> None:
+        """Begin a checkpoint of this step."""
+        gradient = {} if self.last_gradient is None else {"last_gradient": self.last_gradient}
+        folder = folder_of(self.config.run_dir, self.done)
+        self.checkpoints.begin(self.done, {"history": self.history.copy(),
+                                           "clocks": self.clocks.state()})
+        self.saver.begin(folder, self.done, {GLOBAL: {"model": self.flat.vector} | gradient,
+                                             client_file(0): self.client.state()})
+
+    def commit(self, wait: bool = False) -> None:
+        """Finish the checkpoint whose tensors are written, if there is one."""
+        for commit in self.checkpoints.collect([{"saved": self.saver.written(wait)}]):
+            commit()
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        state, tensors = checkpoint.server, checkpoint.tensors(GLOBAL)
+        self.done, self.history = checkpoint.step, state["history"]
+        self.clocks.load_state(state["clocks"])
+        self.flat.vector.copy_(tensors["model"])
+        if "last_gradient" in tensors:
+            self.last_gradient = tensors["last_gradient"].to(self.device)
+        self.client.load_state(checkpoint.tensors(client_file(0)))
+        write_json(self.config.run_dir / "training_history.json", self.history)
+
+    def close(self, stop: str) -> None:
+        """Wait until all is written, and say how the run stands."""
+        self.commit(wait=True)
+        self.events.add("end", **self.clocks.now())
+        self.events.close()
+        self.progress.close()
+        write_outcome(self.config.run_dir, "stopped" if stop else "finished", self.done, stop)
+
+
+def run(config: CentralConfig, data: TokenData, device: torch.device, stopping: StopRequest,
+        made_with: dict[str, Any], checkpoint: Checkpoint | None = None) -> str:
     """Train for all epochs or `rounds` optimizer steps, evaluating every `val_freq` of them.
 
     A record's `grad_cosine` is the cosine between the gradient of this step and the one of the
-    record before; `delta_norms` are Frobenius norms of the change since the start.
+    record before; `delta_norms` are Frobenius norms of the change since the start. Returns who
+    asked for an end before the last step; empty after it.
     """
-    model = new_model(config, data.vocab_size, device)
-    flat = FlatParams(model)
-    client, steps = training_client(config, data, flat)
-    start = studied(flat.views(flat.vector))
-    history: list[dict[str, Any]] = []
-    progress = Progress("step", steps)
-    events = Events(config.run_dir / "events.jsonl", config)
-    events.add("start", unit="step", total=steps)
-    clocks = Clocks()
-    last_gradient: Tensor | None = None
-    for step in range(1, steps + 1):
-        before = time.monotonic()
-        losses: LocalLosses = client.train(model, 1, step - 1)
-        loss_sum = losses.loss_sum.item()
-        clocks.add(config.batch_size * config.sequence_length, loss_sum, losses.tokens,
-                   local_training_seconds=time.monotonic() - before)
-        if not torch.isfinite(flat.vector.sum()):
-            raise RuntimeError(f"step {step}: the model is no longer finite (--lr {config.lr:g} "
-                               f"may be too large); the last good one is in {config.run_dir}")
-        train_ppl = perplexity(loss_sum / losses.tokens)
-        val_ppl = None
-        if step == 1 or step % config.val_freq == 0 or step == steps:
-            before = time.monotonic()
-            pieces = validation_pieces(model, data.validation, device)
-            val_loss = mean_loss(pieces)
-            clocks.add(0, 0.0, 0, evaluation_seconds=time.monotonic() - before)
-            val_ppl = perplexity(val_loss)
-            now = studied(flat.views(flat.vector))
-            cosine = None if last_gradient is None else float(
-                torch.nn.functional.cosine_similarity(flat.grad, last_gradient, dim=0))
-            last_gradient = flat.grad.clone()
-            history.append({
-                "step": step, "val_loss": val_loss, "val_ppl": val_ppl,
-                "val_loss_halves": half_losses(pieces), **clocks.take_train_loss(),
-                "generated": sample_text(model, data, device), "grad_cosine": cosine,
-                "delta_norms": {k: float(((now[k] - start[k]) ** 2).sum() ** 0.5) for k in now},
-                **clocks.now()})
-            save_studied(config.run_dir, step, now, start)
-            save_model(config.run_dir / "model.safetensors", flat.views(flat.vector))
-            write_json(config.run_dir / "training_history.json", history)
-        seen = {} if val_ppl is None else {"val_ppl": val_ppl}
-        events.add("step", step=step, train_ppl=train_ppl, lr=scheduled_lr(config, step - 1, steps),
-                   **clocks.now(), **seen)
-        progress.step(step, train_ppl, clocks.tokens, val_ppl)
-    events.add("end", **clocks.now())
-    events.close()
-    progress.close()
+    training = Training(config, data, device, made_with, checkpoint)
+    stop = ""
+    while training.done < training.steps and not stop:
+        training.step()
+        training.commit()
+        if training.done < training.steps:
+            stop = stopping.signal or ("the STOP file" if stopping.file_says_so() else "")
+        if stop or training.checkpoints.due(training.done):
+            training.save()
+    training.close(stop)
+    if stop:
+        stopping.obeyed()
+    return stop and f"{stop}, after step {training.done}"

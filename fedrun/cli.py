@@ -80,8 +80,11 @@ def parse(argv: Sequence[str]) -> RunConfig | None:
         raise ValueError(f"unknown command {argv[0]!r}{closest(method, known)}; "
                          f"known are {', '.join(known)}")
     flags = vars(method_parser(method).parse_args([with_underscores(a) for a in argv[1:]]))
-    only_print = flags.pop("print_config")
+    only_print, only_print_folder = flags.pop("print_config"), flags.pop("print_run_dir")
     config = resolve(method, {k: v for k, v in flags.items() if v is not None})
+    if only_print_folder:
+        print(config.run_dir)
+        return None
     if only_print:
         import yaml
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
@@ -124,6 +127,8 @@ def method_parser(method: str) -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", help=f"{text} (default: {shown})", default=None, **extra)
     parser.add_argument("--print_config", action="store_true",
                         help="Print the resolved settings as YAML and stop.")
+    parser.add_argument("--print_run_dir", action="store_true",
+                        help="Print the path of the run's folder and stop (for launchers).")
     return parser
 
 

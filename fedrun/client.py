@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,8 @@ from fedrun.fisher import FisherEstimate, batch_gradient
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.optimizer import LocalOptimizer
 from fedrun.params import FlatParams
+
+ADAMW = "adamw."  # prefix of the optimizer's tensors among a client's
 
 
 @dataclass
@@ -57,6 +59,23 @@ class Client:
         """Drop all that local training has left behind, after an update that was not finite."""
         self.parameters = None
         self.optimizer.reset()
+
+    def state(self) -> dict[str, Tensor]:
+        """What the client needs to go on, by name: its place in its data, AdamW's state, and its
+        own parameters where it has some. The tensors themselves, no copies."""
+        state = {"steps_done": torch.tensor(self.steps_done)}
+        state |= {ADAMW + name: t for name, t in self.optimizer.state().items()}
+        if self.parameters is not None:
+            state["parameters"] = self.parameters
+        return state
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `state` gave."""
+        self.steps_done = int(state["steps_done"])
+        self.optimizer.load_state({name.removeprefix(ADAMW): t for name, t in state.items()
+                                   if name.startswith(ADAMW)})
+        if "parameters" in state:
+            self.parameters = state["parameters"].to(self.flat.vector.device)
 
     def train(self, model: Mamba2LM, steps: int, first_step: int,
               between_steps: Callable[[], None] = lambda: None, *, anchor: Tensor | None = None,

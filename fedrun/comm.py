@@ -7,10 +7,12 @@ timeout, and where a rank is missing the message names it.
 from __future__ import annotations
 
 import json
+import os
+import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, cast
 
@@ -126,6 +128,10 @@ class Control:
         """Whether some rank has failed: a look at the store, about 0.06 ms."""
         return self.store is not None and self.store.check([_FAILED])
 
+    def lost_peers(self) -> list[int]:
+        """Ranks that show no sign of life; takes three seconds. From any thread."""
+        return [] if self._beats is None else self._beats.silent(range(self.world_size))
+
     def close(self) -> None:
         """After the last message of a run that has succeeded."""
         if self._beats is not None:
@@ -142,8 +148,7 @@ class Control:
     def _lost(self, unanswered: dict[int, str]) -> LostRanks:
         """The error for ranks that did not answer, naming first those that show no life."""
         names = ", ".join(map(str, unanswered))
-        assert self._beats is not None
-        dead = self._beats.silent(range(self.world_size))
+        dead = self.lost_peers()
         life = f"no sign of life from rank {', '.join(map(str, dead))}, " if dead else ""
         return LostRanks(f"{life}no word from rank {names} to rank {self.rank} (dead, stuck, or "
                          f"slower than --timeout {self.timeout.total_seconds():g} s): "
@@ -163,9 +168,14 @@ class _Heartbeat:
         self._thread.start()
 
     def _beat(self) -> None:
-        with suppress(RuntimeError):  # the store is gone: the run is at its end
+        try:
             while not self._stopped.wait(self.SECONDS):
                 self.store.add(f"beats/{self.rank}", 1)
+        except RuntimeError:  # the store is gone: either the run is at its end, or its launcher is
+            if not self._stopped.wait(3 * self.SECONDS):
+                print(f"fedrun: rank {self.rank}: the launcher is gone: ends at once",
+                      file=sys.stderr, flush=True)
+                os._exit(1)
 
     def stop(self) -> None:
         """Before the process ends: a thread inside the store would abort the interpreter's end."""

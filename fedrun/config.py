@@ -115,7 +115,14 @@ class RunConfig:
     run_name: str | None = None
     """Name of the run's folder, instead of the one made from method, config and seed."""
     overwrite: bool = False
-    """Replace a run folder that was made with other settings."""
+    """Begin anew, replacing whatever run the folder holds. Ignored when a launcher restarts the
+    job by itself: it goes on."""
+    resume: str = "auto"
+    """Where to begin: auto goes on from the newest whole checkpoint in the run's folder, if it has
+    one; never begins anew; or from a folder: another run, or one of its checkpoints."""
+    checkpoint_freq: int | None = 30
+    """Save what the run needs to go on every so many global steps, beside the training (none:
+    never). The last two are kept."""
     track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Also send the numbers of every round there; each is an extra to install."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -127,12 +134,16 @@ class RunConfig:
     threads: int = 1
     """CPU threads of a client's training. The results depend on it in the last bits, so it is a
     setting and never guessed from the machine."""
+    deterministic: bool = False
+    """Use deterministic kernels on GPUs too, which is slower: without it, equal bits are promised
+    on CPUs only."""
     timeout: float = 1800.0
     """Seconds that one round may take before the run ends with a message instead of hanging."""
 
     # Settings that say where and how a run happens, not what comes out of it.
     neutral: ClassVar[frozenset[str]] = frozenset(
-        {"data_dir", "cache_dir", "run_name", "overwrite", "track", "timeout"})
+        {"data_dir", "cache_dir", "run_name", "overwrite", "resume", "checkpoint_freq", "track",
+         "timeout"})
 
     def __post_init__(self) -> None:
         check = require
@@ -154,6 +165,8 @@ class RunConfig:
               "a whole number of at least 2")
         check(0 <= self.seed < 2**63, "--seed", self.seed, "a whole number from 0 to 2^63 - 1")
         check(self.val_freq >= 1, "--val_freq", self.val_freq, "a whole number of at least 1")
+        check(self.checkpoint_freq is None or self.checkpoint_freq >= 1, "--checkpoint_freq",
+              self.checkpoint_freq, "a whole number of at least 1, or none")
         check(self.threads >= 1, "--threads", self.threads, "a whole number of at least 1")
         check(0 < self.timeout < math.inf, "--timeout", self.timeout, "a number of seconds above 0")
         check(self.run_name is None or (bool(self.run_name) and Path(self.run_name).name

@@ -40,6 +40,16 @@ class Clocks:
         return {"tokens": self.tokens, "seconds": time.monotonic() - self.began
                 } | self.seconds | sent
 
+    def state(self) -> dict[str, Any]:
+        """All of it as JSON-able values, to go on from; seconds stand still between."""
+        kept = {name: value for name, value in vars(self).items() if name != "began"}
+        return kept | {"seconds": dict(self.seconds), "elapsed": time.monotonic() - self.began}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        vars(self).update(state)
+        self.began = time.monotonic() - vars(self).pop("elapsed")
+
     def take_train_loss(self) -> dict[str, float]:
         """Mean loss in nats a token, and its perplexity, since the last call."""
         loss = self._loss_sum / self._loss_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -54,6 +55,18 @@ class LocalOptimizer:
             self.flat.grad.mul_((self.config.grad_clip / (norm + 1e-6)).clamp_(max=1.0))
         self.adamw.param_groups[0]["lr"] = scheduled_lr(self.config, number, self.total_steps)
         self.adamw.step()
+
+    def state(self) -> dict[str, Tensor]:
+        """AdamW's `step`, `exp_avg` and `exp_avg_sq` themselves; empty before the first step."""
+        return dict(self.adamw.state[self.parameter]) if self.adamw.state else {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from copies of what `state` gave."""
+        self.reset()
+        device = self.parameter.device
+        if state:
+            self.adamw.state[self.parameter] = {k: v.to(device, copy=True)
+                                                for k, v in state.items()}
 
     def take_moments(self) -> dict[str, Tensor]:
         """AdamW's moments, corrected for their bias in place: to be loaded before the next step.

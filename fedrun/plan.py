@@ -31,7 +31,19 @@ class Plan:
     """Whether clients receive the global model first (always, but for --sync epoch)."""
     evaluate: bool
     """Whether to evaluate and save the global model at the end."""
+    save: bool
+    """Whether to begin a checkpoint at the end."""
     last: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the server decides after local training, when all ranks have reported; JSON-able."""
+
+    error: str = ""
+    """Why all ranks end here, with this round lost."""
+    stop: str = ""
+    """Who asked for an end: this round is the last, and a checkpoint is made of it."""
 
 
 class Shards:
@@ -75,7 +87,7 @@ class Schedule:
                 f"{smallest}; accepted is up to {smallest // config.batch_size}")
         self.rounds = config.rounds or config.n_epochs * self.rounds_per_epoch
 
-    def plan(self, number: int, reference: float) -> Plan:
+    def plan(self, number: int, reference: float, save: bool = False) -> Plan:
         """The plan of round `number`, counted from 1."""
         config = self.config
         in_epoch = (number - 1) % max(self.rounds_per_epoch, 1)
@@ -93,4 +105,5 @@ class Schedule:
                     reference=reference,
                     start_from_global=every_round or in_epoch == 0,
                     evaluate=number == 1 or number % config.val_freq == 0 or number == self.rounds,
+                    save=save,
                     last=number == self.rounds)

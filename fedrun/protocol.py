@@ -10,11 +10,13 @@ from __future__ import annotations
 import traceback
 from typing import Any
 
+from fedrun.checkpoint import Checkpoint
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
-from fedrun.plan import Plan
+from fedrun.plan import Plan, Verdict
 from fedrun.runtime import Runtime
 from fedrun.server import Server
+from fedrun.stopping import StopRequest
 from fedrun.worker import StoppedForPeer, Worker
 
 
@@ -22,33 +24,45 @@ class RunEnded(RuntimeError):
     """All ranks have agreed to end, and the server has told why."""
 
 
-def run(config: FederatedConfig, data: TokenData, runtime: Runtime) -> None:
-    """All ranks: train for all rounds. Raises RunEnded on every rank where one rank fails."""
+def run(config: FederatedConfig, data: TokenData, runtime: Runtime, stopping: StopRequest,
+        made_with: dict[str, Any], checkpoint: Checkpoint | None = None) -> str:
+    """All ranks: train for all rounds, or for those that a checkpoint leaves to do.
+
+    made_with: what a checkpoint records beside the settings. Returns who asked for an end before
+    the last round; empty after it. Raises RunEnded on every rank where one rank fails.
+    """
     control = runtime.control
-    server = Server(config, data) if runtime.is_server else None
-    worker = Worker(config, data, runtime) if runtime.worker is not None else None
-    number, last = 0, False
+    server = Server(config, data, stopping, made_with, len(runtime.workers), checkpoint
+                    ) if runtime.is_server else None
+    worker = Worker(config, data, runtime, checkpoint) if runtime.worker is not None else None
+    number, last = checkpoint.step if checkpoint else 0, False
     while not last:
         number += 1
         plan = Plan(**control.share(server and server.plan(number)))       # server -> all
         report = _train(worker, plan, runtime) if worker else {}           # workers, each alone
-        reports = control.gather(report)                                   # all -> server
-        verdict = control.share(server and server.judge(plan, reports or []))  # server -> all
-        if verdict:
+        reports = control.gather(report | {"signal": stopping.signal})     # all -> server
+        verdict = Verdict(**control.share(server and server.judge(plan, reports or [])))
+        if verdict.error:                                                  # server -> all
             _end(verdict, server, worker, runtime)
         if worker:
             report |= worker.aggregate(plan)                               # workers <-> workers
             if plan.evaluate:
                 report["pieces"], report["evaluation_seconds"] = worker.evaluate()
+            if plan.save or verdict.stop:
+                worker.save(plan)                                          # workers, each alone
+            report["saved"] = worker.saver.written()
         model = _copy(server, worker, runtime) if plan.evaluate else None  # first worker -> server
         reports = control.gather(report)                                   # all -> server
         if server:
-            server.record(plan, reports or [], model)
-        last = plan.last
+            server.record(plan, verdict, reports or [], model)
+        last = plan.last or bool(verdict.stop)
     control.wait_for_copy()
+    saved = {"saved": worker.saver.written(wait=True)} if worker else {}
+    reports = control.gather(saved)                                        # all -> server
     if server:
-        server.finish()
+        server.finish(plan, verdict, reports or [])
     control.share()                                       # nobody leaves before all is written
+    return "" if plan.last else f"{verdict.stop}, after round {plan.round}"
 
 
 def _train(worker: Worker, plan: Plan, runtime: Runtime) -> dict[str, Any]:
@@ -69,12 +83,11 @@ def _copy(server: Server | None, worker: Worker | None, runtime: Runtime) -> Any
     return server and runtime.control.receive_copy(server.size, server.dtype)
 
 
-def _end(verdict: dict[str, Any], server: Server | None, worker: Worker | None,
-         runtime: Runtime) -> None:
+def _end(verdict: Verdict, server: Server | None, worker: Worker | None, runtime: Runtime) -> None:
     """All ranks: the end that the server has decided. Nobody leaves before it has told the reason
     and kept the model, since a launcher ends all processes with the first."""
     model = _copy(server, worker, runtime)
     if server:
-        server.end_early(verdict["reason"], model)
+        server.end_early(verdict.error, model)
     runtime.control.share()
-    raise RunEnded(verdict["reason"])
+    raise RunEnded(verdict.error)

@@ -9,8 +9,12 @@ import os
 import platform
 import shutil
 import sys
+import time
 import traceback
+from contextlib import suppress
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,13 +25,17 @@ from fedrun.model.kernels import kernel_path, on_gpu
 from fedrun.model.precision import bf16_in_hardware
 from fedrun.plan import Schedule, Shards
 from fedrun.pretrained import find_pretrained, fit_vocabulary, start_from
-from fedrun.rundir import open_run_dir, write_json
-from fedrun.runtime import Launch, choose_device, connected, detect
+from fedrun.rundir import lock_token, write_json, write_outcome
+from fedrun.runtime import Launch, choose_device, connected, detect, join
+from fedrun.start import Beginning, begin
+from fedrun.stopping import StopRequest, die_with_launcher
 from fedrun.track import check_tracker
+
+SECONDS_TO_SEE_A_FILE = 30.0  # over a network file system
 
 
 def run(config: RunConfig) -> int:
-    """Prepare, connect, train. The exit code: 0 done, 1 failed with a message on stderr.
+    """Prepare, connect, train. The exit code: 0 done or stopped, 1 failed with a message on stderr.
 
     Raises ValueError for what the user has to change, before any process group exists.
     """
@@ -36,13 +44,15 @@ def run(config: RunConfig) -> int:
     if not federated and not launch.alone:
         raise ValueError(f"central runs in one process, but {launch.world_size} were started: "
                          f"use `python -m fedrun central`")
-    dedicated = isinstance(config, FederatedConfig) and config.server == "dedicated"
+    if not launch.alone:
+        die_with_launcher()
     torch.set_num_threads(config.threads)
     check_tracker(config)
-    device = choose_device(config.device, launch, dedicated)
+    device = choose_device(config.device, launch, _dedicated(config))
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL takes the current one
-    config = dataclasses.replace(config, dtype=resolve_dtype(config, device))
+    if config.deterministic:
+        make_deterministic()
     if config.init_from:
         config = start_from(config)
     data = prepare(config.dataset, config.tokenizer, config.sequence_length,
@@ -51,44 +61,93 @@ def run(config: RunConfig) -> int:
         data = fit_vocabulary(config, data)
     if isinstance(config, FederatedConfig):  # what only the data can refuse, before connecting
         Schedule(config, Shards(config, len(data.train)).sizes)
+    made_with = {"corpus": digest(data), "kernels": kernel_path(workers_device(config, device)),
+                 "versions": versions()}
+    beginning = None
     if launch.rank == 0:
-        open_run_dir(config)
-        write_json(config.run_dir / "environment.json", environment(launch, device, data))
-        shutil.copytree(data.tokenizer_path, config.run_dir / "tokenizer", dirs_exist_ok=True)
+        beginning = begin(config, lambda c: resolve_dtype(c, device), made_with, _say)
+        if not beginning.finished:
+            write_json(config.run_dir / "environment.json", environment(launch, device, data))
+            shutil.copytree(data.tokenizer_path, config.run_dir / "tokenizer", dirs_exist_ok=True)
     try:
-        if isinstance(config, FederatedConfig):
-            _warn(config, launch, dedicated)
-            with connected(launch, device, dedicated, config.timeout,
-                           identity(config, data, device)) as runtime:
-                protocol.run(config, data, runtime)
-        else:
-            assert isinstance(config, CentralConfig)
-            central.run(config, data, device)
+        ended = _connect_and_train(config, data, launch, device, made_with, beginning)
     except protocol.RunEnded:
         return 1
-    except Exception:
+    except Exception as error:
+        if launch.rank == 0:
+            with suppress(OSError):
+                write_outcome(config.run_dir, "failed", 0, str(error).partition("\n")[0])
         print(f"{traceback.format_exc()}fedrun: rank {launch.rank} ends with the error above",
               file=sys.stderr, flush=True)
         return 1
     if launch.rank == 0:
-        print(f"done: {config.run_dir}", flush=True)
+        print(ended, flush=True)
     return 0
+
+
+def _connect_and_train(config: RunConfig, data: TokenData, launch: Launch, device: torch.device,
+                       made_with: dict[str, Any], beginning: Beginning | None) -> str:
+    """All ranks: the run itself, as rank 0 says that it begins. The line to end with."""
+    with connected(launch, _dedicated(config), config.timeout) as control:
+        beginning = Beginning(**control.share(beginning and dataclasses.asdict(beginning)))
+        config = dataclasses.replace(config, dtype=beginning.dtype)
+        seen = "" if launch.alone else wait_for_token(config.run_dir, beginning.token)
+        runtime = join(launch, device, control, identity(config, data, device) | {
+            "the folder of the run (--data_dir has to be one that all machines share)": seen})
+        if beginning.finished:
+            return f"finished already: {config.run_dir} (--overwrite begins anew)"
+        stopping = StopRequest(config.run_dir, control.lost_peers, quiet=launch.rank > 0)
+        with stopping.listening():
+            if isinstance(config, FederatedConfig):
+                _warn(config, launch)
+                stopped = protocol.run(config, data, runtime, stopping, made_with,
+                                       beginning.open())
+            else:
+                assert isinstance(config, CentralConfig)
+                stopped = central.run(config, data, device, stopping, made_with, beginning.open())
+        return (f"stopped by {stopped}: {config.run_dir} (the same command goes on from there)"
+                if stopped else f"done: {config.run_dir}")
+
+
+def _dedicated(config: RunConfig) -> bool:
+    return isinstance(config, FederatedConfig) and config.server == "dedicated"
+
+
+def workers_device(config: RunConfig, device: torch.device) -> torch.device:
+    """A device like the workers': a dedicated server computes on the CPU but answers for the GPUs
+    beside it. Ranks that come to different answers do not train together (see `identity`)."""
+    on_gpu = config.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda", 0) if on_gpu else device
 
 
 def resolve_dtype(config: RunConfig, device: torch.device) -> Dtype:
     """What --dtype amounts to here: by what the hardware can do, never by a timing.
 
-    A dedicated server computes on the CPU but answers for the GPUs beside it. Ranks that come to
-    different answers do not train together (see `identity`). ValueError for bf16 without hardware.
+    ValueError for bf16 without hardware.
     """
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    has_bf16 = bf16_in_hardware(torch.device("cuda", 0) if on_gpu else device)
+    has_bf16 = bf16_in_hardware(workers_device(config, device))
     if config.dtype == "bf16" and not has_bf16:
         raise ValueError(f"--dtype bf16: no hardware for it on {platform.node()}, where it would "
                          "be emulated, many times slower than fp32; accepted is auto, fp32 or fp64")
     if config.dtype == "auto":
         return "bf16" if has_bf16 else "fp32"
     return config.dtype
+
+
+def make_deterministic() -> None:
+    """Deterministic kernels of torch, cuBLAS and mamba-ssm; before the first of them runs."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ["MAMBA_DETERMINISTIC"] = "1"
+    torch.use_deterministic_algorithms(True)
+
+
+def wait_for_token(run_dir: Path, token: str) -> str:
+    """What the lock of the run's folder says here: the token, once a network file system shows it.
+    """
+    deadline = time.monotonic() + SECONDS_TO_SEE_A_FILE
+    while (seen := lock_token(run_dir)) != token and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return seen
 
 
 def versions() -> dict[str, str]:
@@ -109,14 +168,21 @@ def identity(config: RunConfig, data: TokenData, device: torch.device) -> dict[s
     """What must be equal on all ranks for their sums to mean anything."""
     start = {} if config.init_from is None else {
         "the weights of --init_from": find_pretrained(config.init_from, "--init_from").digest()}
-    corpus = hashlib.sha256(json.dumps(data.fingerprint, sort_keys=True).encode()).hexdigest()
+    able = config.dtype != "bf16" or bf16_in_hardware(device)
     return ({f"--{k}": json.dumps(v) for k, v in config.results_dict().items()}
             | {f"version of {k}": v for k, v in versions().items()}
-            | {"the tokenised corpus": corpus[:16], "worker kernels": kernel_path(device)} | start)
+            | {"the tokenised corpus": digest(data), "worker kernels": kernel_path(device),
+               "worker hardware for --dtype": config.dtype if able else "none"} | start)
 
 
-def _warn(config: FederatedConfig, launch: Launch, dedicated: bool) -> None:
-    workers = max(1, launch.world_size - int(dedicated))
+def digest(data: TokenData) -> str:
+    """A short name of the tokenised corpus."""
+    told = json.dumps(data.fingerprint, sort_keys=True).encode()
+    return hashlib.sha256(told).hexdigest()[:16]
+
+
+def _warn(config: FederatedConfig, launch: Launch) -> None:
+    workers = max(1, launch.world_size - int(_dedicated(config)))
     found = config.warnings()
     if workers > config.num_clients:
         found.append(f"{workers} workers for {config.num_clients} clients: "
@@ -126,6 +192,10 @@ def _warn(config: FederatedConfig, launch: Launch, dedicated: bool) -> None:
                      "slower (see the README on GPUs)")
     for warning in found if launch.rank == 0 else []:
         print(f"fedrun: warning: {warning}", flush=True)
+
+
+def _say(line: str) -> None:
+    print(f"fedrun: {line}", flush=True)
 
 
 def _say_from(launch: Launch):  # type: ignore[no-untyped-def]

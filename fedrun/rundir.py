@@ -6,25 +6,30 @@
     events.jsonl           a line for each step
     model.safetensors      the last good global model, in mamba-ssm's names
     server/params/step_000030.npz, server/deltas/...    (central: params/, deltas/)
+    checkpoints/           to go on from (checkpoint.py)
+    outcome.json           how the run stands: running, finished, stopped or failed
+    lock                   held by the run's first process while it lives
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import io
 import json
 import os
+import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from safetensors.torch import save
 from torch import Tensor
-
-from fedrun.config import RunConfig
 
 # The parameters of a Mamba-2 block whose change is studied, as the model names them.
 _STUDIED = {"in_proj.weight": "in_proj", "A_log": "A_log", "D": "D", "dt_bias": "dt_bias"}
@@ -48,41 +53,6 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def open_run_dir(config: RunConfig) -> None:
-    """Server: make the run's folder, empty but for config.json.
-
-    A folder that holds the same settings is used again; ValueError, with the settings that differ,
-    where it holds others and --overwrite was not given, or where it is no run's folder at all.
-    """
-    path = config.run_dir
-    try:
-        if path.exists():
-            _refuse_other(config, path)
-            shutil.rmtree(path)
-        write_json(path / "config.json", config.to_dict())
-    except OSError as error:
-        raise ValueError(f"--data_dir {config.data_dir}: the folder {path} cannot be written: "
-                         f"{error.strerror}") from None
-
-
-def _refuse_other(config: RunConfig, path: Path) -> None:
-    held: dict[str, Any] | None = None
-    if (path / "config.json").is_file():
-        with suppress(ValueError):
-            held = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    if held is None:
-        if any(path.iterdir()):
-            raise ValueError(f"--run_name {config.name}: {path} exists and is no run's folder; "
-                             "choose another --run_name or --data_dir")
-        return
-    mine = config.results_dict()
-    differing = [k for k in mine if held.get(k) != mine[k]]
-    if differing and not config.overwrite:
-        told = ", ".join(f"{k} {held.get(k)} there, {mine[k]} here" for k in differing)
-        raise ValueError(f"--run_name {config.name}: {path} holds a run with other settings "
-                         f"({told}); choose another --run_name, or --overwrite to replace it")
 
 
 def save_model(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -110,3 +80,94 @@ def save_studied(folder: Path, step: int, now: Mapping[str, np.ndarray],
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         write_whole(folder / kind / f"step_{step:06d}.npz", buffer.getvalue())
+
+
+def cut_back(run_dir: Path, step: int) -> None:
+    """Remove what a run wrote after a step, which it will make again: npz files and events."""
+    for path in run_dir.glob("**/step_*.npz"):
+        if int(path.stem.removeprefix("step_")) > step:
+            path.unlink()
+    events = run_dir / "events.jsonl"
+    if events.exists():
+        lines = events.read_text(encoding="utf-8").splitlines()
+        write_whole(events, "".join(line + "\n" for line in lines if _until(line, step)).encode())
+
+
+def _until(line: str, step: int) -> bool:
+    """Whether an event belongs to a run's first steps; the end of a run that goes on does not."""
+    with suppress(ValueError):
+        event = json.loads(line)
+        return bool(event.get("event") != "end"
+                    and event.get("round", event.get("step", 0)) <= step)
+    return False  # half a line
+
+
+def empty(run_dir: Path) -> None:
+    """Remove all that a run's folder holds but its lock."""
+    for path in run_dir.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+# ---- how the run stands --------------------------------------------------------------------------
+
+LOCK = "lock"
+SECONDS_TO_DIE = 3.0  # that a killed run may take to let go of its folder
+Outcome = Literal["running", "finished", "stopped", "failed"]
+
+
+class InUse(ValueError):
+    """Another run holds the folder."""
+
+
+def lock(run_dir: Path, token: str) -> int:
+    """Hold the folder until this process ends, however it does: the kernel frees the lock.
+
+    `token` is written into the lock's file, by which processes on other machines see that they look
+    at the same folder. Returns the open file, to be kept. InUse, naming the holder, where another
+    run has it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + SECONDS_TO_DIE
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise
+            if time.monotonic() > deadline:
+                holder = os.pread(file, 200, 0).decode(errors="replace").partition("\n")[0]
+                raise InUse(f"the folder {run_dir} is in use by {holder}; wait for it, or choose "
+                            "another --run_name") from None
+            time.sleep(0.1)
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"process {os.getpid()} on {platform.node()}\n{token}\n".encode(), 0)
+    os.fsync(file)
+    return file
+
+
+def lock_token(run_dir: Path) -> str:
+    """What the run that holds a folder wrote into its lock; empty where none is to be seen."""
+    with suppress(OSError):
+        return (run_dir / LOCK).read_text(encoding="utf-8").rpartition("\n")[0].rpartition("\n")[2]
+    return ""
+
+
+def write_outcome(run_dir: Path, outcome: Outcome, step: int, reason: str = "") -> None:
+    """outcome.json: read by launchers, since torchrun exits with 1 even after a clean stop."""
+    write_json(run_dir / "outcome.json", {
+        "outcome": outcome, "step": step, "reason": reason,
+        "job": os.environ.get("SLURM_JOB_ID", ""),
+        "attempt": int(os.environ.get("SLURM_RESTART_COUNT", "0"))})
+
+
+def read_outcome(run_dir: Path) -> dict[str, Any]:
+    """The same; {} where there is none."""
+    with suppress(OSError, ValueError):
+        found: dict[str, Any] = json.loads((run_dir / "outcome.json").read_text(encoding="utf-8"))
+        return found
+    return {}

@@ -154,19 +154,15 @@ class Runtime:
 
 
 @contextmanager
-def connected(launch: Launch, device: torch.device, dedicated_server: bool, timeout: float,
-              identity: Mapping[str, str]) -> Iterator[Runtime]:
-    """Connect all ranks; inside, collectives work. `timeout` in seconds bounds every later wait.
+def connected(launch: Launch, dedicated_server: bool, timeout: float) -> Iterator[Control]:
+    """Connect all ranks; inside, they can talk. `timeout` in seconds bounds every later wait.
 
-    `identity` is what must be equal on all ranks (digests of config, versions, corpus); entries
-    whose name begins with "worker" need to be equal on the workers only.
     Groups are taken down only after success: on an error peers may be gone, and a destructor that
     waits for them would hide the message.
     """
     if launch.alone:
-        yield Runtime(launch, device, (0,), Control(), DataPlane())
+        yield Control()
         return
-    workers = tuple(range(1 if dedicated_server else 0, launch.world_size))
     os.environ.update(choose_interfaces(launch, os.environ))
     # torchrun restarts workers in place over the same store, which still holds the addresses of the
     # dead: every attempt gets a name space of its own.
@@ -178,14 +174,28 @@ def connected(launch: Launch, device: torch.device, dedicated_server: bool, time
     dist.init_process_group("gloo", store=store, rank=launch.rank, world_size=launch.world_size,
                             timeout=STARTUP_TIMEOUT)
     wait = timedelta(seconds=timeout) + (GRACE if launch.rank else timedelta())
-    control = Control(dist.new_group(backend="gloo", timeout=wait), store, wait, workers[0])
+    control = Control(dist.new_group(backend="gloo", timeout=wait), store, wait,
+                      first_worker=int(dedicated_server))
+    yield control
+    control.close()
+    dist.destroy_process_group()
+
+
+def join(launch: Launch, device: torch.device, control: Control, identity: Mapping[str, str]
+         ) -> Runtime:
+    """All ranks: compare what has to be equal, and make the data plane.
+
+    `identity` is what must be equal on all ranks (digests of config, versions, corpus); entries
+    whose name begins with "worker" need to be equal on the workers only.
+    """
+    if launch.alone:
+        return Runtime(launch, device, (0,), control, DataPlane())
+    workers = tuple(range(control.first_worker, launch.world_size))
     compare(control, workers, device, identity)
     # A server without a GPU is no member, so what it names as backend does not matter.
     data = dist.new_group(list(workers), backend="nccl" if device.type == "cuda" else "gloo",
-                          timeout=wait)
-    yield Runtime(launch, device, workers, control, DataPlane(data))
-    control.close()
-    dist.destroy_process_group()
+                          timeout=control.timeout)
+    return Runtime(launch, device, workers, control, DataPlane(data))
 
 
 def compare(control: Control, workers: tuple[int, ...], device: torch.device,

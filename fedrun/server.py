@@ -15,14 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedrun.checkpoint import Checkpoint, Checkpoints
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
 from fedrun.evaluate import Piece, mean_loss, perplexity, sample_text
 from fedrun.history import COHORT_NUMBERS, SECONDS, Clocks, cohort_record, half_losses
 from fedrun.optimizer import scheduled_lr
 from fedrun.params import FlatParams
-from fedrun.plan import Plan, Schedule, Shards
-from fedrun.rundir import save_model, save_studied, studied, write_json
+from fedrun.plan import Plan, Schedule, Shards, Verdict
+from fedrun.rundir import save_model, save_studied, studied, write_json, write_outcome
+from fedrun.stopping import StopRequest
 from fedrun.track import Events, Progress, cohort_event
 from fedrun.worker import DTYPES, new_model
 
@@ -30,7 +32,9 @@ from fedrun.worker import DTYPES, new_model
 class Server:
     """Rank 0's part of the protocol."""
 
-    def __init__(self, config: FederatedConfig, data: TokenData) -> None:
+    def __init__(self, config: FederatedConfig, data: TokenData, stopping: StopRequest,
+                 made_with: dict[str, Any], workers: int, checkpoint: Checkpoint | None = None
+                 ) -> None:
         self.config = config
         self.data = data
         self.schedule = Schedule(config, Shards(config, len(data.train)).sizes)
@@ -38,12 +42,17 @@ class Server:
         self.flat = FlatParams(self.model)
         self.start = studied(self.flat.views(self.flat.vector))
         self.history: list[dict[str, Any]] = []
-        self.events = Events(config.run_dir / "events.jsonl", config)
-        self.events.add("start", unit="round", total=self.schedule.rounds)
-        self.progress = Progress("round", self.schedule.rounds)
         self.clocks = Clocks()
         self.reference = config.strategy.first_reference(data.vocab_size, config.num_clients)
         self._left_out_since_record: list[list[int]] = []
+        done = 0
+        if checkpoint:
+            done = checkpoint.step
+            self._load(checkpoint)
+        self.events = Events(config, "round", self.schedule.rounds, done)
+        self.progress = Progress("round", self.schedule.rounds, done, self.clocks.tokens)
+        self.stopping = stopping
+        self.checkpoints = Checkpoints(config, made_with, workers, self.progress.say)
         self._writer = ThreadPoolExecutor(1, "fedrun-writer",
                                           initializer=lambda: torch.set_num_threads(config.threads))
         self._writing: Future[None] | None = None
@@ -57,23 +66,31 @@ class Server:
         return DTYPES[self.config.dtype]
 
     def plan(self, number: int) -> dict[str, Any]:
-        return dataclasses.asdict(self.schedule.plan(number, self.reference))
+        return dataclasses.asdict(self.schedule.plan(number, self.reference,
+                                                     save=self.checkpoints.due(number)))
 
-    def judge(self, plan: Plan, reports: list[dict[str, Any]]) -> dict[str, Any]:
-        """What happens after local training: all go on, or all end, with the same reason."""
+    def judge(self, plan: Plan, reports: list[dict[str, Any]]) -> dict[str, str]:
+        """A Verdict: what happens after local training. All go on, or all end, for one reason."""
+        stop = next((r["signal"] for r in reports if r["signal"]), "")
+        if not stop and self.stopping.file_says_so():
+            stop = "the STOP file"
+        return dataclasses.asdict(Verdict(self._error(plan, reports), stop))
+
+    def _error(self, plan: Plan, reports: list[dict[str, Any]]) -> str:
         for rank, report in enumerate(reports):
             if report.get("traceback"):
-                return {"reason": f"{report['traceback']}round {plan.round}: rank {rank} failed "
-                        "with the error above; all ranks end"}
+                return (f"{report['traceback']}round {plan.round}: rank {rank} failed with the "
+                        "error above; all ranks end")
         weights = [c["weight"] for c in _clients(plan, reports) if c["finite"]]
         if not weights:
-            return {"reason": f"round {plan.round}: no client's update is finite (--lr "
+            return (f"round {plan.round}: no client's update is finite (--lr "
                     f"{self.config.lr:g} may be too large); the last good model is in "
-                    f"{self.config.run_dir / 'model.safetensors'}"}
+                    f"{self.config.run_dir / 'model.safetensors'}")
         refused = self.config.strategy.refuse_total(math.fsum(weights))
-        return {"reason": f"round {plan.round}: {refused}"} if refused else {}
+        return f"round {plan.round}: {refused}" if refused else ""
 
-    def record(self, plan: Plan, reports: list[dict[str, Any]], model: Tensor | None) -> None:
+    def record(self, plan: Plan, verdict: Verdict, reports: list[dict[str, Any]],
+               model: Tensor | None) -> None:
         """Take note of a round; `model` (size,) is the global model where it was evaluated."""
         clients = _clients(plan, reports)
         finite = [c for c in clients if c["finite"]]
@@ -102,6 +119,26 @@ class Server:
             seen |= {"val_ppl": val_ppl} | {n: record[n] for n in COHORT_NUMBERS if n in record}
         self.events.add("round", round=plan.round, **seen)
         self.progress.step(plan.round, train_ppl, self.clocks.tokens, val_ppl)
+        if plan.save or verdict.stop:
+            self.checkpoints.begin(plan.round, self._state())
+        self._commit(reports)
+
+    def _commit(self, reports: list[dict[str, Any]]) -> None:
+        for commit in self.checkpoints.collect(reports):
+            self._write(commit)
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the server; the records' sample text may still be made."""
+        return {"history": self.history.copy(), "clocks": self.clocks.state(),
+                "reference": self.reference, "left_out": list(self._left_out_since_record)}
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.server
+        self.history = state["history"]
+        self.clocks.load_state(state["clocks"])
+        self.reference = state["reference"]
+        self._left_out_since_record = state["left_out"]
+        write_json(self.config.run_dir / "training_history.json", self.history)
 
     def _add_record(self, plan: Plan, reports: list[dict[str, Any]], model: Tensor
                     ) -> dict[str, Any]:
@@ -144,12 +181,22 @@ class Server:
 
     def end_early(self, reason: str, model: Tensor) -> None:
         """Keep the model of the last whole round, and tell the reason."""
-        self.finish()
+        self._close()
         self.save_model(model)
+        write_outcome(self.config.run_dir, "failed", 0, reason.splitlines()[-1])
         print(f"fedrun: {reason}", file=sys.stderr, flush=True)
 
-    def finish(self) -> None:
-        """Wait until all is written."""
+    def finish(self, plan: Plan, verdict: Verdict, reports: list[dict[str, Any]]) -> None:
+        """Wait until all is written, and say how the run stands."""
+        self._commit(reports)
+        self._close()
+        if plan.last:
+            write_outcome(self.config.run_dir, "finished", plan.round)
+            return
+        write_outcome(self.config.run_dir, "stopped", plan.round, verdict.stop)
+        self.stopping.obeyed()
+
+    def _close(self) -> None:
         if self._writing is not None:
             self._writing.result()
         self._writer.shutdown()

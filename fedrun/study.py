@@ -42,6 +42,7 @@ from typing import Any
 import yaml
 
 from fedrun.config import RunConfig
+from fedrun.rundir import read_outcome
 from fedrun.settings import closest, resolve
 from fedrun.strategies.base import require
 
@@ -105,7 +106,8 @@ class Study:
         flags = setting.flags | dict(point) | {"seed": seed}
         place = "".join(f"_{name}_{value:g}" for name, value in point)
         return resolve(flags.pop("method"), flags | {
-            "data_dir": self.folder / "runs", "run_name": f"{setting.name}{place}_seed_{seed}"})
+            "data_dir": self.folder / "runs", "run_name": f"{setting.name}{place}_seed_{seed}",
+            "checkpoint_freq": None})
 
 
 def read(path: Path, results: Path, overrides: dict[str, Any]) -> Study:
@@ -155,8 +157,7 @@ def loss_halves(config: RunConfig) -> list[float] | None:
                          "remove it, or give the study another name")
     if (folder / "failed.txt").exists():
         return [math.inf, math.inf]
-    events = folder / "events.jsonl"
-    if not events.exists() or '"event": "end"' not in events.read_text(encoding="utf-8"):
+    if read_outcome(folder).get("outcome") != "finished":
         return None
     halves: list[float] = history(config)[-1]["val_loss_halves"]
     return halves

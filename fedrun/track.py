@@ -10,7 +10,6 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
@@ -23,18 +22,20 @@ PROJECT = "fedrun"
 class Progress:
     """The progress line of rank 0: a bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, unit: str, total: int) -> None:
+    def __init__(self, unit: str, total: int, done: int = 0, tokens: int = 0) -> None:
+        """`done` steps with `tokens` tokens lie behind a run that goes on."""
         self.unit, self.total = unit, total
         self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=total, unit=unit, disable=not self.terminal, dynamic_ncols=True)
-        self.started = time.monotonic()
+        self.bar = tqdm(total=total, initial=done, unit=unit, disable=not self.terminal,
+                        dynamic_ncols=True)
+        self.started, self.tokens_before = time.monotonic(), tokens
         self.val_ppl: float | None = None
 
     def step(self, number: int, train_ppl: float, tokens: int, val_ppl: float | None) -> None:
         """One step is done: `tokens` seen so far; `val_ppl` where this step was evaluated."""
         evaluated = val_ppl is not None
         self.val_ppl = val_ppl if evaluated else self.val_ppl
-        rate = tokens / max(time.monotonic() - self.started, 1e-9)
+        rate = (tokens - self.tokens_before) / max(time.monotonic() - self.started, 1e-9)
         shown = {"train ppl": f"{train_ppl:.1f}",
                  "val ppl": "-" if self.val_ppl is None else f"{self.val_ppl:.1f}",
                  "tokens/s": f"{rate:,.0f}"}
@@ -59,10 +60,16 @@ class Events:
     """events.jsonl: one JSON object a line, written as the run goes, for whoever follows it; and
     the numbers of every line to the run's tracker."""
 
-    def __init__(self, path: Path, config: RunConfig) -> None:
-        self.file = path.open("w", encoding="utf-8", buffering=1)
-        self.tracker = open_tracker(config)
+    def __init__(self, config: RunConfig, unit: str, total: int, done: int = 0) -> None:
+        """`done` of `total` steps lie behind a run that goes on: their lines are there."""
+        path = config.run_dir / "events.jsonl"
+        self.file = path.open("a" if done else "w", encoding="utf-8", buffering=1)
+        self.tracker = open_tracker(config, done)
         self._last = (0, 0.0)
+        if done and path.stat().st_size:
+            self.add("resumed", after=done)
+        else:
+            self.add("start", unit=unit, total=total)
 
     def add(self, kind: str, **values: Any) -> None:
         """One line. `round` or `step` numbers it; `tokens` and `seconds` give the tokens/s since
@@ -109,9 +116,9 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files under the run's tensorboard/ folder: `tensorboard --logdir results`."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
-        self.writer = SummaryWriter(str(config.run_dir / "tensorboard"))
+        self.writer = SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=done + 1)
 
     def log(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -142,11 +149,12 @@ def check_tracker(config: RunConfig) -> None:
                          f"pip install 'fedrun[{config.track}]' (or pip install {config.track})")
 
 
-def open_tracker(config: RunConfig) -> Tracker | None:
-    """The tracker that --track names; None for none."""
+def open_tracker(config: RunConfig, done: int) -> Tracker | None:
+    """The tracker that --track names; None for none. `done` steps were told by an earlier start."""
     if config.track == "none":
         return None
-    return TensorBoard(config) if config.track == "tensorboard" else Hosted(config.track, config)
+    return (TensorBoard(config, done) if config.track == "tensorboard"
+            else Hosted(config.track, config))
 
 
 _NAMES = {"train_ppl": "perplexity/train", "val_ppl": "perplexity/validation",

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedrun.client import Client, mean_entropy
+from fedrun.checkpoint import GLOBAL, Checkpoint, Saver, client_file, folder_of
+from fedrun.client import ADAMW, Client, mean_entropy
 from fedrun.config import FederatedConfig, RunConfig
 from fedrun.data.tokens import TokenData
 from fedrun.evaluate import Piece, validation_pieces
@@ -49,7 +50,8 @@ def new_model(config: RunConfig, vocab_size: int, device: torch.device) -> Mamba
 class Worker:
     """Local training, aggregation and a part of the evaluation; communicates only to aggregate."""
 
-    def __init__(self, config: FederatedConfig, data: TokenData, runtime: Runtime) -> None:
+    def __init__(self, config: FederatedConfig, data: TokenData, runtime: Runtime,
+                 checkpoint: Checkpoint | None = None) -> None:
         assert runtime.worker is not None
         self.config = config
         self.data = data
@@ -72,6 +74,9 @@ class Worker:
         self.rounds = Schedule(config, self.shards.sizes).rounds
         self.clients = self._host_clients(shared=average)
         self.start = studied(self.flat.views(self.global_model))
+        self.saver = Saver()
+        if checkpoint:
+            self._load(checkpoint)
 
     def _host_clients(self, shared: bool) -> dict[int, Client]:
         """This worker's clients; one optimizer serves all where its state is loaded every turn."""
@@ -163,6 +168,29 @@ class Worker:
         norms = self.terms.apply(self.global_model, self.state, context, self.moments,
                                  measure=plan.evaluate)
         return {"aggregation_seconds": time.monotonic() - began, "server": norms}
+
+    def _global_state(self) -> dict[str, Tensor]:
+        """What is the same on every worker, by name: the tensors themselves."""
+        return {"model": self.global_model} | {
+            f"server.{name}": t for name, t in self.state.items()} | {
+            f"moments.{name}": t for name, t in (self.moments or {}).items()}
+
+    def save(self, plan: Plan) -> None:
+        """Begin to write this worker's files of a checkpoint, from a copy made here and now."""
+        files = {GLOBAL: self._global_state()} if self.runtime.worker == 0 else {}
+        for index, client in self.clients.items():
+            state = client.state()
+            if self.config.client_state != "keep":  # made anew, or global
+                state = {name: t for name, t in state.items() if not name.startswith(ADAMW)}
+            files[client_file(index)] = state
+        self.saver.begin(folder_of(self.config.run_dir, plan.round), plan.round, files)
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        held = checkpoint.tensors(GLOBAL)
+        for name, tensor in self._global_state().items():
+            tensor.copy_(held[name])
+        for index, client in self.clients.items():
+            client.load_state(checkpoint.tensors(client_file(index)))
 
     def evaluate(self) -> tuple[list[Piece], float]:
         """This worker's part of the validation split under the global model; seconds it took."""

@@ -69,12 +69,12 @@ def execute(command: Sequence[str], limit: float = 100, env: dict[str, str] | No
     return process.returncode, output
 
 
-def torchrun(processes: int) -> list[str]:
+def torchrun(processes: int, restarts: int = 0) -> list[str]:
     """The command line's beginning: torchrun, or plain Python for one process."""
     if processes == 1:
         return [sys.executable]
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-            str(processes)]
+            str(processes), "--max-restarts", str(restarts)]
 
 
 @pytest.fixture(scope="session")
@@ -88,11 +88,11 @@ def run(cache_dir: Path, tmp_path: Path) -> Run:
     """run("fed_avg", "--rounds", 4, processes=3): a whole run on SMALL, in its own processes."""
 
     def run_it(method: str, *flags: object, processes: int = 1, name: str = "run",
-               limit: float = 100, script: Path | None = None,
+               limit: float = 100, script: Path | None = None, restarts: int = 0,
                env: dict[str, str] | None = None) -> Outcome:
         program = [str(script)] if script else ["-m", "fedrun"]
         code, output = execute(
-            [*torchrun(processes), *program, method, *SMALL, "--data_dir", str(tmp_path),
+            [*torchrun(processes, restarts), *program, method, *SMALL, "--data_dir", str(tmp_path),
              "--cache_dir", str(cache_dir), "--run_name", name, *map(str, flags)], limit, env)
         return Outcome(code, output, tmp_path / name)
 

@@ -61,10 +61,11 @@ def test_hosted_trackers(package: str, tmp_path: Path, monkeypatch: pytest.Monke
     vars(fake).update(init=init, log=log, finish=lambda: calls.append(("finish", None)),
                       __spec__=types.SimpleNamespace())
     monkeypatch.setitem(sys.modules, package, fake)
-    config = resolve("fed_avg", {"track": package, "run_name": "mine", "lr": "0.25"})
+    config = resolve("fed_avg", {"track": package, "data_dir": str(tmp_path), "run_name": "mine",
+                                 "lr": "0.25"})
     check_tracker(config)
-    events = Events(tmp_path / "events.jsonl", config)
-    events.add("start", unit="round", total=2)
+    config.run_dir.mkdir()
+    events = Events(config, "round", total=2)
     events.add("round", round=1, train_ppl=math.inf, tokens=10, seconds=2.0)
     events.add("round", round=2, train_ppl=3.0, tokens=40, seconds=4.0)
     events.add("end", tokens=40, seconds=4.0)

@@ -1,0 +1,255 @@
+"""Checkpoints: what a run needs to go on as if it had never stopped.
+
+    checkpoints/step_000030/global.safetensors    the global model, the server optimizer's state
+                            client_0.safetensors  a client's AdamW moments, its place in its data
+                            server.json           history, clocks, what the server remembers
+                            manifest.json         the config; size and SHA-256 of every other file
+
+Files are keyed by client, never by rank, so that a run goes on in a world of any size. Whoever owns
+a file writes it; the manifest comes last, and only a folder with a manifest whose sums are right is
+a checkpoint: what a kill, a full disk or a flipped bit left behind is named, and passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fedrun.config import RunConfig
+from fedrun.rundir import write_json, write_whole
+
+GLOBAL = "global.safetensors"
+SERVER = "server.json"
+MANIFEST = "manifest.json"
+KEPT = 2
+
+Files = Mapping[str, Mapping[str, Tensor]]
+"""What belongs into the files of a checkpoint: tensors by name, by the file's name."""
+Sums = dict[str, dict[str, Any]]
+"""Size in bytes and SHA-256 of files, by name: as they were written, not as they lie there."""
+
+
+def client_file(index: int) -> str:
+    return f"client_{index}.safetensors"
+
+
+def folder_of(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint after global step `step` lies."""
+    return run_dir / "checkpoints" / f"step_{step:06d}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found whole."""
+
+    folder: Path
+    step: int
+    config: dict[str, Any]
+    """The settings of the run that decide its results."""
+    made_with: dict[str, Any]
+    """What else decides the bits: corpus, versions, kernels."""
+
+    @property
+    def server(self) -> dict[str, Any]:
+        """What the server remembered."""
+        state: dict[str, Any] = json.loads((self.folder / SERVER).read_text(encoding="utf-8"))
+        return state
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one of its files, on the CPU."""
+        return dict(load_file(self.folder / name))
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+class Saver:
+    """A worker's files of one checkpoint at a time, written beside its training.
+
+    A snapshot is copied before the next round begins; the disk is left to a thread.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "fedrun-saver",
+                                          initializer=lambda: torch.set_num_threads(1))
+        self._snapshot: dict[str, dict[str, Tensor]] = {}
+        self._writing: Future[dict[str, Any]] | None = None
+        self._written: list[dict[str, Any]] = []
+
+    def begin(self, folder: Path, step: int, files: Files) -> None:
+        """Copy the tensors, and start to write them; they may change at once."""
+        self._wait()
+        self._snapshot = {name: {key: self._copy(name, key, tensor)
+                                 for key, tensor in tensors.items()}
+                          for name, tensors in files.items()}
+        self._writing = self._thread.submit(_write, folder, step, self._snapshot)
+
+    def written(self, wait: bool = False) -> list[dict[str, Any]]:
+        """Of each snapshot once, when it is through: its `step`, and the sums of its `files` or the
+        `error` that kept them from being written."""
+        if wait or (self._writing and self._writing.done()):
+            self._wait()
+        written, self._written = self._written, []
+        return written
+
+    def _wait(self) -> None:
+        if self._writing:
+            self._written.append(self._writing.result())
+            self._writing = None
+
+    def _copy(self, name: str, key: str, tensor: Tensor) -> Tensor:
+        """A copy on the CPU, in the memory of the snapshot before where it fits."""
+        old = self._snapshot.get(name, {}).get(key)
+        if old is None or old.shape != tensor.shape:
+            old = torch.empty_like(tensor, device="cpu")
+        return old.copy_(tensor)
+
+
+def _write(folder: Path, step: int, files: Files) -> dict[str, Any]:
+    try:
+        return {"step": step, "files": write_tensors(folder, files)}
+    except OSError as error:
+        return {"step": step, "error": f"{error.filename or folder}: {error.strerror}"}
+
+
+def write_tensors(folder: Path, files: Files) -> Sums:
+    """Write files of tensors, each whole or not at all."""
+    sums = {}
+    for name, tensors in files.items():
+        content = save(dict(tensors))
+        write_whole(folder / name, content)
+        sums[name] = _sum(content)
+    return sums
+
+
+def commit(folder: Path, step: int, config: dict[str, Any], made_with: dict[str, Any],
+           server: dict[str, Any], sums: Sums) -> None:
+    """Make a checkpoint of the files that all workers have written, and drop the oldest."""
+    content = json.dumps(server).encode()
+    write_whole(folder / SERVER, content)
+    write_json(folder / MANIFEST, {"step": step, "config": config, "made_with": made_with,
+                                   "files": sums | {SERVER: _sum(content)}})
+    whole = [old for old in _folders(folder.parent) if (old / MANIFEST).exists()]
+    for old in whole[:-KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sum(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+class Checkpoints:
+    """The server's part: when a checkpoint is due, and which of them all workers have written."""
+
+    def __init__(self, config: RunConfig, made_with: dict[str, Any], workers: int,
+                 say: Callable[[str], None]) -> None:
+        self.config, self.made_with, self.workers, self.say = config, made_with, workers, say
+        self._begun: dict[int, dict[str, Any]] = {}  # step -> what the server remembered then
+        self._answers: dict[int, list[dict[str, Any]]] = {}
+        self._overdue = False
+
+    def due(self, number: int) -> bool:
+        """Whether round `number` is to be saved: not while workers still write an earlier one."""
+        every = self.config.checkpoint_freq
+        self._overdue |= every is not None and number % every == 0
+        if self._begun or not self._overdue:
+            return False
+        self._overdue = False
+        return True
+
+    def begin(self, step: int, server: dict[str, Any]) -> None:
+        """The workers have begun to write; `server` is what the server has to keep."""
+        self._begun[step], self._answers[step] = server, []
+
+    def collect(self, reports: Iterable[Mapping[str, Any]]) -> Iterator[Callable[[], None]]:
+        """From the workers' reports: what is left to write of each checkpoint that they have all
+        written. One that somebody could not write is told, and removed."""
+        for report in reports:
+            for written in report.get("saved", ()):
+                self._answers[written["step"]].append(written)
+        for step in [s for s, answers in self._answers.items() if len(answers) == self.workers]:
+            server, answers = self._begun.pop(step), self._answers.pop(step)
+            folder = folder_of(self.config.run_dir, step)
+            errors = [a["error"] for a in answers if "error" in a]
+            if errors:
+                self._give_up(folder, errors[0])
+                continue
+            sums = {name: s for a in answers for name, s in a["files"].items()}
+            yield partial(self._commit, folder, step, server, sums)
+
+    def _commit(self, folder: Path, step: int, server: dict[str, Any], sums: Sums) -> None:
+        try:
+            commit(folder, step, self.config.results_dict(), self.made_with, server, sums)
+        except OSError as error:
+            self._give_up(folder, str(error.strerror))
+
+    def _give_up(self, folder: Path, error: str) -> None:
+        self.say(f"fedrun: warning: checkpoint {folder} could not be written ({error}); the run "
+                 "goes on, the one before it is kept")
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+def latest(run_dir: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint of a run that is whole; those that are not are told by name."""
+    for folder in reversed(_folders(run_dir / "checkpoints")):
+        try:
+            return read(folder)
+        except ValueError as error:
+            say(f"{error}; the one before it is taken")
+    return None
+
+
+def read(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder, after comparing every file with its checksum. ValueError, with
+    what is wrong, where it is not whole."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, sums in manifest["files"].items():
+            with (folder / name).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                size = file.tell()
+            if size != sums["bytes"]:
+                raise ValueError(f"{name} has {size} bytes instead of {sums['bytes']}")
+            if digest != sums["sha256"]:
+                raise ValueError(f"{name} is damaged: its checksum is not the manifest's")
+        return Checkpoint(folder, int(manifest["step"]), manifest["config"],
+                          manifest["made_with"])
+    except FileNotFoundError as error:
+        missing = Path(error.filename).name
+        raise ValueError(f"checkpoint {folder} is not whole: {missing} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {folder} is not whole: {error}") from None
+
+
+def trusted(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder that rank 0 has read and compared."""
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    return Checkpoint(folder, int(manifest["step"]), manifest["config"], manifest["made_with"])
+
+
+def drop_after(run_dir: Path, step: int) -> None:
+    """Remove what lies there of checkpoints after a step: a run that goes on makes them anew."""
+    for folder in _folders(run_dir / "checkpoints"):
+        if _step(folder) > step:
+            shutil.rmtree(folder)
+
+
+def _folders(parent: Path) -> list[Path]:
+    """The folders of checkpoints, whole or not, oldest first."""
+    return sorted(parent.glob("step_*"), key=_step)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))

@@ -1,0 +1,148 @@
+"""How a run begins: anew, from a checkpoint, or not at all, since it is finished.
+
+Rank 0 decides, holding the run's folder by a lock, and tells the others when they are connected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedrun import checkpoint, rundir
+from fedrun.checkpoint import Checkpoint
+from fedrun.config import Dtype, RunConfig
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What rank 0 found; travels as JSON."""
+
+    dtype: Dtype
+    """Of the matrix products: what a run began with is what it goes on with."""
+    token: str = ""
+    """What every rank must see in the lock of the run's folder."""
+    checkpoint: str | None = None
+    """The folder to go on from."""
+    finished: bool = False
+
+    def open(self) -> Checkpoint | None:
+        """Any rank: the checkpoint, which rank 0 has compared with its checksums."""
+        return None if self.checkpoint is None else checkpoint.trusted(Path(self.checkpoint))
+
+
+def begin(config: RunConfig, resolve_dtype: Callable[[RunConfig], Dtype],
+          made_with: dict[str, Any], say: Callable[[str], None]) -> Beginning:
+    """Rank 0: take the run's folder and make it ready.
+
+    made_with: what beside the settings decides the bits; `corpus` and `kernels` have to be as they
+    were, `versions` should. ValueError where the folder is another's, holds another run, or cannot
+    be written.
+    """
+    path, token = config.run_dir, secrets.token_hex(8)
+    try:
+        held = _held_config(config)
+        rundir.lock(path, token)
+        if _anew(config):
+            held = None
+        if held and rundir.read_outcome(path).get("outcome") == "finished":
+            config = _with_dtype(config, held, resolve_dtype)
+            _refuse_other(config, held)
+            return Beginning(config.dtype, token, finished=True)
+        found = _to_go_on_from(config, held, say)
+        config = _with_dtype(config, found.config if found else None, resolve_dtype)
+        _refuse_other(config, held)
+        if found is None:
+            rundir.empty(path)
+        else:
+            _refuse_other(config, found.config)
+            _compare_makings(found, made_with, say)
+            rundir.cut_back(path, found.step)
+            checkpoint.drop_after(path, found.step)
+            say(f"goes on after step {found.step}, from {found.folder}")
+        rundir.write_json(path / "config.json", config.to_dict())
+        rundir.write_outcome(path, "running", found.step if found else 0)
+        return Beginning(config.dtype, token, str(found.folder) if found else None)
+    except OSError as error:
+        raise ValueError(f"--data_dir {config.data_dir}: the folder {path} cannot be written: "
+                         f"{error.strerror}") from None
+
+
+def restarted() -> bool:
+    """Whether a launcher has started this job before."""
+    return any(os.environ.get(name, "0") != "0"
+               for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def _anew(config: RunConfig) -> bool:
+    """Whether the user asked for a new beginning; a launcher that restarts the job did not."""
+    return config.resume == "never" or (config.overwrite and not restarted())
+
+
+def _held_config(config: RunConfig) -> dict[str, Any] | None:
+    """The settings of the run that the folder holds; ValueError where it holds something else."""
+    path = config.run_dir
+    with suppress(OSError, ValueError):
+        held: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return held
+    # What a killed start leaves is a lock and files that were not whole yet.
+    if path.exists() and any(p.name != rundir.LOCK and not p.name.startswith(".")
+                             for p in path.iterdir()):
+        raise ValueError(f"--run_name {config.name}: {path} exists and is no run's folder; "
+                         "choose another --run_name or --data_dir")
+    return None
+
+
+def _to_go_on_from(config: RunConfig, held: dict[str, Any] | None, say: Callable[[str], None]
+                   ) -> Checkpoint | None:
+    """The checkpoint that --resume and the folder's run amount to; None to begin anew."""
+    named = None if config.resume in ("auto", "never") else Path(config.resume)
+    if named and (named / checkpoint.MANIFEST).exists() and not restarted():
+        return checkpoint.read(named)
+    # Where another run is named, it is where this one began: it goes on from its own checkpoints.
+    own = checkpoint.latest(config.run_dir, say) if held else None
+    if named is None or own:
+        return own
+    if found := checkpoint.latest(named, say):
+        return found
+    raise ValueError(f"--resume {named}: no whole checkpoint there; accepted is auto, never, a "
+                     "run's folder or one of its checkpoints")
+
+
+def _with_dtype(config: RunConfig, recorded: dict[str, Any] | None,
+                resolve_dtype: Callable[[RunConfig], Dtype]) -> RunConfig:
+    """The config with its type decided: for --dtype auto the one that the run began with."""
+    if config.dtype == "auto" and recorded is not None:
+        config = dataclasses.replace(config, dtype=recorded["dtype"])
+    return dataclasses.replace(config, dtype=resolve_dtype(config))
+
+
+def _refuse_other(config: RunConfig, held: dict[str, Any] | None) -> None:
+    """ValueError, with the settings that differ, for a folder that holds another run."""
+    if held is None:
+        return
+    mine = json.loads(json.dumps(config.results_dict()))
+    if differing := [k for k in mine if held.get(k) != mine[k]]:
+        told = ", ".join(f"{k} {held.get(k)} there, {mine[k]} here" for k in differing)
+        raise ValueError(f"--run_name {config.name}: {config.run_dir} holds a run with other "
+                         f"settings ({told}); choose another --run_name, or --overwrite to replace "
+                         "it")
+
+
+def _compare_makings(found: Checkpoint, made_with: dict[str, Any], say: Callable[[str], None]
+                     ) -> None:
+    """ValueError where the text or the kernels are not those that the checkpoint was made with; a
+    word where a version is not."""
+    for name, flag in (("corpus", "--dataset"), ("kernels", "--device")):
+        if found.made_with[name] != made_with[name]:
+            raise ValueError(f"{flag}: the {name} of this run was {found.made_with[name]} and is "
+                             f"{made_with[name]} now; --overwrite begins anew")
+    if found.made_with["versions"] != made_with["versions"]:
+        say(f"warning: begun with {found.made_with['versions']}, goes on with "
+            f"{made_with['versions']}: the last bits may differ")

@@ -1,0 +1,123 @@
+"""Orderly ends that someone asks for: SIGTERM, SIGINT, a STOP file in the run's folder.
+
+The first request ends the run at the next round boundary, with a checkpoint; a second signal ends
+the process at once, and so does one while a peer is gone, since the boundary would never come.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+STOP = "STOP"
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+DOUBLE = 0.5  # seconds within which two signals are one: launchers send what the terminal sent too
+_PR_SET_PDEATHSIG = 1
+
+
+class StopRequest:
+    """Whether this process was asked to stop.
+
+    Signals are read by a thread, since the main one may wait in a collective for as long as a round
+    takes, and Python runs handlers between its own instructions only.
+    """
+
+    def __init__(self, run_dir: Path, lost_peers: Callable[[], list[int]], quiet: bool) -> None:
+        self.signal = ""
+        """The name of the first signal; empty without one."""
+        self._file = run_dir / STOP
+        self._since = time.time()
+        self._lost_peers = lost_peers
+        self._quiet = quiet
+        self._over = threading.Event()
+        self._watch = threading.Thread(target=self._watch_peers, name="fedrun-peers", daemon=True)
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Obey signals inside; main thread only."""
+        here, there = socket.socketpair()
+        there.setblocking(False)
+        before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        old_fd = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+        thread = threading.Thread(target=self._listen, args=(here,), name="fedrun-signals",
+                                  daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            signal.set_wakeup_fd(old_fd)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            there.close()
+            self._over.set()
+            for running in (thread, self._watch):  # none may be inside the store when Python ends
+                if running.is_alive():
+                    running.join()
+            here.close()
+
+    def _listen(self, signals: socket.socket) -> None:
+        first = 0.0
+        while received := signals.recv(1):
+            if received[0] not in SIGNALS:
+                continue
+            name = signal.Signals(received[0]).name
+            if self.signal and time.monotonic() - first > DOUBLE:
+                self._end(received[0], f"{name} again: ends at once")
+            if not self.signal:
+                self.signal, first = name, time.monotonic()
+                if not self._quiet:
+                    print(f"fedrun: {name}: stops after this round (once more: at once)",
+                          file=sys.stderr, flush=True)
+                self._watch.start()
+
+    def _watch_peers(self) -> None:
+        """A launcher that has lost one process sends the others SIGTERM."""
+        while not self._over.wait(1.0):
+            lost = self._lost_peers()
+            if lost and not self._over.is_set():
+                self._end(signal.Signals[self.signal], f"{self.signal}, and no sign of life from "
+                          f"rank {', '.join(map(str, lost))}: ends at once")
+
+    def _end(self, number: int, why: str) -> None:
+        print(f"fedrun: {why}", file=sys.stderr, flush=True)
+        os._exit(128 + number)
+
+    def file_says_so(self) -> bool:
+        """Server: whether the STOP file is there and meant for this start of this job.
+
+        An empty file (`touch`) is meant for whoever runs; a launcher writes its job and attempt
+        into it, since a job that was put back into the queue must not obey what ended it. One that
+        is older than the start is of an earlier run.
+        """
+        try:
+            if self._file.stat().st_mtime < self._since:
+                return False
+            meant_for = self._file.read_text(encoding="utf-8").split()
+        except OSError:
+            return False
+        here = [os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")]
+        return not meant_for or meant_for == here
+
+    def obeyed(self) -> None:
+        """Server: the file has done its work."""
+        self._file.unlink(missing_ok=True)
+
+
+def die_with_launcher() -> None:
+    """End this process when the one that started it ends, however that happens.
+
+    By the kernel, where it is Linux's: a process that is stopped or inside a kernel dies as well.
+    """
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before it could be watched
+            os._exit(1)

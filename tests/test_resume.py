@@ -1,0 +1,272 @@
+"""A run that is killed or stopped, and started again in the same way, ends with the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, SMALL, Outcome, Run, torchrun
+from test_runs import without_clocks
+
+from fedrun import checkpoint
+
+FAULTY = Path(__file__).with_name("faulty_fedrun.py")
+FLAGS = ("--num_clients", 3, "--rounds", 7, "--checkpoint_freq", 2)
+
+
+def fault(tmp_path: Path, kind: str, at: str, rank: int = 0) -> dict[str, str]:
+    return {"FAULT": kind, "FAULT_AT": at, "FAULT_RANK": str(rank),
+            "FAULT_ONCE": str(tmp_path / "struck")}
+
+
+def outcome_of(run: Outcome) -> str:
+    return str(json.loads((run.run_dir / "outcome.json").read_text())["outcome"])
+
+
+def assert_equal(disturbed: Outcome, undisturbed: Outcome) -> None:
+    """The same model, history and npz files, and an event for each round."""
+    assert outcome_of(disturbed) == "finished", disturbed.output
+    assert disturbed.bits == undisturbed.bits
+    assert without_clocks(disturbed) == without_clocks(undisturbed)
+    ours, theirs = ({p.relative_to(r.run_dir): p.read_bytes()
+                     for p in r.run_dir.glob("**/step_*.npz")} for r in (disturbed, undisturbed))
+    assert ours == theirs
+
+    def rounds(run: Outcome) -> list[int]:
+        lines = map(json.loads, (run.run_dir / "events.jsonl").read_text().splitlines())
+        return [line.get("round", line.get("step")) for line in lines
+                if line["event"] in ("round", "step")]
+    assert rounds(disturbed) == rounds(undisturbed)
+
+
+@pytest.mark.parametrize(("method", "flags"), [
+    ("central", ("--rounds", 7, "--checkpoint_freq", 2)),
+    ("fed_avg", (*FLAGS, "--sync", "epoch", "--epoch_passes", 0.002)),
+    ("diloco", (*FLAGS, "--client_state", "average", "--local_updates", 2)),
+    ("fed_yogi", (*FLAGS, "--sampling", "replacement")),
+    ("fed_entropy", FLAGS),
+    ("fed_sgd", FLAGS),
+])
+def test_stopped_and_gone_on_in_another_world(run: Run, tmp_path: Path, method: str,
+                                              flags: tuple[object, ...]) -> None:
+    whole = run(method, *flags, name="whole")
+    assert whole.code == 0, whole.output
+    at = "step:5" if method == "central" else "record:5"
+    stopped = run(method, *flags, script=FAULTY, env=fault(tmp_path, "term", at))
+    assert stopped.code == 0, stopped.output
+    assert "stopped by SIGTERM, after" in stopped.output
+    assert outcome_of(stopped) == "stopped"
+    last = sorted((stopped.run_dir / "checkpoints").iterdir())[-1].name
+    assert last in ("step_000005", "step_000006")  # the signal came while round 5 was recorded
+    resumed = run(method, *flags, processes=1 if method == "central" else 3)
+    assert resumed.code == 0, resumed.output
+    assert f"goes on after step {int(last[5:])}" in resumed.output
+    assert_equal(resumed, whole)
+    again = run(method, *flags)
+    assert again.code == 0
+    assert "finished already" in again.output
+    assert again.bits == whole.bits
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Outcome:
+    """The run that those that are killed are compared with."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    subprocess.run([sys.executable, "-m", "fedrun", "fed_avg", *SMALL, *map(str, FLAGS),
+                    "--data_dir", str(folder), "--cache_dir", str(cache_dir), "--run_name", "run"],
+                   check=True, cwd=ROOT, timeout=100, capture_output=True)
+    return Outcome(0, "", folder / "run")
+
+
+@pytest.mark.parametrize(("rank", "at"), [
+    (1, "train:3"), (2, "reduce:5"), (1, "half-written:4"), (0, "before-manifest:6"),
+])
+def test_killed_and_restarted_in_place(run: Run, tmp_path: Path, undisturbed: Outcome, rank: int,
+                                       at: str) -> None:
+    """torchrun --max-restarts goes on by itself."""
+    killed = run("fed_avg", *FLAGS, "--overwrite", processes=3, script=FAULTY, restarts=1,
+                 env=fault(tmp_path, "kill", at, rank))
+    assert killed.code == 0, killed.output
+    assert (tmp_path / "struck").exists()
+    assert_equal(killed, undisturbed)
+
+
+def test_a_launcher_that_is_killed_leaves_no_orphans(run: Run, tmp_path: Path,
+                                                     undisturbed: Outcome) -> None:
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        launcher = subprocess.Popen(
+            [*torchrun(3), str(FAULTY), "fed_avg", *SMALL, *map(str, FLAGS), "--data_dir",
+             str(tmp_path), "--cache_dir", str(undisturbed.run_dir.parent / "cache"),
+             "--run_name", "run"], stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
+            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1",
+                                         **fault(tmp_path, "launcher", "reduced:5", 1)})
+    children: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 90
+        while launcher.poll() is None:
+            children = psutil.Process(launcher.pid).children() or children
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        _, alive = psutil.wait_procs(children, timeout=5)
+        assert len(children) == 3
+        assert not alive, log.read_text()
+    finally:
+        for process in [*children, launcher]:
+            if process.is_running() if isinstance(process, psutil.Process) else (
+                    process.poll() is None):
+                process.kill()
+    resumed = run("fed_avg", *FLAGS, processes=2)
+    assert resumed.code == 0, resumed.output
+    assert_equal(resumed, undisturbed)
+
+
+@pytest.fixture
+def stopped(run: Run, tmp_path: Path) -> Outcome:
+    """A run that was ended at once after its checkpoint of round 6."""
+    run("fed_avg", *FLAGS, script=FAULTY, env=fault(tmp_path, "kill", "after-manifest:6"))
+    folders = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert folders == ["step_000004", "step_000006"]  # the last two
+    return Outcome(-9, "", tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "no manifest", "no file"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+        run: Run, stopped: Outcome, undisturbed: Outcome, damage: str) -> None:
+    folder = stopped.run_dir / "checkpoints" / "step_000006"
+    file = folder / "client_1.safetensors"
+    if damage == "flip":
+        content = bytearray(file.read_bytes())
+        content[-1000] ^= 1
+        file.write_bytes(content)
+    elif damage == "truncate":
+        os.truncate(file, file.stat().st_size - 1)
+    elif damage == "no file":
+        file.unlink()
+    else:
+        (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="is not whole"):
+        checkpoint.read(folder)
+    resumed = run("fed_avg", *FLAGS)
+    assert resumed.code == 0, resumed.output
+    assert re.search(r"step_000006 is not whole: .*the one before it is taken", resumed.output)
+    assert "goes on after step 4" in resumed.output
+    assert_equal(resumed, undisturbed)
+
+
+def test_other_settings_are_refused_with_their_names(run: Run, stopped: Outcome) -> None:
+    refused = run("fed_avg", *FLAGS, "--lr", "1e-3")
+    assert refused.code == 2
+    assert "lr 0.002 there, 0.001 here" in refused.output
+    neutral = run("fed_avg", *FLAGS, "--timeout", 100, "--checkpoint_freq", "none")
+    assert neutral.code == 0, neutral.output
+    assert "goes on after step 6" in neutral.output
+
+
+def test_resume_never_and_from_another_run(run: Run, stopped: Outcome, undisturbed: Outcome
+                                           ) -> None:
+    anew = run("fed_avg", *FLAGS, "--resume", "never", name="copy")
+    assert_equal(anew, undisturbed)
+    branch = run("fed_avg", *FLAGS, "--resume", stopped.run_dir, name="branch")
+    assert "goes on after step 6" in branch.output
+    assert branch.bits == undisturbed.bits
+    exact = run("fed_avg", *FLAGS, "--resume", stopped.run_dir / "checkpoints" / "step_000004",
+                name="exact")
+    assert "goes on after step 4" in exact.output
+    assert exact.bits == undisturbed.bits
+    missing = run("fed_avg", *FLAGS, "--resume", stopped.run_dir / "nowhere", name="missing")
+    assert missing.code == 2
+    assert "--resume" in missing.output
+
+
+def test_a_full_disk_costs_the_checkpoint_and_nothing_else(run: Run, tmp_path: Path,
+                                                           undisturbed: Outcome) -> None:
+    """A limit on the size of files, between that of the model and of a client's moments."""
+    size = (undisturbed.run_dir / "model.safetensors").stat().st_size * 3 // 2
+    script = tmp_path / "limited.py"
+    script.write_text(f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size},) * 2)\n"
+                      "from fedrun.__main__ import run\nrun()\n")
+    full = run("fed_avg", *FLAGS, script=script)
+    assert full.code == 0, full.output
+    assert "step_000002 could not be written" in full.output
+    assert "File too large" in full.output
+    assert not list((full.run_dir / "checkpoints").glob("*"))
+    assert_equal(full, undisturbed)
+
+
+@pytest.fixture
+def endless(request: pytest.FixtureRequest, tmp_path: Path, cache_dir: Path
+            ) -> Iterator[subprocess.Popen[str]]:
+    """A run that has begun and would go on for hours; its parameter: local updates in a round."""
+    updates = getattr(request, "param", 4)
+    command = [sys.executable, "-m", "fedrun", "fed_avg", *SMALL, "--data_dir", str(tmp_path),
+               "--cache_dir", str(cache_dir), "--run_name", "run", "--rounds", "100000",
+               "--num_clients", "2", "--val_freq", "100000", "--local_updates", str(updates)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               cwd=ROOT, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        events, deadline = tmp_path / "run" / "events.jsonl", time.monotonic() + 60
+        while not events.exists() or events.read_text().count("\n") < (4 if updates < 100 else 1):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def test_two_runs_in_one_folder(run: Run, endless: subprocess.Popen[str]) -> None:
+    second = run("fed_avg", "--rounds", 5, "--overwrite")
+    assert second.code == 2
+    assert f"is in use by process {endless.pid} on " in second.output
+    assert endless.poll() is None
+
+
+def test_a_stop_file_ends_the_run_in_order(endless: subprocess.Popen[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    other_job = folder / "STOP"
+    other_job.write_text("1234 0\n")  # meant for a job that we are not
+    time.sleep(1.0)
+    assert endless.poll() is None
+    other_job.unlink()
+    (folder / "STOP").touch()
+    output, _ = endless.communicate(timeout=30)
+    assert endless.returncode == 0, output
+    assert "stopped by the STOP file, after round" in output
+    assert not (folder / "STOP").exists()
+    assert json.loads((folder / "outcome.json").read_text())["outcome"] == "stopped"
+    assert checkpoint.latest(folder, print) is not None
+
+
+@pytest.mark.parametrize("endless", [1_000_000], indirect=True)
+def test_a_second_signal_ends_at_once(endless: subprocess.Popen[str]) -> None:
+    """In the middle of a round, which the first signal waits for."""
+    endless.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    assert endless.poll() is None
+    endless.send_signal(signal.SIGTERM)
+    output, _ = endless.communicate(timeout=10)
+    assert "SIGINT: stops after this round" in output
+    assert "SIGTERM again: ends at once" in output
+    assert endless.returncode == 128 + signal.SIGTERM
+
+
+def test_a_stale_stop_file_is_ignored(run: Run, stopped: Outcome, undisturbed: Outcome) -> None:
+    stop = stopped.run_dir / "STOP"
+    stop.touch()
+    os.utime(stop, (1, 1))
+    resumed = run("fed_avg", *FLAGS)
+    assert_equal(resumed, undisturbed)
+    shutil.rmtree(stopped.run_dir)

@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 # torchrun would say it at length for every start.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-all bench check figures clean
+.PHONY: demo test test-all soak bench check figures clean
 
 # 4 clients and a server in parallel on the documentation that comes with Python; no network
 # is needed once the environment stands.
@@ -22,6 +22,10 @@ test: $(VENV)/.ready
 # The tests that take longer.
 test-all: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow
+
+# 200 kills at random moments; hours.
+soak: $(VENV)/.ready
+	KILLS=200 $(BIN)/python -m pytest -m slow tests/test_kills.py
 
 # Our training step against transformers', as a table; ten quiet minutes.
 bench: $(VENV)/.ready

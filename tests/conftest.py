@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fedrun.data.corpora import local_files, read_pydocs
+
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
-# A run of seconds on real text: the documentation that comes with Python.
-SMALL = ("--config", "tiny", "--dataset", "pydocs", "--tokenizer", "bpe:400",
+# Some of the documentation that comes with Python, for runs of seconds on real text.
+_folder = tempfile.TemporaryDirectory(prefix="fedrun-tests-")
+CORPUS = Path(_folder.name) / "corpus.txt"
+CORPUS.write_text("\n\n".join(read_pydocs(local_files("pydocs")[:40]).values()), encoding="utf-8")
+
+SMALL = ("--config", "tiny", "--dataset", str(CORPUS), "--tokenizer", "bpe:400",
          "--sequence_length", "32", "--batch_size", "2", "--val_freq", "3", "--lr", "2e-3",
          "--dtype", "fp32")
 

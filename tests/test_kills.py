@@ -1,0 +1,97 @@
+"""Kill any process at any moment, start again: the final model is the undisturbed one, to the bit.
+
+20 kills (rank, stage, round) from a seeded generator, spread over local training, reduction,
+evaluation and the writing of checkpoints, torchrun itself among them. `make soak` draws 200.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, SMALL, Outcome, torchrun
+from test_resume import FAULTY, FLAGS, assert_equal, fault, undisturbed
+
+STAGES = {"train": "worker", "reduce": "worker", "reduced": "worker", "evaluate": "worker",
+          "half-written": "worker", "judge": "server", "record": "server",
+          "before-manifest": "server", "after-manifest": "server", "finish": "server"}
+KILLS = int(os.environ.get("KILLS", "20"))
+WORKERS = 2
+LIMIT = 100.0
+
+assert undisturbed is not None  # a fixture, found here by its name
+pytestmark = pytest.mark.slow
+
+
+def draw(number: int) -> tuple[str, str, int]:
+    """(what is killed, stage:round, rank that gets there)."""
+    generator = random.Random(number)
+    stage = list(STAGES)[number % len(STAGES)]
+    rank = 0 if STAGES[stage] == "server" else generator.randint(1, WORKERS)
+    step = {"evaluate": generator.choice([1, 3, 6, 7]), "finish": 7}.get(
+        stage, generator.choice([2, 4, 6] if "written" in stage or "manifest" in stage
+                                else range(1, 8)))
+    return ("launcher" if number % 5 == 4 else "kill"), f"{stage}:{step}", rank
+
+
+def start(tmp_path: Path, cache_dir: Path, processes: int, env: dict[str, str], log: Path
+          ) -> subprocess.Popen[bytes]:
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            [*torchrun(processes), str(FAULTY), "fed_avg", *SMALL, *map(str, FLAGS), "--data_dir",
+             str(tmp_path), "--cache_dir", str(cache_dir), "--run_name", "run"], stdout=out,
+            stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+def end_of_all(launcher: subprocess.Popen[bytes], struck: Path, log: Path) -> float:
+    """Wait for the launcher and all it started; seconds from the kill to the last one's end."""
+    children: list[psutil.Process] = []
+    began, struck_at = time.monotonic(), None
+    try:
+        while launcher.poll() is None or any(map(running, children)):
+            if launcher.poll() is None:
+                children = psutil.Process(launcher.pid).children() or children
+            if struck_at is None and struck.exists():
+                struck_at = time.monotonic()
+            assert time.monotonic() < began + LIMIT, log.read_text()
+            time.sleep(0.02)
+        assert struck_at is not None, log.read_text()
+        return time.monotonic() - struck_at
+    finally:
+        for child in filter(running, children):
+            child.kill()
+        if launcher.poll() is None:
+            launcher.kill()
+            launcher.wait()
+
+
+def running(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+longest: list[float] = []
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+def test_a_kill_costs_no_bit(number: int, tmp_path: Path, cache_dir: Path, undisturbed: Outcome
+                             ) -> None:
+    what, at, rank = draw(number)
+    env, log = fault(tmp_path, what, at, rank), tmp_path / "log"
+    killed = start(tmp_path, cache_dir, 1 + WORKERS, env, log)
+    longest.append(end_of_all(killed, tmp_path / "struck", log))
+    assert longest[-1] < 30, (what, at, rank)
+    again = start(tmp_path, cache_dir, random.Random(number).choice([1, 2, 3]), env, log)
+    assert again.wait(LIMIT) == 0, log.read_text()
+    assert_equal(Outcome(0, log.read_text(), tmp_path / "run"), undisturbed)
+    print(f"{number + 1} kills survived; longest time from a kill to the last process's end "
+          f"{max(longest):.1f} s", file=sys.__stderr__)

@@ -16,7 +16,7 @@ from fedrun.checkpoint import (
     client_file,
     folder_of,
 )
-from fedrun.client import Client, LocalLosses
+from fedrun.client import Client, LocalLosses, to_device
 from fedrun.config import CentralConfig
 from fedrun.data.shards import Batches, contiguous_shards, make_batches
 from fedrun.data.tokens import TokenData
@@ -44,7 +44,7 @@ class PooledClients(Client):
         rows = [torch.from_numpy(batches.read(self.steps_done, self.sequences, shard))
                 for shard, batches in self.parts]
         self.steps_done += 1
-        return torch.cat(rows).to(self.flat.vector.device)
+        return to_device(torch.cat(rows), self.flat.vector.device)
 
 
 def training_client(config: CentralConfig, data: TokenData, flat: FlatParams) -> tuple[Client, int]:

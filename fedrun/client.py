@@ -111,7 +111,14 @@ class Client:
         """(batch_size, sequence_length) token ids; the client's position moves on."""
         batch = self.batches.read(self.steps_done, self.sequences, self.shard)
         self.steps_done += 1
-        return torch.from_numpy(batch).to(self.flat.vector.device, non_blocking=True)
+        return to_device(torch.from_numpy(batch), self.flat.vector.device)
+
+
+def to_device(batch: Tensor, device: torch.device) -> Tensor:
+    """A batch where the model is. Nothing in a local step waits for a GPU, so that the host is
+    steps ahead of it, and a copy from pinned memory lies in its queue before it is needed."""
+    return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else (
+        batch.to(device))
 
 
 def mean_entropy(model: Mamba2LM, sequences: np.ndarray, holdout: range, batch_size: int,

@@ -64,7 +64,7 @@ class Client:
         """What the client needs to go on, by name: its place in its data, AdamW's state, and its
         own parameters where it has some. The tensors themselves, no copies."""
         state = {"steps_done": torch.tensor(self.steps_done)}
-        state |= {ADAMW + name: t for name, t in self.optimizer.state().items()}
+        state |= {ADAMW + name: t for name, t in self.optimizer.state.items()}
         if self.parameters is not None:
             state["parameters"] = self.parameters
         return state

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from fedrun.config import RunConfig
 from fedrun.params import FlatParams
 from fedrun.sums import adamw_step_bound
+
+EPS = 1e-8
+KERNEL: dict[str, Any] = {"fused": True}
 
 
 def scheduled_lr(config: RunConfig, step: int, steps: int) -> float:
@@ -32,6 +37,9 @@ def update_bound(config: RunConfig, steps: int) -> float:
 class LocalOptimizer:
     """AdamW (Loshchilov & Hutter 2019) on all parameters of a worker's model.
 
+    By torch's functional form: its optimizer classes import torch's compiler when they are made,
+    which takes longer than all the rest of a process's start.
+
     total_steps: optimizer steps in the whole run, for the schedule.
     """
 
@@ -39,34 +47,37 @@ class LocalOptimizer:
         self.flat = flat
         self.config = config
         self.total_steps = total_steps
-        self.parameter = flat.parameter()
-        self.reset()
+        self.state: dict[str, Tensor] = {}
+        """`step` (0-dim), `exp_avg` and `exp_avg_sq` (size,); empty before the first step."""
 
     def reset(self) -> None:
         """Start AdamW anew."""
-        self.adamw = torch.optim.AdamW(
-            [self.parameter], lr=self.config.lr, betas=(self.config.beta1, self.config.beta2),
-            weight_decay=self.config.weight_decay, fused=True)
+        self.state = {}
 
+    def _begin(self) -> None:
+        vector = self.flat.vector
+        self.state = {"step": torch.zeros((), device=vector.device),
+                      "exp_avg": torch.zeros_like(vector), "exp_avg_sq": torch.zeros_like(vector)}
+
+    @torch.no_grad()
     def step(self, number: int) -> None:
         """Move the parameters along flat.grad; `number` is the step's place in the run, from 0."""
-        if self.config.grad_clip is not None:
+        config = self.config
+        if not self.state:
+            self._begin()
+        if config.grad_clip is not None:
             norm = torch.linalg.vector_norm(self.flat.grad)
-            self.flat.grad.mul_((self.config.grad_clip / (norm + 1e-6)).clamp_(max=1.0))
-        self.adamw.param_groups[0]["lr"] = scheduled_lr(self.config, number, self.total_steps)
-        self.adamw.step()
-
-    def state(self) -> dict[str, Tensor]:
-        """AdamW's `step`, `exp_avg` and `exp_avg_sq` themselves; empty before the first step."""
-        return dict(self.adamw.state[self.parameter]) if self.adamw.state else {}
+            self.flat.grad.mul_((config.grad_clip / (norm + 1e-6)).clamp_(max=1.0))
+        adamw([self.flat.vector], [self.flat.grad], [self.state["exp_avg"]],
+              [self.state["exp_avg_sq"]], [], [self.state["step"]], **KERNEL,
+              lr=scheduled_lr(config, number, self.total_steps), beta1=config.beta1,
+              beta2=config.beta2, eps=EPS, weight_decay=config.weight_decay, amsgrad=False,
+              maximize=False)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from copies of what `state` gave."""
-        self.reset()
-        device = self.parameter.device
-        if state:
-            self.adamw.state[self.parameter] = {k: v.to(device, copy=True)
-                                                for k, v in state.items()}
+        """Go on from a copy of another optimizer's `state`."""
+        device = self.flat.vector.device
+        self.state = {name: tensor.to(device, copy=True) for name, tensor in state.items()}
 
     def take_moments(self) -> dict[str, Tensor]:
         """AdamW's moments, corrected for their bias in place: to be loaded before the next step.
@@ -74,18 +85,14 @@ class LocalOptimizer:
         Corrected, since the second moment of a first step is a thousandth of the squared gradient,
         too small for the grid that squared gradients are summed on.
         """
-        state = self.adamw.state[self.parameter]
-        steps = int(state["step"])
-        return {"exp_avg": state["exp_avg"].div_(1 - self.config.beta1**steps),
-                "exp_avg_sq": state["exp_avg_sq"].div_(1 - self.config.beta2**steps)}
+        steps = int(self.state["step"])
+        return {"exp_avg": self.state["exp_avg"].div_(1 - self.config.beta1**steps),
+                "exp_avg_sq": self.state["exp_avg_sq"].div_(1 - self.config.beta2**steps)}
 
     def load_moments(self, moments: dict[str, Tensor], steps: int) -> None:
         """Go on from moments corrected for their bias, (size,) each, after so many steps."""
-        state = self.adamw.state[self.parameter]
-        if not state:
-            state |= {"step": torch.zeros((), device=self.parameter.device),
-                      "exp_avg": torch.empty_like(self.parameter.data),
-                      "exp_avg_sq": torch.empty_like(self.parameter.data)}
-        state["step"].fill_(steps)
-        torch.mul(moments["exp_avg"], 1 - self.config.beta1**steps, out=state["exp_avg"])
-        torch.mul(moments["exp_avg_sq"], 1 - self.config.beta2**steps, out=state["exp_avg_sq"])
+        if not self.state:
+            self._begin()
+        self.state["step"].fill_(steps)
+        for name, beta in (("exp_avg", self.config.beta1), ("exp_avg_sq", self.config.beta2)):
+            torch.mul(moments[name], 1 - beta**steps, out=self.state[name])

@@ -52,9 +52,3 @@ class FlatParams:
         """(name, view in the parameter's shape) for any vector of this layout."""
         for slot in self.slots:
             yield slot.name, vector[slot.start:slot.stop].view(slot.shape)
-
-    def parameter(self) -> nn.Parameter:
-        """The whole vector as one parameter for a `torch.optim` optimizer, sharing memory."""
-        whole = nn.Parameter(self.vector)
-        whole.grad = self.grad
-        return whole

@@ -26,8 +26,8 @@ SEQUENCES = np.zeros((12, 24), dtype=np.uint16)
 
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fisher", [None, "batch", "sequence", "corrected"])
-def test_training_fisher_and_entropy_touch_no_value(compute_dtype: torch.dtype, fisher: str | None
-                                                    ) -> None:
+def test_training_fisher_and_entropy_touch_no_value(
+        monkeypatch: pytest.MonkeyPatch, compute_dtype: torch.dtype, fisher: str | None) -> None:
     config = resolve("fed_fisher", {"config": "tiny", "grad_clip": "1.0", "prox_mu": "0.1"})
     assert isinstance(config, FederatedConfig)
     with torch.device("meta"):
@@ -35,8 +35,11 @@ def test_training_fisher_and_entropy_touch_no_value(compute_dtype: torch.dtype, 
     flat = FlatParams(model)
     assert flat.vector.is_meta
     optimizer = LocalOptimizer(flat, config, 10)
-    # torch's fused AdamW has no meta kernel; its other implementation stands in for it here.
-    optimizer.adamw = torch.optim.AdamW([optimizer.parameter], lr=config.lr, foreach=True)
+    # torch's fused AdamW has no meta kernel; its other implementation, whose count of steps lies on
+    # the CPU, stands in for it here.
+    monkeypatch.setattr("fedrun.optimizer.KERNEL", {"foreach": True})
+    moments = {name: torch.zeros_like(flat.vector) for name in ("exp_avg", "exp_avg_sq")}
+    optimizer.state = {"step": torch.zeros(()), **moments}
     client = Client(0, range(12), SEQUENCES, flat, config, optimizer)
     estimate = None
     if fisher:

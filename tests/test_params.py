@@ -7,7 +7,9 @@ from torch import nn
 
 from fedrun.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
+from fedrun.optimizer import LocalOptimizer
 from fedrun.params import FlatParams
+from fedrun.settings import resolve
 
 CONFIG = ModelConfig(n_layer=2, d_model=32, d_state=8, headdim=8)
 
@@ -32,8 +34,9 @@ def test_gradients_and_an_optimizer_step_equal_those_of_the_plain_module() -> No
     flat = FlatParams(ours)
     tokens = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
     reference = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.01)
-    optimizer = torch.optim.AdamW([flat.parameter()], lr=1e-2, weight_decay=0.01, fused=True)
-    for _ in range(3):
+    config = resolve("fed_avg", {"lr": "1e-2", "weight_decay": "0.01"})
+    optimizer = LocalOptimizer(flat, config, total_steps=3)
+    for number in range(3):
         reference.zero_grad()
         loss, count = plain.loss(tokens)
         (loss / count).backward()
@@ -41,7 +44,7 @@ def test_gradients_and_an_optimizer_step_equal_those_of_the_plain_module() -> No
         flat.grad.zero_()
         loss, count = ours.loss(tokens)
         (loss / count).backward()
-        optimizer.step()
+        optimizer.step(number)
     for (name, p), (other, q) in zip(sorted(plain.named_parameters()),
                                      sorted(ours.named_parameters()), strict=True):
         assert name == other

@@ -107,7 +107,7 @@ def test_what_a_federated_run_writes(run: Run) -> None:
             "evaluation_seconds"} <= set(record)
     assert record["tokens"] == 4 * 3 * 2 * 32
     assert len(record["client_val_ppls"]) == 3
-    assert len(record["generated"]) > 100
+    assert len(record["generated"]) >= 100  # tokens, each a character or more
     assert min(r["server_val_ppl"] for r in outcome.history) == record["server_val_ppl"]
     config = json.loads((outcome.run_dir / "config.json").read_text())
     assert config["num_clients"] == 3

@@ -22,7 +22,9 @@ from fedrun.model import mamba2, ssd
 from fedrun.model.convert import to_transformers_config
 from fedrun.model.generate import prefill, step
 from fedrun.model.mamba2 import Mamba2LM
+from fedrun.optimizer import LocalOptimizer
 from fedrun.params import FlatParams
+from fedrun.settings import resolve
 from tests.benchmarks.common import answer, median_seconds, peak_mib, resident_mib, seconds
 from tests.benchmarks.floor import adamw_seconds, product_seconds, products
 
@@ -39,12 +41,12 @@ class Ours:
         self.model = Mamba2LM(config, VOCAB, self.dtype)
         self.model.init_weights(0)
         self.flat = FlatParams(self.model)
-        self.adamw = torch.optim.AdamW([self.flat.parameter()], fused=True, **ADAMW)
+        self.adamw = LocalOptimizer(self.flat, resolve("fed_avg", {}), total_steps=1)
         self.batch = torch.randint(VOCAB, (arguments.batch, arguments.length))
 
     def train(self) -> None:
         self.model.accumulate_grad(self.batch, fresh=True)
-        self.adamw.step()
+        self.adamw.step(0)
 
     def floor(self) -> float:
         shapes = products(self.config, VOCAB, *self.batch.shape)
@@ -72,7 +74,7 @@ class Ours:
             head = mamba2.linear_cross_entropy_gradients
             mamba2.linear_cross_entropy_gradients = timed("head", head)
             undo.callback(setattr, mamba2, "linear_cross_entropy_gradients", head)
-            adamw = timed("adamw", self.adamw.step)
+            adamw = timed("adamw", bind(self.adamw.step, 0))
             total = 0.0
             for _ in range(steps):
                 total += seconds(lambda: self.model.accumulate_grad(self.batch, fresh=True))

@@ -99,11 +99,11 @@ class RunConfig:
     partition: Partition = "contiguous"
     """How the train sequences are dealt out to the clients of a federated run: in their order
     (contiguous); at random (shuffled); each client with a mix of topics drawn from a Dirichlet
-    distribution (dirichlet); whole documents at random (documents); or whole sources (by_source):
-    the library packages of pydocs, WikiText's articles, the top folders of text files."""
-    alpha: float = 0.5
-    """Concentration of --partition dirichlet: near 0 a client has one topic, large ones make all
-    clients alike."""
+    distribution (dirichlet); whole documents at random (documents); or whole sources (by_source),
+    which are pydocs' packages, WikiText's articles, the top folders of text files."""
+    alpha: float = 1.0
+    """Concentration of --partition dirichlet: at 0.1 most clients have one topic, at 1 a few, at
+    100 all have nearly the same mix."""
     size_skew: float = 0.0
     """Standard deviation of the logarithm of the shards' sizes, which are log-normal; 0: equal."""
     seed: int = 0

@@ -41,9 +41,9 @@ def begin(config: RunConfig, resolve_dtype: Callable[[RunConfig], Dtype],
           made_with: dict[str, Any], say: Callable[[str], None]) -> Beginning:
     """Rank 0: take the run's folder and make it ready.
 
-    made_with: what beside the settings decides the bits; `corpus`, `partition` and `kernels` have to
-    be as they were, `versions` should. ValueError where the folder is another's, holds another run, or cannot
-    be written.
+    made_with: what beside the settings decides the bits; `corpus`, `partition` and `kernels` have
+    to be as they were, `versions` should. ValueError where the folder is another's, holds another
+    run, or cannot be written.
     """
     path, token = config.run_dir, secrets.token_hex(8)
     try:

@@ -27,7 +27,8 @@ def client_shards(data: TokenData, n_clients: int, partition: str, alpha: float,
         ValueError: there are not enough sequences, documents or sources for so many clients.
     """
     n_sequences = len(data.train)
-    _require_enough("sequence", n_sequences, n_clients, partition)
+    if partition in ("contiguous", "shuffled", "dirichlet"):
+        _require_enough("sequence", n_sequences, n_clients, partition)
     sizes = shard_sizes(n_sequences, n_clients, size_skew, seed)
     random = _generator(seed, partition)
     if partition == "contiguous":

@@ -77,21 +77,35 @@ class TokenData:
         return Documents.load(self.tokenizer_path.parent / "documents.npz")
 
     def load_topics(self) -> Topics:
-        """Their topics, found now or by an earlier or concurrent process."""
+        """Their topics, found now or by an earlier or concurrent process.
+
+        Raises:
+            ValueError: the cache cannot be written.
+            TimeoutError: another process has been at it for an hour.
+        """
         entry = self.tokenizer_path.parent
         version = importlib.metadata.version("scikit-learn")
         file = entry / f"topics-{TOPICS_LAYOUT}-{version}.npz"
         if not file.exists():
-            with _only_one(entry, "the topics of its documents", _to_stderr):
-                if not file.exists():
-                    started = time.perf_counter()
-                    stream = np.memmap(entry / "train.bin", self.train.dtype, mode="r")
-                    starts = self.load_documents().starts
-                    find_topics(stream, starts, self.vocab_size).save(entry / "topics.partial.npz")
-                    (entry / "topics.partial.npz").rename(file)
-                    _to_stderr(f"found topics among {len(starts) - 1:,} documents, once on this "
-                               f"machine, in {time.perf_counter() - started:.1f} s")
+            try:
+                with _only_one(entry, "the topics of its documents", _to_stderr):
+                    if not file.exists():
+                        self._write_topics(file)
+            except TimeoutError:
+                raise
+            except OSError as error:
+                raise ValueError(f"--cache_dir {entry.parents[1]}: {error}") from error
         return Topics.load(file)
+
+    def _write_topics(self, file: Path) -> None:
+        started = time.perf_counter()
+        stream = np.memmap(file.parent / "train.bin", self.train.dtype, mode="r")
+        starts = self.load_documents().starts
+        partial = file.parent / "topics.partial.npz"
+        find_topics(stream, starts, self.vocab_size).save(partial)
+        partial.rename(file)
+        _to_stderr(f"found topics among {len(starts) - 1:,} documents, once on this machine, in "
+                   f"{time.perf_counter() - started:.1f} s")
 
 
 def _to_stderr(line: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Run
+from conftest import CORPUS, Run
 from torch.nn.functional import cross_entropy
 
 from fedrun.config import ModelConfig
@@ -27,7 +27,7 @@ ROUNDS, CLIENTS, LOCAL_UPDATES, BATCH, LENGTH, LR = 3, 3, 2, 2, 32, 2e-3
 
 @pytest.fixture(scope="module")
 def data(cache_dir: Path) -> TokenData:
-    return prepare("pydocs", "bpe:400", LENGTH, cache_dir, say=lambda line: None)
+    return prepare(str(CORPUS), "bpe:400", LENGTH, cache_dir, say=lambda line: None)
 
 
 def by_hand(data: TokenData) -> dict[str, torch.Tensor]:

@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_data import made
 
+from fedrun import start
 from fedrun.central import PooledClients, training_client
+from fedrun.checkpoint import Checkpoint
 from fedrun.config import Partition
 from fedrun.data.holdings import holdings
 from fedrun.data.partition import apportion, client_shards, deal_topics, deal_whole, shard_sizes
@@ -264,6 +266,15 @@ def test_the_holdout_of_a_shard_that_is_no_range() -> None:
     other: Any = resolve("fed_entropy", {"partition": "documents", "seed": 1})
     assert shards.digest() != Shards(other, data).digest()
     assert shards.digest() == Shards(config, data).digest()
+
+
+def test_a_checkpoint_of_other_shards_is_refused() -> None:
+    """As where another scikit-learn has found other topics in the same text."""
+    made_with = {"corpus": "c", "partition": "one", "kernels": "own", "versions": {}}
+    found = Checkpoint(Path(), 4, {}, made_with)
+    start._compare_makings(found, made_with, pytest.fail)
+    with pytest.raises(ValueError, match=r"--partition: .* was one and is two now"):
+        start._compare_makings(found, made_with | {"partition": "two"}, pytest.fail)
 
 
 def test_an_epoch_is_the_smallest_shards() -> None:

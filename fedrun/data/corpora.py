@@ -40,6 +40,7 @@ ACCEPTED = (
 HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
 HUB_SECONDS = 5.0  # how long the hub may take to answer before it counts as out of reach
 
+
 @dataclass(frozen=True)
 class Corpus:
     """The rows of one dataset, and where its validation split comes from."""

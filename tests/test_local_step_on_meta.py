@@ -37,7 +37,7 @@ def test_training_fisher_and_entropy_touch_no_value(compute_dtype: torch.dtype, 
     optimizer = LocalOptimizer(flat, config, 10)
     # torch's fused AdamW has no meta kernel; its other implementation stands in for it here.
     optimizer.adamw = torch.optim.AdamW([optimizer.parameter], lr=config.lr, foreach=True)
-    client = Client(0, range(12), SEQUENCES, flat, config, optimizer)
+    client = Client(0, np.arange(12), SEQUENCES, flat, config, optimizer)
     estimate = None
     if fisher:
         strategy = dataclasses.replace(config.strategy, fisher=fisher)

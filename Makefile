@@ -56,3 +56,5 @@ figures: $(VENV)/.ready
 	$(BIN)/fedrun plot perplexities --data_dir results/tour --out_dir results/figures --config tiny
 	$(BIN)/fedrun plot deltas --data_dir results/tour --output_dir results/figures
 	$(BIN)/fedrun report --data_dir results/tour
+	$(BIN)/fedrun partition --dataset pydocs --tokenizer bpe:4096 --num_clients 8 \
+	    --partition dirichlet --alpha 1 --size_skew 0.5 --out results/figures

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +19,8 @@ from fedrun.checkpoint import (
 )
 from fedrun.client import Client, LocalLosses, to_device
 from fedrun.config import CentralConfig
-from fedrun.data.shards import Batches, contiguous_shards, make_batches
+from fedrun.data.partition import client_shards
+from fedrun.data.shards import Batches, make_batches
 from fedrun.data.tokens import TokenData
 from fedrun.evaluate import mean_loss, perplexity, sample_text, validation_pieces
 from fedrun.history import Clocks, half_losses
@@ -33,10 +35,10 @@ from fedrun.worker import new_model
 class PooledClients(Client):
     """The clients of a federated run as one: a batch is the concatenation of theirs."""
 
-    def __init__(self, shards: list[range], *args: Any) -> None:
+    def __init__(self, shards: list[np.ndarray], *args: Any) -> None:
         super().__init__(0, *args)
         each = self.config.batch_size // len(shards)
-        self.parts: list[tuple[range, Batches]] = [
+        self.parts: list[tuple[np.ndarray, Batches]] = [
             (shard, make_batches(self.config.sampling, len(shard), each, self.config.seed, k))
             for k, shard in enumerate(shards)]
 
@@ -49,12 +51,11 @@ class PooledClients(Client):
 
 def training_client(config: CentralConfig, data: TokenData, flat: FlatParams) -> tuple[Client, int]:
     """Who trains, by --batches, and for how many steps."""
-    everything = range(len(data.train))
-    shards = [everything] if config.batches == "all" else contiguous_shards(
-        len(data.train), config.num_clients)
+    shards = [np.arange(len(data.train))] if config.batches == "all" else client_shards(
+        data, config.num_clients, config.partition, config.alpha, config.size_skew, config.seed)
     if config.batches == "one_client":
         shards = shards[:1]
-    owned = range(shards[0].start, shards[-1].stop)
+    owned = np.concatenate(shards)
     epoch = int(len(owned) * config.epoch_passes) // config.batch_size
     steps = config.rounds or config.n_epochs * epoch
     if steps == 0:

@@ -11,12 +11,12 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from fedrun import __version__
 from fedrun.config import RunConfig
-from fedrun.settings import closest, method_settings, resolve
+from fedrun.settings import Setting, closest, method_settings, resolve
 from fedrun.strategies import STRATEGIES
 
 METHODS = {"central": "centralised training, the baseline: all the data in one process"} | {
@@ -27,6 +27,8 @@ SECONDS_FOR_RANK_0 = 15.0
 TOOLS: dict[str, tuple[str, str]] = {
     "study": ("a grid of runs, tuned and repeated over seeds, in one table", "fedrun.study"),
     "watch": ("follow a run in the terminal, or look at a finished one", "fedrun.tools.watch"),
+    "partition": ("who holds what under --partition: a table and a figure",
+                  "fedrun.tools.partition"),
     "plot": ("figures of perplexities and of how weights changed, from run folders",
              "fedrun.plots"),
     "report": ("one HTML page of all runs in a folder", "fedrun.tools.report"),
@@ -117,7 +119,17 @@ def method_parser(method: str) -> argparse.ArgumentParser:
     parser = Parser(prog=f"fedrun {method}", description=METHODS[method], allow_abbrev=False,
                      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30,
                                                                          width=100))
-    for name, setting in method_settings(method).items():
+    add_flags(parser, method_settings(method))
+    parser.add_argument("--print_config", action="store_true",
+                        help="Print the resolved settings as YAML and stop.")
+    parser.add_argument("--print_run_dir", action="store_true",
+                        help="Print the path of the run's folder and stop (for launchers).")
+    return parser
+
+
+def add_flags(parser: argparse.ArgumentParser, settings: Mapping[str, Setting]) -> None:
+    """A flag for each setting, its default in the help; what was not given is None."""
+    for name, setting in settings.items():
         text = setting.help.replace("%", "%%")
         shown = "none" if setting.default is None else setting.default
         extra: dict[str, Any] = {"metavar": "|".join(setting.choices) or {
@@ -125,11 +137,6 @@ def method_parser(method: str) -> argparse.ArgumentParser:
         if setting.kind is bool:
             extra |= {"nargs": "?", "const": "true"}
         parser.add_argument(f"--{name}", help=f"{text} (default: {shown})", default=None, **extra)
-    parser.add_argument("--print_config", action="store_true",
-                        help="Print the resolved settings as YAML and stop.")
-    parser.add_argument("--print_run_dir", action="store_true",
-                        help="Print the path of the run's folder and stop (for launchers).")
-    return parser
 
 
 def overview() -> str:

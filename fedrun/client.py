@@ -35,7 +35,7 @@ class Client:
     `optimizer` is shared as well) and, under --sync epoch, its parameters are kept.
     """
 
-    def __init__(self, index: int, shard: range, sequences: np.ndarray, flat: FlatParams,
+    def __init__(self, index: int, shard: np.ndarray, sequences: np.ndarray, flat: FlatParams,
                  config: RunConfig, optimizer: LocalOptimizer) -> None:
         self.index = index
         self.shard = shard
@@ -121,14 +121,14 @@ def to_device(batch: Tensor, device: torch.device) -> Tensor:
         batch.to(device))
 
 
-def mean_entropy(model: Mamba2LM, sequences: np.ndarray, holdout: range, batch_size: int,
-                 batches: int) -> float:
+def mean_entropy(model: Mamba2LM, sequences: np.ndarray, holdout: np.ndarray,
+                 batch_size: int, batches: int) -> float:
     """Mean predictive entropy in nats a token over at most `batches` batches of the holdout."""
     device = next(model.parameters()).device
     entropy, tokens = 0.0, 0
     for start in range(0, len(holdout), batch_size)[:batches]:
         rows = holdout[start:start + batch_size]
-        batch = torch.from_numpy(sequences[rows.start:rows.stop].astype(np.int64)).to(device)
+        batch = torch.from_numpy(sequences[rows].astype(np.int64)).to(device)
         summed, count = model.entropy(batch)
         entropy += float(summed)
         tokens += count

@@ -57,6 +57,7 @@ class ModelConfig:
 
 
 Dtype = Literal["auto", "bf16", "fp32", "fp64"]
+Partition = Literal["contiguous", "shuffled", "dirichlet", "documents", "by_source"]
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,18 @@ class RunConfig:
     """Tokens in a sequence."""
     sampling: Literal["shuffle", "replacement"] = "shuffle"
     """Batches are cut from a new permutation in every pass (shuffle), or drawn with replacement."""
+    partition: Partition = "contiguous"
+    """How the train sequences are dealt out to the clients of a federated run: in their order
+    (contiguous); at random (shuffled); each client with a mix of topics drawn from a Dirichlet
+    distribution (dirichlet); whole documents at random (documents); or whole sources (by_source),
+    which are pydocs' packages, WikiText's articles, the top folders of text files."""
+    alpha: float = 1.0
+    """Concentration of --partition dirichlet: at 0.1 most clients have one topic, at 1 a few, at
+    100 all have nearly the same mix."""
+    size_skew: float = 0.0
+    """Standard deviation of the logarithm of the shards' sizes, which are log-normal; 0: equal."""
     seed: int = 0
-    """Seed of the initial weights and of every client's batches."""
+    """Seed of the initial weights, of every client's batches and of the partition."""
     val_freq: int = 30
     """Evaluate every so many global steps; the first and the last are always evaluated."""
     dataset: str = "wikitext-2"
@@ -163,6 +174,9 @@ class RunConfig:
         check(self.batch_size >= 1, "--batch_size", self.batch_size, "a whole number of at least 1")
         check(self.sequence_length >= 2, "--sequence_length", self.sequence_length,
               "a whole number of at least 2")
+        check(0 < self.alpha < math.inf, "--alpha", self.alpha, "a number above 0")
+        check(0 <= self.size_skew < math.inf, "--size_skew", self.size_skew,
+              "a number of at least 0")
         check(0 <= self.seed < 2**63, "--seed", self.seed, "a whole number from 0 to 2^63 - 1")
         check(self.val_freq >= 1, "--val_freq", self.val_freq, "a whole number of at least 1")
         check(self.checkpoint_freq is None or self.checkpoint_freq >= 1, "--checkpoint_freq",
@@ -286,6 +300,8 @@ class FederatedConfig(RunConfig):
     def warnings(self) -> list[str]:
         """Settings that work but hardly do what was meant, each in a line."""
         found = self.strategy.warnings(self.local_updates)
+        if self.alpha != FederatedConfig.alpha and self.partition != "dirichlet":
+            found.append(f"--alpha {self.alpha:g} has no effect without --partition dirichlet")
         if self.prox_mu and self.local_updates == 1:
             found.append(f"--prox_mu {self.prox_mu:g} has no effect at --local_updates 1")
         if self.client_state == "reset" and self.local_updates == 1:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 
 from fedrun.config import FederatedConfig
-from fedrun.data.shards import contiguous_shards, split_holdout
+from fedrun.data.partition import client_shards
+from fedrun.data.shards import split_holdout
+from fedrun.data.tokens import TokenData
 from fedrun.fisher import gradient_bound
 from fedrun.optimizer import update_bound
 
@@ -47,24 +50,44 @@ class Verdict:
 
 
 class Shards:
-    """Who owns which sequences of the train split: what a client trains on, what it holds out."""
+    """Who owns which sequences of the train split: what a client trains on, what it holds out.
 
-    def __init__(self, config: FederatedConfig, n_sequences: int) -> None:
-        whole = contiguous_shards(n_sequences, config.num_clients)
+    Both are ascending indices of rows of `data.train`, int64, for each client.
+    """
+
+    def __init__(self, config: FederatedConfig, data: TokenData) -> None:
+        whole = client_shards(data, config.num_clients, config.partition, config.alpha,
+                              config.size_skew, config.seed)
         fraction = config.strategy.holdout
         parts = [split_holdout(shard, fraction) for shard in whole]
         self.train = [train for train, _ in parts]
         self.holdout = [held for _, held in parts]
-        for client, held in enumerate(self.holdout):
-            if fraction and not held:
+        for client, (train, held) in enumerate(parts):
+            size = len(train) + len(held)
+            if fraction and size and not len(held):
                 raise ValueError(f"--entropy_holdout {fraction:g}: nothing of client {client}'s "
-                                 f"shard of {len(whole[client])} sequences is held out; accepted "
-                                 f"here is {1 / len(whole[client]):.2g} or more")
+                                 f"shard of {size} sequences is held out; accepted here is "
+                                 f"{1 / size:.2g} or more")
+            if len(train) < config.batch_size:
+                accepted = [f"--batch_size up to {len(train)}"] if len(train) else []
+                accepted += ["a smaller --size_skew"] if config.size_skew else []
+                raise ValueError(f"--partition {config.partition}: client {client} would train on "
+                                 f"{len(train)} sequences, fewer than a batch of "
+                                 f"{config.batch_size}; accepted is "
+                                 f"{', '.join([*accepted, 'fewer --num_clients'])}")
 
     @property
     def sizes(self) -> list[int]:
         """Sequences that each client trains on."""
         return [len(shard) for shard in self.train]
+
+    def digest(self) -> str:
+        """Hex digits that are equal on two ranks where all their shards are."""
+        hashed = hashlib.sha256()
+        for part in (*self.train, *self.holdout):
+            hashed.update(b"%d sequences\n" % len(part))
+            hashed.update(part.tobytes())
+        return hashed.hexdigest()[:16]
 
 
 class Schedule:
@@ -83,8 +106,9 @@ class Schedule:
         if (needs_epochs and self.rounds_per_epoch == 0) or smallest < config.batch_size:
             raise ValueError(
                 f"--local_updates {config.local_updates}: a round takes {each} sequences of every "
-                f"client (--batch_size {config.batch_size} each update), but a shard has "
-                f"{smallest}; accepted is up to {smallest // config.batch_size}")
+                f"client (--batch_size {config.batch_size} each update), but client "
+                f"{shard_sizes.index(smallest)} has {smallest}; accepted is up to "
+                f"{smallest // config.batch_size}")
         self.rounds = config.rounds or config.n_epochs * self.rounds_per_epoch
 
     def plan(self, number: int, reference: float, save: bool = False) -> Plan:

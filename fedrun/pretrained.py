@@ -25,7 +25,8 @@ from torch import Tensor
 
 from fedrun.config import ModelConfig, RunConfig
 from fedrun.data import corpora
-from fedrun.data.tokens import HUB_NAME, TokenData
+from fedrun.data.tokenizer import HUB_NAME
+from fedrun.data.tokens import TokenData
 from fedrun.model.convert import from_transformers, from_transformers_config
 from fedrun.model.mamba2 import Mamba2LM
 

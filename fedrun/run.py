@@ -59,10 +59,13 @@ def run(config: RunConfig) -> int:
                    config.cache_dir.expanduser(), say=_say_from(launch))
     if config.init_from:
         data = fit_vocabulary(config, data)
+    partition = ""
     if isinstance(config, FederatedConfig):  # what only the data can refuse, before connecting
-        Schedule(config, Shards(config, len(data.train)).sizes)
-    made_with = {"corpus": digest(data), "kernels": kernel_path(workers_device(config, device)),
-                 "versions": versions()}
+        shards = Shards(config, data)
+        Schedule(config, shards.sizes)
+        partition = shards.digest()
+    made_with = {"corpus": digest(data), "partition": partition, "versions": versions(),
+                 "kernels": kernel_path(workers_device(config, device))}
     beginning = None
     if launch.rank == 0:
         beginning = begin(config, lambda c: resolve_dtype(c, device), made_with, _say)
@@ -93,6 +96,7 @@ def _connect_and_train(config: RunConfig, data: TokenData, launch: Launch, devic
         config = dataclasses.replace(config, dtype=beginning.dtype)
         seen = "" if launch.alone else wait_for_token(config.run_dir, beginning.token)
         runtime = join(launch, device, control, identity(config, data, device) | {
+            "the clients' shards": made_with["partition"],
             "the folder of the run (--data_dir has to be one that all machines share)": seen})
         if beginning.finished:
             return f"finished already: {config.run_dir} (--overwrite begins anew)"

@@ -37,7 +37,7 @@ class Server:
                  ) -> None:
         self.config = config
         self.data = data
-        self.schedule = Schedule(config, Shards(config, len(data.train)).sizes)
+        self.schedule = Schedule(config, Shards(config, data).sizes)
         self.model = new_model(config, data.vocab_size, torch.device("cpu"))
         self.flat = FlatParams(self.model)
         self.start = studied(self.flat.views(self.flat.vector))

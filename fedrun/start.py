@@ -41,9 +41,9 @@ def begin(config: RunConfig, resolve_dtype: Callable[[RunConfig], Dtype],
           made_with: dict[str, Any], say: Callable[[str], None]) -> Beginning:
     """Rank 0: take the run's folder and make it ready.
 
-    made_with: what beside the settings decides the bits; `corpus` and `kernels` have to be as they
-    were, `versions` should. ValueError where the folder is another's, holds another run, or cannot
-    be written.
+    made_with: what beside the settings decides the bits; `corpus`, `partition` and `kernels` have
+    to be as they were, `versions` should. ValueError where the folder is another's, holds another
+    run, or cannot be written.
     """
     path, token = config.run_dir, secrets.token_hex(8)
     try:
@@ -137,9 +137,10 @@ def _refuse_other(config: RunConfig, held: dict[str, Any] | None) -> None:
 
 def _compare_makings(found: Checkpoint, made_with: dict[str, Any], say: Callable[[str], None]
                      ) -> None:
-    """ValueError where the text or the kernels are not those that the checkpoint was made with; a
-    word where a version is not."""
-    for name, flag in (("corpus", "--dataset"), ("kernels", "--device")):
+    """ValueError where the text, the shards or the kernels are not those that the checkpoint was
+    made with; a word where a version is not."""
+    for name, flag in (("corpus", "--dataset"), ("partition", "--partition"),
+                       ("kernels", "--device")):
         if found.made_with[name] != made_with[name]:
             raise ValueError(f"{flag}: the {name} of this run was {found.made_with[name]} and is "
                              f"{made_with[name]} now; --overwrite begins anew")

@@ -70,7 +70,7 @@ class Worker:
                              exact=config.reduce == "exact", average_moments=average)
         self.fisher = FisherEstimate(self.flat, self.strategy
                                      ) if isinstance(self.strategy, FedFisher) else None
-        self.shards = Shards(config, len(data.train))
+        self.shards = Shards(config, data)
         self.rounds = Schedule(config, self.shards.sizes).rounds
         self.clients = self._host_clients(shared=average)
         self.start = studied(self.flat.views(self.global_model))

@@ -18,7 +18,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedrun.data.corpora import local_files, read_pydocs
+from fedrun.data.corpora import local_files
+from fedrun.data.pydocs import read_pydocs
+from fedrun.data.tokens import TokenData, prepare
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
@@ -88,6 +90,12 @@ def torchrun(processes: int, restarts: int = 0) -> list[str]:
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tokenised text for all tests of this session."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def pydocs_tokens(cache_dir: Path) -> TokenData:
+    """Real text with documents, sources and topics: about 4,000 sequences of 128 tokens."""
+    return prepare("pydocs", "bpe:4096", 128, cache_dir, lambda line: None)
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ from filelock import FileLock
 
 from fedrun.data import corpora, tokens
 from fedrun.data.corpora import load_corpus
+from fedrun.data.documents import find_documents
+from fedrun.data.pydocs import REPEATABLE, read_pydocs
 from fedrun.data.tokens import prepare
 
 WIKITEXT = SHARED_DATA / "wikitext-2-heldout"
@@ -70,7 +72,7 @@ def dataset_folder(folder: Path, **columns: list[object]) -> Path:
 
 @pytest.fixture(scope="module")
 def pydocs() -> dict[str, str]:
-    return corpora.read_pydocs(corpora.local_files("pydocs"))
+    return read_pydocs(corpora.local_files("pydocs"))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,7 @@ def test_pydocs_holds_out_topics_and_modules_and_nothing_that_train_says(
 
     def long_paragraphs(rows: list[str]) -> set[str]:
         paragraphs = (" ".join(p.split()) for row in rows for p in row.split("\n\n"))
-        return {p for p in paragraphs if len(p) >= corpora.REPEATABLE}
+        return {p for p in paragraphs if len(p) >= REPEATABLE}
 
     assert not long_paragraphs(corpus.train) & long_paragraphs(corpus.validation)
 
@@ -534,6 +536,6 @@ def test_what_the_hubs_cache_holds_works_without_a_network(tmp_path: Path) -> No
 
     closed = "http://127.0.0.1:9"
     printed = prepare_with_hub("wikitext-2", "gpt2", tmp_path, HF_ENDPOINT=closed)
-    assert corpora.Corpus("", rows, rows, "").fingerprint in printed
+    assert corpora.Corpus("", rows, rows, "", find_documents(rows, [])).fingerprint in printed
     tokenizer = bpe.load_tokenizer()
     assert f"'train_tokens': {sum(len(tokenizer(row)['input_ids']) for row in rows)}" in printed

@@ -94,7 +94,7 @@ def test_model_card(trained: Outcome, tmp_path: Path, form: str, library: str) -
     _, front, card = (out / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["library_name"] == library
     last = trained.history[-1]
-    for said in (f"{last['server_val_ppl']:.2f}", f"{last['tokens']:,}", str(CORPUS), "fed_avg",
+    for said in (f"{last['server_val_ppl']:.2f}", f"{last['tokens']:,}", CORPUS.name, "fed_avg",
                  "4 clients", f"{sum(t.numel() for t in trained.model.values()):,} parameters"):
         assert said in card
 
@@ -132,8 +132,8 @@ def test_evaluate_finds_the_perplexity_of_the_history(
     out = tmp_path / "hf"
     assert cli.main(["export", str(trained.run_dir), str(out)]) == 0
     capsys.readouterr()
-    for argv in ([str(trained.run_dir)], [str(out), "--dataset", str(CORPUS), "--sequence_length",
-                                          "32"]):
+    on_corpus = ["--dataset", str(CORPUS), "--sequence_length", "32"]
+    for argv in ([str(trained.run_dir)], [str(out), *on_corpus]):
         assert cli.main(["evaluate", *argv, "--cache-dir", str(cache_dir)]) == 0
         result = json.loads(capsys.readouterr().out)
         assert result["perplexity"] == pytest.approx(trained.history[-1]["server_val_ppl"])

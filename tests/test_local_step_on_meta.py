@@ -40,7 +40,7 @@ def test_training_fisher_and_entropy_touch_no_value(
     monkeypatch.setattr("fedrun.optimizer.KERNEL", {"foreach": True})
     moments = {name: torch.zeros_like(flat.vector) for name in ("exp_avg", "exp_avg_sq")}
     optimizer.state = {"step": torch.zeros(()), **moments}
-    client = Client(0, range(12), SEQUENCES, flat, config, optimizer)
+    client = Client(0, np.arange(12), SEQUENCES, flat, config, optimizer)
     estimate = None
     if fisher:
         strategy = dataclasses.replace(config.strategy, fisher=fisher)

@@ -1,31 +1,13 @@
-"""Shards and batches: who sees which sequence, and when."""
+"""Batches: who sees which sequence, and when."""
 
 from __future__ import annotations
-
-import itertools
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedrun.data.shards import Batches, contiguous_shards
-
-
-@given(n_clients=st.integers(1, 40), more=st.integers(0, 200))
-def test_shards_are_contiguous_near_equal_and_lose_nothing(n_clients: int, more: int) -> None:
-    n_sequences = n_clients + more
-    shards = contiguous_shards(n_sequences, n_clients)
-    assert list(itertools.chain.from_iterable(shards)) == list(range(n_sequences))
-    sizes = [len(shard) for shard in shards]
-    assert len(sizes) == n_clients
-    assert max(sizes) - min(sizes) <= 1
-
-
-def test_more_clients_than_sequences_name_the_flag() -> None:
-    with pytest.raises(ValueError, match=r"--num_clients 6.*at most 5"):
-        contiguous_shards(5, 6)
-
+from fedrun.data.shards import Batches
 
 sizes = st.integers(1, 30).flatmap(
     lambda batch: st.tuples(st.integers(batch, 3 * batch + 7), st.just(batch))
@@ -78,13 +60,13 @@ def test_seeds_clients_and_passes_are_permuted_differently() -> None:
 
 def test_read_takes_the_rows_of_the_shard() -> None:
     sequences = np.arange(20 * 3, dtype=np.uint16).reshape(20, 3)
-    shard = range(7, 13)
+    shard = np.array([7, 2, 9, 10, 19, 12])
     batches = Batches(len(shard), 4, seed=5, client=1)
     batch = batches.read(2, sequences, shard)
     assert batch.dtype == np.int64
-    assert batch.tolist() == [[3 * (7 + i) + k for k in range(3)] for i in batches.indices(2)]
+    assert batch.tolist() == [[3 * shard[i] + k for k in range(3)] for i in batches.indices(2)]
     read = np.concatenate([batches.read(step, sequences, shard) for step in range(3)])
-    assert sorted(read[:6, 0] // 3) == list(shard)
+    assert sorted(read[:6, 0] // 3) == sorted(shard)
 
 
 def test_a_shard_smaller_than_a_batch_names_client_and_flags() -> None:

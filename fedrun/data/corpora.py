@@ -6,7 +6,6 @@ WikiText a line), a line of a text file, a whole document for `pydocs`.
 
 from __future__ import annotations
 
-import ast
 import functools
 import glob
 import hashlib
@@ -19,7 +18,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from fedrun.data.documents import Documents, TextFile, find_documents
+from fedrun.data.pydocs import (
+    PYDOCS_HELD_OUT,
+    pydocs_documents,
+    read_pydocs,
+    split_by_hash,
+    stdlib_files,
+)
 
 ALIASES = {
     "wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1",
@@ -32,15 +40,6 @@ ACCEPTED = (
 HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
 HUB_SECONDS = 5.0  # how long the hub may take to answer before it counts as out of reach
 
-# Not documentation, or not the same everywhere: generated codecs, tests, and what Linux
-# distributions split off into packages of their own.
-PYDOCS_SKIPPED = {
-    "distutils", "encodings", "ensurepip", "idle_test", "idlelib", "lib2to3", "test", "tests",
-    "tkinter", "turtledemo",
-}  # fmt: skip
-PYDOCS_HELD_OUT = 0.07  # share of the text in pydocs' validation split
-REPEATABLE = 60  # characters: paragraphs this short ("See also ...") may occur twice
-
 
 @dataclass(frozen=True)
 class Corpus:
@@ -50,6 +49,8 @@ class Corpus:
     train: list[str]
     validation: list[str]
     validation_from: str
+    documents: Documents
+    """Of the train rows."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -75,20 +76,24 @@ def load_corpus(dataset: str) -> Corpus:
     """
     name = dataset_name(dataset)
     if dataset == "pydocs":
-        train, validation = _split_by_hash(read_pydocs(local_files(dataset)))
+        ours, held = split_by_hash(read_pydocs(local_files(dataset)))
+        train, validation = list(ours.values()), list(held.values())
+        documents = pydocs_documents(list(ours))
         validation_from = f"whole documents, {PYDOCS_HELD_OUT:.0%} of the text"
     else:
         splits = _read_splits(dataset)
-        train, validation = splits["train"], splits.get("validation", [])
+        train, files = splits["train"]
+        validation = splits["validation"].rows if "validation" in splits else []
         validation_from = "the split of that name"
         if "validation" not in splits:
             held_out = -(-len(train) // 20)
             train, validation = train[:-held_out], train[-held_out:]
             validation_from = "the last twentieth of the train rows"
+        documents = find_documents(train, files)
     for split, rows in (("train", train), ("validation", validation)):
         if not any(row.strip() for row in rows):
             raise ValueError(f"--dataset {dataset}: the corpus has no text in its {split} split")
-    return Corpus(name, train, validation, validation_from)
+    return Corpus(name, train, validation, validation_from, documents)
 
 
 def dataset_name(dataset: str) -> str:
@@ -104,7 +109,7 @@ def local_files(dataset: str) -> list[Path]:
         ValueError: `dataset` is nothing that can be read, or a pattern without files.
     """
     if dataset == "pydocs":
-        return sorted(_stdlib_files(Path(sysconfig.get_path("stdlib"))))
+        return sorted(stdlib_files(Path(sysconfig.get_path("stdlib"))))
     if dataset in ALIASES:
         return []
     if folder := _folder(dataset):
@@ -137,19 +142,31 @@ def file_signature(files: Iterable[Path]) -> list[list[object]]:
 # Text files, folders and the hub
 
 
-def _read_splits(dataset: str) -> dict[str, list[str]]:
+class Split(NamedTuple):
+    """The rows of a split, and the text files whose lines they are, if they are."""
+
+    rows: list[str]
+    files: list[TextFile]
+
+
+def _read_splits(dataset: str) -> dict[str, Split]:
     files = local_files(dataset)
     if not files or _folder(dataset):
         return _load_dataset(dataset)
+    train = Split([], [])
     try:
-        # Not str.splitlines: it also cuts at form feeds and other characters inside a line.
-        return {"train": [line for file in files for line in file.open(encoding="utf-8")]}
+        for file in files:
+            # Not str.splitlines: it also cuts at form feeds and other characters inside a line.
+            lines = list(file.open(encoding="utf-8"))
+            train.files.append(TextFile(file.absolute(), len(lines)))
+            train.rows.extend(lines)
     except UnicodeDecodeError as error:
         raise ValueError(f"--dataset {dataset}: not UTF-8 text ({error})") from error
+    return {"train": train}
 
 
-def _load_dataset(dataset: str) -> dict[str, list[str]]:
-    """Rows of the splits that `datasets.load_dataset` finds in a folder or on the hub."""
+def _load_dataset(dataset: str) -> dict[str, Split]:
+    """The splits that `datasets.load_dataset` finds in a folder or on the hub."""
     import datasets
 
     if not sys.stderr.isatty():
@@ -160,7 +177,11 @@ def _load_dataset(dataset: str) -> dict[str, list[str]]:
             # The library's own cache would miss a file that kept its modification time; ours
             # does not, so a folder is read afresh whenever it is read at all.
             with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-                return _text_rows(datasets.load_dataset(str(folder), cache_dir=scratch))
+                splits = _text_rows(datasets.load_dataset(str(folder), cache_dir=scratch))
+                builder = datasets.load_dataset_builder(str(folder), cache_dir=scratch)
+                if builder.name == "text":
+                    splits["train"].files.extend(_text_files(builder, len(splits["train"].rows)))
+                return splits
         hub_id = HUB_ID.fullmatch(ALIASES.get(dataset, dataset))
         assert hub_id is not None, "local_files() has refused it"
         with nullcontext() if hub_answers() else _answer_from_caches():
@@ -172,7 +193,17 @@ def _load_dataset(dataset: str) -> dict[str, list[str]]:
         raise hub_out_of_reach("--dataset", dataset, error) from error
 
 
-def _text_rows(splits: Any) -> dict[str, list[str]]:
+def _text_files(builder: Any, n_rows: int) -> list[TextFile]:
+    """The files whose lines the train rows are; compressed ones count as one file together."""
+    files = [Path(file) for file in builder.config.data_files["train"]]
+    if any(file.suffix != ".txt" for file in files):
+        return [TextFile(files[0], n_rows)]
+    found = [TextFile(file, sum(1 for _ in file.open(encoding="utf-8"))) for file in files]
+    assert sum(file.lines for file in found) == n_rows
+    return found
+
+
+def _text_rows(splits: Any) -> dict[str, Split]:
     if "train" not in splits:
         raise ValueError(f"there is no train split, only {', '.join(splits)}")
     features = splits["train"].features
@@ -184,7 +215,8 @@ def _text_rows(splits: Any) -> dict[str, list[str]]:
         )
     column = "text" if "text" in strings else strings[0]
     wanted = [split for split in ("train", "validation") if split in splits]
-    return {split: [row or "" for row in splits[split][column][:]] for split in wanted}
+    return {split: Split([row or "" for row in splits[split][column][:]], [])
+            for split in wanted}
 
 
 def _is_string(feature: Any) -> bool:
@@ -262,79 +294,3 @@ def _answer_from_caches() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-
-
-# ---------------------------------------------------------------------------------------------
-# pydocs: the documentation that comes with Python
-
-
-def _stdlib_files(folder: Path) -> Iterator[Path]:
-    for path in folder.iterdir():
-        # site-packages, lib-dynload and the like are no identifiers, so no packages
-        if path.is_dir() and path.name.isidentifier() and path.name not in PYDOCS_SKIPPED:
-            yield from _stdlib_files(path)
-        elif path.suffix == ".py":
-            yield path
-
-
-def read_pydocs(files: list[Path]) -> dict[str, str]:
-    """Documents by name, in the order of their names: `topic:<topic>` and `module:<module>`.
-
-    The sources are parsed, never imported, so that platform, side effects and optional modules
-    do not matter. Topics quote each other at length; what an earlier document has said is left
-    out of later ones, or validation text would stand in the train split.
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    documents: dict[str, str] = {}
-    for file in files:
-        module = ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-        tree = ast.parse(file.read_bytes())
-        if module == "pydoc_data.topics":
-            (assignment,) = (node for node in tree.body if isinstance(node, ast.Assign))
-            for topic, text in ast.literal_eval(assignment.value).items():
-                documents[f"topic:{topic}"] = text.strip()
-        else:
-            documents[f"module:{module}"] = "\n\n\n".join(_docstrings(tree, module))
-    said: set[str] = set()
-    fresh = {name: _without_repeats(documents[name], said) for name in sorted(documents)}
-    return {name: text for name, text in fresh.items() if text}
-
-
-def _docstrings(node: ast.AST, name: str) -> Iterator[str]:
-    """Docstrings below `node` in the order of the source, each under its qualified name."""
-    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    if isinstance(node, documented) and (text := ast.get_docstring(node)):
-        yield f"{name}\n\n{text}"
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from _docstrings(child, f"{name}.{child.name}")
-        elif isinstance(child, ast.stmt | ast.excepthandler):
-            yield from _docstrings(child, name)
-
-
-def _without_repeats(text: str, said: set[str]) -> str:
-    """`text` without the long paragraphs in `said`; its own are added to `said`."""
-    kept = []
-    for paragraph in re.split(r"\n[^\S\n]*\n", text):
-        words = " ".join(paragraph.split())
-        if len(words) < REPEATABLE or words not in said:
-            kept.append(paragraph)
-            said.add(words)
-    return "\n\n".join(kept).strip()
-
-
-def _split_by_hash(documents: dict[str, str]) -> tuple[list[str], list[str]]:
-    """Train and validation documents: of topics and of modules alike, the same share held out.
-
-    Documents are offered in the order of their names' hashes and held out where they still fit.
-    """
-    held_out: set[str] = set()
-    for kind in ("topic:", "module:"):
-        sizes = {name: len(text) for name, text in documents.items() if name.startswith(kind)}
-        room = PYDOCS_HELD_OUT * sum(sizes.values())
-        for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
-            if sizes[name] <= room:
-                held_out.add(name)
-                room -= sizes[name]
-    train = [text for name, text in documents.items() if name not in held_out]
-    return train, [text for name, text in documents.items() if name in held_out]

@@ -1,26 +1,8 @@
-"""Who trains on what, and in which order: shards of the train sequences, batches of a shard."""
+"""In which order a client trains on its shard: batches. partition.py says who owns which shard."""
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
-
-
-def contiguous_shards(n_sequences: int, n_clients: int) -> list[range]:
-    """Cut `range(n_sequences)` into one contiguous range per client; sizes differ by at most one.
-
-    Raises:
-        ValueError: fewer sequences than clients.
-    """
-    assert n_clients > 0
-    if n_sequences < n_clients:
-        raise ValueError(
-            f"--num_clients {n_clients}: the train split has only {n_sequences} sequences, and "
-            f"every client needs one; give at most {n_sequences}"
-        )
-    starts = [client * n_sequences // n_clients for client in range(n_clients + 1)]
-    return [range(*bounds) for bounds in itertools.pairwise(starts)]
 
 
 class Batches:
@@ -39,7 +21,7 @@ class Batches:
         if n_sequences < batch_size:
             raise ValueError(
                 f"client {client}: its shard has {n_sequences} sequences, fewer than a batch of "
-                f"{batch_size}; give a smaller --batch_size or --num_clients"
+                f"{batch_size}; give a smaller --batch_size, --num_clients or --size_skew"
             )
         self.n_sequences = n_sequences
         self.batch_size = batch_size
@@ -62,14 +44,14 @@ class Batches:
             [self._permutations[p][max(begin - p * n, 0) : end - p * n] for p in passes]
         )
 
-    def read(self, step: int, sequences: np.ndarray, shard: range) -> np.ndarray:
-        """Batch `step` of `shard`, a range of the rows of `sequences` (n, sequence_length).
+    def read(self, step: int, sequences: np.ndarray, shard: np.ndarray) -> np.ndarray:
+        """Batch `step` of `shard`, indices of rows of `sequences` (n, sequence_length).
 
         Returns:
             int64, (batch_size, sequence_length): a copy
         """
         assert len(shard) == self.n_sequences
-        batch: np.ndarray = sequences[shard.start + self.indices(step)]
+        batch: np.ndarray = sequences[shard[self.indices(step)]]
         return batch.astype(np.int64)
 
     def _permutation(self, pass_: int) -> np.ndarray:
@@ -98,7 +80,7 @@ def make_batches(sampling: str, n_sequences: int, batch_size: int, seed: int, cl
     return kind(n_sequences, batch_size, seed, client)
 
 
-def split_holdout(shard: range, fraction: float) -> tuple[range, range]:
+def split_holdout(shard: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
     """(what a client trains on, what it keeps for evaluation): the last part of its shard."""
     held = int(len(shard) * fraction)
     return shard[:len(shard) - held], shard[len(shard) - held:]

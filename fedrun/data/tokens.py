@@ -4,7 +4,9 @@
         tokenizer/          tokenizer.json, tokenizer_config.json
         train.bin           token ids of the whole split, uint16 or int32 in this machine's order
         validation.bin
-        entry.json          what the entry holds; written last
+        documents.npz       where the documents of the train split begin, and their sources
+        topics-<key>.npz    the documents' topics, made when they are first asked for
+        entry.json          what the entry holds; written last, but for topics
 
 The key is a digest of what was asked for: names, and for local files their sizes and times, so
 that a warm start reads no text and a changed file is never served stale. What came from the hub
@@ -23,8 +25,9 @@ import platform
 import re
 import shutil
 import socket
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,21 +36,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedrun.data import corpora
+from fedrun.data.documents import Documents
+from fedrun.data.tokenizer import ACCEPTED, HUB_NAME, bpe_size, save_tokenizer, with_newlines
+from fedrun.data.topics import Topics, find_topics
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-LAYOUT = 1  # raise it when the same text would become other files: old entries are then ignored
+LAYOUT = 2  # raise it when the same text would become other files: old entries are then ignored
+TOPICS_LAYOUT = 1  # raise it when the same documents would get other topics
 LOCK_SECONDS = 3600.0  # how long to wait for another process that prepares the same tokens
 ROWS_AT_ONCE = 1000
-BPE_SMALLEST = 257  # 256 bytes and the end-of-text token
-END_OF_TEXT = "<|endoftext|>"
-HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-ACCEPTED = (
-    "a hub name (gpt2, owner/name), a folder with a tokenizer, or bpe:N with "
-    f"N >= {BPE_SMALLEST}, which trains one on the corpus"
-)
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,45 @@ class TokenData:
 
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.tokenizer_path)
         return tokenizer
+
+    def load_documents(self) -> Documents:
+        """The documents of the train split, by tokens (the part that is cut off included)."""
+        return Documents.load(self.tokenizer_path.parent / "documents.npz")
+
+    def load_topics(self) -> Topics:
+        """Their topics, found now or by an earlier or concurrent process.
+
+        Raises:
+            ValueError: the cache cannot be written.
+            TimeoutError: another process has been at it for an hour.
+        """
+        entry = self.tokenizer_path.parent
+        version = importlib.metadata.version("scikit-learn")
+        file = entry / f"topics-{TOPICS_LAYOUT}-{version}.npz"
+        if not file.exists():
+            try:
+                with _only_one(entry, "the topics of its documents", _to_stderr):
+                    if not file.exists():
+                        self._write_topics(file)
+            except TimeoutError:
+                raise
+            except OSError as error:
+                raise ValueError(f"--cache_dir {entry.parents[1]}: {error}") from error
+        return Topics.load(file)
+
+    def _write_topics(self, file: Path) -> None:
+        started = time.perf_counter()
+        stream = np.memmap(file.parent / "train.bin", self.train.dtype, mode="r")
+        starts = self.load_documents().starts
+        partial = file.parent / "topics.partial.npz"
+        find_topics(stream, starts, self.vocab_size).save(partial)
+        partial.rename(file)
+        _to_stderr(f"found topics among {len(starts) - 1:,} documents, once on this machine, in "
+                   f"{time.perf_counter() - started:.1f} s")
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def prepare(
@@ -213,13 +252,16 @@ def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None]
         shutil.rmtree(leftover, ignore_errors=True)
     work.mkdir()
     say(f"tokenising {corpus.name} with {tokenizer}, once on this machine")
-    tokeniser = _save_tokenizer(tokenizer, corpus, work / "tokenizer")
+    tokeniser = save_tokenizer(tokenizer, corpus, work / "tokenizer")
     vocab_size = max(tokeniser.get_vocab().values()) + 1
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
     rows = {"train": corpus.train, "validation": corpus.validation}
-    tokens = {
+    row_tokens = {
         split: _write_tokens(work / f"{split}.bin", rows[split], tokeniser, dtype) for split in rows
     }
+    tokens = {split: int(row_tokens[split].sum()) for split in rows}
+    documents = corpus.documents.in_tokens(row_tokens["train"])
+    documents.save(work / "documents.npz")
     # The library's threads do not survive a fork, and every fork after their use makes it warn.
     # What is left to do, single samples, needs none.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -234,10 +276,12 @@ def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None]
         "vocab_size": vocab_size,
         "train_tokens": tokens["train"],
         "validation_tokens": tokens["validation"],
+        "train_documents": len(documents),
+        "document": documents.kind,
     }
     if dataset == "pydocs":
         fingerprint["python_version"] = platform.python_version()
-    written = ("tokenizer/tokenizer.json", "train.bin", "validation.bin")
+    written = ("tokenizer/tokenizer.json", "train.bin", "validation.bin", "documents.npz")
     meta = {
         "dtype": dtype.str,
         "bytes": {name: (work / name).stat().st_size for name in written},
@@ -249,99 +293,19 @@ def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None]
     return meta
 
 
-# ---------------------------------------------------------------------------------------------
-# Tokenizers
-
-
-def bpe_size(tokenizer: str) -> int | None:
-    """N of `bpe:N`, None for any other tokenizer; ValueError where N does not work."""
-    if not tokenizer.startswith("bpe:"):
-        return None
-    size = tokenizer.removeprefix("bpe:")
-    if not size.isascii() or not size.isdigit() or int(size) < BPE_SMALLEST:
-        raise ValueError(f"--tokenizer {tokenizer}: give {ACCEPTED}")
-    return int(size)
-
-
-def _save_tokenizer(tokenizer: str, corpus: corpora.Corpus, folder: Path) -> Tokenizer:
-    """Put the tokenizer that `--tokenizer` names into `folder`, and load it from there."""
-    from tokenizers import Tokenizer
-
-    size = bpe_size(tokenizer)
-    if size is not None:
-        _train_bpe(corpus.train, size, folder)
-    else:
-        _fetch_tokenizer(tokenizer).save_pretrained(folder)
-    tokeniser = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokeniser.no_truncation()
-    tokeniser.no_padding()
-    return tokeniser
-
-
-def _train_bpe(rows: list[str], size: int, folder: Path) -> None:
-    """A byte-level BPE of at most `size` tokens, trained on `rows` (Sennrich et al. 2016;
-    over bytes as in GPT-2, Radford et al. 2019). The same rows give the same bytes.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(_with_newlines(rows), trainer)
-    folder.mkdir()
-    bpe.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
-
-
-def _fetch_tokenizer(tokenizer: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder, of the hub, or of the hub's cache."""
-    from huggingface_hub.errors import RepositoryNotFoundError
-    from transformers import AutoTokenizer
-
-    folder = Path(tokenizer).expanduser()
-    local = folder.is_dir()
-    try:
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(folder) if local else tokenizer,
-            local_files_only=local or not corpora.hub_answers(),
-        )
-    except Exception as error:  # the library raises many kinds for what a user got wrong
-        refused = isinstance(error.__cause__, RepositoryNotFoundError)
-        if local or (corpora.hub_answers() and (refused or not isinstance(error, OSError))):
-            raise ValueError(f"--tokenizer {tokenizer}: {corpora.one_line(error)}") from error
-        raise corpora.hub_out_of_reach("--tokenizer", tokenizer, error) from error
-    if not loaded.is_fast:
-        raise ValueError(f"--tokenizer {tokenizer}: has no fast form (tokenizer.json)")
-    return loaded
-
-
-def _with_newlines(rows: Iterable[str]) -> Iterator[str]:
-    return (row if row.endswith("\n") else row + "\n" for row in rows)
-
-
-def _write_tokens(path: Path, rows: list[str], tokeniser: Tokenizer, dtype: np.dtype) -> int:
-    """Write the ids of all rows to a new file, end to end; return how many there are."""
+def _write_tokens(
+    path: Path, rows: list[str], tokeniser: Tokenizer, dtype: np.dtype
+) -> np.ndarray:
+    """Write the ids of all rows to a new file, end to end; how many each row has, int64 (rows,)."""
     from tqdm import tqdm
 
-    tokens = 0
+    counts: list[int] = []
     with path.open("wb") as file, tqdm(total=len(rows), unit=" rows", disable=None) as bar:
-        texts = _with_newlines(rows)
+        texts = with_newlines(rows)
         while batch := list(itertools.islice(texts, ROWS_AT_ONCE)):
             encodings = tokeniser.encode_batch_fast(batch, add_special_tokens=False)
             ids = np.fromiter(itertools.chain.from_iterable(e.ids for e in encodings), dtype)
             file.write(ids.tobytes())
-            tokens += len(ids)
+            counts += [len(e.ids) for e in encodings]
             bar.update(len(batch))
-    return tokens
+    return np.array(counts, dtype=np.int64)

@@ -1,0 +1,70 @@
+"""What each client of a partition holds, and how far that is from the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedrun.data.tokens import TokenData
+
+SEQUENCES_AT_ONCE = 4096
+
+
+@dataclass(frozen=True)
+class Holding:
+    """The shard of one client."""
+
+    sequences: int
+    tokens: int
+    documents: int
+    """Of which it holds a sequence or more."""
+    topics: np.ndarray
+    """Tokens of each topic, int64, (n_topics,): of sequences whose document has it."""
+    divergence: float
+    """Of its token unigrams from those of the whole train split, in bits."""
+    divergence_at_random: float
+    """The same for as many sequences drawn at random: small shards diverge by chance alone."""
+
+
+def holdings(data: TokenData, shards: Sequence[np.ndarray], seed: int = 0) -> list[Holding]:
+    """Describe shards (indices of rows of data.train) that together hold every sequence."""
+    document = data.load_documents().of_sequences(*data.train.shape)
+    topic = data.load_topics().of_document[document]
+    unigrams = [token_counts(data, shard) for shard in shards]
+    whole = np.sum(unigrams, axis=0)
+    random = np.random.default_rng([seed, *b"holdings"])
+    length = data.train.shape[1]
+    found = []
+    for shard, counts in zip(shards, unigrams, strict=True):
+        drawn = np.sort(random.choice(len(data.train), size=len(shard), replace=False))
+        found.append(Holding(
+            len(shard), len(shard) * length, len(np.unique(document[shard])),
+            length * np.bincount(topic[shard], minlength=topic.max() + 1),
+            js_divergence(counts, whole), js_divergence(token_counts(data, drawn), whole)))
+    return found
+
+
+def token_counts(data: TokenData, shard: np.ndarray) -> np.ndarray:
+    """How often each token occurs in the sequences of `shard`; int64, (vocab_size,)."""
+    counts = np.zeros(data.vocab_size, dtype=np.int64)
+    for begin in range(0, len(shard), SEQUENCES_AT_ONCE):
+        ids = data.train[shard[begin:begin + SEQUENCES_AT_ONCE]].ravel()
+        counts += np.bincount(ids, minlength=data.vocab_size)
+    return counts
+
+
+def js_divergence(p: np.ndarray, q: np.ndarray) -> float:
+    """Jensen-Shannon divergence of two distributions, given as counts, in bits: from 0 to 1.
+
+    H(M) - (H(P) + H(Q)) / 2 with M = (P + Q) / 2 and H the entropy (Lin 1991, "Divergence Measures
+    Based on the Shannon Entropy", section IV, equal weights).
+    """
+    p, q = p / p.sum(), q / q.sum()
+    return max(0.0, _entropy((p + q) / 2) - (_entropy(p) + _entropy(q)) / 2)
+
+
+def _entropy(p: np.ndarray) -> float:
+    p = p[p > 0]
+    return -float((p * np.log2(p)).sum())

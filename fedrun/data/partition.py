@@ -1,0 +1,172 @@
+"""Who owns which sequences: five ways to deal the train split out to clients.
+
+Every sequence goes to exactly one client. A partition is a function of the corpus, the seed and its
+own settings: of no rank, and of no number of processes.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+
+from fedrun.data.tokens import TokenData
+
+
+def client_shards(data: TokenData, n_clients: int, partition: str, alpha: float, size_skew: float,
+                  seed: int) -> list[np.ndarray]:
+    """The sequences of each client, by the name of --partition.
+
+    contiguous, shuffled and dirichlet give each client exactly its share of the sequences (see
+    `shard_sizes`); documents and by_source come as near to it as whole documents and sources can,
+    and leave no client without one.
+
+    Returns:
+        for each client: indices of rows of data.train, int64, ascending
+    Raises:
+        ValueError: there are not enough sequences, documents or sources for so many clients.
+    """
+    n_sequences = len(data.train)
+    if partition in ("contiguous", "shuffled", "dirichlet"):
+        _require_enough("sequence", n_sequences, n_clients, partition)
+    sizes = shard_sizes(n_sequences, n_clients, size_skew, seed)
+    random = _generator(seed, partition)
+    if partition == "contiguous":
+        owner = np.repeat(np.arange(n_clients), sizes)
+    elif partition == "shuffled":
+        owner = random.permutation(np.repeat(np.arange(n_clients), sizes))
+    else:
+        documents = data.load_documents()
+        document = documents.of_sequences(*data.train.shape)
+        if partition == "dirichlet":
+            topic = data.load_topics().of_document[document]
+            owner = deal_topics(topic, document, sizes, alpha, random)
+        elif partition == "documents":
+            owner = deal_whole(document, sizes, partition, random)
+        else:
+            assert partition == "by_source"
+            if not documents.sources:
+                raise ValueError(
+                    f"--partition by_source: {data.fingerprint['dataset']} has no sources (a "
+                    f"document there is {documents.kind}); accepted is contiguous, shuffled, "
+                    "dirichlet or documents")
+            owner = deal_whole(documents.source[document], sizes, partition, None)
+    bounds = np.cumsum(np.bincount(owner, minlength=n_clients))[:-1]
+    return list(np.split(np.argsort(owner, kind="stable"), bounds))
+
+
+def shard_sizes(n_sequences: int, n_clients: int, size_skew: float, seed: int) -> np.ndarray:
+    """How many sequences each client should get; they add up to n_sequences.
+
+    Equal but for one without skew, else in proportion to draws from a log-normal distribution
+    whose logarithm has the standard deviation `size_skew`: the unbalanced clients of Acar et al.
+    (2021, "Federated Learning Based on Dynamic Regularization", section 4).
+
+    Returns:
+        int64, (n_clients,)
+    """
+    if size_skew == 0:
+        return np.diff(np.arange(n_clients + 1) * n_sequences // n_clients)
+    shares = size_skew * _generator(seed, "sizes").standard_normal(n_clients)
+    return apportion(n_sequences, np.exp(shares - shares.max()))
+
+
+def apportion(total: int, shares: np.ndarray) -> np.ndarray:
+    """Whole numbers in proportion to `shares` that add up to `total`, by largest remainders.
+
+    Returns:
+        int64, the shape of `shares`
+    """
+    quotas = total * (shares / shares.sum())
+    whole: np.ndarray = np.floor(quotas).astype(np.int64)
+    missing = total - int(whole.sum())
+    assert 0 <= missing <= len(whole)
+    most_cut = np.argsort(whole - quotas, kind="stable")
+    whole[most_cut[:missing]] += 1
+    return whole
+
+
+def deal_whole(unit: np.ndarray, sizes: np.ndarray, partition: str,
+               random: np.random.Generator | None) -> np.ndarray:
+    """Owners when sequences of the same unit (a document, a source) stay together.
+
+    The units come in random order, or without `random` the largest first. Each client gets one to
+    begin with, the client with the largest share first; every other goes to the client that lacks
+    most. With equal shares, no client is further from its share than the largest unit is large.
+
+    Args:
+        unit: of each sequence, (n_sequences,)
+        sizes: what each client should get, (n_clients,)
+    Returns:
+        int64, (n_sequences,): the client that owns each sequence
+    """
+    held, unit = np.unique(unit, return_inverse=True)
+    unit_sizes = np.bincount(unit)
+    _require_enough("source" if partition == "by_source" else "document", len(held), len(sizes),
+                    partition)
+    order = random.permutation(len(held)) if random else np.argsort(-unit_sizes, kind="stable")
+    clients = np.argsort(-sizes, kind="stable")
+    owner_of_unit = np.empty(len(held), dtype=np.int64)
+    owner_of_unit[order[:len(sizes)]] = clients
+    surplus = [(int(unit_sizes[one] - sizes[client]), int(client))
+               for one, client in zip(order, clients, strict=False)]
+    heapq.heapify(surplus)
+    for one in order[len(sizes):]:
+        lowest, client = surplus[0]
+        owner_of_unit[one] = client
+        heapq.heapreplace(surplus, (lowest + int(unit_sizes[one]), client))
+    owner: np.ndarray = owner_of_unit[unit]
+    return owner
+
+
+def deal_topics(topic: np.ndarray, document: np.ndarray, sizes: np.ndarray, alpha: float,
+                random: np.random.Generator) -> np.ndarray:
+    """Owners when client k's mix of topics is drawn from Dirichlet(alpha p), p the corpus's mix.
+
+    The scheme of Hsu, Qi & Brown (2019, "Measuring the Effects of Non-Identical Data Distribution
+    for Federated Visual Classification", section 3.1), without replacement: clients choose in
+    random order, and a topic that is used up drops out of the mixes of those that follow. A topic's
+    documents are handed out one after the other, in random order, so that few are divided.
+
+    Args:
+        topic, document: of each sequence, (n_sequences,)
+        sizes: what each client gets, (n_clients,)
+    Returns:
+        int64, (n_sequences,): the client that owns each sequence
+    """
+    _, topic = np.unique(topic, return_inverse=True)
+    left = np.bincount(topic)
+    prior = left / left.sum()
+    turn = random.permutation(document.max() + 1)
+    pile = np.lexsort((turn[document], topic))  # topic after topic
+    place = np.cumsum(left) - left  # in the pile, of each topic's next sequence
+    owner = np.empty(len(topic), dtype=np.int64)
+    for client in random.permutation(len(sizes)):
+        taken = _take(sizes[client], random.dirichlet(alpha * prior), left)
+        for begin, count in zip(place, taken, strict=True):
+            owner[pile[begin:begin + count]] = client
+        place, left = place + taken, left - taken
+    return owner
+
+
+def _take(size: int, mix: np.ndarray, left: np.ndarray) -> np.ndarray:
+    """`size` sequences by topic, in the proportions of `mix` as far as what is left allows."""
+    taken = np.zeros_like(left)
+    while taken.sum() < size:
+        mix = np.where(left > taken, mix, 0.0)
+        if not mix.sum() > 0:  # all that the client asks for is used up: it takes what there is
+            mix = (left - taken).astype(np.float64)
+        taken = taken + np.minimum(apportion(size - taken.sum(), mix), left - taken)
+    return taken
+
+
+def _require_enough(what: str, there: int, n_clients: int, partition: str) -> None:
+    if there < n_clients:
+        raise ValueError(
+            f"--num_clients {n_clients}: --partition {partition} gives every client a {what}, and "
+            f"the train split has only {there}; accepted is up to {there}")
+
+
+def _generator(seed: int, purpose: str) -> np.random.Generator:
+    """Random numbers of their own for each purpose, and none that batches are drawn with."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, *purpose.encode()])))

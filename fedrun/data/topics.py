@@ -1,0 +1,113 @@
+"""Topics of documents, in place of the labels that text does not have.
+
+Documents are counts of token ids, weighted by TF-IDF (Salton & Buckley 1988, logarithmic term
+frequency), projected by latent semantic analysis (Deerwester et al. 1990) and grouped by k-means.
+Topics are a property of the corpus: they depend on no seed of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TOPICS = 10  # few enough to tell apart in a figure, and to be large in a corpus of 50 documents
+FITTED_ON = 10_000  # documents that topics are found on; any others are assigned to them
+DIMENSIONS = 50  # of the projection
+TYPICAL = 100  # tokens that are kept for a topic's name
+TOKENS_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True)
+class Topics:
+    """The topic of every document; topics are numbered from the one with the most tokens on."""
+
+    of_document: np.ndarray
+    """int64, (n_documents,)"""
+    typical: np.ndarray
+    """int64, (n_topics, up to TYPICAL): the token ids that set each topic apart, best first."""
+
+    def save(self, path: Path) -> None:
+        np.savez(path, of_document=self.of_document, typical=self.typical)
+
+    @classmethod
+    def load(cls, path: Path) -> Topics:
+        with np.load(path) as held:
+            return cls(held["of_document"], held["typical"])
+
+
+def find_topics(stream: np.ndarray, starts: np.ndarray, vocab_size: int) -> Topics:
+    """At most TOPICS topics among documents; fewer where there are fewer different documents.
+
+    Args:
+        stream: token ids, (n_tokens,)
+        starts: where documents begin in it, and its end; int64, (n_documents + 1,)
+    """
+    from scipy import sparse
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfTransformer
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import Normalizer
+    from threadpoolctl import threadpool_limits
+
+    n_documents = len(starts) - 1
+    chosen = np.zeros(n_documents, dtype=bool)
+    order = np.random.default_rng(0).permutation(n_documents)
+    chosen[order[:FITTED_ON]] = True
+    # One thread: with more, sums in k-means take another order from run to run. The share of the
+    # variance, which nobody asks for here, is 0/0 where all documents are equal.
+    with threadpool_limits(1), np.errstate(invalid="ignore"):
+        counts = sparse.vstack([part[chosen[span]] for span, part in
+                                _counts(stream, starts, vocab_size)], format="csr")
+        words = _telling(counts)
+        tfidf = TfidfTransformer(sublinear_tf=True)
+        weighted = tfidf.fit_transform(counts[:, words])
+        project = make_pipeline(
+            TruncatedSVD(min(DIMENSIONS, *weighted.shape), random_state=0), Normalizer(copy=False))
+        groups = KMeans(min(TOPICS, n_documents), n_init=10, random_state=0)
+        fitted = groups.fit_predict(project.fit_transform(weighted))
+        found = np.empty(n_documents, dtype=np.int64)
+        if n_documents <= FITTED_ON:
+            found[:] = fitted
+        else:
+            for span, part in _counts(stream, starts, vocab_size):
+                found[span] = groups.predict(project.transform(tfidf.transform(part[:, words])))
+    sizes = np.bincount(found, weights=np.diff(starts))
+    largest_first = np.argsort(-sizes, kind="stable")[:np.count_nonzero(sizes)]
+    number = np.empty(len(sizes), dtype=np.int64)
+    number[largest_first] = np.arange(len(largest_first))
+    mean = np.asarray(weighted.mean(axis=0)).ravel()
+    apart = np.stack([np.asarray(weighted[fitted == topic].mean(axis=0)).ravel() - mean
+                      for topic in largest_first])
+    return Topics(number[found], words[np.argsort(-apart, axis=1)[:, :TYPICAL]])
+
+
+def _counts(stream: np.ndarray, starts: np.ndarray, vocab_size: int
+            ) -> Iterator[tuple[slice, Any]]:
+    """Token counts of some documents at a time: which, and a sparse (documents, vocab_size)."""
+    from scipy import sparse
+
+    first = 0
+    while first < len(starts) - 1:
+        limit = int(np.searchsorted(starts, starts[first] + TOKENS_AT_ONCE, side="right")) - 1
+        last = max(first + 1, limit)
+        ids = np.asarray(stream[starts[first]:starts[last]], dtype=np.int32)
+        # A document's tokens are the column indices of its row; equal ones are then added up.
+        part = sparse.csr_matrix((np.ones(len(ids), np.float32), ids,
+                                  starts[first:last + 1] - starts[first]),
+                                 shape=(last - first, vocab_size))
+        part.sum_duplicates()
+        yield slice(first, last), part
+        first = last
+
+
+def _telling(counts: Any) -> np.ndarray:
+    """Tokens that tell documents apart: in two or more, and in at most half of them."""
+    n_documents, vocab_size = counts.shape
+    holding = np.bincount(counts.indices, minlength=vocab_size)
+    words = np.flatnonzero((holding >= 2) & (2 * holding <= n_documents))
+    return words if len(words) else np.flatnonzero(holding)

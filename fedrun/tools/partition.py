@@ -1,0 +1,135 @@
+"""`fedrun partition ...`: who holds what under a partition, as a table and a figure.
+
+    fedrun partition --dataset pydocs --tokenizer bpe:8192 --num_clients 8 --partition dirichlet
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedrun.cli import Parser, add_flags
+from fedrun.settings import method_settings, resolve
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fedrun.config import FederatedConfig
+    from fedrun.data.holdings import Holding
+    from fedrun.data.tokens import TokenData
+
+# The settings of a federated run that decide its partition.
+FLAGS = ("config", "dataset", "tokenizer", "sequence_length", "cache_dir", "num_clients",
+         "partition", "alpha", "size_skew", "batch_size", "seed")
+WORDS = 3  # in a topic's name
+WORD = re.compile(r"\s[^\W\d_]{3,}")  # a whole word, as byte-level tokenizers decode it
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the table and write the figure."""
+    parser = Parser(prog="fedrun partition", allow_abbrev=False, description=(
+        "Who holds what: sequences, documents and topics of every client, and the Jensen-Shannon "
+        "divergence of its token unigrams from the whole, as a table and a figure."),
+        formatter_class=argparse.HelpFormatter)
+    known = method_settings("fed_avg")
+    add_flags(parser, {name: known[name] for name in FLAGS})
+    parser.add_argument("--out", type=Path, metavar="FOLDER",
+                        default=Path("results/plots/partition"),
+                        help="folder for the figure (default: %(default)s)")
+    flags = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    out = flags.pop("out")
+    config = resolve("fed_avg", flags)
+
+    from rich.console import Console
+
+    from fedrun.config import FederatedConfig
+    from fedrun.data.holdings import holdings
+    from fedrun.data.tokens import prepare
+    from fedrun.plan import Shards
+    from fedrun.plots import style
+    from fedrun.plots.partition import partition_figure
+
+    assert isinstance(config, FederatedConfig)
+    data = prepare(config.dataset, config.tokenizer, config.sequence_length, config.cache_dir,
+                   say=lambda line: print(line, file=sys.stderr, flush=True))
+    held = holdings(data, Shards(config, data).train, config.seed)
+    topics = topic_names(data)
+    console = Console()
+    console.print(holdings_table(held, topics, title(config, data)))
+    console.print("", topics_table(held, topics), sep="\n")
+    figure = partition_figure(held, topics, title(config, data))
+    print(f"wrote {style.save(figure, out, file_name(config, data))}")
+    return 0
+
+
+def title(config: FederatedConfig, data: TokenData) -> str:
+    """What was dealt out, and how, in a line."""
+    how: str = config.partition
+    if config.partition == "dirichlet":
+        how += f", alpha {config.alpha:g}"
+    if config.size_skew:
+        how += f", size skew {config.size_skew:g}"
+    return f"{data.fingerprint['dataset']}, {config.num_clients} clients: {how}"
+
+
+def file_name(config: FederatedConfig, data: TokenData) -> str:
+    words = re.findall(r"[\w.]+", title(config, data).replace("size skew", "skew"))
+    return "_".join(["partition", *words])
+
+
+def topic_names(data: TokenData) -> list[str]:
+    """A few words that set each topic apart: 'film, episode, painting'."""
+    tokenizer = data.load_tokenizer()
+    names = []
+    for typical in data.load_topics().typical.tolist():
+        decoded = [str(tokenizer.decode([token])) for token in typical]
+        words: list[str] = []
+        for word in [d.strip().lower() for d in decoded if WORD.fullmatch(d)]:
+            if not any(word.startswith(w) or w.startswith(word) for w in words):
+                words.append(word)
+        names.append(", ".join(words[:WORDS] or [d.strip() for d in decoded[:WORDS]]))
+    return names
+
+
+def holdings_table(held: Sequence[Holding], topics: Sequence[str], heading: str) -> Table:
+    """A line a client: what it holds, and how far that is from the whole."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from fedrun.plots.partition import letter
+
+    table = Table(title=heading, title_justify="left", box=SIMPLE_HEAD, show_edge=False,
+                  pad_edge=False, caption_justify="left",
+                  caption="bits: Jensen-Shannon divergence of the shard's token unigrams from the "
+                          "whole's;\nat random: the same for as many sequences drawn at random")
+    for name in ("client", "sequences", "tokens", "documents"):
+        table.add_column(name, justify="right")
+    table.add_column("largest topics")
+    table.add_column("bits", justify="right")
+    table.add_column("at random", justify="right")
+    for client, h in enumerate(held):
+        largest = sorted(range(len(topics)), key=lambda t: -h.topics[t])[:3]
+        table.add_row(
+            str(client), f"{h.sequences:,}", f"{h.tokens:,}", f"{h.documents:,}",
+            " ".join(f"{letter(t)} {h.topics[t] / h.tokens:.0%}" for t in largest if h.topics[t]),
+            f"{h.divergence:.3f}", f"{h.divergence_at_random:.3f}")
+    return table
+
+
+def topics_table(held: Sequence[Holding], topics: Sequence[str]) -> Table:
+    """A line a topic: its letter, its words, and its share of the whole."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from fedrun.plots.partition import letter
+
+    table = Table("topic", "words that set it apart", box=SIMPLE_HEAD, show_edge=False,
+                  pad_edge=False)
+    table.add_column("tokens", justify="right")
+    for topic, name in enumerate(topics):
+        table.add_row(letter(topic), name, f"{sum(h.topics[topic] for h in held):,}")
+    return table

@@ -246,6 +246,9 @@ class FederatedConfig(RunConfig):
     """The aggregation method with its own settings."""
     num_clients: int = 4
     """Clients, each with a shard of its own; they are spread over the workers there are."""
+    cohort: float | None = None
+    """Clients that train in a round, drawn anew for each: their number (10), or their share of all
+    (0.1); none: all of them."""
     local_updates: int = 1
     """Optimizer steps of every client in a round."""
     sync: Literal["round", "epoch"] = "round"
@@ -275,6 +278,13 @@ class FederatedConfig(RunConfig):
         super().__post_init__()
         require(self.num_clients >= 1, "--num_clients", self.num_clients,
                 "a whole number of at least 1")
+        if self.cohort is not None:
+            whole = self.cohort >= 1 and self.cohort == int(self.cohort)
+            require(0 < self.cohort < 1 or (whole and self.cohort <= self.num_clients), "--cohort",
+                    self.cohort, f"a whole number up to --num_clients {self.num_clients}, or a "
+                    "share between 0 and 1")
+            require(self.sync == "round", "--cohort", self.cohort,
+                    "none with --sync epoch, whose clients train in every round")
         require(self.local_updates >= 1, "--local_updates", self.local_updates,
                 "a whole number of at least 1")
         require(0 <= self.prox_mu < math.inf, "--prox_mu", self.prox_mu, "a number of at least 0")
@@ -288,6 +298,14 @@ class FederatedConfig(RunConfig):
             parts = self.strategy.fisher_microbatches
             require(self.batch_size % parts == 0, "--fisher_microbatches", parts,
                     f"a divisor of --batch_size {self.batch_size}")
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients that train in a round."""
+        if self.cohort is None:
+            return self.num_clients
+        share = self.cohort * self.num_clients if self.cohort < 1 else self.cohort
+        return max(1, round(share))
 
     def _check_fed_sgd(self) -> None:
         """A client makes no step of its own: settings of local training would do nothing."""

@@ -6,12 +6,16 @@ import hashlib
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from fedrun.config import FederatedConfig
 from fedrun.data.partition import client_shards
 from fedrun.data.shards import split_holdout
 from fedrun.data.tokens import TokenData
 from fedrun.fisher import gradient_bound
 from fedrun.optimizer import update_bound
+
+COHORTS = 1  # the stream of random numbers that cohorts are drawn from
 
 
 @dataclass(frozen=True)
@@ -120,10 +124,11 @@ class Schedule:
         # model, their mean: twice the way of a client lies between them at most.
         ways = 1 if every_round else 2 * (in_epoch + 1)
         length = config.sequence_length
+        cohort = self._cohort(number)
         weights = config.strategy.plan_weights(
-            [n * length for n in self.shard_sizes],
+            [self.shard_sizes[k] * length for k in cohort],
             config.local_updates * config.batch_size * (length - 1))
-        return Plan(number, list(range(config.num_clients)), weights,
+        return Plan(number, cohort, weights,
                     bound=update_bound(config, ways * config.local_updates),
                     gradient_bound=gradient_bound(config.strategy, config.batch_size, length),
                     reference=reference,
@@ -131,3 +136,12 @@ class Schedule:
                     evaluate=number == 1 or number % config.val_freq == 0 or number == self.rounds,
                     save=save,
                     last=number == self.rounds)
+
+    def _cohort(self, number: int) -> list[int]:
+        """The clients of a round, drawn without replacement, a function of (seed, round) alone."""
+        clients, size = self.config.num_clients, self.config.cohort_size
+        if size == clients:
+            return list(range(clients))
+        entropy = np.random.SeedSequence(self.config.seed, spawn_key=(COHORTS, number))
+        drawn = np.random.default_rng(entropy).choice(clients, size, replace=False)
+        return sorted(int(k) for k in drawn)

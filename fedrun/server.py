@@ -152,6 +152,8 @@ class Server:
             **cohort_record(_clients(plan, reports), measured,
                             gradients="gradient" in self.config.strategy.inputs),
             "left_out": self._left_out_since_record}
+        if self.config.cohort is not None:
+            record["cohort"] = plan.cohort
         if self.config.eval_clients:
             by_client = {int(k): v for r in reports for k, v in r.get("client_pieces", {}).items()}
             record["client_val_ppls"] = [perplexity(mean_loss(by_client[k])) for k in plan.cohort]

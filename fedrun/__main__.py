@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 
-from fedrun.cli import main
+from fedrun.stopping import die_with_launcher
 
 
 def run() -> None:
+    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        die_with_launcher()  # before the imports, which take seconds
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own waits for a collective's end
+    from fedrun.cli import main
+
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code:
+    in_store = any(thread.name == "fedrun-heartbeat" for thread in threading.enumerate())
+    if code or in_store:
         os._exit(code)  # at once: destructors of process groups would wait for peers that are gone
     sys.exit()
 

@@ -124,9 +124,15 @@ class Training:
             "generated": sample_text(self.model, self.data, self.device), "grad_cosine": cosine,
             "delta_norms": {k: float(((now[k] - self.start[k]) ** 2).sum() ** 0.5) for k in now},
             **self.clocks.now()})
-        save_studied(config.run_dir, self.done, now, self.start)
-        save_model(config.run_dir / "model.safetensors", self.flat.views(self.flat.vector))
-        write_json(config.run_dir / "training_history.json", self.history)
+        try:
+            save_model(config.run_dir / "model.safetensors", self.flat.views(self.flat.vector))
+            write_json(config.run_dir / "training_history.json", self.history)
+            save_studied(config.run_dir, self.done, now, self.start)
+        except OSError as error:  # a full disk: the next evaluation tries again
+            if self.done == self.steps:
+                raise
+            self.progress.say(f"fedrun: warning: step {self.done} could not be written to "
+                              f"{config.run_dir} ({error.strerror}); the run goes on")
         return perplexity(val_loss)
 
     def save(self) -> None:

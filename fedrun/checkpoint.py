@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +34,7 @@ GLOBAL = "global.safetensors"
 SERVER = "server.json"
 MANIFEST = "manifest.json"
 KEPT = 2
+_NAME = re.compile(r"step_(\d+)")
 
 Files = Mapping[str, Mapping[str, Tensor]]
 """What belongs into the files of a checkpoint: tensors by name, by the file's name."""
@@ -82,17 +84,16 @@ class Saver:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "fedrun-saver",
                                           initializer=lambda: torch.set_num_threads(1))
-        self._snapshot: dict[str, dict[str, Tensor]] = {}
         self._writing: Future[dict[str, Any]] | None = None
         self._written: list[dict[str, Any]] = []
 
     def begin(self, folder: Path, step: int, files: Files) -> None:
         """Copy the tensors, and start to write them; they may change at once."""
         self._wait()
-        self._snapshot = {name: {key: self._copy(name, key, tensor)
-                                 for key, tensor in tensors.items()}
-                          for name, tensors in files.items()}
-        self._writing = self._thread.submit(_write, folder, step, self._snapshot)
+        snapshot = {name: {key: torch.empty_like(tensor, device="cpu").copy_(tensor)
+                           for key, tensor in tensors.items()}
+                    for name, tensors in files.items()}
+        self._writing = self._thread.submit(_write, folder, step, snapshot)
 
     def written(self, wait: bool = False) -> list[dict[str, Any]]:
         """Of each snapshot once, when it is through: its `step`, and the sums of its `files` or the
@@ -106,13 +107,6 @@ class Saver:
         if self._writing:
             self._written.append(self._writing.result())
             self._writing = None
-
-    def _copy(self, name: str, key: str, tensor: Tensor) -> Tensor:
-        """A copy on the CPU, in the memory of the snapshot before where it fits."""
-        old = self._snapshot.get(name, {}).get(key)
-        if old is None or old.shape != tensor.shape:
-            old = torch.empty_like(tensor, device="cpu")
-        return old.copy_(tensor)
 
 
 def _write(folder: Path, step: int, files: Files) -> dict[str, Any]:
@@ -137,8 +131,9 @@ def commit(folder: Path, step: int, config: dict[str, Any], made_with: dict[str,
     """Make a checkpoint of the files that all workers have written, and drop the oldest."""
     content = json.dumps(server).encode()
     write_whole(folder / SERVER, content)
-    write_json(folder / MANIFEST, {"step": step, "config": config, "made_with": made_with,
-                                   "files": sums | {SERVER: _sum(content)}})
+    body = {"step": step, "config": config, "made_with": made_with,
+            "files": sums | {SERVER: _sum(content)}}
+    write_json(folder / MANIFEST, body | {"sha256": _body_sum(body)})
     whole = [old for old in _folders(folder.parent) if (old / MANIFEST).exists()]
     for old in whole[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
@@ -199,23 +194,39 @@ class Checkpoints:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _body_sum(body: Mapping[str, Any]) -> str:
+    """The checksum of a manifest itself."""
+    told = json.dumps({k: v for k, v in body.items() if k != "sha256"}, sort_keys=True)
+    return str(_sum(told.encode())["sha256"])
+
+
 # ---- reading -------------------------------------------------------------------------------------
 
 def latest(run_dir: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint of a run that is whole; those that are not are told by name."""
-    for folder in reversed(_folders(run_dir / "checkpoints")):
+    """The newest checkpoint of a run that is whole; those that are not are told by name.
+
+    None where there is none yet. ValueError where there are some and none is whole: to begin anew
+    would be to throw away what may still be mended.
+    """
+    folders = _folders(run_dir / "checkpoints")
+    for folder in reversed(folders):
         try:
             return read(folder)
         except ValueError as error:
-            say(f"{error}; the one before it is taken")
+            say(str(error))
+    if any((folder / MANIFEST).exists() for folder in folders):
+        raise ValueError(f"--resume: none of the checkpoints in {run_dir / 'checkpoints'} is whole;"
+                         " --overwrite begins anew")
     return None
 
 
 def read(folder: Path) -> Checkpoint:
     """The checkpoint in a folder, after comparing every file with its checksum. ValueError, with
-    what is wrong, where it is not whole."""
+    what is wrong, where it is not whole; an error of the disk's is left to be one."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["sha256"] != _body_sum(manifest) or manifest["step"] != _step(folder):
+            raise ValueError("its manifest is damaged")
         for name, sums in manifest["files"].items():
             with (folder / name).open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -224,12 +235,11 @@ def read(folder: Path) -> Checkpoint:
                 raise ValueError(f"{name} has {size} bytes instead of {sums['bytes']}")
             if digest != sums["sha256"]:
                 raise ValueError(f"{name} is damaged: its checksum is not the manifest's")
-        return Checkpoint(folder, int(manifest["step"]), manifest["config"],
-                          manifest["made_with"])
+        return trusted(folder)
     except FileNotFoundError as error:
         missing = Path(error.filename).name
         raise ValueError(f"checkpoint {folder} is not whole: {missing} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"checkpoint {folder} is not whole: {error}") from None
 
 
@@ -237,6 +247,12 @@ def trusted(folder: Path) -> Checkpoint:
     """The checkpoint in a folder that rank 0 has read and compared."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     return Checkpoint(folder, int(manifest["step"]), manifest["config"], manifest["made_with"])
+
+
+def newest(run_dir: Path) -> int | None:
+    """The step of the newest checkpoint that has a manifest, unread; None where there is none."""
+    return max((_step(f) for f in _folders(run_dir / "checkpoints") if (f / MANIFEST).exists()),
+               default=None)
 
 
 def drop_after(run_dir: Path, step: int) -> None:
@@ -248,8 +264,9 @@ def drop_after(run_dir: Path, step: int) -> None:
 
 def _folders(parent: Path) -> list[Path]:
     """The folders of checkpoints, whole or not, oldest first."""
-    return sorted(parent.glob("step_*"), key=_step)
+    return sorted((path for path in parent.glob("step_*") if _NAME.fullmatch(path.name)), key=_step)
 
 
 def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step_"))
+    name = _NAME.fullmatch(folder.name)
+    return int(name[1]) if name else -1

@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, cast
@@ -22,6 +22,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 _FAILED = "failed"  # store key that a failing rank writes and the others look at between steps
+HEARTBEAT = "fedrun-heartbeat"
+SECONDS_FOR_STORE = 5.0
 
 
 class LostRanks(RuntimeError):
@@ -42,7 +44,8 @@ class Control:
         self.first_worker = first_worker
         self.rank = dist.get_rank(group) if group else 0
         self.world_size = dist.get_world_size(group) if group else 1
-        self._beats: _Heartbeat | None = _Heartbeat(store, self.rank) if store else None
+        self._beats: _Heartbeat | None = _Heartbeat(
+            store, self.rank, self.world_size) if store else None
         self._copy: Tensor | None = None
         self._copy_sent: dist.Work | None = None
 
@@ -121,20 +124,20 @@ class Control:
 
     def fail(self) -> None:
         """A failing rank: let the others know between two of their local steps."""
-        if self.store is not None:
-            self.store.set(_FAILED, str(self.rank))
+        if self._beats:
+            self._beats.failing = True
 
     def peer_failed(self) -> bool:
-        """Whether some rank has failed: a look at the store, about 0.06 ms."""
-        return self.store is not None and self.store.check([_FAILED])
+        """Whether some rank has failed, as of the last beat; costs nothing."""
+        return self._beats is not None and self._beats.peer_failed
 
     def lost_peers(self) -> list[int]:
-        """Ranks that show no sign of life; takes three seconds. From any thread."""
-        return [] if self._beats is None else self._beats.silent(range(self.world_size))
+        """Ranks that show no sign of life; takes some seconds. From any thread."""
+        return self._beats.silent() if self._beats else []
 
     def close(self) -> None:
         """After the last message of a run that has succeeded."""
-        if self._beats is not None:
+        if self._beats:
             self._beats.stop()
 
     @contextmanager
@@ -157,39 +160,65 @@ class Control:
 
 class _Heartbeat:
     """Every rank counts up a number in the store, so that the others can tell who is alive: ranks
-    that wait for a lost one are as silent on the wire as the lost one itself."""
+    that wait for a lost one are as silent on the wire as the lost one itself.
 
-    SECONDS = 1.0
+    The store's calls know no timeout, and whoever hosts it may be stopped or cut off: this thread
+    alone touches it, the others look at what it has found.
+    """
 
-    def __init__(self, store: Store, rank: int) -> None:
-        self.store, self.rank = store, rank
+    SECONDS = 0.5
+
+    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+        self.store, self.rank, self.world_size = store, rank, world_size
+        self.failing = False
+        """Set by this rank, for the others."""
+        self.peer_failed = False
+        self._counts: dict[int, int] = {}
+        self._counting = threading.Event()
+        self._rounds = 0  # of counts
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="fedrun-heartbeat", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=HEARTBEAT, daemon=True)
         self._thread.start()
 
-    def _beat(self) -> None:
+    def _run(self) -> None:
         try:
             while not self._stopped.wait(self.SECONDS):
-                self.store.add(f"beats/{self.rank}", 1)
+                self._beat()
         except RuntimeError:  # the store is gone: either the run is at its end, or its launcher is
-            if not self._stopped.wait(3 * self.SECONDS):
+            if not self._stopped.wait(6 * self.SECONDS):
                 print(f"fedrun: rank {self.rank}: the launcher is gone: ends at once",
                       file=sys.stderr, flush=True)
                 os._exit(1)
 
-    def stop(self) -> None:
-        """Before the process ends: a thread inside the store would abort the interpreter's end."""
-        self._stopped.set()
-        self._thread.join()
+    def _beat(self) -> None:
+        self.store.add(f"beats/{self.rank}", 1)
+        if self.failing:
+            self.store.set(_FAILED, str(self.rank))
+        self.peer_failed = self.store.check([_FAILED])
+        if self._counting.is_set():
+            self._counts = {r: self.store.add(f"beats/{r}", 0) for r in range(self.world_size)}
+            self._rounds += 1
 
-    def silent(self, ranks: Iterable[int]) -> list[int]:
-        """Those whose count stands still for a few beats; takes as long."""
-        try:
-            before = {rank: self.store.add(f"beats/{rank}", 0) for rank in ranks}
-            time.sleep(3 * self.SECONDS)
-            return [r for r in before if self.store.add(f"beats/{r}", 0) == before[r]]
-        except RuntimeError:
+    def silent(self) -> list[int]:
+        """Ranks whose count stands still for a few beats; takes as long. None where the store does
+        not answer, or where this rank is at its end."""
+        self._counting.set()
+        before, rounds = self._look()
+        after, more_rounds = self._look()
+        self._counting.clear()
+        if rounds == 0 or more_rounds == rounds:
             return []
+        return [rank for rank, count in before.items() if after[rank] == count]
+
+    def _look(self) -> tuple[dict[int, int], int]:
+        self._stopped.wait(6 * self.SECONDS)
+        return ({}, 0) if self._stopped.is_set() else (self._counts, self._rounds)
+
+    def stop(self) -> None:
+        """Before the process ends: a thread inside the store would abort the interpreter's end.
+        One that the store does not let go is left to `__main__`, which ends without it."""
+        self._stopped.set()
+        self._thread.join(SECONDS_FOR_STORE)
 
 
 class DataPlane:

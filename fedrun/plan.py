@@ -39,7 +39,8 @@ class Plan:
     evaluate: bool
     """Whether to evaluate and save the global model at the end."""
     save: bool
-    """Whether to begin a checkpoint at the end."""
+    """Whether to begin a checkpoint at the end; never of the last round, after which there is
+    nothing to go on with."""
     last: bool
 
 
@@ -134,7 +135,7 @@ class Schedule:
                     reference=reference,
                     start_from_global=every_round or in_epoch == 0,
                     evaluate=number == 1 or number % config.val_freq == 0 or number == self.rounds,
-                    save=save,
+                    save=save and number != self.rounds,
                     last=number == self.rounds)
 
     def _cohort(self, number: int) -> list[int]:

@@ -62,6 +62,7 @@ def run(config: FederatedConfig, data: TokenData, runtime: Runtime, stopping: St
     if server:
         server.finish(plan, verdict, reports or [])
     control.share()                                       # nobody leaves before all is written
+    control.close()                                       # from here on peers may be gone
     return "" if plan.last else f"{verdict.stop}, after round {plan.round}"
 
 

@@ -11,7 +11,6 @@ import shutil
 import sys
 import time
 import traceback
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,18 @@ from typing import Any
 import torch
 
 from fedrun import central, protocol
+from fedrun.checkpoint import newest
+from fedrun.comm import Control
 from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.model.kernels import kernel_path, on_gpu
 from fedrun.model.precision import bf16_in_hardware
 from fedrun.plan import Schedule, Shards
 from fedrun.pretrained import find_pretrained, fit_vocabulary, start_from
-from fedrun.rundir import lock_token, write_json, write_outcome
+from fedrun.rundir import lock_token, write_failure, write_json
 from fedrun.runtime import Launch, choose_device, connected, detect, join
-from fedrun.start import Beginning, begin
-from fedrun.stopping import StopRequest, die_with_launcher
+from fedrun.start import Beginning, Refused, begin, make_ready
+from fedrun.stopping import StopRequest
 from fedrun.track import check_tracker
 
 SECONDS_TO_SEE_A_FILE = 30.0  # over a network file system
@@ -44,8 +45,6 @@ def run(config: RunConfig) -> int:
     if not federated and not launch.alone:
         raise ValueError(f"central runs in one process, but {launch.world_size} were started: "
                          f"use `python -m fedrun central`")
-    if not launch.alone:
-        die_with_launcher()
     torch.set_num_threads(config.threads)
     check_tracker(config)
     device = choose_device(config.device, launch, _dedicated(config))
@@ -66,20 +65,15 @@ def run(config: RunConfig) -> int:
         partition = shards.digest()
     made_with = {"corpus": digest(data), "partition": partition, "versions": versions(),
                  "kernels": kernel_path(workers_device(config, device))}
-    beginning = None
-    if launch.rank == 0:
-        beginning = begin(config, lambda c: resolve_dtype(c, device), made_with, _say)
-        if not beginning.finished:
-            write_json(config.run_dir / "environment.json", environment(launch, device, data))
-            shutil.copytree(data.tokenizer_path, config.run_dir / "tokenizer", dirs_exist_ok=True)
     try:
-        ended = _connect_and_train(config, data, launch, device, made_with, beginning)
+        ended = _connect_and_train(config, data, launch, device, made_with)
+    except Refused:
+        raise
     except protocol.RunEnded:
         return 1
     except Exception as error:
         if launch.rank == 0:
-            with suppress(OSError):
-                write_outcome(config.run_dir, "failed", 0, str(error).partition("\n")[0])
+            write_failure(config.run_dir, str(error).partition("\n")[0])
         print(f"{traceback.format_exc()}fedrun: rank {launch.rank} ends with the error above",
               file=sys.stderr, flush=True)
         return 1
@@ -89,10 +83,10 @@ def run(config: RunConfig) -> int:
 
 
 def _connect_and_train(config: RunConfig, data: TokenData, launch: Launch, device: torch.device,
-                       made_with: dict[str, Any], beginning: Beginning | None) -> str:
+                       made_with: dict[str, Any]) -> str:
     """All ranks: the run itself, as rank 0 says that it begins. The line to end with."""
     with connected(launch, _dedicated(config), config.timeout) as control:
-        beginning = Beginning(**control.share(beginning and dataclasses.asdict(beginning)))
+        beginning = _agree(control, config, device, made_with)
         config = dataclasses.replace(config, dtype=beginning.dtype)
         seen = "" if launch.alone else wait_for_token(config.run_dir, beginning.token)
         runtime = join(launch, device, control, identity(config, data, device) | {
@@ -100,17 +94,40 @@ def _connect_and_train(config: RunConfig, data: TokenData, launch: Launch, devic
             "the folder of the run (--data_dir has to be one that all machines share)": seen})
         if beginning.finished:
             return f"finished already: {config.run_dir} (--overwrite begins anew)"
+        found = beginning.open()
+        if launch.rank == 0:
+            make_ready(config, found)
+            write_json(config.run_dir / "environment.json", environment(launch, device, data))
+            shutil.copytree(data.tokenizer_path, config.run_dir / "tokenizer", dirs_exist_ok=True)
         stopping = StopRequest(config.run_dir, control.lost_peers, quiet=launch.rank > 0)
         with stopping.listening():
             if isinstance(config, FederatedConfig):
                 _warn(config, launch)
-                stopped = protocol.run(config, data, runtime, stopping, made_with,
-                                       beginning.open())
+                stopped = protocol.run(config, data, runtime, stopping, made_with, found)
             else:
                 assert isinstance(config, CentralConfig)
-                stopped = central.run(config, data, device, stopping, made_with, beginning.open())
-        return (f"stopped by {stopped}: {config.run_dir} (the same command goes on from there)"
-                if stopped else f"done: {config.run_dir}")
+                stopped = central.run(config, data, device, stopping, made_with, found)
+        if not stopped:
+            return f"done: {config.run_dir}"
+        kept = newest(config.run_dir)
+        then = f"goes on after step {kept}" if kept else "begins anew: no checkpoint was written"
+        return f"stopped by {stopped}: {config.run_dir} (the same command {then})"
+
+
+def _agree(control: Control, config: RunConfig, device: torch.device, made_with: dict[str, Any]
+           ) -> Beginning:
+    """All ranks: the beginning that rank 0 decides on, or its refusal."""
+    message: dict[str, Any] = {}
+    if control.rank == 0:
+        try:
+            message = dataclasses.asdict(begin(config, lambda c: resolve_dtype(c, device),
+                                               made_with, _say))
+        except Refused as error:
+            message = {"refused": str(error)}
+    message = control.share(message)
+    if "refused" in message:
+        raise Refused(message["refused"])
+    return Beginning(**message)
 
 
 def _dedicated(config: RunConfig) -> bool:

@@ -19,10 +19,11 @@ import io
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -83,9 +84,14 @@ def save_studied(folder: Path, step: int, now: Mapping[str, np.ndarray],
 
 
 def cut_back(run_dir: Path, step: int) -> None:
-    """Remove what a run wrote after a step, which it will make again: npz files and events."""
-    for path in run_dir.glob("**/step_*.npz"):
-        if int(path.stem.removeprefix("step_")) > step:
+    """Remove what a run wrote after a step, which it will make again, and what a kill left half."""
+    for path in run_dir.rglob(".*"):
+        if path.is_file():
+            path.unlink()
+    for path in run_dir.glob(".checkpoints-*"):
+        shutil.rmtree(path)
+    for path in run_dir.rglob("step_*.npz"):
+        if re.fullmatch(r"step_\d+", path.stem) and int(path.stem[5:]) > step:
             path.unlink()
     events = run_dir / "events.jsonl"
     if events.exists():
@@ -102,20 +108,25 @@ def _until(line: str, step: int) -> bool:
     return False  # half a line
 
 
-def empty(run_dir: Path) -> None:
-    """Remove all that a run's folder holds but its lock."""
+def empty(run_dir: Path, describe: Callable[[], None]) -> None:
+    """Remove the run that a folder holds, all but the lock and what `describe` writes: what the
+    folder holds from now on. Nothing of the old run can be taken for the new one in between."""
+    checkpoints = run_dir / "checkpoints"
+    if checkpoints.exists():
+        checkpoints.rename(run_dir / f".checkpoints-{os.getpid()}-{time.time_ns()}")
+    describe()
     for path in run_dir.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != LOCK:
+        elif path.name not in (LOCK, OUTCOME, "config.json"):
             path.unlink()
 
 
 # ---- how the run stands --------------------------------------------------------------------------
 
-LOCK = "lock"
+LOCK, OUTCOME = "lock", "outcome.json"
 SECONDS_TO_DIE = 3.0  # that a killed run may take to let go of its folder
-Outcome = Literal["running", "finished", "stopped", "failed"]
+Standing = Literal["running", "finished", "stopped", "failed"]
 
 
 class InUse(ValueError):
@@ -157,17 +168,31 @@ def lock_token(run_dir: Path) -> str:
     return ""
 
 
-def write_outcome(run_dir: Path, outcome: Outcome, step: int, reason: str = "") -> None:
+def launch_id() -> str:
+    """What a launcher calls this job, the same when it starts it again; empty without one."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    return f"slurm {job}" if job else os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
+def write_outcome(run_dir: Path, outcome: Standing, step: int, reason: str = "") -> None:
     """outcome.json: read by launchers, since torchrun exits with 1 even after a clean stop."""
-    write_json(run_dir / "outcome.json", {
-        "outcome": outcome, "step": step, "reason": reason,
+    write_json(run_dir / OUTCOME, {
+        "outcome": outcome, "step": step, "reason": reason, "launch": launch_id(),
         "job": os.environ.get("SLURM_JOB_ID", ""),
         "attempt": int(os.environ.get("SLURM_RESTART_COUNT", "0"))})
+
+
+def write_failure(run_dir: Path, reason: str) -> None:
+    """The outcome of a run that ends with an error: what was finished or stopped stays so."""
+    held = read_outcome(run_dir)
+    if held.get("outcome") == "running":
+        with suppress(OSError):
+            write_outcome(run_dir, "failed", held["step"], reason)
 
 
 def read_outcome(run_dir: Path) -> dict[str, Any]:
     """The same; {} where there is none."""
     with suppress(OSError, ValueError):
-        found: dict[str, Any] = json.loads((run_dir / "outcome.json").read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((run_dir / OUTCOME).read_text(encoding="utf-8"))
         return found
     return {}

@@ -23,7 +23,14 @@ from fedrun.history import COHORT_NUMBERS, SECONDS, Clocks, cohort_record, half_
 from fedrun.optimizer import scheduled_lr
 from fedrun.params import FlatParams
 from fedrun.plan import Plan, Schedule, Shards, Verdict
-from fedrun.rundir import save_model, save_studied, studied, write_json, write_outcome
+from fedrun.rundir import (
+    save_model,
+    save_studied,
+    studied,
+    write_failure,
+    write_json,
+    write_outcome,
+)
 from fedrun.stopping import StopRequest
 from fedrun.track import Events, Progress, cohort_event
 from fedrun.worker import DTYPES, new_model
@@ -74,6 +81,8 @@ class Server:
         stop = next((r["signal"] for r in reports if r["signal"]), "")
         if not stop and self.stopping.file_says_so():
             stop = "the STOP file"
+        if plan.last:
+            stop = ""  # it ends anyway
         return dataclasses.asdict(Verdict(self._error(plan, reports), stop))
 
     def _error(self, plan: Plan, reports: list[dict[str, Any]]) -> str:
@@ -163,13 +172,24 @@ class Server:
         return record
 
     def _save(self, number: int, model: Tensor, record: dict[str, Any]) -> None:
-        """On the writer's thread: the model, its studied parameters, sample text, the history."""
-        self.save_model(model)
-        save_studied(self.config.run_dir / "server", number, studied(self.flat.views(model)),
-                     self.start)
+        """On the writer's thread: the model, its studied parameters, sample text, the history.
+
+        On a disk that is full the run goes on, and the next evaluation tries again; the last one
+        has to succeed.
+        """
+        run_dir = self.config.run_dir
+        self.flat.vector.copy_(model)
         record["generated"] = sample_text(self.model, self.data, torch.device("cpu"))
-        write_json(self.config.run_dir / "training_history.json",
-                   [r for r in self.history if r["global_step"] <= number])
+        try:
+            save_model(run_dir / "model.safetensors", self.flat.views(self.flat.vector))
+            write_json(run_dir / "training_history.json",
+                       [r for r in self.history if r["global_step"] <= number])
+            save_studied(run_dir / "server", number, studied(self.flat.views(model)), self.start)
+        except OSError as error:
+            if number == self.schedule.rounds:
+                raise
+            self.progress.say(f"fedrun: warning: round {number} could not be written to {run_dir} "
+                              f"({error.strerror}); the run goes on")
 
     def save_model(self, model: Tensor) -> None:
         self.flat.vector.copy_(model)
@@ -185,7 +205,7 @@ class Server:
         """Keep the model of the last whole round, and tell the reason."""
         self._close()
         self.save_model(model)
-        write_outcome(self.config.run_dir, "failed", 0, reason.splitlines()[-1])
+        write_failure(self.config.run_dir, reason.splitlines()[-1])
         print(f"fedrun: {reason}", file=sys.stderr, flush=True)
 
     def finish(self, plan: Plan, verdict: Verdict, reports: list[dict[str, Any]]) -> None:

@@ -20,13 +20,17 @@ from fedrun.checkpoint import Checkpoint
 from fedrun.config import Dtype, RunConfig
 
 
+class Refused(ValueError):
+    """The run cannot begin as it was asked to; all ranks say so."""
+
+
 @dataclass(frozen=True)
 class Beginning:
     """What rank 0 found; travels as JSON."""
 
     dtype: Dtype
     """Of the matrix products: what a run began with is what it goes on with."""
-    token: str = ""
+    token: str
     """What every rank must see in the lock of the run's folder."""
     checkpoint: str | None = None
     """The folder to go on from."""
@@ -39,50 +43,72 @@ class Beginning:
 
 def begin(config: RunConfig, resolve_dtype: Callable[[RunConfig], Dtype],
           made_with: dict[str, Any], say: Callable[[str], None]) -> Beginning:
-    """Rank 0: take the run's folder and make it ready.
+    """Rank 0: take the run's folder and decide; nothing in it is changed yet.
 
     made_with: what beside the settings decides the bits; `corpus`, `partition` and `kernels` have
-    to be as they were, `versions` should. ValueError where the folder is another's, holds another
+    to be as they were, `versions` should. Refused where the folder is another's, holds another
     run, or cannot be written.
     """
     path, token = config.run_dir, secrets.token_hex(8)
     try:
-        held = _held_config(config)
+        _held_config(config)  # before a lock is put into a folder that is no run's
         rundir.lock(path, token)
+        held = _held_config(config)
+        if not _replaces(config):
+            _refuse_other(config, held, resolve_dtype)
         if _anew(config):
             held = None
         if held and rundir.read_outcome(path).get("outcome") == "finished":
-            config = _with_dtype(config, held, resolve_dtype)
-            _refuse_other(config, held)
-            return Beginning(config.dtype, token, finished=True)
+            return Beginning(_dtype(config, held, resolve_dtype), token, finished=True)
         found = _to_go_on_from(config, held, say)
-        config = _with_dtype(config, found.config if found else None, resolve_dtype)
-        _refuse_other(config, held)
-        if found is None:
-            rundir.empty(path)
-        else:
-            _refuse_other(config, found.config)
+        if found:
+            _refuse_other(config, found.config, resolve_dtype, str(found.folder))
             _compare_makings(found, made_with, say)
-            rundir.cut_back(path, found.step)
-            checkpoint.drop_after(path, found.step)
             say(f"goes on after step {found.step}, from {found.folder}")
-        rundir.write_json(path / "config.json", config.to_dict())
-        rundir.write_outcome(path, "running", found.step if found else 0)
-        return Beginning(config.dtype, token, str(found.folder) if found else None)
+        dtype = _dtype(config, found.config if found else None, resolve_dtype)
+        return Beginning(dtype, token, str(found.folder) if found else None)
     except OSError as error:
-        raise ValueError(f"--data_dir {config.data_dir}: the folder {path} cannot be written: "
-                         f"{error.strerror}") from None
+        raise Refused(f"--data_dir {config.data_dir}: the folder {path} cannot be used: "
+                      f"{error.strerror}") from None
+    except ValueError as error:
+        raise Refused(str(error)) from None
 
 
-def restarted() -> bool:
-    """Whether a launcher has started this job before."""
-    return any(os.environ.get(name, "0") != "0"
-               for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+def make_ready(config: RunConfig, found: Checkpoint | None) -> None:
+    """Rank 0, when all ranks have agreed: the folder as the beginning needs it, whatever it held.
+
+    A kill between any two lines leaves a folder that the same command can begin from.
+    """
+    path = config.run_dir
+    inside = found is not None and found.folder.resolve().is_relative_to(path.resolve())
+    if found and inside:
+        checkpoint.drop_after(path, found.step)
+        rundir.cut_back(path, found.step)
+    else:
+        rundir.empty(path, lambda: _describe(config, 0))
+    _describe(config, found.step if found else 0)
+
+
+def _describe(config: RunConfig, step: int) -> None:
+    rundir.write_outcome(config.run_dir, "running", step)
+    rundir.write_json(config.run_dir / "config.json", config.to_dict())
+
+
+def _restarted(run_dir: Path) -> bool:
+    """Whether a launcher starts again what it had begun in this folder."""
+    again = any(os.environ.get(name, "0") != "0"
+                for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return again and rundir.read_outcome(run_dir).get("launch") == rundir.launch_id()
+
+
+def _replaces(config: RunConfig) -> bool:
+    """Whether the user asked for whatever is there to be replaced."""
+    return config.overwrite and not _restarted(config.run_dir)
 
 
 def _anew(config: RunConfig) -> bool:
     """Whether the user asked for a new beginning; a launcher that restarts the job did not."""
-    return config.resume == "never" or (config.overwrite and not restarted())
+    return _replaces(config) or (config.resume == "never" and not _restarted(config.run_dir))
 
 
 def _held_config(config: RunConfig) -> dict[str, Any] | None:
@@ -103,36 +129,44 @@ def _to_go_on_from(config: RunConfig, held: dict[str, Any] | None, say: Callable
                    ) -> Checkpoint | None:
     """The checkpoint that --resume and the folder's run amount to; None to begin anew."""
     named = None if config.resume in ("auto", "never") else Path(config.resume)
-    if named and (named / checkpoint.MANIFEST).exists() and not restarted():
-        return checkpoint.read(named)
+    inside = named is not None and named.resolve().is_relative_to(config.run_dir.resolve())
+    if named and inside and not _restarted(config.run_dir):
+        return _named(named, say)
     # Where another run is named, it is where this one began: it goes on from its own checkpoints.
     own = checkpoint.latest(config.run_dir, say) if held else None
-    if named is None or own:
-        return own
-    if found := checkpoint.latest(named, say):
+    return own if own or named is None else _named(named, say)
+
+
+def _named(path: Path, say: Callable[[str], None]) -> Checkpoint:
+    """What `--resume PATH` means: a checkpoint, or the newest one of a run."""
+    if (path / checkpoint.MANIFEST).exists():
+        return checkpoint.read(path)
+    if found := checkpoint.latest(path, say):
         return found
-    raise ValueError(f"--resume {named}: no whole checkpoint there; accepted is auto, never, a "
-                     "run's folder or one of its checkpoints")
+    raise ValueError(f"--resume {path}: no checkpoint there; accepted is auto, never, a run's "
+                     "folder or one of its checkpoints")
 
 
-def _with_dtype(config: RunConfig, recorded: dict[str, Any] | None,
-                resolve_dtype: Callable[[RunConfig], Dtype]) -> RunConfig:
-    """The config with its type decided: for --dtype auto the one that the run began with."""
+def _dtype(config: RunConfig, recorded: dict[str, Any] | None,
+           resolve_dtype: Callable[[RunConfig], Dtype]) -> Dtype:
+    """The type of products: for --dtype auto the one that the run began with."""
     if config.dtype == "auto" and recorded is not None:
         config = dataclasses.replace(config, dtype=recorded["dtype"])
-    return dataclasses.replace(config, dtype=resolve_dtype(config))
+    return resolve_dtype(config)
 
 
-def _refuse_other(config: RunConfig, held: dict[str, Any] | None) -> None:
+def _refuse_other(config: RunConfig, held: dict[str, Any] | None,
+                  resolve_dtype: Callable[[RunConfig], Dtype], where: str = "") -> None:
     """ValueError, with the settings that differ, for a folder that holds another run."""
     if held is None:
         return
+    config = dataclasses.replace(config, dtype=_dtype(config, held, resolve_dtype))
     mine = json.loads(json.dumps(config.results_dict()))
     if differing := [k for k in mine if held.get(k) != mine[k]]:
         told = ", ".join(f"{k} {held.get(k)} there, {mine[k]} here" for k in differing)
-        raise ValueError(f"--run_name {config.name}: {config.run_dir} holds a run with other "
-                         f"settings ({told}); choose another --run_name, or --overwrite to replace "
-                         "it")
+        raise ValueError(f"--run_name {config.name}: {where or config.run_dir} holds a run with "
+                         f"other settings ({told}); choose another --run_name, or --overwrite to "
+                         "replace it")
 
 
 def _compare_makings(found: Checkpoint, made_with: dict[str, Any], say: Callable[[str], None]

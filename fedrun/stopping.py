@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-STOP = "STOP"
+STOP, LOCK = "STOP", "lock"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DOUBLE = 0.5  # seconds within which two signals are one: launchers send what the terminal sent too
 _PR_SET_PDEATHSIG = 1
@@ -34,7 +34,9 @@ class StopRequest:
         self.signal = ""
         """The name of the first signal; empty without one."""
         self._file = run_dir / STOP
-        self._since = time.time()
+        # By the clock of the file system, as STOP's time is: rank 0 has just written the lock.
+        self._since = (run_dir / LOCK).stat().st_mtime
+        self._ignored = ""
         self._lost_peers = lost_peers
         self._quiet = quiet
         self._over = threading.Event()
@@ -103,11 +105,17 @@ class StopRequest:
         try:
             if self._file.stat().st_mtime < self._since:
                 return False
-            meant_for = self._file.read_text(encoding="utf-8").split()
+            meant_for = self._file.read_text(encoding="utf-8", errors="replace").split()
         except OSError:
             return False
         here = [os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")]
-        return not meant_for or meant_for == here
+        if not meant_for or meant_for == here:
+            return True
+        if self._ignored != str(meant_for):
+            self._ignored = str(meant_for)
+            print(f"fedrun: {self._file} is ignored: it is for job and attempt "
+                  f"{' '.join(meant_for)}, an empty one is for any run", flush=True)
+        return False
 
     def obeyed(self) -> None:
         """Server: the file has done its work."""

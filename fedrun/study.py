@@ -178,10 +178,12 @@ def start(config: RunConfig) -> float:
     done = subprocess.run([sys.executable, "-m", "fedrun", config.method, *flags],
                           capture_output=True, text=True, check=False)
     last_words = done.stderr.strip()[-2000:]
-    if done.returncode == 1:
+    if done.returncode == 1 and "finite" in last_words:  # too large a learning rate, say
         (config.run_dir / "failed.txt").write_text(last_words, encoding="utf-8")
     elif done.returncode:
         raise ValueError(f"study: {config.name}: {last_words}")
+    elif loss_halves(config) is None:
+        raise ValueError(f"study: {config.name} was stopped; the same command goes on from there")
     return time.monotonic() - began
 
 

@@ -125,6 +125,10 @@ class TermSum:
             for name in self.moments:
                 assert moments is not None
                 moments[name][a:b] = mean.pop(name)
+                if name == "exp_avg_sq" and self.exact:
+                    # Not less than the grid can tell from zero: AdamW divides by its root.
+                    step = 1.0 / (self._scales[list(self.sums).index(name)] * total)
+                    moments[name][a:b].clamp_(min=step)
             before = model[a:b].clone() if measure else model
             if measure:
                 for name, count in self.strategy.counts(mean, context).items():

@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from tqdm import tqdm
@@ -80,13 +81,15 @@ class Events:
             if tokens > self._last[0] and passed > 0:
                 values["tokens_per_second"] = (tokens - self._last[0]) / passed
             self._last = (tokens, seconds)
-        self.file.write(json.dumps({"event": kind, "time": time.time()} | values) + "\n")
+        with suppress(OSError):  # a full disk costs the line, not the run
+            self.file.write(json.dumps({"event": kind, "time": time.time()} | values) + "\n")
         step = values.get("round", values.get("step"))
         if self.tracker and step is not None:
             self.tracker.log(scalars(values), step)
 
     def close(self) -> None:
-        self.file.close()
+        with suppress(OSError):
+            self.file.close()
         if self.tracker:
             self.tracker.close()
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedrun.strategies import FedAvg
+from fedrun.strategies import FedAvg, FedEntropy
 from fedrun.strategies.base import ServerRound
 from fedrun.sums import Bounds, TermSum, adamw_step_bound
 
@@ -131,3 +131,20 @@ def test_adamw_moves_as_far_as_its_bound_and_no_further(beta1: float, beta2: flo
                 furthest = max(furthest, abs(p.item() - before))
     assert furthest <= bound
     assert furthest > 0.99 * bound
+
+
+def test_a_second_moment_too_small_for_the_grid_is_not_zero() -> None:
+    """AdamW would divide by its root: a first moment that the finer grid still holds, over zero."""
+    size, bounds = 8, Bounds(update=1e-2, gradient=16.0)
+    like = torch.zeros(size)
+    terms = TermSum(FedEntropy(), size, like, exact=True, average_moments=True)
+    terms.begin(bounds)
+    tiny = {"delta": torch.zeros(size), "exp_avg": torch.full((size,), 3e-10),
+            "exp_avg_sq": torch.full((size,), 1e-19)}
+    for _ in range(3):
+        assert terms.add(tiny, 0.5)
+    moments = {name: torch.zeros(size) for name in ("exp_avg", "exp_avg_sq")}
+    terms.apply(torch.zeros(size), {}, ServerRound(1), moments)
+    direction = moments["exp_avg"] / moments["exp_avg_sq"].sqrt()
+    assert bool((moments["exp_avg_sq"] > 0).all())
+    assert bool((direction.abs() <= 1).all())

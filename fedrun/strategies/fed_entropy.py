@@ -36,7 +36,7 @@ class FedEntropy(Strategy):
     entropy_holdout: float = 0.1
     """Fraction of a client's shard that is kept for its entropy and never trained on."""
 
-    weight_headroom: ClassVar[int] = 30
+    weight_headroom: ClassVar[int] = 20
 
     def __post_init__(self) -> None:
         require(0 < self.temperature < math.inf, "--temperature", self.temperature,

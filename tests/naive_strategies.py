@@ -204,7 +204,7 @@ CASES: dict[str, tuple[Strategy, Rule]] = {
     "fed_yogi": (FedYogi(tau=1e-3), adaptive("yogi", 1e-2, 0.9, 0.99, 1e-3)),
     "fed_adagrad": (FedAdagrad(), adaptive("adagrad", 1e-2, 0.0, 0.0, 1e-5)),
     "fed_entropy": (FedEntropy(), entropy(1.0)),
-    "fed_entropy sharp": (FedEntropy(temperature=0.2), entropy(0.25)),
+    "fed_entropy sharp": (FedEntropy(temperature=0.25), entropy(0.25)),
     "fed_fisher absolute": (FedFisher(), fisher(1e-8, relative=False)),
     "fed_fisher relative": (FedFisher(fisher_floor=1e-2, fisher_floor_mode="relative"),
                             fisher(1e-2, relative=True)),

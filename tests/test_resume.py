@@ -18,7 +18,9 @@ import pytest
 from conftest import ROOT, SMALL, Outcome, Run, torchrun
 from test_runs import without_clocks
 
-from fedrun import checkpoint
+from fedrun import checkpoint, rundir
+from fedrun.settings import resolve
+from fedrun.start import make_ready
 
 FAULTY = Path(__file__).with_name("faulty_fedrun.py")
 FLAGS = ("--num_clients", 3, "--rounds", 7, "--checkpoint_freq", 2)
@@ -152,7 +154,7 @@ def stopped(killed: Path, tmp_path: Path) -> Outcome:
     return Outcome(-signal.SIGKILL, "", tmp_path / "run")
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "no manifest", "no file"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "no manifest", "no file", "other step"])
 def test_a_damaged_checkpoint_is_not_taken(stopped: Outcome, damage: str) -> None:
     folder = stopped.run_dir / "checkpoints" / "step_000006"
     assert checkpoint.read(folder).step == 6
@@ -174,8 +176,75 @@ def break_it(folder: Path, damage: str) -> None:
         file.write_bytes(content)
     elif damage == "truncate":
         os.truncate(file, file.stat().st_size - 1)
+    elif damage == "other step":
+        manifest = folder / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"step": 6', '"step": 7'))
     else:
         (file if damage == "no file" else folder / "manifest.json").unlink()
+
+
+def test_checkpoints_of_which_none_is_whole_are_not_thrown_away(run: Run, stopped: Outcome
+                                                                ) -> None:
+    for step in ("step_000004", "step_000006"):
+        break_it(stopped.run_dir / "checkpoints" / step, "truncate")
+    refused = run("fed_avg", *FLAGS)
+    assert refused.code == 2
+    assert "none of the checkpoints in" in refused.output
+    assert "--overwrite begins anew" in refused.output
+    assert (stopped.run_dir / "model.safetensors").exists()
+
+
+def test_a_kill_while_the_folder_is_emptied(stopped: Outcome, monkeypatch: pytest.MonkeyPatch
+                                            ) -> None:
+    """Between any two removals: what is left can be begun from, and is no finished run."""
+    removals, limit, ready = 0, 0, False
+
+    def counted(remove):  # type: ignore[no-untyped-def]
+        def removed(*args, **kwargs):  # type: ignore[no-untyped-def]
+            nonlocal removals
+            removals += 1
+            if removals > limit:
+                raise KeyboardInterrupt
+            return remove(*args, **kwargs)
+        return removed
+
+    monkeypatch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+    monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
+    held = json.loads((stopped.run_dir / "config.json").read_text())
+    config = resolve("fed_avg", {"data_dir": stopped.run_dir.parent, "run_name": "run"})
+    while not ready:
+        removals = 0
+        try:
+            make_ready(config, None)
+            ready = True
+        except KeyboardInterrupt:
+            assert json.loads((stopped.run_dir / "config.json").read_text()) != held
+            assert rundir.read_outcome(stopped.run_dir)["outcome"] == "running"
+            assert checkpoint.latest(stopped.run_dir, print) is None
+            limit += 1
+    assert limit > 3
+    left = {path.name for path in stopped.run_dir.iterdir()}
+    assert left == {"lock", "config.json", "outcome.json"}
+
+
+def test_a_disk_that_is_full_for_a_while(run: Run, tmp_path: Path, undisturbed: Outcome) -> None:
+    """What cannot be written at one evaluation is there after the next."""
+    script = tmp_path / "full.py"
+    script.write_text(
+        "import errno, os\nfrom fedrun import rundir\nfrom fedrun.__main__ import run\n"
+        "whole, calls = rundir.write_whole, 0\n"
+        "def full(path, content):\n"
+        "    global calls\n"
+        "    calls += path.name == 'model.safetensors'\n"
+        "    if 2 <= calls <= 3:\n"
+        "        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))\n"
+        "    whole(path, content)\n"
+        "rundir.write_whole = full\nrun()\n")
+    full = run("fed_avg", *FLAGS, script=script)
+    assert full.code == 0, full.output
+    assert "round 3 could not be written" in full.output
+    assert full.bits == undisturbed.bits
+    assert without_clocks(full) == without_clocks(undisturbed)
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
@@ -201,10 +270,18 @@ def test_other_settings_are_refused_with_their_names(run: Run, stopped: Outcome)
 
 
 @pytest.mark.slow
-def test_resume_never_and_from_another_run(run: Run, stopped: Outcome, undisturbed: Outcome
-                                           ) -> None:
-    anew = run("fed_avg", *FLAGS, "--resume", "never", name="copy")
+def test_resume_never_and_from_another_run(run: Run, killed: Path, stopped: Outcome,
+                                           undisturbed: Outcome) -> None:
+    anew = run("fed_avg", *FLAGS, "--resume", "never")
+    assert "goes on" not in anew.output
     assert_equal(anew, undisturbed)
+    other = run("fed_avg", *FLAGS, "--resume", "never", "--lr", "1e-3")
+    assert other.code == 2
+    assert anew.bits == undisturbed.bits
+    finished = run("fed_avg", *FLAGS, processes=3)
+    assert "finished already" in finished.output
+    shutil.rmtree(anew.run_dir)
+    shutil.copytree(killed, anew.run_dir)
     branch = run("fed_avg", *FLAGS, "--resume", stopped.run_dir, name="branch")
     assert "goes on after step 6" in branch.output
     assert branch.bits == undisturbed.bits

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from fedrun import __version__
 from fedrun.config import RunConfig
+from fedrun.launch import detect
 from fedrun.settings import Setting, closest, method_settings, resolve
 from fedrun.strategies import STRATEGIES
 
@@ -63,7 +64,7 @@ def complain(error: Exception) -> None:
     Mostly every rank was asked the same, and rank 0 says it; a launcher ends all with the first
     that ends, so the others wait. Who is still there after that has a complaint of its own.
     """
-    if int(os.environ.get("RANK", "0")):
+    if detect(os.environ).rank:
         time.sleep(SECONDS_FOR_RANK_0)
     print(f"fedrun: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 

@@ -1,4 +1,4 @@
-"""Where am I: rank, device and process groups, for torchrun, for SLURM's srun, or alone.
+"""Where do I run: device, network interface and process groups of this rank.
 
 Topology: the control plane is a gloo group of all ranks, the data plane one group of the worker
 ranks, NCCL on GPUs and gloo on CPUs. Rank 0 is the server; alone it is the one worker as well.
@@ -19,40 +19,12 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from fedrun.comm import Control, DataPlane
+from fedrun.launch import Launch, rendezvous
 
 # For all ranks to appear: schedulers start nodes unevenly.
 STARTUP_TIMEOUT = timedelta(minutes=5)
 # Workers wait longer than the server, whose message names who is lost.
 GRACE = timedelta(seconds=20)
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How this process was started, read from the environment."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-    on_first_node: bool = True
-    """Whether rank 0 runs on this machine."""
-    attempt: int = 0
-    """How often torchrun has restarted this job in place."""
-
-    @property
-    def alone(self) -> bool:
-        return self.world_size == 1
-
-
-def detect(env: Mapping[str, str]) -> Launch:
-    """The launch that the environment describes: torchrun's variables, or those of no launcher."""
-    if "RANK" not in env or "WORLD_SIZE" not in env:
-        return Launch()
-    rank, local_rank = int(env["RANK"]), int(env.get("LOCAL_RANK", env["RANK"]))
-    world = int(env["WORLD_SIZE"])
-    return Launch(rank, world, local_rank, int(env.get("LOCAL_WORLD_SIZE", world)),
-                  on_first_node=rank == local_rank,  # ranks are numbered node by node
-                  attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")))
 
 
 def device_index(launch: Launch, dedicated_server: bool, gpus: int) -> int | None:
@@ -163,6 +135,7 @@ def connected(launch: Launch, dedicated_server: bool, timeout: float) -> Iterato
     if launch.alone:
         yield Control()
         return
+    os.environ.update(rendezvous(os.environ))
     os.environ.update(choose_interfaces(launch, os.environ))
     # torchrun restarts workers in place over the same store, which still holds the addresses of the
     # dead: every attempt gets a name space of its own.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fedrun.runtime import Launch, choose_interfaces, detect, device_index, difference, idle_gpus
+from fedrun.launch import Launch
+from fedrun.runtime import choose_interfaces, device_index, difference, idle_gpus
 
 
 def first(local_rank: int, local: int, world: int | None = None) -> Launch:
@@ -37,15 +38,6 @@ def test_too_few_gpus_prints_the_right_launch_line() -> None:
         device_index(first(5, 6), True, 2)
     with pytest.raises(ValueError, match="--nproc-per-node 2"):
         device_index(later(2, 3, 7), True, 2)
-
-
-def test_detect() -> None:
-    assert detect({}) == Launch()
-    # A batch script of SLURM has SLURM_PROCID too: plain Python there must not wait for peers.
-    assert detect({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}) == Launch()
-    env = {"RANK": "5", "WORLD_SIZE": "9", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4",
-           "TORCHELASTIC_RESTART_COUNT": "2"}
-    assert detect(env) == Launch(5, 9, 0, 4, on_first_node=False, attempt=2)
 
 
 def test_interfaces_on_one_machine_are_loopback_unless_the_user_has_chosen() -> None:

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# One machine: a worker for each GPU, and the server. Without GPUs, CLIENTS workers.
+#
+#   launch/run.sh fed_avg --num_clients 8
+#
+# After a failure the run goes on from its last checkpoint, RESTARTS times (default 3). Ctrl-C or
+# `kill` ends it with a checkpoint at the end of the round, and the same command goes on from there.
+# node.sh, which starts the processes, lists the other settings.
+set -uo pipefail
+python=${PYTHON:-python3}
+run_dir=$("$python" -m fedrun "$@" --print_run_dir) || exit
+
+NODES=1 NODE=0 WORKERS_PER_NODE=${CLIENTS:-} RESTARTS=${RESTARTS:-3} "$(dirname "$0")/node.sh" "$@" &
+agent=$!
+# A terminal sends Ctrl-C to the agent too, and a second signal would end the round at once.
+trap : INT
+trap 'kill -TERM "$agent"' TERM
+while wait "$agent"; code=$?; kill -0 "$agent" 2>/dev/null; do :; done
+
+# torchrun exits 1 after a clean stop on a signal: how the run ended is in its folder.
+if ((code != 0)) && grep -q '"outcome": "stopped"' "$run_dir/outcome.json" 2>/dev/null; then
+    echo "launch: stopped in order (torchrun calls that an error); the same command goes on"
+    exit 0
+fi
+exit "$code"

@@ -7,11 +7,12 @@ import signal
 import sys
 import threading
 
+from fedrun.launch import detect
 from fedrun.stopping import die_with_launcher
 
 
 def run() -> None:
-    if "RANK" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if not detect(os.environ).alone:
         die_with_launcher()  # before the imports, which take seconds
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own waits for a collective's end
     from fedrun.cli import main

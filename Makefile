@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 # torchrun would say it at length for every start.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-all soak bench check figures clean
+.PHONY: demo test test-all soak bench check gallery clean
 
 # 4 clients and a server in parallel on the documentation that comes with Python; no network
 # is needed once the environment stands.
@@ -44,17 +44,14 @@ $(VENV)/.ready: setup.cfg pyproject.toml
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-# The README's figures, from short runs on the documentation that comes with Python.
-TOUR := --config tiny --dataset pydocs --tokenizer bpe:4096 --lr 4e-3 --val_freq 15 --data_dir results/tour
-figures: $(VENV)/.ready
-	$(BIN)/python -m fedrun central $(TOUR) --rounds 150
-	$(BIN)/python -m fedrun fed_avg $(TOUR) --rounds 150
-	$(BIN)/python -m fedrun fed_avg $(TOUR) --rounds 19 --local_updates 8 --val_freq 2
-	$(BIN)/python -m fedrun fed_entropy $(TOUR) --rounds 150
-	$(BIN)/python -m fedrun fed_fisher $(TOUR) --rounds 150
-	$(BIN)/python -m fedrun fed_momentum $(TOUR) --rounds 150
-	$(BIN)/fedrun plot perplexities --data_dir results/tour --out_dir results/figures --config tiny
-	$(BIN)/fedrun plot deltas --data_dir results/tour --output_dir results/figures
-	$(BIN)/fedrun report --data_dir results/tour
+# The figures of the README and of results/gallery, from the runs of curves.yaml: an hour on one core,
+# for one seed (DATASET: a folder, where the hub is out of reach).
+DATASET ?= wikitext-2
+gallery: $(VENV)/.ready
+	$(BIN)/python -m fedrun study configs/experiments/curves.yaml --dataset $(DATASET)
+	$(BIN)/fedrun plot perplexities --data_dir results/curves/runs --out_dir results/gallery --config study
+	$(BIN)/fedrun plot deltas --data_dir results/curves/runs --output_dir results/gallery
+	$(BIN)/fedrun plot federated-deltas --data_dir results/curves/runs --output_dir results/gallery
+	$(BIN)/fedrun report --data_dir results/curves/runs
 	$(BIN)/fedrun partition --dataset pydocs --tokenizer bpe:4096 --num_clients 8 \
 	    --partition dirichlet --alpha 1 --size_skew 0.5 --out results/figures

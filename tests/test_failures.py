@@ -137,3 +137,30 @@ def wait_until(condition, timeout: float) -> None:  # type: ignore[no-untyped-de
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.05)
+
+
+def test_a_launcher_that_is_stopped_holds_up_nobody(cache_dir: Path, tmp_path: Path) -> None:
+    """It hosts the store, whose calls know no timeout; what matters goes past it."""
+    log = tmp_path / "log"
+    command = [*torchrun(3), "-m", "fedrun", "fed_avg", *SMALL, "--data_dir", str(tmp_path),
+               "--cache_dir", str(cache_dir), "--run_name", "run", "--rounds", "400",
+               "--num_clients", "2", "--val_freq", "1000", "--timeout", "20"]
+    with log.open("w") as out:
+        launcher = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
+                                    start_new_session=True)
+    ranks: list[psutil.Process] = []
+    try:
+        events = tmp_path / "run" / "events.jsonl"
+        wait_until(lambda: events.exists() and events.read_text().count("\n") > 3, 60)
+        ranks = psutil.Process(launcher.pid).children()
+        launcher.send_signal(signal.SIGSTOP)
+        wait_until(lambda: not any(alive(c) for c in ranks), timeout=90)
+        assert "done: " in log.read_text()
+        launcher.send_signal(signal.SIGCONT)
+        assert launcher.wait(60) == 0
+    finally:
+        if launcher.poll() is None:
+            launcher.kill()
+            launcher.wait()
+        for process in filter(alive, ranks):
+            process.kill()

@@ -378,3 +378,24 @@ def test_a_folder_that_not_all_ranks_share_is_refused(run: Run, tmp_path: Path) 
     assert apart.code == 1
     assert "--data_dir has to be one that all machines share" in apart.output
     assert "rank 2" in apart.output
+
+
+def test_the_type_of_products_is_the_servers_and_stays(run: Run, tmp_path: Path) -> None:
+    """By --dtype auto: what rank 0's hardware has, an error on a rank that has it not; and what a
+    run began with, whatever the hardware has when it goes on."""
+    script = tmp_path / "hardware.py"
+    script.write_text("import os\nimport fedrun.run\nfrom fedrun.__main__ import run\n"
+                      "has = os.environ['HAS_BF16'].split()\n"
+                      "fedrun.run.bf16_in_hardware = lambda _: os.environ.get('RANK', '0') in has\n"
+                      "run()\n")
+    mixed = run("fed_avg", *FLAGS, "--dtype", "auto", processes=3, script=script, name="mixed",
+                env={"HAS_BF16": "0 1"})
+    assert mixed.code == 1
+    assert "worker hardware for --dtype" in mixed.output
+    env = fault(tmp_path, "term", "record:4") | {"HAS_BF16": "none"}
+    script.write_text(script.read_text().replace("run()\n", f"exec(open({str(FAULTY)!r}).read())"))
+    begun = run("fed_avg", *FLAGS, "--dtype", "auto", script=script, env=env)
+    assert outcome_of(begun) == "stopped", begun.output
+    resumed = run("fed_avg", *FLAGS, "--dtype", "auto", script=script, env={**env, "HAS_BF16": "0"})
+    assert "goes on after step" in resumed.output, resumed.output
+    assert json.loads((resumed.run_dir / "config.json").read_text())["dtype"] == "fp32"

@@ -1,0 +1,76 @@
+"""Orderly ends: STOP files and signals, and the lock of a run's folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMALL, Run
+
+from fedrun import checkpoint
+
+
+@pytest.fixture
+def endless(request: pytest.FixtureRequest, tmp_path: Path, cache_dir: Path
+            ) -> Iterator[subprocess.Popen[str]]:
+    """A run that has begun and would go on for hours; its parameter: local updates in a round."""
+    updates = getattr(request, "param", 4)
+    command = [sys.executable, "-m", "fedrun", "fed_avg", *SMALL, "--data_dir", str(tmp_path),
+               "--cache_dir", str(cache_dir), "--run_name", "run", "--rounds", "100000",
+               "--num_clients", "2", "--val_freq", "100000", "--local_updates", str(updates)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               cwd=ROOT, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        events, deadline = tmp_path / "run" / "events.jsonl", time.monotonic() + 60
+        while not events.exists() or events.read_text().count("\n") < (4 if updates < 100 else 1):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def test_two_runs_in_one_folder(run: Run, endless: subprocess.Popen[str]) -> None:
+    second = run("fed_avg", "--rounds", 5, "--overwrite")
+    assert second.code == 2
+    assert f"is in use by process {endless.pid} on " in second.output
+    assert endless.poll() is None
+
+
+def test_a_stop_file_ends_the_run_in_order(endless: subprocess.Popen[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    other_job = folder / "STOP"
+    other_job.write_text("1234 0\n")  # meant for a job that we are not
+    time.sleep(1.0)
+    assert endless.poll() is None
+    other_job.unlink()
+    (folder / "STOP").touch()
+    output, _ = endless.communicate(timeout=30)
+    assert endless.returncode == 0, output
+    assert "stopped by the STOP file, after round" in output
+    assert not (folder / "STOP").exists()
+    assert json.loads((folder / "outcome.json").read_text())["outcome"] == "stopped"
+    assert checkpoint.latest(folder, print) is not None
+
+
+@pytest.mark.parametrize("endless", [1_000_000], indirect=True)
+def test_a_second_signal_ends_at_once(endless: subprocess.Popen[str]) -> None:
+    """In the middle of a round, which the first signal waits for."""
+    endless.send_signal(signal.SIGINT)
+    time.sleep(1.5)
+    assert endless.poll() is None
+    endless.send_signal(signal.SIGTERM)
+    output, _ = endless.communicate(timeout=10)
+    assert "SIGINT: stops after this round" in output
+    assert "SIGTERM again: ends at once" in output
+    assert endless.returncode == 128 + signal.SIGTERM

@@ -44,8 +44,8 @@ $(VENV)/.ready: setup.cfg pyproject.toml
 clean:
 	rm -rf $(VENV) build *.egg-info
 
-# The figures of the README and of results/gallery, from the runs of curves.yaml: an hour on one core,
-# for one seed (DATASET: a folder, where the hub is out of reach).
+# The figures of the README and of results/gallery, from the runs of curves.yaml: twenty minutes on
+# one idle core (DATASET: a folder, where the hub is out of reach).
 DATASET ?= wikitext-2
 gallery: $(VENV)/.ready
 	$(BIN)/python -m fedrun study configs/experiments/curves.yaml --dataset $(DATASET)

@@ -8,7 +8,7 @@ import sys
 import threading
 
 from fedrun.launch import detect
-from fedrun.stopping import die_with_launcher
+from fedrun.stopping import HEARTBEAT, die_with_launcher
 
 
 def run() -> None:
@@ -20,7 +20,7 @@ def run() -> None:
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    in_store = any(thread.name == "fedrun-heartbeat" for thread in threading.enumerate())
+    in_store = any(thread.name == HEARTBEAT for thread in threading.enumerate())
     if code or in_store:
         os._exit(code)  # at once: destructors of process groups would wait for peers that are gone
     sys.exit()

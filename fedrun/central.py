@@ -182,7 +182,7 @@ def run(config: CentralConfig, data: TokenData, device: torch.device, stopping: 
         training.step()
         training.commit()
         if training.done < training.steps:
-            stop = stopping.signal or ("the STOP file" if stopping.file_says_so() else "")
+            stop = stopping.asked_by()
         if stop or training.checkpoints.due(training.done):
             training.save()
     training.close(stop)

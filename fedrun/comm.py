@@ -21,8 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
+from fedrun.stopping import HEARTBEAT
+
 _FAILED = "failed"  # store key that a failing rank writes and the others look at between steps
-HEARTBEAT = "fedrun-heartbeat"
 SECONDS_FOR_STORE = 5.0
 
 

@@ -32,6 +32,8 @@ import numpy as np
 from safetensors.torch import save
 from torch import Tensor
 
+from fedrun.stopping import LOCK
+
 # The parameters of a Mamba-2 block whose change is studied, as the model names them.
 _STUDIED = {"in_proj.weight": "in_proj", "A_log": "A_log", "D": "D", "dt_bias": "dt_bias"}
 
@@ -124,7 +126,7 @@ def empty(run_dir: Path, describe: Callable[[], None]) -> None:
 
 # ---- how the run stands --------------------------------------------------------------------------
 
-LOCK, OUTCOME = "lock", "outcome.json"
+OUTCOME = "outcome.json"
 SECONDS_TO_DIE = 3.0  # that a killed run may take to let go of its folder
 Standing = Literal["running", "finished", "stopped", "failed"]
 
@@ -156,9 +158,13 @@ def lock(run_dir: Path, token: str) -> int:
                             "another --run_name") from None
             time.sleep(0.1)
     os.ftruncate(file, 0)
-    os.pwrite(file, f"process {os.getpid()} on {platform.node()}\n{token}\n".encode(), 0)
+    os.pwrite(file, f"{_this_process()}\n{token}\n".encode(), 0)
     os.fsync(file)
     return file
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {platform.node()}"
 
 
 def lock_token(run_dir: Path) -> str:
@@ -183,10 +189,12 @@ def write_outcome(run_dir: Path, outcome: Standing, step: int, reason: str = "")
 
 
 def write_failure(run_dir: Path, reason: str) -> None:
-    """The outcome of a run that ends with an error: what was finished or stopped stays so."""
+    """The outcome of this process's run, which ends with an error. What was finished or stopped
+    stays so, and so does a run that another process holds."""
     held = read_outcome(run_dir)
-    if held.get("outcome") == "running":
-        with suppress(OSError):
+    with suppress(OSError):
+        ours = (run_dir / LOCK).read_text(encoding="utf-8").startswith(f"{_this_process()}\n")
+        if ours and held.get("outcome") == "running":
             write_outcome(run_dir, "failed", held["step"], reason)
 
 

@@ -78,9 +78,7 @@ class Server:
 
     def judge(self, plan: Plan, reports: list[dict[str, Any]]) -> dict[str, str]:
         """A Verdict: what happens after local training. All go on, or all end, for one reason."""
-        stop = next((r["signal"] for r in reports if r["signal"]), "")
-        if not stop and self.stopping.file_says_so():
-            stop = "the STOP file"
+        stop = next((r["signal"] for r in reports if r["signal"]), "") or self.stopping.asked_by()
         if plan.last:
             stop = ""  # it ends anyway
         return dataclasses.asdict(Verdict(self._error(plan, reports), stop))
@@ -181,7 +179,7 @@ class Server:
         self.flat.vector.copy_(model)
         record["generated"] = sample_text(self.model, self.data, torch.device("cpu"))
         try:
-            save_model(run_dir / "model.safetensors", self.flat.views(self.flat.vector))
+            self._save_model()
             write_json(run_dir / "training_history.json",
                        [r for r in self.history if r["global_step"] <= number])
             save_studied(run_dir / "server", number, studied(self.flat.views(model)), self.start)
@@ -191,8 +189,7 @@ class Server:
             self.progress.say(f"fedrun: warning: round {number} could not be written to {run_dir} "
                               f"({error.strerror}); the run goes on")
 
-    def save_model(self, model: Tensor) -> None:
-        self.flat.vector.copy_(model)
+    def _save_model(self) -> None:
         save_model(self.config.run_dir / "model.safetensors", self.flat.views(self.flat.vector))
 
     def _write(self, work: Any) -> None:
@@ -204,7 +201,8 @@ class Server:
     def end_early(self, reason: str, model: Tensor) -> None:
         """Keep the model of the last whole round, and tell the reason."""
         self._close()
-        self.save_model(model)
+        self.flat.vector.copy_(model)
+        self._save_model()
         write_failure(self.config.run_dir, reason.splitlines()[-1])
         print(f"fedrun: {reason}", file=sys.stderr, flush=True)
 

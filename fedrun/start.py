@@ -18,6 +18,7 @@ from typing import Any
 from fedrun import checkpoint, rundir
 from fedrun.checkpoint import Checkpoint
 from fedrun.config import Dtype, RunConfig
+from fedrun.stopping import LOCK
 
 
 class Refused(ValueError):
@@ -118,7 +119,7 @@ def _held_config(config: RunConfig) -> dict[str, Any] | None:
         held: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
         return held
     # What a killed start leaves is a lock and files that were not whole yet.
-    if path.exists() and any(p.name != rundir.LOCK and not p.name.startswith(".")
+    if path.exists() and any(p.name != LOCK and not p.name.startswith(".")
                              for p in path.iterdir()):
         raise ValueError(f"--run_name {config.name}: {path} exists and is no run's folder; "
                          "choose another --run_name or --data_dir")

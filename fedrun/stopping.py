@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-STOP, LOCK = "STOP", "lock"
+STOP = "STOP"
+LOCK = "lock"  # the file by which a run holds its folder (rundir.py)
+HEARTBEAT = "fedrun-heartbeat"  # the thread that tells other ranks of this one (comm.py)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DOUBLE = 0.5  # seconds within which two signals are one: launchers send what the terminal sent too
 _PR_SET_PDEATHSIG = 1
@@ -95,8 +97,12 @@ class StopRequest:
         print(f"fedrun: {why}", file=sys.stderr, flush=True)
         os._exit(128 + number)
 
-    def file_says_so(self) -> bool:
-        """Server: whether the STOP file is there and meant for this start of this job.
+    def asked_by(self) -> str:
+        """Server: who asks for an end: a signal by its name, or the STOP file; empty if nobody."""
+        return self.signal or ("the STOP file" if self._file_says_so() else "")
+
+    def _file_says_so(self) -> bool:
+        """Whether the STOP file is there and meant for this start of this job.
 
         An empty file (`touch`) is meant for whoever runs; a launcher writes its job and attempt
         into it, since a job that was put back into the queue must not obey what ended it. One that

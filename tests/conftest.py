@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -84,6 +86,22 @@ def torchrun(processes: int, restarts: int = 0) -> list[str]:
         return [sys.executable]
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
             str(processes), "--max-restarts", str(restarts)]
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether a process still runs; one that has ended and not been waited for does not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], timeout: float) -> None:
+    """Look every 50 ms until something holds; past the timeout (seconds) the test fails."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="session")

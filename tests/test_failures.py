@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, SMALL, Run, torchrun
+from conftest import ROOT, SMALL, Run, alive, torchrun, wait_until
 
 
 def error_line(output: str) -> str:
@@ -84,83 +85,65 @@ def test_a_data_dir_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
     assert "--data_dir" in error_line(outcome.output)
 
 
-@pytest.mark.parametrize(("sent", "timeout"), [(signal.SIGKILL, 600), (signal.SIGSTOP, 8)])
-def test_a_lost_worker_ends_all_ranks(sent: signal.Signals, timeout: int, cache_dir: Path,
-                                      tmp_path: Path) -> None:
-    """A killed worker is noticed at once, a stopped one at the timeout; the server names it."""
-    log = tmp_path / "log"
-    command = [*torchrun(4), "-m", "fedrun", "fed_avg", *SMALL, "--data_dir", str(tmp_path),
-               "--cache_dir", str(cache_dir), "--run_name", "run", "--rounds", "100000",
-               "--num_clients", "3", "--val_freq", "100000", "--timeout", str(timeout)]
+@contextmanager
+def launched(tmp_path: Path, cache_dir: Path, processes: int, rounds: int, timeout: int
+             ) -> Iterator[tuple[subprocess.Popen[bytes], dict[int, psutil.Process], Path]]:
+    """torchrun, its ranks and the log of a run that has begun; all are ended at the end."""
+    log, events = tmp_path / "log", tmp_path / "run" / "events.jsonl"
+    command = [*torchrun(processes), "-m", "fedrun", "fed_avg", *SMALL, "--data_dir", str(tmp_path),
+               "--cache_dir", str(cache_dir), "--run_name", "run", "--rounds", str(rounds),
+               "--num_clients", str(processes - 1), "--val_freq", "100000", "--timeout",
+               str(timeout)]
     with log.open("w") as out:
         launcher = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
                                     start_new_session=True)
     ranks: dict[int, psutil.Process] = {}
     try:
-        events = tmp_path / "run" / "events.jsonl"
         wait_until(lambda: events.exists() and events.read_text().count("\n") > 3, 60)
-        children = psutil.Process(launcher.pid).children()
-        assert len(children) == 4
-        ranks = {int(c.environ()["RANK"]): c for c in children}
-        ranks[2].send_signal(sent)
-        began = time.monotonic()
-        others = [ranks[r] for r in (0, 1, 3)]
-        wait_until(lambda: not any(alive(c) for c in others), timeout=60)
-        took = time.monotonic() - began
-        if sent == signal.SIGSTOP:
-            # torchrun has sent SIGTERM, which a stopped process cannot take, and would wait on.
-            assert took < timeout + 20
-            text = log.read_text()
-            assert "no sign of life from rank 2, " in text, text
-            ranks[2].kill()
-        else:
-            assert took < 10
-        assert launcher.wait(60) == 1
-    finally:
-        if launcher.poll() is None:
-            os.killpg(launcher.pid, signal.SIGKILL)
-            launcher.wait()
-        for process in ranks.values():
-            if process.is_running():
-                process.kill()
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def wait_until(condition, timeout: float) -> None:  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
-
-
-def test_a_launcher_that_is_stopped_holds_up_nobody(cache_dir: Path, tmp_path: Path) -> None:
-    """It hosts the store, whose calls know no timeout; what matters goes past it."""
-    log = tmp_path / "log"
-    command = [*torchrun(3), "-m", "fedrun", "fed_avg", *SMALL, "--data_dir", str(tmp_path),
-               "--cache_dir", str(cache_dir), "--run_name", "run", "--rounds", "400",
-               "--num_clients", "2", "--val_freq", "1000", "--timeout", "20"]
-    with log.open("w") as out:
-        launcher = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
-                                    start_new_session=True)
-    ranks: list[psutil.Process] = []
-    try:
-        events = tmp_path / "run" / "events.jsonl"
-        wait_until(lambda: events.exists() and events.read_text().count("\n") > 3, 60)
-        ranks = psutil.Process(launcher.pid).children()
-        launcher.send_signal(signal.SIGSTOP)
-        wait_until(lambda: not any(alive(c) for c in ranks), timeout=90)
-        assert "done: " in log.read_text()
-        launcher.send_signal(signal.SIGCONT)
-        assert launcher.wait(60) == 0
+        ranks = {int(c.environ()["RANK"]): c for c in psutil.Process(launcher.pid).children()}
+        assert len(ranks) == processes
+        yield launcher, ranks, log
     finally:
         if launcher.poll() is None:
             launcher.kill()
             launcher.wait()
-        for process in filter(alive, ranks):
+        for process in filter(alive, ranks.values()):
             process.kill()
+
+
+@pytest.mark.parametrize(("sent", "timeout"), [(signal.SIGKILL, 600), (signal.SIGSTOP, 8)])
+def test_a_lost_worker_ends_all_ranks(sent: signal.Signals, timeout: int, cache_dir: Path,
+                                      tmp_path: Path) -> None:
+    """A killed worker is noticed at once, a stopped one at the timeout; the server names it."""
+    with launched(tmp_path, cache_dir, 4, 100_000, timeout) as (launcher, ranks, log):
+        ranks[2].send_signal(sent)
+        began = time.monotonic()
+        wait_until(lambda: not any(alive(ranks[r]) for r in (0, 1, 3)), timeout=60)
+        took = time.monotonic() - began
+        if sent == signal.SIGSTOP:
+            # torchrun has sent SIGTERM, which a stopped process cannot take, and would wait on.
+            assert took < timeout + 20
+            assert "no sign of life from rank 2, " in log.read_text(), log.read_text()
+            ranks[2].kill()
+        else:
+            assert took < 10
+        assert launcher.wait(60) == 1
+
+
+def test_a_signal_while_a_peer_is_gone_ends_at_once(cache_dir: Path, tmp_path: Path) -> None:
+    """The round's end, which a signal waits for, would come at the timeout only."""
+    with launched(tmp_path, cache_dir, 3, 100_000, timeout=600) as (_, ranks, log):
+        ranks[2].send_signal(signal.SIGSTOP)
+        ranks[0].send_signal(signal.SIGTERM)
+        wait_until(lambda: not alive(ranks[0]), timeout=30)
+        assert "SIGTERM, and no sign of life from rank 2: ends at once" in log.read_text()
+
+
+def test_a_launcher_that_is_stopped_holds_up_nobody(cache_dir: Path, tmp_path: Path) -> None:
+    """It hosts the store, whose calls know no timeout; what matters goes past it."""
+    with launched(tmp_path, cache_dir, 3, 400, timeout=20) as (launcher, ranks, log):
+        launcher.send_signal(signal.SIGSTOP)
+        wait_until(lambda: not any(map(alive, ranks.values())), timeout=90)
+        assert "done: " in log.read_text()
+        launcher.send_signal(signal.SIGCONT)
+        assert launcher.wait(60) == 0

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, SMALL, Outcome, torchrun
+from conftest import ROOT, SMALL, Outcome, alive, torchrun
 from test_resume import FAULTY, FLAGS, assert_equal, fault, undisturbed
 
 STAGES = {"train": "worker", "reduce": "worker", "reduced": "worker", "evaluate": "worker",
@@ -55,7 +55,7 @@ def end_of_all(launcher: subprocess.Popen[bytes], struck: Path, log: Path) -> fl
     children: list[psutil.Process] = []
     began = time.monotonic()
     try:
-        while launcher.poll() is None or any(map(running, children)):
+        while launcher.poll() is None or any(map(alive, children)):
             if launcher.poll() is None:
                 children = psutil.Process(launcher.pid).children() or children
             assert time.monotonic() < began + LIMIT, log.read_text()
@@ -63,18 +63,11 @@ def end_of_all(launcher: subprocess.Popen[bytes], struck: Path, log: Path) -> fl
         assert struck.exists(), log.read_text()
         return time.time() - struck.stat().st_mtime
     finally:
-        for child in filter(running, children):
+        for child in filter(alive, children):
             child.kill()
         if launcher.poll() is None:
             launcher.kill()
             launcher.wait()
-
-
-def running(process: psutil.Process) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 longest: list[float] = []

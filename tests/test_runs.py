@@ -66,6 +66,13 @@ def test_more_workers_than_clients_warns_and_helps_to_evaluate(run: Run) -> None
     assert without_clocks(many) == without_clocks(alone)
 
 
+def test_deterministic_kernels_change_no_bit_on_a_cpu(run: Run) -> None:
+    runs = [run("fed_fisher", "--num_clients", 2, "--rounds", 2, "--deterministic", value,
+                name=value) for value in ("false", "true")]
+    assert [r.code for r in runs] == [0, 0], runs[1].output
+    assert runs[0].bits == runs[1].bits
+
+
 def test_one_client_equals_central_on_the_same_batches(run: Run) -> None:
     central = run("central", "--rounds", 5, "--dtype", "fp64", name="central")
     federated = run("fed_avg", "--num_clients", 1, "--rounds", 5, "--dtype", "fp64", name="fed")

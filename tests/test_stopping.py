@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SMALL, Run
+from conftest import ROOT, SMALL, Run, wait_until
 
-from fedrun import checkpoint
+from fedrun import checkpoint, rundir
 
 
 @pytest.fixture
@@ -29,10 +29,9 @@ def endless(request: pytest.FixtureRequest, tmp_path: Path, cache_dir: Path
                                cwd=ROOT, start_new_session=True,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
-        events, deadline = tmp_path / "run" / "events.jsonl", time.monotonic() + 60
-        while not events.exists() or events.read_text().count("\n") < (4 if updates < 100 else 1):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        events = tmp_path / "run" / "events.jsonl"
+        lines = 4 if updates < 100 else 1
+        wait_until(lambda: events.exists() and events.read_text().count("\n") >= lines, 60)
         yield process
     finally:
         if process.poll() is None:
@@ -40,11 +39,14 @@ def endless(request: pytest.FixtureRequest, tmp_path: Path, cache_dir: Path
         process.wait()
 
 
-def test_two_runs_in_one_folder(run: Run, endless: subprocess.Popen[str]) -> None:
+def test_two_runs_in_one_folder(run: Run, endless: subprocess.Popen[str], tmp_path: Path) -> None:
     second = run("fed_avg", "--rounds", 5, "--overwrite")
     assert second.code == 2
     assert f"is in use by process {endless.pid} on " in second.output
     assert endless.poll() is None
+    # Nor does a process that fails without the lock say of the other's run that it has failed.
+    rundir.write_failure(tmp_path / "run", "no word from rank 1")
+    assert rundir.read_outcome(tmp_path / "run")["outcome"] == "running"
 
 
 def test_a_stop_file_ends_the_run_in_order(endless: subprocess.Popen[str], tmp_path: Path) -> None:

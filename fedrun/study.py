@@ -14,7 +14,8 @@ finished are not run again, so that a study goes on where it stopped.
     reference: central          # what the others are compared to
     tune_seed: 0
     report_seeds: [1, 2, 3]
-    prune: 1.1                  # settings tuned worse than this ratio are not repeated
+    prune: 1.1                  # settings tuned worse than this ratio are not repeated,
+    repeat: [averaged]          # unless they stand here
     extensions: 3               # how often a grid may grow at an edge
     grid: {lr: [1e-3, 2e-3]}    # of every setting that has none of its own
     base: {config: study}       # flags of all runs; flags on the command line override them
@@ -51,7 +52,7 @@ Point = tuple[tuple[str, float], ...]
 
 DEFAULTS: dict[str, Any] = {
     "name": None, "jobs": 1, "reference": None, "tune_seed": 0, "report_seeds": [],
-    "prune": math.inf, "extensions": 0, "grid": {}, "base": {}, "settings": None}
+    "prune": math.inf, "repeat": [], "extensions": 0, "grid": {}, "base": {}, "settings": None}
 
 
 @dataclass
@@ -99,6 +100,8 @@ class Study:
     tune_seed: int
     report_seeds: list[int]
     prune: float
+    always: list[str]
+    """Settings that are repeated whatever their tuned ratio."""
     settings: dict[str, Setting]
 
     def config(self, setting: Setting, point: Point, seed: int) -> RunConfig:
@@ -124,6 +127,9 @@ def read(path: Path, results: Path, overrides: dict[str, Any]) -> Study:
             "at least one name with its flags")
     require(values["reference"] in values["settings"], f"study {path}: reference",
             values["reference"], "one of " + ", ".join(values["settings"]))
+    for name in values["repeat"]:
+        require(name in values["settings"], f"study {path}: repeat", name,
+                "one of " + ", ".join(values["settings"]))
     settings = {}
     for name, own in values["settings"].items():
         flags = values["base"] | own | overrides
@@ -133,7 +139,7 @@ def read(path: Path, results: Path, overrides: dict[str, Any]) -> Study:
         settings[name] = Setting(name, flags, grid, int(values["extensions"]))
     study = Study(results / str(values["name"]), int(values["jobs"]), values["reference"],
                   int(values["tune_seed"]), [int(s) for s in values["report_seeds"]],
-                  float(values["prune"]), settings)
+                  float(values["prune"]), list(values["repeat"]), settings)
     for setting in settings.values():
         study.config(setting, setting.points()[0], 0)  # a wrong flag is told before anything runs
     return study
@@ -216,7 +222,8 @@ def tune(study: Study) -> None:
 
 def repeat(study: Study) -> None:
     """Run the settings that come near the reference again, with the seeds that are reported."""
-    kept = [s for s in study.settings.values() if tuned_ratio(study, s) <= study.prune]
+    kept = [s for s in study.settings.values()
+            if tuned_ratio(study, s) <= study.prune or s.name in study.always]
     run_all([study.config(s, s.best, seed) for seed in study.report_seeds for s in kept],
             study.jobs)
 

@@ -48,6 +48,7 @@ class Client:
         self.steps_done = 0
         self.parameters: Tensor | None = None
         """The client's own model between rounds that do not begin with the global one."""
+        self._residual: Tensor | None = None
 
     def keep_parameters(self) -> None:
         """Keep the worker's parameters as this client's own, for a round that goes on from them."""
@@ -55,18 +56,27 @@ class Client:
             self.parameters = torch.empty_like(self.flat.vector)
         self.parameters.copy_(self.flat.vector)
 
+    def residual(self) -> Tensor:
+        """What a compressed wire still owes of this client's updates, (size,): see wire.py."""
+        if self._residual is None:
+            self._residual = torch.zeros_like(self.flat.vector)
+        return self._residual
+
     def forget(self) -> None:
         """Drop all that local training has left behind, after an update that was not finite."""
         self.parameters = None
+        self._residual = None
         self.optimizer.reset()
 
     def state(self) -> dict[str, Tensor]:
-        """What the client needs to go on, by name: its place in its data, AdamW's state, and its
-        own parameters where it has some. The tensors themselves, no copies."""
+        """What the client needs to go on, by name: its place in its data, AdamW's state, and
+        where it has them its own parameters and its residual. The tensors themselves, no copies."""
         state = {"steps_done": torch.tensor(self.steps_done)}
         state |= {ADAMW + name: t for name, t in self.optimizer.state.items()}
         if self.parameters is not None:
             state["parameters"] = self.parameters
+        if self._residual is not None:
+            state["residual"] = self._residual
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -76,6 +86,8 @@ class Client:
                                    if name.startswith(ADAMW)})
         if "parameters" in state:
             self.parameters = state["parameters"].to(self.flat.vector.device)
+        if "residual" in state:
+            self._residual = state["residual"].to(self.flat.vector.device)
 
     def train(self, model: Mamba2LM, steps: int, first_step: int,
               between_steps: Callable[[], None] = lambda: None, *, anchor: Tensor | None = None,

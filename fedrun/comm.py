@@ -230,12 +230,17 @@ class DataPlane:
         self.bytes_sent = 0
         """Payload bytes this process has handed to collectives."""
 
-    def all_reduce(self, vector: Tensor) -> None:
-        """Workers: the sum over all workers, in place. On one worker nothing runs."""
+    def all_reduce(self, vector: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+        """Workers: the sum (or what `op` says) over all workers, in place. On one worker nothing
+        runs."""
         if self.group is None or dist.get_world_size(self.group) == 1:
             return
-        dist.all_reduce(vector, group=self.group)
+        dist.all_reduce(vector, op, group=self.group)
         self.bytes_sent += vector.numel() * vector.element_size()
+
+    def all_max(self, vector: Tensor) -> None:
+        """Workers: the largest of each element over all workers, in place."""
+        self.all_reduce(vector, dist.ReduceOp.MAX)
 
 
 def _encode(message: Any) -> Tensor:

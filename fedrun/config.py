@@ -18,6 +18,8 @@ from fedrun.strategies.base import require
 from fedrun.strategies.fed_fisher import FedFisher
 from fedrun.strategies.fed_sgd import FedSGD
 
+INT8_COHORT = 126  # clients whose sum fits eight bits with a level to either side of zero each
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -267,6 +269,9 @@ class FederatedConfig(RunConfig):
     reduce: Literal["exact", "float"] = "exact"
     """Sum updates as integers on a fixed-point grid, equal to the bit whatever the number of
     processes, or as floats, for comparison."""
+    wire: Literal["exact", "int8"] = "exact"
+    """What travels: terms as --reduce says (exact: 4 bytes a parameter, more for some methods), or
+    updates in 8 bits, whose rounding error each client adds to its next update (int8: 1.02)."""
     eval_clients: bool = False
     """Also evaluate every client's model before it is aggregated (client_val_ppls)."""
     save_client_deltas: bool = False
@@ -292,8 +297,12 @@ class FederatedConfig(RunConfig):
                 "0 with --sync epoch, whose clients do not know the global model")
         require(self.client_state != "average" or self.sync == "round", "--client_state",
                 self.client_state, "keep or reset with --sync epoch")
+        if self.wire == "int8":
+            self._check_int8()
         if isinstance(self.strategy, FedSGD):
-            self._check_fed_sgd()
+            # A client makes no step of its own: settings of local training would do nothing.
+            self._accept_only("for fed_sgd", local_updates=1, client_state="keep", sync="round",
+                              prox_mu=0, grad_clip=None)
         if isinstance(self.strategy, FedFisher) and self.strategy.fisher == "corrected":
             parts = self.strategy.fisher_microbatches
             require(self.batch_size % parts == 0, "--fisher_microbatches", parts,
@@ -307,13 +316,20 @@ class FederatedConfig(RunConfig):
         share = self.cohort * self.num_clients if self.cohort < 1 else self.cohort
         return max(1, round(share))
 
-    def _check_fed_sgd(self) -> None:
-        """A client makes no step of its own: settings of local training would do nothing."""
-        for flag, value, accepted in (("local_updates", self.local_updates, 1),
-                                      ("client_state", self.client_state, "keep"),
-                                      ("sync", self.sync, "round"), ("prox_mu", self.prox_mu, 0),
-                                      ("grad_clip", self.grad_clip, None)):
-            require(value == accepted, f"--{flag}", value, f"{accepted} for fed_sgd".lower())
+    def _check_int8(self) -> None:
+        """Eight bits hold updates that each begin at the global model, of so many clients."""
+        fits = set(self.strategy.sums) == {"delta"} and not self.strategy.weight_headroom
+        require(fits, "--wire", "int8", f"exact for {self.method} (int8 carries updates alone)")
+        require(self.client_state != "average", "--client_state", self.client_state,
+                "keep or reset with --wire int8")
+        require(self.cohort_size <= INT8_COHORT, "--cohort", self.cohort_size,
+                f"up to {INT8_COHORT} clients in a round with --wire int8")
+        self._accept_only("with --wire int8", sync="round", reduce="exact")
+
+    def _accept_only(self, why: str, **accepted: Any) -> None:
+        for flag, value in accepted.items():
+            require(getattr(self, flag) == value, f"--{flag}", getattr(self, flag),
+                    f"{value} {why}".lower())
 
     def warnings(self) -> list[str]:
         """Settings that work but hardly do what was meant, each in a line."""

@@ -16,11 +16,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fedrun.strategies.base import CLIENT_VECTORS, ServerRound, Strategy, Units
+
+if TYPE_CHECKING:
+    from fedrun.comm import DataPlane
 
 # Bits below the sign, one spare.
 _BITS = {torch.int32: 30, torch.int64: 62}
@@ -41,8 +45,91 @@ class Bounds:
         return self.update**units.update * self.gradient**units.gradient
 
 
-class TermSum:
-    """One buffer that client terms are added to, that `all_reduce` sums, that the server applies.
+class CohortSum:
+    """A sum over a cohort in one buffer, and the server update from it: what all wires share.
+
+    `sums` names the vectors that are summed, `buffer` holds what travels.
+    """
+
+    def __init__(self, strategy: Strategy, size: int, buffer: Tensor, scratch: Tensor,
+                 moments: tuple[str, ...] = ()) -> None:
+        self.strategy = strategy
+        self.size = size
+        self.buffer = buffer
+        self.moments = moments
+        self._scratch = scratch
+        """(rows, width): a slice of each vector, in the model's type."""
+
+    @property
+    def wire_bytes(self) -> int:
+        """Payload of a round's collectives."""
+        return self.buffer.nbytes
+
+    def begin(self, bounds: Bounds) -> None:
+        """Start a round in which clients keep within these bounds."""
+        raise NotImplementedError
+
+    def add(self, client: Mapping[str, Tensor], weight: float) -> bool:
+        """Add a client's terms, times its weight; (size,) each, by name. False, with nothing added,
+        where one of them is not finite."""
+        raise NotImplementedError
+
+    def reduce(self, plane: DataPlane) -> None:
+        """Workers: sum over all of them, in place."""
+        plane.all_reduce(self.buffer)
+
+    def apply(self, model: Tensor, state: Mapping[str, Tensor], context: ServerRound,
+              moments: Mapping[str, Tensor] | None = None, measure: bool = False
+              ) -> dict[str, float]:
+        """The server update of `model` (size,), `state` and `moments`, in place, from the reduced
+        buffer.
+
+        With `measure`: norms of the model's step (`step_norm`) and of the mean update or gradient
+        (`mean_norm`, where the method sums one), and the strategy's counts as shares.
+        """
+        total = self._total_weight()
+        assert total > 0, "the server stops a round in which no client is left"
+        context = self._with_element_means(context, total)
+        squares: dict[str, float] = {}
+        counts: dict[str, int] = {}
+        for a, b in self._slices():
+            mean = self._means(a, b, total)
+            for name in self.moments:
+                assert moments is not None
+                moments[name][a:b] = mean.pop(name)
+            before = model[a:b].clone() if measure else model
+            if measure:
+                for name, count in self.strategy.counts(mean, context).items():
+                    counts[name] = counts.get(name, 0) + int(count)
+                for name in {"delta", "gradient"} & mean.keys():
+                    squares["mean_norm"] = squares.get("mean_norm", 0.0) + _squared(mean[name])
+            self.strategy.server_update(model[a:b], {k: v[a:b] for k, v in state.items()}, mean,
+                                        context)
+            if measure:
+                step = _squared(before.sub_(model[a:b]))
+                squares["step_norm"] = squares.get("step_norm", 0.0) + step
+        return ({name: math.sqrt(value) for name, value in squares.items()}
+                | {name: count / self.size for name, count in counts.items()})
+
+    def _total_weight(self) -> float:
+        """Of the clients that took part."""
+        raise NotImplementedError
+
+    def _means(self, a: int, b: int, total: float) -> dict[str, Tensor]:
+        """The cohort's weighted means, elements a to b, in memory that the next call reuses."""
+        raise NotImplementedError
+
+    def _with_element_means(self, context: ServerRound, total: float) -> ServerRound:
+        assert not self.strategy.element_means
+        return context
+
+    def _slices(self) -> Iterator[tuple[int, int]]:
+        width = self._scratch.shape[1]
+        return ((a, min(a + width, self.size)) for a in range(0, self.size, width))
+
+
+class TermSum(CohortSum):
+    """Client terms at full precision: integers on the round's grid, or floats.
 
     `buffer` is (number of sums * size + 1,): the strategy's vectors one after the other, then, with
     `average_moments`, AdamW's two, and the sum of the weights of the clients that took part.
@@ -50,30 +137,28 @@ class TermSum:
 
     def __init__(self, strategy: Strategy, size: int, like: Tensor, exact: bool,
                  average_moments: bool = False) -> None:
-        self.strategy = strategy
-        self.size = size
-        self.exact = exact
-        self.moments = MOMENTS if average_moments else ()
-        self.sums = {**strategy.sums, **{name: CLIENT_VECTORS[name] for name in self.moments}}
+        moments = MOMENTS if average_moments else ()
+        self.sums = {**strategy.sums, **{name: CLIENT_VECTORS[name] for name in moments}}
         narrow = (like.dtype == torch.float32 and not strategy.weight_headroom
                   and not any(units.gradient for units in self.sums.values()))
         kind = (torch.int32 if narrow else torch.int64) if exact else like.dtype
+        self.exact = exact
         self._bits = _BITS[kind] - strategy.weight_headroom if exact else 0
-        self.buffer = torch.zeros(len(self.sums) * size + 1, dtype=kind, device=like.device)
-        width = min(size, _SLICE[like.device.type])
-        self._scratch = torch.empty(len(self.sums), width, dtype=like.dtype, device=like.device)
+        width = slice_width(size, like.device)
+        super().__init__(
+            strategy, size, torch.zeros(len(self.sums) * size + 1, dtype=kind, device=like.device),
+            torch.empty(len(self.sums), width, dtype=like.dtype, device=like.device), moments)
         self._rounded = torch.empty(width, dtype=kind, device=like.device)
         self._bounds = Bounds(math.inf)
-        self._scales = [1.0] * len(self.sums)
+        self._scales = dict.fromkeys(self.sums, 1.0)
 
     def begin(self, bounds: Bounds) -> None:
-        """Start a round in which clients keep within these bounds."""
         self.buffer.zero_()
         self._bounds = bounds
         if self.exact:
             # Powers of two: scaling is exact, and rounding to the grid the only loss.
-            self._scales = [2.0 ** (self._bits - math.ceil(math.log2(bounds.of(units))))
-                            for units in self.sums.values()]
+            self._scales = {name: 2.0 ** (self._bits - math.ceil(math.log2(bounds.of(units))))
+                            for name, units in self.sums.items()}
 
     def add(self, client: Mapping[str, Tensor], weight: float) -> bool:
         """Add a client's terms, times its weight.
@@ -96,8 +181,8 @@ class TermSum:
         for a, b in self._slices():
             slices = {name: vector[a:b] for name, vector in client.items()}
             terms = (*self.strategy.client_term(slices), *(slices[name] for name in self.moments))
-            for i, (term, scale) in enumerate(zip(terms, self._scales, strict=True)):
-                scaled = torch.mul(term, weight * scale, out=self._scratch[i, :b - a])
+            for i, (name, term) in enumerate(zip(self.sums, terms, strict=True)):
+                scaled = torch.mul(term, weight * self._scales[name], out=self._scratch[i, :b - a])
                 if self.exact:
                     self._section(i, a, b).add_(self._rounded[:b - a].copy_(scaled.round_()))
                 else:
@@ -105,43 +190,18 @@ class TermSum:
         self.buffer[-1] += round(weight * 2.0**self._bits) if self.exact else weight
         return True
 
-    def apply(self, model: Tensor, state: Mapping[str, Tensor], context: ServerRound,
-              moments: Mapping[str, Tensor] | None = None, measure: bool = False
-              ) -> dict[str, float]:
-        """The server update of `model` (size,), `state` and `moments`, in place, from the reduced
-        buffer.
+    def _total_weight(self) -> float:
+        return float(self.buffer[-1]) / 2.0**self._bits
 
-        With `measure`: norms of the model's step (`step_norm`) and of the mean update or gradient
-        (`mean_norm`, where the method sums one), and the strategy's counts as shares.
-        """
-        total = float(self.buffer[-1]) / 2.0**self._bits
-        assert total > 0, "the server stops a round in which no client is left"
-        context = self._with_element_means(context, total)
-        squares: dict[str, float] = {}
-        counts: dict[str, int] = {}
-        for a, b in self._slices():
-            mean = {name: self._scratch[i, :b - a].copy_(self._section(i, a, b))
-                    .mul_(1.0 / (self._scales[i] * total)) for i, name in enumerate(self.sums)}
-            for name in self.moments:
-                assert moments is not None
-                moments[name][a:b] = mean.pop(name)
-                if name == "exp_avg_sq" and self.exact:
-                    # Not less than the grid can tell from zero: AdamW divides by its root.
-                    step = 1.0 / (self._scales[list(self.sums).index(name)] * total)
-                    moments[name][a:b].clamp_(min=step)
-            before = model[a:b].clone() if measure else model
-            if measure:
-                for name, count in self.strategy.counts(mean, context).items():
-                    counts[name] = counts.get(name, 0) + int(count)
-                for name in {"delta", "gradient"} & mean.keys():
-                    squares["mean_norm"] = squares.get("mean_norm", 0.0) + _squared(mean[name])
-            self.strategy.server_update(model[a:b], {k: v[a:b] for k, v in state.items()}, mean,
-                                        context)
-            if measure:
-                step = _squared(before.sub_(model[a:b]))
-                squares["step_norm"] = squares.get("step_norm", 0.0) + step
-        return ({name: math.sqrt(value) for name, value in squares.items()}
-                | {name: count / self.size for name, count in counts.items()})
+    def _means(self, a: int, b: int, total: float) -> dict[str, Tensor]:
+        means = {}
+        for i, name in enumerate(self.sums):
+            step = 1.0 / (self._scales[name] * total)
+            means[name] = self._scratch[i, :b - a].copy_(self._section(i, a, b)).mul_(step)
+            if name == "exp_avg_sq" and self.exact:
+                # Not less than the grid can tell from zero: AdamW divides by its root.
+                means[name].clamp_(min=step)
+        return means
 
     def _with_element_means(self, context: ServerRound, total: float) -> ServerRound:
         names = self.strategy.element_means
@@ -149,15 +209,16 @@ class TermSum:
             return context
         sections = {name: self._section(i, 0, self.size) for i, name in enumerate(self.sums)}
         means = {name: float(sections[name].mean(dtype=torch.float64))
-                 / (self._scales[list(self.sums).index(name)] * total) for name in names}
+                 / (self._scales[name] * total) for name in names}
         return context.with_element_mean(means)
 
     def _section(self, index: int, a: int, b: int) -> Tensor:
         return self.buffer[index * self.size + a:index * self.size + b]
 
-    def _slices(self) -> Iterator[tuple[int, int]]:
-        width = self._scratch.shape[1]
-        return ((a, min(a + width, self.size)) for a in range(0, self.size, width))
+
+def slice_width(size: int, device: torch.device) -> int:
+    """Elements that a sum handles at a time."""
+    return min(size, _SLICE[device.type])
 
 
 def _squared(vector: Tensor) -> float:

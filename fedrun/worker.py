@@ -30,7 +30,8 @@ from fedrun.rundir import save_studied, studied
 from fedrun.runtime import Runtime
 from fedrun.strategies.base import ClientReport, ServerRound
 from fedrun.strategies.fed_fisher import FedFisher
-from fedrun.sums import MOMENTS, Bounds, TermSum
+from fedrun.sums import MOMENTS, Bounds, CohortSum, TermSum
+from fedrun.wire import Int8Sum
 
 DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -66,8 +67,13 @@ class Worker:
         self.moments = {name: torch.zeros_like(self.global_model) for name in MOMENTS
                         } if average else None
         """AdamW's moments, averaged over the last cohort, where clients share them."""
-        self.terms = TermSum(self.strategy, self.flat.size, self.flat.vector,
-                             exact=config.reduce == "exact", average_moments=average)
+        self.terms: CohortSum
+        if config.wire == "int8":
+            self.terms = Int8Sum(self.strategy, self.flat.size, self.flat.vector,
+                                 config.cohort_size)
+        else:
+            self.terms = TermSum(self.strategy, self.flat.size, self.flat.vector,
+                                 exact=config.reduce == "exact", average_moments=average)
         self.fisher = FisherEstimate(self.flat, self.strategy
                                      ) if isinstance(self.strategy, FedFisher) else None
         self.shards = Shards(config, data)
@@ -101,7 +107,7 @@ class Worker:
                 client_pieces[index] = clients[-1].pop("pieces")
         # Bytes as if every client were a worker of its own: its term there, and the sum back.
         return {"clients": clients, "client_pieces": client_pieces,
-                "bytes": 2 * len(clients) * self.terms.buffer.nbytes,
+                "bytes": 2 * len(clients) * self.terms.wire_bytes,
                 "local_training_seconds": time.monotonic() - began}
 
     def _turn(self, client: Client, planned: float, plan: Plan) -> dict[str, Any]:
@@ -156,12 +162,14 @@ class Worker:
         if self.fisher:
             known["fisher"] = self.fisher.finish()
         vectors = {name: known[name] for name in self.strategy.inputs}
+        if self.config.wire == "int8":
+            vectors["residual"] = client.residual()
         return vectors if self.moments is None else vectors | client.optimizer.take_moments()
 
     def aggregate(self, plan: Plan) -> dict[str, Any]:
         """Workers: sum the terms and update the global model; seconds it took, and norms."""
         began = time.monotonic()
-        self.runtime.data_plane.all_reduce(self.terms.buffer)
+        self.terms.reduce(self.runtime.data_plane)
         config = self.config
         context = ServerRound(plan.round, scheduled_lr(config, plan.round - 1, self.rounds),
                               config.beta1, config.beta2, config.weight_decay)

@@ -1,0 +1,133 @@
+"""Updates in eight bits: a quarter of the bytes, with error feedback.
+
+Every client keeps what it owes, r_k (its residual). In a round it adds its weighted update to it,
+sends the nearest multiples q_k of a step s, and keeps the rest:
+
+    r_k <- r_k + p_k d_k;    q_k = round(r_k / s);    r_k <- r_k - s q_k;    S = s sum_k q_k
+
+Nothing is ever lost, only late: Seide et al. (2014), "1-Bit Stochastic Gradient Descent", and
+Karimireddy et al. (2019), "Error Feedback Fixes SignSGD", Algorithm 2, there with gradients.
+
+Sums of eight-bit numbers need more than eight bits, unless the terms leave room for each other.
+Here they do: the weights of a cohort sum to one, so client k has c_k = 1 + floor((127 - K) p_k)
+levels to either side of zero, and the levels of all K clients sum to 127 at most. What travels is
+q_k + c_k, a byte without a sign whose sum over all clients is below 256: four bytes make a word
+that an int32 all-reduce sums, and no byte ever carries into the next. It costs resolution instead
+of bytes: 31 levels to a side for each of 4 equal clients, 8 for each of 16, one for each of 126.
+
+The step s belongs to a block of 256 elements (a row of a matrix, about) and is the smallest that
+no client's largest element overruns: s = max_k |r_k| / c_k. It is found by a small all-reduce
+before the sum. Maxima and sums of integers depend on no order: the same bits on any number of
+processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fedrun.config import INT8_COHORT
+from fedrun.strategies.base import Strategy
+from fedrun.sums import Bounds, CohortSum, slice_width
+
+if TYPE_CHECKING:
+    from fedrun.comm import DataPlane
+
+BLOCK = 256  # elements that share a step
+LEVELS = INT8_COHORT + 1  # of all clients together, to either side of zero: their sum fits a byte
+_SMALLEST_STEP = 1e-30  # of a block in which nothing moves
+_WEIGHT_BITS = 30
+
+
+class Int8Sum(CohortSum):
+    """The sum of one vector, the updates, over a cohort of at most INT8_COHORT clients.
+
+    `buffer` is int32: four elements in a word, each the sum of q_k + c_k; then the sum of weights,
+    and that of c_k, over the clients that took part. `peaks` holds, for each block, the largest
+    |r_k| / c_k, which is the step once all workers have agreed on it.
+    """
+
+    def __init__(self, strategy: Strategy, size: int, like: Tensor, cohort: int) -> None:
+        assert set(strategy.sums) == {"delta"}, "checked with the config"
+        assert cohort <= INT8_COHORT
+        blocks = -(-size // BLOCK)
+        words = blocks * BLOCK // 4
+        width = -(-slice_width(size, like.device) // BLOCK) * BLOCK
+        super().__init__(strategy, size,
+                         torch.zeros(words + 2, dtype=torch.int32, device=like.device),
+                         torch.empty(2, width, dtype=like.dtype, device=like.device))
+        self.cohort = cohort
+        self.peaks = torch.zeros(blocks, dtype=like.dtype, device=like.device)
+        self._fields = self.buffer[:words].view(torch.uint8).view(blocks, BLOCK)
+        self._pending: list[tuple[Tensor, int]] = []  # residuals of this round's clients, levels
+
+    @property
+    def wire_bytes(self) -> int:
+        return self.buffer.nbytes + self.peaks.nbytes
+
+    def begin(self, bounds: Bounds) -> None:
+        """Start a round. Its bounds do not matter: the step follows what the clients hold."""
+        self.buffer.zero_()
+        self.peaks.zero_()
+        self._pending.clear()
+
+    def add(self, client: Mapping[str, Tensor], weight: float) -> bool:
+        """Add the client's `delta` (size,), times its weight, to what it owes, `residual` (size,).
+
+        False, with nothing added, where the update is not finite. The residual is to be kept until
+        `reduce`, which changes it.
+        """
+        delta, residual = client["delta"], client["residual"]
+        if not all(math.isfinite(x) for x in torch.aminmax(delta)):
+            return False
+        residual.add_(delta, alpha=weight)
+        levels = 1 + math.floor((LEVELS - self.cohort) * weight)
+        for a, b in self._slices():
+            first, last, owed = self._blocks(residual, a, b)
+            peaks = owed.abs_().amax(1).div_(levels)
+            torch.maximum(self.peaks[first:last], peaks, out=self.peaks[first:last])
+        self.buffer[-2] += round(weight * 2**_WEIGHT_BITS)
+        self.buffer[-1] += levels
+        self._pending.append((residual, levels))
+        return True
+
+    def reduce(self, plane: DataPlane) -> None:
+        """Workers: agree on the steps, then sum what this worker's clients send."""
+        plane.all_max(self.peaks)
+        self.peaks.clamp_(min=_SMALLEST_STEP)
+        for residual, levels in self._pending:
+            self._send(residual, levels)
+        self._pending.clear()
+        plane.all_reduce(self.buffer)
+
+    def _send(self, residual: Tensor, levels: int) -> None:
+        """Move what fits the grid from a client's residual to the buffer."""
+        for a, b in self._slices():
+            first, last, owed = self._blocks(residual, a, b)
+            step = self.peaks[first:last, None]
+            q = torch.div(owed, step, out=self._scratch[1, :owed.numel()].view_as(owed)).round_()
+            residual[a:b] = owed.addcmul_(q, step, value=-1).view(-1)[:b - a]
+            self._fields[first:last].add_(q.add_(levels).to(torch.uint8))
+
+    def _blocks(self, vector: Tensor, a: int, b: int) -> tuple[int, int, Tensor]:
+        """The blocks of a slice, and a copy of it in their shape (blocks, BLOCK), zeros at its
+        end."""
+        first, last = a // BLOCK, -(-b // BLOCK)
+        copy = self._scratch[0, :(last - first) * BLOCK]
+        copy[:b - a] = vector[a:b]
+        copy[b - a:] = 0
+        return first, last, copy.view(-1, BLOCK)
+
+    def _total_weight(self) -> float:
+        return float(self.buffer[-2]) / 2.0**_WEIGHT_BITS
+
+    def _means(self, a: int, b: int, total: float) -> dict[str, Tensor]:
+        first, last = a // BLOCK, -(-b // BLOCK)
+        mean = self._scratch[0, :(last - first) * BLOCK].view(-1, BLOCK)
+        mean.copy_(self._fields[first:last]).sub_(float(self.buffer[-1]))
+        mean.mul_(self.peaks[first:last, None]).div_(total)
+        return {"delta": mean.view(-1)[:b - a]}

@@ -53,6 +53,14 @@ def test_finished_run_is_shown_whole(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert rows[1][:3] == ["1", "20.1", "0.750"]
 
 
+def test_a_round_that_a_resumed_run_repeats_counts_once() -> None:
+    state = State("run")
+    for text in [*events(3), *events(3)[2:]]:  # stopped after round 3, gone on from round 1
+        state.take(json.loads(text))
+    assert state.number == 3
+    assert "left out 1×" in shown(state)
+
+
 def test_lines_are_taken_whole_and_once(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
     follower, state = Follower(path), State("run")

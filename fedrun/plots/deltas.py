@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +50,8 @@ class Entity:
     """The npz of each saved step, in order: deltas where there are any, else parameters."""
     is_delta: bool
     layers: list[int]
+    variant: str = ""
+    """The settings in which it differs from others of its method."""
 
     def changes(self, layer: int, steps: Sequence[int]) -> dict[int, np.ndarray]:
         """The change of in_proj (rows, columns) at each of `steps`, since the start of the run, or,
@@ -215,7 +217,8 @@ def _families(entities: Sequence[Entity]) -> dict[str, list[Entity]]:
     families: dict[str, list[Entity]] = {}
     for group in groups(entity.run for entity in entities):
         variant = re.sub(r"[^\w.=-]+", "_", group.variant)
-        one_a_seed = {run.seed: by_path[run.path] for run in reversed(group.runs)}
+        one_a_seed = {run.seed: replace(by_path[run.path], variant=group.variant)
+                      for run in reversed(group.runs)}
         name = "_".join(filter(None, [_family(by_path[group.runs[0].path]), variant]))
         families[name] = [one_a_seed[seed] for seed in sorted(one_a_seed)]
     return families
@@ -275,7 +278,7 @@ def evolution(entities: Sequence[Entity], layer: int) -> Figure:
     ax.set_xlabel("step" if entities[0].run.method == "central" else "round")
     ax.set_ylabel("singular value")
     ax.set_title(f"Largest singular values of the change of in_proj, layer {layer}\n"
-                 f"{_title(entities[0])}{_seeds(len(values))}")
+                 f"{_title(entities[0], len(values))}")
     style.legend_below(fig, handles, TOP_VALUES)
     return fig
 
@@ -305,7 +308,7 @@ def spectrum(entities: Sequence[Entity], layer: int) -> Figure:
     ax.set_ylabel("singular value")
     when = "step" if entities[0].run.method == "central" else "round"
     ax.set_title(f"Singular values of the change of in_proj, layer {layer}, {when} {steps[-1]}\n"
-                 f"{_title(entities[0])}{_seeds(len(final))}")
+                 f"{_title(entities[0], len(final))}")
     style.legend_below(fig, handles, 2)
     return fig
 
@@ -325,18 +328,15 @@ def _family(entity: Entity) -> str:
         f"{run.method}_{run.config}_lu_{run.local_updates}")
 
 
-def _title(entity: Entity) -> str:
+def _title(entity: Entity, seeds: int = 1) -> str:
     run = entity.run
     look = style.look(run.method)
+    end = f", mean of {seeds} seeds" * (seeds > 1) + f"\n{entity.variant}" * bool(entity.variant)
     if run.method == "central":
-        return f"{look.label}, {run.config}"
+        return f"{look.label}, {run.config}{end}"
     who = "global model" if entity.name == "server" else entity.name.replace("_", " ")
     updates = f"{run.local_updates} local update{'s' * (run.local_updates != 1)}"
-    return f"{look.label}, {run.config}, {updates}, {who}"
-
-
-def _seeds(count: int) -> str:
-    return f", mean of {count} seeds" if count > 1 else ""
+    return f"{look.label}, {run.config}, {updates}, {who}{end}"
 
 
 def _no_layer(entity: Entity) -> str:

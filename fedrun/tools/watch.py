@@ -74,8 +74,8 @@ class State:
     validation: dict[int, float] = field(default_factory=dict)
     clients: dict[int, dict[str, Any]] = field(default_factory=dict)
     """What was last said of each client."""
-    left_out: dict[int, int] = field(default_factory=dict)
-    """Client -> rounds in which its update was left out."""
+    left_out: dict[int, set[int]] = field(default_factory=dict)
+    """Client -> rounds in which its update was left out; a resumed run has some of them twice."""
     ended: bool = False
 
     def take(self, event: dict[str, Any]) -> None:
@@ -94,7 +94,7 @@ class State:
             for client in event.get("clients", []):
                 self.clients[client["client"]] = self.clients.get(client["client"], {}) | client
             for index in event.get("left_out", []):
-                self.left_out[index] = self.left_out.get(index, 0) + 1
+                self.left_out.setdefault(index, set()).add(self.number)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -200,7 +200,7 @@ def _clients(state: State) -> RenderableType:
         client = state.clients[index]
         loss = client.get("loss")
         ppl = "-" if loss is None else f"{math.exp(min(loss, 700)):,.1f}"
-        count = state.left_out.get(index, 0)
+        count = len(state.left_out.get(index, ()))
         table.add_row(str(index), ppl, f"{client.get('weight', 0):.3f}",
                       *(f"{client[name]:.3f}" if name in client else "-" for name in measured),
                       Text(f"left out {count}×", style="red") if count else "")

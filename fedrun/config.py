@@ -259,6 +259,10 @@ class FederatedConfig(RunConfig):
     """What becomes of a client's AdamW moments after a round: kept for its next, made anew, or
     averaged over the cohort like the updates, in the same sum: 24 bytes a parameter instead of 4
     (12 instead of 4 with --reduce float)."""
+    client_store: Literal["memory", "disk"] = "memory"
+    """Where a client's state (AdamW's moments and what else is its own) rests between its turns: in
+    the host's memory, or in a file under clients/ in the run's folder, so that hundreds of clients
+    take the memory of two. The results are the same."""
     prox_mu: float = 0.0
     """Weight mu of FedProx's term (mu/2) |w - w_t|^2 in the clients' loss, w_t the global model;
     no effect at one local update, where w is w_t."""
@@ -272,7 +276,7 @@ class FederatedConfig(RunConfig):
     save_client_deltas: bool = False
     """Also save every client's parameters and their change whenever the global model is saved."""
 
-    neutral: ClassVar[frozenset[str]] = RunConfig.neutral | {"server"}
+    neutral: ClassVar[frozenset[str]] = RunConfig.neutral | {"server", "client_store"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

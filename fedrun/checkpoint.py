@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -68,9 +69,15 @@ class Checkpoint:
         state: dict[str, Any] = json.loads((self.folder / SERVER).read_text(encoding="utf-8"))
         return state
 
+    @property
+    def sums(self) -> Sums:
+        """Of its files, as the manifest has them."""
+        manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+        return {str(name): sums for name, sums in manifest["files"].items()}
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of one of its files, on the CPU."""
-        return dict(load_file(self.folder / name))
+        return read_tensors(self.folder / name)
 
 
 # ---- writing -------------------------------------------------------------------------------------
@@ -87,13 +94,17 @@ class Saver:
         self._writing: Future[dict[str, Any]] | None = None
         self._written: list[dict[str, Any]] = []
 
-    def begin(self, folder: Path, step: int, files: Files) -> None:
-        """Copy the tensors, and start to write them; they may change at once."""
+    def begin(self, folder: Path, step: int, files: Files, linked: Future[Sums] | None = None
+              ) -> None:
+        """Copy the tensors, and start to write them; they may change at once.
+
+        linked: to come, the sums of files that somebody else puts into the folder.
+        """
         self._wait()
         snapshot = {name: {key: torch.empty_like(tensor, device="cpu").copy_(tensor)
                            for key, tensor in tensors.items()}
                     for name, tensors in files.items()}
-        self._writing = self._thread.submit(_write, folder, step, snapshot)
+        self._writing = self._thread.submit(_write, folder, step, snapshot, linked)
 
     def written(self, wait: bool = False) -> list[dict[str, Any]]:
         """Of each snapshot once, when it is through: its `step`, and the sums of its `files` or the
@@ -109,21 +120,30 @@ class Saver:
             self._writing = None
 
 
-def _write(folder: Path, step: int, files: Files) -> dict[str, Any]:
+def _write(folder: Path, step: int, files: Files, linked: Future[Sums] | None) -> dict[str, Any]:
     try:
-        return {"step": step, "files": write_tensors(folder, files)}
+        theirs = linked.result() if linked else {}
+        for name in theirs:
+            with (folder / name).open("rb") as file:
+                os.fsync(file.fileno())
+        return {"step": step, "files": theirs | write_tensors(folder, files)}
     except OSError as error:
         return {"step": step, "error": f"{error.filename or folder}: {error.strerror}"}
 
 
-def write_tensors(folder: Path, files: Files) -> Sums:
-    """Write files of tensors, each whole or not at all."""
+def write_tensors(folder: Path, files: Files, durable: bool = True) -> Sums:
+    """Write files of tensors, each whole or not at all (`write_whole`)."""
     sums = {}
     for name, tensors in files.items():
         content = save(dict(tensors))
-        write_whole(folder / name, content)
+        write_whole(folder / name, content, durable)
         sums[name] = _sum(content)
     return sums
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, in memory of their own: the file may go."""
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
 def commit(folder: Path, step: int, config: dict[str, Any], made_with: dict[str, Any],

@@ -17,6 +17,8 @@ from fedrun.optimizer import LocalOptimizer
 from fedrun.params import FlatParams
 
 ADAMW = "adamw."  # prefix of the optimizer's tensors among a client's
+STEPS_DONE = "steps_done"
+State = Mapping[str, Tensor]
 
 
 @dataclass
@@ -31,63 +33,68 @@ class LocalLosses:
 class Client:
     """One owner of data. Its batches depend on (seed, client) alone, never on where it is hosted.
 
-    Several clients share a worker's model: between a client's turns only its AdamW moments (unless
-    `optimizer` is shared as well) and, under --sync epoch, its parameters are kept.
+    The clients of a worker share its model and its optimizer. What a client has of its own is its
+    state, which is loaded for its turn and released after it (store.py keeps it in between).
+    AdamW's moments belong to it unless `moments_are_own` is false.
     """
 
     def __init__(self, index: int, shard: np.ndarray, sequences: np.ndarray, flat: FlatParams,
-                 config: RunConfig, optimizer: LocalOptimizer) -> None:
+                 config: RunConfig, optimizer: LocalOptimizer, moments_are_own: bool = True
+                 ) -> None:
         self.index = index
         self.shard = shard
         self.sequences = sequences
         self.flat = flat
         self.config = config
         self.optimizer = optimizer
+        self.moments_are_own = moments_are_own
         self.batches = make_batches(config.sampling, len(shard), config.batch_size, config.seed,
                                     index)
         self.steps_done = 0
-        self.parameters: Tensor | None = None
-        """The client's own model between rounds that do not begin with the global one."""
-        self._residual: Tensor | None = None
+        self.vectors: dict[str, Tensor] = {}
+        """More of its state by name, (size,) each. `parameters`: its own model between rounds that
+        do not begin with the global one. `residual`: what a compressed wire owes of its updates."""
 
     def keep_parameters(self) -> None:
         """Keep the worker's parameters as this client's own, for a round that goes on from them."""
-        if self.parameters is None:
-            self.parameters = torch.empty_like(self.flat.vector)
-        self.parameters.copy_(self.flat.vector)
+        if "parameters" not in self.vectors:
+            self.vectors["parameters"] = torch.empty_like(self.flat.vector)
+        self.vectors["parameters"].copy_(self.flat.vector)
 
     def residual(self) -> Tensor:
         """What a compressed wire still owes of this client's updates, (size,): see wire.py."""
-        if self._residual is None:
-            self._residual = torch.zeros_like(self.flat.vector)
-        return self._residual
+        if "residual" not in self.vectors:
+            self.vectors["residual"] = torch.zeros_like(self.flat.vector)
+        return self.vectors["residual"]
 
     def forget(self) -> None:
         """Drop all that local training has left behind, after an update that was not finite."""
-        self.parameters = None
-        self._residual = None
+        self.vectors = {}
         self.optimizer.reset()
 
-    def state(self) -> dict[str, Tensor]:
-        """What the client needs to go on, by name: its place in its data, AdamW's state, and
-        where it has them its own parameters and its residual. The tensors themselves, no copies."""
-        state = {"steps_done": torch.tensor(self.steps_done)}
-        state |= {ADAMW + name: t for name, t in self.optimizer.state.items()}
-        if self.parameters is not None:
-            state["parameters"] = self.parameters
-        if self._residual is not None:
-            state["residual"] = self._residual
+    def state(self) -> State:
+        """What the client needs to go on, by name: its place in its data, AdamW's state, and its
+        own vectors where it has some. The tensors themselves, no copies."""
+        state = {STEPS_DONE: torch.tensor(self.steps_done), **self.vectors}
+        if self.moments_are_own:
+            state |= {ADAMW + name: t for name, t in self.optimizer.state.items()}
         return state
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
-        self.steps_done = int(state["steps_done"])
-        self.optimizer.load_state({name.removeprefix(ADAMW): t for name, t in state.items()
-                                   if name.startswith(ADAMW)})
-        if "parameters" in state:
-            self.parameters = state["parameters"].to(self.flat.vector.device)
-        if "residual" in state:
-            self._residual = state["residual"].to(self.flat.vector.device)
+    def load_state(self, state: State) -> None:
+        """Go on from what `state` gave, in its memory where it lies on the device."""
+        self.steps_done = int(state[STEPS_DONE])
+        self.vectors = {name: t.to(self.flat.vector.device) for name, t in state.items()
+                        if name != STEPS_DONE and not name.startswith(ADAMW)}
+        if self.moments_are_own:
+            self.optimizer.load_state({name.removeprefix(ADAMW): t for name, t in state.items()
+                                       if name.startswith(ADAMW)})
+
+    def release_state(self) -> State:
+        """`state`, of which nothing is held here any longer."""
+        state, self.vectors = self.state(), {}
+        if self.moments_are_own:
+            self.optimizer.load_state({})
+        return state
 
     def train(self, model: Mamba2LM, steps: int, first_step: int,
               between_steps: Callable[[], None] = lambda: None, *, anchor: Tensor | None = None,

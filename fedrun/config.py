@@ -254,21 +254,21 @@ class FederatedConfig(RunConfig):
     local_updates: int = 1
     """Optimizer steps of every client in a round."""
     sync: Literal["round", "epoch"] = "round"
-    """When clients receive the global model: at the start of every round, or, as in a study whose
-    numbers can be compared so, only at the start of an epoch while the server goes on averaging
-    models that no client ever sees."""
+    """When clients receive the global model: at the start of every round, or, as in a study to be
+    compared with, only of an epoch, while the server averages models that no client ever sees."""
     client_state: Literal["keep", "reset", "average"] = "keep"
     """What becomes of a client's AdamW moments after a round: kept for its next, made anew, or
-    averaged over the cohort like the updates, in the same sum: 24 bytes a parameter instead of 4
-    (12 instead of 4 with --reduce float)."""
+    averaged over the cohort in the updates' sum: 24 bytes a parameter instead of 4 (float: 12)."""
+    client_store: Literal["memory", "disk"] = "memory"
+    """Where a client's state (AdamW's moments, say) rests between its turns: in the host's memory,
+    or in a file under the run's clients/, so that hundreds take the memory of two."""
     prox_mu: float = 0.0
     """Weight mu of FedProx's term (mu/2) |w - w_t|^2 in the clients' loss, w_t the global model;
     no effect at one local update, where w is w_t."""
     server: Literal["dedicated", "colocated"] = "dedicated"
     """Under torchrun, rank 0 only serves (dedicated), or is a worker as well (colocated)."""
     reduce: Literal["exact", "float"] = "exact"
-    """Sum updates as integers on a fixed-point grid, equal to the bit whatever the number of
-    processes, or as floats, for comparison."""
+    """Sum integers on a fixed-point grid, to the same bits in any number of processes, or floats."""
     wire: Literal["exact", "int8"] = "exact"
     """What travels: terms as --reduce says (exact: 4 bytes a parameter, more for some methods), or
     updates in 8 bits, whose rounding error each client adds to its next update (int8: 1.02)."""
@@ -277,7 +277,7 @@ class FederatedConfig(RunConfig):
     save_client_deltas: bool = False
     """Also save every client's parameters and their change whenever the global model is saved."""
 
-    neutral: ClassVar[frozenset[str]] = RunConfig.neutral | {"server"}
+    neutral: ClassVar[frozenset[str]] = RunConfig.neutral | {"server", "client_store"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -51,8 +51,9 @@ class LocalOptimizer:
         """`step` (0-dim), `exp_avg` and `exp_avg_sq` (size,); empty before the first step."""
 
     def reset(self) -> None:
-        """Start AdamW anew."""
-        self.state = {}
+        """Start AdamW anew, in the memory that it has."""
+        for tensor in self.state.values():
+            tensor.zero_()
 
     def _begin(self) -> None:
         vector = self.flat.vector
@@ -75,9 +76,9 @@ class LocalOptimizer:
               maximize=False)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a copy of another optimizer's `state`."""
+        """Go on from what `state` was, in its memory where it lies on the device."""
         device = self.flat.vector.device
-        self.state = {name: tensor.to(device, copy=True) for name, tensor in state.items()}
+        self.state = {name: tensor.to(device) for name, tensor in state.items()}
 
     def take_moments(self) -> dict[str, Tensor]:
         """AdamW's moments, corrected for their bias in place: to be loaded before the next step.

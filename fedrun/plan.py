@@ -125,7 +125,7 @@ class Schedule:
         # model, their mean: twice the way of a client lies between them at most.
         ways = 1 if every_round else 2 * (in_epoch + 1)
         length = config.sequence_length
-        cohort = self._cohort(number)
+        cohort = self.cohort(number)
         weights = config.strategy.plan_weights(
             [self.shard_sizes[k] * length for k in cohort],
             config.local_updates * config.batch_size * (length - 1))
@@ -138,7 +138,7 @@ class Schedule:
                     save=save and number != self.rounds,
                     last=number == self.rounds)
 
-    def _cohort(self, number: int) -> list[int]:
+    def cohort(self, number: int) -> list[int]:
         """The clients of a round, drawn without replacement, a function of (seed, round) alone."""
         clients, size = self.config.num_clients, self.config.cohort_size
         if size == clients:

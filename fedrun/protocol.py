@@ -57,7 +57,7 @@ def run(config: FederatedConfig, data: TokenData, runtime: Runtime, stopping: St
             server.record(plan, verdict, reports or [], model)
         last = plan.last or bool(verdict.stop)
     control.wait_for_copy()
-    saved = {"saved": worker.saver.written(wait=True)} if worker else {}
+    saved = {"saved": worker.end()} if worker else {}                  # workers, each alone
     reports = control.gather(saved)                                        # all -> server
     if server:
         server.finish(plan, verdict, reports or [])

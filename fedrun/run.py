@@ -100,6 +100,7 @@ def _connect_and_train(config: RunConfig, data: TokenData, launch: Launch, devic
             make_ready(config, found)
             write_json(config.run_dir / "environment.json", environment(launch, device, data))
             shutil.copytree(data.tokenizer_path, config.run_dir / "tokenizer", dirs_exist_ok=True)
+        control.share()  # all ranks: nobody writes into the folder before it is ready
         stopping = StopRequest(config.run_dir, control.lost_peers, quiet=launch.rank > 0)
         with stopping.listening():
             if isinstance(config, FederatedConfig):

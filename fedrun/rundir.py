@@ -7,6 +7,7 @@
     model.safetensors      the last good global model, in mamba-ssm's names
     server/params/step_000030.npz, server/deltas/...    (central: params/, deltas/)
     checkpoints/           to go on from (checkpoint.py)
+    clients/               states of clients while it runs, with --client_store disk (store.py)
     outcome.json           how the run stands: running, finished, stopped or failed
     lock                   held by the run's first process while it lives
 """
@@ -38,15 +39,23 @@ from fedrun.stopping import LOCK
 _STUDIED = {"in_proj.weight": "in_proj", "A_log": "A_log", "D": "D", "dt_bias": "dt_bias"}
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: whoever opens it, or a crash, never meets half of it."""
+CLIENTS = "clients"
+
+
+def write_whole(path: Path, content: bytes, durable: bool = True) -> None:
+    """Write a file whole or not at all: whoever opens it, or a crash, never meets half of it.
+
+    Each time a new file, which takes the place of the one before. Without `durable` it is not
+    forced to the disk, and a machine that loses power may lose it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
@@ -87,6 +96,7 @@ def save_studied(folder: Path, step: int, now: Mapping[str, np.ndarray],
 
 def cut_back(run_dir: Path, step: int) -> None:
     """Remove what a run wrote after a step, which it will make again, and what a kill left half."""
+    shutil.rmtree(run_dir / CLIENTS, ignore_errors=True)
     for path in run_dir.rglob(".*"):
         if path.is_file():
             path.unlink()

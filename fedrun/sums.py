@@ -14,7 +14,7 @@ known only after training need room: their sums are int64, twice the bytes for e
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -74,8 +74,12 @@ class CohortSum:
         where one of them is not finite."""
         raise NotImplementedError
 
-    def reduce(self, plane: DataPlane) -> None:
-        """Workers: sum over all of them, in place."""
+    def reduce(self, plane: DataPlane, residuals: Iterable[Tensor]) -> None:
+        """Workers: sum over all of them, in place.
+
+        residuals: what the clients owe whose terms were added here, in that order, (size,) each and
+        one at a time; for a wire that keeps some back, which changes them.
+        """
         plane.all_reduce(self.buffer)
 
     def apply(self, model: Tensor, state: Mapping[str, Tensor], context: ServerRound,

@@ -24,7 +24,7 @@ processes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,7 +63,7 @@ class Int8Sum(CohortSum):
         self.cohort = cohort
         self.peaks = torch.zeros(blocks, dtype=like.dtype, device=like.device)
         self._fields = self.buffer[:words].view(torch.uint8).view(blocks, BLOCK)
-        self._pending: list[tuple[Tensor, int]] = []  # residuals of this round's clients, levels
+        self._levels: list[int] = []  # of the clients whose terms were added here
 
     @property
     def wire_bytes(self) -> int:
@@ -73,13 +73,12 @@ class Int8Sum(CohortSum):
         """Start a round. Its bounds do not matter: the step follows what the clients hold."""
         self.buffer.zero_()
         self.peaks.zero_()
-        self._pending.clear()
+        self._levels.clear()
 
     def add(self, client: Mapping[str, Tensor], weight: float) -> bool:
         """Add the client's `delta` (size,), times its weight, to what it owes, `residual` (size,).
 
-        False, with nothing added, where the update is not finite. The residual is to be kept until
-        `reduce`, which changes it.
+        False, with nothing added, where the update is not finite.
         """
         delta, residual = client["delta"], client["residual"]
         if not all(math.isfinite(x) for x in torch.aminmax(delta)):
@@ -92,16 +91,15 @@ class Int8Sum(CohortSum):
             torch.maximum(self.peaks[first:last], peaks, out=self.peaks[first:last])
         self.buffer[-2] += round(weight * 2**_WEIGHT_BITS)
         self.buffer[-1] += levels
-        self._pending.append((residual, levels))
+        self._levels.append(levels)
         return True
 
-    def reduce(self, plane: DataPlane) -> None:
-        """Workers: agree on the steps, then sum what this worker's clients send."""
+    def reduce(self, plane: DataPlane, residuals: Iterable[Tensor]) -> None:
+        """Workers: agree on the steps, then sum what the clients send; the rest they owe."""
         plane.all_max(self.peaks)
         self.peaks.clamp_(min=_SMALLEST_STEP)
-        for residual, levels in self._pending:
+        for residual, levels in zip(residuals, self._levels, strict=True):
             self._send(residual, levels)
-        self._pending.clear()
         plane.all_reduce(self.buffer)
 
     def _send(self, residual: Tensor, levels: int) -> None:

@@ -2,20 +2,21 @@
 
 It holds one model, whose parameters every hosted client trains in its turn, the global model as a
 second vector, and one buffer that the clients' terms are added to: hundreds of clients cost little
-more memory than one.
+more memory than one, but for their states, which rest in a store between their turns.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedrun.checkpoint import GLOBAL, Checkpoint, Saver, client_file, folder_of
-from fedrun.client import ADAMW, Client, mean_entropy
+from fedrun.checkpoint import GLOBAL, Checkpoint, Saver, folder_of
+from fedrun.client import Client, mean_entropy
 from fedrun.config import FederatedConfig, RunConfig
 from fedrun.data.tokens import TokenData
 from fedrun.evaluate import Piece, validation_pieces
@@ -28,6 +29,7 @@ from fedrun.plan import Plan, Schedule, Shards
 from fedrun.pretrained import find_pretrained
 from fedrun.rundir import save_studied, studied
 from fedrun.runtime import Runtime
+from fedrun.store import make_store
 from fedrun.strategies.base import ClientReport, ServerRound
 from fedrun.strategies.fed_fisher import FedFisher
 from fedrun.sums import MOMENTS, Bounds, CohortSum, TermSum
@@ -77,43 +79,54 @@ class Worker:
         self.fisher = FisherEstimate(self.flat, self.strategy
                                      ) if isinstance(self.strategy, FedFisher) else None
         self.shards = Shards(config, data)
-        self.rounds = Schedule(config, self.shards.sizes).rounds
-        self.clients = self._host_clients(shared=average)
+        self.schedule = Schedule(config, self.shards.sizes)
+        self.rounds = self.schedule.rounds
+        self.clients = self._host_clients()
+        self.store = make_store(config, {k: c.state() for k, c in self.clients.items()},
+                                runtime.device)
         self.start = studied(self.flat.views(self.global_model))
         self.saver = Saver()
+        self._added: list[int] = []  # clients whose terms are in this round's sum
         if checkpoint:
             self._load(checkpoint)
 
-    def _host_clients(self, shared: bool) -> dict[int, Client]:
-        """This worker's clients; one optimizer serves all where its state is loaded every turn."""
-        def new() -> LocalOptimizer:
-            return LocalOptimizer(self.flat, self.config, self.rounds * self.config.local_updates)
-
-        sizes, common = self.shards.sizes, new()
-        hosted = place(sizes, len(self.runtime.workers))[self.runtime.worker or 0]
-        return {k: Client(k, self.shards.train[k], self.data.train, self.flat, self.config,
-                          common if shared else new()) for k in hosted}
+    def _host_clients(self) -> dict[int, Client]:
+        """This worker's clients, which share its model and its optimizer."""
+        config, sizes = self.config, self.shards.sizes
+        optimizer = LocalOptimizer(self.flat, config, self.rounds * config.local_updates)
+        return {k: Client(k, self.shards.train[k], self.data.train, self.flat, config, optimizer,
+                          moments_are_own=config.client_state == "keep")
+                for k in place(sizes, len(self.runtime.workers))[self.runtime.worker or 0]}
 
     def train(self, plan: Plan) -> dict[str, Any]:
         """Train the hosted clients of the cohort, adding each one's term; nothing travels."""
         began = time.monotonic()
         self.terms.begin(Bounds(plan.bound, plan.gradient_bound))
+        weights = dict(zip(plan.cohort, plan.weights, strict=True))
+        turns = self._hosted(plan.cohort)
         clients, client_pieces = [], {}
-        for index, planned in zip(plan.cohort, plan.weights, strict=True):
-            if (client := self.clients.get(index)) is None:
-                continue
-            clients.append(self._turn(client, planned, plan))
+        for turn, index in enumerate(turns, 1):
+            client = self.clients[index]
+            client.load_state(self.store.take(index))
+            if turn < len(turns):
+                self.store.prefetch(turns[turn])
+            clients.append(self._turn(client, weights[index], plan))
+            self.store.put(index, client.release_state())
             if plan.evaluate and self.config.eval_clients:
                 client_pieces[index] = clients[-1].pop("pieces")
+        self._added = [client["client"] for client in clients if client["finite"]]
         # Bytes as if every client were a worker of its own: its term there, and the sum back.
         return {"clients": clients, "client_pieces": client_pieces,
                 "bytes": 2 * len(clients) * self.terms.wire_bytes,
                 "local_training_seconds": time.monotonic() - began}
 
+    def _hosted(self, cohort: list[int]) -> list[int]:
+        return [k for k in cohort if k in self.clients]
+
     def _turn(self, client: Client, planned: float, plan: Plan) -> dict[str, Any]:
         """One client's part of a round: train, look at its model, add its term."""
         report: dict[str, Any] = {"client": client.index}
-        own = None if plan.start_from_global else client.parameters
+        own = None if plan.start_from_global else client.vectors.get("parameters")
         self.flat.vector.copy_(self.global_model if own is None else own)
         steps = self.config.local_updates
         if "gradient" in self.strategy.inputs:
@@ -169,13 +182,22 @@ class Worker:
     def aggregate(self, plan: Plan) -> dict[str, Any]:
         """Workers: sum the terms and update the global model; seconds it took, and norms."""
         began = time.monotonic()
-        self.terms.reduce(self.runtime.data_plane)
+        self.terms.reduce(self.runtime.data_plane, self._residuals())
+        if not plan.last and (turns := self._hosted(self.schedule.cohort(plan.round + 1))):
+            self.store.prefetch(turns[0])
         config = self.config
         context = ServerRound(plan.round, scheduled_lr(config, plan.round - 1, self.rounds),
                               config.beta1, config.beta2, config.weight_decay)
         norms = self.terms.apply(self.global_model, self.state, context, self.moments,
                                  measure=plan.evaluate)
         return {"aggregation_seconds": time.monotonic() - began, "server": norms}
+
+    def _residuals(self) -> Iterator[Tensor]:
+        """What each client owes whose term was added; kept again when the next one is asked for."""
+        for index in self._added:
+            state = self.store.take(index)
+            yield state["residual"]
+            self.store.put(index, state)
 
     def _global_state(self) -> dict[str, Tensor]:
         """What is the same on every worker, by name: the tensors themselves."""
@@ -184,21 +206,21 @@ class Worker:
             f"moments.{name}": t for name, t in (self.moments or {}).items()}
 
     def save(self, plan: Plan) -> None:
-        """Begin to write this worker's files of a checkpoint, from a copy made here and now."""
+        """Begin to write this worker's files of a checkpoint, as everything is here and now."""
         files = {GLOBAL: self._global_state()} if self.runtime.worker == 0 else {}
-        for index, client in self.clients.items():
-            state = client.state()
-            if self.config.client_state != "keep":  # made anew, or global
-                state = {name: t for name, t in state.items() if not name.startswith(ADAMW)}
-            files[client_file(index)] = state
-        self.saver.begin(folder_of(self.config.run_dir, plan.round), plan.round, files)
+        self.store.save(self.saver, folder_of(self.config.run_dir, plan.round), plan.round, files)
 
     def _load(self, checkpoint: Checkpoint) -> None:
         held = checkpoint.tensors(GLOBAL)
         for name, tensor in self._global_state().items():
             tensor.copy_(held[name])
-        for index, client in self.clients.items():
-            client.load_state(checkpoint.tensors(client_file(index)))
+        self.store.load(checkpoint)
+
+    def end(self) -> list[dict[str, Any]]:
+        """After the last round: wait until all is written. What `Saver.written` tells."""
+        written = self.saver.written(wait=True)
+        self.store.close()
+        return written
 
     def evaluate(self) -> tuple[list[Piece], float]:
         """This worker's part of the validation split under the global model; seconds it took."""

@@ -26,10 +26,15 @@ METHODS: dict[str, tuple[str, ...]] = {
     "fed_sgd": ("fed_sgd", "--local_updates", "1"),
 }
 
-if __name__ == "__main__":
-    for number, (name, flags) in enumerate(METHODS.items()):
+
+def run_every(runs: dict[str, tuple[str, ...]]) -> None:
+    for number, (name, flags) in enumerate(runs.items()):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # a name space in the store
         code = cli.main([flags[0], *sys.argv[2:], *flags[1:], "--data_dir", sys.argv[1],
                          "--run_name", name])
         if code:
             sys.exit(f"{name}: exit code {code}")
+
+
+if __name__ == "__main__":
+    run_every(METHODS)

@@ -59,9 +59,10 @@ def one_round(groups: list[list[int]], deltas: list[torch.Tensor], weights: list
         workers.append(terms)
     for worker in workers:  # all learn the steps first, as a collective lets none go on before
         Wire(workers).all_max(worker.peaks)
-    for worker in workers[1:]:
-        worker.reduce(Wire([]))  # type: ignore[arg-type]
-    workers[0].reduce(Wire(workers[1:]))  # type: ignore[arg-type]
+    owed = [[residuals[k] for k in group] for group in groups]
+    for worker, mine in zip(workers[1:], owed[1:], strict=True):
+        worker.reduce(Wire([]), mine)  # type: ignore[arg-type]
+    workers[0].reduce(Wire(workers[1:]), owed[0])  # type: ignore[arg-type]
     model = torch.zeros_like(deltas[0])
     workers[0].apply(model, {}, ServerRound(1))
     return model
@@ -144,7 +145,7 @@ def test_a_client_that_is_not_finite_adds_nothing_and_owes_as_before() -> None:
              zip((deltas[0], bad, deltas[2]), residuals, (0.2, 0.5, 0.3), strict=True)]
     assert taken == [True, False, True]
     assert torch.equal(residuals[1], torch.full((SIZE,), 1e-6))
-    terms.reduce(DataPlane())
+    terms.reduce(DataPlane(), residuals[::2])
     model = torch.zeros(SIZE)
     terms.apply(model, {}, ServerRound(1))
     expected = (0.2 * deltas[0].double() + 0.3 * deltas[2].double()) / 0.5

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fedrun.config import RunConfig
@@ -36,6 +36,8 @@ SERVER = "server.json"
 MANIFEST = "manifest.json"
 KEPT = 2
 _NAME = re.compile(r"step_(\d+)")
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+           torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"}
 
 Files = Mapping[str, Mapping[str, Tensor]]
 """What belongs into the files of a checkpoint: tensors by name, by the file's name."""
@@ -135,10 +137,26 @@ def write_tensors(folder: Path, files: Files, durable: bool = True) -> Sums:
     """Write files of tensors, each whole or not at all (`write_whole`)."""
     sums = {}
     for name, tensors in files.items():
-        content = save(dict(tensors))
-        write_whole(folder / name, content, durable)
-        sums[name] = _sum(content)
+        content = _pieces(tensors)
+        write_whole(folder / name, *content, durable=durable)
+        sums[name] = _sum(*content)
     return sums
+
+
+def _pieces(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
+    """A safetensors file of tensors on the CPU: its head, and their own memory. The library's
+    `save` makes a copy of them all, and hundreds of those leave holes in a process's memory."""
+    head: dict[str, Any] = {}
+    content, end = [], 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
+        raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        head[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape),
+                      "data_offsets": [end, end + len(raw)]}
+        content.append(raw)
+        end += len(raw)
+    told = json.dumps(head).encode()
+    told += b" " * (-len(told) % 8)  # data begin at a multiple of eight
+    return [len(told).to_bytes(8, "little"), told, *content]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -159,8 +177,11 @@ def commit(folder: Path, step: int, config: dict[str, Any], made_with: dict[str,
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _sum(content: bytes) -> dict[str, Any]:
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+def _sum(*content: bytes | memoryview) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for piece in content:
+        digest.update(piece)
+    return {"bytes": sum(map(len, content)), "sha256": digest.hexdigest()}
 
 
 class Checkpoints:

@@ -42,17 +42,18 @@ _STUDIED = {"in_proj.weight": "in_proj", "A_log": "A_log", "D": "D", "dt_bias": 
 CLIENTS = "clients"
 
 
-def write_whole(path: Path, content: bytes, durable: bool = True) -> None:
+def write_whole(path: Path, *content: bytes | memoryview, durable: bool = True) -> None:
     """Write a file whole or not at all: whoever opens it, or a crash, never meets half of it.
 
-    Each time a new file, which takes the place of the one before. Without `durable` it is not
-    forced to the disk, and a machine that loses power may lose it.
+    content: in pieces, one after the other. Each time a new file, which takes the place of the one
+    before. Without `durable` it is not forced to the disk: a machine without power may lose it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            for piece in content:
+                file.write(piece)
             file.flush()
             if durable:
                 os.fsync(file.fileno())

@@ -10,8 +10,7 @@ host. Every client has one from the start; `put` replaces it by another, under a
 What moves is moved by one thread, in the order it was asked for: what is brought is what was put
 last, and a snapshot of the files holds what had been put before it, whatever is put meanwhile. The
 next client's state comes in while the client before it trains; a state on its way out is gone
-before the one after comes in, so that there are two at a time (on a GPU: two there), and with files
-the bytes of the one that is written.
+before the one after comes in, so that there are two at a time (on a GPU: two there).
 
 The GPU's part (streams, events, pinned memory) has not been run on one.
 """
@@ -256,7 +255,8 @@ class OnDisk(_Moving):
 
     def _write(self, client: int, state: State) -> None:
         with self._naming("written"):
-            self._sums |= write_tensors(self._folder, {client_file(client): state}, durable=False)
+            here = {name: tensor.cpu() for name, tensor in state.items()}
+            self._sums |= write_tensors(self._folder, {client_file(client): here}, durable=False)
 
     @contextmanager
     def _naming(self, done: str) -> Iterator[None]:

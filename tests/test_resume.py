@@ -232,12 +232,12 @@ def test_a_disk_that_is_full_for_a_while(run: Run, tmp_path: Path, undisturbed: 
     script.write_text(
         "import errno, os\nfrom fedrun import rundir\nfrom fedrun.__main__ import run\n"
         "whole, calls = rundir.write_whole, 0\n"
-        "def full(path, content):\n"
+        "def full(path, *content, **how):\n"
         "    global calls\n"
         "    calls += path.name == 'model.safetensors'\n"
         "    if 2 <= calls <= 3:\n"
         "        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))\n"
-        "    whole(path, content)\n"
+        "    whole(path, *content, **how)\n"
         "rundir.write_whole = full\nrun()\n")
     full = run("fed_avg", *FLAGS, script=script)
     assert full.code == 0, full.output

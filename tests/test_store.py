@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import threading
@@ -15,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, Outcome, Run, execute, torchrun
 from every_store import RUNS
+from safetensors.torch import load_file
 from test_methods import InProcess, little_text, run_here
 from test_resume import FAULTY, assert_equal, fault
 from test_runs import without_clocks
@@ -124,11 +126,27 @@ def test_a_snapshot_of_files_is_links_to_them(tmp_path: Path) -> None:
     assert sorted(p.name for p in folder.iterdir()) == [client_file(0), client_file(1)]
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16, torch.float16,
+                                  torch.int64, torch.int32, torch.int16, torch.int8])
+def test_files_are_what_safetensors_reads(kind: torch.dtype, tmp_path: Path) -> None:
+    vectors = {"b": torch.arange(-3, 8), "a.step": torch.tensor(3), "none": torch.ones(0, 2),
+               "matrix": torch.arange(12).view(3, 4).t()}
+    vectors = {name: tensor.to(kind) for name, tensor in vectors.items()} | {
+        "bytes": torch.arange(3, dtype=torch.int8), "steps_done": torch.tensor(2**40)}
+    sums = checkpoint.write_tensors(tmp_path, {"file": vectors, "empty": {}})
+    assert_same(load_file(tmp_path / "file"), vectors)
+    assert_same(checkpoint.read_tensors(tmp_path / "file"), vectors)
+    assert load_file(tmp_path / "empty") == {}
+    for name, told in sums.items():
+        content = (tmp_path / name).read_bytes()
+        assert told == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
 def test_a_disk_that_is_full_is_told_at_the_next_call(tmp_path: Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     states = STORES["disk"](tmp_path, {k: state(0) for k in range(3)})
 
-    def full(path: Path, *_: Any) -> None:
+    def full(path: Path, *_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
     monkeypatch.setattr(checkpoint, "write_whole", full)
     states.put(0, state(1))

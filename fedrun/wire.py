@@ -75,13 +75,14 @@ class Int8Sum(CohortSum):
         self.peaks.zero_()
         self._pending.clear()
 
-    def add(self, client: Mapping[str, Tensor], weight: float) -> bool:
+    def add(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None = None) -> bool:
         """Add the client's `delta` (size,), times its weight, to what it owes, `residual` (size,).
 
-        False, with nothing added, where the update is not finite. The residual is to be kept until
-        `reduce`, which changes it.
+        The residual is to be kept until `reduce`, which changes it.
         """
         delta, residual = client["delta"], client["residual"]
+        if start is not None:
+            delta.sub_(start)
         if not all(math.isfinite(x) for x in torch.aminmax(delta)):
             return False
         residual.add_(delta, alpha=weight)

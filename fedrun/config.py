@@ -268,7 +268,7 @@ class FederatedConfig(RunConfig):
     server: Literal["dedicated", "colocated"] = "dedicated"
     """Under torchrun, rank 0 only serves (dedicated), or is a worker as well (colocated)."""
     reduce: Literal["exact", "float"] = "exact"
-    """Sum integers on a fixed-point grid, to the same bits in any number of processes, or floats."""
+    """Sum integers on a grid, to the same bits in any number of processes, or floats."""
     wire: Literal["exact", "int8"] = "exact"
     """What travels: terms as --reduce says (exact: 4 bytes a parameter, more for some methods), or
     updates in 8 bits, whose rounding error each client adds to its next update (int8: 1.02)."""

@@ -55,23 +55,32 @@ class CohortSum:
                  moments: tuple[str, ...] = ()) -> None:
         self.strategy = strategy
         self.size = size
-        self.buffer = buffer
+        self._buffer = buffer
         self.moments = moments
         self._scratch = scratch
         """(rows, width): a slice of each vector, in the model's type."""
 
     @property
+    def buffer(self) -> Tensor:
+        """The sum so far: of this worker's clients, after `reduce` of all."""
+        return self._buffer
+
+    @property
     def wire_bytes(self) -> int:
         """Payload of a round's collectives."""
-        return self.buffer.nbytes
+        return self._buffer.nbytes
 
     def begin(self, bounds: Bounds) -> None:
         """Start a round in which clients keep within these bounds."""
         raise NotImplementedError
 
-    def add(self, client: Mapping[str, Tensor], weight: float) -> bool:
+    def add(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None = None) -> bool:
         """Add a client's terms, times its weight; (size,) each, by name. False, with nothing added,
-        where one of them is not finite."""
+        where one of them is not finite.
+
+        With `start`, the model that the client started from, `delta` comes as the client's
+        parameters and becomes its update in place.
+        """
         raise NotImplementedError
 
     def reduce(self, plane: DataPlane, residuals: Iterable[Tensor]) -> None:
@@ -137,6 +146,11 @@ class TermSum(CohortSum):
 
     `buffer` is (number of sums * size + 1,): the strategy's vectors one after the other, then, with
     `average_moments`, AdamW's two, and the sum of the weights of the clients that took part.
+
+    What a round costs besides the collective is traffic to memory. So a client's vectors are read
+    once, slice by slice, and all that is to be done with a slice is done while it is in the cache;
+    and the first term overwrites what the last round has left, which only a look at an empty sum
+    sets to zero.
     """
 
     def __init__(self, strategy: Strategy, size: int, like: Tensor, exact: bool,
@@ -150,27 +164,50 @@ class TermSum(CohortSum):
         self._bits = _BITS[kind] - strategy.weight_headroom if exact else 0
         width = slice_width(size, like.device)
         super().__init__(
-            strategy, size, torch.zeros(len(self.sums) * size + 1, dtype=kind, device=like.device),
+            strategy, size, torch.empty(len(self.sums) * size + 1, dtype=kind, device=like.device),
             torch.empty(len(self.sums), width, dtype=like.dtype, device=like.device), moments)
+        self._stale = True  # nothing was added in this round: the buffer holds another's
         self._rounded = torch.empty(width, dtype=kind, device=like.device)
         self._bounds = Bounds(math.inf)
         self._scales = dict.fromkeys(self.sums, 1.0)
 
+    @property
+    def buffer(self) -> Tensor:
+        if self._stale:
+            self._buffer.zero_()
+            self._stale = False
+        return self._buffer
+
     def begin(self, bounds: Bounds) -> None:
-        self.buffer.zero_()
+        self._stale = True
         self._bounds = bounds
         if self.exact:
             # Powers of two: scaling is exact, and rounding to the grid the only loss.
             self._scales = {name: 2.0 ** (self._bits - math.ceil(math.log2(bounds.of(units))))
                             for name, units in self.sums.items()}
 
-    def add(self, client: Mapping[str, Tensor], weight: float) -> bool:
+    def add(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None = None) -> bool:
         """Add a client's terms, times its weight.
 
         client: the strategy's inputs, and the moments where they are averaged, (size,) each.
-        False, with nothing added, where one of them is not finite. Raises OverflowError for one
-        beyond its bound.
+        Raises OverflowError for one beyond its bound.
         """
+        for a, b in self._slices():
+            slices = {name: vector[a:b] for name, vector in client.items()}
+            if start is not None and "delta" in slices:
+                slices["delta"].sub_(start[a:b])
+            if not self._finite(slices):
+                self._take_back(client, weight, a)
+                return False
+            self._add_slice(slices, weight, a, b)
+        if self._stale:
+            self._buffer[-1] = 0
+            self._stale = False
+        self._buffer[-1] += round(weight * 2.0**self._bits) if self.exact else weight
+        return True
+
+    def _finite(self, client: Mapping[str, Tensor]) -> bool:
+        """Whether all these elements are finite; OverflowError where one is beyond its bound."""
         for name, vector in client.items():
             low, high = (float(x) for x in torch.aminmax(vector))
             peak = max(-low, high)
@@ -182,20 +219,32 @@ class TermSum(CohortSum):
                         else "the size that the grid of the exact sum is made for")
                 raise OverflowError(f"{name}: an element of size {peak:g} exceeds {bound:g}, "
                                     f"{what}: --reduce float has no such bound")
-        for a, b in self._slices():
-            slices = {name: vector[a:b] for name, vector in client.items()}
-            terms = (*self.strategy.client_term(slices), *(slices[name] for name in self.moments))
-            for i, (name, term) in enumerate(zip(self.sums, terms, strict=True)):
-                scaled = torch.mul(term, weight * self._scales[name], out=self._scratch[i, :b - a])
-                if self.exact:
-                    self._section(i, a, b).add_(self._rounded[:b - a].copy_(scaled.round_()))
-                else:
-                    self._section(i, a, b).add_(scaled)
-        self.buffer[-1] += round(weight * 2.0**self._bits) if self.exact else weight
         return True
 
+    def _add_slice(self, client: Mapping[str, Tensor], weight: float, a: int, b: int) -> None:
+        terms = (*self.strategy.client_term(client), *(client[name] for name in self.moments))
+        for i, (term, scale) in enumerate(zip(terms, self._scales.values(), strict=True)):
+            scaled = torch.mul(term, weight * scale, out=self._scratch[i, :b - a])
+            if self.exact:
+                scaled.round_()
+            if self._stale:
+                self._section(i, a, b).copy_(scaled)
+            elif self.exact:  # torch adds floats to integers much slower than it converts them
+                self._section(i, a, b).add_(self._rounded[:b - a].copy_(scaled))
+            else:
+                self._section(i, a, b).add_(scaled)
+
+    def _take_back(self, client: Mapping[str, Tensor], weight: float, stop: int) -> None:
+        """Undo what a client has added before element `stop`; of integers nothing remains."""
+        if self._stale:
+            return
+        for a, b in self._slices():
+            if a == stop:
+                return
+            self._add_slice({name: vector[a:b] for name, vector in client.items()}, -weight, a, b)
+
     def _total_weight(self) -> float:
-        return float(self.buffer[-1]) / 2.0**self._bits
+        return float(self._buffer[-1]) / 2.0**self._bits
 
     def _means(self, a: int, b: int, total: float) -> dict[str, Tensor]:
         means = {}
@@ -217,7 +266,7 @@ class TermSum(CohortSum):
         return context.with_element_mean(means)
 
     def _section(self, index: int, a: int, b: int) -> Tensor:
-        return self.buffer[index * self.size + a:index * self.size + b]
+        return self._buffer[index * self.size + a:index * self.size + b]
 
 
 def slice_width(size: int, device: torch.device) -> int:

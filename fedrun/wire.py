@@ -75,12 +75,11 @@ class Int8Sum(CohortSum):
         self.peaks.zero_()
         self._levels.clear()
 
-    def add(self, client: Mapping[str, Tensor], weight: float) -> bool:
-        """Add the client's `delta` (size,), times its weight, to what it owes, `residual` (size,).
-
-        False, with nothing added, where the update is not finite.
-        """
+    def add(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None = None) -> bool:
+        """Add the client's `delta` (size,), times its weight, to what it owes, `residual` (size,)."""
         delta, residual = client["delta"], client["residual"]
+        if start is not None:
+            delta.sub_(start)
         if not all(math.isfinite(x) for x in torch.aminmax(delta)):
             return False
         residual.add_(delta, alpha=weight)

@@ -153,14 +153,13 @@ class Worker:
         if plan.evaluate and self.config.save_client_deltas:
             save_studied(self.config.run_dir / f"client_{client.index}", plan.round,
                          studied(self.flat.views(self.flat.vector)), self.start)
-        # From here on the worker's parameters are the update; the next client loads its own.
-        self.flat.vector.sub_(self.global_model)
         vectors = self._vectors(client)
         finite = math.isfinite(report.get("entropy", 0.0))
         if finite:
             report["weight"] = self.strategy.client_weight(
                 planned, ClientReport(losses.tokens, report.get("entropy")), plan.reference)
-            finite = self.terms.add(vectors, report["weight"])
+            # From here on the worker's parameters are the update; the next client loads its own.
+            finite = self.terms.add(vectors, report["weight"], start=self.global_model)
         if not finite:
             client.forget()
         elif plan.evaluate:

@@ -35,7 +35,7 @@ def summed(groups: list[list[int]], deltas: list[torch.Tensor], weights: list[fl
         if total is None:
             total = terms
         else:
-            total.buffer += terms.buffer  # what all_reduce does
+            total.buffer.add_(terms.buffer)  # what all_reduce does
     assert total is not None
     model = torch.zeros(SIZE, dtype=deltas[0].dtype)
     total.apply(model, {}, ServerRound(1))

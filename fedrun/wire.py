@@ -76,7 +76,7 @@ class Int8Sum(CohortSum):
         self._levels.clear()
 
     def add(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None = None) -> bool:
-        """Add the client's `delta` (size,), times its weight, to what it owes, `residual` (size,)."""
+        """Add the client's `delta`, times its weight, to what it owes, `residual`; (size,) each."""
         delta, residual = client["delta"], client["residual"]
         if start is not None:
             delta.sub_(start)

@@ -1,7 +1,7 @@
 """The server: the plans of the rounds, the verdict on each, the run's history and models.
 
 It keeps no clients and sums nothing. What it writes, it writes on a thread of its own, beside the
-next round's training: nobody waits for a disk.
+next rounds' training: nobody waits for a disk, unless it falls behind by PENDING writes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -34,6 +36,10 @@ from fedrun.rundir import (
 from fedrun.stopping import StopRequest
 from fedrun.track import Events, Progress, cohort_event
 from fedrun.worker import DTYPES, new_model
+
+# Pieces of work that wait for the writer or are under way. A piece of an evaluated round holds a
+# copy of the model: of 100 million parameters in fp32, 1.6 GB in all at the most.
+PENDING = 4
 
 
 class Server:
@@ -62,7 +68,8 @@ class Server:
         self.checkpoints = Checkpoints(config, made_with, workers, self.progress.say)
         self._writer = ThreadPoolExecutor(1, "fedrun-writer",
                                           initializer=lambda: torch.set_num_threads(config.threads))
-        self._writing: Future[None] | None = None
+        self._writing: deque[Future[None]] = deque()
+        self._waited = False
 
     @property
     def size(self) -> int:
@@ -192,11 +199,18 @@ class Server:
     def _save_model(self) -> None:
         save_model(self.config.run_dir / "model.safetensors", self.flat.views(self.flat.vector))
 
-    def _write(self, work: Any) -> None:
-        """Hand work to the writer; one piece at a time is under way, its errors surface here."""
-        if self._writing is not None:
-            self._writing.result()
-        self._writing = self._writer.submit(work)
+    def _write(self, work: Callable[[], None]) -> None:
+        """Hand work to the writer, which does it in this order. Its errors surface here."""
+        while self._writing and self._writing[0].done():
+            self._writing.popleft().result()
+        if len(self._writing) == PENDING:
+            if not self._waited:
+                self.progress.say(f"fedrun: warning: {self.config.run_dir} is written more slowly "
+                                  "than rounds go by: the run waits for its disk (a larger "
+                                  "--val_freq writes less)")
+            self._waited = True
+            self._writing.popleft().result()
+        self._writing.append(self._writer.submit(work))
 
     def end_early(self, reason: str, model: Tensor) -> None:
         """Keep the model of the last whole round, and tell the reason."""
@@ -208,6 +222,7 @@ class Server:
 
     def finish(self, plan: Plan, verdict: Verdict, reports: list[dict[str, Any]]) -> None:
         """Wait until all is written, and say how the run stands."""
+        self._wait_for_writer()
         self._commit(reports)
         self._close()
         if plan.last:
@@ -216,9 +231,12 @@ class Server:
         write_outcome(self.config.run_dir, "stopped", plan.round, verdict.stop)
         self.stopping.obeyed()
 
+    def _wait_for_writer(self) -> None:
+        while self._writing:
+            self._writing.popleft().result()
+
     def _close(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
+        self._wait_for_writer()
         self._writer.shutdown()
         self.events.add("end", **self.clocks.now())
         self.events.close()

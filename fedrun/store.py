@@ -17,6 +17,7 @@ The GPU's part (streams, events, pinned memory) has not been run on one.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 from abc import ABC, abstractmethod
@@ -257,6 +258,7 @@ class OnDisk(_Moving):
         with self._naming("written"):
             here = {name: tensor.cpu() for name, tensor in state.items()}
             self._sums |= write_tensors(self._folder, {client_file(client): here}, durable=False)
+        _give_back_holes()
 
     @contextmanager
     def _naming(self, done: str) -> Iterator[None]:
@@ -294,6 +296,14 @@ class OnDisk(_Moving):
             (self._folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # other workers' files
             self._folder.rmdir()
+
+
+def _give_back_holes() -> None:
+    """Return what the heap does not use to the system. States of some megabytes each, between small
+    things that live longer, leave holes that the next one does not fit in: gone, they would take
+    as much memory as if they were there. (glibc's heap; others see to it themselves.)"""
+    with suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _link(file: Path, name: Path) -> None:

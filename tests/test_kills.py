@@ -1,7 +1,8 @@
 """Kill any process at any moment, start again: the final model is the undisturbed one, to the bit.
 
 20 kills (rank, stage, round) from a seeded generator, spread over local training, reduction,
-evaluation and the writing of checkpoints, torchrun itself among them. `make soak` draws 200.
+evaluation and the writing of checkpoints, torchrun itself among them; clients' states rest in
+memory or on disk, before and after. `make soak` draws 200.
 """
 
 from __future__ import annotations
@@ -40,12 +41,13 @@ def draw(number: int) -> tuple[str, str, int]:
     return what, f"{stage}:{step}", rank
 
 
-def start(tmp_path: Path, cache_dir: Path, processes: int, env: dict[str, str], log: Path
-          ) -> subprocess.Popen[bytes]:
+def start(tmp_path: Path, cache_dir: Path, processes: int, store: str, env: dict[str, str],
+          log: Path) -> subprocess.Popen[bytes]:
     with log.open("ab") as out:
         return subprocess.Popen(
             [*torchrun(processes), str(FAULTY), "fed_avg", *SMALL, *map(str, FLAGS), "--data_dir",
-             str(tmp_path), "--cache_dir", str(cache_dir), "--run_name", "run"], stdout=out,
+             str(tmp_path), "--cache_dir", str(cache_dir), "--run_name", "run",
+             "--client_store", store], stdout=out,
             stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", **env})
 
@@ -78,10 +80,13 @@ def test_a_kill_costs_no_bit(number: int, tmp_path: Path, cache_dir: Path, undis
                              capsys: pytest.CaptureFixture[str]) -> None:
     what, at, rank = draw(number)
     env, log = fault(tmp_path, what, at, rank), tmp_path / "log"
-    killed = start(tmp_path, cache_dir, 1 + WORKERS, env, log)
+    generator = random.Random(number)
+    processes = generator.choice([1, 2, 3])
+    stores = generator.choices(["memory", "disk"], k=2)
+    killed = start(tmp_path, cache_dir, 1 + WORKERS, stores[0], env, log)
     longest.append(end_of_all(killed, tmp_path / "struck", log))
     assert longest[-1] < 15, (what, at, rank)
-    again = start(tmp_path, cache_dir, random.Random(number).choice([1, 2, 3]), env, log)
+    again = start(tmp_path, cache_dir, processes, stores[1], env, log)
     assert again.wait(LIMIT) == 0, log.read_text()
     assert_equal(Outcome(0, log.read_text(), tmp_path / "run"), undisturbed)
     if number == KILLS - 1:

@@ -147,9 +147,12 @@ class TermSum:
         names = self.strategy.element_means
         if not names:
             return context
-        sections = {name: self._section(i, 0, self.size) for i, name in enumerate(self.sums)}
-        means = {name: float(sections[name].mean(dtype=torch.float64))
-                 / (self._scales[list(self.sums).index(name)] * total) for name in names}
+        means = {}
+        for name in names:
+            i = list(self.sums).index(name)
+            summed = math.fsum(float(self._section(i, a, b).sum(dtype=torch.float64))
+                               for a, b in self._slices())
+            means[name] = summed / self.size / (self._scales[i] * total)
         return context.with_element_mean(means)
 
     def _section(self, index: int, a: int, b: int) -> Tensor:
@@ -158,6 +161,11 @@ class TermSum:
     def _slices(self) -> Iterator[tuple[int, int]]:
         width = self._scratch.shape[1]
         return ((a, min(a + width, self.size)) for a in range(0, self.size, width))
+
+
+def norm(vector: Tensor) -> float:
+    """Its Euclidean norm in double precision, by slices: torch makes a copy of what it is given."""
+    return math.sqrt(math.fsum(map(_squared, vector.split(_SLICE[vector.device.type]))))
 
 
 def _squared(vector: Tensor) -> float:

@@ -159,9 +159,15 @@ def _pieces(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
     return [len(told).to_bytes(8, "little"), told, *content]
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, in memory of their own: the file may go."""
-    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+def read_tensors(path: Path, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors of a file, in memory of their own: that of `into`, on the CPU, where they fit."""
+    def own(name: str, tensor: Tensor) -> Tensor:
+        old = (into or {}).get(name)
+        if old is None or (old.shape, old.dtype) != (tensor.shape, tensor.dtype):
+            return tensor.clone()
+        return old.copy_(tensor)
+
+    return {name: own(name, tensor) for name, tensor in load_file(path).items()}
 
 
 def commit(folder: Path, step: int, config: dict[str, Any], made_with: dict[str, Any],

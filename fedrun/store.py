@@ -17,7 +17,6 @@ The GPU's part (streams, events, pinned memory) has not been run on one.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 from abc import ABC, abstractmethod
@@ -247,18 +246,22 @@ class OnDisk(_Moving):
         super().__init__(device, timeout)
         self._folder = folder
         self._sums: Sums = {}
+        self._spare: State = {}
+        """Tensors of a state that was written, for the next one that is read: memory that is given
+        back and asked for again hundreds of times in a round grows by the holes between."""
         for client, state in states.items():
             self._write(client, state)
 
     def _read(self, client: int) -> State:
+        spare, self._spare = self._spare, {}
         with self._naming("read"):
-            return read_tensors(self._folder / client_file(client))
+            return read_tensors(self._folder / client_file(client), spare)
 
     def _write(self, client: int, state: State) -> None:
+        here = {name: tensor.cpu() for name, tensor in state.items()}
         with self._naming("written"):
-            here = {name: tensor.cpu() for name, tensor in state.items()}
             self._sums |= write_tensors(self._folder, {client_file(client): here}, durable=False)
-        _give_back_holes()
+        self._spare = here
 
     @contextmanager
     def _naming(self, done: str) -> Iterator[None]:
@@ -296,14 +299,6 @@ class OnDisk(_Moving):
             (self._folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # other workers' files
             self._folder.rmdir()
-
-
-def _give_back_holes() -> None:
-    """Return what the heap does not use to the system. States of some megabytes each, between small
-    things that live longer, leave holes that the next one does not fit in: gone, they would take
-    as much memory as if they were there. (glibc's heap; others see to it themselves.)"""
-    with suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _link(file: Path, name: Path) -> None:

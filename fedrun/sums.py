@@ -260,9 +260,12 @@ class TermSum(CohortSum):
         names = self.strategy.element_means
         if not names:
             return context
-        sections = {name: self._section(i, 0, self.size) for i, name in enumerate(self.sums)}
-        means = {name: float(sections[name].mean(dtype=torch.float64))
-                 / (self._scales[name] * total) for name in names}
+        means = {}
+        for i, name in enumerate(self.sums):
+            if name in names:
+                summed = math.fsum(float(self._section(i, a, b).sum(dtype=torch.float64))
+                                   for a, b in self._slices())
+                means[name] = summed / self.size / (self._scales[name] * total)
         return context.with_element_mean(means)
 
     def _section(self, index: int, a: int, b: int) -> Tensor:
@@ -272,6 +275,11 @@ class TermSum(CohortSum):
 def slice_width(size: int, device: torch.device) -> int:
     """Elements that a sum handles at a time."""
     return min(size, _SLICE[device.type])
+
+
+def norm(vector: Tensor) -> float:
+    """Its Euclidean norm in double precision, by slices: torch makes a copy of what it is given."""
+    return math.sqrt(math.fsum(map(_squared, vector.split(_SLICE[vector.device.type]))))
 
 
 def _squared(vector: Tensor) -> float:

@@ -32,7 +32,7 @@ from fedrun.runtime import Runtime
 from fedrun.store import make_store
 from fedrun.strategies.base import ClientReport, ServerRound
 from fedrun.strategies.fed_fisher import FedFisher
-from fedrun.sums import MOMENTS, Bounds, CohortSum, TermSum
+from fedrun.sums import MOMENTS, Bounds, CohortSum, TermSum, norm
 from fedrun.wire import Int8Sum
 
 DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
@@ -163,8 +163,7 @@ class Worker:
         if not finite:
             client.forget()
         elif plan.evaluate:
-            main = vectors[self.strategy.inputs[0]]
-            report["norm"] = float(torch.linalg.vector_norm(main, dtype=torch.float64))
+            report["norm"] = norm(vectors[self.strategy.inputs[0]])
         return report | {"loss_sum": losses.loss_sum.item(), "tokens": losses.tokens,
                          "finite": finite}
 

@@ -92,11 +92,11 @@ class Floor:
 
     def measure(self) -> dict[str, list[float]]:
         """Beginning and end of each part on this worker."""
-        for number, one in enumerate(self.sums):
-            one.fill_(number)
         spans = {}
         for name, part in (("local", self.local), ("all_reduce", self.all_reduce),
                            ("apply", self.apply)):
+            for number, one in enumerate(self.sums):  # what integers leave may be no number
+                one.fill_(number)
             if self.group:
                 dist.barrier(self.group)
             began = time.monotonic()
@@ -125,7 +125,7 @@ class Floor:
         if others:
             first.div_(others[0])  # as many bytes as model.addcdiv_(first, second)
         elif first.dtype == torch.float32:
-            self.side.global_model.add_(first, alpha=0.0)
+            self.side.flat.vector.add_(first, alpha=0.25)
         else:
             first.mul_(0.5)
 

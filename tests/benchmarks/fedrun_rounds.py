@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import tempfile
 import time
@@ -39,6 +40,7 @@ from fedrun.client import Client, LocalLosses
 from fedrun.config import FederatedConfig, ModelConfig
 from fedrun.data.tokens import TokenData
 from fedrun.launch import detect
+from fedrun.model.mamba2 import Mamba2LM
 from fedrun.plan import Plan, Verdict
 from fedrun.runtime import Runtime, connected, join
 from fedrun.settings import resolve
@@ -49,18 +51,26 @@ STEP = 2.0**-12
 SEQUENCES = 4  # of a client; nobody reads them
 
 
-def shape(params: float, vocabulary: int = 1) -> ModelConfig:
-    """The presets' one-layer model with as many rows of the embedding as make `params` million."""
-    small = ModelConfig(d_model=256) if params < 5 else ModelConfig()
-    if params < 0.5:
-        small = ModelConfig(d_model=32, d_state=16, headdim=16)
+def shape(params: float) -> ModelConfig:
+    """The presets' one-layer model, narrower where that is too large, with as many rows of the
+    embedding as make `params` million parameters."""
+    small = ModelConfig(d_model=32, d_state=16, headdim=16)
+    config = small if params < 0.5 else ModelConfig(d_model=256) if params < 5 else ModelConfig()
+    rest = sum(p.numel() for p in tensors(config)) - config.d_model
+    rows = round((1e6 * params - rest) / config.d_model)
+    if rows < 1:
+        raise ValueError(f"--params {params}: accepted is {rest / 1e6:.3g} or more")
+    return dataclasses.replace(config, pad_vocab_multiple=rows)
+
+
+def tensors(config: ModelConfig) -> list[Tensor]:
+    """The parameters of a model, without memory, in the order of their names."""
     with torch.device("meta"):
-        model = worker.Mamba2LM(small, vocabulary)
-    rest = sum(p.numel() for p in model.parameters()) - vocabulary * small.d_model
-    rows = round((1e6 * params - rest) / small.d_model)
-    assert rows >= vocabulary, f"{params} million parameters are fewer than those of the layer"
-    return ModelConfig(d_model=small.d_model, d_state=small.d_state, headdim=small.headdim,
-                       pad_vocab_multiple=rows)
+        return [p for _, p in sorted(Mamba2LM(config, config.rows(1)).named_parameters())]
+
+
+def shapes(params: float) -> list[list[int]]:
+    return [list(p.shape) for p in tensors(shape(params))]
 
 
 class Floor:
@@ -82,11 +92,11 @@ class Floor:
 
     def measure(self) -> dict[str, list[float]]:
         """Beginning and end of each part on this worker."""
-        for number, one in enumerate(self.sums):
-            one.fill_(number)
         spans = {}
         for name, part in (("local", self.local), ("all_reduce", self.all_reduce),
                            ("apply", self.apply)):
+            for number, one in enumerate(self.sums):  # what integers leave may be no number
+                one.fill_(number)
             if self.group:
                 dist.barrier(self.group)
             began = time.monotonic()
@@ -115,7 +125,7 @@ class Floor:
         if others:
             first.div_(others[0])  # as many bytes as model.addcdiv_(first, second)
         elif first.dtype == torch.float32:
-            self.side.global_model.add_(first, alpha=0.0)
+            self.side.flat.vector.add_(first, alpha=0.25)
         else:
             first.mul_(0.5)
 
@@ -192,15 +202,12 @@ class MeasuredServer(server.Server):
 
 
 def settings(arguments: argparse.Namespace, folder: str) -> FederatedConfig:
-    model = shape(arguments.params)
     found = resolve(arguments.method, {
         "num_clients": arguments.clients, "rounds": 10**6, "dtype": "fp32", "data_dir": folder,
         "checkpoint_freq": None, "device": "cpu", "batch_size": 1, "sequence_length": 2,
         "timeout": 300.0, "threads": int(os.environ["OMP_NUM_THREADS"])})
-    import dataclasses
-    config = dataclasses.replace(found, model=model)
-    assert isinstance(config, FederatedConfig)
-    return config
+    assert isinstance(found, FederatedConfig)
+    return dataclasses.replace(found, model=shape(arguments.params))
 
 
 def main() -> None:

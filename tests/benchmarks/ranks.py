@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
@@ -32,12 +32,12 @@ class Ranks:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        self.log = tempfile.TemporaryFile(mode="w+")
+        self.log = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115
         self.processes = []
         for rank in range(processes):
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes,
                      "LOCAL_WORLD_SIZE": processes, "MASTER_PORT": port,
-                     "OMP_NUM_THREADS": threads}
+                     "OMP_NUM_THREADS": threads, "TORCHELASTIC_RUN_ID": "benchmark"}
             self.processes.append(subprocess.Popen(
                 command, cwd=ROOT, stderr=self.log, start_new_session=True,
                 stdin=subprocess.DEVNULL if rank else subprocess.PIPE,
@@ -94,7 +94,7 @@ class Ranks:
 
 
 class Commands:
-    """Rank 0's end of `Ranks`: make it before anything that prints is imported.
+    """Rank 0's end of `Ranks`: make it before anything prints.
 
     What others print goes to the log, so that an answer is alone on its pipe.
     """
@@ -117,7 +117,23 @@ def end_with_parent() -> None:
     die_with_launcher()
 
 
-def timed_blocks(commands: Commands, rounds: Callable[[int], list[float]]) -> None:
-    """Rank 0: answer every command, a number of rounds, with the seconds that each took."""
-    while (count := commands.next()) is not None:
-        commands.answer(rounds(count))
+class Rounds:
+    """Rank 0 of a framework that loops by itself: call `between` before the first round and after
+    each. A command is a number of rounds, its answer the seconds that each took."""
+
+    def __init__(self, commands: Commands) -> None:
+        self.commands = commands
+        self._times: list[float] = []
+        self._block = 0
+        self._began = 0.0
+
+    def between(self) -> bool:
+        """Whether there are more rounds; waits for a command where a block has ended."""
+        if self._block:
+            self._times.append(time.monotonic() - self._began)
+        if len(self._times) == self._block:
+            if self._block:
+                self.commands.answer({"rounds": self._times})
+            self._times, self._block = [], self.commands.next() or 0
+        self._began = time.monotonic()
+        return self._block > 0

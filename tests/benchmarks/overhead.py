@@ -1,0 +1,183 @@
+"""Round overhead: what a round costs besides local training, against its floor and its peers.
+
+    python -m tests.benchmarks.overhead                                       # a table
+    python -m tests.benchmarks.overhead --params 27 --workers 4 --clients 4 --json
+    python -m tests.benchmarks.overhead --params 27 --workers 2 --clients 4 --peers
+    python -m tests.benchmarks.overhead --grid --out results/overhead         # the figure
+
+One process a worker, on one thread, and the server's; whole rounds of `protocol.run` in which
+clients do not train (fedrun_rounds.py says what is in and what is out). The floor is the bare
+`dist.all_reduce` of the same bytes in the same group, and the passes over memory that the method
+cannot do without (subtract, scale and add, apply), in all workers at the same time; it is measured
+between the rounds, and all sides take turns in short blocks, so that a change in the machine's
+speed meets all. Every number is a median.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.common import machine, spread
+from tests.benchmarks.fedrun_rounds import shapes
+from tests.benchmarks.peers.environments import python_of
+from tests.benchmarks.ranks import Ranks
+
+ROUNDS = 3  # of a block
+Found = dict[str, Any]
+
+
+def fedrun_side(params: float, workers: int, clients: int, method: str) -> Ranks:
+    server = int(workers > 1)  # one worker is the server as well
+    return Ranks([sys.executable, "-m", "tests.benchmarks.fedrun_rounds", "--params", str(params),
+                  "--clients", str(clients), "--method", method, "--block", str(ROUNDS)],
+                 workers + server)
+
+
+def peer_side(peer: str, workers: int, clients: int, what: Sequence[str]) -> Ranks:
+    """Flower starts its actors itself, pfl's workers are processes of ours."""
+    command = [python_of(peer), "-m", f"tests.benchmarks.peers.{peer}_rounds",
+               "--clients", str(clients), *what]
+    if peer == "flower":
+        return Ranks([*command, "--workers", str(workers)], 1)
+    return Ranks(command, workers)
+
+
+def turns(sides: dict[str, Ranks], blocks: int) -> dict[str, dict[str, list[float]]]:
+    """What each side answers, with the numbers of all its blocks together; one to warm up."""
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in sides}
+    for block in range(blocks + 1):
+        for name, side in sides.items():
+            for what, seconds in side.ask(ROUNDS).items():
+                samples = seconds if isinstance(seconds, list) else [seconds]
+                if block:
+                    found[name].setdefault(what, []).extend(samples)
+    return found
+
+
+def numbers(samples: dict[str, list[float]]) -> Found:
+    """A method's medians and ratios."""
+    round_s, allreduce_s, passes_s = (statistics.median(samples[name])
+                                      for name in ("rounds", "all_reduce", "passes"))
+    return {"round_s": round_s, "spread": spread(samples["rounds"]), "allreduce_s": allreduce_s,
+            "passes_s": passes_s, "ratio": round_s / (allreduce_s + passes_s),
+            "bare_ratio": round_s / allreduce_s if allreduce_s else None}
+
+
+def measure(params: float, workers: int, clients: int, methods: Sequence[str], peers: Sequence[str],
+            blocks: int) -> Found:
+    """All sides for one model (million parameters) on so many workers."""
+    found: Found = {"params": params, "workers": workers, "clients": clients, "methods": {}}
+    for method in methods:
+        with contextlib.ExitStack() as stack:
+            sides = {"fedrun": stack.enter_context(fedrun_side(params, workers, clients, method))}
+            if method == "fed_avg":  # which is what the others do
+                what = ["--shapes", json.dumps(shapes(params))]
+                sides |= {peer: stack.enter_context(peer_side(peer, workers, clients, what))
+                          for peer in peers}
+            samples = turns(sides, blocks)
+        found["methods"][method] = numbers(samples["fedrun"])
+        found |= {f"{peer}_s": statistics.median(samples[peer]["rounds"])
+                  for peer in peers if peer in samples}
+    averaging = found["methods"]["fed_avg"]
+    found |= {"fedrun_s": averaging["round_s"]} | {
+        name: averaging[name] for name in ("allreduce_s", "passes_s", "ratio", "bare_ratio")}
+    if "fed_fisher" in found["methods"]:
+        found["fisher_ratio"] = found["methods"]["fed_fisher"]["ratio"]
+    if peers:
+        best = min(found[f"{peer}_s"] for peer in peers)
+        found["times_faster"] = best / found["fedrun_s"]
+    return found
+
+
+HEADER = """\
+| million | workers | clients | method | round (s) | all-reduce | passes | over the floor \
+| over the bare all-reduce | Flower | pfl |
+|---|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def table(found: Found) -> str:
+    """A row for each method."""
+    def seconds(name: str) -> str:
+        return f"{found[name]:.3f}" if name in found else "-"
+
+    def row(method: str, one: Found) -> str:
+        bare = f"{one['bare_ratio']:.2f}" if one["bare_ratio"] else "-"
+        peers = (seconds("flower_s"), seconds("pfl_s")) if method == "fed_avg" else ("-", "-")
+        return (f"| {found['params']:g} | {found['workers']} | {found['clients']} | {method} "
+                f"| {one['round_s']:.3f} ±{one['spread']:.0%} | {one['allreduce_s']:.3f} "
+                f"| {one['passes_s']:.3f} | {one['ratio']:.2f} | {bare} "
+                f"| {peers[0]} | {peers[1]} |")
+
+    return "\n".join(row(method, one) for method, one in found["methods"].items())
+
+
+def grid(params: Sequence[float], workers: Sequence[int], clients: int, methods: Sequence[str],
+         blocks: int, folder: Path) -> list[Found]:
+    """All points, each written to overhead.json as soon as it is there; what is there is kept.
+
+    The others on two workers, as often as they take little memory.
+    """
+    file = folder / "overhead.json"
+    points: list[Found] = json.loads(file.read_text())["points"] if file.exists() else []
+    there = {(point["params"], point["workers"], point["clients"]) for point in points}
+    for million in params:
+        for count in workers:
+            if (million, count, clients) in there:
+                continue
+            peers = ("flower", "pfl") if count == 2 and million <= 27 else ()
+            points.append(measure(million, count, clients, methods, peers, blocks))
+            print(table(points[-1]), flush=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({"machine": machine(), "points": points}, indent=1) + "\n")
+    return points
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--params", type=float, nargs="+", help="million; default 27, in the grid "
+                        "1, 3, 10, 27 and 100")
+    parser.add_argument("--workers", type=int, nargs="+", help="default 4, in the grid 1, 2 and 4")
+    parser.add_argument("--clients", type=int, default=4)
+    parser.add_argument("--method", nargs="+", default=["fed_fisher"],
+                        help="besides fed_avg; default: fed_fisher")
+    parser.add_argument("--peers", action="store_true",
+                        help="also Flower and pfl; the grid has them on two workers")
+    parser.add_argument("--blocks", type=int, default=7,
+                        help=f"of {ROUNDS} rounds and one floor each")
+    parser.add_argument("--json", action="store_true",
+                        help="print the last measurement as one JSON object, and nothing else")
+    parser.add_argument("--grid", action="store_true",
+                        help="go on with the points that --out lacks, and draw them")
+    parser.add_argument("--out", type=Path, default=Path("results/overhead"))
+    arguments = parser.parse_args()
+    methods = list(dict.fromkeys(["fed_avg", *arguments.method]))
+    if not arguments.json:
+        print(f"{machine()}; one thread a worker\n\n{HEADER}", flush=True)
+    if arguments.grid:
+        from tests.benchmarks.overhead_figure import draw
+        points = grid(arguments.params or [1, 3, 10, 27, 100], arguments.workers or [1, 2, 4],
+                      arguments.clients, methods, arguments.blocks, arguments.out)
+        print(draw(points, arguments.out))
+        return
+    peers = ("flower", "pfl") if arguments.peers else ()
+    for million in arguments.params or [27]:
+        for count in arguments.workers or [4]:
+            found = measure(million, count, arguments.clients, methods, peers, arguments.blocks)
+            if not arguments.json:
+                print(table(found), flush=True)
+    if arguments.json:
+        assert all(math.isfinite(found[name]) for name in ("fedrun_s", "ratio"))
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

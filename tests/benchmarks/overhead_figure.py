@@ -1,0 +1,66 @@
+"""The figure of tests/benchmarks/overhead.py: seconds of a round over parameters, by workers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from fedrun.plots import style
+
+COLOURS = {1: "#56B4E9", 2: "#0072B2", 4: "#000000"}  # by workers; Okabe & Ito's
+PEERS = {"flower_s": ("Flower", "#E69F00", "D"), "pfl_s": ("pfl", "#D55E00", "v")}
+BAR = 1.25  # of the floor, on four workers
+
+
+def draw(points: list[dict[str, Any]], folder: Path) -> Path:
+    """Two panels, as overhead.png and .svg: seconds of a round, and its ratio to the floor."""
+    with style.drawing():
+        fig = style.figure(11, 4.8)
+        seconds, ratios = fig.subplots(1, 2)
+        workers = sorted({point["workers"] for point in points})
+        for count in workers:
+            mine = sorted((p for p in points if p["workers"] == count), key=lambda p: p["params"])
+            colour = COLOURS.get(count, "#882255")
+            million = [p["params"] for p in mine]
+            seconds.plot(million, [p["fedrun_s"] for p in mine], "-s", color=colour)
+            if count > 1:
+                seconds.plot(million, [p["allreduce_s"] for p in mine], "--", color=colour, lw=1.3)
+            ratios.plot(million, [p["ratio"] for p in mine], "-s", color=colour)
+            fisher = [(p["params"], p["fisher_ratio"]) for p in mine if "fisher_ratio" in p]
+            if fisher:
+                ratios.plot(*zip(*fisher, strict=True), ":v", color=colour, lw=1.5)
+            for name, (_, peer_colour, marker) in PEERS.items():
+                found = [(p["params"], p[name]) for p in mine if name in p]
+                if found:
+                    seconds.plot(*zip(*found, strict=True), "-", marker=marker, color=peer_colour)
+        ratios.axhline(BAR, color="#7F7F7F", lw=1)
+        for ax, title in ((seconds, "seconds of a round without local training"),
+                          (ratios, "times the floor (all-reduce and memory passes)")):
+            ax.set_title(title)
+            _axes(ax, sorted({point["params"] for point in points}))
+        style.legend_below(fig, _handles(workers, points), columns=4)
+        return style.save(fig, folder, "overhead")
+
+
+def _axes(ax: Axes, params: list[float]) -> None:
+    ax.set_xscale("log")
+    ax.set_xlabel("million parameters")
+    ax.set_xticks(params, [f"{million:g}" for million in params])
+    ax.minorticks_off()
+    style.log_axis(ax)
+
+
+def _handles(workers: list[int], points: list[dict[str, Any]]) -> list[Line2D]:
+    clients = ", ".join(str(n) for n in sorted({point["clients"] for point in points}))
+    found = [Line2D([], [], color=COLOURS.get(count, "#882255"), marker="s",
+                    label=f"{count} worker{'s' if count > 1 else ''}, {clients} clients")
+             for count in workers]
+    found.append(Line2D([], [], color="#000000", ls="--", lw=1.3, label="bare all-reduce"))
+    found.append(Line2D([], [], color="#000000", ls=":", marker="v", label="Fisher (right)"))
+    found += [Line2D([], [], color=colour, marker=marker, label=f"{label}, 2 workers")
+              for name, (label, colour, marker) in PEERS.items()
+              if any(name in point for point in points)]
+    return found

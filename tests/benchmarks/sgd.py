@@ -1,0 +1,77 @@
+"""Local training that all frameworks share: plain SGD on our model, from the same batches.
+
+A batch depends on (client, round, step) alone. Nothing here needs more than torch and numpy.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedrun.config import ModelConfig
+from fedrun.fisher import batch_gradient
+from fedrun.model.mamba2 import Mamba2LM
+from fedrun.params import FlatParams
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, on what."""
+
+    model: dict[str, int] = field(default_factory=dict)
+    """Settings of ModelConfig."""
+    vocabulary: int = 4096
+    steps: int = 2
+    """Local updates in a round."""
+    batch: int = 4
+    length: int = 128
+    lr: float = 0.5
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Task:
+        return Task(**json.loads(text))
+
+    def build(self, dtype: torch.dtype = torch.float32) -> tuple[Mamba2LM, FlatParams]:
+        """The model at the start of the run."""
+        model = Mamba2LM(ModelConfig(**self.model), self.vocabulary, dtype)
+        model.init_weights(0)
+        model.to(dtype)
+        return model, FlatParams(model)
+
+    def train(self, model: Mamba2LM, flat: FlatParams, client: int, number: int) -> Tensor:
+        """A client's local updates in round `number`, in place; the summed loss, 0-dim."""
+        total = torch.zeros((), dtype=torch.float64)
+        for step in range(self.steps):
+            loss, _ = batch_gradient(model, flat, self._batch(client, number, step))
+            flat.vector.add_(flat.grad, alpha=-self.lr)
+            total += loss
+        return total
+
+    def _batch(self, client: int, number: int, step: int) -> Tensor:
+        """(batch, length); every client has favourite tokens, so that there is something to learn.
+        """
+        draws = np.random.default_rng((client, number, step))
+        rare = draws.random((self.batch, self.length)) ** 3
+        return torch.from_numpy((rare * self.vocabulary).astype(np.int64) + client
+                                ).remainder(self.vocabulary)
+
+
+def serial(task: Task, clients: int, rounds: int, dtype: torch.dtype) -> np.ndarray:
+    """Federated averaging in one loop: the global model (size,) after so many rounds."""
+    model, flat = task.build(dtype)
+    now = flat.vector.clone()
+    for number in range(1, rounds + 1):
+        total = torch.zeros_like(now)
+        for client in range(clients):
+            flat.vector.copy_(now)
+            task.train(model, flat, client, number)
+            total += flat.vector - now
+        now += total / clients
+    return now.numpy()

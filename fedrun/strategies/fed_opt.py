@@ -7,7 +7,8 @@
     w <- w + eta m / (sqrt(v) + tau)
 
 Reddi et al. (2021), "Adaptive Federated Optimization", Algorithm 2: no bias correction, m starts at
-zero and v at tau^2.
+zero and v at tau^2. The default learning rates are the best on the grids of
+configs/experiments/methods.yaml.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class FedAdagrad(FedAvg):
 class FedAdam(FedAdagrad):
     """Adam on the server, fed with the mean update (Reddi et al. 2021)."""
 
+    server_lr: float = 3e-3
+    """Server learning rate eta: about how far an element moves in a round."""
     server_beta1: float = 0.9
     """Decay of the server's first moment, in [0, 1)."""
     server_beta2: float = 0.99

@@ -103,6 +103,7 @@ CASES = [
     ("fed_avg", {"sync": "epoch"}, 2),  # the clients' own models, kept and loaded
     ("fed_momentum", {}, 1), ("diloco", {}, 1), ("fed_adam", {}, 1), ("fed_yogi", {}, 1),
     ("fed_adagrad", {}, 1), ("fed_entropy", {}, 1), ("fed_fisher", {}, 1),
+    ("fed_avg", {"wire": "int8"}, 1),
     ("fed_fisher", {"fisher_floor_mode": "relative"}, 1), ("fed_sgd", {}, 1)]
 
 

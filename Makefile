@@ -27,9 +27,14 @@ test-all: $(VENV)/.ready
 soak: $(VENV)/.ready
 	KILLS=200 $(BIN)/python -m pytest -m slow tests/test_kills.py
 
-# Our training step against transformers', as a table; ten quiet minutes.
+# Our training step against transformers', and our rounds against Flower's and pfl's, in
+# environments that are built for them; as tables; half an hour on a quiet machine.
 bench: $(VENV)/.ready
 	env -u OMP_NUM_THREADS $(BIN)/python -m tests.benchmarks.step
+	$(BIN)/python -m tests.benchmarks.overhead --workers 4
+	$(BIN)/python -m tests.benchmarks.overhead --workers 2 --peers
+	$(BIN)/python -m tests.benchmarks.rounds
+	$(BIN)/python -m tests.benchmarks.efficiency
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -168,7 +168,7 @@ class TermSum(CohortSum):
             torch.empty(len(self.sums), width, dtype=like.dtype, device=like.device), moments)
         self._stale = True  # nothing was added in this round: the buffer holds another's
         self._rounded = torch.empty(width, dtype=kind, device=like.device)
-        self._bounds = Bounds(math.inf)
+        self._bounds = dict.fromkeys(CLIENT_VECTORS, torch.finfo(like.dtype).max)
         self._scales = dict.fromkeys(self.sums, 1.0)
 
     @property
@@ -180,8 +180,8 @@ class TermSum(CohortSum):
 
     def begin(self, bounds: Bounds) -> None:
         self._stale = True
-        self._bounds = bounds
         if self.exact:
+            self._bounds = {name: bounds.of(units) for name, units in CLIENT_VECTORS.items()}
             # Powers of two: scaling is exact, and rounding to the grid the only loss.
             self._scales = {name: 2.0 ** (self._bits - math.ceil(math.log2(bounds.of(units))))
                             for name, units in self.sums.items()}
@@ -209,16 +209,16 @@ class TermSum(CohortSum):
     def _finite(self, client: Mapping[str, Tensor]) -> bool:
         """Whether all these elements are finite; OverflowError where one is beyond its bound."""
         for name, vector in client.items():
-            low, high = (float(x) for x in torch.aminmax(vector))
-            peak = max(-low, high)
-            if not math.isfinite(peak) or math.isnan(low):
+            low, high = torch.aminmax(vector)  # both NaN where one element is
+            peak, bound = max(-low.item(), high.item()), self._bounds[name]
+            if peak <= bound:
+                continue
+            if not math.isfinite(peak):
                 return False
-            bound = self._bounds.of(CLIENT_VECTORS[name])
-            if self.exact and peak > bound:
-                what = ("the furthest that AdamW moves at this learning rate" if name == "delta"
-                        else "the size that the grid of the exact sum is made for")
-                raise OverflowError(f"{name}: an element of size {peak:g} exceeds {bound:g}, "
-                                    f"{what}: --reduce float has no such bound")
+            what = ("the furthest that AdamW moves at this learning rate" if name == "delta"
+                    else "the size that the grid of the exact sum is made for")
+            raise OverflowError(f"{name}: an element of size {peak:g} exceeds {bound:g}, "
+                                f"{what}: --reduce float has no such bound")
         return True
 
     def _add_slice(self, client: Mapping[str, Tensor], weight: float, a: int, b: int) -> None:

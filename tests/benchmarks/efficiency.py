@@ -19,8 +19,8 @@ from tests.benchmarks.ranks import Ranks
 
 
 def side(workers: int, threads: int, arguments: argparse.Namespace, local_updates: int) -> Ranks:
-    return Ranks([sys.executable, "-m", "tests.benchmarks.fedrun_rounds", "--train",
-                  "--config", arguments.config, "--clients", str(arguments.clients),
+    return Ranks([sys.executable, "-m", "tests.benchmarks.fedrun_rounds",
+                  "--train", arguments.config, "--clients", str(arguments.clients),
                   "--local_updates", str(local_updates), "--block", "1"],
                  workers + int(workers > 1), threads)
 

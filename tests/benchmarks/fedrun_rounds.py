@@ -1,14 +1,15 @@
-"""fedrun's side of the overhead: one rank of a run whose clients do not train.
+"""fedrun's side: one rank of a run whose rounds are asked for and timed (see ranks.py).
 
-    RANK=... python -m tests.benchmarks.fedrun_rounds --params 27 --clients 4   (see ranks.py)
+    RANK=... python -m tests.benchmarks.fedrun_rounds --params 27 --clients 4     without training
+    RANK=... python -m tests.benchmarks.fedrun_rounds --train pure_ssm_1_layer --clients 4
 
-In: all that fedrun does in a round of `protocol.run`, from one plan of the server to the next: the
-plan, a worker loads the global model for each of its clients, takes the difference, checks, scales,
-rounds and adds it, reports; verdict, all-reduce of the workers, server update, reports and the
-run's event line. Out: the batch, the gradient and the optimizer's step. In their place a client
-moves one element in a thousand by a fixed step, which takes no time and shows at the end that the
-updates have arrived; Fisher diagonals are fixed and dense. Kernels take as long for zeros as for
-anything else.
+Without training (--params), in: all that fedrun does in a round of `protocol.run`, from one plan of
+the server to the next: the plan, a worker loads the global model for each of its clients, takes the
+difference, checks, scales, rounds and adds it, reports; verdict, all-reduce of the workers, server
+update, reports and the run's event line. Out: the batch, the gradient and the optimizer's step. In
+their place a client moves one element in a thousand by a fixed step, which takes no time and shows
+at the end that the updates have arrived; Fisher diagonals are fixed and dense. Kernels take as long
+for zeros as for anything else.
 
 A block of rounds ends with one more, not counted, in which all workers at once measure the floor
 (`Floor`) on the memory that they have just used. The clock is one for all processes of a machine.
@@ -42,13 +43,16 @@ from fedrun.data.tokens import TokenData
 from fedrun.launch import detect
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.plan import Plan, Verdict
+from fedrun.run import resolve_dtype
 from fedrun.runtime import Runtime, connected, join
 from fedrun.settings import resolve
 from fedrun.stopping import LOCK, StopRequest
+from tests.benchmarks.sgd import Task
 
 MOVED = slice(0, None, 1009)  # the elements that a client moves
 STEP = 2.0**-12
-SEQUENCES = 4  # of a client; nobody reads them
+SEQUENCES = 4  # of a client
+GPT2 = 50257  # its vocabulary
 
 
 def shape(params: float) -> ModelConfig:
@@ -93,8 +97,10 @@ class Floor:
     def measure(self) -> dict[str, list[float]]:
         """Beginning and end of each part on this worker."""
         spans = {}
-        for name, part in (("local", self.local), ("all_reduce", self.all_reduce),
-                           ("apply", self.apply)):
+        parts = {"local": self.local, "all_reduce": self.all_reduce, "apply": self.apply}
+        if not self.group:
+            del parts["all_reduce"]
+        for name, part in parts.items():
             for number, one in enumerate(self.sums):  # what integers leave may be no number
                 one.fill_(number)
             if self.group:
@@ -115,8 +121,7 @@ class Floor:
                 one.add_(client if one.dtype == client.dtype else self.sums[i - 1], alpha=0.25)
 
     def all_reduce(self) -> None:
-        if self.group:
-            dist.all_reduce(self.side.terms.buffer, group=self.group)
+        dist.all_reduce(self.side.terms.buffer, group=self.group)
 
     def apply(self) -> None:
         for vector in self.side.state.values():
@@ -130,10 +135,21 @@ class Floor:
             first.mul_(0.5)
 
 
-class MeasuredWorker(worker.Worker):
+class KeepingWorker(worker.Worker):
+    """A worker that keeps the model of the rounds that were asked for; the run's last is none."""
+
+    out: str
+
+    def train(self, plan: Plan) -> dict[str, Any]:
+        if plan.last and self.runtime.worker == 0:
+            np.save(self.out, self.global_model.numpy())
+        return super().train(plan)
+
+
+class FloorWorker(worker.Worker):
     """A worker that measures the floor in every round that ends a block."""
 
-    rounds_per_block: int
+    block: int
 
     def __init__(self, config: FederatedConfig, data: TokenData, runtime: Runtime,
                  checkpoint: None = None) -> None:
@@ -146,13 +162,12 @@ class MeasuredWorker(worker.Worker):
         self.at_start = self.global_model[MOVED].clone()
 
     def train(self, plan: Plan) -> dict[str, Any]:
-        ends_block = plan.round % (self.rounds_per_block + 1) == 0
-        floor = {"floor": self.floor.measure()} if ends_block else {}
-        if ends_block:
-            moved = self.global_model[MOVED] - self.at_start
-            assert bool((moved != 0).all()), "no update has arrived"
-            assert bool(moved.isfinite().all()), "the model is not finite"
-        return super().train(plan) | floor
+        if plan.round % (self.block + 1):
+            return super().train(plan)
+        moved = self.global_model[MOVED] - self.at_start
+        assert bool((moved != 0).all()), "no update has arrived"
+        assert bool(moved.isfinite().all()), "the model is not finite"
+        return {"floor": self.floor.measure()} | super().train(plan)
 
 
 def move(self: Client, *_: Any, **__: Any) -> LocalLosses:
@@ -167,24 +182,25 @@ def gradient(self: Client, *_: Any) -> LocalLosses:
     return LocalLosses(torch.zeros((), dtype=torch.float64), 1)
 
 
-class MeasuredServer(server.Server):
-    """A server that runs rounds when it is asked to, and takes their times."""
+class TimedServer(server.Server):
+    """A server that runs a block of rounds when it is asked to, and tells their times."""
 
-    rounds_per_block: int
+    block: int
+    uncounted: int
+    """Rounds at the end of a block that measure something else."""
     commands: Commands
 
     def plan(self, number: int) -> dict[str, Any]:
-        now = time.monotonic()
-        if number == 1:
+        now, place = time.monotonic(), (number - 1) % (self.block + self.uncounted)
+        last = False
+        if number > 1 and (place or not self.uncounted):
+            self.times.append(now - self.began)
+        if place == 0:
+            if number > 1:
+                self._answer()
             self.times: list[float] = []
             self.floors: list[dict[str, Any]] = []
             last = self.commands.next() is None
-        elif (number - 1) % (self.rounds_per_block + 1) == 0:
-            self._answer()
-            last = self.commands.next() is None
-        else:
-            self.times.append(now - self.began)
-            last = False
         self.began = time.monotonic()
         return super().plan(number) | {"evaluate": False, "save": False, "last": last}
 
@@ -194,45 +210,89 @@ class MeasuredServer(server.Server):
         super().record(plan, verdict, reports, model)
 
     def _answer(self) -> None:
-        spans = {name: max(f[name][1] for f in self.floors) - min(f[name][0] for f in self.floors)
-                 for name in self.floors[0]}
-        self.commands.answer({"rounds": self.times, "all_reduce": spans["all_reduce"],
-                              "passes": spans["local"] + spans["apply"]})
-        self.times, self.floors = [], []
+        answer: dict[str, Any] = {"rounds": self.times}
+        if self.floors:
+            spans = {name: max(f[name][1] for f in self.floors)
+                     - min(f[name][0] for f in self.floors) for name in self.floors[0]}
+            answer |= {"all_reduce": spans.get("all_reduce", 0.0),
+                       "passes": spans["local"] + spans["apply"]}
+        self.commands.answer(answer)
 
 
-def settings(arguments: argparse.Namespace, folder: str) -> FederatedConfig:
-    found = resolve(arguments.method, {
-        "num_clients": arguments.clients, "rounds": 10**6, "dtype": "fp32", "data_dir": folder,
-        "checkpoint_freq": None, "device": "cpu", "batch_size": 1, "sequence_length": 2,
-        "timeout": 300.0, "threads": int(os.environ["OMP_NUM_THREADS"])})
+def measure_floor(arguments: argparse.Namespace) -> tuple[FederatedConfig, TokenData]:
+    """Rounds without local training, and their floor."""
+    protocol.Worker = FloorWorker  # type: ignore[misc]
+    Client.train, Client.gradient = move, gradient  # type: ignore[method-assign, assignment]
+    worker.mean_entropy = lambda *_: 1.0
+    FloorWorker.block, TimedServer.uncounted = arguments.block, 1
+    sequences = np.zeros((SEQUENCES * arguments.clients, 2), dtype=np.uint16)
+    config = settings(arguments, arguments.method, batch_size=1, sequence_length=2)
+    config = dataclasses.replace(config, model=shape(arguments.params))
+    return config, TokenData(sequences, sequences[:1], 1, {}, Path())
+
+
+def train_preset(arguments: argparse.Namespace) -> tuple[FederatedConfig, TokenData]:
+    """Rounds as they are, on random tokens of GPT-2's vocabulary."""
+    config = settings(arguments, "fed_avg", config=arguments.train,
+                      local_updates=arguments.local_updates)
+    sequences = np.random.default_rng(0).integers(
+        GPT2, size=(SEQUENCES * config.batch_size * arguments.clients, config.sequence_length),
+        dtype=np.uint16)
+    return config, TokenData(sequences, sequences[:1], GPT2, {}, Path())
+
+
+def train_task(arguments: argparse.Namespace) -> tuple[FederatedConfig, TokenData]:
+    """Rounds whose local training is the benchmark's plain SGD, as in the other frameworks."""
+    task = Task.from_json(arguments.task)
+
+    def train(self: Client, model: Mamba2LM, steps: int, first_step: int, *_: Any, **__: Any
+              ) -> LocalLosses:
+        loss = task.train(model, self.flat, self.index, first_step // steps + 1)
+        return LocalLosses(loss, steps * task.batch * (task.length - 1))
+
+    protocol.Worker, KeepingWorker.out = KeepingWorker, arguments.out  # type: ignore[misc]
+    Client.train = train  # type: ignore[method-assign, assignment]
+    sequences = np.zeros((SEQUENCES * arguments.clients, 2), dtype=np.uint16)
+    config = settings(arguments, "fed_avg", batch_size=1, sequence_length=2, lr=task.lr,
+                      local_updates=task.steps, dtype="fp32")
+    config = dataclasses.replace(config, model=ModelConfig(**task.model))
+    return config, TokenData(sequences, sequences[:1], task.vocabulary, {}, Path())
+
+
+def settings(arguments: argparse.Namespace, method: str, **flags: Any) -> FederatedConfig:
+    found = resolve(method, {
+        "num_clients": arguments.clients, "rounds": 10**6, "device": "cpu",
+        "checkpoint_freq": None, "timeout": 300.0, "data_dir": arguments.folder,
+        "threads": int(os.environ["OMP_NUM_THREADS"])} | flags)
     assert isinstance(found, FederatedConfig)
-    return dataclasses.replace(found, model=shape(arguments.params))
+    return dataclasses.replace(found, dtype=resolve_dtype(found, torch.device("cpu")))
 
 
 def main() -> None:
-    commands = Commands()
+    TimedServer.commands = Commands()
     end_with_parent()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--params", type=float, required=True, help="million")
     parser.add_argument("--clients", type=int, required=True)
+    parser.add_argument("--block", type=int, default=3, help="rounds that a command asks for")
+    parser.add_argument("--params", type=float, help="million; rounds without local training")
     parser.add_argument("--method", default="fed_avg")
-    parser.add_argument("--block", type=int, default=3)
+    parser.add_argument("--train", help="a preset; whole rounds, as fedrun trains")
+    parser.add_argument("--local_updates", type=int, default=1)
+    parser.add_argument("--task", help="JSON: a Task; whole rounds of SGD")
+    parser.add_argument("--out", help="with --task: file for the global model at the end")
     arguments = parser.parse_args()
     launch = detect(os.environ)
-    protocol.Worker, protocol.Server = MeasuredWorker, MeasuredServer  # type: ignore[misc]
-    Client.train, Client.gradient = move, gradient  # type: ignore[method-assign, assignment]
-    worker.mean_entropy = lambda *_: 1.0
-    MeasuredWorker.rounds_per_block = MeasuredServer.rounds_per_block = arguments.block
-    MeasuredServer.commands = commands
+    protocol.Server = TimedServer  # type: ignore[misc]
+    TimedServer.block, TimedServer.uncounted = arguments.block, 0
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fedrun-benchmark-"))
-        config = settings(arguments, folder)
+        arguments.folder = stack.enter_context(
+            tempfile.TemporaryDirectory(prefix="fedrun-benchmark-"))
+        build = (measure_floor if arguments.params else train_task if arguments.task
+                 else train_preset)
+        config, data = build(arguments)
         torch.set_num_threads(config.threads)
         config.run_dir.mkdir(parents=True)
         (config.run_dir / LOCK).touch()
-        sequences = np.zeros((SEQUENCES * arguments.clients, 2), dtype=np.uint16)
-        data = TokenData(sequences, sequences[:1], 1, {}, Path())
         control = stack.enter_context(connected(launch, True, config.timeout))
         runtime = join(launch, torch.device("cpu"), control, {})
         stopping = StopRequest(config.run_dir, control.lost_peers, quiet=True)

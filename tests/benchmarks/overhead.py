@@ -68,7 +68,7 @@ def numbers(samples: dict[str, list[float]]) -> Found:
                                       for name in ("rounds", "all_reduce", "passes"))
     return {"round_s": round_s, "spread": spread(samples["rounds"]), "allreduce_s": allreduce_s,
             "passes_s": passes_s, "ratio": round_s / (allreduce_s + passes_s),
-            "bare_ratio": round_s / allreduce_s if allreduce_s else None}
+            "bare_ratio": round_s / allreduce_s if allreduce_s else None}  # none on one worker
 
 
 def measure(params: float, workers: int, clients: int, methods: Sequence[str], peers: Sequence[str],

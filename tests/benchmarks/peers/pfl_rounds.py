@@ -54,6 +54,10 @@ class Averaging(FederatedAveraging):
     def train_one_user(self, initial_model_state: Any, model: Any, user_dataset: Any,
                        central_context: Any) -> Any:
         if self.task:
+            gradients = self.module.flat.views(self.module.flat.grad)
+            for (_, p), (_, gradient) in zip(sorted(self.module.named_parameters()), gradients,
+                                             strict=True):
+                p.grad = gradient  # which the central optimizer has put aside
             self.task.train(self.module, self.module.flat, user_dataset.user_id,
                             central_context.current_central_iteration + 1)
         return model.get_model_difference(initial_model_state), Metrics()

@@ -192,8 +192,10 @@ class Worker:
 
     def _residuals(self) -> Iterator[Tensor]:
         """What each client owes whose term was added; kept again when the next one is asked for."""
-        for index in self._added:
+        for turn, index in enumerate(self._added, 1):
             state = self.store.take(index)
+            if turn < len(self._added):
+                self.store.prefetch(self._added[turn])
             yield state["residual"]
             self.store.put(index, state)
 

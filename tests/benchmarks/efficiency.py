@@ -4,7 +4,8 @@
 
 The real model, 4 clients, equal threads in all: two workers of one thread with two clients each
 against one worker of two threads with all four. Random tokens, since they train as fast as text.
-Both take turns in short blocks.
+Both take turns in short blocks. For a quiet machine: two threads that wait for each other are many
+times slower where something else has one of the cores.
 """
 
 from __future__ import annotations

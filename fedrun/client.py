@@ -68,8 +68,9 @@ class Client:
         return self.vectors["residual"]
 
     def forget(self) -> None:
-        """Drop all that local training has left behind, after an update that was not finite."""
-        self.vectors = {}
+        """Drop all that local training has left behind, after an update that was not finite. What a
+        wire owes of earlier ones stays."""
+        self.vectors.pop("parameters", None)
         self.optimizer.reset()
 
     def state(self) -> State:

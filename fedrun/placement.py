@@ -1,4 +1,4 @@
-"""Which worker hosts which client: a pure function of the clients' sizes."""
+"""Which worker hosts which client: a pure function of the clients' work."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 
 def place(sizes: Sequence[int], n_workers: int) -> list[list[int]]:
-    """The clients of every worker, balanced by size: longest first, to the least loaded.
+    """The clients of every worker, balanced by work: longest first, to the least loaded.
 
-    `sizes[k]` is the work of client k (tokens of its shard). Every rank computes the same answer.
+    `sizes[k]` is the work of client k in a round (the sequences that it trains on, which a longer
+    shard does not make more). Every rank computes the same answer.
     With no more workers than clients each has at least one; workers beyond them have none.
     Graham (1969), "Bounds on Multiprocessing Timing Anomalies": at most 4/3 of the best makespan.
     """

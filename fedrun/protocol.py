@@ -1,7 +1,7 @@
 """The protocol: one loop that every rank runs. Read this file first.
 
 The server (rank 0) plans a round, the workers train their clients on their own shards, one
-all-reduce sums the clients' terms, and every worker makes the same update of the same global model
+collective sums the clients' terms, and every worker makes the same update of the same global model
 from the sum. Alone, one process is the server and the only worker, and the loop is the same.
 """
 
@@ -88,6 +88,8 @@ def _end(verdict: Verdict, server: Server | None, worker: Worker | None, runtime
     """All ranks: the end that the server has decided. Nobody leaves before it has told the reason
     and kept the model, since a launcher ends all processes with the first."""
     model = _copy(server, worker, runtime)
+    if worker:
+        worker.store.close(wait=False)
     if server:
         server.end_early(verdict.error, model)
     runtime.control.share()

@@ -38,7 +38,8 @@ from fedrun.track import Events, Progress, cohort_event
 from fedrun.worker import DTYPES, new_model
 
 # Pieces of work that wait for the writer or are under way. A piece of an evaluated round holds a
-# copy of the model: of 100 million parameters in fp32, 1.6 GB in all at the most.
+# copy of the model, as does one that waits for a place: of 100 million parameters in fp32, 2 GB in
+# all at the most.
 PENDING = 4
 
 
@@ -56,7 +57,7 @@ class Server:
         self.start = studied(self.flat.views(self.flat.vector))
         self.history: list[dict[str, Any]] = []
         self.clocks = Clocks()
-        self.reference = config.strategy.first_reference(data.vocab_size, config.num_clients)
+        self.reference = config.strategy.first_reference(data.vocab_size, config.cohort_size)
         self._left_out_since_record: list[list[int]] = []
         done = 0
         if checkpoint:
@@ -214,11 +215,11 @@ class Server:
 
     def end_early(self, reason: str, model: Tensor) -> None:
         """Keep the model of the last whole round, and tell the reason."""
+        print(f"fedrun: {reason}", file=sys.stderr, flush=True)
+        write_failure(self.config.run_dir, reason.splitlines()[-1])
         self._close()
         self.flat.vector.copy_(model)
         self._save_model()
-        write_failure(self.config.run_dir, reason.splitlines()[-1])
-        print(f"fedrun: {reason}", file=sys.stderr, flush=True)
 
     def finish(self, plan: Plan, verdict: Verdict, reports: list[dict[str, Any]]) -> None:
         """Wait until all is written, and say how the run stands."""

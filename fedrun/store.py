@@ -73,8 +73,9 @@ class ClientStore(ABC):
         """Have `saver` begin a checkpoint of `files` and of all states as they are now."""
 
     @abstractmethod
-    def close(self) -> None:
-        """After the last turn of a run that has ended well."""
+    def close(self, wait: bool = True) -> None:
+        """After the last turn. Without `wait`, what moves is left to itself: of a run that failed,
+        which its checkpoints alone can go on from."""
 
 
 def make_store(config: FederatedConfig, states: Mapping[int, State], device: torch.device
@@ -110,7 +111,7 @@ class Resident(ClientStore):
         states = {client_file(client): state for client, state in self._states.items()}
         saver.begin(folder, step, {**files, **states})
 
-    def close(self) -> None:
+    def close(self, wait: bool = True) -> None:
         pass
 
 
@@ -163,8 +164,8 @@ class _Moving(ClientStore):
         trained = torch.cuda.current_stream().record_event() if self._stream else None
         self._leaving = self._thread.submit(self._send, client, state, trained)
 
-    def close(self) -> None:
-        self._thread.shutdown(cancel_futures=True)
+    def close(self, wait: bool = True) -> None:
+        self._thread.shutdown(wait, cancel_futures=True)
 
     def _settle(self) -> None:
         """Wait until what was put last is where it rests."""
@@ -234,9 +235,9 @@ class InMemory(_Moving):
 class OnDisk(_Moving):
     """States in files, `folder`/client_7.safetensors, each of them a new file whenever it is put.
 
-    A checkpoint takes a file as it is, by a hard link: nothing is read or copied for it, and a
-    client that has not trained between two checkpoints has one file in both. Where the file system
-    has no hard links the thread copies.
+    A checkpoint takes a file as it is, by a hard link: nothing is read or copied for it. Where the
+    file system has no hard links, or an earlier checkpoint has this file already (no two share one,
+    lest a flipped bit damage both), the thread copies.
 
     states: every client's at the start. Files of these clients that lie there are replaced.
     """
@@ -290,11 +291,15 @@ class OnDisk(_Moving):
             put_last.result()  # its error, if it has one
         folder.mkdir(parents=True, exist_ok=True)
         for name in self._sums:
-            _link(self._folder / name, folder / name)
+            file = self._folder / name
+            if file.stat().st_nlink > 1:  # an earlier checkpoint's, which this one is to outlive
+                shutil.copyfile(file, folder / name)
+            else:
+                _link(file, folder / name)
         return dict(self._sums)
 
-    def close(self) -> None:
-        super().close()
+    def close(self, wait: bool = True) -> None:
+        super().close(wait)
         for name in self._sums:
             (self._folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # other workers' files

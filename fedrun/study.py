@@ -276,8 +276,9 @@ def markdown(study: Study, rows: Sequence[dict[str, Any]]) -> str:
              "| setting | tuned at | tuned ratio | ratio | final ppl | best ppl |",
              "|---|---|---|---|---|---|"]
     for row in rows:
-        ratio = (f"{row['ratio_mean']:.4f} ± {row['ratio_std']:.4f}" if "ratio_mean" in row
-                 else "not repeated")
+        ratio = f"{row['ratio_mean']:.4f}" if "ratio_mean" in row else "not repeated"
+        if len(row.get("ratios", ())) > 1:
+            ratio += f" ± {row['ratio_std']:.4f}"
         final, best = (f"{row[k]:.2f}" if k in row else "" for k in ("final_ppl", "best_ppl"))
         lines.append(f"| {row['setting']} | {_shown(tuple(row['best'].items()))} | "
                      f"{row['tuned_ratio']:.4f} | {ratio} | {final} | {best} |")

@@ -196,24 +196,30 @@ class TermSum(CohortSum):
             slices = {name: vector[a:b] for name, vector in client.items()}
             if start is not None and "delta" in slices:
                 slices["delta"].sub_(start[a:b])
-            if not self._finite(slices):
-                self._take_back(client, weight, a)
+            if not self._finite(slices, (vector[b:] for vector in client.values())):
+                if self.exact:
+                    self._take_back(client, weight, a)
                 return False
-            self._add_slice(slices, weight, a, b)
+            if self.exact:
+                self._add_slice(slices, weight, a, b)
+        if not self.exact:  # floats cannot be taken back: all was looked at before
+            for a, b in self._slices():
+                self._add_slice({n: v[a:b] for n, v in client.items()}, weight, a, b)
         if self._stale:
             self._buffer[-1] = 0
             self._stale = False
         self._buffer[-1] += round(weight * 2.0**self._bits) if self.exact else weight
         return True
 
-    def _finite(self, client: Mapping[str, Tensor]) -> bool:
-        """Whether all these elements are finite; OverflowError where one is beyond its bound."""
+    def _finite(self, client: Mapping[str, Tensor], rest: Iterable[Tensor]) -> bool:
+        """Whether all elements of a slice are finite; OverflowError where one is beyond its bound,
+        unless the client is to be left out anyway for what is in the `rest`."""
         for name, vector in client.items():
             low, high = torch.aminmax(vector)  # both NaN where one element is
             peak, bound = max(-low.item(), high.item()), self._bounds[name]
             if peak <= bound:
                 continue
-            if not math.isfinite(peak):
+            if not math.isfinite(peak) or not all(bool(v.isfinite().all()) for v in rest):
                 return False
             what = ("the furthest that AdamW moves at this learning rate" if name == "delta"
                     else "the size that the grid of the exact sum is made for")
@@ -235,7 +241,7 @@ class TermSum(CohortSum):
                 self._section(i, a, b).add_(scaled)
 
     def _take_back(self, client: Mapping[str, Tensor], weight: float, stop: int) -> None:
-        """Undo what a client has added before element `stop`; of integers nothing remains."""
+        """Undo what a client has added to integers before element `stop`."""
         if self._stale:
             return
         for a, b in self._slices():

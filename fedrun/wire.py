@@ -5,15 +5,18 @@ sends the nearest multiples q_k of a step s, and keeps the rest:
 
     r_k <- r_k + p_k d_k;    q_k = round(r_k / s);    r_k <- r_k - s q_k;    S = s sum_k q_k
 
-Nothing is ever lost, only late: Seide et al. (2014), "1-Bit Stochastic Gradient Descent", and
-Karimireddy et al. (2019), "Error Feedback Fixes SignSGD", Algorithm 2, there with gradients.
+Nothing of an update is lost, only late, as long as its client is drawn again (where a client is
+left out, the others' shares grow, and with them what they owed): Seide et al. (2014), "1-Bit
+Stochastic Gradient Descent", and Karimireddy et al. (2019), "Error Feedback Fixes SignSGD",
+Algorithm 2, there with gradients.
 
 Sums of eight-bit numbers need more than eight bits, unless the terms leave room for each other.
 Here they do: the weights of a cohort sum to one, so client k has c_k = 1 + floor((127 - K) p_k)
 levels to either side of zero, and the levels of all K clients sum to 127 at most. What travels is
 q_k + c_k, a byte without a sign whose sum over all clients is below 256: four bytes make a word
 that an int32 all-reduce sums, and no byte ever carries into the next. It costs resolution instead
-of bytes: 31 levels to a side for each of 4 equal clients, 8 for each of 16, one for each of 126.
+of bytes: 31 levels to a side for each of 4 equal clients, 7 for each of 16, one for each from 64
+on. (The top byte may take a word past 2^31: sums of int32 wrap, and no bit is lost.)
 
 The step s belongs to a block of 256 elements (a row of a matrix, about) and is the smallest that
 no client's largest element overruns: s = max_k |r_k| / c_k. It is found by a small all-reduce
@@ -63,6 +66,7 @@ class Int8Sum(CohortSum):
         self.cohort = cohort
         self.peaks = torch.zeros(blocks, dtype=like.dtype, device=like.device)
         self._fields = self.buffer[:words].view(torch.uint8).view(blocks, BLOCK)
+        self._bound = math.inf
         self._levels: list[int] = []  # of the clients whose terms were added here
 
     @property
@@ -70,7 +74,7 @@ class Int8Sum(CohortSum):
         return self.buffer.nbytes + self.peaks.nbytes
 
     def begin(self, bounds: Bounds) -> None:
-        """Start a round. Its bounds do not matter: the step follows what the clients hold."""
+        self._bound = bounds.update
         self.buffer.zero_()
         self.peaks.zero_()
         self._levels.clear()
@@ -80,8 +84,13 @@ class Int8Sum(CohortSum):
         delta, residual = client["delta"], client["residual"]
         if start is not None:
             delta.sub_(start)
-        if not all(math.isfinite(x) for x in torch.aminmax(delta)):
+        low, high = torch.aminmax(delta)  # both NaN where one element is
+        peak = max(-low.item(), high.item())
+        if not math.isfinite(peak):
             return False
+        if peak > self._bound:
+            raise OverflowError(f"delta: an element of size {peak:g} exceeds {self._bound:g}, the "
+                                "furthest that AdamW moves at this learning rate")
         residual.add_(delta, alpha=weight)
         levels = 1 + math.floor((LEVELS - self.cohort) * weight)
         for a, b in self._slices():

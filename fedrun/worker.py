@@ -92,11 +92,12 @@ class Worker:
 
     def _host_clients(self) -> dict[int, Client]:
         """This worker's clients, which share its model and its optimizer."""
-        config, sizes = self.config, self.shards.sizes
+        config = self.config
+        work = [config.local_updates * config.batch_size] * config.num_clients  # of a round
         optimizer = LocalOptimizer(self.flat, config, self.rounds * config.local_updates)
         return {k: Client(k, self.shards.train[k], self.data.train, self.flat, config, optimizer,
                           moments_are_own=config.client_state == "keep")
-                for k in place(sizes, len(self.runtime.workers))[self.runtime.worker or 0]}
+                for k in place(work, len(self.runtime.workers))[self.runtime.worker or 0]}
 
     def train(self, plan: Plan) -> dict[str, Any]:
         """Train the hosted clients of the cohort, adding each one's term; nothing travels."""

@@ -121,6 +121,13 @@ def test_a_snapshot_of_files_is_links_to_them(tmp_path: Path) -> None:
     files = [tmp_path / "clients" / client_file(k) for k in range(2)]
     assert all(file.samefile(folder / file.name) for file in files)
     states.put(1, state(5))
+    later = tmp_path / "step_000002"
+    states.save(saver, later, 2, {})
+    written(saver)
+    # Client 0 has not trained since, but a bit that flips in one file must not be in both.
+    assert not (later / files[0].name).samefile(folder / files[0].name)
+    assert (later / files[0].name).read_bytes() == (folder / files[0].name).read_bytes()
+    assert (later / files[1].name).samefile(files[1])
     states.close()
     assert not (tmp_path / "clients").exists()
     assert sorted(p.name for p in folder.iterdir()) == [client_file(0), client_file(1)]
@@ -269,6 +276,7 @@ def test_a_run_ends_when_the_disk_is_full(run: Run, tmp_path: Path) -> None:
     assert full.code == 1
     assert "--client_store disk: a client's state cannot be written (File too large)" in full.output
     assert str(full.run_dir / "clients") in full.output
+    assert not (full.run_dir / "clients").exists(), "what is of no use stays on a full disk"
 
 
 # ---- memory --------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedrun.strategies import FedAvg, FedEntropy
-from fedrun.strategies.base import ServerRound
+from fedrun.strategies import FedAvg, FedEntropy, FedFisher, FedSGD
+from fedrun.strategies.base import ServerRound, Strategy
 from fedrun.sums import Bounds, TermSum, adamw_step_bound
 
 SIZE = 70_001  # more than one slice, and not a multiple of one
@@ -61,7 +61,49 @@ def test_same_bits_whatever_the_order_and_placement() -> None:
         assert torch.equal(one, other)
 
 
-def test_leaving_a_client_out_renormalises() -> None:
+CASES: dict[str, tuple[Strategy, tuple[str, ...], bool]] = {  # method, moments averaged as well
+    "fed_avg": (FedAvg(), ("delta",), False),
+    "average": (FedAvg(), ("delta", "exp_avg", "exp_avg_sq"), True),
+    "fed_fisher": (FedFisher(), ("delta", "fisher"), False),
+    "relative": (FedFisher(fisher_floor_mode="relative"), ("delta", "fisher"), False),
+    "fed_sgd": (FedSGD(), ("gradient",), False)}
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("first", [False, True])
+def test_leaving_a_client_out_leaves_nothing_of_it(case: str, exact: bool, first: bool) -> None:
+    """Its first slice is added before its last one is seen to be no number."""
+    strategy, names, average = CASES[case]
+    deltas = updates(4, 1e-3)
+    good, other, bad = ({name: d.abs() for name in names} for d in deltas[:3])
+    bad = {name: vector * (1 if exact else 1e30) for name, vector in bad.items()}
+    bad[names[-1]] = bad[names[-1]].clone()
+    bad[names[-1]][SIZE - 1] = math.nan
+
+    def buffer(clients: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        terms = TermSum(strategy, SIZE, deltas[0], exact=exact, average_moments=average)
+        terms.begin(Bounds(1e-3))
+        for client in clients:
+            assert terms.add({n: v.clone() for n, v in client.items()}, 0.3) == (client is not bad)
+        return terms.buffer.clone()
+
+    with_it = buffer([bad, good, other] if first else [good, bad, other])
+    assert torch.equal(with_it, buffer([good, other]))
+
+
+def test_what_is_no_number_is_left_out_though_another_element_is_beyond_the_bound() -> None:
+    for place, value in ((SIZE - 1, math.nan), (0, math.inf)):
+        terms = TermSum(FedAvg(), SIZE, torch.zeros(SIZE), exact=True)
+        terms.begin(Bounds(1e-3))
+        delta = torch.zeros(SIZE)
+        delta[7] = 1.0
+        delta[place] = value
+        assert not terms.add({"delta": delta}, 1.0)
+        assert not terms.buffer.any()
+
+
+def test_the_mean_is_over_those_who_took_part() -> None:
     deltas = updates(3, 1e-3)
     terms = TermSum(FedAvg(), SIZE, deltas[0], exact=True)
     terms.begin(Bounds(1e-3))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from conftest import Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from test_methods import InProcess, little_text, run_here
 from test_resume import FAULTY, fault
 from test_runs import without_clocks
 
+from fedrun.client import Client
 from fedrun.comm import DataPlane
 from fedrun.config import INT8_COHORT
 from fedrun.settings import resolve
@@ -22,6 +25,8 @@ from fedrun.strategies import FedAvg
 from fedrun.strategies.base import ServerRound
 from fedrun.sums import Bounds
 from fedrun.wire import BLOCK, Int8Sum
+
+assert {little_text, run_here}  # fixtures, found here by their names
 
 SIZE = 70_001  # more than one slice, a part of a block at the end
 
@@ -150,6 +155,42 @@ def test_a_client_that_is_not_finite_adds_nothing_and_owes_as_before() -> None:
     terms.apply(model, {}, ServerRound(1))
     expected = (0.2 * deltas[0].double() + 0.3 * deltas[2].double()) / 0.5
     assert float((model - expected).norm() / expected.norm()) < 0.05
+
+
+def test_what_a_client_owes_outlives_a_round_in_which_it_is_left_out(
+        run_here: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a residual that is lost would be seen: the final bits depend on it."""
+    healthy, owed = Client.forget, []
+
+    def forget(client: Client) -> None:
+        before = client.vectors["residual"].clone()
+        healthy(client)
+        owed.append((before, client.vectors["residual"].clone()))
+
+    monkeypatch.setattr(Client, "forget", forget)
+    broken_train = Client.train
+
+    def train(client: Client, *args: Any, **kwargs: Any) -> Any:
+        losses = broken_train(client, *args, **kwargs)
+        if client.index == 1 and client.steps_done > 2:
+            client.flat.vector[0] = math.nan
+        return losses
+
+    monkeypatch.setattr(Client, "train", train)
+    outcome = run_here("fed_avg", "--num_clients", 2, "--rounds", 3, "--wire", "int8",
+                       "--local_updates", 2)
+    assert outcome.code == 0, outcome.output
+    assert len(owed) == 2
+    for before, after in owed:
+        assert bool(before.any())
+        assert torch.equal(before, after)
+
+
+def test_an_update_beyond_the_bound_is_an_error() -> None:
+    terms = Int8Sum(FedAvg(), 10, torch.zeros(10), 1)
+    terms.begin(Bounds(1e-3))
+    with pytest.raises(OverflowError, match=r"exceeds 0\.001"):
+        terms.add({"delta": torch.full((10,), 1.1e-3), "residual": torch.zeros(10)}, 1.0)
 
 
 @settings(max_examples=60, deadline=None)

@@ -18,6 +18,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from fedrun.config import FederatedConfig
+
 Axis = Literal["tokens", "steps", "rounds", "seconds", "bytes"]
 AXES: tuple[Axis, ...] = get_args(Axis)
 Measure = Literal["val_ppl", "train_ppl"]
@@ -30,10 +32,9 @@ INFERRED = (f"tokens of runs that do not record them: {STUDY_CLIENTS} clients ×
             f"{STUDY_BATCH} (central: {STUDY_CENTRAL_BATCH}) × {STUDY_LENGTH} tokens a step")
 
 # Settings in which runs may differ and still be repetitions of one experiment.
-_NO_VARIANT = frozenset({
-    "method", "config", "local_updates", "seed", "data_dir", "cache_dir", "run_name", "overwrite",
-    "timeout", "server", "device", "threads", "eval_clients", "save_client_deltas", "val_freq",
-    "track", "reduce"})
+_NO_VARIANT = FederatedConfig.neutral | {
+    "method", "config", "local_updates", "seed", "device", "threads", "eval_clients",
+    "save_client_deltas", "val_freq", "reduce"}
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,8 @@ class Disk:
                 self.held.release()
                 assert self.free.wait(SECONDS), "nobody went on without the disk"
                 self.seen.append("wrote")
+            elif self.seen:  # a round has begun, and this thread is one that it waits for
+                self.seen.append(f"{path.name} written in the round's own thread")
             write(path, *content, **how)
         return slow
 

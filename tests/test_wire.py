@@ -186,6 +186,24 @@ def test_what_a_client_owes_outlives_a_round_in_which_it_is_left_out(
         assert torch.equal(before, after)
 
 
+def test_what_is_counted_is_what_the_collectives_carry() -> None:
+    class Counting(Wire):
+        carried = 0
+
+        def all_max(self, peaks: torch.Tensor) -> None:
+            self.carried += peaks.nbytes
+
+        def all_reduce(self, buffer: torch.Tensor) -> None:
+            self.carried += buffer.nbytes
+
+    terms, plane = Int8Sum(FedAvg(), SIZE, torch.zeros(SIZE), 1), Counting([])
+    terms.begin(Bounds(1.0))
+    residual = torch.zeros(SIZE)
+    assert terms.add({"delta": drawn(1)[0], "residual": residual}, 1.0)
+    terms.reduce(plane, [residual])  # type: ignore[arg-type]
+    assert plane.carried == terms.wire_bytes < 1.02 * SIZE
+
+
 def test_an_update_beyond_the_bound_is_an_error() -> None:
     terms = Int8Sum(FedAvg(), 10, torch.zeros(10), 1)
     terms.begin(Bounds(1e-3))

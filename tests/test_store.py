@@ -212,6 +212,7 @@ def test_the_next_state_is_read_while_a_client_trains(run_here: InProcess,
     assert max(at_once) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_same_bits_in_memory_and_on_disk_in_1_2_3_and_5_processes(
         little_text: tuple[str, ...], tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ class _Heartbeat:
 
 
 class DataPlane:
-    """The data plane: sums of vectors over the workers."""
+    """The data plane: sums and maxima of vectors over the workers."""
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self.group = group

@@ -19,6 +19,8 @@ from fedrun.server import Server
 from fedrun.stopping import StopRequest
 from fedrun.worker import StoppedForPeer, Worker
 
+SECONDS_FOR_STORES = 5.0  # of a run that has failed, maybe since a disk does not answer
+
 
 class RunEnded(RuntimeError):
     """All ranks have agreed to end, and the server has told why."""
@@ -88,9 +90,9 @@ def _end(verdict: Verdict, server: Server | None, worker: Worker | None, runtime
     """All ranks: the end that the server has decided. Nobody leaves before it has told the reason
     and kept the model, since a launcher ends all processes with the first."""
     model = _copy(server, worker, runtime)
-    if worker:
-        worker.store.close(wait=False)
     if server:
         server.end_early(verdict.error, model)
+    if worker:
+        worker.store.close(SECONDS_FOR_STORES)
     runtime.control.share()
     raise RunEnded(verdict.error)

@@ -215,11 +215,13 @@ class Server:
 
     def end_early(self, reason: str, model: Tensor) -> None:
         """Keep the model of the last whole round, and tell the reason."""
-        print(f"fedrun: {reason}", file=sys.stderr, flush=True)
-        write_failure(self.config.run_dir, reason.splitlines()[-1])
-        self._close()
-        self.flat.vector.copy_(model)
-        self._save_model()
+        try:
+            self._close()
+            self.flat.vector.copy_(model)
+            self._save_model()
+        finally:  # whatever the writer has met: the reason is told
+            write_failure(self.config.run_dir, reason.splitlines()[-1])
+            print(f"fedrun: {reason}", file=sys.stderr, flush=True)
 
     def finish(self, plan: Plan, verdict: Verdict, reports: list[dict[str, Any]]) -> None:
         """Wait until all is written, and say how the run stands."""

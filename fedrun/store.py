@@ -73,9 +73,9 @@ class ClientStore(ABC):
         """Have `saver` begin a checkpoint of `files` and of all states as they are now."""
 
     @abstractmethod
-    def close(self, wait: bool = True) -> None:
-        """After the last turn. Without `wait`, what moves is left to itself: of a run that failed,
-        which its checkpoints alone can go on from."""
+    def close(self, patience: float) -> None:
+        """After the last turn, of the run or before a failure: its checkpoints are all that a run
+        goes on from. Waits so many seconds for what still moves."""
 
 
 def make_store(config: FederatedConfig, states: Mapping[int, State], device: torch.device
@@ -111,7 +111,7 @@ class Resident(ClientStore):
         states = {client_file(client): state for client, state in self._states.items()}
         saver.begin(folder, step, {**files, **states})
 
-    def close(self, wait: bool = True) -> None:
+    def close(self, patience: float) -> None:
         pass
 
 
@@ -164,8 +164,9 @@ class _Moving(ClientStore):
         trained = torch.cuda.current_stream().record_event() if self._stream else None
         self._leaving = self._thread.submit(self._send, client, state, trained)
 
-    def close(self, wait: bool = True) -> None:
-        self._thread.shutdown(wait, cancel_futures=True)
+    def close(self, patience: float) -> None:
+        wait([self._thread.submit(lambda: None)], patience)  # the last in its order
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _settle(self) -> None:
         """Wait until what was put last is where it rests."""
@@ -291,15 +292,11 @@ class OnDisk(_Moving):
             put_last.result()  # its error, if it has one
         folder.mkdir(parents=True, exist_ok=True)
         for name in self._sums:
-            file = self._folder / name
-            if file.stat().st_nlink > 1:  # an earlier checkpoint's, which this one is to outlive
-                shutil.copyfile(file, folder / name)
-            else:
-                _link(file, folder / name)
+            _link(self._folder / name, folder / name)
         return dict(self._sums)
 
-    def close(self, wait: bool = True) -> None:
-        super().close(wait)
+    def close(self, patience: float) -> None:
+        super().close(patience)
         for name in self._sums:
             (self._folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # other workers' files
@@ -307,9 +304,11 @@ class OnDisk(_Moving):
 
 
 def _link(file: Path, name: Path) -> None:
-    """Another name for a file, instead of what was there; a copy where that cannot be."""
+    """A second name for a file, instead of what was there. A copy where that cannot be, or where it
+    has two already: one of them is a checkpoint's, and no two checkpoints are to share a file."""
     name.unlink(missing_ok=True)
-    try:
-        os.link(file, name)
-    except OSError:
-        shutil.copyfile(file, name)
+    with suppress(OSError):
+        if file.stat().st_nlink == 1:
+            os.link(file, name)
+            return
+    shutil.copyfile(file, name)

@@ -14,6 +14,7 @@ known only after training need room: their sums are int64, twice the bytes for e
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -45,11 +46,8 @@ class Bounds:
         return self.update**units.update * self.gradient**units.gradient
 
 
-class CohortSum:
-    """A sum over a cohort in one buffer, and the server update from it: what all wires share.
-
-    `sums` names the vectors that are summed, `buffer` holds what travels.
-    """
+class CohortSum(ABC):
+    """A sum over a cohort in one buffer, and the server update from it: what all wires share."""
 
     def __init__(self, strategy: Strategy, size: int, buffer: Tensor, scratch: Tensor,
                  moments: tuple[str, ...] = ()) -> None:
@@ -70,10 +68,11 @@ class CohortSum:
         """Payload of a round's collectives."""
         return self._buffer.nbytes
 
+    @abstractmethod
     def begin(self, bounds: Bounds) -> None:
         """Start a round in which clients keep within these bounds."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None = None) -> bool:
         """Add a client's terms, times its weight; (size,) each, by name. False, with nothing added,
         where one of them is not finite.
@@ -81,7 +80,6 @@ class CohortSum:
         With `start`, the model that the client started from, `delta` comes as the client's
         parameters and becomes its update in place.
         """
-        raise NotImplementedError
 
     def reduce(self, plane: DataPlane, residuals: Iterable[Tensor]) -> None:
         """Workers: sum over all of them, in place.
@@ -124,13 +122,13 @@ class CohortSum:
         return ({name: math.sqrt(value) for name, value in squares.items()}
                 | {name: count / self.size for name, count in counts.items()})
 
+    @abstractmethod
     def _total_weight(self) -> float:
         """Of the clients that took part."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _means(self, a: int, b: int, total: float) -> dict[str, Tensor]:
         """The cohort's weighted means, elements a to b, in memory that the next call reuses."""
-        raise NotImplementedError
 
     def _with_element_means(self, context: ServerRound, total: float) -> ServerRound:
         assert not self.strategy.element_means
@@ -215,16 +213,12 @@ class TermSum(CohortSum):
         """Whether all elements of a slice are finite; OverflowError where one is beyond its bound,
         unless the client is to be left out anyway for what is in the `rest`."""
         for name, vector in client.items():
-            low, high = torch.aminmax(vector)  # both NaN where one element is
-            peak, bound = max(-low.item(), high.item()), self._bounds[name]
+            peak, bound = largest(vector), self._bounds[name]
             if peak <= bound:
                 continue
             if not math.isfinite(peak) or not all(bool(v.isfinite().all()) for v in rest):
                 return False
-            what = ("the furthest that AdamW moves at this learning rate" if name == "delta"
-                    else "the size that the grid of the exact sum is made for")
-            raise OverflowError(f"{name}: an element of size {peak:g} exceeds {bound:g}, "
-                                f"{what}: --reduce float has no such bound")
+            raise beyond(name, peak, bound)
         return True
 
     def _add_slice(self, client: Mapping[str, Tensor], weight: float, a: int, b: int) -> None:
@@ -276,6 +270,20 @@ class TermSum(CohortSum):
 
     def _section(self, index: int, a: int, b: int) -> Tensor:
         return self._buffer[index * self.size + a:index * self.size + b]
+
+
+def largest(vector: Tensor) -> float:
+    """The size of the largest element, NaN where one is NaN."""
+    low, high = torch.aminmax(vector)  # both NaN where one element is
+    return max(-low.item(), high.item())
+
+
+def beyond(name: str, peak: float, bound: float) -> OverflowError:
+    """The error for a client's vector with an element of size `peak`, larger than it can be."""
+    what = ("the furthest that AdamW moves at this learning rate" if name == "delta"
+            else "the size that the grid of the exact sum is made for")
+    return OverflowError(f"{name}: an element of size {peak:g} exceeds {bound:g}, {what}: --wire "
+                         "exact --reduce float has no such bound")
 
 
 def slice_width(size: int, device: torch.device) -> int:

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from fedrun.config import INT8_COHORT
 from fedrun.strategies.base import Strategy
-from fedrun.sums import Bounds, CohortSum, slice_width
+from fedrun.sums import Bounds, CohortSum, beyond, largest, slice_width
 
 if TYPE_CHECKING:
     from fedrun.comm import DataPlane
@@ -84,13 +84,11 @@ class Int8Sum(CohortSum):
         delta, residual = client["delta"], client["residual"]
         if start is not None:
             delta.sub_(start)
-        low, high = torch.aminmax(delta)  # both NaN where one element is
-        peak = max(-low.item(), high.item())
+        peak = largest(delta)
         if not math.isfinite(peak):
             return False
         if peak > self._bound:
-            raise OverflowError(f"delta: an element of size {peak:g} exceeds {self._bound:g}, the "
-                                "furthest that AdamW moves at this learning rate")
+            raise beyond("delta", peak, self._bound)
         residual.add_(delta, alpha=weight)
         levels = 1 + math.floor((LEVELS - self.cohort) * weight)
         for a, b in self._slices():
@@ -122,7 +120,7 @@ class Int8Sum(CohortSum):
     def _blocks(self, vector: Tensor, a: int, b: int) -> tuple[int, int, Tensor]:
         """The blocks of a slice, and a copy of it in their shape (blocks, BLOCK), zeros at its
         end."""
-        first, last = a // BLOCK, -(-b // BLOCK)
+        first, last = _block_range(a, b)
         copy = self._scratch[0, :(last - first) * BLOCK]
         copy[:b - a] = vector[a:b]
         copy[b - a:] = 0
@@ -132,8 +130,13 @@ class Int8Sum(CohortSum):
         return float(self.buffer[-2]) / 2.0**_WEIGHT_BITS
 
     def _means(self, a: int, b: int, total: float) -> dict[str, Tensor]:
-        first, last = a // BLOCK, -(-b // BLOCK)
+        first, last = _block_range(a, b)
         mean = self._scratch[0, :(last - first) * BLOCK].view(-1, BLOCK)
         mean.copy_(self._fields[first:last]).sub_(float(self.buffer[-1]))
         mean.mul_(self.peaks[first:last, None]).div_(total)
         return {"delta": mean.view(-1)[:b - a]}
+
+
+def _block_range(a: int, b: int) -> tuple[int, int]:
+    """The blocks that elements a to b lie in; a is the first of one."""
+    return a // BLOCK, -(-b // BLOCK)

@@ -80,7 +80,6 @@ class Worker:
                                      ) if isinstance(self.strategy, FedFisher) else None
         self.shards = Shards(config, data)
         self.schedule = Schedule(config, self.shards.sizes)
-        self.rounds = self.schedule.rounds
         self.clients = self._host_clients()
         self.store = make_store(config, {k: c.state() for k, c in self.clients.items()},
                                 runtime.device)
@@ -94,7 +93,7 @@ class Worker:
         """This worker's clients, which share its model and its optimizer."""
         config = self.config
         work = [config.local_updates * config.batch_size] * config.num_clients  # of a round
-        optimizer = LocalOptimizer(self.flat, config, self.rounds * config.local_updates)
+        optimizer = LocalOptimizer(self.flat, config, self.schedule.rounds * config.local_updates)
         return {k: Client(k, self.shards.train[k], self.data.train, self.flat, config, optimizer,
                           moments_are_own=config.client_state == "keep")
                 for k in place(work, len(self.runtime.workers))[self.runtime.worker or 0]}
@@ -185,7 +184,8 @@ class Worker:
         if not plan.last and (turns := self._hosted(self.schedule.cohort(plan.round + 1))):
             self.store.prefetch(turns[0])
         config = self.config
-        context = ServerRound(plan.round, scheduled_lr(config, plan.round - 1, self.rounds),
+        context = ServerRound(plan.round, scheduled_lr(config, plan.round - 1,
+                                                       self.schedule.rounds),
                               config.beta1, config.beta2, config.weight_decay)
         norms = self.terms.apply(self.global_model, self.state, context, self.moments,
                                  measure=plan.evaluate)
@@ -220,7 +220,7 @@ class Worker:
     def end(self) -> list[dict[str, Any]]:
         """After the last round: wait until all is written. What `Saver.written` tells."""
         written = self.saver.written(wait=True)
-        self.store.close()
+        self.store.close(self.config.timeout)
         return written
 
     def evaluate(self) -> tuple[list[Piece], float]:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from made_data import made
 
+from fedrun.comm import Control, DataPlane
+from fedrun.config import FederatedConfig
+from fedrun.launch import detect
 from fedrun.placement import place
+from fedrun.runtime import Runtime
+from fedrun.settings import resolve
+from fedrun.worker import Worker
 
 
 @given(st.lists(st.integers(1, 10_000), min_size=1, max_size=60), st.integers(1, 12))
@@ -24,3 +32,15 @@ def test_equal_clients_are_spread_evenly() -> None:
     assert sorted(len(c) for c in place([5] * 7, 3)) == [2, 2, 3]
     assert place([5] * 4, 4) == [[0], [1], [2], [3]]
     assert place([5, 5], 4) == [[0], [1], [], []]
+
+
+def test_a_client_with_a_long_shard_does_not_train_longer() -> None:
+    """A round is as many local updates for each, so that each of two workers has half of them."""
+    config = resolve("fed_avg", {"config": "tiny", "num_clients": "8", "size_skew": "1.5",
+                                 "rounds": "1", "batch_size": "1", "sequence_length": "4",
+                                 "dtype": "fp32", "device": "cpu"})
+    assert isinstance(config, FederatedConfig)
+    runtime = Runtime(detect({}), torch.device("cpu"), (0, 1), Control(), DataPlane())
+    worker = Worker(config, made([2000], vocab_size=50), runtime)
+    assert max(worker.shards.sizes) > 4 * min(worker.shards.sizes)
+    assert len(worker.clients) == 4

@@ -26,6 +26,8 @@ from fedrun import checkpoint, store
 from fedrun.checkpoint import GLOBAL, Saver, client_file
 from fedrun.client import Client
 from fedrun.store import ClientStore, InMemory, OnDisk, Resident
+from fedrun.strategies.base import ServerRound
+from fedrun.sums import TermSum
 
 assert {little_text, run_here, undisturbed}  # fixtures, found here by their names
 
@@ -71,7 +73,7 @@ def test_what_is_put_is_taken_whatever_its_names(kind: str, tmp_path: Path) -> N
     for client, turn in ((1, 4), (2, 5), (0, 6)):
         assert_same(states.take(client), state(turn, "adamw.exp_avg"))
         states.put(client, state(9))
-    states.close()
+    states.close(SECONDS)
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -90,7 +92,7 @@ def test_a_snapshot_is_of_its_moment_and_is_gone_on_from_in_any_store(
         states.take(client)
         states.put(client, state(7, "parameters"))
     answer = written(saver)
-    states.close()
+    states.close(SECONDS)
     checkpoint.commit(folder, 4, {}, {}, {}, answer["files"])
     found = checkpoint.read(folder)
     assert set(found.sums) == {GLOBAL, "server.json", *map(client_file, range(3))}
@@ -105,7 +107,7 @@ def test_a_snapshot_is_of_its_moment_and_is_gone_on_from_in_any_store(
         again.save(saver, tmp_path / "next" / "step_000005", 5, {})
         files = written(saver)["files"]
         assert files == {name: found.sums[name] for name in map(client_file, range(3))}
-        again.close()
+        again.close(SECONDS)
         shutil.rmtree(tmp_path / "next")
 
 
@@ -128,7 +130,7 @@ def test_a_snapshot_of_files_is_links_to_them(tmp_path: Path) -> None:
     assert not (later / files[0].name).samefile(folder / files[0].name)
     assert (later / files[0].name).read_bytes() == (folder / files[0].name).read_bytes()
     assert (later / files[1].name).samefile(files[1])
-    states.close()
+    states.close(SECONDS)
     assert not (tmp_path / "clients").exists()
     assert sorted(p.name for p in folder.iterdir()) == [client_file(0), client_file(1)]
 
@@ -164,7 +166,7 @@ def test_a_disk_that_is_full_is_told_at_the_next_call(tmp_path: Path,
     for call in (lambda: states.take(1), lambda: states.put(1, state(1))):
         with pytest.raises(OSError, match=told):
             call()
-    states.close()
+    states.close(SECONDS)
 
 
 def test_a_disk_that_does_not_answer_is_not_waited_for_for_ever(
@@ -175,7 +177,7 @@ def test_a_disk_that_does_not_answer_is_not_waited_for_for_ever(
     with pytest.raises(TimeoutError, match=r"--timeout 0\.1"):
         states.take(0)
     answers.set()
-    states.close()
+    states.close(SECONDS)
 
 
 # ---- whole runs ----------------------------------------------------------------------------------
@@ -198,16 +200,26 @@ def test_the_next_state_is_read_while_a_client_trains(run_here: InProcess,
         return tensors
 
     def train(client: Client, *args: Any, **kwargs: Any) -> Any:
+        if client.index == 0 and not came_early:
+            reads[0].acquire()  # of the first turn of all, which nobody could expect
         if client.index < 3:
             came_early.append(reads[client.index + 1].acquire(timeout=SECONDS))
         return healthy_train(client, *args, **kwargs)
 
+    def apply(terms: TermSum, model: Tensor, state: Any, context: ServerRound, *args: Any,
+              **kwargs: Any) -> Any:
+        if context.number < 4:  # the first client of the next round
+            came_early.append(reads[0].acquire(timeout=SECONDS))
+        return healthy_apply(terms, model, state, context, *args, **kwargs)
+
+    healthy_apply = TermSum.apply
+    monkeypatch.setattr(TermSum, "apply", apply)
     monkeypatch.setattr(store, "read_tensors", read)
     monkeypatch.setattr(Client, "train", train)
     outcome = run_here("fed_avg", "--num_clients", 4, "--rounds", 4, "--client_store", "disk",
                        "--checkpoint_freq", 1)
     assert outcome.code == 0, outcome.output
-    assert came_early == [True] * 12
+    assert came_early == [True] * 15
     assert len(at_once) == 16  # each state once a round
     assert max(at_once) == 2
 

@@ -1,7 +1,7 @@
-"""The two planes: small messages through the server, vectors among the workers.
+"""The control plane: small messages through the server.
 
-The only file that calls collectives. Control messages are JSON, never pickle; every wait has a
-timeout, and where a rank is missing the message names it.
+Besides data_plane.py the only file that calls collectives. Messages are JSON, never pickle; every
+wait has a timeout, and where a rank is missing the error names it.
 """
 
 from __future__ import annotations
@@ -220,27 +220,6 @@ class _Heartbeat:
         One that the store does not let go is left to `__main__`, which ends without it."""
         self._stopped.set()
         self._thread.join(SECONDS_FOR_STORE)
-
-
-class DataPlane:
-    """The data plane: sums and maxima of vectors over the workers."""
-
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self.group = group
-        self.bytes_sent = 0
-        """Payload bytes this process has handed to collectives."""
-
-    def all_reduce(self, vector: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
-        """Workers: the sum (or what `op` says) over all workers, in place. On one worker nothing
-        runs."""
-        if self.group is None or dist.get_world_size(self.group) == 1:
-            return
-        dist.all_reduce(vector, op, group=self.group)
-        self.bytes_sent += vector.numel() * vector.element_size()
-
-    def all_max(self, vector: Tensor) -> None:
-        """Workers: the largest of each element over all workers, in place."""
-        self.all_reduce(vector, dist.ReduceOp.MAX)
 
 
 def _encode(message: Any) -> Tensor:

@@ -18,8 +18,10 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from fedrun.comm import Control, DataPlane
+from fedrun.comm import Control
+from fedrun.data_plane import DataPlane
 from fedrun.launch import Launch, rendezvous
+from fedrun.node import machine
 
 # For all ranks to appear: schedulers start nodes unevenly.
 STARTUP_TIMEOUT = timedelta(minutes=5)
@@ -168,7 +170,13 @@ def join(launch: Launch, device: torch.device, control: Control, identity: Mappi
     # A server without a GPU is no member, so what it names as backend does not matter.
     data = dist.new_group(list(workers), backend="nccl" if device.type == "cuda" else "gloo",
                           timeout=control.timeout)
-    return Runtime(launch, device, workers, control, DataPlane(data))
+    plane = DataPlane(data, None if device.type == "cuda" else machine()
+                      ) if launch.rank in workers else DataPlane()
+    known = control.gather([workers[w] for w in plane.senders])
+    senders = control.share(known and known[control.first_worker])
+    if 1 < len(senders) < len(workers):  # all ranks make it, members or not
+        plane.between = dist.new_group(senders, control.timeout, "gloo")
+    return Runtime(launch, device, workers, control, plane)
 
 
 def compare(control: Control, workers: tuple[int, ...], device: torch.device,

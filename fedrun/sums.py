@@ -14,129 +14,18 @@ known only after training need room: their sums are int64, twice the bytes for e
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from fedrun.strategies.base import CLIENT_VECTORS, ServerRound, Strategy, Units
-
-if TYPE_CHECKING:
-    from fedrun.comm import DataPlane
+from fedrun.cohort_sum import Bounds, CohortSum, beyond, largest, slice_width
+from fedrun.data_plane import DataPlane
+from fedrun.strategies.base import CLIENT_VECTORS, ServerRound, Strategy
 
 # Bits below the sign, one spare.
 _BITS = {torch.int32: 30, torch.int64: 62}
-# Elements handled at a time: intermediate results stay in the processor's cache; on a GPU, where
-# launches cost more than memory, a slice is large.
-_SLICE = {"cpu": 1 << 16, "cuda": 1 << 24}
 MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """No element of what a client reports is larger: the grids of a round."""
-
-    update: float
-    gradient: float = 1.0
-
-    def of(self, units: Units) -> float:
-        return self.update**units.update * self.gradient**units.gradient
-
-
-class CohortSum(ABC):
-    """A sum over a cohort in one buffer, and the server update from it: what all wires share."""
-
-    def __init__(self, strategy: Strategy, size: int, buffer: Tensor, scratch: Tensor,
-                 moments: tuple[str, ...] = ()) -> None:
-        self.strategy = strategy
-        self.size = size
-        self._buffer = buffer
-        self.moments = moments
-        self._scratch = scratch
-        """(rows, width): a slice of each vector, in the model's type."""
-
-    @property
-    def buffer(self) -> Tensor:
-        """The sum so far: of this worker's clients, after `reduce` of all."""
-        return self._buffer
-
-    @property
-    def wire_bytes(self) -> int:
-        """Payload of a round's collectives."""
-        return self._buffer.nbytes
-
-    @abstractmethod
-    def begin(self, bounds: Bounds) -> None:
-        """Start a round in which clients keep within these bounds."""
-
-    @abstractmethod
-    def add(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None = None) -> bool:
-        """Add a client's terms, times its weight; (size,) each, by name. False, with nothing added,
-        where one of them is not finite.
-
-        With `start`, the model that the client started from, `delta` comes as the client's
-        parameters and becomes its update in place.
-        """
-
-    def reduce(self, plane: DataPlane, residuals: Iterable[Tensor]) -> None:
-        """Workers: sum over all of them, in place.
-
-        residuals: what the clients owe whose terms were added here, in that order, (size,) each and
-        one at a time; for a wire that keeps some back, which changes them.
-        """
-        plane.all_reduce(self.buffer)
-
-    def apply(self, model: Tensor, state: Mapping[str, Tensor], context: ServerRound,
-              moments: Mapping[str, Tensor] | None = None, measure: bool = False
-              ) -> dict[str, float]:
-        """The server update of `model` (size,), `state` and `moments`, in place, from the reduced
-        buffer.
-
-        With `measure`: norms of the model's step (`step_norm`) and of the mean update or gradient
-        (`mean_norm`, where the method sums one), and the strategy's counts as shares.
-        """
-        total = self._total_weight()
-        assert total > 0, "the server stops a round in which no client is left"
-        context = self._with_element_means(context, total)
-        squares: dict[str, float] = {}
-        counts: dict[str, int] = {}
-        for a, b in self._slices():
-            mean = self._means(a, b, total)
-            for name in self.moments:
-                assert moments is not None
-                moments[name][a:b] = mean.pop(name)
-            before = model[a:b].clone() if measure else model
-            if measure:
-                for name, count in self.strategy.counts(mean, context).items():
-                    counts[name] = counts.get(name, 0) + int(count)
-                for name in {"delta", "gradient"} & mean.keys():
-                    squares["mean_norm"] = squares.get("mean_norm", 0.0) + _squared(mean[name])
-            self.strategy.server_update(model[a:b], {k: v[a:b] for k, v in state.items()}, mean,
-                                        context)
-            if measure:
-                step = _squared(before.sub_(model[a:b]))
-                squares["step_norm"] = squares.get("step_norm", 0.0) + step
-        return ({name: math.sqrt(value) for name, value in squares.items()}
-                | {name: count / self.size for name, count in counts.items()})
-
-    @abstractmethod
-    def _total_weight(self) -> float:
-        """Of the clients that took part."""
-
-    @abstractmethod
-    def _means(self, a: int, b: int, total: float) -> dict[str, Tensor]:
-        """The cohort's weighted means, elements a to b, in memory that the next call reuses."""
-
-    def _with_element_means(self, context: ServerRound, total: float) -> ServerRound:
-        assert not self.strategy.element_means
-        return context
-
-    def _slices(self) -> Iterator[tuple[int, int]]:
-        width = self._scratch.shape[1]
-        return ((a, min(a + width, self.size)) for a in range(0, self.size, width))
 
 
 class TermSum(CohortSum):
@@ -152,7 +41,7 @@ class TermSum(CohortSum):
     """
 
     def __init__(self, strategy: Strategy, size: int, like: Tensor, exact: bool,
-                 average_moments: bool = False) -> None:
+                 average_moments: bool = False, plane: DataPlane | None = None) -> None:
         moments = MOMENTS if average_moments else ()
         self.sums = {**strategy.sums, **{name: CLIENT_VECTORS[name] for name in moments}}
         narrow = (like.dtype == torch.float32 and not strategy.weight_headroom
@@ -162,8 +51,8 @@ class TermSum(CohortSum):
         self._bits = _BITS[kind] - strategy.weight_headroom if exact else 0
         width = slice_width(size, like.device)
         super().__init__(
-            strategy, size, torch.empty(len(self.sums) * size + 1, dtype=kind, device=like.device),
-            torch.empty(len(self.sums), width, dtype=like.dtype, device=like.device), moments)
+            strategy, size, plane or DataPlane(), len(self.sums) * size + 1, kind,
+            torch.empty(1 + len(self.sums), width, dtype=like.dtype, device=like.device), moments)
         self._stale = True  # nothing was added in this round: the buffer holds another's
         self._rounded = torch.empty(width, dtype=kind, device=like.device)
         self._bounds = dict.fromkeys(CLIENT_VECTORS, torch.finfo(like.dtype).max)
@@ -191,23 +80,29 @@ class TermSum(CohortSum):
         Raises OverflowError for one beyond its bound.
         """
         for a, b in self._slices():
-            slices = {name: vector[a:b] for name, vector in client.items()}
-            if start is not None and "delta" in slices:
-                slices["delta"].sub_(start[a:b])
+            slices = self._read(client, start, a, b)
             if not self._finite(slices, (vector[b:] for vector in client.values())):
                 if self.exact:
-                    self._take_back(client, weight, a)
+                    self._take_back(client, weight, start, a)
                 return False
             if self.exact:
                 self._add_slice(slices, weight, a, b)
         if not self.exact:  # floats cannot be taken back: all was looked at before
             for a, b in self._slices():
-                self._add_slice({n: v[a:b] for n, v in client.items()}, weight, a, b)
+                self._add_slice(self._read(client, start, a, b), weight, a, b)
         if self._stale:
             self._buffer[-1] = 0
             self._stale = False
         self._buffer[-1] += round(weight * 2.0**self._bits) if self.exact else weight
         return True
+
+    def _read(self, client: Mapping[str, Tensor], start: Tensor | None, a: int, b: int
+              ) -> dict[str, Tensor]:
+        """A slice of a client's vectors, its update in place of its parameters."""
+        slices = {name: vector[a:b] for name, vector in client.items()}
+        if start is not None and "delta" in slices:
+            slices["delta"] = torch.sub(slices["delta"], start[a:b], out=self._scratch[-1, :b - a])
+        return slices
 
     def _finite(self, client: Mapping[str, Tensor], rest: Iterable[Tensor]) -> bool:
         """Whether all elements of a slice are finite; OverflowError where one is beyond its bound,
@@ -228,76 +123,54 @@ class TermSum(CohortSum):
             if self.exact:
                 scaled.round_()
             if self._stale:
-                self._section(i, a, b).copy_(scaled)
+                self._own(i, a, b).copy_(scaled)
             elif self.exact:  # torch adds floats to integers much slower than it converts them
-                self._section(i, a, b).add_(self._rounded[:b - a].copy_(scaled))
+                self._own(i, a, b).add_(self._rounded[:b - a].copy_(scaled))
             else:
-                self._section(i, a, b).add_(scaled)
+                self._own(i, a, b).add_(scaled)
 
-    def _take_back(self, client: Mapping[str, Tensor], weight: float, stop: int) -> None:
+    def _take_back(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None,
+                   stop: int) -> None:
         """Undo what a client has added to integers before element `stop`."""
         if self._stale:
             return
         for a, b in self._slices():
             if a == stop:
                 return
-            self._add_slice({name: vector[a:b] for name, vector in client.items()}, -weight, a, b)
+            self._add_slice(self._read(client, start, a, b), -weight, a, b)
 
     def _total_weight(self) -> float:
-        return float(self._buffer[-1]) / 2.0**self._bits
+        return float(sum(part[-1].item() for part in self._total)) / 2.0**self._bits
 
-    def _means(self, a: int, b: int, total: float) -> dict[str, Tensor]:
+    def _means(self, a: int, b: int, weight: float) -> dict[str, Tensor]:
         means = {}
         for i, name in enumerate(self.sums):
-            step = 1.0 / (self._scales[name] * total)
-            means[name] = self._scratch[i, :b - a].copy_(self._section(i, a, b)).mul_(step)
+            step = 1.0 / (self._scales[name] * weight)
+            means[name] = self._scratch[i, :b - a].copy_(self._sum(i, a, b)).mul_(step)
             if name == "exp_avg_sq" and self.exact:
                 # Not less than the grid can tell from zero: AdamW divides by its root.
                 means[name].clamp_(min=step)
         return means
 
-    def _with_element_means(self, context: ServerRound, total: float) -> ServerRound:
+    def _with_element_means(self, context: ServerRound, weight: float) -> ServerRound:
         names = self.strategy.element_means
         if not names:
             return context
-        means = {}
         for i, name in enumerate(self.sums):
             if name in names:
-                summed = math.fsum(float(self._section(i, a, b).sum(dtype=torch.float64))
-                                   for a, b in self._slices())
-                means[name] = summed / self.size / (self._scales[name] * total)
-        return context.with_element_mean(means)
+                for number, a, b in self._section():
+                    self._per_slice[name][number] = self._sum(i, a, b).sum(dtype=torch.float64)
+        self.plane.barrier()
+        return context.with_element_mean({
+            name: self._over_slices(name) / self.size / (self._scales[name] * weight)
+            for name in names})
 
-    def _section(self, index: int, a: int, b: int) -> Tensor:
+    def _sum(self, index: int, a: int, b: int) -> Tensor:
+        """A slice of one of the sums over all workers."""
+        return self._summed(index * self.size + a, index * self.size + b, self._rounded)
+
+    def _own(self, index: int, a: int, b: int) -> Tensor:
         return self._buffer[index * self.size + a:index * self.size + b]
-
-
-def largest(vector: Tensor) -> float:
-    """The size of the largest element, NaN where one is NaN."""
-    low, high = torch.aminmax(vector)  # both NaN where one element is
-    return max(-low.item(), high.item())
-
-
-def beyond(name: str, peak: float, bound: float) -> OverflowError:
-    """The error for a client's vector with an element of size `peak`, larger than it can be."""
-    what = ("the furthest that AdamW moves at this learning rate" if name == "delta"
-            else "the size that the grid of the exact sum is made for")
-    return OverflowError(f"{name}: an element of size {peak:g} exceeds {bound:g}, {what}: --wire "
-                         "exact --reduce float has no such bound")
-
-
-def slice_width(size: int, device: torch.device) -> int:
-    """Elements that a sum handles at a time."""
-    return min(size, _SLICE[device.type])
-
-
-def norm(vector: Tensor) -> float:
-    """Its Euclidean norm in double precision, by slices: torch makes a copy of what it is given."""
-    return math.sqrt(math.fsum(map(_squared, vector.split(_SLICE[vector.device.type]))))
-
-
-def _squared(vector: Tensor) -> float:
-    return float(torch.linalg.vector_norm(vector, dtype=torch.float64)) ** 2
 
 
 def adamw_step_bound(lr: float, weight_decay: float, beta1: float, beta2: float) -> float:

@@ -28,17 +28,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fedrun.cohort_sum import Bounds, CohortSum, beyond, largest, slice_width
 from fedrun.config import INT8_COHORT
+from fedrun.data_plane import DataPlane
 from fedrun.strategies.base import Strategy
-from fedrun.sums import Bounds, CohortSum, beyond, largest, slice_width
-
-if TYPE_CHECKING:
-    from fedrun.comm import DataPlane
 
 BLOCK = 256  # elements that share a step
 LEVELS = INT8_COHORT + 1  # of all clients together, to either side of zero: their sum fits a byte
@@ -54,16 +51,17 @@ class Int8Sum(CohortSum):
     |r_k| / c_k, which is the step once all workers have agreed on it.
     """
 
-    def __init__(self, strategy: Strategy, size: int, like: Tensor, cohort: int) -> None:
+    def __init__(self, strategy: Strategy, size: int, like: Tensor, cohort: int,
+                 plane: DataPlane | None = None) -> None:
         assert set(strategy.sums) == {"delta"}, "checked with the config"
         assert cohort <= INT8_COHORT
         blocks = -(-size // BLOCK)
         words = blocks * BLOCK // 4
         width = -(-slice_width(size, like.device) // BLOCK) * BLOCK
-        super().__init__(strategy, size,
-                         torch.zeros(words + 2, dtype=torch.int32, device=like.device),
+        super().__init__(strategy, size, plane or DataPlane(), words + 2, torch.int32,
                          torch.empty(2, width, dtype=like.dtype, device=like.device))
         self.cohort = cohort
+        self._words = torch.empty(width // 4, dtype=torch.int32, device=like.device)
         self.peaks = torch.zeros(blocks, dtype=like.dtype, device=like.device)
         self._fields = self.buffer[:words].view(torch.uint8).view(blocks, BLOCK)
         self._bound = math.inf
@@ -81,32 +79,36 @@ class Int8Sum(CohortSum):
 
     def add(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None = None) -> bool:
         """Add the client's `delta`, times its weight, to what it owes, `residual`; (size,) each."""
-        delta, residual = client["delta"], client["residual"]
-        if start is not None:
-            delta.sub_(start)
-        peak = largest(delta)
-        if not math.isfinite(peak):
+        peaks = [largest(self._update(client, start, a, b)) for a, b in self._slices()]
+        if not all(map(math.isfinite, peaks)):
             return False
-        if peak > self._bound:
-            raise beyond("delta", peak, self._bound)
-        residual.add_(delta, alpha=weight)
+        if max(peaks) > self._bound:
+            raise beyond("delta", max(peaks), self._bound)
+        residual = client["residual"]
         levels = 1 + math.floor((LEVELS - self.cohort) * weight)
         for a, b in self._slices():
+            residual[a:b].add_(self._update(client, start, a, b), alpha=weight)
             first, last, owed = self._blocks(residual, a, b)
-            peaks = owed.abs_().amax(1).div_(levels)
-            torch.maximum(self.peaks[first:last], peaks, out=self.peaks[first:last])
+            peak = owed.abs_().amax(1).div_(levels)
+            torch.maximum(self.peaks[first:last], peak, out=self.peaks[first:last])
         self.buffer[-2] += round(weight * 2**_WEIGHT_BITS)
         self.buffer[-1] += levels
         self._levels.append(levels)
         return True
 
-    def reduce(self, plane: DataPlane, residuals: Iterable[Tensor]) -> None:
+    def _update(self, client: Mapping[str, Tensor], start: Tensor | None, a: int, b: int) -> Tensor:
+        """A slice of the client's update."""
+        delta = client["delta"][a:b]
+        return delta if start is None else torch.sub(delta, start[a:b],
+                                                     out=self._scratch[1, :b - a])
+
+    def reduce(self, residuals: Iterable[Tensor] = ()) -> None:
         """Workers: agree on the steps, then sum what the clients send; the rest they owe."""
-        plane.all_max(self.peaks)
+        self.plane.all_max(self.peaks)
         self.peaks.clamp_(min=_SMALLEST_STEP)
         for residual, levels in zip(residuals, self._levels, strict=True):
             self._send(residual, levels)
-        plane.all_reduce(self.buffer)
+        super().reduce()
 
     def _send(self, residual: Tensor, levels: int) -> None:
         """Move what fits the grid from a client's residual to the buffer."""
@@ -127,13 +129,18 @@ class Int8Sum(CohortSum):
         return first, last, copy.view(-1, BLOCK)
 
     def _total_weight(self) -> float:
-        return float(self.buffer[-2]) / 2.0**_WEIGHT_BITS
+        return self._of_all(-2) / 2.0**_WEIGHT_BITS
 
-    def _means(self, a: int, b: int, total: float) -> dict[str, Tensor]:
+    def _of_all(self, index: int) -> int:
+        """One of the two numbers at the buffers' ends, over all workers."""
+        return sum(int(part[index]) for part in self._total)
+
+    def _means(self, a: int, b: int, weight: float) -> dict[str, Tensor]:
         first, last = _block_range(a, b)
+        words = self._summed(first * BLOCK // 4, last * BLOCK // 4, self._words)
         mean = self._scratch[0, :(last - first) * BLOCK].view(-1, BLOCK)
-        mean.copy_(self._fields[first:last]).sub_(float(self.buffer[-1]))
-        mean.mul_(self.peaks[first:last, None]).div_(total)
+        mean.copy_(words.view(torch.uint8).view(-1, BLOCK)).sub_(float(self._of_all(-1)))
+        mean.mul_(self.peaks[first:last, None]).div_(weight)
         return {"delta": mean.view(-1)[:b - a]}
 
 

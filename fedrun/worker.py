@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedrun.checkpoint import GLOBAL, Checkpoint, Saver, folder_of
 from fedrun.client import Client, mean_entropy
+from fedrun.cohort_sum import Bounds, CohortSum, norm
 from fedrun.config import FederatedConfig, RunConfig
 from fedrun.data.tokens import TokenData
 from fedrun.evaluate import Piece, validation_pieces
@@ -32,7 +33,7 @@ from fedrun.runtime import Runtime
 from fedrun.store import make_store
 from fedrun.strategies.base import ClientReport, ServerRound
 from fedrun.strategies.fed_fisher import FedFisher
-from fedrun.sums import MOMENTS, Bounds, CohortSum, TermSum, norm
+from fedrun.sums import MOMENTS, TermSum
 from fedrun.wire import Int8Sum
 
 DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
@@ -62,20 +63,21 @@ class Worker:
         self.strategy = config.strategy
         self.model = new_model(config, data.vocab_size, runtime.device)
         self.flat = FlatParams(self.model)
-        self.global_model = self.flat.vector.clone()
-        self.state = {name: torch.full_like(self.global_model, value)
+        plane = runtime.data_plane
+        self.global_model = plane.common(self.flat.vector)
+        self.state = {name: plane.common(torch.full_like(self.flat.vector, value))
                       for name, value in self.strategy.state.items()}
         average = config.client_state == "average"
-        self.moments = {name: torch.zeros_like(self.global_model) for name in MOMENTS
+        self.moments = {name: plane.common(torch.zeros_like(self.flat.vector)) for name in MOMENTS
                         } if average else None
         """AdamW's moments, averaged over the last cohort, where clients share them."""
         self.terms: CohortSum
         if config.wire == "int8":
             self.terms = Int8Sum(self.strategy, self.flat.size, self.flat.vector,
-                                 config.cohort_size)
+                                 config.cohort_size, plane)
         else:
             self.terms = TermSum(self.strategy, self.flat.size, self.flat.vector,
-                                 exact=config.reduce == "exact", average_moments=average)
+                                 config.reduce == "exact", average, plane)
         self.fisher = FisherEstimate(self.flat, self.strategy
                                      ) if isinstance(self.strategy, FedFisher) else None
         self.shards = Shards(config, data)
@@ -158,18 +160,18 @@ class Worker:
         if finite:
             report["weight"] = self.strategy.client_weight(
                 planned, ClientReport(losses.tokens, report.get("entropy")), plan.reference)
-            # From here on the worker's parameters are the update; the next client loads its own.
             finite = self.terms.add(vectors, report["weight"], start=self.global_model)
         if not finite:
             client.forget()
         elif plan.evaluate:
-            report["norm"] = norm(vectors[self.strategy.inputs[0]])
+            first = self.strategy.inputs[0]
+            report["norm"] = norm(vectors[first], self.global_model if first == "delta" else None)
         return report | {"loss_sum": losses.loss_sum.item(), "tokens": losses.tokens,
                          "finite": finite}
 
     def _vectors(self, client: Client) -> dict[str, Tensor]:
         """What the method's terms are made of, for the client that has just trained."""
-        known = {"delta": self.flat.vector, "gradient": self.flat.grad}
+        known = {"delta": self.flat.vector, "gradient": self.flat.grad}  # its update, not yet taken
         if self.fisher:
             known["fisher"] = self.fisher.finish()
         vectors = {name: known[name] for name in self.strategy.inputs}
@@ -180,7 +182,7 @@ class Worker:
     def aggregate(self, plan: Plan) -> dict[str, Any]:
         """Workers: sum the terms and update the global model; seconds it took, and norms."""
         began = time.monotonic()
-        self.terms.reduce(self.runtime.data_plane, self._residuals())
+        self.terms.reduce(self._residuals())
         if not plan.last and (turns := self._hosted(self.schedule.cohort(plan.round + 1))):
             self.store.prefetch(turns[0])
         config = self.config
@@ -214,7 +216,7 @@ class Worker:
     def _load(self, checkpoint: Checkpoint) -> None:
         held = checkpoint.tensors(GLOBAL)
         for name, tensor in self._global_state().items():
-            tensor.copy_(held[name])
+            self.runtime.data_plane.write(tensor, held[name])
         self.store.load(checkpoint)
 
     def end(self) -> list[dict[str, Any]]:

@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedrun import worker as worker_module
 from fedrun.client import Client, LocalLosses
-from fedrun.comm import Control, DataPlane
+from fedrun.comm import Control
 from fedrun.config import FederatedConfig
+from fedrun.data_plane import DataPlane
 from fedrun.launch import detect
 from fedrun.runtime import Runtime
 from fedrun.settings import resolve
@@ -55,13 +56,13 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_module, "mean_entropy", lambda *_: 5.0)
 
 
-def worker_of(method: str, flags: dict[str, str]) -> Worker:
+def worker_of(method: str, flags: dict[str, str], plane: DataPlane | None = None) -> Worker:
     """Alone, of all clients; every round is evaluated, so that its norms are taken."""
     config = resolve(method, {"config": "tiny", "num_clients": str(CLIENTS), "rounds": "9",
                               "batch_size": "2", "sequence_length": "4", "val_freq": "1",
                               "dtype": "fp32", "device": "cpu", **flags})
     assert isinstance(config, FederatedConfig)
-    runtime = Runtime(detect({}), torch.device("cpu"), (0,), Control(), DataPlane())
+    runtime = Runtime(detect({}), torch.device("cpu"), (0,), Control(), plane or DataPlane())
     return Worker(config, DATA, runtime)
 
 
@@ -142,11 +143,10 @@ def test_on_one_worker_no_collective_runs(no_training: None, monkeypatch: pytest
                                           ) -> None:
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("a collective")
-    for name in ("all_reduce", "broadcast", "send", "recv", "isend", "irecv"):
+    for name in ("all_reduce", "all_gather", "broadcast", "send", "recv", "isend", "irecv"):
         monkeypatch.setattr(dist, name, forbidden)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 1)
-    worker = worker_of("fed_avg", {})
-    for plane in (DataPlane(), DataPlane(object())):  # type: ignore[arg-type]
-        object.__setattr__(worker.runtime, "data_plane", plane)
+    for plane in (DataPlane(), DataPlane(object(), machine=1)):  # type: ignore[arg-type]
+        worker = worker_of("fed_avg", {}, plane)
         go_round(worker, 1)
         assert plane.bytes_sent == 0

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_data import made
 
-from fedrun.comm import Control, DataPlane
+from fedrun.comm import Control
 from fedrun.config import FederatedConfig
+from fedrun.data_plane import DataPlane
 from fedrun.launch import detect
 from fedrun.placement import place
 from fedrun.runtime import Runtime

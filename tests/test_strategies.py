@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from naive_strategies import CASES, SIZE, Server, by_samples, mean, record, split
 from torch import Tensor
 
+from fedrun.cohort_sum import Bounds
 from fedrun.strategies import STRATEGIES
 from fedrun.strategies.base import ClientReport, ServerRound
 from fedrun.strategies.fed_avg import FedAvg
@@ -20,7 +21,7 @@ from fedrun.strategies.fed_fisher import FedFisher
 from fedrun.strategies.fed_momentum import FedMomentum
 from fedrun.strategies.fed_opt import FedAdagrad
 from fedrun.strategies.fed_sgd import FedSGD
-from fedrun.sums import Bounds, TermSum
+from fedrun.sums import TermSum
 
 
 def test_there_is_a_reference_for_every_method() -> None:

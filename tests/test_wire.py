@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ from test_resume import FAULTY, fault
 from test_runs import without_clocks
 
 from fedrun.client import Client
-from fedrun.comm import DataPlane
+from fedrun.cohort_sum import Bounds
 from fedrun.config import INT8_COHORT
+from fedrun.data_plane import DataPlane
 from fedrun.settings import resolve
 from fedrun.strategies import FedAvg
 from fedrun.strategies.base import ServerRound
-from fedrun.sums import Bounds
 from fedrun.wire import BLOCK, Int8Sum
 
 assert {little_text, run_here}  # fixtures, found here by their names
@@ -31,19 +32,19 @@ assert {little_text, run_here}  # fixtures, found here by their names
 SIZE = 70_001  # more than one slice, a part of a block at the end
 
 
-class Wire:
-    """Another worker's sums, for a plane without processes."""
+class Wire(DataPlane):
+    """Between workers that are all in this process; `workers` is complete when one reduces."""
 
-    def __init__(self, others: list[Int8Sum]) -> None:
-        self.others = others
+    def __init__(self, workers: list[Int8Sum]) -> None:
+        super().__init__()
+        self.workers = workers
 
-    def all_max(self, peaks: torch.Tensor) -> None:
-        for other in self.others:
-            torch.maximum(peaks, other.peaks, out=peaks)
+    def all_max(self, vector: torch.Tensor) -> None:
+        for other in self.workers:
+            torch.maximum(vector, other.peaks, out=vector)
 
-    def all_reduce(self, buffer: torch.Tensor) -> None:
-        for other in self.others:
-            buffer += other.buffer
+    def reduce(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return tuple(worker.buffer for worker in self.workers)
 
 
 def drawn(clients: int, size: int = SIZE, seed: int = 0) -> list[torch.Tensor]:
@@ -55,19 +56,15 @@ def drawn(clients: int, size: int = SIZE, seed: int = 0) -> list[torch.Tensor]:
 def one_round(groups: list[list[int]], deltas: list[torch.Tensor], weights: list[float],
               residuals: list[torch.Tensor]) -> torch.Tensor:
     """The global model after a round from zero, each group of clients on a worker of its own."""
-    workers = []
+    workers: list[Int8Sum] = []
     for group in groups:
-        terms = Int8Sum(FedAvg(), len(deltas[0]), deltas[0], len(weights))
+        terms = Int8Sum(FedAvg(), len(deltas[0]), deltas[0], len(weights), Wire(workers))
         terms.begin(Bounds(1.0))
         for k in group:
             assert terms.add({"delta": deltas[k], "residual": residuals[k]}, weights[k])
         workers.append(terms)
-    for worker in workers:  # all learn the steps first, as a collective lets none go on before
-        Wire(workers).all_max(worker.peaks)
-    owed = [[residuals[k] for k in group] for group in groups]
-    for worker, mine in zip(workers[1:], owed[1:], strict=True):
-        worker.reduce(Wire([]), mine)  # type: ignore[arg-type]
-    workers[0].reduce(Wire(workers[1:]), owed[0])  # type: ignore[arg-type]
+    for worker, group in reversed([*zip(workers, groups, strict=True)]):  # the first reads them all
+        worker.reduce(residuals[k] for k in group)
     model = torch.zeros_like(deltas[0])
     workers[0].apply(model, {}, ServerRound(1))
     return model
@@ -150,7 +147,7 @@ def test_a_client_that_is_not_finite_adds_nothing_and_owes_as_before() -> None:
              zip((deltas[0], bad, deltas[2]), residuals, (0.2, 0.5, 0.3), strict=True)]
     assert taken == [True, False, True]
     assert torch.equal(residuals[1], torch.full((SIZE,), 1e-6))
-    terms.reduce(DataPlane(), residuals[::2])
+    terms.reduce(residuals[::2])
     model = torch.zeros(SIZE)
     terms.apply(model, {}, ServerRound(1))
     expected = (0.2 * deltas[0].double() + 0.3 * deltas[2].double()) / 0.5
@@ -187,20 +184,22 @@ def test_what_a_client_owes_outlives_a_round_in_which_it_is_left_out(
 
 
 def test_what_is_counted_is_what_the_collectives_carry() -> None:
-    class Counting(Wire):
+    class Counting(DataPlane):
         carried = 0
 
-        def all_max(self, peaks: torch.Tensor) -> None:
-            self.carried += peaks.nbytes
+        def all_max(self, vector: torch.Tensor) -> None:
+            self.carried += vector.nbytes
 
-        def all_reduce(self, buffer: torch.Tensor) -> None:
-            self.carried += buffer.nbytes
+        def reduce(self, parts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            self.carried += parts[0].nbytes
+            return super().reduce(parts)
 
-    terms, plane = Int8Sum(FedAvg(), SIZE, torch.zeros(SIZE), 1), Counting([])
+    plane = Counting()
+    terms = Int8Sum(FedAvg(), SIZE, torch.zeros(SIZE), 1, plane)
     terms.begin(Bounds(1.0))
     residual = torch.zeros(SIZE)
     assert terms.add({"delta": drawn(1)[0], "residual": residual}, 1.0)
-    terms.reduce(plane, [residual])  # type: ignore[arg-type]
+    terms.reduce([residual])
     assert plane.carried == terms.wire_bytes < 1.02 * SIZE
 
 

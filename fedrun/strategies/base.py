@@ -71,6 +71,8 @@ class Strategy:
     """The client vectors that the terms are made of: names in CLIENT_VECTORS."""
     element_means: ClassVar[tuple[str, ...]] = ()
     """Summed vectors whose mean over all elements the server update needs."""
+    counted: ClassVar[tuple[str, ...]] = ()
+    """Names of what `counts` counts."""
     weight_headroom: ClassVar[int] = 0
     """The weights of a cohort sum to at most 2 to this power (one, where they are known ahead)."""
 

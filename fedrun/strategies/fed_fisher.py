@@ -43,6 +43,7 @@ class FedFisher(FedAvg):
     embedding and head and the norms between are averaged plainly."""
 
     inputs: ClassVar[tuple[str, ...]] = ("delta", "fisher")
+    counted: ClassVar[tuple[str, ...]] = ("under_floor",)
 
     def __post_init__(self) -> None:
         require(0 < self.fisher_floor <= 1, "--fisher_floor", self.fisher_floor,

@@ -1,0 +1,68 @@
+"""Memory that processes of one machine share: a vector that one of them has made, the others map.
+
+On GPUs NCCL moves vectors between the devices of a machine. On CPUs gloo would send them through
+the machine's own network stack, several copies for what a neighbour can simply read.
+
+A vector lies in an anonymous file of the kernel (memfd). No file system holds it: nothing stays
+behind, however its processes end, and the small /dev/shm of a container is no limit. Others find it
+by process and descriptor, and make sure by its stamp that it is the one they were told of: in
+containers of their own, processes of one machine do not see each other, or others in their place.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_NAME = "fedrun"
+_HEAD = mmap.PAGESIZE  # bytes before the vector, which begin with the stamp
+
+
+def machine() -> int:
+    """A number that is the same for all processes of this machine; 0 where memory cannot be shared
+    (systems other than Linux)."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return 0
+    return uuid.UUID(boot.strip()).int >> 65 if hasattr(os, "memfd_create") else 0
+
+
+class Offer:
+    """A new vector of zeros that others may map until this is closed; the maps outlive it."""
+
+    def __init__(self, nbytes: int) -> None:
+        stamp = secrets.randbits(63)
+        self._descriptor = os.memfd_create(_NAME)
+        os.pwrite(self._descriptor, stamp.to_bytes(8), 0)
+        os.ftruncate(self._descriptor, _HEAD + nbytes)
+        self.address = os.getpid(), self._descriptor, stamp
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def attach(address: Sequence[int], size: int, dtype: torch.dtype) -> Tensor:
+    """The vector of an Offer's address, (size,): the same memory as its maker's.
+
+    OSError where it cannot be reached.
+    """
+    process, descriptor, stamp = address
+    path = f"/proc/{process}/fd/{descriptor}"
+    if not os.readlink(path).startswith(f"/memfd:{_NAME}"):  # to open another's file may block
+        raise FileNotFoundError(f"{path} is not fedrun's")
+    with open(path, "r+b", buffering=0) as file:
+        if file.read(8) != stamp.to_bytes(8):
+            raise FileNotFoundError(f"{path} is not this run's")
+        memory = mmap.mmap(file.fileno(), 0)
+    with suppress(OSError):  # fewer page faults, where the kernel has such pages for shared memory
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=size, offset=_HEAD)

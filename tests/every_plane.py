@@ -1,0 +1,143 @@
+"""One round's sum and update on workers spread over machines in every way: python every_plane.py.
+
+Started with torchrun. What every worker finds must have the same bits as on one worker, and nobody
+may send where memory is shared.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fedrun import data_plane
+from fedrun.cohort_sum import Bounds, CohortSum
+from fedrun.data_plane import DataPlane
+from fedrun.strategies import FedAdam, FedAvg, FedFisher
+from fedrun.strategies.base import ServerRound, Strategy
+from fedrun.sums import MOMENTS, TermSum
+from fedrun.wire import Int8Sum
+
+SIZE = 3 * (1 << 16) + 77  # some slices, and a part of one: one worker of five has none
+CLIENTS, ROUNDS = 5, 2
+MACHINES: dict[str, list[int] | None] = {
+    "one": [7] * CLIENTS, "two": [7, 7, 8, 8, 8], "mixed": [7, 8, 7, 9, 7],
+    "each its own": [5, 6, 7, 8, 9], "no memory": [0] * CLIENTS, "some memory": [7, 0, 7, 0, 0],
+    "not asked": None}
+Made = Callable[[Strategy, DataPlane], CohortSum]
+
+
+def full(exact: bool, average: bool = False) -> Made:
+    return lambda strategy, plane: TermSum(strategy, SIZE, torch.zeros(()), exact, average, plane)
+
+
+CASES: dict[str, tuple[Strategy, Made]] = {
+    "fed_avg": (FedAvg(), full(True)), "average": (FedAvg(), full(True, True)),
+    "fed_adam": (FedAdam(), full(True)), "relative": (
+        FedFisher(fisher_floor_mode="relative"), full(True)),
+    "float": (FedAvg(), full(False)),
+    "int8": (FedAvg(), lambda strategy, plane: Int8Sum(strategy, SIZE, torch.zeros(()), CLIENTS,
+                                                       plane))}
+BOUND, WEIGHT = 1e-3, 1 / CLIENTS
+
+
+def vectors(client: int, number: int) -> dict[str, Tensor]:
+    made = torch.Generator().manual_seed(10 * number + client)
+    delta, *squares = torch.rand(4, SIZE, generator=made)
+    return {"delta": (delta - 0.5) * BOUND, "fisher": squares[0], "residual": torch.zeros(SIZE),
+            "exp_avg": squares[1] - 0.5, "exp_avg_sq": squares[2]}
+
+
+def result(case: str, plane: DataPlane, mine: range) -> dict[str, Tensor]:
+    """The model and all else after some rounds, the clients in `mine` on this worker."""
+    strategy, made = CASES[case]
+    terms = made(strategy, plane)
+    model = plane.common(torch.linspace(-1, 1, SIZE))
+    state = {n: plane.common(torch.full((SIZE,), v)) for n, v in strategy.state.items()}
+    moments = {name: plane.common(torch.zeros(SIZE)) for name in MOMENTS}
+    measured: dict[str, float] = {}
+    for number in range(ROUNDS):
+        terms.begin(Bounds(BOUND))
+        owed = []
+        for client in mine:
+            reported = vectors(client, number)
+            owed.append(reported["residual"])
+            wanted = (*strategy.inputs, *terms.moments, *(["residual"] if case == "int8" else []))
+            reported["delta"] += model
+            assert terms.add({n: reported[n] for n in wanted}, WEIGHT, start=model)
+        terms.reduce(owed)
+        measured |= terms.apply(model, state, ServerRound(number + 1, 1e-3), moments, measure=True)
+        # As after a round of messages: a fast worker is already at the next.
+    return {"model": model.clone(), **{n: v.clone() for n, v in (state | moments).items()},
+            "measured": torch.tensor(list(measured.values()), dtype=torch.float64)}
+
+
+def connected(group: dist.ProcessGroup, workers: int, machines: list[int] | None) -> DataPlane:
+    """All ranks; those that are no workers get a plane of their own."""
+    rank = dist.get_rank()
+    plane = DataPlane(group, machines and machines[rank]) if rank < workers else DataPlane()
+    senders = [plane.senders]
+    dist.broadcast_object_list(senders)
+    if 1 < len(senders[0]) < workers:
+        plane.between = dist.new_group(senders[0])
+    return plane
+
+
+def compare(workers: int, group: dist.ProcessGroup, expected: dict[str, dict[str, Tensor]]) -> None:
+    rank = dist.get_rank()
+    for name, machines in MACHINES.items():
+        plane = connected(group, workers, machines)
+        if rank >= workers:
+            continue
+        machine = machines[rank] if machines else 0
+        here = [w for w in range(workers) if machines and machine and machines[w] == machine]
+        assert plane.node == (tuple(here) or (rank,)), (name, plane.node)
+        mine = range(CLIENTS)[rank::workers]
+        for case, whole in expected.items():
+            before = plane.bytes_sent
+            found = result(case, plane, mine)
+            assert (plane.bytes_sent > before) == (workers > 1)
+            for what, tensor in whole.items():
+                same = (torch.allclose(found[what], tensor, rtol=1e-6, atol=1e-9)
+                        if case == "float" else torch.equal(found[what], tensor))
+                assert same, f"{workers} workers, machines {name}, {case}: {what} differs"
+
+
+def unreachable(group: dist.ProcessGroup, expected: dict[str, Tensor]) -> None:
+    """Processes of one machine that do not see each other, as in containers of their own: those of
+    a machine send where one of them does not reach another."""
+    healthy, rank = data_plane.attach, dist.get_rank(group)
+
+    def blind(address: list[int], size: int, dtype: torch.dtype) -> Tensor:
+        if rank == 3 and address[0] != os.getpid():
+            raise PermissionError
+        return healthy(address, size, dtype)
+
+    data_plane.attach = blind
+    plane = connected(group, CLIENTS, [7, 7, 8, 8, 8])
+    data_plane.attach = healthy
+    assert plane.node == ((0, 1) if rank < 2 else (rank,)), plane.node
+    found = result("fed_avg", plane, range(CLIENTS)[rank::CLIENTS])
+    assert all(torch.equal(found[what], tensor) for what, tensor in expected.items())
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    expected = {case: result(case, DataPlane(), range(CLIENTS)) for case in CASES}
+    for workers in (1, 2, 3, CLIENTS):
+        compare(workers, dist.new_group(list(range(workers))), expected)
+    unreachable(dist.group.WORLD, expected["fed_avg"])
+    dist.barrier()
+    dist.destroy_process_group()
+    if os.environ["RANK"] == "0":
+        sys.stdout.write("all the same\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,12 @@
+"""fedrun as if its ranks were on two machines by turns: python two_machines.py METHOD FLAG ..."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from fedrun import cli, runtime
+
+if __name__ == "__main__":
+    runtime.machine = lambda: 1 + int(os.environ["RANK"]) % 2
+    sys.exit(cli.main())

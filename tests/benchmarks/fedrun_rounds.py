@@ -5,7 +5,7 @@
 
 Without training (--params), in: all that fedrun does in a round of `protocol.run`, from one plan of
 the server to the next: the plan, a worker loads the global model for each of its clients, takes the
-difference, checks, scales, rounds and adds it, reports; verdict, all-reduce of the workers, server
+difference, checks, scales, rounds and adds it, reports; verdict, sum over the workers, server
 update, reports and the run's event line. Out: the batch, the gradient and the optimizer's step. In
 their place a client moves one element in a thousand by a fixed step, which takes no time and shows
 at the end that the updates have arrived; Fisher diagonals are fixed and dense. Kernels take as long
@@ -36,7 +36,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fedrun import protocol, server, worker
+from fedrun import protocol, runtime, server, worker
 from fedrun.client import Client, LocalLosses
 from fedrun.config import FederatedConfig, ModelConfig
 from fedrun.data.tokens import TokenData
@@ -276,11 +276,15 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=3, help="rounds that a command asks for")
     parser.add_argument("--params", type=float, help="million; rounds without local training")
     parser.add_argument("--method", default="fed_avg")
+    parser.add_argument("--apart", action="store_true",
+                        help="as if every worker had a machine of its own")
     parser.add_argument("--train", help="a preset; whole rounds, as fedrun trains")
     parser.add_argument("--local_updates", type=int, default=1)
     parser.add_argument("--task", help="JSON: a Task; whole rounds of SGD")
     parser.add_argument("--out", help="with --task: file for the global model at the end")
     arguments = parser.parse_args()
+    if arguments.apart:
+        runtime.machine = lambda: 0
     launch = detect(os.environ)
     protocol.Server = TimedServer  # type: ignore[misc]
     TimedServer.block, TimedServer.uncounted = arguments.block, 0
@@ -294,9 +298,9 @@ def main() -> None:
         config.run_dir.mkdir(parents=True)
         (config.run_dir / LOCK).touch()
         control = stack.enter_context(connected(launch, True, config.timeout))
-        runtime = join(launch, torch.device("cpu"), control, {})
+        joined = join(launch, torch.device("cpu"), control, {})
         stopping = StopRequest(config.run_dir, control.lost_peers, quiet=True)
-        protocol.run(config, data, runtime, stopping, {})
+        protocol.run(config, data, joined, stopping, {})
 
 
 if __name__ == "__main__":

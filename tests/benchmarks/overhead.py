@@ -6,11 +6,14 @@
     python -m tests.benchmarks.overhead --grid --out results/overhead         # the figure
 
 One process a worker, on one thread, and the server's; whole rounds of `protocol.run` in which
-clients do not train (fedrun_rounds.py says what is in and what is out). The floor is the bare
-`dist.all_reduce` of the same bytes in the same group, and the passes over memory that the method
-cannot do without (subtract, scale and add, apply), in all workers at the same time; it is measured
-between the rounds, and all sides take turns in short blocks, so that a change in the machine's
-speed meets all. Every number is a median.
+clients do not train (fedrun_rounds.py says what is in and what is out). The floor is that of
+vectors that travel: the bare `dist.all_reduce` of the same bytes in the same group, and the passes
+over memory that the method cannot do without (subtract, scale and add, apply), in all workers at
+the same time. It is measured between the rounds, and all sides take turns in short blocks, so that
+a change in the machine's speed meets all. Every number is a median.
+
+Each number of workers comes twice: on one machine, where they share memory and a round may take
+less than its floor, and `apart`, as if each had a machine of its own, where all is sent.
 """
 
 from __future__ import annotations
@@ -34,11 +37,12 @@ ROUNDS = 3  # of a block
 Found = dict[str, Any]
 
 
-def fedrun_side(params: float, workers: int, clients: int, method: str) -> Ranks:
+def fedrun_side(params: float, workers: int, clients: int, method: str, apart: bool = False
+                ) -> Ranks:
     server = int(workers > 1)  # one worker is the server as well
     return Ranks([sys.executable, "-m", "tests.benchmarks.fedrun_rounds", "--params", str(params),
-                  "--clients", str(clients), "--method", method, "--block", str(ROUNDS)],
-                 workers + server)
+                  "--clients", str(clients), "--method", method, "--block", str(ROUNDS),
+                  *(["--apart"] if apart else [])], workers + server)
 
 
 def peer_side(peer: str, workers: int, clients: int, what: Sequence[str]) -> Ranks:
@@ -74,8 +78,12 @@ def numbers(samples: dict[str, list[float]]) -> Found:
 def measure(params: float, workers: int, clients: int, methods: Sequence[str], peers: Sequence[str],
             blocks: int) -> Found:
     """All sides for one model (million parameters) on so many workers."""
-    found: Found = {"params": params, "workers": workers, "clients": clients, "methods": {}}
+    found: Found = {"params": params, "workers": workers, "clients": clients, "methods": {},
+                    "apart": {}}
     for method in methods:
+        if workers > 1:
+            with fedrun_side(params, workers, clients, method, apart=True) as side:
+                found["apart"][method] = numbers(turns({"fedrun": side}, blocks)["fedrun"])
         with contextlib.ExitStack() as stack:
             sides = {"fedrun": stack.enter_context(fedrun_side(params, workers, clients, method))}
             if method == "fed_avg":  # which is what the others do
@@ -98,25 +106,28 @@ def measure(params: float, workers: int, clients: int, methods: Sequence[str], p
 
 
 HEADER = """\
-| million | workers | clients | method | round (s) | all-reduce | passes | over the floor \
-| over the bare all-reduce | Flower | pfl |
-|---|---|---|---|---|---|---|---|---|---|---|"""
+| million | workers | clients | method | machines | round (s) | all-reduce | passes \
+| over the floor | over the bare all-reduce | Flower | pfl |
+|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def table(found: Found) -> str:
-    """A row for each method."""
+    """Two rows for each method, one for one worker."""
     def seconds(name: str) -> str:
         return f"{found[name]:.3f}" if name in found else "-"
 
-    def row(method: str, one: Found) -> str:
+    def row(method: str, machines: int, one: Found) -> str:
         bare = f"{one['bare_ratio']:.2f}" if one["bare_ratio"] else "-"
-        peers = (seconds("flower_s"), seconds("pfl_s")) if method == "fed_avg" else ("-", "-")
+        peers = (seconds("flower_s"), seconds("pfl_s")
+                 ) if method == "fed_avg" and machines == 1 else ("-", "-")
         return (f"| {found['params']:g} | {found['workers']} | {found['clients']} | {method} "
-                f"| {one['round_s']:.3f} ±{one['spread']:.0%} | {one['allreduce_s']:.3f} "
-                f"| {one['passes_s']:.3f} | {one['ratio']:.2f} | {bare} "
+                f"| {machines} | {one['round_s']:.3f} ±{one['spread']:.0%} "
+                f"| {one['allreduce_s']:.3f} | {one['passes_s']:.3f} | {one['ratio']:.2f} | {bare} "
                 f"| {peers[0]} | {peers[1]} |")
 
-    return "\n".join(row(method, one) for method, one in found["methods"].items())
+    return "\n".join(row(method, machines, one) for method in found["methods"]
+                     for machines, one in ((1, found["methods"][method]),
+                                           (found["workers"], found["apart"].get(method))) if one)
 
 
 def grid(params: Sequence[float], workers: Sequence[int], clients: int, methods: Sequence[str],

@@ -27,11 +27,20 @@ def draw(points: list[dict[str, Any]], folder: Path) -> Path:
             million = [p["params"] for p in mine]
             seconds.plot(million, [p["fedrun_s"] for p in mine], "-s", color=colour)
             if count > 1:
-                seconds.plot(million, [p["allreduce_s"] for p in mine], "--", color=colour, lw=1.3)
-            ratios.plot(million, [p["ratio"] for p in mine], "-s", color=colour)
-            fisher = [(p["params"], p["fisher_ratio"]) for p in mine if "fisher_ratio" in p]
-            if fisher:
-                ratios.plot(*zip(*fisher, strict=True), ":v", color=colour, lw=1.5)
+                apart = [p["apart"]["fed_avg"] for p in mine]
+                seconds.plot(million, [one["round_s"] for one in apart], "-o", color=colour,
+                             markerfacecolor="white")
+                seconds.plot(million, [one["allreduce_s"] for one in apart], "--", color=colour,
+                             lw=1.3)
+                for marker, lines in (("s", "methods"), ("o", "apart")):
+                    fill = colour if lines == "methods" else "white"
+                    ratios.plot(million, [p[lines]["fed_avg"]["ratio"] for p in mine], "-",
+                                marker=marker, color=colour, markerfacecolor=fill)
+                    fisher = [(p["params"], p[lines]["fed_fisher"]["ratio"]) for p in mine
+                              if "fed_fisher" in p[lines]]
+                    if fisher:
+                        ratios.plot(*zip(*fisher, strict=True), ":", marker=marker, color=colour,
+                                    markerfacecolor=fill, lw=1.5)
             for name, (_, peer_colour, marker) in PEERS.items():
                 found = [(p["params"], p[name]) for p in mine if name in p]
                 if found:
@@ -59,7 +68,9 @@ def _handles(workers: list[int], points: list[dict[str, Any]]) -> list[Line2D]:
                     label=f"{count} worker{'s' if count > 1 else ''}, {clients} clients")
              for count in workers]
     found.append(Line2D([], [], color="#000000", ls="--", lw=1.3, label="bare all-reduce"))
-    found.append(Line2D([], [], color="#000000", ls=":", marker="v", label="Fisher (right)"))
+    found.append(Line2D([], [], color="#000000", marker="o", markerfacecolor="white",
+                        label="a machine for each worker"))
+    found.append(Line2D([], [], color="#000000", ls=":", label="Fisher (right)"))
     found += [Line2D([], [], color=colour, marker=marker, label=f"{label}, 2 workers")
               for name, (label, colour, marker) in PEERS.items()
               if any(name in point for point in points)]

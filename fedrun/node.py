@@ -16,7 +16,6 @@ import os
 import secrets
 import uuid
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -63,6 +62,4 @@ def attach(address: Sequence[int], size: int, dtype: torch.dtype) -> Tensor:
         if file.read(8) != stamp.to_bytes(8):
             raise FileNotFoundError(f"{path} is not this run's")
         memory = mmap.mmap(file.fileno(), 0)
-    with suppress(OSError):  # fewer page faults, where the kernel has such pages for shared memory
-        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype, count=size, offset=_HEAD)

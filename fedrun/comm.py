@@ -23,7 +23,7 @@ from torch._C._distributed_c10d import Store
 
 from fedrun.stopping import HEARTBEAT
 
-_FAILED = "failed"  # store key that a failing rank writes and the others look at between steps
+_FAILED = "failed"  # store key under which the first rank that fails says why
 SECONDS_FOR_STORE = 5.0
 
 
@@ -123,10 +123,12 @@ class Control:
                 self._copy_sent.wait()
             self._copy_sent = None
 
-    def fail(self) -> None:
-        """A failing rank: let the others know between two of their local steps."""
-        if self._beats:
-            self._beats.failing = True
+    def fail(self, error: BaseException) -> None:
+        """A failing rank: let the others know why, between two of their local steps or where they
+        wait for it in vain. Only the first one's reason is kept; the others' follow from it."""
+        if self._beats and not isinstance(error, LostRanks):
+            self._beats.tell(f"rank {self.rank} failed with {type(error).__name__}: "
+                             f"{str(error).partition(chr(10))[0]}")
 
     def peer_failed(self) -> bool:
         """Whether some rank has failed, as of the last beat; costs nothing."""
@@ -154,8 +156,9 @@ class Control:
         names = ", ".join(map(str, unanswered))
         dead = self.lost_peers()
         life = f"no sign of life from rank {', '.join(map(str, dead))}, " if dead else ""
-        return LostRanks(f"{life}no word from rank {names} to rank {self.rank} (dead, stuck, or "
-                         f"slower than --timeout {self.timeout.total_seconds():g} s): "
+        why = f"{self._beats.reason}; " if self._beats and self._beats.reason else ""
+        return LostRanks(f"{why}{life}no word from rank {names} to rank {self.rank} (dead, stuck, "
+                         f"or slower than --timeout {self.timeout.total_seconds():g} s): "
                          f"{next(iter(unanswered.values()))}")
 
 
@@ -171,9 +174,11 @@ class _Heartbeat:
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
-        self.failing = False
-        """Set by this rank, for the others."""
         self.peer_failed = False
+        self.reason = ""
+        """Why it has, of the first."""
+        self._own_reason = ""
+        self._told = threading.Event()
         self._counts: dict[int, int] = {}
         self._counting = threading.Event()
         self._rounds = 0  # of counts
@@ -193,12 +198,20 @@ class _Heartbeat:
 
     def _beat(self) -> None:
         self.store.add(f"beats/{self.rank}", 1)
-        if self.failing:
-            self.store.set(_FAILED, str(self.rank))
+        if self._own_reason:
+            self.store.compare_set(_FAILED, "", self._own_reason)
+            self._told.set()
         self.peer_failed = self.store.check([_FAILED])
+        if self.peer_failed and not self.reason:
+            self.reason = self.store.get(_FAILED).decode()
         if self._counting.is_set():
             self._counts = {r: self.store.add(f"beats/{r}", 0) for r in range(self.world_size)}
             self._rounds += 1
+
+    def tell(self, reason: str) -> None:
+        """Say why this rank fails, and wait until it is said."""
+        self._own_reason = reason
+        self._told.wait(SECONDS_FOR_STORE)
 
     def silent(self) -> list[int]:
         """Ranks whose count stands still for a few beats; takes as long. None where the store does

@@ -74,8 +74,8 @@ def _train(worker: Worker, plan: Plan, runtime: Runtime) -> dict[str, Any]:
         return worker.train(plan)
     except StoppedForPeer:
         return {}
-    except Exception:
-        runtime.control.fail()
+    except Exception as error:
+        runtime.control.fail(error)
         return {"traceback": traceback.format_exc()}
 
 

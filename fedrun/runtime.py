@@ -151,7 +151,11 @@ def connected(launch: Launch, dedicated_server: bool, timeout: float) -> Iterato
     wait = timedelta(seconds=timeout) + (GRACE if launch.rank else timedelta())
     control = Control(dist.new_group(backend="gloo", timeout=wait), store, wait,
                       first_worker=int(dedicated_server))
-    yield control
+    try:
+        yield control
+    except Exception as error:
+        control.fail(error)
+        raise
     control.close()
     dist.destroy_process_group()
 

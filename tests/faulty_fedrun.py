@@ -2,13 +2,15 @@
 
 FAULT=raise|nan: in step FAULT_STEP (from 0) of client FAULT_CLIENT (or of `all`).
 FAULT=kill|stop|term: at FAULT_AT, `stage:step`, on rank FAULT_RANK; once, as the file FAULT_ONCE
-says: SIGKILL, SIGSTOP or SIGTERM to this process, or with FAULT=launcher SIGKILL to its parent.
+says: SIGKILL, SIGSTOP or SIGTERM to this process, or with FAULT=launcher SIGKILL to its parent, or
+with FAULT=disk the error of a full one.
 Workers train, reduce, evaluate and write their files; the server judges, records, commits
 checkpoints and finishes; a central run steps.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -31,6 +33,8 @@ def strike(stage: str, step: int) -> None:
         os.close(os.open(os.environ["FAULT_ONCE"], os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return
+    if FAULT == "disk":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     os.kill(os.getppid() if FAULT == "launcher" else os.getpid(), SENT[FAULT])
 
 

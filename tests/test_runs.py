@@ -167,6 +167,17 @@ def test_a_client_that_raises_ends_every_rank(run: Run, processes: int) -> None:
                      outcome.output)
 
 
+def test_the_outcome_names_a_worker_that_fails_after_the_verdict(run: Run, tmp_path: Path) -> None:
+    """When the others wait for it in a collective, and learn only that it is gone."""
+    outcome = run("fed_avg", "--num_clients", 3, "--rounds", 9, processes=4, script=FAULTS,
+                  env={"FAULT": "disk", "FAULT_AT": "reduce:2", "FAULT_RANK": "2",
+                       "FAULT_ONCE": str(tmp_path / "once")}, limit=60)
+    assert outcome.code == 1
+    told = json.loads((outcome.run_dir / "outcome.json").read_text())
+    assert told["outcome"] == "failed"
+    assert "rank 2 failed with OSError: [Errno 28] No space left" in told["reason"]
+
+
 def test_an_update_that_is_not_finite_is_left_out(run: Run) -> None:
     env = {"FAULT": "nan", "FAULT_CLIENT": "1", "FAULT_STEP": "1"}  # its second round
     runs = [run("fed_avg", "--num_clients", 3, "--rounds", 3, processes=n, script=FAULTS, env=env,

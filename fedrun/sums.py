@@ -14,7 +14,7 @@ known only after training need room: their sums are int64, twice the bytes for e
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -53,6 +53,9 @@ class TermSum(CohortSum):
         super().__init__(
             strategy, size, plane or DataPlane(), len(self.sums) * size + 1, kind,
             torch.empty(1 + len(self.sums), width, dtype=like.dtype, device=like.device), moments)
+        self._width = width
+        self._rows = self._scratch.unbind()
+        self._own = [one.split(width) for one in self._buffer[:-1].split(size)]  # slices, by sum
         self._stale = True  # nothing was added in this round: the buffer holds another's
         self._rounded = torch.empty(width, dtype=kind, device=like.device)
         self._bounds = dict.fromkeys(CLIENT_VECTORS, torch.finfo(like.dtype).max)
@@ -79,65 +82,71 @@ class TermSum(CohortSum):
         client: the strategy's inputs, and the moments where they are averaged, (size,) each.
         Raises OverflowError for one beyond its bound.
         """
-        for a, b in self._slices():
-            slices = self._read(client, start, a, b)
-            if not self._finite(slices, (vector[b:] for vector in client.values())):
+        for number, slices in self._read(client, start):
+            if not self._finite(slices, client, number):
                 if self.exact:
-                    self._take_back(client, weight, start, a)
+                    self._take_back(client, weight, start, number)
                 return False
             if self.exact:
-                self._add_slice(slices, weight, a, b)
+                self._add_slice(slices, weight, number)
         if not self.exact:  # floats cannot be taken back: all was looked at before
-            for a, b in self._slices():
-                self._add_slice(self._read(client, start, a, b), weight, a, b)
+            for number, slices in self._read(client, start):
+                self._add_slice(slices, weight, number)
         if self._stale:
             self._buffer[-1] = 0
             self._stale = False
         self._buffer[-1] += round(weight * 2.0**self._bits) if self.exact else weight
         return True
 
-    def _read(self, client: Mapping[str, Tensor], start: Tensor | None, a: int, b: int
-              ) -> dict[str, Tensor]:
-        """A slice of a client's vectors, its update in place of its parameters."""
-        slices = {name: vector[a:b] for name, vector in client.items()}
-        if start is not None and "delta" in slices:
-            slices["delta"] = torch.sub(slices["delta"], start[a:b], out=self._scratch[-1, :b - a])
-        return slices
+    def _read(self, client: Mapping[str, Tensor], start: Tensor | None
+              ) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """A client's vectors slice by slice, its update in place of its parameters."""
+        columns = [vector.split(self._width) for vector in client.values()]
+        starts = start.split(self._width) if start is not None and "delta" in client else ()
+        for number, column in enumerate(zip(*columns, strict=True)):
+            slices = dict(zip(client, column, strict=True))
+            if starts:
+                trained = slices["delta"]
+                slices["delta"] = torch.sub(trained, starts[number], out=_as_long(self._rows[-1], trained))
+            yield number, slices
 
-    def _finite(self, client: Mapping[str, Tensor], rest: Iterable[Tensor]) -> bool:
-        """Whether all elements of a slice are finite; OverflowError where one is beyond its bound,
-        unless the client is to be left out anyway for what is in the `rest`."""
-        for name, vector in client.items():
+    def _finite(self, slices: Mapping[str, Tensor], client: Mapping[str, Tensor], number: int
+                ) -> bool:
+        """Whether all elements of these slices are finite; OverflowError where one is beyond its
+        bound, unless the client is to be left out anyway for what is in later slices."""
+        for name, vector in slices.items():
             peak, bound = largest(vector), self._bounds[name]
             if peak <= bound:
                 continue
+            rest = (vector[(number + 1) * self._width:] for vector in client.values())
             if not math.isfinite(peak) or not all(bool(v.isfinite().all()) for v in rest):
                 return False
             raise beyond(name, peak, bound)
         return True
 
-    def _add_slice(self, client: Mapping[str, Tensor], weight: float, a: int, b: int) -> None:
-        terms = (*self.strategy.client_term(client), *(client[name] for name in self.moments))
+    def _add_slice(self, slices: Mapping[str, Tensor], weight: float, number: int) -> None:
+        terms = (*self.strategy.client_term(slices), *(slices[name] for name in self.moments))
         for i, (term, scale) in enumerate(zip(terms, self._scales.values(), strict=True)):
-            scaled = torch.mul(term, weight * scale, out=self._scratch[i, :b - a])
+            scaled = torch.mul(term, weight * scale, out=_as_long(self._rows[i], term))
+            own = self._own[i][number]
             if self.exact:
                 scaled.round_()
             if self._stale:
-                self._own(i, a, b).copy_(scaled)
+                own.copy_(scaled)
             elif self.exact:  # torch adds floats to integers much slower than it converts them
-                self._own(i, a, b).add_(self._rounded[:b - a].copy_(scaled))
+                own.add_(_as_long(self._rounded, scaled).copy_(scaled))
             else:
-                self._own(i, a, b).add_(scaled)
+                own.add_(scaled)
 
     def _take_back(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None,
                    stop: int) -> None:
-        """Undo what a client has added to integers before element `stop`."""
+        """Undo what a client has added to integers before slice `stop`."""
         if self._stale:
             return
-        for a, b in self._slices():
-            if a == stop:
+        for number, slices in self._read(client, start):
+            if number == stop:
                 return
-            self._add_slice(self._read(client, start, a, b), -weight, a, b)
+            self._add_slice(slices, -weight, number)
 
     def _total_weight(self) -> float:
         return float(sum(part[-1].item() for part in self._total)) / 2.0**self._bits
@@ -169,8 +178,11 @@ class TermSum(CohortSum):
         """A slice of one of the sums over all workers."""
         return self._summed(index * self.size + a, index * self.size + b, self._rounded)
 
-    def _own(self, index: int, a: int, b: int) -> Tensor:
-        return self._buffer[index * self.size + a:index * self.size + b]
+
+def _as_long(memory: Tensor, vector: Tensor) -> Tensor:
+    """As much of it as the vector takes: all but for the last slice."""
+    size = vector.numel()
+    return memory if memory.numel() == size else memory[:size]
 
 
 def adamw_step_bound(lr: float, weight_decay: float, beta1: float, beta2: float) -> float:

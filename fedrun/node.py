@@ -27,12 +27,13 @@ _HEAD = mmap.PAGESIZE  # bytes before the vector, which begin with the stamp
 
 def machine() -> int:
     """A number that is the same for all processes of this machine; 0 where memory cannot be shared
-    (systems other than Linux)."""
+    (systems other than Linux, or a sandbox that forbids it)."""
     try:
+        os.close(os.memfd_create(_NAME))
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-    except OSError:
+    except (AttributeError, OSError):
         return 0
-    return uuid.UUID(boot.strip()).int >> 65 if hasattr(os, "memfd_create") else 0
+    return uuid.UUID(boot.strip()).int >> 65
 
 
 class Offer:

@@ -107,7 +107,8 @@ class TermSum(CohortSum):
             slices = dict(zip(client, column, strict=True))
             if starts:
                 trained = slices["delta"]
-                slices["delta"] = torch.sub(trained, starts[number], out=_as_long(self._rows[-1], trained))
+                slices["delta"] = torch.sub(trained, starts[number],
+                                            out=_as_long(self._rows[-1], trained))
             yield number, slices
 
     def _finite(self, slices: Mapping[str, Tensor], client: Mapping[str, Tensor], number: int

@@ -89,6 +89,7 @@ class DataPlane:
 
     def write(self, common: Tensor, vector: Tensor) -> None:
         """Replace a common vector by one that is the same on all workers."""
+        self.barrier()  # nobody reads it any longer
         if self.here == 0:
             common.copy_(vector)
         self.barrier()

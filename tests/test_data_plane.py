@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_resume import FAULTY, assert_equal, fault
 from test_runs import without_clocks
 
 from fedrun.data_plane import nodes
@@ -86,3 +87,17 @@ def test_a_run_on_two_machines(run: Run) -> None:
     assert alone.code == apart.code == 0, alone.output + apart.output
     assert apart.bits == alone.bits
     assert without_clocks(apart) == without_clocks(alone)
+
+
+def test_a_worker_that_is_late_finds_what_the_others_do(run: Run, tmp_path: Path) -> None:
+    """Also while a run is resumed, when the common model is written twice."""
+    flags = ("--num_clients", 2, "--rounds", 4, "--val_freq", 2, "--checkpoint_freq", 2,
+             "--save_client_deltas", "true")
+    whole = run("fed_avg", *flags, name="whole")
+    stopped = run("fed_avg", *flags, script=FAULTY, env=fault(tmp_path, "term", "record:2"))
+    assert whole.code == stopped.code == 0, whole.output + stopped.output
+    resumed = run("fed_avg", *flags, processes=3, script=ROOT / "tests" / "late_fedrun.py",
+                  env={"LATE_RANK": "2"})
+    assert resumed.code == 0, resumed.output
+    assert "goes on after step" in resumed.output
+    assert_equal(resumed, whole)

@@ -60,7 +60,7 @@ class CohortSum(ABC):
 
     @property
     def wire_bytes(self) -> int:
-        """Payload of a round's collectives."""
+        """Payload of a round for a worker that sends."""
         return self._buffer.nbytes
 
     @abstractmethod
@@ -105,7 +105,9 @@ class CohortSum(ABC):
                 moments[name][a:b] = mean.pop(name)
             before = model[a:b].clone() if measure else model
             if measure:
-                for name, count in self.strategy.counts(mean, context).items():
+                counts = self.strategy.counts(mean, context)
+                assert counts.keys() == set(self.strategy.counted), "what counts is in `counted`"
+                for name, count in counts.items():
                     self._per_slice[name][number] = count
                 self._per_slice["mean_norm"][number] = sum(_squared(mean[n]) for n in averaged)
             self.strategy.server_update(model[a:b], {k: v[a:b] for k, v in state.items()}, mean,
@@ -177,9 +179,10 @@ def slice_width(size: int, device: torch.device) -> int:
 def norm(vector: Tensor, start: Tensor | None = None) -> float:
     """Its Euclidean norm (with `start`: its distance from there) in double precision, by slices:
     torch makes a copy of what it is given."""
-    slices = vector.split(_SLICE[vector.device.type])
-    if start is not None:
-        slices = tuple(map(torch.sub, slices, start.split(_SLICE[vector.device.type])))
+    width = _SLICE[vector.device.type]
+    slices: Iterable[Tensor] = vector.split(width)
+    if start is not None:  # one difference at a time
+        slices = map(torch.sub, slices, start.split(width))
     return math.sqrt(math.fsum(map(_squared, slices)))
 
 

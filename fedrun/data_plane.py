@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fedrun.node import Offer, attach
+from fedrun.node import NOWHERE, Offer, attach
 
 _SLICE = 1 << 16  # elements that are summed at a time, in the cache
 
@@ -33,11 +33,13 @@ class DataPlane:
         self.node: tuple[int, ...] = (self.worker,)
         """This worker and those that share its memory."""
         self.bytes_sent = 0
-        """Payload bytes that this worker has handed to sums and maxima."""
+        """Payload bytes that this worker has sent in sums and maxima."""
         self.senders = tuple(range(dist.get_world_size(self.group) if self.group else 1))
         """The first worker of each machine, and all that share no memory."""
         self.between = self.group
         """The group of the senders: to be set where it is neither all workers nor one alone."""
+        self.blind = False
+        """Whether this worker failed to map the memory of others on its machine."""
         self._sharing = False  # do any workers?
         if self.group and machine is not None:
             self._meet(machine)
@@ -49,11 +51,10 @@ class DataPlane:
         self._sharing = True
         self.node = nodes(machines, [True] * len(machines))[self.worker]
         try:
-            self._allocate(1, torch.uint8)
-            reached = True
+            self._allocate(1, torch.uint8, self.node)
         except OSError:
-            reached = False
-        everyone = nodes(machines, [bool(flag) for flag, in self._all_gather(int(reached))])
+            self.blind = True
+        everyone = nodes(machines, [not blind for blind, in self._all_gather(int(self.blind))])
         self.node = everyone[self.worker]
         self.senders = tuple(sorted({node[0] for node in everyone}))
         self._sharing = len(self.senders) < len(machines)
@@ -68,22 +69,35 @@ class DataPlane:
     def allocate(self, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         """New vectors of zeros, (size,): one for each worker of this machine, which all of them
         see; where no memory is shared, this worker's alone."""
-        if not self._sharing:
-            return (torch.zeros(size, dtype=dtype, device=device),)
-        return self._allocate(size, dtype)
+        return self._allocate(size, dtype, self.node) if self._sharing else (
+            torch.zeros(size, dtype=dtype, device=device),)
 
-    def _allocate(self, size: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        offer = Offer(size * dtype.itemsize)
+    def _allocate(self, size: int, dtype: torch.dtype, makers: Sequence[int]
+                  ) -> tuple[Tensor, ...]:
+        """New vectors of zeros, of these workers of the machine. OSError on a worker that cannot
+        make or map one; the others do not wait for it."""
+        failure, offer = None, None
         try:
-            addresses = self._all_gather(*offer.address)
-            return tuple(attach(addresses[worker], size, dtype) for worker in self.node)
+            offer = Offer(size * dtype.itemsize) if len(self.node) > 1 else None
+        except OSError as error:
+            failure = error
+        addresses = self._all_gather(*(offer.address if offer else NOWHERE))
+        try:
+            if failure:
+                raise failure
+            if not offer:
+                return (torch.zeros(size, dtype=dtype),)
+            return tuple(attach(addresses[maker], size, dtype) for maker in makers)
         finally:
             self.barrier()  # all have it
-            offer.close()
+            if offer:
+                offer.close()
 
     def common(self, vector: Tensor) -> Tensor:
         """A copy of a vector that is the same on all workers: one for all workers of a machine."""
-        copy = self.allocate(vector.numel(), vector.dtype, vector.device)[0]
+        if not self._sharing:
+            return vector.clone()
+        copy, = self._allocate(vector.numel(), vector.dtype, self.node[:1])
         self.write(copy, vector)
         return copy
 
@@ -107,7 +121,6 @@ class DataPlane:
         """
         if self.group is None:
             return tuple(parts)
-        self.bytes_sent += parts[0].nbytes
         self.barrier()  # all are filled
         if self.between is None:
             return tuple(parts)
@@ -119,6 +132,7 @@ class DataPlane:
         self.barrier()
         if self.here == 0:
             dist.all_reduce(first, group=self.between)
+            self.bytes_sent += first.nbytes
         self.barrier()
         return (first,)
 

@@ -11,10 +11,10 @@ containers of their own, processes of one machine do not see each other, or othe
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import secrets
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,17 +23,22 @@ from torch import Tensor
 
 _NAME = "fedrun"
 _HEAD = mmap.PAGESIZE  # bytes before the vector, which begin with the stamp
+NOWHERE = (0, 0, 0)
+"""The address of a vector that could not be made."""
 
 
 def machine() -> int:
-    """A number that is the same for all processes of this machine; 0 where memory cannot be shared
-    (systems other than Linux, or a sandbox that forbids it)."""
+    """A number that is the same for all processes of this machine that can see each other: those of
+    one container, where there are several; 0 where memory cannot be shared (systems other than
+    Linux, or a sandbox that forbids it)."""
     try:
         os.close(os.memfd_create(_NAME))
         boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        processes = os.stat("/proc/self/ns/pid").st_ino
     except (AttributeError, OSError):
         return 0
-    return uuid.UUID(boot.strip()).int >> 65
+    name = hashlib.sha256(f"{boot.strip()} {processes}".encode()).digest()
+    return int.from_bytes(name[:8]) >> 1
 
 
 class Offer:
@@ -42,8 +47,12 @@ class Offer:
     def __init__(self, nbytes: int) -> None:
         stamp = secrets.randbits(63)
         self._descriptor = os.memfd_create(_NAME)
-        os.pwrite(self._descriptor, stamp.to_bytes(8), 0)
-        os.ftruncate(self._descriptor, _HEAD + nbytes)
+        try:
+            os.pwrite(self._descriptor, stamp.to_bytes(8), 0)
+            os.ftruncate(self._descriptor, _HEAD + nbytes)
+        except OSError:
+            self.close()
+            raise
         self.address = os.getpid(), self._descriptor, stamp
 
     def close(self) -> None:

@@ -1,8 +1,8 @@
 """The protocol: one loop that every rank runs. Read this file first.
 
-The server (rank 0) plans a round, the workers train their clients on their own shards, one
-collective sums the clients' terms, and every worker makes the same update of the same global model
-from the sum. Alone, one process is the server and the only worker, and the loop is the same.
+The server (rank 0) plans a round, the workers train their clients on their own shards, sum the
+clients' terms among themselves, and update the global model from the sum, to the same bits on all.
+Alone, one process is the server and the only worker, and the loop is the same.
 """
 
 from __future__ import annotations

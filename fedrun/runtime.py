@@ -1,7 +1,8 @@
 """Where do I run: device, network interface and process groups of this rank.
 
-Topology: the control plane is a gloo group of all ranks, the data plane one group of the worker
-ranks, NCCL on GPUs and gloo on CPUs. Rank 0 is the server; alone it is the one worker as well.
+Topology: the control plane is a gloo group of all ranks; the data plane is one group of the worker
+ranks, NCCL on GPUs and gloo on CPUs, and where workers of several machines share memory on each,
+one of those that send. Rank 0 is the server; alone it is the one worker as well.
 """
 
 from __future__ import annotations
@@ -176,8 +177,12 @@ def join(launch: Launch, device: torch.device, control: Control, identity: Mappi
                           timeout=control.timeout)
     plane = DataPlane(data, None if device.type == "cuda" else machine()
                       ) if launch.rank in workers else DataPlane()
-    known = control.gather([workers[w] for w in plane.senders])
-    senders = control.share(known and known[control.first_worker])
+    known = control.gather({"senders": [workers[w] for w in plane.senders],
+                            "blind on": socket.gethostname() if plane.blind else ""})
+    senders = control.share(known and known[control.first_worker]["senders"])
+    for host in sorted({rank["blind on"] for rank in known or []} - {""}):
+        print(f"fedrun: warning: workers on {host} cannot map each other's memory, and send, which "
+              "is slower", flush=True)
     if 1 < len(senders) < len(workers):  # all ranks make it, members or not
         plane.between = dist.new_group(senders, control.timeout, "gloo")
     return Runtime(launch, device, workers, control, plane)

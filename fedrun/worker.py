@@ -1,8 +1,9 @@
 """A worker: the clients of one process on one device.
 
 It holds one model, whose parameters every hosted client trains in its turn, the global model as a
-second vector, and one buffer that the clients' terms are added to: hundreds of clients cost little
-more memory than one, but for their states, which rest in a store between their turns.
+second vector (one for all workers on the CPUs of a machine), and one buffer that the clients' terms
+are added to: hundreds of clients cost little more memory than one, but for their states, which rest
+in a store between their turns.
 """
 
 from __future__ import annotations

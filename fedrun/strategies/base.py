@@ -1,7 +1,7 @@
 """What an aggregation method is: a sum of client terms, then a server update.
 
-The terms of one round are summed over the cohort by one collective; the update runs on every
-worker, from the same sum to the same bits, so that nothing is sent back. A method is a frozen
+The terms of one round are summed over the cohort; the update runs on the workers, from the same sum
+to the same bits, so that nothing is sent back. A method is a frozen
 dataclass: its fields are its flags (the docstring under a field is the flag's help), its two
 functions `client_term` and `server_update` are its algebra. Both are **elementwise**: they are
 called on matching slices of the flat vectors, small enough to stay in the cache. Nothing here knows
@@ -137,8 +137,8 @@ class Strategy:
         raise NotImplementedError(f"{type(self).__name__} has no server_update")
 
     def counts(self, mean: Mapping[str, Tensor], context: ServerRound) -> Mapping[str, Tensor]:
-        """Numbers of elements (0-dim) with a property that the history shows as a share of all;
-        called before `server_update`, with the same arguments."""
+        """Numbers of elements (0-dim) with a property that the history shows as a share of all, by
+        the names in `counted`; called before `server_update`, with the same arguments."""
         return {}
 
     def warnings(self, local_updates: int) -> list[str]:

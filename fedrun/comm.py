@@ -25,6 +25,8 @@ from fedrun.stopping import HEARTBEAT
 
 _FAILED = "failed"  # store key under which the first rank that fails says why
 SECONDS_FOR_STORE = 5.0
+HEAD = 4096  # bytes that a message takes at least; most fit, and need no second one for the rest
+_LENGTH = 8
 
 
 class LostRanks(RuntimeError):
@@ -54,31 +56,28 @@ class Control:
         """All ranks: the server's message, on every rank. The others' argument is ignored."""
         if self.group is None:
             return message
-        payload = _encode(message) if self.rank == 0 else torch.empty(0, dtype=torch.uint8)
-        length = torch.tensor([payload.numel()])
+        head, rest = _encode(message) if self.rank == 0 else (_empty(HEAD), None)
         with self._naming(0):
-            dist.broadcast(length, 0, group=self.group)
-            if self.rank:
-                payload = torch.empty(int(length), dtype=torch.uint8)
-            dist.broadcast(payload, 0, group=self.group)
-        return _decode(payload)
+            dist.broadcast(head, 0, group=self.group)
+            rest = _rest_of(head) if rest is None else rest
+            if rest.numel():
+                dist.broadcast(rest, 0, group=self.group)
+        return _decode(head, rest)
 
     def gather(self, message: Any) -> list[Any] | None:
         """All ranks: everybody's message in the order of ranks on the server, None elsewhere."""
         if self.group is None:
             return [message]
         if self.rank:
-            payload = _encode(message)
             with self._naming(0):
-                dist.send(torch.tensor([payload.numel()]), 0, group=self.group)
-                dist.send(payload, 0, group=self.group)
+                for part in filter(Tensor.numel, _encode(message)):
+                    dist.send(part, 0, group=self.group)
             return None
-        peers = range(1, self.world_size)
-        lengths = {rank: torch.zeros(1, dtype=torch.int64) for rank in peers}
-        self._receive(lengths)
-        payloads = {rank: torch.empty(int(lengths[rank]), dtype=torch.uint8) for rank in peers}
-        self._receive(payloads)
-        return [message, *(_decode(payloads[rank]) for rank in peers)]
+        heads = {rank: _empty(HEAD) for rank in range(1, self.world_size)}
+        self._receive(heads)
+        rests = {rank: _rest_of(head) for rank, head in heads.items()}
+        self._receive({rank: rest for rank, rest in rests.items() if rest.numel()})
+        return [message, *(_decode(heads[rank], rests[rank]) for rank in heads)]
 
     def _receive(self, buffers: dict[int, Tensor]) -> None:
         """Server: fill one buffer from each rank, or say which ranks are missing."""
@@ -235,9 +234,26 @@ class _Heartbeat:
         self._thread.join(SECONDS_FOR_STORE)
 
 
-def _encode(message: Any) -> Tensor:
-    return torch.frombuffer(bytearray(json.dumps(message).encode()), dtype=torch.uint8)
+def _encode(message: Any) -> tuple[Tensor, Tensor]:
+    """A message's head, HEAD bytes that begin with its length, and what does not fit there."""
+    text = json.dumps(message).encode()
+    whole = len(text).to_bytes(_LENGTH) + text
+    whole += bytes(max(0, HEAD - len(whole)))
+    head, rest = torch.frombuffer(bytearray(whole), dtype=torch.uint8).tensor_split([HEAD])
+    return head, rest
 
 
-def _decode(payload: Tensor) -> Any:
-    return json.loads(payload.numpy().tobytes())
+def _rest_of(head: Tensor) -> Tensor:
+    """Room for what does not fit there."""
+    length = int.from_bytes(head[:_LENGTH].numpy().tobytes())
+    return _empty(max(0, _LENGTH + length - HEAD))
+
+
+def _decode(head: Tensor, rest: Tensor) -> Any:
+    whole = head.numpy().tobytes() + rest.numpy().tobytes()
+    length = int.from_bytes(whole[:_LENGTH])
+    return json.loads(whole[_LENGTH:_LENGTH + length])
+
+
+def _empty(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)

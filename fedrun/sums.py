@@ -52,7 +52,9 @@ class TermSum(CohortSum):
         width = slice_width(size, like.device)
         super().__init__(
             strategy, size, plane or DataPlane(), len(self.sums) * size + 1, kind,
-            torch.empty(1 + len(self.sums), width, dtype=like.dtype, device=like.device), moments)
+            # A row for each sum, and one for the update; a single term takes its place.
+            torch.empty(len(self.sums) + (len(self.sums) > 1), width, dtype=like.dtype,
+                        device=like.device), moments)
         self._width = width
         self._rows = self._scratch.unbind()
         self._own = [one.split(width) for one in self._buffer[:-1].split(size)]  # slices, by sum

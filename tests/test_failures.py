@@ -111,7 +111,7 @@ def launched(tmp_path: Path, cache_dir: Path, processes: int, rounds: int, timeo
             process.kill()
 
 
-@pytest.mark.parametrize(("sent", "timeout"), [(signal.SIGKILL, 600), (signal.SIGSTOP, 8)])
+@pytest.mark.parametrize(("sent", "timeout"), [(signal.SIGKILL, 600), (signal.SIGSTOP, 4)])
 def test_a_lost_worker_ends_all_ranks(sent: signal.Signals, timeout: int, cache_dir: Path,
                                       tmp_path: Path) -> None:
     """A killed worker is noticed at once, a stopped one at the timeout; the server names it."""
@@ -141,7 +141,7 @@ def test_a_signal_while_a_peer_is_gone_ends_at_once(cache_dir: Path, tmp_path: P
 
 def test_a_launcher_that_is_stopped_holds_up_nobody(cache_dir: Path, tmp_path: Path) -> None:
     """It hosts the store, whose calls know no timeout; what matters goes past it."""
-    with launched(tmp_path, cache_dir, 3, 400, timeout=20) as (launcher, ranks, log):
+    with launched(tmp_path, cache_dir, 3, 200, timeout=20) as (launcher, ranks, log):
         launcher.send_signal(signal.SIGSTOP)
         wait_until(lambda: not any(map(alive, ranks.values())), timeout=90)
         assert "done: " in log.read_text()

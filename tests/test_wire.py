@@ -237,12 +237,12 @@ def test_a_block_in_which_nothing_moves_stays() -> None:
 FLAGS = ("--wire", "int8", "--num_clients", 5, "--local_updates", 2, "--rounds", 5)
 
 
-@pytest.mark.parametrize("processes", [2, 3, 5])
-def test_the_same_bits_in_every_world(run: Run, processes: int) -> None:
-    alone, many = (run("fed_avg", *FLAGS, processes=n, name=f"in_{n}") for n in (1, processes))
-    assert alone.code == many.code == 0, many.output
-    assert alone.bits == many.bits
-    assert without_clocks(alone) == without_clocks(many)
+def test_the_same_bits_in_every_world(run: Run) -> None:
+    alone, *many = (run("fed_avg", *FLAGS, processes=n, name=f"in_{n}") for n in (1, 2, 3, 5))
+    for other in many:
+        assert alone.code == other.code == 0, other.output
+        assert alone.bits == other.bits
+        assert without_clocks(alone) == without_clocks(other)
 
 
 def test_a_quarter_of_the_bytes_for_nearly_the_same_model(run: Run) -> None:

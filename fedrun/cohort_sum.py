@@ -36,21 +36,24 @@ class CohortSum(ABC):
     that they have in common.
     """
 
-    def __init__(self, strategy: Strategy, size: int, plane: DataPlane, length: int,
+    def __init__(self, strategy: Strategy, size: int, plane: DataPlane | None, length: int,
                  kind: torch.dtype, scratch: Tensor, moments: tuple[str, ...] = ()) -> None:
+        """plane: None for a worker alone; length, kind: of the buffer; scratch: (rows, width), a
+        slice of each vector, in the model's type."""
         self.strategy = strategy
         self.size = size
-        self.plane = plane
+        self.plane = plane or DataPlane()
         self.moments = moments
         self._scratch = scratch
-        """(rows, width): a slice of each vector, in the model's type."""
-        self._buffers = plane.allocate(length, kind, scratch.device)
-        self._buffer = self._buffers[plane.here]
+        self._width = scratch.shape[1]
+        self._slices = [(a, min(a + self._width, size)) for a in range(0, size, self._width)]
+        """As ranges of elements."""
+        self._buffers = self.plane.allocate(length, kind, scratch.device)
+        self._buffer = self._buffers[self.plane.here]
         self._total: tuple[Tensor, ...] = (self._buffer,)
         """Buffers that add up to the sum over all workers, after `reduce`."""
-        self._slice_count = -(-size // scratch.shape[1])
         rows = ("mean_norm", "step_norm", *strategy.counted, *strategy.element_means)
-        table = plane.common(torch.zeros(len(rows) * self._slice_count, dtype=torch.float64))
+        table = self.plane.common(torch.zeros(len(rows) * len(self._slices), dtype=torch.float64))
         self._per_slice = dict(zip(rows, table.view(len(rows), -1), strict=True))
 
     @property
@@ -145,16 +148,9 @@ class CohortSum(ABC):
         does not depend on who has which."""
         return math.fsum(self._per_slice[name].tolist())
 
-    def _slices(self) -> Iterator[tuple[int, int]]:
-        """All of them, as ranges of elements."""
-        width = self._scratch.shape[1]
-        return ((a, min(a + width, self.size)) for a in range(0, self.size, width))
-
     def _section(self) -> Iterator[tuple[int, int, int]]:
         """The slices that this worker updates: number and range of elements."""
-        width = self._scratch.shape[1]
-        return ((i, i * width, min((i + 1) * width, self.size))
-                for i in self.plane.section(self._slice_count))
+        return ((i, *self._slices[i]) for i in self.plane.section(len(self._slices)))
 
 
 def largest(vector: Tensor) -> float:

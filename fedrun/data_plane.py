@@ -16,8 +16,6 @@ from torch import Tensor
 
 from fedrun.node import NOWHERE, Offer, attach
 
-_SLICE = 1 << 16  # elements that are summed at a time, in the cache
-
 
 class DataPlane:
     """Sums and maxima over the workers, and vectors that those of one machine have in common.
@@ -125,10 +123,9 @@ class DataPlane:
         if self.between is None:
             return tuple(parts)
         first, *others = parts
-        if others:
-            for a in self.section(-(-len(first) // _SLICE)):
-                for other in others:
-                    first[a * _SLICE:(a + 1) * _SLICE].add_(other[a * _SLICE:(a + 1) * _SLICE])
+        mine = self.section(first.numel())
+        for other in others:
+            first[mine.start:mine.stop].add_(other[mine.start:mine.stop])
         self.barrier()
         if self.here == 0:
             dist.all_reduce(first, group=self.between)

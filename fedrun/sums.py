@@ -51,11 +51,10 @@ class TermSum(CohortSum):
         self._bits = _BITS[kind] - strategy.weight_headroom if exact else 0
         width = slice_width(size, like.device)
         super().__init__(
-            strategy, size, plane or DataPlane(), len(self.sums) * size + 1, kind,
+            strategy, size, plane, len(self.sums) * size + 1, kind,
             # A row for each sum, and one for the update; a single term takes its place.
             torch.empty(len(self.sums) + (len(self.sums) > 1), width, dtype=like.dtype,
                         device=like.device), moments)
-        self._width = width
         self._rows = self._scratch.unbind()
         self._own = [one.split(width) for one in self._buffer[:-1].split(size)]  # slices, by sum
         self._stale = True  # nothing was added in this round: the buffer holds another's

@@ -58,7 +58,7 @@ class Int8Sum(CohortSum):
         blocks = -(-size // BLOCK)
         words = blocks * BLOCK // 4
         width = -(-slice_width(size, like.device) // BLOCK) * BLOCK
-        super().__init__(strategy, size, plane or DataPlane(), words + 2, torch.int32,
+        super().__init__(strategy, size, plane, words + 2, torch.int32,
                          torch.empty(2, width, dtype=like.dtype, device=like.device))
         self.cohort = cohort
         self._words = torch.empty(width // 4, dtype=torch.int32, device=like.device)
@@ -79,14 +79,14 @@ class Int8Sum(CohortSum):
 
     def add(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None = None) -> bool:
         """Add the client's `delta`, times its weight, to what it owes, `residual`; (size,) each."""
-        peaks = [largest(self._update(client, start, a, b)) for a, b in self._slices()]
+        peaks = [largest(self._update(client, start, a, b)) for a, b in self._slices]
         if not all(map(math.isfinite, peaks)):
             return False
         if max(peaks) > self._bound:
             raise beyond("delta", max(peaks), self._bound)
         residual = client["residual"]
         levels = 1 + math.floor((LEVELS - self.cohort) * weight)
-        for a, b in self._slices():
+        for a, b in self._slices:
             residual[a:b].add_(self._update(client, start, a, b), alpha=weight)
             first, last, owed = self._blocks(residual, a, b)
             peak = owed.abs_().amax(1).div_(levels)
@@ -112,7 +112,7 @@ class Int8Sum(CohortSum):
 
     def _send(self, residual: Tensor, levels: int) -> None:
         """Move what fits the grid from a client's residual to the buffer."""
-        for a, b in self._slices():
+        for a, b in self._slices:
             first, last, owed = self._blocks(residual, a, b)
             step = self.peaks[first:last, None]
             q = torch.div(owed, step, out=self._scratch[1, :owed.numel()].view_as(owed)).round_()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, Run, execute, torchrun
 from hypothesis import given
 from hypothesis import strategies as st
 from test_resume import FAULTY, assert_equal, fault
@@ -15,7 +16,6 @@ from test_runs import without_clocks
 
 from fedrun.data_plane import nodes
 from fedrun.node import Offer, attach, machine
-from tests.conftest import ROOT, Run, execute, torchrun
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=12))

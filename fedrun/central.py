@@ -23,10 +23,11 @@ from fedrun.data.partition import client_shards
 from fedrun.data.shards import Batches, make_batches
 from fedrun.data.tokens import TokenData
 from fedrun.evaluate import mean_loss, perplexity, sample_text, validation_pieces
+from fedrun.files import write_json
 from fedrun.history import Clocks, half_losses
 from fedrun.optimizer import LocalOptimizer, scheduled_lr
 from fedrun.params import FlatParams
-from fedrun.rundir import save_model, save_studied, studied, write_json, write_outcome
+from fedrun.rundir import save_model, save_studied, studied, write_outcome
 from fedrun.stopping import StopRequest
 from fedrun.track import Events, Progress
 from fedrun.worker import new_model

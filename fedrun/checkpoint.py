@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedrun.config import RunConfig
-from fedrun.rundir import write_json, write_whole
+from fedrun.files import write_json, write_whole
 
 GLOBAL = "global.safetensors"
 SERVER = "server.json"

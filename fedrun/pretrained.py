@@ -23,10 +23,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedrun.config import ModelConfig, RunConfig
+from fedrun.config import RunConfig
 from fedrun.data import corpora
 from fedrun.data.tokenizer import HUB_NAME
 from fedrun.data.tokens import TokenData
+from fedrun.errors import one_line
+from fedrun.model.config import ModelConfig
 from fedrun.model.convert import from_transformers, from_transformers_config
 from fedrun.model.mamba2 import Mamba2LM
 
@@ -71,7 +73,7 @@ class Pretrained:
                                    weights_only=True)
         except Exception as error:  # both libraries raise many kinds for a damaged file
             raise ValueError(f"{self.folder}: no weights can be read: "
-                             f"{corpora.one_line(error)}") from error
+                             f"{one_line(error)}") from error
         found = from_transformers(found)
         head = found.pop(HEAD, None)
         if head is not None and EMBEDDING in found and not torch.equal(head, found[EMBEDDING]):
@@ -93,7 +95,7 @@ class Pretrained:
             model.load_state_dict({**weights, HEAD: weights[EMBEDDING]})
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"{self.folder}: weights and config.json do not belong together: "
-                             f"{corpora.one_line(error)}") from error
+                             f"{one_line(error)}") from error
 
     def build(self, compute_dtype: torch.dtype = torch.float32) -> Mamba2LM:
         """The model with its weights, float32, on the CPU."""
@@ -127,7 +129,7 @@ def find_pretrained(name: str, flag: str) -> Pretrained:
     except FileNotFoundError as missing:
         raise ValueError(f"{flag} {name}: there is no {missing.filename}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{flag} {name}: {corpora.one_line(error)}") from error
+        raise ValueError(f"{flag} {name}: {one_line(error)}") from error
     raise ValueError(f"{flag} {name}: config.json is not one of a run, of a transformers Mamba2 "
                      "model or of a mamba_ssm model")
 

@@ -22,12 +22,13 @@ from fedrun.checkpoint import newest
 from fedrun.comm import Control
 from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
 from fedrun.data.tokens import TokenData, prepare
+from fedrun.files import write_json
 from fedrun.launch import Launch, detect
 from fedrun.model.kernels import kernel_path, on_gpu
 from fedrun.model.precision import bf16_in_hardware
 from fedrun.plan import Schedule, Shards
 from fedrun.pretrained import find_pretrained, fit_vocabulary, start_from
-from fedrun.rundir import lock_token, write_failure, write_json
+from fedrun.rundir import lock_token, write_failure
 from fedrun.runtime import choose_device, connected, join
 from fedrun.start import Beginning, Refused, begin, make_ready
 from fedrun.stopping import StopRequest

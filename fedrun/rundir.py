@@ -22,7 +22,6 @@ import os
 import platform
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -33,6 +32,7 @@ import numpy as np
 from safetensors.torch import save
 from torch import Tensor
 
+from fedrun.files import write_json, write_whole
 from fedrun.stopping import LOCK
 
 # The parameters of a Mamba-2 block whose change is studied, as the model names them.
@@ -40,32 +40,6 @@ _STUDIED = {"in_proj.weight": "in_proj", "A_log": "A_log", "D": "D", "dt_bias": 
 
 
 CLIENTS = "clients"
-
-
-def write_whole(path: Path, *content: bytes | memoryview, durable: bool = True) -> None:
-    """Write a file whole or not at all: whoever opens it, or a crash, never meets half of it.
-
-    content: in pieces, one after the other. Each time a new file, which takes the place of the one
-    before. Without `durable` it is not forced to the disk: a machine without power may lose it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            for piece in content:
-                file.write(piece)
-            file.flush()
-            if durable:
-                os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def save_model(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -21,6 +21,7 @@ from fedrun.checkpoint import Checkpoint, Checkpoints
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
 from fedrun.evaluate import Piece, mean_loss, perplexity, sample_text
+from fedrun.files import write_json
 from fedrun.history import COHORT_NUMBERS, SECONDS, Clocks, cohort_record, half_losses
 from fedrun.optimizer import scheduled_lr
 from fedrun.params import FlatParams
@@ -30,7 +31,6 @@ from fedrun.rundir import (
     save_studied,
     studied,
     write_failure,
-    write_json,
     write_outcome,
 )
 from fedrun.stopping import StopRequest

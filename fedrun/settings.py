@@ -22,9 +22,10 @@ from typing import Any, Literal
 
 import yaml
 
-from fedrun.config import CentralConfig, FederatedConfig, ModelConfig, RunConfig
+from fedrun.config import CentralConfig, FederatedConfig, RunConfig
+from fedrun.errors import require
+from fedrun.model.config import ModelConfig
 from fedrun.strategies import Strategy, strategy_class
-from fedrun.strategies.base import require
 
 
 @dataclass(frozen=True)

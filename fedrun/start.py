@@ -18,6 +18,7 @@ from typing import Any
 from fedrun import checkpoint, rundir
 from fedrun.checkpoint import Checkpoint
 from fedrun.config import Dtype, RunConfig
+from fedrun.files import write_json
 from fedrun.stopping import LOCK
 
 
@@ -92,7 +93,7 @@ def make_ready(config: RunConfig, found: Checkpoint | None) -> None:
 
 def _describe(config: RunConfig, step: int) -> None:
     rundir.write_outcome(config.run_dir, "running", step)
-    rundir.write_json(config.run_dir / "config.json", config.to_dict())
+    write_json(config.run_dir / "config.json", config.to_dict())
 
 
 def _restarted(run_dir: Path) -> bool:

@@ -43,9 +43,9 @@ from typing import Any
 import yaml
 
 from fedrun.config import RunConfig
+from fedrun.errors import require
 from fedrun.rundir import read_outcome
 from fedrun.settings import closest, resolve
-from fedrun.strategies.base import require
 
 Point = tuple[tuple[str, float], ...]
 """A place on a setting's grid: ((flag, value), ...)."""

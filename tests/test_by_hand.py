@@ -17,8 +17,8 @@ import torch
 from conftest import CORPUS, Run
 from torch.nn.functional import cross_entropy
 
-from fedrun.config import ModelConfig
 from fedrun.data.tokens import TokenData, prepare
+from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.settings import find_config
 

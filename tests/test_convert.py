@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedrun.config import ModelConfig
+from fedrun.model.config import ModelConfig
 from fedrun.model.convert import (
     from_transformers,
     from_transformers_config,

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fedrun import cli
-from fedrun.config import ModelConfig
+from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.pretrained import find_pretrained, from_mamba_ssm_config
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedrun.config import ModelConfig
+from fedrun.model.config import ModelConfig
 from fedrun.model.generate import generate, prefill, step
 from fedrun.model.mamba2 import Mamba2LM
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fedrun.config import ModelConfig
+from fedrun.model.config import ModelConfig
 from fedrun.model.conv import causal_conv_silu
 from fedrun.model.convert import to_transformers, to_transformers_config
 from fedrun.model.mamba2 import Mamba2LM

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fedrun.config import ModelConfig
+from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.optimizer import LocalOptimizer
 from fedrun.params import FlatParams

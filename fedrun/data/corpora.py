@@ -28,6 +28,7 @@ from fedrun.data.pydocs import (
     split_by_hash,
     stdlib_files,
 )
+from fedrun.errors import one_line
 
 ALIASES = {
     "wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1",
@@ -276,10 +277,6 @@ def hub_out_of_reach(flag: str, asked: str, error: Exception) -> ConnectionError
         f"had from the hub ({constants.ENDPOINT}: {reason}); to run without a network: "
         "--dataset pydocs --tokenizer bpe:8192"
     )
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedrun.data import corpora
+from fedrun.errors import one_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -90,7 +91,7 @@ def _fetch_tokenizer(tokenizer: str) -> PreTrainedTokenizerBase:
     except Exception as error:  # the library raises many kinds for what a user got wrong
         refused = isinstance(error.__cause__, RepositoryNotFoundError)
         if local or (corpora.hub_answers() and (refused or not isinstance(error, OSError))):
-            raise ValueError(f"--tokenizer {tokenizer}: {corpora.one_line(error)}") from error
+            raise ValueError(f"--tokenizer {tokenizer}: {one_line(error)}") from error
         raise corpora.hub_out_of_reach("--tokenizer", tokenizer, error) from error
     if not loaded.is_fast:
         raise ValueError(f"--tokenizer {tokenizer}: has no fast form (tokenizer.json)")

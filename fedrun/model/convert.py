@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fedrun.config import ModelConfig
+from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import CHUNK_SIZE
 from fedrun.model.norm import EPS
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedrun.config import ModelConfig
 from fedrun.model import kernels
+from fedrun.model.config import ModelConfig
 from fedrun.model.conv import causal_conv_silu
 from fedrun.model.loss import (
     chunk_tokens,

@@ -144,9 +144,3 @@ class Strategy:
     def warnings(self, local_updates: int) -> list[str]:
         """Settings that work but hardly do what was meant."""
         return []
-
-
-def require(condition: bool, flag: str, value: object, accepted: str) -> None:
-    """Raise the ValueError of a wrong setting: which flag, what it got, what it accepts."""
-    if not condition:
-        raise ValueError(f"{flag} {value}: accepted is {accepted}")

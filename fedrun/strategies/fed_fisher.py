@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from fedrun.strategies.base import ServerRound, Units, require
+from fedrun.errors import require
+from fedrun.strategies.base import ServerRound, Units
 from fedrun.strategies.fed_avg import FedAvg
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedrun.strategies.base import ServerRound, require
+from fedrun.errors import require
+from fedrun.strategies.base import ServerRound
 from fedrun.strategies.fed_avg import FedAvg
 
 if TYPE_CHECKING:

@@ -38,9 +38,10 @@ from torch import Tensor
 
 from fedrun import protocol, runtime, server, worker
 from fedrun.client import Client, LocalLosses
-from fedrun.config import FederatedConfig, ModelConfig
+from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
 from fedrun.launch import detect
+from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.plan import Plan, Verdict
 from fedrun.run import resolve_dtype

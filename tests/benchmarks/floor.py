@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-from fedrun.config import ModelConfig
+from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import CHUNK_SIZE
 from tests.benchmarks.common import median_seconds
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedrun.config import ModelConfig
 from fedrun.fisher import batch_gradient
+from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.params import FlatParams
 

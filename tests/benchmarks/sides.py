@@ -17,8 +17,8 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as fedrun's own entry poin
 
 import torch
 
-from fedrun.config import ModelConfig
 from fedrun.model import mamba2, ssd
+from fedrun.model.config import ModelConfig
 from fedrun.model.convert import to_transformers_config
 from fedrun.model.generate import prefill, step
 from fedrun.model.mamba2 import Mamba2LM

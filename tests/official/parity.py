@@ -24,8 +24,8 @@ torch.cuda.get_device_properties = (  # type: ignore[assignment]
 
 from torch.nn.functional import cross_entropy  # noqa: E402
 
-from fedrun.config import ModelConfig  # noqa: E402
 from fedrun.model import kernels  # noqa: E402
+from fedrun.model.config import ModelConfig  # noqa: E402
 from fedrun.model.mamba2 import Mamba2LM  # noqa: E402
 
 kernels.ssd_kernels()  # makes the package importable without its compiled part

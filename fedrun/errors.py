@@ -1,0 +1,14 @@
+"""Errors that users can act on: a line that names the flag and what it accepts. Needs no torch."""
+
+from __future__ import annotations
+
+
+def require(condition: bool, flag: str, value: object, accepted: str) -> None:
+    """Raise the ValueError of a wrong setting: which flag, what it got, what it accepts."""
+    if not condition:
+        raise ValueError(f"{flag} {value}: accepted is {accepted}")
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message with its line breaks folded."""
+    return " ".join(str(error).split())

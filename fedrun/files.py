@@ -1,0 +1,105 @@
+"""Files that are whole or absent when we write them, and not trusted when we read them.
+
+Run folders are copied between machines and edited by hand, so what is read may be damaged, hostile
+or no file at all: everything outside a checksum is read through `read_json`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import Any, TypeVar
+
+LARGEST_JSON = 1 << 28  # bytes; a history of a million records has less
+Kind = TypeVar("Kind", dict[str, Any], list[Any])
+
+
+class DamagedFile(ValueError):
+    """A file that is there and does not hold what it should; the message begins with its path."""
+
+
+def write_whole(path: Path, *content: bytes | memoryview, durable: bool = True) -> None:
+    """Write a file whole or not at all: whoever opens it, or a crash, never meets half of it.
+
+    content: in pieces, one after the other. Each time a new file, with the permissions that the
+    umask leaves, takes the place of the one before. Without `durable` it is not forced to the disk:
+    a machine that loses power may lose it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp's own is 600
+            for piece in content:
+                file.write(piece)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _umask() -> int:
+    """This process's umask, which only Linux tells without setting it: that is not thread-safe."""
+    try:
+        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+            return next(int(line.split()[1], 8) for line in status if line.startswith("Umask:"))
+    except (OSError, StopIteration):
+        return 0o022
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON that every reader takes: numbers that are not finite become null."""
+    write_whole(path, (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode())
+
+
+def finite(value: Any) -> Any:
+    """A JSON-able value with null in place of NaN and infinities, which JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value
+
+
+def read_regular(path: Path, largest: int = LARGEST_JSON) -> bytes:
+    """The content of a regular file of at most `largest` bytes.
+
+    Raises:
+        OSError: it is not there or cannot be read.
+        DamagedFile: it is something else (a folder, a pipe that would never end), or larger.
+    """
+    # Opening a pipe without O_NONBLOCK waits for somebody to write into it.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise DamagedFile(f"{path} is not a regular file")
+        if found.st_size > largest:
+            raise DamagedFile(f"{path} has {found.st_size} bytes, at most {largest} are expected")
+        return file.read(largest)
+
+
+def read_json(path: Path, kind: type[Kind]) -> Kind:
+    """The JSON object (dict) or array (list) in a file; NaN and infinities are read as null.
+
+    Raises:
+        OSError: it is not there or cannot be read.
+        DamagedFile: it holds anything else.
+    """
+    content = read_regular(path)
+    try:
+        value = json.loads(content, parse_constant=lambda _: None)
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(f"{path} is not JSON: {error}") from None
+    if not isinstance(value, kind):
+        expected = "an object" if kind is dict else "an array"
+        raise DamagedFile(f"{path} does not hold {expected}")
+    return value

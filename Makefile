@@ -16,12 +16,16 @@ demo: $(VENV)/.ready
 	    --dataset pydocs --tokenizer bpe:4096 --lr 4e-3 --rounds 150 --val_freq 15 \
 	    --run_name demo --overwrite
 
+# Two tests at a time: most of a test that starts ranks is waiting. Files stay whole, since tests of
+# one file share runs.
+TOGETHER := -n 2 --dist loadfile
+
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TOGETHER)
 
 # The tests that take longer.
 test-all: $(VENV)/.ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(TOGETHER)
 
 # 200 kills at random moments; hours.
 soak: $(VENV)/.ready

@@ -150,22 +150,15 @@ def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 def run_here(lines: list[list[str]]) -> None:
     """Each command line in turn; later flags win, so that a run can change what all share."""
-    from fedrun import cli, settings
+    from fedrun import cli
 
     if not Path(cli.__file__).is_relative_to(Path.cwd()):
         sys.exit(f"{cli.__file__} does not belong to the tree in {Path.cwd()}")
-    for number, (method, *flags) in enumerate(lines):
+    for number, (method, *own) in enumerate(lines):
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # a name space in the store
         federated = [] if method == "central" else FEDERATED.split()
-        known = settings.method_settings(method)
-        given = spell([*SHARED.split(), *federated, *flags], known)
-        if code := cli.main([method, *given]):
-            sys.exit(f"{method} {' '.join(flags)}: exit code {code}")
-
-
-def spell(flags: list[str], known: Any) -> list[str]:
-    """The flags in the words of this tree."""
-    return flags
+        if code := cli.main([method, *SHARED.split(), *federated, *own]):
+            sys.exit(f"{method} {' '.join(own)}: exit code {code}")
 
 
 if __name__ == "__main__":

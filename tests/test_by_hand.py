@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
-from fedrun.settings import find_config
+from fedrun.settings import resolve
 
 ROUNDS, CLIENTS, LOCAL_UPDATES, BATCH, LENGTH, LR = 3, 3, 2, 2, 32, 2e-3
 
@@ -32,8 +32,8 @@ def data(cache_dir: Path) -> TokenData:
 
 def by_hand(data: TokenData) -> dict[str, torch.Tensor]:
     """FedAvg in float64: each client an own copy of the model and an own AdamW that lives on."""
-    assert find_config("tiny").exists()
     shape = ModelConfig(n_layer=2, d_model=64, d_state=16, headdim=16)
+    assert resolve("fed_avg", {"config": "tiny"}).model == shape
     model = Mamba2LM(shape, data.vocab_size)
     model.init_weights(0)
     model = model.double()

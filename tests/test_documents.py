@@ -60,7 +60,7 @@ def test_real_wikitext_has_its_articles_and_tells_their_topics(tmp_path: Path) -
     data = prepare(str(WIKITEXT), str(GPT2), 256, tmp_path, lambda line: None)
     documents, tokenizer = data.load_documents(), data.load_tokenizer()
     assert len(documents) == 60  # as many as WikiText's test split is known to have
-    assert {"Du Fu", "Robert Boulter", "Kiss You ( One Direction song )"} & set(documents.sources)
+    assert {"Du Fu", "Kiss You ( One Direction song )"} <= set(documents.sources)
     stream = np.memmap(data.tokenizer_path.parent / "train.bin", data.train.dtype, mode="r")
     assert documents.starts[-1] == len(stream)
     for n, title in enumerate(documents.sources):

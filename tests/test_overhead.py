@@ -10,11 +10,21 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.fedrun_rounds import shapes
+from tests.benchmarks.overhead import numbers
 from tests.benchmarks.overhead_figure import draw
 from tests.conftest import ROOT
 
 
-def test_its_numbers_belong_together(tmp_path: Path) -> None:
+def test_medians_and_ratios_of_hand_made_samples() -> None:
+    found = numbers({"rounds": [9.0, 3.0, 4.0], "all_reduce": [1.5, 1.0, 90.0],
+                     "passes": [0.5, 0.5, 0.5]})
+    assert (found["round_s"], found["allreduce_s"], found["passes_s"]) == (4.0, 1.5, 0.5)
+    assert (found["ratio"], found["bare_ratio"]) == (2.0, 4.0 / 1.5)
+    alone = numbers({"rounds": [4.0, 4.0], "all_reduce": [0.0, 0.0], "passes": [2.0, 2.0]})
+    assert (alone["ratio"], alone["bare_ratio"]) == (2.0, None)
+
+
+def test_a_whole_measurement_and_its_figure(tmp_path: Path) -> None:
     """Two workers and a server, a model of a tenth of a million parameters; no other frameworks."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.benchmarks.overhead", "--params", "0.1", "--workers", "2",
@@ -22,16 +32,9 @@ def test_its_numbers_belong_together(tmp_path: Path) -> None:
         cwd=ROOT, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert min(found[name] for name in ("fedrun_s", "allreduce_s", "passes_s")) > 0
-    assert found["ratio"] == pytest.approx(
-        found["fedrun_s"] / (found["allreduce_s"] + found["passes_s"]))
-    assert found["bare_ratio"] == pytest.approx(found["fedrun_s"] / found["allreduce_s"])
-    fisher = found["methods"]["fed_fisher"]
-    assert found["fisher_ratio"] == pytest.approx(
-        fisher["round_s"] / (fisher["allreduce_s"] + fisher["passes_s"]))
-    # So small a round is mostly messages, which the floor has none of.
-    assert min(apart["ratio"] for apart in found["apart"].values()) > 1
-    assert found["apart"].keys() == found["methods"].keys()
+    assert found["methods"].keys() == found["apart"].keys() == {"fed_avg", "fed_fisher"}
+    measured = [*found["methods"].values(), *found["apart"].values()]
+    assert all(min(one["round_s"], one["allreduce_s"], one["passes_s"]) > 0 for one in measured)
     assert draw([found, found | {"workers": 4, "pfl_s": 0.1}], tmp_path).stat().st_size > 10_000
 
 

@@ -66,7 +66,7 @@ def test_more_workers_than_clients_warns_and_helps_to_evaluate(run: Run) -> None
     assert without_clocks(many) == without_clocks(alone)
 
 
-def test_deterministic_kernels_change_no_bit_on_a_cpu(run: Run) -> None:
+def test_the_flag_deterministic_changes_no_bit_on_a_cpu(run: Run) -> None:
     runs = [run("fed_fisher", "--num_clients", 2, "--rounds", 2, "--deterministic", value,
                 name=value) for value in ("false", "true")]
     assert [r.code for r in runs] == [0, 0], runs[1].output

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedrun import replicas
 from fedrun.checkpoint import Checkpoint, Checkpoints
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
@@ -99,10 +100,15 @@ class Server:
         weights = [c["weight"] for c in _clients(plan, reports) if c["finite"]]
         if not weights:
             return (f"round {plan.round}: no client's update is finite (--lr "
-                    f"{self.config.lr:g} may be too large); the last good model is in "
-                    f"{self.config.run_dir / 'model.safetensors'}")
+                    f"{self.config.lr:g} may be too large)")
         refused = self.config.strategy.refuse_total(math.fsum(weights))
         return f"round {plan.round}: {refused}" if refused else ""
+
+    def inspect(self, plan: Plan, reports: list[dict[str, Any]], model: Tensor | None) -> str:
+        """Why all ranks end, with this round lost, where the replicas of the global model are not
+        equal and finite; `model` (size,) is the copy that was sent here, if one was."""
+        wrong = replicas.compare(reports, model)
+        return wrong and f"round {plan.round}: {wrong}"
 
     def record(self, plan: Plan, verdict: Verdict, reports: list[dict[str, Any]],
                model: Tensor | None) -> None:
@@ -213,13 +219,18 @@ class Server:
             self._writing.popleft().result()
         self._writing.append(self._writer.submit(work))
 
-    def end_early(self, reason: str, model: Tensor) -> None:
-        """Keep the model of the last whole round, and tell the reason."""
+    def end_early(self, reason: str, model: Tensor, reports: list[dict[str, Any]]) -> None:
+        """Keep the model of the last whole round, unless its replicas differ or it is not finite,
+        and tell the reason; `reports`: of all ranks, on what they hold now."""
         try:
             self._close()
-            self.flat.vector.copy_(model)
-            self._save_model()
+            if not replicas.compare(reports, model):
+                self.flat.vector.copy_(model)
+                self._save_model()
         finally:  # whatever the writer has met: the reason is told
+            path = self.config.run_dir / "model.safetensors"
+            if path.exists():
+                reason += f"; the last good model is in {path}"
             write_failure(self.config.run_dir, reason.splitlines()[-1])
             print(f"fedrun: {reason}", file=sys.stderr, flush=True)
 

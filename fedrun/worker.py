@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedrun import replicas
 from fedrun.checkpoint import GLOBAL, Checkpoint, Saver, folder_of
 from fedrun.client import Client, mean_entropy
 from fedrun.cohort_sum import Bounds, CohortSum, norm
@@ -208,6 +209,12 @@ class Worker:
         return {"model": self.global_model} | {
             f"server.{name}": t for name, t in self.state.items()} | {
             f"moments.{name}": t for name, t in (self.moments or {}).items()}
+
+    def examine(self) -> dict[str, Any]:
+        """What this worker tells of the global model and all else that every worker has: see
+        replicas.py. Nothing where it looks at a replica that another one tells of."""
+        first = self.runtime.data_plane.here == 0
+        return replicas.examine(self._global_state()) if first else {}
 
     def save(self, plan: Plan) -> None:
         """Begin to write this worker's files of a checkpoint, as everything is here and now."""

@@ -85,7 +85,6 @@ class CohortSum(ABC):
         residuals: what the clients owe whose terms were added here, in that order, (size,) each and
         one at a time; for a wire that keeps some back, which changes them.
         """
-        assert self.buffer is self._buffer  # an empty one is zeros from here on
         self._total = self.plane.reduce(self._buffers)
 
     def apply(self, model: Tensor, state: Mapping[str, Tensor], context: ServerRound,

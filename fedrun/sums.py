@@ -14,7 +14,7 @@ known only after training need room: their sums are int64, twice the bytes for e
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -64,10 +64,19 @@ class TermSum(CohortSum):
 
     @property
     def buffer(self) -> Tensor:
+        self._fill()
+        return self._buffer
+
+    def _fill(self) -> None:
+        """Before the sum is read: make it zeros where no client has been added."""
         if self._stale:
             self._buffer.zero_()
             self._stale = False
-        return self._buffer
+
+    def reduce(self, residuals: Iterable[Tensor] = ()) -> None:
+        """Workers: sum over all of them; a worker of which no client took part adds zeros."""
+        self._fill()
+        super().reduce(residuals)
 
     def begin(self, bounds: Bounds) -> None:
         self._stale = True

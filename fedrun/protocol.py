@@ -59,7 +59,7 @@ def run(config: FederatedConfig, data: TokenData, runtime: Runtime, stopping: St
         model = _copy(server, worker, runtime) if plan.evaluate else None  # first worker -> server
         reports = control.gather(report)                                   # all -> server
         if kept and (wrong := control.share(server and server.inspect(plan, reports or [], model))):
-            _end(wrong, server, worker, runtime)                           # server -> all
+            _end(wrong, server, worker, runtime, good=False)               # server -> all
         if server:
             server.record(plan, verdict, reports or [], model)
         last = plan.last or bool(verdict.stop)
@@ -91,11 +91,14 @@ def _copy(server: Server | None, worker: Worker | None, runtime: Runtime) -> Any
     return server and runtime.control.receive_copy(server.size, server.dtype)
 
 
-def _end(reason: str, server: Server | None, worker: Worker | None, runtime: Runtime) -> None:
+def _end(reason: str, server: Server | None, worker: Worker | None, runtime: Runtime,
+         good: bool = True) -> None:
     """All ranks: the end that the server has decided. Nobody leaves before it has told the reason
-    and kept the model, since a launcher ends all processes with the first."""
-    model = _copy(server, worker, runtime)                                 # first worker -> server
-    reports = runtime.control.gather(_examine(worker) if worker else {})   # all -> server
+    and kept the model, if it is `good`, since a launcher ends all processes with the first."""
+    model, reports = None, None
+    if good:
+        model = _copy(server, worker, runtime)                             # first worker -> server
+        reports = runtime.control.gather(_examine(worker) if worker else {})   # all -> server
     if server:
         server.end_early(reason, model, reports or [])
     if worker:

@@ -165,8 +165,8 @@ def loss_halves(config: RunConfig) -> list[float] | None:
         return [math.inf, math.inf]
     if read_outcome(folder).get("outcome") != "finished":
         return None
-    halves: list[float] = history(config)[-1]["val_loss_halves"]
-    return halves
+    halves: list[float | None] = history(config)[-1]["val_loss_halves"]
+    return [math.inf if loss is None else loss for loss in halves]  # JSON has no infinity
 
 
 def history(config: RunConfig) -> list[dict[str, Any]]:
@@ -184,7 +184,7 @@ def start(config: RunConfig) -> float:
     done = subprocess.run([sys.executable, "-m", "fedrun", config.method, *flags],
                           capture_output=True, text=True, check=False)
     last_words = done.stderr.strip()[-2000:]
-    if done.returncode == 1 and "finite" in last_words:  # too large a learning rate, say
+    if done.returncode == 1 and "may be too large" in last_words:  # the learning rate: it diverged
         (config.run_dir / "failed.txt").write_text(last_words, encoding="utf-8")
     elif done.returncode:
         raise ValueError(f"study: {config.name}: {last_words}")

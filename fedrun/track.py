@@ -97,10 +97,10 @@ class Events:
 def cohort_event(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What an event says of each client of a round: loss in nats a token, its part of the weight,
     and, where they were measured, the norm of its update and its entropy."""
-    total = math.fsum(c["weight"] for c in clients if c["finite"])
-    return [{"client": c["client"], "loss": c["loss_sum"] / c["tokens"] if c["finite"] else None,
-             "weight": c["weight"] / total if c["finite"] else 0.0}
-            | {name: c[name] for name in ("norm", "entropy") if c["finite"] and name in c}
+    total = math.fsum(c["weight"] for c in clients if not c["left_out"])
+    return [{"client": c["client"], "loss": None if c["left_out"] else c["loss_sum"] / c["tokens"],
+             "weight": 0.0 if c["left_out"] else c["weight"] / total}
+            | {name: c[name] for name in ("norm", "entropy") if name in c and not c["left_out"]}
             for c in clients]
 
 

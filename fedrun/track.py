@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from fedrun.config import RunConfig
+from fedrun.files import finite
 
 PROJECT = "fedrun"
 
@@ -82,7 +83,8 @@ class Events:
                 values["tokens_per_second"] = (tokens - self._last[0]) / passed
             self._last = (tokens, seconds)
         with suppress(OSError):  # a full disk costs the line, not the run
-            self.file.write(json.dumps({"event": kind, "time": time.time()} | values) + "\n")
+            event = finite({"event": kind, "time": time.time()} | values)
+            self.file.write(json.dumps(event, allow_nan=False) + "\n")
         step = values.get("round", values.get("step"))
         if self.tracker and step is not None:
             self.tracker.log(scalars(values), step)

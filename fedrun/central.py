@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -22,6 +23,7 @@ from fedrun.config import CentralConfig
 from fedrun.data.partition import client_shards
 from fedrun.data.shards import Batches, make_batches
 from fedrun.data.tokens import TokenData
+from fedrun.errors import Diverged
 from fedrun.evaluate import mean_loss, perplexity, sample_text, validation_pieces
 from fedrun.files import write_json
 from fedrun.history import Clocks, half_losses
@@ -98,9 +100,7 @@ class Training:
                         local_training_seconds=time.monotonic() - before)
         self.done += 1
         if not torch.isfinite(self.flat.vector.sum()):
-            raise RuntimeError(f"step {self.done}: the model is no longer finite (--lr "
-                               f"{config.lr:g} may be too large); the last good one is in "
-                               f"{config.run_dir}")
+            raise self._diverged("the model is no longer finite")
         train_ppl, seen = perplexity(loss_sum / losses.tokens), {}
         if self.done == 1 or self.done % config.val_freq == 0 or self.done == self.steps:
             seen = {"val_ppl": self._record()}
@@ -114,6 +114,8 @@ class Training:
         config, before = self.config, time.monotonic()
         pieces = validation_pieces(self.model, self.data.validation, self.device)
         val_loss = mean_loss(pieces)
+        if not math.isfinite(val_loss):
+            raise self._diverged("the validation loss is not finite")
         self.clocks.add(0, 0.0, 0, evaluation_seconds=time.monotonic() - before)
         now = studied(self.flat.views(self.flat.vector))
         cosine = None if self.last_gradient is None else float(
@@ -135,6 +137,11 @@ class Training:
             self.progress.say(f"fedrun: warning: step {self.done} could not be written to "
                               f"{config.run_dir} ({error.strerror}); the run goes on")
         return perplexity(val_loss)
+
+    def _diverged(self, what: str) -> Diverged:
+        path = self.config.run_dir / "model.safetensors"
+        kept = f"; the last good model is in {path}" if path.exists() else ""
+        return Diverged(f"step {self.done}: {what}: --lr {self.config.lr:g} may be too large{kept}")
 
     def save(self) -> None:
         """Begin a checkpoint of this step."""
@@ -163,10 +170,14 @@ class Training:
     def close(self, stop: str) -> None:
         """Wait until all is written, and say how the run stands."""
         self.commit(wait=True)
+        self.close_records()
+        write_outcome(self.config.run_dir, "stopped" if stop else "finished", self.done, stop)
+
+    def close_records(self) -> None:
+        """What is told of the run ends here."""
         self.events.add("end", **self.clocks.now())
         self.events.close()
         self.progress.close()
-        write_outcome(self.config.run_dir, "stopped" if stop else "finished", self.done, stop)
 
 
 def run(config: CentralConfig, data: TokenData, device: torch.device, stopping: StopRequest,
@@ -175,12 +186,16 @@ def run(config: CentralConfig, data: TokenData, device: torch.device, stopping: 
 
     A record's `grad_cosine` is the cosine between the gradient of this step and the one of the
     record before; `delta_norms` are Frobenius norms of the change since the start. Returns who
-    asked for an end before the last step; empty after it.
+    asked for an end before the last step; empty after it. Raises Diverged.
     """
     training = Training(config, data, device, made_with, checkpoint)
     stop = ""
     while training.done < training.steps and not stop:
-        training.step()
+        try:
+            training.step()
+        except Diverged:
+            training.close_records()
+            raise
         training.commit()
         if training.done < training.steps:
             stop = stopping.asked_by()

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedrun.config import RunConfig
-from fedrun.files import write_json, write_whole
+from fedrun.files import finite, write_json, write_whole
 
 GLOBAL = "global.safetensors"
 SERVER = "server.json"
@@ -173,7 +173,7 @@ def read_tensors(path: Path, into: Mapping[str, Tensor] | None = None) -> dict[s
 def commit(folder: Path, step: int, config: dict[str, Any], made_with: dict[str, Any],
            server: dict[str, Any], sums: Sums) -> None:
     """Make a checkpoint of the files that all workers have written, and drop the oldest."""
-    content = json.dumps(server).encode()
+    content = json.dumps(finite(server), allow_nan=False).encode()
     write_whole(folder / SERVER, content)
     body = {"step": step, "config": config, "made_with": made_with,
             "files": sums | {SERVER: _sum(content)}}

@@ -71,9 +71,9 @@ class CohortSum(ABC):
         """Start a round in which clients keep within these bounds."""
 
     @abstractmethod
-    def add(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None = None) -> bool:
-        """Add a client's terms, times its weight; (size,) each, by name. False, with nothing added,
-        where one of them is not finite.
+    def add(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None = None) -> str:
+        """Add a client's terms, times its weight; (size,) each, by name. Returns why it is left
+        out, with nothing of it added, where an element is not finite or beyond its bound.
 
         With `start`, the model that the client started from, `delta` comes as the client's
         parameters.
@@ -85,7 +85,6 @@ class CohortSum(ABC):
         residuals: what the clients owe whose terms were added here, in that order, (size,) each and
         one at a time; for a wire that keeps some back, which changes them.
         """
-        assert self.buffer is self._buffer  # an empty one is zeros from here on
         self._total = self.plane.reduce(self._buffers)
 
     def apply(self, model: Tensor, state: Mapping[str, Tensor], context: ServerRound,
@@ -159,12 +158,12 @@ def largest(vector: Tensor) -> float:
     return max(-vector.amin().item(), vector.amax().item())
 
 
-def beyond(name: str, peak: float, bound: float) -> OverflowError:
-    """The error for a client's vector with an element of size `peak`, larger than it can be."""
-    what = ("the furthest that AdamW moves at this learning rate" if name == "delta"
-            else "the size that the grid of the exact sum is made for")
-    return OverflowError(f"{name}: an element of size {peak:g} exceeds {bound:g}, {what}: --wire "
-                         "exact --reduce float has no such bound")
+def refusal(name: str, peak: float, bound: float) -> str:
+    """Why a client is left out with a vector whose largest element has this size; empty where it is
+    within the bound."""
+    if not math.isfinite(peak):
+        return f"{name} not finite"
+    return f"{name} beyond the bound: {peak:g} > {bound:g}" if peak > bound else ""
 
 
 def slice_width(size: int, device: torch.device) -> int:

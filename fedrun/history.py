@@ -74,19 +74,19 @@ def cohort_record(clients: Sequence[Mapping[str, Any]], server: Mapping[str, flo
     clients: reports in the order of the cohort; server: what `TermSum.apply` measured; gradients:
     whether clients sent gradients, not updates.
     """
-    total = math.fsum(c["weight"] for c in clients if c["finite"])
-    weights = [c["weight"] / total if c["finite"] else 0.0 for c in clients]
+    total = math.fsum(c["weight"] for c in clients if not c["left_out"])
+    weights = [0.0 if c["left_out"] else c["weight"] / total for c in clients]
     record: dict[str, Any] = {
         "client_weights": weights, "effective_clients": 1 / math.fsum(p * p for p in weights),
         "step_norm": server["step_norm"]}
     if "entropy" in clients[0]:
-        entropies = [c["entropy"] if c["finite"] else None for c in clients]
+        entropies = [None if c["left_out"] else c["entropy"] for c in clients]
         known = [h for h in entropies if h is not None]
         record |= {"client_entropies": entropies,
                    "avg_client_entropy": math.fsum(known) / len(known)}
     if "under_floor" in server:
         record["share_under_floor"] = server["under_floor"]
-    norms = [c["norm"] if c["finite"] else 0.0 for c in clients]
+    norms = [0.0 if c["left_out"] else c["norm"] for c in clients]
     record["gradient_norms" if gradients else "update_norms"] = norms
     if "mean_norm" in server:
         record["gradient_cosine" if gradients else "update_cosine"] = mean_cosine(

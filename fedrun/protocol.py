@@ -45,16 +45,21 @@ def run(config: FederatedConfig, data: TokenData, runtime: Runtime, stopping: St
         reports = control.gather(report | {"signal": stopping.signal})     # all -> server
         verdict = Verdict(**control.share(server and server.judge(plan, reports or [])))
         if verdict.error:                                                  # server -> all
-            _end(verdict, server, worker, runtime)
+            _end(verdict.error, server, worker, runtime)
+        kept = plan.evaluate or plan.save or bool(verdict.stop)
         if worker:
             report |= worker.aggregate(plan)                               # workers <-> workers
             if plan.evaluate:
                 report["pieces"], report["evaluation_seconds"] = worker.evaluate()
+            if kept:
+                report |= worker.examine()
             if plan.save or verdict.stop:
                 worker.save(plan)                                          # workers, each alone
             report["saved"] = worker.saver.written()
         model = _copy(server, worker, runtime) if plan.evaluate else None  # first worker -> server
         reports = control.gather(report)                                   # all -> server
+        if kept and (wrong := control.share(server and server.inspect(plan, reports or [], model))):
+            _end(wrong, server, worker, runtime, good=False)               # server -> all
         if server:
             server.record(plan, verdict, reports or [], model)
         last = plan.last or bool(verdict.stop)
@@ -86,13 +91,25 @@ def _copy(server: Server | None, worker: Worker | None, runtime: Runtime) -> Any
     return server and runtime.control.receive_copy(server.size, server.dtype)
 
 
-def _end(verdict: Verdict, server: Server | None, worker: Worker | None, runtime: Runtime) -> None:
+def _end(reason: str, server: Server | None, worker: Worker | None, runtime: Runtime,
+         good: bool = True) -> None:
     """All ranks: the end that the server has decided. Nobody leaves before it has told the reason
-    and kept the model, since a launcher ends all processes with the first."""
-    model = _copy(server, worker, runtime)
+    and kept the model, if it is `good`, since a launcher ends all processes with the first."""
+    model, reports = None, None
+    if good:
+        model = _copy(server, worker, runtime)                             # first worker -> server
+        reports = runtime.control.gather(_examine(worker) if worker else {})   # all -> server
     if server:
-        server.end_early(verdict.error, model)
+        server.end_early(reason, model, reports or [])
     if worker:
         worker.store.close(SECONDS_FOR_STORES)
     runtime.control.share()
-    raise RunEnded(verdict.error)
+    raise RunEnded(reason)
+
+
+def _examine(worker: Worker) -> dict[str, Any]:
+    """Workers: `Worker.examine`; nothing from a device that has failed, maybe why the run ends."""
+    try:
+        return worker.examine()
+    except RuntimeError:
+        return {}

@@ -22,6 +22,7 @@ from fedrun.checkpoint import newest
 from fedrun.comm import Control
 from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
 from fedrun.data.tokens import TokenData, prepare
+from fedrun.errors import Diverged
 from fedrun.files import write_json
 from fedrun.launch import Launch, detect
 from fedrun.model.kernels import kernel_path, on_gpu
@@ -72,6 +73,10 @@ def run(config: RunConfig) -> int:
     except Refused:
         raise
     except protocol.RunEnded:
+        return 1
+    except Diverged as error:
+        write_failure(config.run_dir, str(error))
+        print(f"fedrun: {error}", file=sys.stderr, flush=True)
         return 1
     except Exception as error:
         if launch.rank == 0:

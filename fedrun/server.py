@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedrun import replicas
 from fedrun.checkpoint import Checkpoint, Checkpoints
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
@@ -58,7 +59,8 @@ class Server:
         self.history: list[dict[str, Any]] = []
         self.clocks = Clocks()
         self.reference = config.strategy.first_reference(data.vocab_size, config.cohort_size)
-        self._left_out_since_record: list[list[int]] = []
+        self._left_out: list[list[int]] = []  # round and client, since the last record
+        self._left_out_why: list[str] = []
         done = 0
         if checkpoint:
             done = checkpoint.step
@@ -96,35 +98,59 @@ class Server:
             if report.get("traceback"):
                 return (f"{report['traceback']}round {plan.round}: rank {rank} failed with the "
                         "error above; all ranks end")
-        weights = [c["weight"] for c in _clients(plan, reports) if c["finite"]]
-        if not weights:
-            return (f"round {plan.round}: no client's update is finite (--lr "
-                    f"{self.config.lr:g} may be too large); the last good model is in "
-                    f"{self.config.run_dir / 'model.safetensors'}")
-        refused = self.config.strategy.refuse_total(math.fsum(weights))
+        clients = _clients(plan, reports)
+        left_out = [c for c in clients if c["left_out"]]
+        if 2 * len(left_out) > len(clients):
+            why = "; ".join(f"client {c['client']}: {c['left_out']}" for c in left_out[:3])
+            more = f"; and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+            return (f"round {plan.round}: {len(left_out)} of {len(clients)} clients are left out, "
+                    f"more than half ({why}{more}){self._way_out(why)}")
+        refused = self.config.strategy.refuse_total(math.fsum(
+            c["weight"] for c in clients if not c["left_out"]))
         return f"round {plan.round}: {refused}" if refused else ""
+
+    def _way_out(self, why: str) -> str:
+        """What to do where so many are left out, unless the reason says it itself."""
+        if "--" in why:
+            return ""
+        said = f": --lr {self.config.lr:g} may be too large"
+        if "beyond the bound" not in why:
+            return said
+        exact = "--wire exact " if self.config.wire == "int8" else ""
+        return f"{said} ({exact}--reduce float has no bound)"
+
+    def inspect(self, plan: Plan, reports: list[dict[str, Any]], model: Tensor | None) -> str:
+        """Why all ranks end, with this round lost, where the replicas of the global model are not
+        equal, or the model is ruined; `model` (size,) is the copy that was sent here, if one was.
+        """
+        wrong = replicas.compare(reports, model)
+        if not wrong and model is not None and not math.isfinite(mean_loss(_pieces(reports))):
+            wrong = "the validation loss is not finite: --lr may be too large"
+        return wrong and f"round {plan.round}: {wrong}"
 
     def record(self, plan: Plan, verdict: Verdict, reports: list[dict[str, Any]],
                model: Tensor | None) -> None:
         """Take note of a round; `model` (size,) is the global model where it was evaluated."""
         clients = _clients(plan, reports)
-        finite = [c for c in clients if c["finite"]]
-        left_out = [c["client"] for c in clients if not c["finite"]]
-        loss_sum = math.fsum(c["loss_sum"] for c in finite)
-        tokens = sum(c["tokens"] for c in finite)
+        taken = [c for c in clients if not c["left_out"]]
+        left_out = [c for c in clients if c["left_out"]]
+        loss_sum = math.fsum(c["loss_sum"] for c in taken)
+        tokens = sum(c["tokens"] for c in taken)
         trained = self.config.local_updates * self.config.batch_size * self.config.sequence_length
         self.clocks.add(len(clients) * trained, loss_sum, tokens, **{
             name: max(report.get(name, 0.0) for report in reports) for name in SECONDS})
         self.clocks.bytes += sum(report.get("bytes", 0) for report in reports)
-        if "entropy" in finite[0]:
-            self.reference = self.config.strategy.next_reference([c["entropy"] for c in finite])
-        for index in left_out:
-            self._left_out_since_record.append([plan.round, index])
-            self.progress.say(f"round {plan.round}: client {index} is left out, its update is not "
-                              "finite; its moments start anew")
+        if "entropy" in taken[0]:
+            self.reference = self.config.strategy.next_reference([c["entropy"] for c in taken])
+        for client in left_out:
+            self._left_out.append([plan.round, client["client"]])
+            self._left_out_why.append(client["left_out"])
+            self.progress.say(f"round {plan.round}: client {client['client']} is left out: "
+                              f"{client['left_out']}; its moments are reset")
         train_ppl = perplexity(loss_sum / tokens)
         steps = self.config.local_updates
-        seen = {"train_ppl": train_ppl, "left_out": left_out, "clients": cohort_event(clients),
+        seen = {"train_ppl": train_ppl, "left_out": [c["client"] for c in left_out],
+                "left_out_why": [c["left_out"] for c in left_out], "clients": cohort_event(clients),
                 "lr": scheduled_lr(self.config, (plan.round - 1) * steps,
                                    self.schedule.rounds * steps), **self.clocks.now()}
         val_ppl = None
@@ -145,19 +171,22 @@ class Server:
     def _state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the server; the records' sample text may still be made."""
         return {"history": self.history.copy(), "clocks": self.clocks.state(),
-                "reference": self.reference, "left_out": list(self._left_out_since_record)}
+                "reference": self.reference, "left_out": list(self._left_out),
+                "left_out_why": list(self._left_out_why)}
 
     def _load(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.server
         self.history = state["history"]
         self.clocks.load_state(state["clocks"])
         self.reference = state["reference"]
-        self._left_out_since_record = state["left_out"]
+        self._left_out = state["left_out"]
+        # Checkpoints did not always have the reasons, of which there was only one.
+        self._left_out_why = state.get("left_out_why", ["not finite"] * len(self._left_out))
         write_json(self.config.run_dir / "training_history.json", self.history)
 
     def _add_record(self, plan: Plan, reports: list[dict[str, Any]], model: Tensor
                     ) -> dict[str, Any]:
-        pieces = _pieces(reports, "pieces")
+        pieces = _pieces(reports)
         loss = mean_loss(pieces)
         measured = next(r["server"] for r in reports if "server" in r)
         record = {
@@ -166,13 +195,13 @@ class Server:
             "val_loss_halves": half_losses(pieces), "generated": None, **self.clocks.now(),
             **cohort_record(_clients(plan, reports), measured,
                             gradients="gradient" in self.config.strategy.inputs),
-            "left_out": self._left_out_since_record}
+            "left_out": self._left_out, "left_out_why": self._left_out_why}
         if self.config.cohort is not None:
             record["cohort"] = plan.cohort
         if self.config.eval_clients:
             by_client = {int(k): v for r in reports for k, v in r.get("client_pieces", {}).items()}
             record["client_val_ppls"] = [perplexity(mean_loss(by_client[k])) for k in plan.cohort]
-        self._left_out_since_record = []
+        self._left_out, self._left_out_why = [], []
         self.history.append(record)
         self._write(lambda: self._save(plan.round, model, record))
         return record
@@ -213,13 +242,18 @@ class Server:
             self._writing.popleft().result()
         self._writing.append(self._writer.submit(work))
 
-    def end_early(self, reason: str, model: Tensor) -> None:
-        """Keep the model of the last whole round, and tell the reason."""
+    def end_early(self, reason: str, model: Tensor | None, reports: list[dict[str, Any]]) -> None:
+        """Keep the model of the last whole round, unless there is none, its replicas differ or it
+        is not finite, and tell the reason; `reports`: of all ranks, on what they hold now."""
         try:
             self._close()
-            self.flat.vector.copy_(model)
-            self._save_model()
+            if model is not None and not replicas.compare(reports, model):
+                self.flat.vector.copy_(model)
+                self._save_model()
         finally:  # whatever the writer has met: the reason is told
+            path = self.config.run_dir / "model.safetensors"
+            if path.exists():
+                reason += f"; the last good model is in {path}"
             write_failure(self.config.run_dir, reason.splitlines()[-1])
             print(f"fedrun: {reason}", file=sys.stderr, flush=True)
 
@@ -253,6 +287,6 @@ def _clients(plan: Plan, reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [by_client[k] for k in plan.cohort]
 
 
-def _pieces(reports: list[dict[str, Any]], name: str) -> list[Piece]:
+def _pieces(reports: list[dict[str, Any]]) -> list[Piece]:
     return [(number, loss, tokens) for report in reports
-            for number, loss, tokens in report.get(name, [])]
+            for number, loss, tokens in report.get("pieces", [])]

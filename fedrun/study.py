@@ -44,6 +44,7 @@ import yaml
 
 from fedrun.config import RunConfig
 from fedrun.errors import require
+from fedrun.files import finite
 from fedrun.rundir import read_outcome
 from fedrun.settings import closest, resolve
 
@@ -165,8 +166,8 @@ def loss_halves(config: RunConfig) -> list[float] | None:
         return [math.inf, math.inf]
     if read_outcome(folder).get("outcome") != "finished":
         return None
-    halves: list[float] = history(config)[-1]["val_loss_halves"]
-    return halves
+    halves: list[float | None] = history(config)[-1]["val_loss_halves"]
+    return [math.inf if loss is None else loss for loss in halves]  # JSON has no infinity
 
 
 def history(config: RunConfig) -> list[dict[str, Any]]:
@@ -184,7 +185,7 @@ def start(config: RunConfig) -> float:
     done = subprocess.run([sys.executable, "-m", "fedrun", config.method, *flags],
                           capture_output=True, text=True, check=False)
     last_words = done.stderr.strip()[-2000:]
-    if done.returncode == 1 and "finite" in last_words:  # too large a learning rate, say
+    if done.returncode == 1 and "may be too large" in last_words:  # the learning rate: it diverged
         (config.run_dir / "failed.txt").write_text(last_words, encoding="utf-8")
     elif done.returncode:
         raise ValueError(f"study: {config.name}: {last_words}")
@@ -255,8 +256,9 @@ def table(study: Study) -> list[dict[str, Any]]:
             ratios.append(_ppl(mine[1] - theirs[1]))
             if not math.isfinite(mine[1]):
                 continue
-            curve = [float(r["server_val_ppl" if "server_val_ppl" in r else "val_ppl"])
+            found = [r["server_val_ppl" if "server_val_ppl" in r else "val_ppl"]
                      for r in history(config)]
+            curve = [math.inf if value is None else float(value) for value in found]
             final.append(curve[-1])
             best.append(min(curve))
         if ratios:
@@ -297,9 +299,9 @@ def write(study: Study) -> None:
                 curves[config.name] = [{k: v for k, v in record.items() if k != "generated"}
                                        for record in history(config)]
     study.folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("table.json", json.dumps(rows, indent=1, default=str) + "\n"),
+    for name, content in (("table.json", json.dumps(finite(rows), indent=1, default=str) + "\n"),
                           ("table.md", markdown(study, rows)),
-                          ("histories.json", json.dumps(curves) + "\n")):
+                          ("histories.json", json.dumps(finite(curves)) + "\n")):
         (study.folder / name).write_text(content, encoding="utf-8")
 
 

@@ -5,7 +5,7 @@ term is rounded once to an integer multiple of a grid step that the plan of the 
 integers are summed, first over the clients of a worker and then over the workers: the result has
 the same bits whatever the placement. An update is at most the round's bound in size (AdamW cannot
 move further), gradients have a fixed bound, and the weights of a cohort sum to one (or to a power
-of two that the strategy declares), so the sum cannot overflow; what breaks a bound is an error.
+of two that the strategy declares), so the sum cannot overflow; a client beyond a bound is left out.
 
 Updates alone fit int32. Squared gradients span too many powers of ten for it, and weights that are
 known only after training need room: their sums are int64, twice the bytes for each vector.
@@ -14,12 +14,12 @@ known only after training need room: their sums are int64, twice the bytes for e
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from fedrun.cohort_sum import Bounds, CohortSum, beyond, largest, slice_width
+from fedrun.cohort_sum import Bounds, CohortSum, largest, refusal, slice_width
 from fedrun.data_plane import DataPlane
 from fedrun.strategies.base import CLIENT_VECTORS, ServerRound, Strategy
 
@@ -64,10 +64,19 @@ class TermSum(CohortSum):
 
     @property
     def buffer(self) -> Tensor:
+        self._fill()
+        return self._buffer
+
+    def _fill(self) -> None:
+        """Before the sum is read: make it zeros where no client has been added."""
         if self._stale:
             self._buffer.zero_()
             self._stale = False
-        return self._buffer
+
+    def reduce(self, residuals: Iterable[Tensor] = ()) -> None:
+        """Workers: sum over all of them; a worker of which no client took part adds zeros."""
+        self._fill()
+        super().reduce(residuals)
 
     def begin(self, bounds: Bounds) -> None:
         self._stale = True
@@ -77,17 +86,17 @@ class TermSum(CohortSum):
             self._scales = {name: 2.0 ** (self._bits - math.ceil(math.log2(bounds.of(units))))
                             for name, units in self.sums.items()}
 
-    def add(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None = None) -> bool:
-        """Add a client's terms, times its weight.
+    def add(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None = None) -> str:
+        """Add a client's terms, times its weight; why not, with nothing added, where it is left
+        out.
 
         client: the strategy's inputs, and the moments where they are averaged, (size,) each.
-        Raises OverflowError for one beyond its bound.
         """
         for number, slices in self._read(client, start):
-            if not self._finite(slices, client, number):
+            if refused := self._refusal(slices):
                 if self.exact:
                     self._take_back(client, weight, start, number)
-                return False
+                return refused
             if self.exact:
                 self._add_slice(slices, weight, number)
         if not self.exact:  # floats cannot be taken back: all was looked at before
@@ -97,7 +106,7 @@ class TermSum(CohortSum):
             self._buffer[-1] = 0
             self._stale = False
         self._buffer[-1] += round(weight * 2.0**self._bits) if self.exact else weight
-        return True
+        return ""
 
     def _read(self, client: Mapping[str, Tensor], start: Tensor | None
               ) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -112,19 +121,12 @@ class TermSum(CohortSum):
                                             out=_as_long(self._rows[-1], trained))
             yield number, slices
 
-    def _finite(self, slices: Mapping[str, Tensor], client: Mapping[str, Tensor], number: int
-                ) -> bool:
-        """Whether all elements of these slices are finite; OverflowError where one is beyond its
-        bound, unless the client is to be left out anyway for what is in later slices."""
-        for name, vector in slices.items():
-            peak, bound = largest(vector), self._bounds[name]
-            if peak <= bound:
-                continue
-            rest = (vector[(number + 1) * self._width:] for vector in client.values())
-            if not math.isfinite(peak) or not all(bool(v.isfinite().all()) for v in rest):
-                return False
-            raise beyond(name, peak, bound)
-        return True
+    def _refusal(self, slices: Mapping[str, Tensor]) -> str:
+        """Why these slices cannot be added: of the first vector with an element that is not finite
+        or beyond its bound."""
+        found = (refusal(name, largest(vector), self._bounds[name])
+                 for name, vector in slices.items())
+        return next(filter(None, found), "")
 
     def _add_slice(self, slices: Mapping[str, Tensor], weight: float, number: int) -> None:
         terms = (*self.strategy.client_term(slices), *(slices[name] for name in self.moments))

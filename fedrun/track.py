@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from fedrun.config import RunConfig
+from fedrun.files import finite
 
 PROJECT = "fedrun"
 
@@ -82,7 +83,8 @@ class Events:
                 values["tokens_per_second"] = (tokens - self._last[0]) / passed
             self._last = (tokens, seconds)
         with suppress(OSError):  # a full disk costs the line, not the run
-            self.file.write(json.dumps({"event": kind, "time": time.time()} | values) + "\n")
+            event = finite({"event": kind, "time": time.time()} | values)
+            self.file.write(json.dumps(event, allow_nan=False) + "\n")
         step = values.get("round", values.get("step"))
         if self.tracker and step is not None:
             self.tracker.log(scalars(values), step)
@@ -97,10 +99,10 @@ class Events:
 def cohort_event(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What an event says of each client of a round: loss in nats a token, its part of the weight,
     and, where they were measured, the norm of its update and its entropy."""
-    total = math.fsum(c["weight"] for c in clients if c["finite"])
-    return [{"client": c["client"], "loss": c["loss_sum"] / c["tokens"] if c["finite"] else None,
-             "weight": c["weight"] / total if c["finite"] else 0.0}
-            | {name: c[name] for name in ("norm", "entropy") if c["finite"] and name in c}
+    total = math.fsum(c["weight"] for c in clients if not c["left_out"])
+    return [{"client": c["client"], "loss": None if c["left_out"] else c["loss_sum"] / c["tokens"],
+             "weight": 0.0 if c["left_out"] else c["weight"] / total}
+            | {name: c[name] for name in ("norm", "entropy") if name in c and not c["left_out"]}
             for c in clients]
 
 

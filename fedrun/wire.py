@@ -32,7 +32,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fedrun.cohort_sum import Bounds, CohortSum, beyond, largest, slice_width
+from fedrun.cohort_sum import Bounds, CohortSum, largest, refusal, slice_width
 from fedrun.config import INT8_COHORT
 from fedrun.data_plane import DataPlane
 from fedrun.strategies.base import Strategy
@@ -77,13 +77,13 @@ class Int8Sum(CohortSum):
         self.peaks.zero_()
         self._levels.clear()
 
-    def add(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None = None) -> bool:
-        """Add the client's `delta`, times its weight, to what it owes, `residual`; (size,) each."""
-        peaks = [largest(self._update(client, start, a, b)) for a, b in self._slices]
-        if not all(map(math.isfinite, peaks)):
-            return False
-        if max(peaks) > self._bound:
-            raise beyond("delta", max(peaks), self._bound)
+    def add(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None = None) -> str:
+        """Add the client's `delta`, times its weight, to what it owes, `residual`; (size,) each.
+        Returns why not, with nothing changed, where it is left out."""
+        for a, b in self._slices:
+            found = largest(self._update(client, start, a, b))
+            if refused := refusal("delta", found, self._bound):
+                return refused
         residual = client["residual"]
         levels = 1 + math.floor((LEVELS - self.cohort) * weight)
         for a, b in self._slices:
@@ -94,7 +94,7 @@ class Int8Sum(CohortSum):
         self.buffer[-2] += round(weight * 2**_WEIGHT_BITS)
         self.buffer[-1] += levels
         self._levels.append(levels)
-        return True
+        return ""
 
     def _update(self, client: Mapping[str, Tensor], start: Tensor | None, a: int, b: int) -> Tensor:
         """A slice of the client's update."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedrun import replicas
 from fedrun.checkpoint import GLOBAL, Checkpoint, Saver, folder_of
 from fedrun.client import Client, mean_entropy
 from fedrun.cohort_sum import Bounds, CohortSum, norm
@@ -117,7 +118,7 @@ class Worker:
             self.store.put(index, client.release_state())
             if plan.evaluate and self.config.eval_clients:
                 client_pieces[index] = clients[-1].pop("pieces")
-        self._added = [client["client"] for client in clients if client["finite"]]
+        self._added = [client["client"] for client in clients if not client["left_out"]]
         # Bytes as if every client were a worker of its own: its term there, and the sum back.
         return {"clients": clients, "client_pieces": client_pieces,
                 "bytes": 2 * len(clients) * self.terms.wire_bytes,
@@ -157,18 +158,27 @@ class Worker:
             save_studied(self.config.run_dir / f"client_{client.index}", plan.round,
                          studied(self.flat.views(self.flat.vector)), self.start)
         vectors = self._vectors(client)
-        finite = math.isfinite(report.get("entropy", 0.0))
-        if finite:
-            report["weight"] = self.strategy.client_weight(
-                planned, ClientReport(losses.tokens, report.get("entropy")), plan.reference)
-            finite = self.terms.add(vectors, report["weight"], start=self.global_model)
-        if not finite:
+        left_out = self._add(vectors, planned, plan, report, losses.tokens)
+        if left_out:
             client.forget()
         elif plan.evaluate:
             first = self.strategy.inputs[0]
             report["norm"] = norm(vectors[first], self.global_model if first == "delta" else None)
         return report | {"loss_sum": losses.loss_sum.item(), "tokens": losses.tokens,
-                         "finite": finite}
+                         "left_out": left_out}
+
+    def _add(self, vectors: dict[str, Tensor], planned: float, plan: Plan, report: dict[str, Any],
+             tokens: int) -> str:
+        """Add a client's term, its weight into the report; why not, where it is left out."""
+        entropy = report.get("entropy")
+        if entropy is not None and not math.isfinite(entropy):
+            return "entropy not finite"
+        try:
+            report["weight"] = self.strategy.client_weight(planned, ClientReport(tokens, entropy),
+                                                           plan.reference)
+        except ValueError as error:
+            return str(error)
+        return self.terms.add(vectors, report["weight"], start=self.global_model)
 
     def _vectors(self, client: Client) -> dict[str, Tensor]:
         """What the method's terms are made of, for the client that has just trained."""
@@ -208,6 +218,12 @@ class Worker:
         return {"model": self.global_model} | {
             f"server.{name}": t for name, t in self.state.items()} | {
             f"moments.{name}": t for name, t in (self.moments or {}).items()}
+
+    def examine(self) -> dict[str, Any]:
+        """What this worker tells of the global model and all else that every worker has: see
+        replicas.py. Nothing where it looks at a replica that another one tells of."""
+        first = self.runtime.data_plane.here == 0
+        return replicas.examine(self._global_state()) if first else {}
 
     def save(self, plan: Plan) -> None:
         """Begin to write this worker's files of a checkpoint, as everything is here and now."""

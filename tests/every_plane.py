@@ -71,7 +71,7 @@ def result(case: str, plane: DataPlane, mine: range) -> dict[str, Tensor]:
             owed.append(reported["residual"])
             wanted = (*strategy.inputs, *terms.moments, *(["residual"] if case == "int8" else []))
             reported["delta"] += model
-            assert terms.add({n: reported[n] for n in wanted}, WEIGHT, start=model)
+            assert not terms.add({n: reported[n] for n in wanted}, WEIGHT, start=model)
         terms.reduce(owed)
         measured |= terms.apply(model, state, ServerRound(number + 1, 1e-3), moments, measure=True)
         # As after a round of messages: a fast worker is already at the next.

@@ -87,7 +87,7 @@ class Server:
             weight = self.strategy.client_weight(
                 plan, ClientReport(output.tokens, output.entropy), self.reference)
             vectors = {n: output.vectors[n].to(self.dtype) for n in names}
-            assert terms.add(vectors, 0.0 if k in zeroed else weight)
+            assert not terms.add(vectors, 0.0 if k in zeroed else weight)
         self.reference = self.strategy.next_reference([o.entropy for o in outputs])
         terms.apply(self.model, self.state,
                     ServerRound(self.number, LR, BETA1, BETA2, WEIGHT_DECAY), self.averaged)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from every_method import METHODS
 from test_runs import without_clocks
 
 from fedrun import cli
+from fedrun.client import Client
 from fedrun.data.shards import DrawnBatches, split_holdout
 from fedrun.data.tokens import TokenData
 from fedrun.plan import Schedule, Shards
@@ -257,12 +260,95 @@ def test_questionable_settings_warn(method: str, flags: dict[str, Any], said: st
     assert usual.warnings() == []
 
 
-def test_overflow_ends_the_run_with_a_reason(run_here: InProcess,
-                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedrun.plan.gradient_bound", lambda *_: 1e-6)
-    outcome = run_here("fed_sgd", "--num_clients", 2, "--rounds", 2)
-    assert outcome.code == 1
-    assert "OverflowError: gradient" in outcome.output
-    assert "--reduce float" in outcome.output
+# ---- clients that are left out, and what is left of a run ---------------------------------------
+
+def fails(monkeypatch: pytest.MonkeyPatch, value: float, round_: int, clients: set[int]) -> None:
+    """In that round one element of these clients' updates, or gradients, is this far off."""
+    for name in ("train", "gradient"):
+        healthy = getattr(Client, name)
+
+        def faulty(client: Client, *args: Any, healthy: Any = healthy, name: str = name,
+                   **how: Any) -> Any:
+            losses = healthy(client, *args, **how)
+            seen[client.index] = seen.get(client.index, 0) + 1
+            if client.index in clients and seen[client.index] == round_:
+                vector = client.flat.vector if name == "train" else client.flat.grad
+                vector[-7] += value
+            return losses
+
+        monkeypatch.setattr(Client, name, faulty)
+    seen: dict[int, int] = {}
 
 
+@pytest.mark.parametrize(("method", "flags", "what", "bound"), [
+    ("fed_avg", (), "delta", r"0\.01\d+"), ("fed_avg", ("--wire", "int8"), "delta", r"0\.01\d+"),
+    ("fed_sgd", (), "gradient", "16")])
+def test_a_client_beyond_the_bound_is_left_out(
+        run_here: InProcess, monkeypatch: pytest.MonkeyPatch, method: str, flags: tuple[str, ...],
+        what: str, bound: str) -> None:
+    fails(monkeypatch, 45, 2, {1})
+    outcome = run_here(method, "--num_clients", 3, "--rounds", 3, *flags)
+    assert outcome.code == 0, outcome.output
+    last = outcome.history[-1]
+    assert last["left_out"] == [[2, 1]]
+    why, = last["left_out_why"]
+    assert re.fullmatch(rf"{what} beyond the bound: (45|44\.9\d*|45\.0\d*) > {bound}", why), why
+    assert f"round 2: client 1 is left out: {why}; its moments are reset" in outcome.output
+    events = [json.loads(line) for line in (outcome.run_dir / "events.jsonl").open()]
+    told = [(e["left_out"], e["left_out_why"]) for e in events if e["event"] == "round"]
+    assert told == [([], []), ([1], [why]), ([], [])]
+    assert all(bool(torch.isfinite(v).all()) for v in outcome.model.values())
+    if method == "fed_avg" and not flags:  # the same as with one that is not finite
+        monkeypatch.undo()
+        fails(monkeypatch, math.nan, 2, {1})
+        other = run_here(method, "--num_clients", 3, "--rounds", 3, name="nan")
+        assert other.bits == outcome.bits
+        assert other.history[-1]["left_out_why"] == ["delta not finite"]
+
+
+@pytest.mark.parametrize(("clients", "cohort", "bad", "ends"), [
+    (4, None, {0, 1, 2}, True), (4, None, {0, 1}, False), (3, 1, {0, 1, 2}, True)])
+def test_a_round_ends_the_run_where_more_than_half_are_left_out(
+        run_here: InProcess, monkeypatch: pytest.MonkeyPatch, clients: int, cohort: int | None,
+        bad: set[int], ends: bool) -> None:
+    chosen = ("--num_clients", clients, "--cohort", "none" if cohort is None else cohort)
+    good = run_here("fed_avg", *chosen, "--rounds", 1, name="good")
+    fails(monkeypatch, 45, 1 if cohort else 2, bad)
+    outcome = run_here("fed_avg", *chosen, "--rounds", 3)
+    assert outcome.code == int(ends), outcome.output
+    if not ends:
+        assert outcome.history[-1]["left_out"] == [[2, 0], [2, 1]]
+        return
+    line, = (line for line in outcome.output.splitlines() if line.startswith("fedrun: round"))
+    assert "Traceback" not in outcome.output
+    counts = f"{len(bad) if cohort is None else 1} of {cohort or clients}"
+    assert re.search(counts + r" clients are left out, more than half \(client \d: delta beyond "
+                     r"the bound: 4\d[.\d]* > 0\.\d+"
+                     r"[^)]*\): --lr 0\.002 may be too large \(--reduce float has no bound\)", line)
+    if cohort is None:
+        assert outcome.bits == good.bits
+
+
+@pytest.mark.parametrize(("off", "val_freq", "checkpoint_freq", "said"), [
+    (3e38, 1, "none", r"round 2: the global model is no longer finite \(model\): "),
+    (3e38, 3, 2, r"round 2: the global model is no longer finite \(model\): "),
+    (3e38, 3, "none", r"round 3: 2 of 2 clients are left out, more than half \(client 0: delta not "
+                      r"finite; client 1: delta not finite\): "),
+    (1.5e38, 1, "none", r"round 2: the validation loss is not finite: ")])
+def test_a_ruined_model_is_not_kept_for_the_last_good_one(
+        run_here: InProcess, monkeypatch: pytest.MonkeyPatch, off: float, val_freq: int,
+        checkpoint_freq: int | str, said: str) -> None:
+    """Of floats that are finite each, while a server's momentum makes more of them."""
+    flags = ("--num_clients", 2, "--reduce", "float", "--server_lr", 1, "--val_freq", val_freq,
+             "--checkpoint_freq", checkpoint_freq)
+    good = run_here("diloco", *flags, "--rounds", 1, name="good")
+    fails(monkeypatch, off, 2, {0, 1})
+    outcome = run_here("diloco", *flags, "--rounds", 4)
+    assert outcome.code == 1, outcome.output
+    assert "Traceback" not in outcome.output
+    kept = re.escape(str(outcome.run_dir / "model.safetensors"))
+    assert re.search(rf"{said}--lr (0\.002 )?may be too large; the last good model is in {kept}",
+                     outcome.output), outcome.output
+    assert outcome.bits == good.bits
+    assert [r["global_step"] for r in outcome.history] == [1]
+    assert not (outcome.run_dir / "checkpoints" / "step_000002" / "manifest.json").exists()

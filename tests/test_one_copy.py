@@ -70,7 +70,7 @@ def worker_of(method: str, flags: dict[str, str], plane: DataPlane | None = None
 def go_round(worker: Worker, number: int) -> None:
     plan = worker.schedule.plan(number, worker.strategy.first_reference(3000, CLIENTS))
     clients = worker.train(plan)["clients"]
-    assert all(client["finite"] and client["weight"] > 0 for client in clients)
+    assert all(not client["left_out"] and client["weight"] > 0 for client in clients)
     worker.aggregate(plan)
 
 

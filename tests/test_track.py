@@ -92,9 +92,9 @@ def test_missing_package_says_what_to_install(
 
 def test_names_and_clients() -> None:
     clients = cohort_event([
-        {"client": 0, "loss_sum": 6.0, "tokens": 3, "finite": True, "weight": 1.0, "norm": 0.5},
-        {"client": 1, "loss_sum": math.nan, "tokens": 3, "finite": False},
-        {"client": 2, "loss_sum": 3.0, "tokens": 3, "finite": True, "weight": 3.0, "entropy": 4.0}])
+        {"client": 0, "loss_sum": 6.0, "tokens": 3, "left_out": "", "weight": 1.0, "norm": 0.5},
+        {"client": 1, "loss_sum": math.nan, "tokens": 3, "left_out": "delta not finite"},
+        {"client": 2, "loss_sum": 3.0, "tokens": 3, "left_out": "", "weight": 3.0, "entropy": 4.0}])
     assert clients == [{"client": 0, "loss": 2.0, "weight": 0.25, "norm": 0.5},
                        {"client": 1, "loss": None, "weight": 0.0},
                        {"client": 2, "loss": 1.0, "weight": 0.75, "entropy": 4.0}]

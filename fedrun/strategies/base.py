@@ -106,7 +106,8 @@ class Strategy:
 
     def client_weight(self, planned: float, report: ClientReport, reference: float) -> float:
         """A client's weight after its training. Weights need not sum to one: the sum is divided by
-        their sum. `reference` is what `next_reference` made of the round before."""
+        their sum. `reference` is what `next_reference` made of the round before. A client for
+        which this raises a ValueError is left out."""
         return planned
 
     def next_reference(self, entropies: Sequence[float]) -> float:

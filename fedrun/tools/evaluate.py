@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedrun.files import finite
 from fedrun.tools.common import model_parser, need_tokenizer, parse
 
 
@@ -54,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
     model = found.build(torch.bfloat16 if args.dtype == "bf16" else torch.float32).to(device)
     pieces = validation_pieces(model, getattr(data, args.split), device)
     loss = mean_loss(pieces)
-    print(json.dumps({"model": args.model, "dataset": dataset, "split": args.split, "loss": loss,
-                      "perplexity": perplexity(loss), "tokens": sum(n for *_, n in pieces),
-                      "sequence_length": length, "dtype": args.dtype}, indent=1))
+    told = {"model": args.model, "dataset": dataset, "split": args.split, "loss": loss,
+            "perplexity": perplexity(loss), "tokens": sum(n for *_, n in pieces),
+            "sequence_length": length, "dtype": args.dtype}
+    print(json.dumps(finite(told), indent=1, allow_nan=False))
     return 0

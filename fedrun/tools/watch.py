@@ -87,10 +87,9 @@ class State:
             self.unit, self.total = event.get("unit", self.unit), event.get("total")
         if kind in ("round", "step"):
             self.unit, self.number = kind, int(event[kind])
-            for store, value in ((self.train, event.get("train_ppl")),
-                                 (self.validation, event.get("val_ppl"))):
-                if value is not None:
-                    store[self.number] = value
+            for store, name in ((self.train, "train_ppl"), (self.validation, "val_ppl")):
+                if name in event:  # null is what JSON has for infinity
+                    store[self.number] = math.inf if event[name] is None else event[name]
             for client in event.get("clients", []):
                 self.clients[client["client"]] = self.clients.get(client["client"], {}) | client
             for index in event.get("left_out", []):
@@ -202,7 +201,8 @@ def _clients(state: State) -> RenderableType:
         ppl = "-" if loss is None else f"{math.exp(min(loss, 700)):,.1f}"
         count = len(state.left_out.get(index, ()))
         table.add_row(str(index), ppl, f"{client.get('weight', 0):.3f}",
-                      *(f"{client[name]:.3f}" if name in client else "-" for name in measured),
+                      *("-" if client.get(name) is None else f"{client[name]:.3f}"
+                        for name in measured),
                       Text(f"left out {count}×", style="red") if count else "")
     rest = len(state.clients) - len(shown)
     return Group(table, Text(f"and {rest} more", style="dim")) if rest else table

@@ -1,0 +1,84 @@
+"""A run that diverges: one line where it ends; JSON that every reader takes where it goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+from test_methods import InProcess, fails, little_text, run_here
+
+from fedrun import study
+from fedrun.client import Client
+from fedrun.plots import runs
+from fedrun.settings import resolve
+from fedrun.tools import watch
+
+assert {little_text, run_here}  # fixtures, found here by their names
+
+
+def refuse(constant: str) -> NoReturn:
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def strictly(text: str) -> Any:
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_central_ends_in_one_line_and_keeps_the_last_good_model(
+        run_here: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = run_here("central", "--rounds", 3, name="good")
+    healthy = Client.train
+
+    def faulty(client: Client, *args: Any, **how: Any) -> Any:
+        losses = healthy(client, *args, **how)
+        if client.steps_done == 5:
+            client.flat.vector[-7] = math.inf
+        return losses
+
+    monkeypatch.setattr(Client, "train", faulty)
+    outcome = run_here("central", "--rounds", 9)
+    assert outcome.code == 1
+    model = outcome.run_dir / "model.safetensors"
+    line, = (line for line in outcome.output.splitlines() if line.startswith("fedrun: "))
+    assert line == ("fedrun: step 5: the model is no longer finite: --lr 0.002 may be too large; "
+                    f"the last good model is in {model}")
+    assert "Traceback" not in outcome.output
+    assert outcome.bits == good.bits
+    told = strictly((outcome.run_dir / "outcome.json").read_text())
+    assert (told["outcome"], "fedrun: " + told["reason"]) == ("failed", line)
+    events = [strictly(e) for e in (outcome.run_dir / "events.jsonl").read_text().splitlines()]
+    assert events[-1]["event"] == "end"
+
+
+def test_numbers_that_are_not_finite_are_null_and_readers_take_them(
+        run_here: InProcess, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+        capfd: pytest.CaptureFixture[str]) -> None:
+    """A perplexity that no float can hold, of a model that is finite."""
+    fails(monkeypatch, 1e20, 2, {0, 1})
+    outcome = run_here("fed_avg", "--num_clients", 2, "--reduce", "float", "--val_freq", 1,
+                       "--rounds", 4, "--checkpoint_freq", 2)
+    assert outcome.code == 0, outcome.output
+    for file in (*outcome.run_dir.glob("*.json"), *outcome.run_dir.glob("checkpoints/*/*.json")):
+        strictly(file.read_text())
+    history = strictly((outcome.run_dir / "training_history.json").read_text())
+    assert [r["server_val_ppl"] is None for r in history] == [False, True, True, True]
+    assert math.isfinite(history[-1]["server_val_loss"])
+    state = watch.State("run")
+    for line in (outcome.run_dir / "events.jsonl").read_text().splitlines():
+        state.take(strictly(line))
+    assert [math.isinf(state.validation[n]) for n in (1, 2, 3, 4)] == [False, True, True, True]
+    assert watch.main([str(outcome.run_dir), "--once"]) == 0
+    assert "inf" in capfd.readouterr().out
+    found = runs.find_runs(tmp_path).runs
+    assert [math.isinf(r.val_ppl) for r in found[0].history] == [False, True, True, True]
+    config = resolve("fed_avg", {"data_dir": str(tmp_path), "run_name": "run", "num_clients": 2,
+                                 "rounds": 4, "reduce": "float", "val_freq": 1})
+    history[-1]["val_loss_halves"] = [None, 3.0]
+    (outcome.run_dir / "training_history.json").write_text(json.dumps(history))
+    held = json.loads((outcome.run_dir / "config.json").read_text())
+    (outcome.run_dir / "config.json").write_text(json.dumps(held | config.to_dict() | {
+        "dtype": "fp32"}, default=str))
+    assert study.loss_halves(config) == [math.inf, 3.0]

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from fedrun.data.tokens import TokenData
 from fedrun.model.generate import generate
@@ -56,8 +55,7 @@ def perplexity(loss: float) -> float:
 
 def sample_text(model: Mamba2LM, data: TokenData, device: torch.device) -> str:
     """100 greedy tokens after "Once upon a time,", by the recurrent step."""
-    # The bare tokenizer: importing transformers would take longer than generating.
-    tokenizer = Tokenizer.from_file(str(data.tokenizer_path / "tokenizer.json"))
+    tokenizer = data.tokenizer
     prompt = torch.tensor([tokenizer.encode(PROMPT, add_special_tokens=False).ids], device=device)
     tokens = generate(model, prompt, SAMPLE_TOKENS)
     return str(tokenizer.decode(tokens[0].tolist()))

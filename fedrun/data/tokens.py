@@ -40,7 +40,15 @@ import numpy as np
 from fedrun.data import corpora
 from fedrun.data.documents import Documents
 from fedrun.data.entry import content_sum, read_manifest, seal
-from fedrun.data.tokenizer import ACCEPTED, HUB_NAME, bpe_size, save_tokenizer, with_newlines
+from fedrun.data.tokenizer import (
+    ACCEPTED,
+    HUB_NAME,
+    bpe_size,
+    encode,
+    save_tokenizer,
+    with_newlines,
+    without_custom_code,
+)
 from fedrun.data.topics import Topics, find_topics
 from fedrun.files import DamagedFile
 
@@ -98,10 +106,7 @@ class TokenData:
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The fast tokenizer that made the tokens, from the cache."""
-        from transformers import AutoTokenizer
-
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.tokenizer_path)
-        return tokenizer
+        return without_custom_code(self.tokenizer_path)
 
     def load_documents(self) -> Documents:
         """The documents of the train split, by tokens (the part that is cut off included)."""
@@ -238,10 +243,14 @@ def _sequences(
 def _entry_name(dataset: str, tokenizer: str) -> str:
     """A folder name that changes with everything that decides the tokens."""
     size = bpe_size(tokenizer)
-    folder = Path(tokenizer).expanduser()
-    tokenizer_files = sorted(f for f in folder.rglob("*") if f.is_file()) if size is None else []
-    if size is None and not folder.is_dir() and not HUB_NAME.fullmatch(tokenizer):
-        raise ValueError(f"--tokenizer {tokenizer}: no such folder; give {ACCEPTED}")
+    path = Path(tokenizer).expanduser()
+    tokenizer_files: list[Path] = []
+    if size is None and path.is_file():
+        tokenizer_files = [path]
+    elif size is None and path.is_dir():
+        tokenizer_files = sorted(f for f in path.rglob("*") if f.is_file())
+    elif size is None and not HUB_NAME.fullmatch(tokenizer):
+        raise ValueError(f"--tokenizer {tokenizer}: no such folder or file; give {ACCEPTED}")
     asked = [
         LAYOUT,
         importlib.metadata.version("tokenizers"),
@@ -256,8 +265,11 @@ def _entry_name(dataset: str, tokenizer: str) -> str:
 
 
 def _tokenizer_name(tokenizer: str) -> str:
-    folder = Path(tokenizer).expanduser()
-    return folder.resolve().name if folder.is_dir() else tokenizer
+    """As reports call it: a folder by its last part, a tokenizer.json by that of its folder."""
+    path = Path(tokenizer).expanduser()
+    if path.is_file():
+        return path.resolve().parent.name if path.name == "tokenizer.json" else path.name
+    return path.resolve().name if path.is_dir() else tokenizer
 
 
 def _whole_entry(
@@ -339,7 +351,10 @@ def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None]
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
     rows = {"train": corpus.train, "validation": corpus.validation}
     row_tokens = {
-        split: _write_tokens(work / f"{split}.bin", rows[split], tokeniser, dtype) for split in rows
+        split: _write_tokens(
+            work / f"{split}.bin", rows[split], tokeniser, dtype, f"--tokenizer {tokenizer}"
+        )
+        for split in rows
     }
     tokens = {split: int(row_tokens[split].sum()) for split in rows}
     documents = corpus.documents.in_tokens(row_tokens["train"])
@@ -373,7 +388,7 @@ def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None]
 
 
 def _write_tokens(
-    path: Path, rows: list[str], tokeniser: Tokenizer, dtype: np.dtype
+    path: Path, rows: list[str], tokeniser: Tokenizer, dtype: np.dtype, flag: str
 ) -> np.ndarray:
     """Write the ids of all rows to a new file, end to end; how many each row has, int64 (rows,)."""
     from tqdm import tqdm
@@ -382,7 +397,7 @@ def _write_tokens(
     with path.open("wb") as file, tqdm(total=len(rows), unit=" rows", disable=None) as bar:
         texts = with_newlines(rows)
         while batch := list(itertools.islice(texts, ROWS_AT_ONCE)):
-            encodings = tokeniser.encode_batch_fast(batch, add_special_tokens=False)
+            encodings = encode(tokeniser, batch, flag)
             ids = np.fromiter(itertools.chain.from_iterable(e.ids for e in encodings), dtype)
             file.write(ids.tobytes())
             counts += [len(e.ids) for e in encodings]

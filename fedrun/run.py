@@ -21,6 +21,7 @@ from fedrun import central, protocol
 from fedrun.checkpoint import newest
 from fedrun.comm import Control
 from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
+from fedrun.corpus_check import CorpusCheck
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.errors import Diverged
 from fedrun.files import write_json
@@ -58,9 +59,11 @@ def run(config: RunConfig) -> int:
     if config.init_from:
         config = start_from(config)
     data = prepare(config.dataset, config.tokenizer, config.sequence_length,
-                   config.cache_dir.expanduser(), say=_say_from(launch))
+                   config.cache_dir.expanduser(), say=_say_from(launch),
+                   check=config.partition == "dirichlet")  # whose topics are made of the tokens
     if config.init_from:
         data = fit_vocabulary(config, data)
+    check = CorpusCheck(config, launch, data)
     partition = ""
     if isinstance(config, FederatedConfig):  # what only the data can refuse, before connecting
         shards = Shards(config, data)
@@ -69,7 +72,7 @@ def run(config: RunConfig) -> int:
     made_with = {"corpus": digest(data), "partition": partition, "versions": versions(),
                  "kernels": kernel_path(workers_device(config, device))}
     try:
-        ended = _connect_and_train(config, data, launch, device, made_with)
+        ended = _connect_and_train(config, check, launch, device, made_with)
     except Refused:
         raise
     except protocol.RunEnded:
@@ -89,10 +92,11 @@ def run(config: RunConfig) -> int:
     return 0
 
 
-def _connect_and_train(config: RunConfig, data: TokenData, launch: Launch, device: torch.device,
+def _connect_and_train(config: RunConfig, check: CorpusCheck, launch: Launch, device: torch.device,
                        made_with: dict[str, Any]) -> str:
     """All ranks: the run itself, as rank 0 says that it begins. The line to end with."""
     with connected(launch, _dedicated(config), config.timeout) as control:
+        data = check.agree(control)
         beginning = _agree(control, config, device, made_with)
         config = dataclasses.replace(config, dtype=beginning.dtype)
         seen = "" if launch.alone else wait_for_token(config.run_dir, beginning.token)
@@ -200,7 +204,8 @@ def identity(config: RunConfig, data: TokenData, device: torch.device) -> dict[s
     able = config.dtype != "bf16" or bf16_in_hardware(device)
     return ({f"--{k}": json.dumps(v) for k, v in config.results_dict().items()}
             | {f"version of {k}": v for k, v in versions().items()}
-            | {"the tokenised corpus": digest(data), "worker kernels": kernel_path(device),
+            | {"the tokenised corpus": digest(data), "the tokens of the corpus": data.content,
+               "worker kernels": kernel_path(device),
                "worker hardware for --dtype": config.dtype if able else "none"} | start)
 
 

@@ -1,4 +1,7 @@
-"""Tokenizers: by name from the hub, from a folder, or trained on the corpus."""
+"""Tokenizers: by name from the hub, from a folder or file, or trained on the corpus.
+
+Code that comes with a tokenizer is never run, whatever its files ask for.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,14 @@ from fedrun.data import corpora
 from fedrun.errors import one_line
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 BPE_SMALLEST = 257  # 256 bytes and the end-of-text token
 END_OF_TEXT = "<|endoftext|>"
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 ACCEPTED = (
-    "a hub name (gpt2, owner/name), a folder with a tokenizer, or bpe:N with "
+    "a hub name (gpt2, owner/name), a folder with a tokenizer, a tokenizer.json, or bpe:N with "
     f"N >= {BPE_SMALLEST}, which trains one on the corpus"
 )
 
@@ -44,6 +47,8 @@ def save_tokenizer(tokenizer: str, corpus: corpora.Corpus, folder: Path) -> Toke
     else:
         _fetch_tokenizer(tokenizer).save_pretrained(folder)
     tokeniser = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if not tokeniser.get_vocab_size():
+        raise ValueError(f"--tokenizer {tokenizer}: it has no tokens")
     tokeniser.no_truncation()
     tokeniser.no_padding()
     return tokeniser
@@ -77,17 +82,26 @@ def _train_bpe(rows: list[str], size: int, folder: Path) -> None:
 
 
 def _fetch_tokenizer(tokenizer: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder, of the hub, or of the hub's cache."""
+    """The tokenizer of a local folder or file, of the hub, or of the hub's cache."""
     from huggingface_hub.errors import RepositoryNotFoundError
-    from transformers import AutoTokenizer
 
-    folder = Path(tokenizer).expanduser()
-    local = folder.is_dir()
+    path = Path(tokenizer).expanduser()
+    local = path.is_dir()
+    if path.is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        read_tokenizer(path, "--tokenizer")
+        from_file: PreTrainedTokenizerBase = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+            tokenizer_file=str(path)
+        )
+        return from_file
     try:
-        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            str(folder) if local else tokenizer,
+        loaded = without_custom_code(
+            str(path) if local else tokenizer,
             local_files_only=local or not corpora.hub_answers(),
         )
+    except CustomCodeError as error:
+        raise ValueError(f"--tokenizer {tokenizer}: {error}") from None
     except Exception as error:  # the library raises many kinds for what a user got wrong
         refused = isinstance(error.__cause__, RepositoryNotFoundError)
         if local or (corpora.hub_answers() and (refused or not isinstance(error, OSError))):
@@ -96,6 +110,68 @@ def _fetch_tokenizer(tokenizer: str) -> PreTrainedTokenizerBase:
     if not loaded.is_fast:
         raise ValueError(f"--tokenizer {tokenizer}: has no fast form (tokenizer.json)")
     return loaded
+
+
+class CustomCodeError(ValueError):
+    """A tokenizer that only code of its own can load."""
+
+
+def without_custom_code(name: str | Path, local_files_only: bool = True) -> PreTrainedTokenizerBase:
+    """AutoTokenizer.from_pretrained, which neither runs code from the tokenizer's files nor asks on
+    the terminal whether to.
+
+    Raises CustomCodeError where it would have to, and whatever else the library raises.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            name, local_files_only=local_files_only, trust_remote_code=False
+        )
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise CustomCodeError(
+            "its files name Python code to load it with (auto_map), and such code is never run; "
+            "give its tokenizer.json alone, or another tokenizer"
+        ) from None
+    return loaded
+
+
+def read_tokenizer(file: Path, flag: str) -> Tokenizer:
+    """A tokenizer.json without transformers; ValueError, naming `flag`, where it is not one."""
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing more precise
+        raise ValueError(f"{flag} {file}: not a tokenizer.json: {one_line(error)}") from None
+
+
+def encode(tokeniser: Tokenizer, texts: list[str], flag: str) -> list[Encoding]:
+    """Token ids of texts without special tokens; ValueError, naming `flag` and what stands there
+    that the tokenizer has no token for."""
+    try:
+        return tokeniser.encode_batch_fast(texts, add_special_tokens=False)
+    except Exception as error:  # the library raises nothing more precise
+        raise ValueError(
+            f"{flag}: it cannot encode {_unknown(tokeniser, texts)!r} ({one_line(error)}); give a "
+            "tokenizer with an unknown token, or one that knows every byte"
+        ) from None
+
+
+def _unknown(tokeniser: Tokenizer, texts: list[str]) -> str:
+    """The first word, or text, that cannot be encoded, cut to a length for a message."""
+    for text in texts:
+        normalised = tokeniser.normalizer.normalize_str(text) if tokeniser.normalizer else text
+        split = tokeniser.pre_tokenizer
+        words = [w for w, _ in split.pre_tokenize_str(normalised)] if split else [normalised]
+        for word in words:
+            try:
+                tokeniser.model.tokenize(word)
+            except Exception:
+                return word[:40]
+    return texts[0][:40]
 
 
 def with_newlines(rows: Iterable[str]) -> Iterator[str]:

@@ -6,16 +6,18 @@
         validation.bin
         documents.npz       where the documents of the train split begin, and their sources
         topics-<key>.npz    the documents' topics, made when they are first asked for
-        entry.json          what the entry holds; written last, but for topics
+        entry.json          what the entry holds, with checksums (entry.py); written last, but for
+                            topics, which carry their own
 
 The key is a digest of what was asked for: names, and for local files their sizes and times, so
 that a warm start reads no text and a changed file is never served stale. What came from the hub
 is kept under its name until the entry is deleted. The sequence length is no part of the key: it
-only decides how a stream of tokens is cut.
+only decides how a stream of tokens is cut. An entry that is damaged is named and made again.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -28,8 +30,8 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,15 +39,25 @@ import numpy as np
 
 from fedrun.data import corpora
 from fedrun.data.documents import Documents
-from fedrun.data.tokenizer import ACCEPTED, HUB_NAME, bpe_size, save_tokenizer, with_newlines
+from fedrun.data.entry import content_sum, read_manifest, seal
+from fedrun.data.tokenizer import (
+    ACCEPTED,
+    HUB_NAME,
+    bpe_size,
+    encode,
+    save_tokenizer,
+    with_newlines,
+    without_custom_code,
+)
 from fedrun.data.topics import Topics, find_topics
+from fedrun.files import DamagedFile
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-LAYOUT = 2  # raise it when the same text would become other files: old entries are then ignored
-TOPICS_LAYOUT = 1  # raise it when the same documents would get other topics
+LAYOUT = 3  # raise it when the same text would become other files: old entries are then ignored
+TOPICS_LAYOUT = 2  # raise it when the same documents would get other topics
 LOCK_SECONDS = 3600.0  # how long to wait for another process that prepares the same tokens
 ROWS_AT_ONCE = 1000
 
@@ -64,13 +76,37 @@ class TokenData:
     vocab_size: int
     fingerprint: dict[str, Any]
     tokenizer_path: Path
+    content: str = ""
+    """Digest of the token ids as they were written."""
+    tokenizer_json: bytes = b""
+    """The tokenizer, kept in memory: the cache may be deleted under a run."""
+
+    def reopen(self) -> TokenData:
+        """The same, mapped from the files that lie in the cache now: an entry that was made again
+        took the place of the one before.
+
+        Raises ValueError where its text is another.
+        """
+        entry = self.tokenizer_path.parent
+        body = read_manifest(entry, large=False)
+        if body is None or not body["fingerprint"].items() <= self.fingerprint.items():
+            raise ValueError(f"--dataset {self.fingerprint['dataset']}: it is no longer the text "
+                             f"that {entry} was made from; start again")
+        length = self.fingerprint["sequence_length"]
+        return replace(self, train=_sequences(entry, body, "train", length),
+                       validation=_sequences(entry, body, "validation", length),
+                       content=content_sum(body))
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer without transformers, whose import takes longer than what it is for."""
+        from tokenizers import Tokenizer
+
+        return Tokenizer.from_buffer(self.tokenizer_json)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The fast tokenizer that made the tokens, from the cache."""
-        from transformers import AutoTokenizer
-
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.tokenizer_path)
-        return tokenizer
+        return without_custom_code(self.tokenizer_path)
 
     def load_documents(self) -> Documents:
         """The documents of the train split, by tokens (the part that is cut off included)."""
@@ -86,16 +122,15 @@ class TokenData:
         entry = self.tokenizer_path.parent
         version = importlib.metadata.version("scikit-learn")
         file = entry / f"topics-{TOPICS_LAYOUT}-{version}.npz"
-        if not file.exists():
-            try:
-                with _only_one(entry, "the topics of its documents", _to_stderr):
-                    if not file.exists():
-                        self._write_topics(file)
-            except TimeoutError:
-                raise
-            except OSError as error:
-                raise ValueError(f"--cache_dir {entry.parents[1]}: {error}") from error
-        return Topics.load(file)
+        held = _read_topics(file)
+        if held is None:
+            with _naming_cache_dir(entry), _only_one(entry, "the topics of its documents",
+                                                     _to_stderr):
+                held = _read_topics(file, say=lambda line: None)
+                if held is None:
+                    self._write_topics(file)
+                    held = Topics.load(file)
+        return held
 
     def _write_topics(self, file: Path) -> None:
         started = time.perf_counter()
@@ -112,18 +147,31 @@ def _to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def _read_topics(file: Path, say: Callable[[str], None] = _to_stderr) -> Topics | None:
+    """The topics in a file; None where there is none, or it is damaged, which is said."""
+    try:
+        return Topics.load(file)
+    except FileNotFoundError:
+        return None
+    except DamagedFile as error:
+        say(f"{error}; the topics are found again")
+        return None
+
+
 def prepare(
     dataset: str,
     tokenizer: str,
     sequence_length: int,
     cache_dir: Path,
     say: Callable[[str], None] = print,
+    check: bool = True,
 ) -> TokenData:
     """Token sequences of `dataset`, tokenised now or by an earlier or concurrent process.
 
     Every split is tokenised row by row, without special tokens, each row ending in a newline;
     concatenated, and cut into sequences of `sequence_length` tokens that do not overlap. The
-    remainder is dropped. Any number of processes of a machine may call this at once.
+    remainder is dropped. Any number of processes of a machine may call this at once; without
+    `check` token ids are not compared with their checksums, which `verify` does.
 
     Raises:
         ValueError: a flag's value that cannot work: unknown, no text, too few tokens.
@@ -132,16 +180,11 @@ def prepare(
     """
     assert sequence_length > 0
     entry = cache_dir.expanduser() / "tokens" / _entry_name(dataset, tokenizer)
-    meta = _read_entry(entry)
-    if meta is None:
-        try:
-            entry.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--cache_dir {cache_dir}: {error}") from error
-        with _only_one(entry, f"{dataset} with {tokenizer}", say):
-            meta = _read_entry(entry) or _build(entry, dataset, tokenizer, say)
+    meta = _whole_entry(entry, dataset, tokenizer, say, check)
+    for split in ("train", "validation"):
+        _require_tokens(meta, split, sequence_length, dataset)
     train, validation = (
-        _sequences(entry, meta, split, sequence_length, dataset)
+        _sequences(entry, meta, split, sequence_length)
         for split in ("train", "validation")
     )
     fingerprint = meta["fingerprint"] | {
@@ -155,21 +198,42 @@ def prepare(
         f"{vocab_size:,}): {len(train):,} train and {len(validation):,} validation sequences of "
         f"{sequence_length} tokens; validation is {fingerprint['validation_from']}"
     )
-    return TokenData(train, validation, vocab_size, fingerprint, entry / "tokenizer")
+    return TokenData(
+        train, validation, vocab_size, fingerprint, entry / "tokenizer", content_sum(meta),
+        (entry / "tokenizer" / "tokenizer.json").read_bytes(),
+    )
 
 
-def _sequences(
-    entry: Path, meta: dict[str, Any], split: str, sequence_length: int, dataset: str
-) -> np.ndarray:
+def verify(dataset: str, tokenizer: str, cache_dir: Path, say: Callable[[str], None]) -> None:
+    """Compare every cached file of a corpus with its checksum (about 1 GB/s); what is damaged is
+    named and made again. Raises what `prepare` does; maps of the files before keep the damage."""
+    entry = cache_dir.expanduser() / "tokens" / _entry_name(dataset, tokenizer)
+    _whole_entry(entry, dataset, tokenizer, say, check=True)
+
+
+def _require_tokens(
+    meta: dict[str, Any], split: str, sequence_length: int, dataset: str
+) -> None:
     tokens = meta["fingerprint"][f"{split}_tokens"]
-    n_sequences = tokens // sequence_length
-    if n_sequences == 0:
+    if tokens < sequence_length:
         raise ValueError(
             f"--sequence_length {sequence_length}: the {split} split of --dataset {dataset} has "
             f"only {tokens} tokens; take shorter sequences or a larger dataset"
         )
-    shape = (n_sequences, sequence_length)
-    return np.memmap(entry / f"{split}.bin", meta["dtype"], mode="r", shape=shape)
+
+
+def _sequences(
+    entry: Path, meta: dict[str, Any], split: str, sequence_length: int
+) -> np.ndarray:
+    tokens = meta["fingerprint"][f"{split}_tokens"]
+    shape = (tokens // sequence_length, sequence_length)
+    path = entry / f"{split}.bin"
+    with path.open("rb") as file:
+        # Reading beyond the end of a mapped file kills the process, so its size is looked at once
+        # more, of the very file that is mapped.
+        if os.fstat(file.fileno()).st_size != meta["files"][path.name]["bytes"]:
+            raise DamagedFile(f"{path} has changed while it was opened; start again")
+        return np.memmap(file, meta["dtype"], mode="r", shape=shape)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -179,10 +243,14 @@ def _sequences(
 def _entry_name(dataset: str, tokenizer: str) -> str:
     """A folder name that changes with everything that decides the tokens."""
     size = bpe_size(tokenizer)
-    folder = Path(tokenizer).expanduser()
-    tokenizer_files = sorted(f for f in folder.rglob("*") if f.is_file()) if size is None else []
-    if size is None and not folder.is_dir() and not HUB_NAME.fullmatch(tokenizer):
-        raise ValueError(f"--tokenizer {tokenizer}: no such folder; give {ACCEPTED}")
+    path = Path(tokenizer).expanduser()
+    tokenizer_files: list[Path] = []
+    if size is None and path.is_file():
+        tokenizer_files = [path]
+    elif size is None and path.is_dir():
+        tokenizer_files = sorted(f for f in path.rglob("*") if f.is_file())
+    elif size is None and not HUB_NAME.fullmatch(tokenizer):
+        raise ValueError(f"--tokenizer {tokenizer}: no such folder or file; give {ACCEPTED}")
     asked = [
         LAYOUT,
         importlib.metadata.version("tokenizers"),
@@ -197,18 +265,44 @@ def _entry_name(dataset: str, tokenizer: str) -> str:
 
 
 def _tokenizer_name(tokenizer: str) -> str:
-    folder = Path(tokenizer).expanduser()
-    return folder.resolve().name if folder.is_dir() else tokenizer
+    """As reports call it: a folder by its last part, a tokenizer.json by that of its folder."""
+    path = Path(tokenizer).expanduser()
+    if path.is_file():
+        return path.resolve().parent.name if path.name == "tokenizer.json" else path.name
+    return path.resolve().name if path.is_dir() else tokenizer
 
 
-def _read_entry(entry: Path) -> dict[str, Any] | None:
-    """What `entry` holds, or None where it is absent or torn."""
+def _whole_entry(
+    entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None], check: bool
+) -> dict[str, Any]:
+    """What `entry` holds, made now where it is absent or damaged."""
+    damage = ""
     try:
-        meta: dict[str, Any] = json.loads((entry / "entry.json").read_text())
-        sizes = {name: (entry / name).stat().st_size for name in meta["bytes"]}
-    except (OSError, ValueError, KeyError):
-        return None
-    return meta if sizes == meta["bytes"] else None
+        if (meta := read_manifest(entry, check)) is not None:
+            return meta
+    except DamagedFile as error:
+        damage = str(error)
+        say(f"{damage}; it is made again")
+    with _naming_cache_dir(entry, damage):
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        with _only_one(entry, f"{dataset} with {tokenizer}", say):
+            with suppress(DamagedFile):
+                if (meta := read_manifest(entry, check)) is not None:
+                    return meta  # another process has made it
+            return _build(entry, dataset, tokenizer, say)
+
+
+@contextmanager
+def _naming_cache_dir(entry: Path, damage: str = "") -> Iterator[None]:
+    """Errors of the disk as errors of --cache_dir."""
+    try:
+        yield
+    except (ConnectionError, TimeoutError):
+        raise
+    except OSError as error:
+        told = f"{damage}, and cannot be replaced: " if damage else ""
+        raise ValueError(f"--cache_dir {entry.parents[1]}: {told}{error}; give a --cache_dir that "
+                         "can be written") from error
 
 
 @contextmanager
@@ -247,8 +341,8 @@ def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None]
     """Write `entry` beside its place, then move it there whole. Under its lock."""
     started = time.perf_counter()
     corpus = corpora.load_corpus(dataset)
-    work = Path(f"{entry}.partial")
-    for leftover in (work, entry):
+    work, damaged = Path(f"{entry}.partial"), Path(f"{entry}.damaged")
+    for leftover in (work, damaged):
         shutil.rmtree(leftover, ignore_errors=True)
     work.mkdir()
     say(f"tokenising {corpus.name} with {tokenizer}, once on this machine")
@@ -257,7 +351,10 @@ def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None]
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
     rows = {"train": corpus.train, "validation": corpus.validation}
     row_tokens = {
-        split: _write_tokens(work / f"{split}.bin", rows[split], tokeniser, dtype) for split in rows
+        split: _write_tokens(
+            work / f"{split}.bin", rows[split], tokeniser, dtype, f"--tokenizer {tokenizer}"
+        )
+        for split in rows
     }
     tokens = {split: int(row_tokens[split].sum()) for split in rows}
     documents = corpus.documents.in_tokens(row_tokens["train"])
@@ -281,20 +378,17 @@ def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None]
     }
     if dataset == "pydocs":
         fingerprint["python_version"] = platform.python_version()
-    written = ("tokenizer/tokenizer.json", "train.bin", "validation.bin", "documents.npz")
-    meta = {
-        "dtype": dtype.str,
-        "bytes": {name: (work / name).stat().st_size for name in written},
-        "fingerprint": fingerprint,
-    }
-    (work / "entry.json").write_text(json.dumps(meta, indent=1))
+    meta = seal(work, {"dtype": dtype.str, "fingerprint": fingerprint})
+    if entry.exists():  # other processes may read of it what is not damaged
+        entry.rename(damaged)
     work.rename(entry)
+    shutil.rmtree(damaged, ignore_errors=True)
     say(f"tokenised {sum(tokens.values()):,} tokens in {time.perf_counter() - started:.1f} s")
     return meta
 
 
 def _write_tokens(
-    path: Path, rows: list[str], tokeniser: Tokenizer, dtype: np.dtype
+    path: Path, rows: list[str], tokeniser: Tokenizer, dtype: np.dtype, flag: str
 ) -> np.ndarray:
     """Write the ids of all rows to a new file, end to end; how many each row has, int64 (rows,)."""
     from tqdm import tqdm
@@ -303,7 +397,7 @@ def _write_tokens(
     with path.open("wb") as file, tqdm(total=len(rows), unit=" rows", disable=None) as bar:
         texts = with_newlines(rows)
         while batch := list(itertools.islice(texts, ROWS_AT_ONCE)):
-            encodings = tokeniser.encode_batch_fast(batch, add_special_tokens=False)
+            encodings = encode(tokeniser, batch, flag)
             ids = np.fromiter(itertools.chain.from_iterable(e.ids for e in encodings), dtype)
             file.write(ids.tobytes())
             counts += [len(e.ids) for e in encodings]

@@ -7,6 +7,8 @@ Topics are a property of the corpus: they depend on no seed of a run.
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +16,15 @@ from typing import Any
 
 import numpy as np
 
+from fedrun.errors import one_line
+from fedrun.files import DamagedFile, read_regular
+
 TOPICS = 10  # few enough to tell apart in a figure, and to be large in a corpus of 50 documents
 FITTED_ON = 10_000  # documents that topics are found on; any others are assigned to them
 DIMENSIONS = 50  # of the projection
 TYPICAL = 100  # tokens that are kept for a topic's name
 TOKENS_AT_ONCE = 2**22
+LARGEST = 2**34  # bytes of a file of topics
 
 
 @dataclass(frozen=True)
@@ -31,12 +37,28 @@ class Topics:
     """int64, (n_topics, up to TYPICAL): the token ids that set each topic apart, best first."""
 
     def save(self, path: Path) -> None:
-        np.savez(path, of_document=self.of_document, typical=self.typical)
+        np.savez(path, of_document=self.of_document, typical=self.typical, sha256=self._sha256())
 
     @classmethod
     def load(cls, path: Path) -> Topics:
-        with np.load(path) as held:
-            return cls(held["of_document"], held["typical"])
+        """Raises FileNotFoundError, or DamagedFile where it does not hold what `save` wrote."""
+        try:
+            with np.load(io.BytesIO(read_regular(path, LARGEST)), allow_pickle=False) as held:
+                topics, recorded = cls(held["of_document"], held["typical"]), str(held["sha256"])
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # zipfile, zlib and numpy raise many kinds
+            raise DamagedFile(f"{path} is damaged: {one_line(error)}") from None
+        if recorded != topics._sha256():
+            raise DamagedFile(f"{path} is damaged: it does not match its checksum")
+        return topics
+
+    def _sha256(self) -> str:
+        digest = hashlib.sha256()
+        for array in (self.of_document, self.typical):
+            digest.update(f"{array.dtype.str} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
 
 
 def find_topics(stream: np.ndarray, starts: np.ndarray, vocab_size: int) -> Topics:

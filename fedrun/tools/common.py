@@ -29,12 +29,15 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
 
 
 def need_tokenizer(found: Pretrained, given: str | None = None) -> Path:
-    """The folder of the model's tokenizer; ValueError where it came without one."""
+    """The folder of the model's tokenizer, or the tokenizer.json that was given; ValueError where
+    there is none."""
     from pathlib import Path
 
     folder = Path(given).expanduser() if given else found.tokenizer
+    if folder is not None and folder.is_file():
+        return folder
     if folder is None or not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"--tokenizer {given or ''}: accepted is a folder with tokenizer.json; "
-                         f"{found.folder} has none" if given else
+        raise ValueError(f"--tokenizer {given}: accepted is a folder with tokenizer.json, or that "
+                         f"file; {found.folder} has none" if given else
                          f"{found.folder}: it has no tokenizer.json; give --tokenizer FOLDER")
     return folder

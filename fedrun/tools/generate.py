@@ -22,7 +22,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="N",
                         help="seed of the drawing (default: 0)")
     parser.add_argument("--tokenizer", metavar="FOLDER",
-                        help="a tokenizer's folder, where the model came without one")
+                        help="a tokenizer's folder or tokenizer.json, where the model came without "
+                             "one")
     args = parse(parser, argv)
     for flag, value, low in (("max_new_tokens", args.max_new_tokens, 1), ("top_k", args.top_k, 0),
                              ("temperature", args.temperature, 0), ("seed", args.seed, 0)):
@@ -30,14 +31,15 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"--{flag} {value}: accepted is a number of at least {low}")
 
     import torch
-    from tokenizers import Tokenizer
 
+    from fedrun.data.tokenizer import encode, read_tokenizer
     from fedrun.model.generate import generate
     from fedrun.pretrained import find_pretrained
 
     found = find_pretrained(args.model, "RUN")
-    tokenizer = Tokenizer.from_file(str(need_tokenizer(found, args.tokenizer) / "tokenizer.json"))
-    prompt = tokenizer.encode(args.prompt, add_special_tokens=False).ids
+    path = need_tokenizer(found, args.tokenizer)
+    tokenizer = read_tokenizer(path if path.is_file() else path / "tokenizer.json", "--tokenizer")
+    prompt = encode(tokenizer, [args.prompt], "--prompt")[0].ids
     if not prompt:
         raise ValueError("--prompt: accepted is a text of at least one token")
     if max(prompt) >= found.vocab_size:

@@ -1,0 +1,69 @@
+"""An entry of the token cache: a folder whose entry.json has size and SHA-256 of every other file.
+
+Small files are compared with their checksums whenever an entry is read. The token ids are too large
+for that: one process a machine compares them at every start. Nothing records that they were, since
+files are damaged after they were checked too, and a cache may be read-only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from fedrun.files import DamagedFile, read_json, write_json
+
+MANIFEST = "entry.json"
+LARGE = ("train.bin", "validation.bin")
+
+
+def seal(entry: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Write the manifest of a folder that is complete otherwise; what `read_manifest` returns."""
+    files = {str(file.relative_to(entry)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+             for file in sorted(entry.rglob("*")) if file.is_file()}
+    body = content | {"files": files}
+    write_json(entry / MANIFEST, body | {"sha256": _body_sum(body)})
+    return body
+
+
+def read_manifest(entry: Path, large: bool) -> dict[str, Any] | None:
+    """What an entry holds, None where there is none; of token ids the size is compared, and with
+    `large` the checksum.
+
+    Raises DamagedFile, with path and reason, where a file is not what was written.
+    """
+    try:
+        body = read_json(entry / MANIFEST, dict)
+    except OSError:
+        return None
+    if body.pop("sha256", None) != _body_sum(body):
+        raise DamagedFile(f"{entry / MANIFEST} is damaged: it does not match its own checksum")
+    for name, held in body["files"].items():
+        file = entry / name
+        try:
+            size = file.stat().st_size
+            if not file.is_file() or size != held["bytes"]:
+                raise DamagedFile(f"{file} is damaged: it has {size} bytes instead of "
+                                  f"{held['bytes']}")
+            if (large or name not in LARGE) and _sha256(file) != held["sha256"]:
+                raise DamagedFile(f"{file} is damaged: it does not match its checksum in "
+                                  f"{MANIFEST}")
+        except OSError as error:
+            raise DamagedFile(f"{file} cannot be read: {error.strerror}") from None
+    return body
+
+
+def content_sum(body: dict[str, Any]) -> str:
+    """A digest of the token ids themselves, to compare machines by (hex)."""
+    told = [body["dtype"], *(body["files"][name]["sha256"] for name in LARGE)]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _body_sum(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -44,6 +44,7 @@ import yaml
 
 from fedrun.config import RunConfig
 from fedrun.errors import require
+from fedrun.provenance import differing
 from fedrun.rundir import read_outcome
 from fedrun.settings import closest, resolve
 
@@ -157,9 +158,8 @@ def loss_halves(config: RunConfig) -> list[float] | None:
     if not (folder / "config.json").exists():
         return None
     held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    wanted = json.loads(json.dumps(config.results_dict()))
-    if differing := [k for k, v in wanted.items() if held.get(k) != v and v != "auto"]:
-        raise ValueError(f"study: {folder} holds a run with another {', '.join(differing)}; "
+    if differences := differing(config, held):
+        raise ValueError(f"study: {folder} holds a run with another {', '.join(differences)}; "
                          "remove it, or give the study another name")
     if (folder / "failed.txt").exists():
         return [math.inf, math.inf]

@@ -19,6 +19,7 @@ from fedrun.config import RunConfig
 from fedrun.launch import detect
 from fedrun.settings import Setting, closest, method_settings, resolve
 from fedrun.strategies import STRATEGIES
+from fedrun.unused import NEVER_READ, refuse_unread
 
 METHODS = {"central": "centralised training, the baseline: all the data in one process"} | {
     name: (cls.__doc__ or "").split("\n")[0] for name, cls in STRATEGIES.items()}
@@ -84,7 +85,9 @@ def parse(argv: Sequence[str]) -> RunConfig | None:
                          f"known are {', '.join(known)}")
     flags = vars(method_parser(method).parse_args([with_underscores(a) for a in argv[1:]]))
     only_print, only_print_folder = flags.pop("print_config"), flags.pop("print_run_dir")
-    config = resolve(method, {k: v for k, v in flags.items() if v is not None})
+    given = {k: v for k, v in flags.items() if v is not None}
+    refuse_unread(method, given)
+    config = resolve(method, given)
     if only_print_folder:
         print(config.run_dir)
         return None
@@ -120,7 +123,9 @@ def method_parser(method: str) -> argparse.ArgumentParser:
     parser = Parser(prog=f"fedrun {method}", description=METHODS[method], allow_abbrev=False,
                      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30,
                                                                          width=100))
-    add_flags(parser, method_settings(method))
+    known, unread = method_settings(method), NEVER_READ.get(method, {})
+    add_flags(parser, {name: s for name, s in known.items() if name not in unread})
+    add_flags(parser, {name: known[name] for name in unread}, hidden=True)
     parser.add_argument("--print_config", action="store_true",
                         help="Print the resolved settings as YAML and stop.")
     parser.add_argument("--print_run_dir", action="store_true",
@@ -128,8 +133,12 @@ def method_parser(method: str) -> argparse.ArgumentParser:
     return parser
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: Mapping[str, Setting]) -> None:
-    """A flag for each setting, its default in the help; what was not given is None."""
+def add_flags(parser: argparse.ArgumentParser, settings: Mapping[str, Setting],
+              hidden: bool = False) -> None:
+    """A flag for each setting, its default in the help; what was not given is None.
+
+    hidden: without a line in the help, for a command that passes them on.
+    """
     for name, setting in settings.items():
         text = setting.help.replace("%", "%%")
         shown = "none" if setting.default is None else setting.default
@@ -137,7 +146,8 @@ def add_flags(parser: argparse.ArgumentParser, settings: Mapping[str, Setting]) 
             int: "N", float: "X", bool: "true|false"}.get(setting.kind, "TEXT")}
         if setting.kind is bool:
             extra |= {"nargs": "?", "const": "true"}
-        parser.add_argument(f"--{name}", help=f"{text} (default: {shown})", default=None, **extra)
+        parser.add_argument(f"--{name}", default=None, **extra,
+                            help=argparse.SUPPRESS if hidden else f"{text} (default: {shown})")
 
 
 def overview() -> str:

@@ -296,12 +296,8 @@ class FederatedConfig(RunConfig):
                     f"{value} {why}".lower())
 
     def warnings(self) -> list[str]:
-        """Settings that work but hardly do what was meant, each in a line."""
+        """Settings that work but hardly do what was meant, each in a line (see unused.py too)."""
         found = self.strategy.warnings(self.local_updates)
-        if self.alpha != FederatedConfig.alpha and self.partition != "dirichlet":
-            found.append(f"--alpha {self.alpha:g} has no effect without --partition dirichlet")
-        if self.prox_mu and self.local_updates == 1:
-            found.append(f"--prox_mu {self.prox_mu:g} has no effect at --local_updates 1")
         if self.client_state == "reset" and self.local_updates == 1:
             found.append("--client_state reset at --local_updates 1 makes every step AdamW's "
                          "first, which is sign descent")

@@ -35,6 +35,7 @@ from fedrun.runtime import choose_device, connected, join
 from fedrun.start import Beginning, Refused, begin, make_ready
 from fedrun.stopping import StopRequest
 from fedrun.track import check_tracker
+from fedrun.unused import idle
 
 SECONDS_TO_SEE_A_FILE = 30.0  # over a network file system
 
@@ -56,8 +57,12 @@ def run(config: RunConfig) -> int:
         torch.cuda.set_device(device)  # NCCL takes the current one
     if config.deterministic:
         make_deterministic()
+    notes = list(idle(config).values())
     if config.init_from:
-        config = start_from(config)
+        given, config = config, start_from(config)
+        if given.tokenizer not in (config.tokenizer, RunConfig.tokenizer):
+            notes.append(f"--tokenizer {given.tokenizer} has no effect with --init_from "
+                         f"{config.init_from}, which brings its own")
     data = prepare(config.dataset, config.tokenizer, config.sequence_length,
                    config.cache_dir.expanduser(), say=_say_from(launch),
                    check=config.partition == "dirichlet")  # whose topics are made of the tokens
@@ -72,7 +77,7 @@ def run(config: RunConfig) -> int:
     made_with = {"corpus": digest(data), "partition": partition, "versions": versions(),
                  "kernels": kernel_path(workers_device(config, device))}
     try:
-        ended = _connect_and_train(config, check, launch, device, made_with)
+        ended = _connect_and_train(config, check, launch, device, made_with, notes)
     except Refused:
         raise
     except protocol.RunEnded:
@@ -93,8 +98,10 @@ def run(config: RunConfig) -> int:
 
 
 def _connect_and_train(config: RunConfig, check: CorpusCheck, launch: Launch, device: torch.device,
-                       made_with: dict[str, Any]) -> str:
-    """All ranks: the run itself, as rank 0 says that it begins. The line to end with."""
+                       made_with: dict[str, Any], notes: list[str]) -> str:
+    """All ranks: the run itself, as rank 0 says that it begins. The line to end with.
+
+    notes: what to warn of, when it begins."""
     with connected(launch, _dedicated(config), config.timeout) as control:
         data = check.agree(control)
         beginning = _agree(control, config, device, made_with)
@@ -113,8 +120,8 @@ def _connect_and_train(config: RunConfig, check: CorpusCheck, launch: Launch, de
         control.share()  # all ranks: nobody writes into the folder before it is ready
         stopping = StopRequest(config.run_dir, control.lost_peers, quiet=launch.rank > 0)
         with stopping.listening():
+            _warn(config, launch, notes)
             if isinstance(config, FederatedConfig):
-                _warn(config, launch)
                 stopped = protocol.run(config, data, runtime, stopping, made_with, found)
             else:
                 assert isinstance(config, CentralConfig)
@@ -215,12 +222,15 @@ def digest(data: TokenData) -> str:
     return hashlib.sha256(told).hexdigest()[:16]
 
 
-def _warn(config: FederatedConfig, launch: Launch) -> None:
-    workers = max(1, launch.world_size - int(_dedicated(config)))
-    found = config.warnings()
-    if workers > config.num_clients:
-        found.append(f"{workers} workers for {config.num_clients} clients: "
-                     f"{workers - config.num_clients} will only help to evaluate")
+def _warn(config: RunConfig, launch: Launch, found: list[str]) -> None:
+    if isinstance(config, FederatedConfig):
+        found = found + config.warnings()
+        workers = max(1, launch.world_size - int(_dedicated(config)))
+        if workers > config.num_clients:
+            found.append(f"{workers} workers for {config.num_clients} clients: "
+                         f"{workers - config.num_clients} will only help to evaluate")
+        if launch.alone and config.server != FederatedConfig.server:
+            found.append(f"--server {config.server} has no effect in one process")
     if config.device != "cpu" and torch.cuda.is_available() and on_gpu() == "own":
         found.append("mamba-ssm is not installed: GPUs scan sequences by torch alone, which is "
                      "slower (see the README on GPUs)")

@@ -19,6 +19,7 @@ from fedrun import checkpoint, rundir
 from fedrun.checkpoint import Checkpoint
 from fedrun.config import Dtype, RunConfig
 from fedrun.files import write_json
+from fedrun.provenance import differing, told
 from fedrun.stopping import LOCK
 
 
@@ -163,12 +164,10 @@ def _refuse_other(config: RunConfig, held: dict[str, Any] | None,
     if held is None:
         return
     config = dataclasses.replace(config, dtype=_dtype(config, held, resolve_dtype))
-    mine = json.loads(json.dumps(config.results_dict()))
-    if differing := [k for k in mine if held.get(k) != mine[k]]:
-        told = ", ".join(f"{k} {held.get(k)} there, {mine[k]} here" for k in differing)
+    if differences := differing(config, held):
         raise ValueError(f"--run_name {config.name}: {where or config.run_dir} holds a run with "
-                         f"other settings ({told}); choose another --run_name, or --overwrite to "
-                         "replace it")
+                         f"other settings ({told(differences)}); choose another --run_name, or "
+                         "--overwrite to replace it")
 
 
 def _compare_makings(found: Checkpoint, made_with: dict[str, Any], say: Callable[[str], None]

@@ -27,7 +27,6 @@ finished are not run again, so that a study goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import statistics
@@ -36,115 +35,17 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from fedrun.cli import METHODS, Parser, add_flags
 from fedrun.config import RunConfig
-from fedrun.errors import require
 from fedrun.files import finite
+from fedrun.provenance import differing
 from fedrun.rundir import read_outcome
-from fedrun.settings import closest, resolve
-
-Point = tuple[tuple[str, float], ...]
-"""A place on a setting's grid: ((flag, value), ...)."""
-
-DEFAULTS: dict[str, Any] = {
-    "name": None, "jobs": 1, "reference": None, "tune_seed": 0, "report_seeds": [],
-    "prune": math.inf, "repeat": [], "extensions": 0, "grid": {}, "base": {}, "settings": None}
-
-
-@dataclass
-class Setting:
-    """One line of the table: a method with its flags, and the grid that it is tuned on."""
-
-    name: str
-    flags: dict[str, Any]
-    grid: dict[str, list[float]]
-    extensions: int = 0
-    tuned: dict[Point, float] = field(default_factory=dict)
-    """Loss on the first half of the validation split, in nats a token."""
-
-    def points(self) -> list[Point]:
-        return [tuple(zip(self.grid, values, strict=True))
-                for values in itertools.product(*self.grid.values())]
-
-    @property
-    def best(self) -> Point:
-        return min(self.tuned, key=lambda point: (self.tuned[point], point))
-
-    def extend(self) -> bool:
-        """Grow the grid by one value wherever the best one lies at an edge; whether it grew."""
-        if self.extensions == 0 or not math.isfinite(self.tuned[self.best]):
-            return False
-        grew = False
-        for name, value in self.best:
-            values = sorted(self.grid[name])
-            if len(values) < 2 or values[0] < value < values[-1]:
-                continue
-            factor = values[1] / values[0]
-            self.grid[name].append(value / factor if value == values[0] else value * factor)
-            grew = True
-        self.extensions -= grew
-        return grew
-
-
-@dataclass
-class Study:
-    """What the YAML file asks for."""
-
-    folder: Path
-    jobs: int
-    reference: str
-    tune_seed: int
-    report_seeds: list[int]
-    prune: float
-    always: list[str]
-    """Settings that are repeated whatever their tuned ratio."""
-    settings: dict[str, Setting]
-
-    def config(self, setting: Setting, point: Point, seed: int) -> RunConfig:
-        """The config of one run. ValueError for flags that its method does not take."""
-        flags = setting.flags | dict(point) | {"seed": seed}
-        place = "".join(f"_{name}_{value:g}" for name, value in point)
-        return resolve(flags.pop("method"), flags | {
-            "data_dir": self.folder / "runs", "run_name": f"{setting.name}{place}_seed_{seed}",
-            "checkpoint_freq": None})
-
-
-def read(path: Path, results: Path, overrides: dict[str, Any]) -> Study:
-    """The study of a YAML file. ValueError naming the file and its key for what is wrong."""
-    require(path.is_file(), "study", path, "the path of a YAML file")
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    require(isinstance(found, dict), "study", path, "a mapping with " + ", ".join(DEFAULTS))
-    for key in found:
-        if key not in DEFAULTS:
-            raise ValueError(f"study {path}: unknown key {key!r}{closest(key, DEFAULTS)}")
-    values = DEFAULTS | {"name": path.stem} | found | {
-        k: overrides.pop(k) for k in ("jobs",) if k in overrides}
-    require(bool(values["settings"]), f"study {path}: settings", values["settings"],
-            "at least one name with its flags")
-    require(values["reference"] in values["settings"], f"study {path}: reference",
-            values["reference"], "one of " + ", ".join(values["settings"]))
-    for name in values["repeat"]:
-        require(name in values["settings"], f"study {path}: repeat", name,
-                "one of " + ", ".join(values["settings"]))
-    settings = {}
-    for name, own in values["settings"].items():
-        flags = values["base"] | own | overrides
-        require("method" in flags, f"study {path}: settings.{name}", own, "flags with a `method`")
-        grid = {flag: [float(v) for v in grid_values] for flag, grid_values in
-                flags.pop("grid", values["grid"]).items()}
-        settings[name] = Setting(name, flags, grid, int(values["extensions"]))
-    study = Study(results / str(values["name"]), int(values["jobs"]), values["reference"],
-                  int(values["tune_seed"]), [int(s) for s in values["report_seeds"]],
-                  float(values["prune"]), list(values["repeat"]), settings)
-    for setting in settings.values():
-        study.config(setting, setting.points()[0], 0)  # a wrong flag is told before anything runs
-    return study
-
+from fedrun.settings import method_settings
+from fedrun.study_file import Point, Setting, Study, notes, read
+from fedrun.unused import NEVER_READ
 
 # ---- runs ---------------------------------------------------------------------------------------
 
@@ -158,9 +59,8 @@ def loss_halves(config: RunConfig) -> list[float] | None:
     if not (folder / "config.json").exists():
         return None
     held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    wanted = json.loads(json.dumps(config.results_dict()))
-    if differing := [k for k, v in wanted.items() if held.get(k) != v and v != "auto"]:
-        raise ValueError(f"study: {folder} holds a run with another {', '.join(differing)}; "
+    if differences := differing(config, held):
+        raise ValueError(f"study: {folder} holds a run with another {', '.join(differences)}; "
                          "remove it, or give the study another name")
     if (folder / "failed.txt").exists():
         return [math.inf, math.inf]
@@ -181,7 +81,8 @@ def start(config: RunConfig) -> float:
     a run that fails leaves its last words in failed.txt."""
     began = time.monotonic()
     flags = [f"--{name}={'none' if value is None else value}"
-             for name, value in config.to_dict().items() if name not in ("method", "model")]
+             for name, value in config.to_dict().items()
+             if name not in ("method", "model") and name not in NEVER_READ.get(config.method, {})]
     done = subprocess.run([sys.executable, "-m", "fedrun", config.method, *flags],
                           capture_output=True, text=True, check=False)
     last_words = done.stderr.strip()[-2000:]
@@ -325,22 +226,25 @@ def budget(study: Study) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Run what is left of a study, and write its table."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="fedrun study", description=__doc__, allow_abbrev=False,
         usage="fedrun study FILE [--jobs N] [--results FOLDER] [--dry_run] [--flag value ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="the study, as YAML")
+    parser.add_argument("--jobs", metavar="N", help="runs at a time (default: the file's, or 1)")
     parser.add_argument("--results", type=Path, default=Path("results"),
-                        help="parent of its folder")
+                        help="parent of its folder (default: results/)")
     parser.add_argument("--dry_run", action="store_true", help="say what would run, and stop")
-    known, rest = parser.parse_known_args(argv)
-    overrides = {}
-    for flag, value in itertools.zip_longest(rest[::2], rest[1::2]):
-        require(flag.startswith("--") and value is not None, "study", flag, "--flag value pairs")
-        overrides[flag[2:]] = value
-    study = read(known.file, known.results, overrides)
+    add_flags(parser, {name: setting for method in METHODS
+                       for name, setting in method_settings(method).items()}, hidden=True)
+    given = vars(parser.parse_intermixed_args(argv))
+    path, results, dry_run = given.pop("file"), given.pop("results"), given.pop("dry_run")
+    overrides = {name: value for name, value in given.items() if value is not None}
+    study = read(path, results, overrides)
+    for line in notes(study, overrides):
+        print(f"fedrun: warning: {line}", file=sys.stderr, flush=True)
     print(budget(study), flush=True)
-    if known.dry_run:
+    if dry_run:
         return 0
     tune(study)
     repeat(study)

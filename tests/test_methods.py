@@ -250,7 +250,6 @@ def test_wrong_combinations_name_the_flag(method: str, flags: dict[str, Any], sa
     ("diloco", {"local_updates": 7}, "steady steps 7 times as long"),
     ("fed_momentum", {"momentum_form": "heavy_ball"}, "steady steps 10 times as long"),
     ("fed_avg", {"client_state": "reset"}, "sign descent"),
-    ("fed_avg", {"prox_mu": 0.1}, "--prox_mu 0.1 has no effect"),
 ])
 def test_questionable_settings_warn(method: str, flags: dict[str, Any], said: str) -> None:
     config: Any = resolve(method, flags)

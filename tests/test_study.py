@@ -10,10 +10,10 @@ import pytest
 import yaml
 from conftest import ROOT, SMALL
 
-from fedrun import study
+from fedrun import study, study_file
 from fedrun.config import RunConfig
 from fedrun.run import run
-from fedrun.study import Setting, Study
+from fedrun.study_file import Setting, Study
 
 WHOLE = """
 reference: central
@@ -123,7 +123,7 @@ def test_grids_grow_at_their_edges_alone() -> None:
 @pytest.mark.parametrize("name", sorted(
     path.stem for path in (ROOT / "configs" / "experiments").glob("*.yaml")))
 def test_shipped_studies_are_valid(name: str, tmp_path: Path) -> None:
-    read: Study = study.read(ROOT / "configs" / "experiments" / f"{name}.yaml", tmp_path, {})
+    read: Study = study_file.read(ROOT / "configs" / "experiments" / f"{name}.yaml", tmp_path, {})
     for setting in read.settings.values():
         for point in setting.points():
             config = read.config(setting, point, 1)
@@ -141,9 +141,17 @@ def test_shipped_studies_are_valid(name: str, tmp_path: Path) -> None:
     ("{reference: a, seeds: [1], settings: {a: {method: central}}}", "unknown key 'seeds'"),
     ("{reference: a, settings: {a: {method: fed_avg, temperature: 1}}}", "temperature"),
     ("{reference: a}", "settings"),
+    ("{reference: a, base: {seed: 1}, settings: {a: {method: central}}}", "base: seed: study does"),
+    ("{reference: a, settings: {a: {method: central, checkpoint_freq: 2}}}",
+     "settings.a: checkpoint_freq: study does not read it"),
+    ("{reference: a, settings: {a: null}}", "settings.a"),
+    ("{reference: a, jobs: 0, settings: {a: {method: central}}}", "jobs 0: accepted is"),
+    ("{reference: a, grid: {lr: fast}, settings: {a: {method: central}}}", "settings.a: grid"),
+    ("{reference: a, grid: 3, settings: {a: {method: central}}}", "grid 3: accepted is a mapping"),
+    ("[" * 1100, "cannot be read as YAML"),
 ])
 def test_a_wrong_study_is_told_before_anything_runs(text: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=said):
-        study.read(path, tmp_path, {})
+        study_file.read(path, tmp_path, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from fedrun.tools.common import model_parser, need_tokenizer, parse
@@ -29,6 +30,10 @@ def main(argv: Sequence[str]) -> int:
                              ("temperature", args.temperature, 0), ("seed", args.seed, 0)):
         if not value >= low:
             raise ValueError(f"--{flag} {value}: accepted is a number of at least {low}")
+    for flag, value in (("top_k", args.top_k), ("seed", args.seed)):
+        if value and not args.temperature:
+            print(f"fedrun: warning: --{flag} {value} has no effect at --temperature 0, which "
+                  "draws nothing", file=sys.stderr, flush=True)
 
     import torch
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from fedrun.cli import Parser, add_flags
 from fedrun.settings import method_settings, resolve
+from fedrun.unused import idle
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -43,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
     flags = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     out = flags.pop("out")
     config = resolve("fed_avg", flags)
+    for line in idle(config).values():
+        print(f"fedrun: warning: {line}", file=sys.stderr, flush=True)
 
     from rich.console import Console
 

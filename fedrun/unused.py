@@ -1,0 +1,75 @@
+"""Flags that do nothing: what no part of a command reads is refused, what its other settings make
+idle is told. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from fedrun.config import RunConfig
+from fedrun.settings import method_settings
+
+NEVER_READ: dict[str, dict[str, str]] = {
+    "central": {"timeout": "one process waits for no other"},
+    "study": {"seed": "the study's file sets it for each run: tune_seed and report_seeds",
+              "run_name": "a study names its runs after their settings",
+              "data_dir": "the runs of a study are under --results, in its folder",
+              "checkpoint_freq": "runs of a study are short, and keep no checkpoints"}}
+"""By command, the flags that are refused, and why."""
+
+
+def refuse_unread(command: str, flags: Collection[str], where: str = "--") -> None:
+    """ValueError for flags that `command` takes from nobody; `where` stands before their names."""
+    for name, why in NEVER_READ.get(command, {}).items():
+        if name in flags:
+            raise ValueError(f"{where}{name}: {command} does not read it ({why}); leave it out")
+
+
+def _batches_all(config: Any) -> str:
+    return "with --batches all" if getattr(config, "batches", "") == "all" else ""
+
+
+def _rounds(config: Any) -> str:
+    return "with --rounds" if config.rounds else ""
+
+
+def _one_client(config: Any) -> str:
+    return "with one client in a round" if config.cohort_size == 1 else ""
+
+
+# Flag -> why it has no effect under these settings; empty where it has one. A flag that the
+# config's class does not have is passed over.
+IDLE: dict[str, Callable[[Any], str]] = {
+    "n_epochs": _rounds,
+    "epoch_passes": lambda c: "" if getattr(c, "sync", "round") == "epoch" else _rounds(c),
+    "partition": _batches_all,
+    "size_skew": _batches_all,
+    "num_clients": _batches_all,
+    "alpha": lambda c: _batches_all(c) or (
+        "" if c.partition == "dirichlet" else "without --partition dirichlet"),
+    "prox_mu": lambda c: "at --local_updates 1" if c.local_updates == 1 else "",
+    "client_store": lambda c: "with one client, whose state stays where it is"
+    if c.num_clients == 1 else "",
+    "weighting": _one_client,
+    "temperature": _one_client,
+    "fisher_microbatches": lambda c: "" if c.strategy.fisher == "corrected"
+    else "without --fisher corrected",
+    "momentum_form": lambda c: "" if c.strategy.server_momentum else "with --server_momentum 0"}
+
+
+def idle(config: RunConfig) -> dict[str, str]:
+    """Flag -> a line, for each setting that is not its default and has no effect under the others.
+    """
+    known = method_settings(config.method)
+    values = config.to_dict()
+    found = {name: f"--{name} {_shown(values[name])} has no effect {reason}"
+             for name, why in IDLE.items() if name in known
+             and values[name] != known[name].default and (reason := why(config))}
+    if config.init_from and config.config != known["config"].default:
+        found["config"] = (f"the model of --config {config.config} has no effect with --init_from, "
+                           "whose model has a shape of its own")
+    return found
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,151 @@
+"""Flags that do nothing: refused where a command never reads them, told where they are idle."""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import SMALL
+
+from fedrun import cli
+from fedrun.config import RunConfig
+from fedrun.run import run
+from fedrun.settings import method_settings, resolve
+from fedrun.strategies import STRATEGIES
+from fedrun.strategies.base import Strategy
+from fedrun.unused import IDLE, NEVER_READ, idle
+
+STUDY = {"reference": "central", "grid": {"lr": [1e-3]}, "settings": {
+    "central": {"method": "central", "rounds": 2},
+    "two": {"method": "fed_avg", "rounds": 2}}}
+
+
+@pytest.fixture
+def study_file(tmp_path: Path) -> str:
+    path = tmp_path / "little.yaml"
+    path.write_text(yaml.safe_dump(STUDY))
+    return str(path)
+
+
+@pytest.mark.parametrize(("argv", "said"), [
+    (["central", "--timeout", "60"], "--timeout: central does not read it (one process"),
+    (["study", "FILE", "--seed", "5"], "--seed: study does not read it (the study's file"),
+    (["study", "FILE", "--run_name", "x"], "--run_name: study does not read it"),
+    (["study", "FILE", "--data-dir=x"], "--data_dir: study does not read it"),
+    (["study", "FILE", "--checkpoint_freq", "3"], "--checkpoint_freq: study does not read it"),
+    (["study", "FILE", "--lr", "1e-3"], "--lr: every setting of"),
+    (["study", "FILE", "--roundz", "3"], "unknown flag --roundz, did you mean --rounds?"),
+    (["study", "FILE", "--rounds"], "--rounds: expected one argument"),
+    (["study", "FILE", "--grid", "lr"], "unknown flag --grid"),
+    (["study", "FILE", "--jobs", "0"], "jobs 0: accepted is"),
+])
+def test_a_flag_that_nothing_reads_is_an_error(argv: list[str], said: str, study_file: str,
+                                               capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([study_file if a == "FILE" else a for a in argv]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert captured.err.count("\n") == 1
+
+
+# For each setting that others can make idle: a value that is not its default, settings under which
+# it is idle with what is said, and settings under which it is not.
+IDLE_CASES: list[tuple[str, dict[str, Any], dict[str, Any], str, dict[str, Any]]] = [
+    ("central", {"alpha": 0.1}, {}, "--alpha 0.1 has no effect with --batches all",
+     {"batches": "clients", "partition": "dirichlet"}),
+    ("central", {"alpha": 0.1}, {"batches": "clients"}, "without --partition dirichlet",
+     {"batches": "one_client", "partition": "dirichlet"}),
+    ("central", {"partition": "documents"}, {}, "--partition documents has no effect with",
+     {"batches": "clients"}),
+    ("central", {"num_clients": 8}, {}, "--num_clients 8 has no effect with --batches all",
+     {"batches": "one_client"}),
+    ("central", {"size_skew": 0.5}, {}, "--size_skew 0.5 has no effect", {"batches": "clients"}),
+    ("central", {"n_epochs": 3}, {"rounds": 4}, "--n_epochs 3 has no effect with --rounds", {}),
+    ("central", {"epoch_passes": 2}, {"rounds": 4}, "--epoch_passes 2 has no effect", {}),
+    ("fed_avg", {"epoch_passes": 2}, {"rounds": 4}, "--epoch_passes 2 has no effect",
+     {"rounds": 4, "sync": "epoch"}),
+    ("fed_avg", {"alpha": 0.1}, {}, "without --partition dirichlet", {"partition": "dirichlet"}),
+    ("fed_avg", {"prox_mu": 0.1}, {}, "--prox_mu 0.1 has no effect at --local_updates 1",
+     {"local_updates": 2}),
+    ("fed_avg", {"client_store": "disk"}, {"num_clients": 1}, "with one client", {}),
+    ("fed_avg", {"weighting": "uniform"}, {"cohort": 1}, "with one client in a round", {}),
+    ("fed_entropy", {"temperature": 0.5}, {"num_clients": 1}, "with one client in a round", {}),
+    ("fed_fisher", {"fisher_microbatches": 4}, {}, "without --fisher corrected",
+     {"fisher": "corrected"}),
+    ("fed_momentum", {"momentum_form": "nesterov"}, {"server_momentum": 0},
+     "with --server_momentum 0", {}),
+    ("fed_avg", {"config": "tiny"}, {"init_from": "x"}, "the model of --config tiny", {}),
+]
+
+
+@pytest.mark.parametrize(("method", "flag", "makes_idle", "said", "makes_it_act"), IDLE_CASES)
+def test_a_flag_that_others_make_idle_is_told(
+        method: str, flag: dict[str, Any], makes_idle: dict[str, Any], said: str,
+        makes_it_act: dict[str, Any]) -> None:
+    (name,) = flag
+    assert said in idle(resolve(method, flag | makes_idle))[name]
+    assert name not in idle(resolve(method, makes_idle))
+    assert name not in idle(resolve(method, flag | makes_it_act))
+
+
+def test_every_rule_has_a_case() -> None:
+    assert {name for _, flag, *_ in IDLE_CASES for name in flag} == {*IDLE, "config"}
+    for method in ("central", *STRATEGIES):
+        assert not idle(resolve(method, {"rounds": 7})), "defaults are never told"
+
+
+WORDS = {"config", "data_dir", "run_name"}  # read by the config itself: they name the run's folder
+
+
+QUICK = ("central", "fed_avg", "fed_sgd")
+
+
+@pytest.mark.parametrize("method", [*QUICK, *(
+    pytest.param(method, marks=pytest.mark.slow) for method in STRATEGIES if method not in QUICK)])
+def test_whatever_a_run_does_not_read_is_in_the_tables(
+        method: str, tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole run, watched: which of its settings does code outside the config ask for?"""
+    read: dict[str, set[str]] = defaultdict(set)
+
+    def watched(self: object, name: str) -> Any:
+        file = sys._getframe(1).f_code.co_filename
+        if "fedrun" in file and Path(file).name not in ("config.py", "settings.py", "unused.py"):
+            read[name].add(file)
+        return object.__getattribute__(self, name)
+
+    for cls in (RunConfig, Strategy):
+        monkeypatch.setattr(cls, "__getattribute__", watched, raising=False)
+    flags: dict[str, Any] = {k[2:]: v for k, v in zip(SMALL[::2], SMALL[1::2], strict=True)}
+    flags |= {"rounds": 2, "data_dir": tmp_path, "cache_dir": cache_dir, "num_clients": 2}
+    assert run(resolve(method, flags)) == 0
+    unread = set(method_settings(method)) - set(read) - WORDS
+    never = {"grad_clip"} if method == "fed_sgd" else set()  # whatever is not none is refused
+    assert unread - set(IDLE) - set(NEVER_READ.get(method, ())) == never
+
+
+def test_a_study_tells_what_a_flag_does_not_change(study_file: str, tmp_path: Path,
+                                                   capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(study_file)
+    content = yaml.safe_load(path.read_text())
+    content["settings"]["two"]["grid"] = {"local_updates": [2]}
+    path.write_text(yaml.safe_dump(content))
+    argv = ["study", study_file, "--results", str(tmp_path), "--dry_run"]
+    assert cli.main([*argv, "--lr", "5e-4", "--alpha=0.1", "--n-epochs", "2"]) == 0
+    said = capsys.readouterr().err
+    assert "--lr is not that of central, which have a grid of it" in said
+    assert "--n_epochs 2 has no effect with --rounds" in said
+    assert "--alpha 0.1 has no effect" in said
+    assert cli.main([*argv, "--overwrite", "--batch_size", "8"]) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_tools_tell_it_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "no/such", "--top_k", "3", "--seed", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "--top_k 3 has no effect at --temperature 0" in said
+    assert "--seed 1 has no effect at --temperature 0" in said
+    assert cli.main(["generate", "no/such", "--top_k", "3", "--temperature", "1"]) == 2
+    assert "no effect" not in capsys.readouterr().err

@@ -21,6 +21,7 @@ from fedrun import central, protocol
 from fedrun.checkpoint import newest
 from fedrun.comm import Control
 from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
+from fedrun.data.reading import reading_of
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.files import write_json
 from fedrun.launch import Launch, detect
@@ -57,7 +58,8 @@ def run(config: RunConfig) -> int:
     if config.init_from:
         config = start_from(config)
     data = prepare(config.dataset, config.tokenizer, config.sequence_length,
-                   config.cache_dir.expanduser(), say=_say_from(launch))
+                   config.cache_dir.expanduser(), say=_say_from(launch),
+                   reading=reading_of(config.to_dict()))
     if config.init_from:
         data = fit_vocabulary(config, data)
     partition = ""

@@ -16,10 +16,12 @@ only decides how a stream of tokens is cut.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -37,6 +39,7 @@ import numpy as np
 
 from fedrun.data import corpora
 from fedrun.data.documents import Documents
+from fedrun.data.reading import Reading
 from fedrun.data.tokenizer import ACCEPTED, HUB_NAME, bpe_size, save_tokenizer, with_newlines
 from fedrun.data.topics import Topics, find_topics
 
@@ -118,6 +121,7 @@ def prepare(
     sequence_length: int,
     cache_dir: Path,
     say: Callable[[str], None] = print,
+    reading: Reading = Reading(),  # noqa: B008
 ) -> TokenData:
     """Token sequences of `dataset`, tokenised now or by an earlier or concurrent process.
 
@@ -131,7 +135,7 @@ def prepare(
         TimeoutError: another process has been preparing the same tokens for an hour.
     """
     assert sequence_length > 0
-    entry = cache_dir.expanduser() / "tokens" / _entry_name(dataset, tokenizer)
+    entry = cache_dir.expanduser() / "tokens" / _entry_name(dataset, tokenizer, reading)
     meta = _read_entry(entry)
     if meta is None:
         try:
@@ -139,7 +143,9 @@ def prepare(
         except OSError as error:
             raise ValueError(f"--cache_dir {cache_dir}: {error}") from error
         with _only_one(entry, f"{dataset} with {tokenizer}", say):
-            meta = _read_entry(entry) or _build(entry, dataset, tokenizer, say)
+            meta = _read_entry(entry) or _build(entry, dataset, tokenizer, say, reading)
+    if meta.get("read"):
+        say(meta["read"])
     train, validation = (
         _sequences(entry, meta, split, sequence_length, dataset)
         for split in ("train", "validation")
@@ -164,9 +170,13 @@ def _sequences(
     tokens = meta["fingerprint"][f"{split}_tokens"]
     n_sequences = tokens // sequence_length
     if n_sequences == 0:
+        there = sum(meta["fingerprint"][f"{each}_tokens"] for each in ("train", "validation"))
+        share = math.ceil(200 * sequence_length / max(there, 1)) / 100
+        other = f", or --val_fraction {share:g}" * (split == "validation" and share <= 0.5)
         raise ValueError(
             f"--sequence_length {sequence_length}: the {split} split of --dataset {dataset} has "
-            f"only {tokens} tokens; take shorter sequences or a larger dataset"
+            f"only {tokens} tokens, {sequence_length - tokens} too few for one sequence; take "
+            f"shorter sequences or a larger dataset{other}"
         )
     shape = (n_sequences, sequence_length)
     return np.memmap(entry / f"{split}.bin", meta["dtype"], mode="r", shape=shape)
@@ -176,7 +186,7 @@ def _sequences(
 # Cache entries
 
 
-def _entry_name(dataset: str, tokenizer: str) -> str:
+def _entry_name(dataset: str, tokenizer: str, reading: Reading = Reading()) -> str:  # noqa: B008
     """A folder name that changes with everything that decides the tokens."""
     size = bpe_size(tokenizer)
     folder = Path(tokenizer).expanduser()
@@ -188,6 +198,7 @@ def _entry_name(dataset: str, tokenizer: str) -> str:
         importlib.metadata.version("tokenizers"),
         dataset,
         corpora.file_signature(corpora.local_files(dataset)),
+        dataclasses.astuple(reading),
         tokenizer,
         corpora.file_signature(tokenizer_files),
     ]
@@ -243,10 +254,11 @@ def _holder(file: Path) -> str:
         return "another process"
 
 
-def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None]) -> dict[str, Any]:
+def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None], reading: Reading
+           ) -> dict[str, Any]:
     """Write `entry` beside its place, then move it there whole. Under its lock."""
     started = time.perf_counter()
-    corpus = corpora.load_corpus(dataset)
+    corpus = corpora.load_corpus(dataset, reading)
     work = Path(f"{entry}.partial")
     for leftover in (work, entry):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -286,6 +298,7 @@ def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None]
         "dtype": dtype.str,
         "bytes": {name: (work / name).stat().st_size for name in written},
         "fingerprint": fingerprint,
+        "read": corpus.read,
     }
     (work / "entry.json").write_text(json.dumps(meta, indent=1))
     work.rename(entry)

@@ -32,7 +32,7 @@ from fedrun.data.pydocs import (
 )
 from fedrun.data.reading import Reading, require_dataset
 from fedrun.data.tables import KINDS, Table, open_table, table_rows, text_columns
-from fedrun.data.textfiles import DataFile, open_text, shown
+from fedrun.data.textfiles import COMPRESSED, TEXT_ENDINGS, DataFile, open_text, shown
 
 ALIASES = {
     "wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1",
@@ -107,12 +107,13 @@ def load_corpus(dataset: str, reading: Reading = Reading()) -> Corpus:  # noqa: 
     except ValueError as error:
         told = str(error)
         if not told.startswith("--"):
-            told = told.removeprefix(f"{shown(dataset)}: ")
+            told = told.removeprefix(shown(dataset)).lstrip(":, ")
             told = f"--dataset {shown(dataset)}: {told}"
         raise ValueError(told) from error
     for split, text in (("train", rows), ("validation", validation)):
         if not has_text(text):
-            raise ValueError(f"--dataset {dataset}: the corpus has no text in its {split} split")
+            raise ValueError(f"--dataset {shown(dataset)}: the corpus has no text in its {split} "
+                             "split")
     return Corpus(name, rows, validation, validation_from, documents, read)
 
 
@@ -146,7 +147,8 @@ def local_files(dataset: str) -> list[Path]:
     except OSError as error:
         raise ValueError(f"--dataset {shown(dataset)}: {shown(error.filename or '')}: "
                          f"{error.strerror}") from error
-    if not files and not HUB_ID.fullmatch(dataset):
+    is_path = Path(dataset).suffix.lower() in {*KINDS, *TEXT_ENDINGS, *COMPRESSED, ".zip"}
+    if not files and (is_path or not HUB_ID.fullmatch(dataset)):
         raise ValueError(f"--dataset {shown(dataset)}: no such file, folder or name; give "
                          f"{ACCEPTED}")
     return files

@@ -50,6 +50,8 @@ class Found:
     splits: dict[str, list[DataFile]] = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """Names, by the reason."""
+    doubtful: list[DataFile] = field(default_factory=list)
+    """Train rows whose name has the word of another split in it."""
 
     def leave_out(self, reason: str, files: Iterable[object]) -> None:
         self.left_out.setdefault(reason, []).extend(str(file) for file in files)
@@ -63,6 +65,9 @@ class Found:
                   for split, files in self.splits.items() if split not in used]
         parts += [f"not read: {len(names)} {reason} ({some(names)})"
                   for reason, names in self.left_out.items() if names]
+        if self.doubtful:
+            parts.append(f"read as train rows, since whole names make splits: "
+                         f"{some(self.doubtful)}")
         return "; ".join(parts)
 
 
@@ -111,7 +116,8 @@ def matching_files(pattern: str) -> list[Path]:
 
 
 def visible_files(folder: Path, passed_over: list[str] | None = None) -> list[Path]:
-    """The files below a folder, sorted by their paths as texts; links are followed, none twice.
+    """The files below a folder, sorted by their paths as texts. Links are followed, but for those
+    that lead up, and no folder is entered twice.
 
     Raises:
         OSError: a folder cannot be read.
@@ -135,7 +141,8 @@ def visible_files(folder: Path, passed_over: list[str] | None = None) -> list[Pa
         for entry in sorted(there, key=lambda entry: entry.name, reverse=True):
             path = current / entry.name
             if path.is_dir():
-                if not entry.name.startswith("__"):
+                above = entry.is_symlink() and current.resolve().is_relative_to(path.resolve())
+                if not entry.name.startswith("__") and not above:
                     (links if entry.is_symlink() else folders).append(path)
             elif path.is_file():
                 found.append(path)
@@ -191,7 +198,7 @@ def discover(dataset: str, encoding: str | None, tables_only: bool, extra_split:
             paths = visible_files(folder, passed_over)
         except OSError as error:
             raise ValueError(f"{shown(error.filename or folder)}: {error.strerror}") from error
-        found.leave_out("that are no files, or folders of runs or environments", passed_over)
+        found.leave_out("no files, or folders of runs or environments", passed_over)
         files = [member for path in paths for member in _members(path, path.relative_to(folder))]
         if patterns is None:
             files = _without_descriptions(files, found)
@@ -200,7 +207,7 @@ def discover(dataset: str, encoding: str | None, tables_only: bool, extra_split:
                                 if matches(file.name.as_posix(), pattern)]
                         for split, some in patterns.items()}
             named = {file for part in explicit.values() for file in part}
-            found.leave_out("that the configuration does not name",
+            found.leave_out("not named by the configuration",
                             (file.name.as_posix() for file in files if file not in named))
             files = [file for file in files if file in named]
     files = _of_one_kind(files, found, encoding, tables_only)
@@ -231,11 +238,11 @@ def _without_descriptions(files: list[DataFile], found: Found) -> list[DataFile]
         described, rest = described + readmes, others
     if not rest:
         return files
-    found.leave_out("that describe the dataset", (file.name.as_posix() for file in described))
+    found.leave_out("describing the dataset", (file.name.as_posix() for file in described))
     stray = {file for state in described if state.name.name == "state.json"
              for file in rest if file.suffix == ".arrow" and file.path.parent == state.path.parent
              and file.path.name not in saved_files(state.path)}
-    found.leave_out("that are no part of the saved dataset", (f.name.as_posix() for f in stray))
+    found.leave_out("no part of the saved dataset", (f.name.as_posix() for f in stray))
     return [file for file in rest if file not in stray]
 
 
@@ -249,7 +256,7 @@ def _of_one_kind(files: list[DataFile], found: Found, encoding: str | None, tabl
         elif is_text(file, encoding):
             kinds[file] = "text"
         else:
-            found.leave_out("that are no text", [file.name.as_posix()])
+            found.leave_out("not text", [file.name.as_posix()])
     counts = Counter((file.suffix, kind) for file, kind in kinds.items())
     tables = {ending: count for ending, count in counts.items() if ending[1] != "text"}
     ranked = tables if tables_only and tables else counts
@@ -257,7 +264,7 @@ def _of_one_kind(files: list[DataFile], found: Found, encoding: str | None, tabl
         return []
     best = max(ranked, key=lambda key: (ranked[key], -PREFERRED.index(key[1])))[1]
     for kind in sorted(set(kinds.values()) - {best}):
-        found.leave_out(f"of {kind} beside the files of {best}; a pattern names them instead",
+        found.leave_out(f"of {kind}, beside more of {best} (name them to read them)",
                         (file.name.as_posix() for file, other in kinds.items() if other == kind))
     return [file for file in files if kinds.get(file) == best]
 
@@ -272,9 +279,11 @@ def _by_split(files: list[DataFile], found: Found, extra_split: str | None) -> N
         splits.setdefault(named.get(file, ""), []).append(file)
     rest = splits.pop("", [])
     if rest and "train" in splits and len(splits) > 1:
-        found.leave_out("in no split, since others are named after train and other splits",
+        found.leave_out("in no split, beside train and others",
                         (file.name.as_posix() for file in rest))
     elif rest:
+        found.doubtful = [file for file in rest for _, name in [*_names(file)][-1:]
+                          if {SPLIT_OF[word] for word in WORD.findall(name)} - {"train"}]
         order = {file: number for number, file in enumerate(files)}
         splits["train"] = sorted([*splits.get("train", []), *rest], key=order.__getitem__)
     found.splits = {split: splits[split] for split in

@@ -24,15 +24,14 @@ class Rows:
     """Of each row the value of the column that tells its source, where one is asked for."""
     source_column: str = ""
 
-    def documents(self, n_rows: int | None = None) -> Documents:
-        """The documents among the first rows; with a source column all rows of a source are one."""
-        rows = self.rows[:n_rows]
+    def documents(self) -> Documents:
+        """The documents among the rows; with a source column all rows of a source are one."""
         if self.sources is None:
-            return find_documents(rows, self.files)
-        sources = self.sources[:n_rows]
-        starts = [n for n in range(len(rows)) if n == 0 or sources[n] != sources[n - 1]]
-        return named_documents(f"all of a {self.source_column}", starts, len(rows),
-                               [sources[n] for n in starts])
+            return find_documents(self.rows, self.files)
+        starts = [n for n in range(len(self.rows))
+                  if n == 0 or self.sources[n] != self.sources[n - 1]]
+        return named_documents(f"all of a {self.source_column}", starts, len(self.rows),
+                               [self.sources[n] for n in starts])
 
     def by_source(self) -> Rows:
         """The same rows, those of a source together, sources in the order of their first rows."""
@@ -74,7 +73,7 @@ def hold_out(train: Rows, share: Fraction, of_sources: bool
         rows, held = _cut(train.rows, float(share))
         words = f"the last {told} of the text"
     shorter = Rows(rows, train.files, train.sources, train.source_column)
-    return rows, held, shorter.documents(len(rows)), words
+    return rows, held, shorter.documents(), words
 
 
 def _kept(documents: Documents, share: Fraction) -> np.ndarray:
@@ -106,15 +105,16 @@ def _restricted(documents: Documents, kept: np.ndarray) -> Documents:
 
 def _cut(rows: list[str], share: float) -> tuple[list[str], list[str]]:
     """Rows before and after a cut that leaves about `share` of the characters behind it."""
-    total = sum(map(len, rows))
+    sizes = [len(row.strip()) for row in rows]
+    total = sum(sizes)
     behind, number = 0, len(rows)
-    while number and (behind < share * total or not has_text(rows[number:])):
+    while behind < share * total:
         number -= 1
-        behind += len(rows[number])
+        behind += sizes[number]
     if behind <= (1 + NEAR) * share * total and has_text(rows[:number]):
         return rows[:number], rows[number:]
     row = rows[number]
-    at = len(row) - max(1, round(share * total) - (behind - len(row)))
+    at = len(row.rstrip()) - max(1, round(share * total) - (behind - sizes[number]))
     reach = round(NEAR * share * total)
     for mark in BREAKS:
         nearest = [cut for cut in (row.rfind(mark, max(0, at - reach), at) + len(mark),

@@ -95,8 +95,8 @@ def hub_out_of_reach(flag: str, asked: str, error: Exception) -> ConnectionError
     told = hub_answers() or isinstance(error, ValueError)
     reason = one_line(error) if told else "no answer"
     return ConnectionError(
-        f"{flag} {asked}: no such folder, not in the hub's cache on this machine, and not to be "
-        f"had from the hub ({constants.ENDPOINT}: {reason}); to run without a network: "
+        f"{flag} {asked}: no such file or folder, not in the hub's cache on this machine, and not "
+        f"to be had from the hub ({constants.ENDPOINT}: {reason}); to run without a network: "
         "--dataset pydocs --tokenizer bpe:8192"
     )
 

@@ -77,12 +77,14 @@ def text_columns(tables: Iterable[Table], text_column: str | None, asked: Sequen
     for table in tables:
         for name, is_text in table.columns.items():
             columns[name] = columns.get(name, False) or is_text
-    if text_column is not None:
+    if columns and text_column is not None:
         wanted = [text_column] if text_column in columns else list(asked)
         if missing := [name for name in wanted if name not in columns]:
             raise ValueError(f"--text_column {text_column}: there is no column {missing[0]}; "
                              f"{_told(columns)}")
         return wanted
+    if not columns:
+        raise ValueError("there are no records")
     texts = [name for name, is_text in columns.items() if is_text and name != source_column]
     if "text" in texts or (not texts and "text" in columns):
         return ["text"]

@@ -27,6 +27,7 @@ BYTE_ORDER_MARKS = [  # UTF-32 first: its little-endian mark begins with that of
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
     (codecs.BOM_UTF8, "utf-8-sig"),
 ]  # fmt: skip
+TEXT_ENDINGS = {".txt", ".text", ".md", ".rst", ".tex", ".html", ".py"}
 HEAD = 8192  # bytes that tell text from anything else
 BLOCK = 1 << 20
 UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, RuntimeError,
@@ -113,7 +114,12 @@ def open_text(file: DataFile, encoding: str | None) -> Iterator[IO[str]]:
     """
     with open_bytes(file) as stream:
         buffered = io.BufferedReader(cast(Any, stream), BLOCK)
-        used = _encoding(buffered.peek(4)[:4], encoding)
+        head = buffered.peek(HEAD)[:HEAD]
+        used = _encoding(head, encoding)
+        if used == "utf-8-sig" and head.count(0) > len(head) // 5:
+            raise ValueError(f"{file}: not UTF-8 text (byte 0x00 at position {head.index(0)}, and "
+                             "many more: UTF-16 without its mark?); --encoding utf-16-le or "
+                             "utf-16-be reads the files so")
         try:
             yield io.TextIOWrapper(buffered, encoding=used)
         except UnicodeError as error:
@@ -122,6 +128,8 @@ def open_text(file: DataFile, encoding: str | None) -> Iterator[IO[str]]:
 
 def is_text(file: DataFile, encoding: str | None) -> bool:
     """Whether the file begins like text; wrong bytes in what does are found when it is read."""
+    if file.suffix in TEXT_ENDINGS:
+        return True  # whatever is wrong with it, it is not left out
     with open_bytes(file) as stream:
         head = stream.read(HEAD)
     marked = any(head.startswith(mark) for mark, name in BYTE_ORDER_MARKS if name != "utf-8-sig")
@@ -145,8 +153,8 @@ def _encoding(head: bytes, encoding: str | None) -> str:
 def _not_text(file: DataFile, encoding: str, error: UnicodeError) -> str:
     """What is wrong with a file's bytes, where, and what to do."""
     name = {"utf-8-sig": "UTF-8"}.get(encoding, encoding)
-    advice = ("--encoding latin-1 (or whatever it is) reads the files so; or convert it, or leave "
-              "it out by a pattern")
+    advice = ("--encoding latin-1 (or what it is) reads all files so; or convert it, or leave it "
+              "out by a pattern")
     decoder = codecs.getincrementaldecoder(encoding)()
     read = lines = 0  # bytes that came before the block, and line ends in them
     with _open(file) as stream:

@@ -11,8 +11,9 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
+from fedrun.data.reading import COLUMN, reading_of, require_dataset
 from fedrun.errors import require
 from fedrun.model.config import ModelConfig
 from fedrun.strategies import FedAvg, Strategy
@@ -62,11 +63,12 @@ class RunConfig:
     """Tokens in a sequence."""
     sampling: Literal["shuffle", "replacement"] = "shuffle"
     """Batches are cut from a new permutation in every pass (shuffle), or drawn with replacement."""
-    partition: Partition = "contiguous"
+    partition: str = "contiguous"
     """How the train sequences are dealt out to the clients of a federated run: in their order
     (contiguous); at random (shuffled); each client with a mix of topics drawn from a Dirichlet
     distribution (dirichlet); whole documents at random (documents); or whole sources (by_source),
-    which are pydocs' packages, WikiText's articles, the top folders of text files."""
+    which are pydocs' packages, WikiText's articles, the top folders of text files; column:NAME
+    takes the values of a column as sources. Where text is held out, it is of every source then."""
     alpha: float = 1.0
     """Concentration of --partition dirichlet: at 0.1 most clients have one topic, at 1 a few, at
     100 all have nearly the same mix."""
@@ -77,8 +79,19 @@ class RunConfig:
     val_freq: int = 30
     """Evaluate every so many global steps; the first and the last are always evaluated."""
     dataset: str = "wikitext-2"
-    """wikitext-2, wikitext-103, another hub id, a folder for load_dataset, text files ('a/*.txt'),
-    or pydocs: the documentation that comes with Python, which needs no network."""
+    """wikitext-2, wikitext-103, another hub id, a folder (FOLDER:CONFIG), a file or files
+    ('a/*.txt') of text, JSON, CSV, Parquet or Arrow, also compressed; or pydocs: the documentation
+    that comes with Python, which needs no network."""
+    text_column: str | None = None
+    """The column that holds the text; several (title,body) are joined by a blank line. none: the
+    column text, or the only one with texts."""
+    encoding: str | None = None
+    """Encoding of text files, latin-1 say; none: UTF-8, or what a byte-order mark says."""
+    validation_split: str | None = None
+    """The split to validate on, test say; none: validation, or else a share of the train rows."""
+    val_fraction: float | None = None
+    """Share of the train rows that is held out to validate on, instead of any validation split;
+    none: a twentieth, where there is no such split."""
     tokenizer: str = "gpt2"
     """A tokenizer's hub name or folder, or bpe:N to train a byte-level BPE of N tokens on the
     training text (needs no network)."""
@@ -144,6 +157,11 @@ class RunConfig:
         check(0 <= self.size_skew < math.inf, "--size_skew", self.size_skew,
               "a number of at least 0")
         check(0 <= self.seed < 2**63, "--seed", self.seed, "a whole number from 0 to 2^63 - 1")
+        require_dataset(self.dataset)
+        reading_of(vars(self))  # refuses what no text could be read with
+        check(self.partition in get_args(Partition) or (self.partition.startswith(COLUMN)
+              and self.partition != COLUMN), "--partition", self.partition,
+              f"{' or '.join(get_args(Partition))} or {COLUMN}NAME")
         check(self.val_freq >= 1, "--val_freq", self.val_freq, "a whole number of at least 1")
         check(self.checkpoint_freq is None or self.checkpoint_freq >= 1, "--checkpoint_freq",
               self.checkpoint_freq, "a whole number of at least 1, or none")

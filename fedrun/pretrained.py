@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedrun.config import RunConfig
-from fedrun.data import corpora
+from fedrun.data import hub
 from fedrun.data.tokenizer import HUB_NAME
 from fedrun.data.tokens import TokenData
 from fedrun.errors import one_line
@@ -180,11 +180,11 @@ def _download(name: str, flag: str) -> Path:
     from huggingface_hub.errors import RepositoryNotFoundError
     try:
         return Path(snapshot_download(name, allow_patterns=FILES,
-                                      local_files_only=not corpora.hub_answers()))
+                                      local_files_only=not hub.hub_answers()))
     except RepositoryNotFoundError as error:
         raise ValueError(f"{flag} {name}: neither a folder nor a model of the hub") from error
     except Exception as error:  # the library raises many kinds
-        raise corpora.hub_out_of_reach(flag, name, error) from error
+        raise hub.hub_out_of_reach(flag, name, error) from error
 
 
 # ---- training from one: --init_from --------------------------------------------------------------

@@ -22,6 +22,7 @@ from fedrun.checkpoint import newest
 from fedrun.comm import Control
 from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
 from fedrun.corpus_check import CorpusCheck
+from fedrun.data.reading import reading_of
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.errors import Diverged
 from fedrun.files import write_json
@@ -65,7 +66,8 @@ def run(config: RunConfig) -> int:
                          f"{config.init_from}, which brings its own")
     data = prepare(config.dataset, config.tokenizer, config.sequence_length,
                    config.cache_dir.expanduser(), say=_say_from(launch),
-                   check=config.partition == "dirichlet")  # whose topics are made of the tokens
+                   check=config.partition == "dirichlet",  # whose topics are made of the tokens
+                   reading=reading_of(config.to_dict()))
     if config.init_from:
         data = fit_vocabulary(config, data)
     check = CorpusCheck(config, launch, data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from conftest import SHARED_DATA
 from fedrun.data import corpora
 from fedrun.data.corpora import load_corpus
 from fedrun.data.pydocs import REPEATABLE, read_pydocs
+from fedrun.data.reading import Reading
 from fedrun.data.tokens import prepare
 
 WIKITEXT = SHARED_DATA / "wikitext-2-heldout"
@@ -159,14 +161,15 @@ def test_the_text_column_is_text_or_the_only_strings(tmp_path: Path, column: str
 
 def test_a_doubtful_text_column_is_an_error_that_names_the_columns(tmp_path: Path) -> None:
     folder = dataset_folder(tmp_path / "set", title=["a", "b"], story=["c", "d"])
-    with pytest.raises(ValueError, match=r"--dataset .*set: .* column .*title, story"):
+    with pytest.raises(ValueError,
+                       match=r"--dataset .*set: .* columns are title, story; .*--text_column"):
         load_corpus(str(folder))
     (folder / "train.jsonl").rename(folder / "test.jsonl")
     with pytest.raises(ValueError, match=r"--dataset .*set: .*no train split, only test"):
         load_corpus(str(folder))
 
 
-@pytest.mark.parametrize("text", ["", " \n\n", "one row alone"])
+@pytest.mark.parametrize("text", ["", " \n\n", "x"])
 def test_an_empty_corpus_names_the_flag(tmp_path: Path, text: str) -> None:
     file = tmp_path / "empty.txt"
     file.write_text(text)
@@ -265,6 +268,15 @@ def test_a_folder_without_a_tokenizer_names_the_flag(tmp_path: Path) -> None:
 
 
 def test_too_few_validation_tokens_name_both_flags(tmp_path: Path) -> None:
-    file = str(text_file(tmp_path, n_lines=40))
-    with pytest.raises(ValueError, match=r"--sequence_length 256: the validation .*--dataset"):
+    file = str(text_file(tmp_path, n_lines=200))
+    with pytest.raises(ValueError, match=r"--sequence_length 256: the validation .*--dataset .*"
+                                         r"has only (\d+) tokens, (\d+) too few .*, or "
+                                         r"--val_fraction ([\d.]+)") as caught:
         prepare(file, "bpe:300", 256, tmp_path, lambda line: None)
+    found = re.search(r"only (\d+) tokens, (\d+) too few.*fraction ([\d.]+)", str(caught.value))
+    assert found
+    assert int(found[1]) + int(found[2]) == 256
+    data = prepare(file, "bpe:300", 256, tmp_path, lambda line: None,
+                   Reading(val_fraction=float(found[3])))
+    assert len(data.validation) >= 1
+    assert len(data.train) >= 1

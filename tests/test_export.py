@@ -132,7 +132,7 @@ def test_evaluate_finds_the_perplexity_of_the_history(
     out = tmp_path / "hf"
     assert cli.main(["export", str(trained.run_dir), str(out)]) == 0
     capsys.readouterr()
-    on_corpus = ["--dataset", str(CORPUS), "--sequence_length", "32"]
+    on_corpus = ["--dataset", str(CORPUS), "--sequence_length", "32", "--split", "validation"]
     for argv in ([str(trained.run_dir)], [str(out), *on_corpus]):
         assert cli.main(["evaluate", *argv, "--cache-dir", str(cache_dir)]) == 0
         result = json.loads(capsys.readouterr().out)

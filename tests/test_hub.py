@@ -18,7 +18,7 @@ from test_data import (
     text_file,
 )
 
-from fedrun.data import corpora
+from fedrun.data import corpora, hub
 from fedrun.data.corpora import load_corpus
 from fedrun.data.documents import find_documents
 from fedrun.data.tokens import prepare
@@ -73,10 +73,10 @@ def silent_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
-        monkeypatch.setattr(corpora, "HUB_SECONDS", 0.3)
-        corpora.hub_answers.cache_clear()
+        monkeypatch.setattr(hub, "HUB_SECONDS", 0.3)
+        hub.hub_answers.cache_clear()
         yield
-    corpora.hub_answers.cache_clear()
+    hub.hub_answers.cache_clear()
 
 
 @pytest.mark.usefixtures("silent_hub")

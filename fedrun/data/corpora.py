@@ -1,26 +1,28 @@
 """Where the text comes from: the hub, local files, or the documentation of the running Python.
 
-A corpus is two lists of rows. A row is what the source calls one: a row of the dataset (for
-WikiText a line), a line of a text file, a whole document for `pydocs`.
+A corpus is two lists of rows. A row is what the source calls one: a record of a table (for WikiText
+a line), a line of a text file, a whole document for `pydocs`.
 """
 
 from __future__ import annotations
 
 import functools
-import glob
 import hashlib
-import re
-import sys
 import sysconfig
-import tempfile
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
-from fedrun.data.documents import Documents, TextFile, find_documents
+from fedrun.data.documents import Documents, TextFile
+from fedrun.data.files import (
+    SPLIT_OF,
+    discover,
+    folder_of,
+    matching_files,
+    visible_files,
+)
+from fedrun.data.holdout import Rows, has_text, hold_out
+from fedrun.data.hub import HUB_ID, hub_tables
 from fedrun.data.pydocs import (
     PYDOCS_HELD_OUT,
     pydocs_documents,
@@ -28,18 +30,19 @@ from fedrun.data.pydocs import (
     split_by_hash,
     stdlib_files,
 )
-from fedrun.errors import one_line
+from fedrun.data.reading import Reading, require_dataset
+from fedrun.data.tables import KINDS, Table, open_table, table_rows, text_columns
+from fedrun.data.textfiles import COMPRESSED, TEXT_ENDINGS, DataFile, open_text, shown
 
 ALIASES = {
     "wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1",
     "wikitext-103": "Salesforce/wikitext:wikitext-103-raw-v1",
 }
 ACCEPTED = (
-    f"{', '.join(ALIASES)}, pydocs, a hub id (owner/name or owner/name:config), a folder that "
-    "datasets.load_dataset reads, or UTF-8 text files ('path/*.txt')"
+    f"{', '.join(ALIASES)}, pydocs, a hub id (owner/name or owner/name:config), a folder "
+    "(or FOLDER:CONFIG), a file, or files ('path/*.txt')"
 )
-HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
-HUB_SECONDS = 5.0  # how long the hub may take to answer before it counts as out of reach
+ALL_OF_IT = "all of the text"  # what validation text is where nothing is held out
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,8 @@ class Corpus:
     validation_from: str
     documents: Documents
     """Of the train rows."""
+    read: str = ""
+    """Which files were read and which were not, in a line; empty where none were local."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -66,68 +71,87 @@ class Corpus:
         return digest.hexdigest()
 
 
-def load_corpus(dataset: str) -> Corpus:
+def load_corpus(dataset: str, reading: Reading = Reading()) -> Corpus:  # noqa: B008
     """Read all text of `dataset` (the value of `--dataset`).
 
-    A source without a validation split has the last twentieth of its train rows held out.
+    A source without a validation split has the last twentieth of its train rows held out; see
+    holdout.py for few rows, and for partitions by source.
 
     Raises:
-        ValueError: an unknown dataset, no text in it, or no column that is clearly the text.
+        ValueError: an unknown dataset, a file that cannot be read, no text, or no column that is
+            clearly the text.
         ConnectionError: the hub cannot be reached and the dataset is not in its local cache.
     """
     name = dataset_name(dataset)
     if dataset == "pydocs":
-        ours, held = split_by_hash(read_pydocs(local_files(dataset)))
-        train, validation = list(ours.values()), list(held.values())
-        documents = pydocs_documents(list(ours))
-        validation_from = f"whole documents, {PYDOCS_HELD_OUT:.0%} of the text"
-    else:
-        splits = _read_splits(dataset)
-        train, files = splits["train"]
-        validation = splits["validation"].rows if "validation" in splits else []
-        validation_from = "the split of that name"
-        if "validation" not in splits:
-            held_out = -(-len(train) // 20)
-            train, validation = train[:-held_out], train[-held_out:]
-            validation_from = "the last twentieth of the train rows"
-        documents = find_documents(train, files)
-    for split, rows in (("train", train), ("validation", validation)):
-        if not any(row.strip() for row in rows):
-            raise ValueError(f"--dataset {dataset}: the corpus has no text in its {split} split")
-    return Corpus(name, train, validation, validation_from, documents)
+        return _pydocs(reading)
+    try:
+        local = bool(local_files(dataset))
+        splits, read = _local_splits(dataset, reading) if local else _hub_splits(dataset, reading)
+        wanted = _validation_split(list(splits), reading)
+        # Where an evaluation asks for a split and there is no other, that is all there is to read.
+        train = splits["train" if "train" in splits else str(wanted)]()
+        if reading.source_column:
+            train = train.by_source()
+        if wanted is not None:
+            validation, documents = splits[wanted]().rows, train.documents()
+            rows, validation_from = train.rows, "the split of that name"
+            if reading.validation_split:
+                validation_from = f"the split {wanted}"
+        elif reading.hold_out:
+            rows, validation, documents, validation_from = hold_out(
+                train, reading.held_out, bool(reading.partition))
+        else:
+            rows, validation, documents = train.rows, train.rows, train.documents()
+            validation_from = ALL_OF_IT
+    except ValueError as error:
+        told = str(error)
+        if not told.startswith("--"):
+            told = told.removeprefix(shown(dataset)).lstrip(":, ")
+            told = f"--dataset {shown(dataset)}: {told}"
+        raise ValueError(told) from error
+    for split, text in (("train", rows), ("validation", validation)):
+        if not has_text(text):
+            raise ValueError(f"--dataset {shown(dataset)}: the corpus has no text in its {split} "
+                             "split")
+    return Corpus(name, rows, validation, validation_from, documents, read)
 
 
 def dataset_name(dataset: str) -> str:
     """`dataset` as reports call it: a folder by its last part, anything else as it was given."""
-    folder = _folder(dataset)
-    return folder.name if folder else dataset
+    located = folder_of(dataset) if dataset not in ALIASES else None
+    if located is None:
+        return shown(dataset)
+    folder, configuration = located
+    return shown(folder.name) + (f":{configuration}" if configuration else "")
 
 
 def local_files(dataset: str) -> list[Path]:
-    """All local files that `dataset` is read from, sorted; none for what comes from the hub.
+    """All local files that `dataset` may be read from, sorted; none for what comes from the hub.
 
     Raises:
         ValueError: `dataset` is nothing that can be read, or a pattern without files.
     """
+    require_dataset(dataset)
     if dataset == "pydocs":
         return sorted(stdlib_files(Path(sysconfig.get_path("stdlib"))))
     if dataset in ALIASES:
         return []
-    if folder := _folder(dataset):
-        return sorted(file for file in folder.rglob("*") if file.is_file())
-    path = Path(dataset).expanduser()
-    if path.is_file():
-        return [path]
-    files = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-    files = [file for file in files if file.is_file()]
-    if not files and not HUB_ID.fullmatch(dataset):
-        raise ValueError(f"--dataset {dataset}: no such file, folder or name; give {ACCEPTED}")
+    try:
+        if located := folder_of(dataset):
+            files = visible_files(located[0])
+            if not files:
+                raise ValueError(f"--dataset {shown(dataset)}: the folder holds no file")
+            return files
+        files = matching_files(dataset)
+    except OSError as error:
+        raise ValueError(f"--dataset {shown(dataset)}: {shown(error.filename or '')}: "
+                         f"{error.strerror}") from error
+    is_path = Path(dataset).suffix.lower() in {*KINDS, *TEXT_ENDINGS, *COMPRESSED, ".zip"}
+    if not files and (is_path or not HUB_ID.fullmatch(dataset)):
+        raise ValueError(f"--dataset {shown(dataset)}: no such file, folder or name; give "
+                         f"{ACCEPTED}")
     return files
-
-
-def _folder(dataset: str) -> Path | None:
-    path = Path(dataset).expanduser().resolve()
-    return path if dataset not in ALIASES and path.is_dir() else None
 
 
 def file_signature(files: Iterable[Path]) -> list[list[object]]:
@@ -139,155 +163,114 @@ def file_signature(files: Iterable[Path]) -> list[list[object]]:
     return [[str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns] for f, s in stats]
 
 
-# ---------------------------------------------------------------------------------------------
-# Text files, folders and the hub
+# ---- the splits of a dataset --------------------------------------------------------------------
+
+Splits = dict[str, Callable[[], Rows]]
+"""The rows of each split, read when they are asked for."""
 
 
-class Split(NamedTuple):
-    """The rows of a split, and the text files whose lines they are, if they are."""
+def _validation_split(there: list[str], reading: Reading) -> str | None:
+    """The split to validate on; None where a share of the train rows is held out instead."""
+    if reading.validation_split is not None:
+        asked = reading.validation_split
+        wanted = SPLIT_OF.get(asked.lower(), asked)
+        for split in (asked, wanted):
+            if split in there and split != "train":
+                return split
+        raise ValueError(f"--validation_split {asked}: there is no such split beside train; there "
+                         f"is {', '.join(there)}")
+    return "validation" if "validation" in there and reading.val_fraction is None else None
 
-    rows: list[str]
-    files: list[TextFile]
+
+def _require_train(splits: Iterable[str], validation: str | None, reading: Reading) -> None:
+    if "train" not in splits and (validation is None or reading.hold_out):
+        raise ValueError(f"there is no train split, only {', '.join(splits)}; a pattern of its "
+                         "files, or one file, is read whatever its name")
 
 
-def _read_splits(dataset: str) -> dict[str, Split]:
-    files = local_files(dataset)
-    if not files or _folder(dataset):
-        return _load_dataset(dataset)
-    train = Split([], [])
-    try:
-        for file in files:
+def _hub_splits(dataset: str, reading: Reading) -> tuple[Splits, str]:
+    tables = hub_tables(dataset, ALIASES.get(dataset, dataset))
+    wanted = _validation_split(list(tables), reading)
+    _require_train(tables, wanted, reading)
+    columns = _columns([tables[split] for split in ("train", wanted) if split in tables], reading)
+    return {split: functools.partial(_records, [table], columns, reading.source_column)
+            for split, table in tables.items()}, ""
+
+
+def _local_splits(dataset: str, reading: Reading) -> tuple[Splits, str]:
+    found = discover(dataset, reading.encoding, bool(reading.columns or reading.source_column),
+                     reading.validation_split)
+    wanted = _validation_split(list(found.splits), reading)
+    _require_train(found.splits, wanted, reading)
+    used = [split for split in ("train", wanted) if split in found.splits]
+    splits: Splits = dict.fromkeys(found.splits, Rows)
+    if next(iter(found.splits.values()))[0].suffix in KINDS:
+        tables = {split: [(file, open_table(file, reading.encoding))
+                          for file in found.splits[split]] for split in used}
+        columns = _columns([table for part in tables.values() for _, table in part], reading)
+        for split, part in tables.items():
+            lacking = [file for file, table in part if not set(columns) & set(table.columns)]
+            found.leave_out(f"without the column {columns[0]}",
+                            (file.name.as_posix() for file in lacking))
+            found.splits[split] = [file for file, _ in part if file not in lacking]
+            splits[split] = functools.partial(
+                _records, [table for file, table in part if file not in lacking], columns,
+                reading.source_column)
+    else:
+        _require_no_columns(reading)
+        for split in used:
+            splits[split] = functools.partial(_lines, found.splits[split], reading.encoding,
+                                              found.folder)
+    return splits, f"read from {dataset_name(dataset)}: {found.told(used)}"
+
+
+def _require_no_columns(reading: Reading) -> None:
+    for flag, value in (("--text_column", reading.text_column),
+                        ("--partition", reading.source_column and reading.partition)):
+        if value:
+            raise ValueError(f"{flag} {value}: these are text files, which have no columns")
+
+
+def _lines(files: list[DataFile], encoding: str | None, folder: bool) -> Rows:
+    """The lines of text files; of a folder's without their ends, as `datasets` reads them."""
+    train = Rows()
+    for file in files:
+        with open_text(file, encoding) as stream:
             # Not str.splitlines: it also cuts at form feeds and other characters inside a line.
-            lines = list(file.open(encoding="utf-8"))
-            train.files.append(TextFile(file.absolute(), len(lines)))
-            train.rows.extend(lines)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--dataset {dataset}: not UTF-8 text ({error})") from error
-    return {"train": train}
+            lines = [line.rstrip("\n") for line in stream] if folder else list(stream)
+        train.files.append(TextFile((file.path / (file.member or "")).absolute(), len(lines)))
+        train.rows.extend(lines)
+    return train
 
 
-def _load_dataset(dataset: str) -> dict[str, Split]:
-    """The splits that `datasets.load_dataset` finds in a folder or on the hub."""
-    import datasets
-
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    folder = _folder(dataset)
-    try:
-        if folder:
-            # The library's own cache would miss a file that kept its modification time; ours
-            # does not, so a folder is read afresh whenever it is read at all.
-            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-                splits = _text_rows(datasets.load_dataset(str(folder), cache_dir=scratch))
-                builder = datasets.load_dataset_builder(str(folder), cache_dir=scratch)
-                if builder.name == "text":
-                    splits["train"].files.extend(_text_files(builder, len(splits["train"].rows)))
-                return splits
-        hub_id = HUB_ID.fullmatch(ALIASES.get(dataset, dataset))
-        assert hub_id is not None, "local_files() has refused it"
-        with nullcontext() if hub_answers() else _answer_from_caches():
-            return _text_rows(datasets.load_dataset(hub_id["name"], hub_id["config"]))
-    except Exception as error:  # the library raises many kinds for what a user got wrong
-        refused = isinstance(error, datasets.exceptions.DatasetsError)
-        if folder or (hub_answers() and (refused or not isinstance(error, OSError))):
-            raise ValueError(f"--dataset {dataset}: {one_line(error)}") from error
-        raise hub_out_of_reach("--dataset", dataset, error) from error
+def _columns(tables: Iterable[Table], reading: Reading) -> list[str]:
+    """The columns of the text, looked for in all tables; ValueError with all columns."""
+    tables = list(tables)
+    known = {name: None for table in tables for name in table.columns}
+    if reading.source_column and reading.source_column not in known:
+        raise ValueError(f"--partition {reading.partition}: there is no column "
+                         f"{reading.source_column}; the columns are {', '.join(known)}")
+    return text_columns(tables, reading.text_column, reading.columns, reading.source_column)
 
 
-def _text_files(builder: Any, n_rows: int) -> list[TextFile]:
-    """The files whose lines the train rows are; compressed ones count as one file together."""
-    files = [Path(file) for file in builder.config.data_files["train"]]
-    if any(file.suffix != ".txt" for file in files):
-        return [TextFile(files[0], n_rows)]
-    found = [TextFile(file, sum(1 for _ in file.open(encoding="utf-8"))) for file in files]
-    assert sum(file.lines for file in found) == n_rows
+def _records(tables: list[Table], columns: list[str], source_column: str | None) -> Rows:
+    """The text of every record, with its source where a column tells it."""
+    found = Rows(sources=[] if source_column else None, source_column=source_column or "")
+    for table in tables:
+        for text, source in table_rows(table, columns, source_column):
+            found.rows.append(text)
+            if found.sources is not None:
+                found.sources.append(source)
     return found
 
 
-def _text_rows(splits: Any) -> dict[str, Split]:
-    if "train" not in splits:
-        raise ValueError(f"there is no train split, only {', '.join(splits)}")
-    features = splits["train"].features
-    strings = [name for name, kind in features.items() if _is_string(kind)]
-    if "text" not in strings and len(strings) != 1:
-        raise ValueError(
-            "the text must be in a column named text or in the only column of strings; "
-            f"the columns are {', '.join(features)}"
-        )
-    column = "text" if "text" in strings else strings[0]
-    wanted = [split for split in ("train", "validation") if split in splits]
-    return {split: Split([row or "" for row in splits[split][column][:]], [])
-            for split in wanted}
-
-
-def _is_string(feature: Any) -> bool:
-    return getattr(feature, "dtype", None) in ("string", "large_string", "string_view")
-
-
-# ---------------------------------------------------------------------------------------------
-# The hub's reach
-
-
-@functools.cache
-def hub_answers() -> bool:
-    """Whether the hub answers within `HUB_SECONDS`, asked once per process.
-
-    Its client libraries retry for up to a minute before they give up, hence a question first.
-    """
-    import http.client
-    import ssl
-    import urllib.error
-    import urllib.request
-
-    from huggingface_hub import constants
-
-    answers: list[bool] = []
-
-    def ask() -> None:
-        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
-        try:
-            urllib.request.urlopen(request, timeout=HUB_SECONDS).close()
-            answers.append(True)
-        except urllib.error.HTTPError as error:
-            answers.append(error.code < 500)  # proxies answer 5xx for hosts they cannot reach
-        except urllib.error.URLError as error:
-            # A certificate unknown to Python may be known to the libraries, which bring others.
-            answers.append(isinstance(error.reason, ssl.SSLError))
-        except (OSError, ValueError, http.client.HTTPException):
-            answers.append(False)
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    # In a thread, because looking up the host's name knows no timeout.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_SECONDS)
-    return answers == [True]
-
-
-def hub_out_of_reach(flag: str, asked: str, error: Exception) -> ConnectionError:
-    """The error for `flag asked` where neither the hub nor its cache on this machine has it."""
-    from huggingface_hub import constants
-
-    # Without an answer, only what the cache objects to is worth telling: its configs, say.
-    told = hub_answers() or isinstance(error, ValueError)
-    reason = one_line(error) if told else "no answer"
-    return ConnectionError(
-        f"{flag} {asked}: no such folder, not in the hub's cache on this machine, and not to be "
-        f"had from the hub ({constants.ENDPOINT}: {reason}); to run without a network: "
-        "--dataset pydocs --tokenizer bpe:8192"
-    )
-
-
-@contextmanager
-def _answer_from_caches() -> Iterator[None]:
-    """As if HF_HUB_OFFLINE were set, which the libraries read only when they are imported."""
-    import datasets.config
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+def _pydocs(reading: Reading) -> Corpus:
+    if reading.source_column or reading.text_column:
+        _require_no_columns(reading)
+    if reading.validation_split not in (None, "validation"):
+        raise ValueError(f"--validation_split {reading.validation_split}: pydocs has train and "
+                         "validation only")
+    share = PYDOCS_HELD_OUT if reading.val_fraction is None else reading.val_fraction
+    ours, held = split_by_hash(read_pydocs(local_files("pydocs")), share)
+    return Corpus("pydocs", list(ours.values()), list(held.values()),
+                  f"whole documents, {share:.0%} of the text", pydocs_documents(list(ours)))

@@ -1,4 +1,4 @@
-"""Who owns which sequences: five ways to deal the train split out to clients.
+"""Who owns which sequences: the ways to deal the train split out to clients.
 
 Every sequence goes to exactly one client. A partition is a function of the corpus, the seed and its
 own settings: of no rank, and of no number of processes.
@@ -10,6 +10,7 @@ import heapq
 
 import numpy as np
 
+from fedrun.data.reading import COLUMN
 from fedrun.data.tokens import TokenData
 
 
@@ -18,8 +19,8 @@ def client_shards(data: TokenData, n_clients: int, partition: str, alpha: float,
     """The sequences of each client, by the name of --partition.
 
     contiguous, shuffled and dirichlet give each client exactly its share of the sequences (see
-    `shard_sizes`); documents and by_source come as near to it as whole documents and sources can,
-    and leave no client without one.
+    `shard_sizes`); documents, by_source and column:NAME come as near to it as whole documents and
+    sources can, and leave no client without one.
 
     Returns:
         for each client: indices of rows of data.train, int64, ascending
@@ -44,12 +45,13 @@ def client_shards(data: TokenData, n_clients: int, partition: str, alpha: float,
         elif partition == "documents":
             owner = deal_whole(document, sizes, partition, random)
         else:
-            assert partition == "by_source"
+            assert partition == "by_source" or partition.startswith(COLUMN)
             if not documents.sources:
                 raise ValueError(
                     f"--partition by_source: {data.fingerprint['dataset']} has no sources (a "
                     f"document there is {documents.kind}); accepted is contiguous, shuffled, "
-                    "dirichlet or documents")
+                    "dirichlet or documents; or make sources: a folder of text files for each, or "
+                    f"a column that tells them ({COLUMN}NAME)")
             owner = deal_whole(documents.source[document], sizes, partition, None)
     bounds = np.cumsum(np.bincount(owner, minlength=n_clients))[:-1]
     return list(np.split(np.argsort(owner, kind="stable"), bounds))
@@ -102,7 +104,7 @@ def deal_whole(unit: np.ndarray, sizes: np.ndarray, partition: str,
     """
     held, unit = np.unique(unit, return_inverse=True)
     unit_sizes = np.bincount(unit)
-    _require_enough("source" if partition == "by_source" else "document", len(held), len(sizes),
+    _require_enough("document" if partition == "documents" else "source", len(held), len(sizes),
                     partition)
     order = random.permutation(len(held)) if random else np.argsort(-unit_sizes, kind="stable")
     clients = np.argsort(-sizes, kind="stable")

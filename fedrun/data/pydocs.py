@@ -53,7 +53,8 @@ def read_pydocs(files: list[Path]) -> dict[str, str]:
     return {name: text for name, text in fresh.items() if text}
 
 
-def split_by_hash(documents: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
+def split_by_hash(documents: Mapping[str, str], share: float = PYDOCS_HELD_OUT
+                  ) -> tuple[dict[str, str], dict[str, str]]:
     """Train and validation documents: of topics and of modules alike, the same share held out.
 
     Documents are offered in the order of their names' hashes and held out where they still fit.
@@ -61,7 +62,7 @@ def split_by_hash(documents: Mapping[str, str]) -> tuple[dict[str, str], dict[st
     held_out: set[str] = set()
     for kind in ("topic:", "module:"):
         sizes = {name: len(text) for name, text in documents.items() if name.startswith(kind)}
-        room = PYDOCS_HELD_OUT * sum(sizes.values())
+        room = share * sum(sizes.values())
         for name in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
             if sizes[name] <= room:
                 held_out.add(name)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedrun.data import corpora
+from fedrun.data import corpora, hub
 from fedrun.errors import one_line
 
 if TYPE_CHECKING:
@@ -98,15 +98,15 @@ def _fetch_tokenizer(tokenizer: str) -> PreTrainedTokenizerBase:
     try:
         loaded = without_custom_code(
             str(path) if local else tokenizer,
-            local_files_only=local or not corpora.hub_answers(),
+            local_files_only=local or not hub.hub_answers(),
         )
     except CustomCodeError as error:
         raise ValueError(f"--tokenizer {tokenizer}: {error}") from None
     except Exception as error:  # the library raises many kinds for what a user got wrong
         refused = isinstance(error.__cause__, RepositoryNotFoundError)
-        if local or (corpora.hub_answers() and (refused or not isinstance(error, OSError))):
+        if local or (hub.hub_answers() and (refused or not isinstance(error, OSError))):
             raise ValueError(f"--tokenizer {tokenizer}: {one_line(error)}") from error
-        raise corpora.hub_out_of_reach("--tokenizer", tokenizer, error) from error
+        raise hub.hub_out_of_reach("--tokenizer", tokenizer, error) from error
     if not loaded.is_fast:
         raise ValueError(f"--tokenizer {tokenizer}: has no fast form (tokenizer.json)")
     return loaded

@@ -17,11 +17,13 @@ only decides how a stream of tokens is cut. An entry that is damaged is named an
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -40,6 +42,7 @@ import numpy as np
 from fedrun.data import corpora
 from fedrun.data.documents import Documents
 from fedrun.data.entry import content_sum, read_manifest, seal
+from fedrun.data.reading import Reading
 from fedrun.data.tokenizer import (
     ACCEPTED,
     HUB_NAME,
@@ -165,6 +168,7 @@ def prepare(
     cache_dir: Path,
     say: Callable[[str], None] = print,
     check: bool = True,
+    reading: Reading = Reading(),  # noqa: B008
 ) -> TokenData:
     """Token sequences of `dataset`, tokenised now or by an earlier or concurrent process.
 
@@ -179,8 +183,10 @@ def prepare(
         TimeoutError: another process has been preparing the same tokens for an hour.
     """
     assert sequence_length > 0
-    entry = cache_dir.expanduser() / "tokens" / _entry_name(dataset, tokenizer)
-    meta = _whole_entry(entry, dataset, tokenizer, say, check)
+    entry = cache_dir.expanduser() / "tokens" / _entry_name(dataset, tokenizer, reading)
+    meta = _whole_entry(entry, dataset, tokenizer, reading, say, check)
+    if meta["read"]:
+        say(meta["read"])
     for split in ("train", "validation"):
         _require_tokens(meta, split, sequence_length, dataset)
     train, validation = (
@@ -204,11 +210,12 @@ def prepare(
     )
 
 
-def verify(dataset: str, tokenizer: str, cache_dir: Path, say: Callable[[str], None]) -> None:
+def verify(dataset: str, tokenizer: str, cache_dir: Path, say: Callable[[str], None],
+           reading: Reading = Reading()) -> None:  # noqa: B008
     """Compare every cached file of a corpus with its checksum (about 1 GB/s); what is damaged is
     named and made again. Raises what `prepare` does; maps of the files before keep the damage."""
-    entry = cache_dir.expanduser() / "tokens" / _entry_name(dataset, tokenizer)
-    _whole_entry(entry, dataset, tokenizer, say, check=True)
+    entry = cache_dir.expanduser() / "tokens" / _entry_name(dataset, tokenizer, reading)
+    _whole_entry(entry, dataset, tokenizer, reading, say, check=True)
 
 
 def _require_tokens(
@@ -216,9 +223,13 @@ def _require_tokens(
 ) -> None:
     tokens = meta["fingerprint"][f"{split}_tokens"]
     if tokens < sequence_length:
+        there = sum(meta["fingerprint"][f"{each}_tokens"] for each in ("train", "validation"))
+        share = math.ceil(200 * sequence_length / max(there, 1)) / 100
+        other = f", or --val_fraction {share:g}" * (split == "validation" and share <= 0.5)
         raise ValueError(
             f"--sequence_length {sequence_length}: the {split} split of --dataset {dataset} has "
-            f"only {tokens} tokens; take shorter sequences or a larger dataset"
+            f"only {tokens} tokens, {sequence_length - tokens} too few for one sequence; take "
+            f"shorter sequences or a larger dataset{other}"
         )
 
 
@@ -240,7 +251,7 @@ def _sequences(
 # Cache entries
 
 
-def _entry_name(dataset: str, tokenizer: str) -> str:
+def _entry_name(dataset: str, tokenizer: str, reading: Reading = Reading()) -> str:  # noqa: B008
     """A folder name that changes with everything that decides the tokens."""
     size = bpe_size(tokenizer)
     path = Path(tokenizer).expanduser()
@@ -256,6 +267,7 @@ def _entry_name(dataset: str, tokenizer: str) -> str:
         importlib.metadata.version("tokenizers"),
         dataset,
         corpora.file_signature(corpora.local_files(dataset)),
+        dataclasses.astuple(reading),
         tokenizer,
         corpora.file_signature(tokenizer_files),
     ]
@@ -273,7 +285,8 @@ def _tokenizer_name(tokenizer: str) -> str:
 
 
 def _whole_entry(
-    entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None], check: bool
+    entry: Path, dataset: str, tokenizer: str, reading: Reading, say: Callable[[str], None],
+    check: bool,
 ) -> dict[str, Any]:
     """What `entry` holds, made now where it is absent or damaged."""
     damage = ""
@@ -289,7 +302,7 @@ def _whole_entry(
             with suppress(DamagedFile):
                 if (meta := read_manifest(entry, check)) is not None:
                     return meta  # another process has made it
-            return _build(entry, dataset, tokenizer, say)
+            return _build(entry, dataset, tokenizer, say, reading)
 
 
 @contextmanager
@@ -337,10 +350,11 @@ def _holder(file: Path) -> str:
         return "another process"
 
 
-def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None]) -> dict[str, Any]:
+def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None], reading: Reading
+           ) -> dict[str, Any]:
     """Write `entry` beside its place, then move it there whole. Under its lock."""
     started = time.perf_counter()
-    corpus = corpora.load_corpus(dataset)
+    corpus = corpora.load_corpus(dataset, reading)
     work, damaged = Path(f"{entry}.partial"), Path(f"{entry}.damaged")
     for leftover in (work, damaged):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -378,7 +392,7 @@ def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None]
     }
     if dataset == "pydocs":
         fingerprint["python_version"] = platform.python_version()
-    meta = seal(work, {"dtype": dtype.str, "fingerprint": fingerprint})
+    meta = seal(work, {"dtype": dtype.str, "fingerprint": fingerprint, "read": corpus.read})
     if entry.exists():  # other processes may read of it what is not damaged
         entry.rename(damaged)
     work.rename(entry)

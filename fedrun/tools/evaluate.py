@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from fedrun.data.reading import Reading, reading_of
 from fedrun.files import finite
 from fedrun.tools.common import model_parser, need_tokenizer, parse
+
+if TYPE_CHECKING:
+    from fedrun.data.tokens import TokenData
 
 
 def main(argv: Sequence[str]) -> int:
@@ -16,8 +25,12 @@ def main(argv: Sequence[str]) -> int:
     parser = model_parser("evaluate", "Loss and perplexity of a run's model, as one JSON object.")
     parser.add_argument("--dataset", metavar="TEXT",
                         help="as for training (default: what the run was trained on)")
-    parser.add_argument("--split", choices=("train", "validation"), default="validation",
-                        help="(default: validation)")
+    parser.add_argument("--split", metavar="NAME",
+                        help="train, validation, test or another (default: the validation split; "
+                             "of a --dataset without one all of its text)")
+    parser.add_argument("--text_column", metavar="NAME", help="the column that holds the text")
+    parser.add_argument("--encoding", metavar="NAME",
+                        help="of text files (default: UTF-8, or what a byte-order mark says)")
     parser.add_argument("--sequence_length", type=int, metavar="N",
                         help="tokens in a sequence (default: the run's, or 256)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32",
@@ -32,6 +45,7 @@ def main(argv: Sequence[str]) -> int:
 
     import torch
 
+    from fedrun.data.corpora import ALL_OF_IT
     from fedrun.data.tokens import prepare
     from fedrun.evaluate import mean_loss, perplexity, validation_pieces
     from fedrun.pretrained import find_pretrained
@@ -46,17 +60,46 @@ def main(argv: Sequence[str]) -> int:
         else args.sequence_length
     if length < 2:
         raise ValueError(f"--sequence_length {length}: accepted is a whole number of at least 2")
-    dataset = args.dataset or found.settings.get("dataset", "wikitext-2")
+    dataset, reading = _asked(args, found.settings)
     data = prepare(dataset, str(need_tokenizer(found, args.tokenizer)), length, args.cache_dir,
-                   say=lambda line: print(line, file=sys.stderr, flush=True))
+                   say=lambda line: print(line, file=sys.stderr, flush=True), reading=reading)
     if data.vocab_size > found.vocab_size:
         raise ValueError(f"--tokenizer {args.tokenizer}: not the tokenizer of {args.model}, which "
                          f"knows {found.vocab_size} tokens")
     model = found.build(torch.bfloat16 if args.dtype == "bf16" else torch.float32).to(device)
-    pieces = validation_pieces(model, getattr(data, args.split), device)
+    whole = data.fingerprint["validation_from"] == ALL_OF_IT
+    pieces = validation_pieces(model, data.train if args.split == "train" else data.validation,
+                               device)
+    if whole:
+        rest = [(len(pieces) + n, loss, count) for n, loss, count in
+                validation_pieces(model, _rest(data, length), device)]
+        pieces += rest
     loss = mean_loss(pieces)
-    told = {"model": args.model, "dataset": dataset, "split": args.split, "loss": loss,
+    split = "all" if whole else args.split or reading.validation_split or "validation"
+    told = {"model": args.model, "dataset": dataset, "split": split, "loss": loss,
             "perplexity": perplexity(loss), "tokens": sum(n for *_, n in pieces),
             "sequence_length": length, "dtype": args.dtype}
     print(json.dumps(finite(told), indent=1, allow_nan=False))
     return 0
+
+
+def _asked(args: argparse.Namespace, settings: Mapping[str, Any]) -> tuple[str, Reading]:
+    """The dataset to read, and how: the run's own as for its training, unless flags differ."""
+    own = settings.get("dataset", "wikitext-2")
+    dataset = own if args.dataset is None else args.dataset
+    reading = reading_of(settings) if dataset == own else Reading()
+    if args.text_column is not None or args.encoding is not None:
+        reading = dataclasses.replace(reading, text_column=args.text_column or reading.text_column,
+                                      encoding=args.encoding or reading.encoding)
+    if args.split not in (None, "train", "validation"):
+        reading = dataclasses.replace(reading, validation_split=args.split, val_fraction=None)
+    # Of other text all is scored; where a split is named, or of the run's own, what it is there.
+    return dataset, dataclasses.replace(
+        reading, hold_out=dataset == own or args.split in ("train", "validation"))
+
+
+def _rest(data: TokenData, length: int) -> np.ndarray:
+    """The tokens after the last whole sequence, as one shorter sequence: (1, n), or (0, n)."""
+    stream = np.memmap(data.tokenizer_path.parent / "validation.bin", data.validation.dtype, "r")
+    rest = stream[len(data.validation) * length:]
+    return rest[None] if len(rest) > 1 else np.empty((0, length), data.validation.dtype)

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from fedrun.data.tokens import TokenData
 
 # The settings of a federated run that decide its partition.
-FLAGS = ("config", "dataset", "tokenizer", "sequence_length", "cache_dir", "num_clients",
+FLAGS = ("config", "dataset", "text_column", "encoding", "validation_split", "val_fraction",
+         "tokenizer", "sequence_length", "cache_dir", "num_clients",
          "partition", "alpha", "size_skew", "batch_size", "seed")
 WORDS = 3  # in a topic's name
 WORD = re.compile(r"\s[^\W\d_]{3,}")  # a whole word, as byte-level tokenizers decode it
@@ -51,6 +52,7 @@ def main(argv: Sequence[str]) -> int:
 
     from fedrun.config import FederatedConfig
     from fedrun.data.holdings import holdings
+    from fedrun.data.reading import reading_of
     from fedrun.data.tokens import prepare
     from fedrun.plan import Shards
     from fedrun.plots import style
@@ -58,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
 
     assert isinstance(config, FederatedConfig)
     data = prepare(config.dataset, config.tokenizer, config.sequence_length, config.cache_dir,
-                   say=lambda line: print(line, file=sys.stderr, flush=True))
+                   say=lambda line: print(line, file=sys.stderr, flush=True),
+                   reading=reading_of(config.to_dict()))
     held = holdings(data, Shards(config, data).train, config.seed)
     topics = topic_names(data)
     console = Console()

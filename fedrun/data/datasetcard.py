@@ -1,0 +1,102 @@
+"""What a dataset's own folder says of its files: configurations in README.md, and state.json."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedrun.data.textfiles import shown
+from fedrun.errors import one_line
+from fedrun.files import DamagedFile, read_json, read_regular
+
+FRONT_MATTER = re.compile(r"\s*---\s*\n(.*?)\n---\s*(\n|$)", re.S)
+DEFAULT = "default"
+
+
+def configured(folder: Path, asked: str | None) -> tuple[str, dict[str, list[str]] | None]:
+    """What a configuration of a dataset's folder is: one that its README.md tells, or a folder.
+
+    Args:
+        asked: its name; None: the only one, or the one that is marked as the default.
+    Returns:
+        the folder below `folder` that it is read from, and the patterns of each split's files;
+        None where names tell the splits
+    Raises:
+        ValueError: there is no such configuration, or there are several and none is asked for.
+    """
+    configs = {str(config.get("config_name", DEFAULT)): config
+               for config in _configs(folder / "README.md")}
+    if not configs:
+        if asked is None:
+            return "", None
+        if (folder / asked).is_dir():
+            return asked, None
+        inside = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        raise ValueError(f"no configuration {asked}: no README.md tells of it, and the folders "
+                         f"there are {', '.join(map(shown, inside)) or 'none'}")
+    defaults = [name for name, config in configs.items() if config.get(DEFAULT) is True]
+    if asked is None and len(configs) == 1:
+        chosen: str | None = next(iter(configs))
+    else:
+        chosen = asked or next((name for name in (*defaults, DEFAULT) if name in configs), None)
+    if chosen not in configs:
+        there = ", ".join(map(shown, configs))
+        raise ValueError(
+            f"no configuration {asked}; there are {there}" if asked else
+            f"it has several configurations ({there}); give one: FOLDER:{next(iter(configs))}")
+    config = configs[chosen]
+    return str(config.get("data_dir") or ""), _patterns(config.get("data_files"))
+
+
+def _configs(readme: Path) -> list[dict[str, Any]]:
+    try:
+        text = read_regular(readme).decode("utf-8-sig")
+        matter = FRONT_MATTER.match(text)
+        told = yaml.safe_load(matter[1]) if matter else None
+    except OSError:
+        return []
+    except (DamagedFile, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{shown(readme)}: its head cannot be read: {one_line(error)}") from None
+    configs = told.get("configs") if isinstance(told, dict) else None
+    return [config for config in configs if isinstance(config, dict)
+            and ("data_files" in config or "data_dir" in config)] \
+        if isinstance(configs, list) else []
+
+
+def _patterns(given: Any) -> dict[str, list[str]] | None:
+    """A configuration's data_files: a pattern, several, or those of each split."""
+    if not given:
+        return None
+    patterns: dict[str, list[str]] = {}
+    for entry in given if isinstance(given, list) else [given]:
+        if isinstance(entry, dict) and "split" in entry:
+            splits = {entry["split"]: entry.get("path", [])}
+        else:
+            splits = entry if isinstance(entry, dict) else {"train": entry}
+        for split, paths in splits.items():
+            patterns.setdefault(str(split), []).extend(
+                str(path) for path in (paths if isinstance(paths, list) else [paths]))
+    return patterns
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a path is one of a pattern's, where * stays in a folder and ** does not."""
+    pattern = pattern.removeprefix("./")
+    if name == pattern:
+        return True
+    wild = {"**/": "(.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = (wild.get(part, re.escape(part)) for part in re.split(r"(\*\*/?|\*|\?)", pattern))
+    return re.fullmatch("".join(parts), name) is not None
+
+
+def saved_files(state: Path) -> list[str]:
+    """The files that `state.json`, as save_to_disk writes it, names as the dataset's."""
+    try:
+        listed = read_json(state, dict).get("_data_files")
+    except (OSError, DamagedFile) as error:
+        raise ValueError(f"{shown(state)}: {error}") from None
+    return [str(file.get("filename")) for file in listed if isinstance(file, dict)] \
+        if isinstance(listed, list) else []

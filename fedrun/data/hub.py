@@ -1,0 +1,115 @@
+"""The hub: whether it can be reached, and its datasets."""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from fedrun.data.tables import Table, is_text_type
+from fedrun.errors import one_line
+
+HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
+HUB_SECONDS = 5.0  # how long the hub may take to answer before it counts as out of reach
+
+
+def hub_tables(dataset: str, hub_id: str) -> dict[str, Table]:
+    """The splits of a dataset of the hub, or of the hub's cache on this machine.
+
+    Args:
+        dataset: as it was given, for messages.
+        hub_id: owner/name or owner/name:config.
+    Raises:
+        ValueError: the hub has no such dataset, or it cannot be loaded.
+        ConnectionError: the hub cannot be reached, and its cache does not hold the dataset.
+    """
+    import datasets
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    asked = HUB_ID.fullmatch(hub_id)
+    assert asked is not None, "local_files() has refused it"
+    try:
+        with nullcontext() if hub_answers() else _answer_from_caches():
+            splits = datasets.load_dataset(asked["name"], asked["config"])
+    except Exception as error:  # the library raises many kinds for what a user got wrong
+        refused = isinstance(error, datasets.exceptions.DatasetsError)
+        if hub_answers() and (refused or not isinstance(error, OSError)):
+            raise ValueError(f"--dataset {dataset}: {one_line(error)}") from error
+        raise hub_out_of_reach("--dataset", dataset, error) from error
+    return {split: _table(f"{dataset}, split {split}", rows) for split, rows in splits.items()}
+
+
+def _table(name: str, rows: Any) -> Table:
+    columns = {field.name: is_text_type(field.type) for field in rows.features.arrow_schema}
+    return Table(name, columns, lambda names: zip(
+        *(rows[name][:] if name in columns else [None] * len(rows) for name in names), strict=True))
+
+
+@functools.cache
+def hub_answers() -> bool:
+    """Whether the hub answers within `HUB_SECONDS`, asked once per process.
+
+    Its client libraries retry for up to a minute before they give up, hence a question first.
+    """
+    import http.client
+    import ssl
+    import urllib.error
+    import urllib.request
+
+    from huggingface_hub import constants
+
+    answers: list[bool] = []
+
+    def ask() -> None:
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=HUB_SECONDS).close()
+            answers.append(True)
+        except urllib.error.HTTPError as error:
+            answers.append(error.code < 500)  # proxies answer 5xx for hosts they cannot reach
+        except urllib.error.URLError as error:
+            # A certificate unknown to Python may be known to the libraries, which bring others.
+            answers.append(isinstance(error.reason, ssl.SSLError))
+        except (OSError, ValueError, http.client.HTTPException):
+            answers.append(False)
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    # In a thread, because looking up the host's name knows no timeout.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS)
+    return answers == [True]
+
+
+def hub_out_of_reach(flag: str, asked: str, error: Exception) -> ConnectionError:
+    """The error for `flag asked` where neither the hub nor its cache on this machine has it."""
+    from huggingface_hub import constants
+
+    # Without an answer, only what the cache objects to is worth telling: its configs, say.
+    told = hub_answers() or isinstance(error, ValueError)
+    reason = one_line(error) if told else "no answer"
+    return ConnectionError(
+        f"{flag} {asked}: no such file or folder, not in the hub's cache on this machine, and not "
+        f"to be had from the hub ({constants.ENDPOINT}: {reason}); to run without a network: "
+        "--dataset pydocs --tokenizer bpe:8192"
+    )
+
+
+@contextmanager
+def _answer_from_caches() -> Iterator[None]:
+    """As if HF_HUB_OFFLINE were set, which the libraries read only when they are imported."""
+    import datasets.config
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before

@@ -12,3 +12,7 @@ def require(condition: bool, flag: str, value: object, accepted: str) -> None:
 def one_line(error: BaseException) -> str:
     """An error's message with its line breaks folded."""
     return " ".join(str(error).split())
+
+
+class Diverged(RuntimeError):
+    """Training has left the finite numbers."""

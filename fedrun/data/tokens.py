@@ -167,8 +167,8 @@ def prepare(
     sequence_length: int,
     cache_dir: Path,
     say: Callable[[str], None] = print,
-    check: bool = True,
     reading: Reading = Reading(),  # noqa: B008
+    check: bool = True,
 ) -> TokenData:
     """Token sequences of `dataset`, tokenised now or by an earlier or concurrent process.
 

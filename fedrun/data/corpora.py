@@ -158,8 +158,14 @@ def file_signature(files: Iterable[Path]) -> list[list[object]]:
     """Path, size, modification and change time of every file: what a write to it changes.
 
     The change time tells a file that was replaced with its old size and modification time.
+
+    Raises:
+        ValueError: a file is gone.
     """
-    stats = [(file, file.stat()) for file in files]
+    try:
+        stats = [(file, file.stat()) for file in files]
+    except OSError as error:
+        raise ValueError(f"{shown(error.filename)}: {error.strerror}") from error
     return [[str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns] for f, s in stats]
 
 

@@ -127,7 +127,8 @@ def prepare(
 
     Every split is tokenised row by row, without special tokens, each row ending in a newline;
     concatenated, and cut into sequences of `sequence_length` tokens that do not overlap. The
-    remainder is dropped. Any number of processes of a machine may call this at once.
+    remainder is dropped. Any number of processes of a machine may call this at once. `reading` says
+    which text the dataset's name stands for, as far as the user has a say in it.
 
     Raises:
         ValueError: a flag's value that cannot work: unknown, no text, too few tokens.

@@ -161,8 +161,7 @@ def test_the_text_column_is_text_or_the_only_strings(tmp_path: Path, column: str
 
 def test_a_doubtful_text_column_is_an_error_that_names_the_columns(tmp_path: Path) -> None:
     folder = dataset_folder(tmp_path / "set", title=["a", "b"], story=["c", "d"])
-    with pytest.raises(ValueError,
-                       match=r"--dataset .*set: .* columns are title, story; .*--text_column"):
+    with pytest.raises(ValueError, match=r"--dataset .*set: .* columns are title, story; .*--text"):
         load_corpus(str(folder))
     (folder / "train.jsonl").rename(folder / "test.jsonl")
     with pytest.raises(ValueError, match=r"--dataset .*set: .*no train split, only test"):

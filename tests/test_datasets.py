@@ -16,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from fedrun.data import tokens
 from fedrun.data.corpora import Corpus, load_corpus
 from fedrun.data.reading import Reading
 from fedrun.settings import resolve
@@ -151,6 +152,25 @@ def test_a_folder_without_text_says_what_was_looked_for_and_what_is_there(tmp_pa
         load(tmp_path / "empty")
     with pytest.raises(ValueError, match=r"--dataset .*missing.txt: no such file, folder or name"):
         load("corpus/missing.txt")
+    with pytest.raises(ValueError, match=r"--dataset aaa.*: File name too long"):
+        load("a" * 5000)
+
+
+def test_files_that_may_not_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                              ) -> None:
+    folder = write(tmp_path / "set", "a.txt", "deep/b.txt")
+
+    def refuse(path: object, *args: object, **kwargs: object) -> object:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as locked:
+        locked.setattr(Path, "open", refuse)
+        with pytest.raises(ValueError, match=rf"--dataset {folder}: {folder}/a\.txt: cannot be "
+                                             "read: Permission denied"):
+            load(folder)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=rf"--dataset {folder}: .*set: Permission denied"):
+        load(folder)
 
 
 # ---- one file, tables, compressed ---------------------------------------------------------------
@@ -267,6 +287,15 @@ def test_text_columns_are_named_by_a_flag_that_the_error_names(tmp_path: Path) -
         load(write(tmp_path / "texts", "a.txt"), text_column="body")
 
 
+def test_tables_that_do_not_do_are_no_reason_to_hide_the_text_beside_them(tmp_path: Path) -> None:
+    folder = write(tmp_path / "set", "a.txt")
+    for name in ("one.json", "two.json"):
+        (folder / name).write_text(json.dumps({"lr": 0.1, "seed": 3}))
+    with pytest.raises(ValueError, match=r"the columns are lr \(no texts\), .*; not read: 1 of "
+                                         r"text, beside more of json \(name .*\) \(a\.txt\)"):
+        load(folder)
+
+
 def test_a_file_without_the_column_is_left_out(tmp_path: Path) -> None:
     folder = write(tmp_path / "set", "a.jsonl", "b.jsonl")
     (folder / "meta.json").write_text(json.dumps({"author": "somebody"}))
@@ -307,6 +336,20 @@ def test_configurations_are_named_after_the_folder(tmp_path: Path) -> None:
         load(folder)
     with pytest.raises(ValueError, match="no configuration de; there are english, french"):
         load(f"{folder}:de")
+
+
+def test_how_text_is_read_is_part_of_the_caches_key_and_said_at_every_start(tmp_path: Path) -> None:
+    choices: list[dict[str, object]] = [
+        {}, {"text_column": "text"}, {"encoding": "latin-1"}, {"val_fraction": 0.1},
+        {"validation_split": "test"}, {"partition": "column:user"}, {"hold_out": False}]
+    names = {tokens._entry_name("pydocs", "bpe:400", Reading(**choice))  # type: ignore[arg-type]
+             for choice in choices}
+    assert len(names) == len(choices)
+    folder = write(tmp_path / "set", "a.txt", "b.txt", "c.json")
+    for _ in ("cold", "warm"):
+        said: list[str] = []
+        tokens.prepare(str(folder), "bpe:300", 16, tmp_path, said.append)
+        assert said[-2].startswith("read from set: train: 2 files (2 .txt); not read: 1 of json")
 
 
 # ---- encodings ----------------------------------------------------------------------------------

@@ -146,6 +146,35 @@ def test_evaluate_finds_the_perplexity_of_the_history(
     assert (other["split"], other["dataset"]) == ("train", str(text))
 
 
+def test_evaluate_scores_all_of_the_text_that_is_given(
+        trained: Outcome, tmp_path: Path, cache_dir: Path, capsys: pytest.CaptureFixture[str]
+        ) -> None:
+    def evaluate(*flags: str) -> tuple[int, str, str]:
+        code = cli.main(["evaluate", str(trained.run_dir), "--cache_dir", str(cache_dir), *flags])
+        return code, *capsys.readouterr()
+
+    text = "".join(f"def function_{n}(a): return a + {n}\n" for n in range(60))
+    (tmp_path / "held_out.txt").write_text(text)
+    tokenizer = Tokenizer.from_file(str(trained.run_dir / "tokenizer" / "tokenizer.json"))
+    tokens = sum(len(tokenizer.encode(line).ids) for line in text.splitlines(keepends=True))
+    assert tokens % 32 > 1
+    result = json.loads(evaluate("--dataset", str(tmp_path / "held_out.txt"))[1])
+    assert (result["split"], result["tokens"]) == ("all", tokens - tokens // 32 - 1)
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name in ("train", "test"):
+        (folder / f"{name}.jsonl").write_text("".join(
+            json.dumps({"title": name, "body": line}) + "\n" for line in text.splitlines()))
+    result = json.loads(evaluate("--dataset", str(folder), "--split", "test", "--text_column",
+                                 "body")[1])
+    assert (result["split"], result["tokens"]) == ("test", tokens // 32 * 31)
+    code, _, said = evaluate("--split", "test")
+    assert code == 2
+    assert "--split test: there is no such split beside train; there is train" in said
+    code, _, said = evaluate("--dataset", "")
+    assert (code, "--dataset is empty" in said) == (2, True)
+
+
 def test_generate(trained: Outcome, capsys: pytest.CaptureFixture[str]) -> None:
     def text(*flags: str) -> str:
         assert cli.main(["generate", str(trained.run_dir), "--max_new_tokens", "20", *flags]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +22,7 @@ from fedrun.checkpoint import Checkpoint
 from fedrun.config import Partition
 from fedrun.data.holdings import holdings
 from fedrun.data.partition import apportion, client_shards, deal_topics, deal_whole, shard_sizes
+from fedrun.data.reading import Reading
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.params import FlatParams
 from fedrun.plan import Schedule, Shards
@@ -237,7 +239,26 @@ def test_a_corpus_without_sources_names_the_flag(tmp_path: Path) -> None:
     assert len(shards_of(data, partition="documents").sizes) == 4
 
 
+def test_the_values_of_a_column_are_sources_and_no_client_has_anothers(tmp_path: Path) -> None:
+    file = tmp_path / "posts.jsonl"
+    file.write_text("".join(json.dumps({"text": f"{'abc'[n % 3]} " * 20, "user": f"user {n % 3}"})
+                            + "\n" for n in range(120)))
+    data = prepare(str(file), "bpe:300", 16, tmp_path, lambda line: None,
+                   Reading(partition="column:user"))
+    shards = client_shards(data, 3, "column:user", 1.0, 0.0, 0)
+    tokenizer = data.load_tokenizer()
+    texts = [tokenizer.decode(data.train[shard[1:-1]].ravel().tolist()) for shard in shards]
+    assert sorted("".join(set(text) - {" ", "\n"}) for text in texts) == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="--num_clients 4: --partition column:user gives every "
+                                         "client a source, and the train split has only 3"):
+        client_shards(data, 4, "column:user", 1.0, 0.0, 0)
+    by_source = prepare(str(file), "bpe:300", 16, tmp_path, lambda line: None)
+    with pytest.raises(ValueError, match=r"no sources \(a document there is a row\).*column:NAME"):
+        client_shards(by_source, 3, "by_source", 1.0, 0.0, 0)
+
+
 @pytest.mark.parametrize(("flags", "said"), [
+    ({"partition": "column:"}, "--partition column:"),
     ({"partition": "sorted"}, "contiguous or shuffled or dirichlet or documents or by_source"),
     ({"alpha": 0}, "--alpha 0"), ({"size_skew": -1}, "--size_skew -1"),
     ({"size_skew": "inf"}, "--size_skew inf")])

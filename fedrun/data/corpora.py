@@ -82,11 +82,11 @@ def load_corpus(dataset: str, reading: Reading = Reading()) -> Corpus:  # noqa: 
             clearly the text.
         ConnectionError: the hub cannot be reached and the dataset is not in its local cache.
     """
-    name = dataset_name(dataset)
     if dataset == "pydocs":
         return _pydocs(reading)
+    local = bool(local_files(dataset))
+    name = dataset_name(dataset)
     try:
-        local = bool(local_files(dataset))
         splits, read = _local_splits(dataset, reading) if local else _hub_splits(dataset, reading)
         wanted = _validation_split(list(splits), reading)
         # Where an evaluation asks for a split and there is no other, that is all there is to read.
@@ -107,7 +107,8 @@ def load_corpus(dataset: str, reading: Reading = Reading()) -> Corpus:  # noqa: 
     except ValueError as error:
         told = str(error)
         if not told.startswith("--"):
-            told = told.removeprefix(shown(dataset)).lstrip(":, ")
+            for end in (": ", ", "):  # a file that was given itself is not named twice
+                told = told.removeprefix(f"{shown(dataset)}{end}")
             told = f"--dataset {shown(dataset)}: {told}"
         raise ValueError(told) from error
     for split, text in (("train", rows), ("validation", validation)):
@@ -158,8 +159,14 @@ def file_signature(files: Iterable[Path]) -> list[list[object]]:
     """Path, size, modification and change time of every file: what a write to it changes.
 
     The change time tells a file that was replaced with its old size and modification time.
+
+    Raises:
+        ValueError: a file is gone.
     """
-    stats = [(file, file.stat()) for file in files]
+    try:
+        stats = [(file, file.stat()) for file in files]
+    except OSError as error:
+        raise ValueError(f"{shown(error.filename)}: {error.strerror}") from error
     return [[str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns] for f, s in stats]
 
 
@@ -207,7 +214,10 @@ def _local_splits(dataset: str, reading: Reading) -> tuple[Splits, str]:
     if next(iter(found.splits.values()))[0].suffix in KINDS:
         tables = {split: [(file, open_table(file, reading.encoding))
                           for file in found.splits[split]] for split in used}
-        columns = _columns([table for part in tables.values() for _, table in part], reading)
+        try:
+            columns = _columns([table for part in tables.values() for _, table in part], reading)
+        except ValueError as error:
+            raise ValueError(f"{error}{found.beside()}") from error
         for split, part in tables.items():
             lacking = [file for file, table in part if not set(columns) & set(table.columns)]
             found.leave_out(f"without the column {columns[0]}",

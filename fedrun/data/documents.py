@@ -10,6 +10,7 @@
     one text file         a paragraph: lines between blank      none
                           ones
     any other dataset     a row                                 none
+    --partition column:X  all rows with one value of X          the value
 
 Documents follow each other without gaps. A sequence of tokens belongs to the one that most of its
 tokens come from, so that what is short may own no sequence.

@@ -70,6 +70,11 @@ class Found:
                          f"{some(self.doubtful)}")
         return "; ".join(parts)
 
+    def beside(self) -> str:
+        """The files of other kinds, for the message that those of the chosen kind do not do."""
+        return "".join(f"; not read: {len(names)} {reason} ({some(names)})"
+                       for reason, names in self.left_out.items() if reason.startswith("of "))
+
 
 def some(names: Iterable[object]) -> str:
     """The first of many names."""

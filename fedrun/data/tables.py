@@ -135,6 +135,8 @@ def _json_records(file: DataFile, encoding: str | None) -> Iterator[Record]:
         if isinstance(opening, dict) and len(first) == 2:
             for number, line in itertools.chain(first, lines):
                 yield _record(_parsed(line, f"{file}, line {number}"), file)
+        elif opening is not None and len(first) == 1:
+            yield from _records_of([opening], file)
         elif first:
             rest = "".join(line for _, line in itertools.chain(first, lines))
             yield from _records_of(_values(rest, str(file)), file)

@@ -30,8 +30,7 @@ BYTE_ORDER_MARKS = [  # UTF-32 first: its little-endian mark begins with that of
 TEXT_ENDINGS = {".txt", ".text", ".md", ".rst", ".tex", ".html", ".py"}
 HEAD = 8192  # bytes that tell text from anything else
 BLOCK = 1 << 20
-UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, RuntimeError,
-              NotImplementedError)  # fmt: skip
+UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -83,9 +82,13 @@ def open_bytes(file: DataFile) -> Iterator[IO[bytes]]:
 def _open(file: DataFile) -> Iterator[IO[bytes]]:
     ending = file.name.suffix.lower()
     if file.member is not None:
-        with zipfile.ZipFile(file.path) as archive, archive.open(file.member) as inner, \
-                _uncompressed(inner, ending) as stream:
-            yield stream
+        with zipfile.ZipFile(file.path) as archive:
+            try:
+                inner = archive.open(file.member)
+            except RuntimeError as error:  # a password, or a method that is not known
+                raise zipfile.BadZipFile(str(error)) from error
+            with inner, _uncompressed(inner, ending) as stream:
+                yield stream
     else:
         with file.path.open("rb") as outer, _uncompressed(outer, ending) as stream:
             yield stream
@@ -135,10 +138,13 @@ def is_text(file: DataFile, encoding: str | None) -> bool:
     marked = any(head.startswith(mark) for mark, name in BYTE_ORDER_MARKS if name != "utf-8-sig")
     decoder = codecs.getincrementaldecoder(_encoding(head, encoding))
     try:
-        text = decoder("strict" if marked else "ignore").decode(head)
+        text, whole = decoder("strict").decode(head), True
     except UnicodeError:
-        return False  # the two bytes of such a mark were chance
-    return "\0" not in text and not head.startswith(b"%PDF-")
+        if marked:
+            return False  # the two bytes of such a mark were chance
+        text, whole = decoder("ignore").decode(head), False
+    stray = len(text) // 100 if whole and encoding is None else 0  # as in logs of crashed machines
+    return text.count("\0") <= stray and not head.startswith(b"%PDF-")
 
 
 def _encoding(head: bytes, encoding: str | None) -> str:

@@ -61,8 +61,11 @@ def main(argv: Sequence[str]) -> int:
     if length < 2:
         raise ValueError(f"--sequence_length {length}: accepted is a whole number of at least 2")
     dataset, reading = _asked(args, found.settings)
-    data = prepare(dataset, str(need_tokenizer(found, args.tokenizer)), length, args.cache_dir,
-                   say=lambda line: print(line, file=sys.stderr, flush=True), reading=reading)
+    try:
+        data = prepare(dataset, str(need_tokenizer(found, args.tokenizer)), length, args.cache_dir,
+                       say=lambda line: print(line, file=sys.stderr, flush=True), reading=reading)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--validation_split", "--split")) from error
     if data.vocab_size > found.vocab_size:
         raise ValueError(f"--tokenizer {args.tokenizer}: not the tokenizer of {args.model}, which "
                          f"knows {found.vocab_size} tokens")
@@ -71,9 +74,8 @@ def main(argv: Sequence[str]) -> int:
     pieces = validation_pieces(model, data.train if args.split == "train" else data.validation,
                                device)
     if whole:
-        rest = [(len(pieces) + n, loss, count) for n, loss, count in
-                validation_pieces(model, _rest(data, length), device)]
-        pieces += rest
+        pieces += [(len(pieces) + n, loss, count) for n, loss, count in
+                   validation_pieces(model, _rest(data, length), device)]
     loss = mean_loss(pieces)
     split = "all" if whole else args.split or reading.validation_split or "validation"
     told = {"model": args.model, "dataset": dataset, "split": split, "loss": loss,

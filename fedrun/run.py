@@ -21,6 +21,7 @@ from fedrun import central, protocol
 from fedrun.checkpoint import newest
 from fedrun.comm import Control
 from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
+from fedrun.connect import NotConnected, exposure
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.files import write_json
 from fedrun.launch import Launch, detect
@@ -47,6 +48,8 @@ def run(config: RunConfig) -> int:
     if not federated and not launch.alone:
         raise ValueError(f"central runs in one process, but {launch.world_size} were started: "
                          f"use `python -m fedrun central`")
+    if warning := exposure(launch):
+        _say(f"warning: {warning}")
     torch.set_num_threads(config.threads)
     check_tracker(config)
     device = choose_device(config.device, launch, _dedicated(config))
@@ -69,7 +72,7 @@ def run(config: RunConfig) -> int:
                  "kernels": kernel_path(workers_device(config, device))}
     try:
         ended = _connect_and_train(config, data, launch, device, made_with)
-    except Refused:
+    except (Refused, NotConnected):
         raise
     except protocol.RunEnded:
         return 1

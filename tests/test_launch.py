@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, execute, free_port, listening
 
-from fedrun import checkpoint, rundir
+from fedrun import checkpoint, rundir, torchrun
+from fedrun.connect import NotConnected, listen
 from fedrun.launch import Launch, detect, rendezvous
 
 NODE, SBATCH = ROOT / "launch" / "node.sh", ROOT / "launch" / "slurm.sbatch"
@@ -143,7 +145,7 @@ def programs(tmp_path: Path) -> Programs:
 
 # ---- node.sh -------------------------------------------------------------------------------------
 
-ALONE = "--standalone --max-restarts 0"
+ALONE = "--max-restarts 0"
 STATIC = "--nnodes 2 --node-rank {} --max-restarts 0 --master-addr {} --master-port {}"
 BY_HAND = {"NODES": "2", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
 
@@ -156,7 +158,9 @@ BY_HAND = {"NODES": "2", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
     ({}, {"num_clients": "3"}, f"{ALONE} --nproc-per-node 4", "workers: 3 ("),
     ({"GPUS": "2"}, {"device": "cpu"}, f"{ALONE} --nproc-per-node 5", "no GPU"),
     ({"WORKERS_PER_NODE": "2"}, {}, f"{ALONE} --nproc-per-node 3", "(WORKERS_PER_NODE)"),
-    ({"RESTARTS": "3", "GPUS": "1"}, {}, "--standalone --max-restarts 3 --nproc-per-node 2", ""),
+    ({"RESTARTS": "3", "GPUS": "1"}, {}, "--max-restarts 3 --nproc-per-node 2", ""),
+    ({"GPUS": "1", "MASTER_PORT": "29511"}, {},
+     f"{ALONE} --master-port 29511 --nproc-per-node 2", ""),
     (BY_HAND, {}, f"{STATIC.format(0, 'first', 29500)} --nproc-per-node 4", "node 0 of 2"),
     (BY_HAND | {"NODE": "1", "GPUS": "4"}, {},
      f"{STATIC.format(1, 'first', 29500)} --nproc-per-node 4", "node 1 of 2"),
@@ -172,7 +176,7 @@ def test_node(programs: Programs, tmp_path: Path, env: dict[str, str], config: d
     (tmp_path / "config").write_text("".join(f"{k}: {v}\n" for k, v in settings.items()))
     code, output = programs.run(NODE, "fed_avg", "--lr", "1e-3", **env)
     assert code == 0, output
-    assert f"STARTED -m torch.distributed.run {torchrun} -m fedrun fed_avg --lr 1e-3" in output
+    assert f"STARTED -m fedrun.torchrun {torchrun} -m fedrun fed_avg --lr 1e-3" in output
     assert said in output
 
 
@@ -267,6 +271,56 @@ def signalled(programs: Programs, tmp_path: Path, sign: int, **env: str) -> tupl
     return process.returncode, output
 
 
+# ---- where ranks meet ----------------------------------------------------------------------------
+
+def test_torchruns_own_stores_are_warned_of() -> None:
+    """The real torchrun; one process is enough, since its launcher listens."""
+    code = ("import os; from fedrun.launch import detect; from fedrun.connect import exposure; "
+            "print('SAID', exposure(detect(os.environ)))")
+    said = {}
+    for name, flags in {"standalone": ["--standalone"],
+                        "static": ["--master-port", str(free_port())]}.items():
+        ended, output = execute([sys.executable, "-m", "torch.distributed.run", "--no-python",
+                                 *flags, "--nproc-per-node", "1", sys.executable, "-c", code])
+        assert ended == 0, output
+        said[name] = next(line for line in output.splitlines() if line.startswith("SAID"))
+    assert "listens on all addresses" in said["standalone"]
+    assert "whoever reaches it can run code as you" in said["standalone"]
+    assert "whoever reaches it can end this run or take part in it" in said["static"]
+
+
+def test_where_the_store_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    with listen("nowhere.invalid", 0, one_machine=True) as one:
+        assert one.getsockname()[0] == "127.0.0.1"  # the machine's name does not matter
+        port = one.getsockname()[1]
+        with pytest.raises(NotConnected, match=f"^MASTER_PORT {port} is in use on "):
+            listen("anything", port, one_machine=True)
+    with pytest.raises(NotConnected, match=r"MASTER_PORT 70000: accepted is a port number"):
+        listen("", 70000, one_machine=True)
+    with pytest.raises(NotConnected, match=r"MASTER_ADDR nowhere\.invalid: .* cannot resolve"):
+        listen("nowhere.invalid", 0, one_machine=False)
+    with pytest.raises(NotConnected, match=r"MASTER_ADDR localhost is .* GLOO_SOCKET_IFNAME"):
+        listen("localhost", 0, one_machine=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    with listen("localhost", 0, one_machine=False) as chosen:
+        assert chosen.getsockname()[0] == "127.0.0.1"
+    for address in {a.address for each in psutil.net_if_addrs().values() for a in each
+                    if a.family == socket.AF_INET and not a.address.startswith("127.")}:
+        with listen(address, 0, one_machine=False) as routed:
+            assert routed.getsockname()[0] == address
+
+
+def test_our_torchrun_refuses_another_rendezvous_and_guesses_no_address(
+        capfd: pytest.CaptureFixture[str]) -> None:
+    for flags, said in ((["--standalone"], "--standalone, --rdzv-backend and --rdzv-endpoint"),
+                        (["--rdzv-backend", "c10d"], "leave them out"),
+                        (["--nnodes", "1:2"], "--nnodes 1:2: accepted is one number"),
+                        (["--nnodes", "2", "--master-port", "1"], "--master-addr: not set")):
+        assert torchrun.main([*flags, "--nproc-per-node", "1", "-m", "fedrun"]) == 2
+        assert said in capfd.readouterr().err
+
+
 # ---- run.sh --------------------------------------------------------------------------------------
 
 @pytest.mark.slow
@@ -281,6 +335,7 @@ def test_run_survives_a_killed_rank_and_stops_in_order(cache_dir: Path, tmp_path
     try:
         rounds(tmp_path / "run", 5, log)
         ranks = {p.environ().get("RANK"): p for p in psutil.Process(process.pid).children(True)}
+        assert listening(psutil.Process(process.pid)) == {"127.0.0.1"}
         ranks["1"].kill()
         deadline = time.monotonic() + 60
         while "fedrun: goes on after step" not in log.read_text():

@@ -22,6 +22,7 @@ from fedrun.config import CentralConfig
 from fedrun.data.partition import client_shards
 from fedrun.data.shards import Batches, make_batches
 from fedrun.data.tokens import TokenData
+from fedrun.errors import Diverged
 from fedrun.evaluate import mean_loss, perplexity, sample_text, validation_pieces
 from fedrun.files import write_json
 from fedrun.history import Clocks, half_losses
@@ -98,9 +99,9 @@ class Training:
                         local_training_seconds=time.monotonic() - before)
         self.done += 1
         if not torch.isfinite(self.flat.vector.sum()):
-            raise RuntimeError(f"step {self.done}: the model is no longer finite (--lr "
-                               f"{config.lr:g} may be too large); the last good one is in "
-                               f"{config.run_dir}")
+            raise Diverged(f"step {self.done}: the model is no longer finite (--lr "
+                           f"{config.lr:g} may be too large); the last good one is in "
+                           f"{config.run_dir}")
         train_ppl, seen = perplexity(loss_sum / losses.tokens), {}
         if self.done == 1 or self.done % config.val_freq == 0 or self.done == self.steps:
             seen = {"val_ppl": self._record()}

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+Failure = Literal["error", "diverged"]  # kinds of a failed run, in its outcome.json
+
 
 def require(condition: bool, flag: str, value: object, accepted: str) -> None:
     """Raise the ValueError of a wrong setting: which flag, what it got, what it accepts."""
     if not condition:
         raise ValueError(f"{flag} {value}: accepted is {accepted}")
+
+
+class Diverged(RuntimeError):
+    """The model is no longer finite: the settings are to blame, which a study counts."""
 
 
 def one_line(error: BaseException) -> str:

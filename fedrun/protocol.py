@@ -91,7 +91,7 @@ def _end(verdict: Verdict, server: Server | None, worker: Worker | None, runtime
     and kept the model, since a launcher ends all processes with the first."""
     model = _copy(server, worker, runtime)
     if server:
-        server.end_early(verdict.error, model)
+        server.end_early(verdict.error, verdict.kind, model)
     if worker:
         worker.store.close(SECONDS_FOR_STORES)
     runtime.control.share()

@@ -23,6 +23,7 @@ from fedrun.comm import Control
 from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
 from fedrun.connect import NotConnected, exposure
 from fedrun.data.tokens import TokenData, prepare
+from fedrun.errors import Diverged
 from fedrun.files import write_json
 from fedrun.launch import Launch, detect
 from fedrun.model.kernels import kernel_path, on_gpu
@@ -78,7 +79,8 @@ def run(config: RunConfig) -> int:
         return 1
     except Exception as error:
         if launch.rank == 0:
-            write_failure(config.run_dir, str(error).partition("\n")[0])
+            write_failure(config.run_dir, str(error).partition("\n")[0],
+                          "diverged" if isinstance(error, Diverged) else "error")
         print(f"{traceback.format_exc()}fedrun: rank {launch.rank} ends with the error above",
               file=sys.stderr, flush=True)
         return 1

@@ -20,6 +20,7 @@ from torch import Tensor
 from fedrun.checkpoint import Checkpoint, Checkpoints
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
+from fedrun.errors import Failure
 from fedrun.evaluate import Piece, mean_loss, perplexity, sample_text
 from fedrun.files import write_json
 from fedrun.history import COHORT_NUMBERS, SECONDS, Clocks, cohort_record, half_losses
@@ -89,20 +90,21 @@ class Server:
         stop = next((r["signal"] for r in reports if r["signal"]), "") or self.stopping.asked_by()
         if plan.last:
             stop = ""  # it ends anyway
-        return dataclasses.asdict(Verdict(self._error(plan, reports), stop))
+        error, kind = self._error(plan, reports)
+        return dataclasses.asdict(Verdict(error, kind, stop))
 
-    def _error(self, plan: Plan, reports: list[dict[str, Any]]) -> str:
+    def _error(self, plan: Plan, reports: list[dict[str, Any]]) -> tuple[str, Failure]:
         for rank, report in enumerate(reports):
             if report.get("traceback"):
                 return (f"{report['traceback']}round {plan.round}: rank {rank} failed with the "
-                        "error above; all ranks end")
+                        "error above; all ranks end"), "error"
         weights = [c["weight"] for c in _clients(plan, reports) if c["finite"]]
         if not weights:
             return (f"round {plan.round}: no client's update is finite (--lr "
                     f"{self.config.lr:g} may be too large); the last good model is in "
-                    f"{self.config.run_dir / 'model.safetensors'}")
+                    f"{self.config.run_dir / 'model.safetensors'}"), "diverged"
         refused = self.config.strategy.refuse_total(math.fsum(weights))
-        return f"round {plan.round}: {refused}" if refused else ""
+        return f"round {plan.round}: {refused}" if refused else "", "error"
 
     def record(self, plan: Plan, verdict: Verdict, reports: list[dict[str, Any]],
                model: Tensor | None) -> None:
@@ -213,14 +215,14 @@ class Server:
             self._writing.popleft().result()
         self._writing.append(self._writer.submit(work))
 
-    def end_early(self, reason: str, model: Tensor) -> None:
+    def end_early(self, reason: str, kind: Failure, model: Tensor) -> None:
         """Keep the model of the last whole round, and tell the reason."""
         try:
             self._close()
             self.flat.vector.copy_(model)
             self._save_model()
         finally:  # whatever the writer has met: the reason is told
-            write_failure(self.config.run_dir, reason.splitlines()[-1])
+            write_failure(self.config.run_dir, reason.splitlines()[-1], kind)
             print(f"fedrun: {reason}", file=sys.stderr, flush=True)
 
     def finish(self, plan: Plan, verdict: Verdict, reports: list[dict[str, Any]]) -> None:

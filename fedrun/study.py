@@ -30,6 +30,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -44,7 +45,7 @@ import yaml
 
 from fedrun.config import RunConfig
 from fedrun.errors import require
-from fedrun.rundir import read_outcome
+from fedrun.rundir import START, read_outcome
 from fedrun.settings import closest, resolve
 
 Point = tuple[tuple[str, float], ...]
@@ -181,10 +182,12 @@ def start(config: RunConfig) -> float:
     began = time.monotonic()
     flags = [f"--{name}={'none' if value is None else value}"
              for name, value in config.to_dict().items() if name not in ("method", "model")]
+    token = os.urandom(8).hex()  # what tells this start's outcome from an earlier one's
     done = subprocess.run([sys.executable, "-m", "fedrun", config.method, *flags],
-                          capture_output=True, text=True, check=False)
-    last_words = done.stderr.strip()[-2000:]
-    if done.returncode == 1 and "finite" in last_words:  # too large a learning rate, say
+                          capture_output=True, text=True, check=False,
+                          env={**os.environ, START: token})
+    last_words, end = done.stderr.strip()[-2000:], read_outcome(config.run_dir)
+    if done.returncode and (end.get("start"), end.get("kind")) == (token, "diverged"):
         (config.run_dir / "failed.txt").write_text(last_words, encoding="utf-8")
     elif done.returncode:
         raise ValueError(f"study: {config.name}: {last_words}")

@@ -20,7 +20,7 @@ from fedrun import checkpoint, rundir, torchrun
 from fedrun.connect import NotConnected, listen
 from fedrun.launch import Launch, detect, rendezvous
 
-NODE, SBATCH = ROOT / "launch" / "node.sh", ROOT / "launch" / "slurm.sbatch"
+RUN, NODE, SBATCH = (ROOT / "launch" / name for name in ("run.sh", "node.sh", "slurm.sbatch"))
 
 
 # ---- how a process knows who it is ---------------------------------------------------------------
@@ -70,6 +70,20 @@ def test_rendezvous_is_guessed_by_nobody(programs: Programs, monkeypatch: pytest
                 k: v for k, v in set_by_user.items() if k != name})
 
 
+def test_restarts_in_place_are_known_by_their_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("SLURM_JOB_ID", None), ("TORCHELASTIC_RUN_ID", "none")):
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, value)
+    mine = rundir.launch_id()  # torchrun's static rendezvous calls every run "none"
+    assert mine.startswith(f"process {os.getppid()} on ")
+    assert rundir.launch_id() == mine
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    assert rundir.launch_id() == "a"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert rundir.launch_id() == "slurm 7"
+
+
 # ---- stand-ins -----------------------------------------------------------------------------------
 
 PYTHON = """#!/bin/sh
@@ -77,7 +91,12 @@ case "$*" in
     *--print_config) printf 'method: %s\\n' "$3"; cat "$CONFIG" ;;
     *--print_run_dir) echo "$RUN_DIR" ;;
     "-c import torch"*) echo "$GPUS" ;;
-    *) echo "STARTED $*" ;;
+    *)
+        echo "STARTED $*"
+        [ -z "$OUTCOME" ] || printf '{\\n "outcome": "%s",\\n "start": "%s"\\n}\\n' "$OUTCOME" \\
+            "$FEDRUN_START" >"$RUN_DIR/outcome.json"
+        exit "${CODE:-0}"
+        ;;
 esac
 """
 # A step: it ends with the outcome and exit code of the next line of $STEPS, or waits for STOP.
@@ -87,7 +106,8 @@ if [[ $* == *printenv* ]]; then [[ " $ALIVE " == *" $nodes "* ]] && echo "$nodes
 echo "SRUN on $nodes"
 outcome() {
     mkdir -p "$RUN_DIR"
-    printf '{\\n "outcome": "%s",\\n "step": 5\\n}\\n' "$1" >"$RUN_DIR/new"
+    printf '{\\n "outcome": "%s",\\n "step": 5,\\n "start": "%s"\\n}\\n' "$1" "$FEDRUN_START" \\
+        >"$RUN_DIR/new"
     mv "$RUN_DIR/new" "$RUN_DIR/outcome.json"
 }
 trap 'echo "SRUN got TERM"; exit 143' TERM
@@ -205,6 +225,7 @@ def test_node_starts_a_centralised_run_alone(programs: Programs, tmp_path: Path)
     (["failed 1"], {}, 0, "requeued: the run failed; restart 1 of 2", ["n1,n2"], True),
     (["running 137"], {}, 0, "requeued: the run failed", ["n1,n2"], True),  # it could not even say
     (["nothing 1"], {"SLURM_RESTART_COUNT": "1"}, 0, "restart 2 of 2", ["n1,n2"], True),
+    (["nothing 0"], {}, 0, "over: the run was finished before", ["n1,n2"], False),
     (["failed 1", "finished 0"], {"REQUEUE": "0"}, 0, "started again on n1 n2", ["n1,n2"] * 2,
      False),
     (["failed 1", "finished 0"], {"REQUEUE": "0", "ALIVE": "n2"}, 0, "started again on n2",
@@ -228,6 +249,30 @@ def test_what_follows_a_step(programs: Programs, tmp_path: Path, steps: list[str
     started = [line.split()[-1] for line in output.splitlines() if line.startswith("SRUN")]
     assert started == sruns
     assert ("REQUEUE 7" in output) == requeued
+
+
+@pytest.mark.parametrize("left", ["stopped", "finished"])
+@pytest.mark.parametrize(("env", "code", "said", "requeued"), [
+    ({}, 1, "over: the run did not begin", False),
+    ({"SLURM_RESTART_COUNT": "1"}, 0, "requeued: the run failed; restart 2 of 2", True),
+])
+def test_what_another_start_has_left_is_no_outcome(
+        programs: Programs, tmp_path: Path, left: str, env: dict[str, str], code: int, said: str,
+        requeued: bool) -> None:
+    leave(tmp_path / "run", left)
+    (tmp_path / "steps").write_text("nothing 1\n")
+    ended, output = programs.run(SBATCH, "fed_avg", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n[1-2]",
+                                 RESTARTS="2", **env)
+    assert (ended, said in output) == (code, True), output
+    assert ("REQUEUE 7" in output) == requeued
+
+
+def leave(run_dir: Path, outcome: rundir.Standing) -> None:
+    """What a run that another script started has left in its folder."""
+    run_dir.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDRUN_START", "7 0 0 1234 1700000000.5")
+        rundir.write_outcome(run_dir, outcome, 5)
 
 
 @pytest.mark.parametrize(("sign", "env", "code", "said", "requeued"), [
@@ -322,6 +367,17 @@ def test_our_torchrun_refuses_another_rendezvous_and_guesses_no_address(
 
 
 # ---- run.sh --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("outcome", "code", "ended"), [
+    ("stopped", "1", 0), ("failed", "1", 1), ("", "1", 1), ("", "2", 2), ("", "0", 0),
+    ("running", "137", 137), ("finished", "0", 0)])
+def test_run_believes_the_outcome_of_its_own_start_alone(
+        programs: Programs, tmp_path: Path, outcome: str, code: str, ended: int) -> None:
+    leave(tmp_path / "run", "stopped")
+    exit_code, output = programs.run(RUN, "fed_avg", OUTCOME=outcome, CODE=code)
+    assert exit_code == ended, output
+    assert ("launch: stopped in order" in output) == (outcome == "stopped")
+
 
 @pytest.mark.slow
 def test_run_survives_a_killed_rank_and_stops_in_order(cache_dir: Path, tmp_path: Path) -> None:

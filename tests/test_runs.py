@@ -173,7 +173,7 @@ def test_the_outcome_names_a_worker_that_fails_after_the_verdict(run: Run, tmp_p
                        "FAULT_ONCE": str(tmp_path / "once")}, limit=60)
     assert outcome.code == 1
     told = json.loads((outcome.run_dir / "outcome.json").read_text())
-    assert told["outcome"] == "failed"
+    assert (told["outcome"], told["kind"]) == ("failed", "error")
     assert "rank 2 failed with OSError: [Errno 28] No space left" in told["reason"]
 
 
@@ -194,6 +194,8 @@ def test_when_no_client_is_left_the_last_good_model_is_kept(run: Run) -> None:
                   env={"FAULT": "nan", "FAULT_CLIENT": "all", "FAULT_STEP": "2"}, name="bad")
     assert outcome.code == 1
     assert "no client's update is finite" in outcome.output
+    end = json.loads((outcome.run_dir / "outcome.json").read_text())
+    assert (end["outcome"], end["kind"]) == ("failed", "diverged")
     assert outcome.bits == good.bits
 
 

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM := false
 
-# torchrun would say it at length for every start.
+# One thread a process, in tests and benchmarks too.
 export OMP_NUM_THREADS := 1
 
 .PHONY: demo test test-all soak bench check gallery clean
@@ -12,7 +12,7 @@ export OMP_NUM_THREADS := 1
 # 4 clients and a server in parallel on the documentation that comes with Python; no network
 # is needed once the environment stands.
 demo: $(VENV)/.ready
-	$(BIN)/torchrun --standalone --nproc-per-node 5 -m fedrun fed_avg --config tiny \
+	$(BIN)/python -m fedrun.torchrun --nproc-per-node 5 -m fedrun fed_avg --config tiny \
 	    --dataset pydocs --tokenizer bpe:4096 --lr 4e-3 --rounds 150 --val_freq 15 \
 	    --run_name demo --overwrite
 

@@ -1,7 +1,7 @@
 """Commands and flags, made from the dataclasses in config.py.
 
     fedrun fed_avg --num_clients 8 --lr 1e-3
-    torchrun --standalone --nproc-per-node 5 -m fedrun fed_avg --num_clients 4
+    python -m fedrun.torchrun --nproc-per-node 5 -m fedrun fed_avg --num_clients 4
 """
 
 from __future__ import annotations
@@ -156,6 +156,6 @@ def overview() -> str:
     commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in told.items())
     return (f"fedrun {__version__}: federated training of Mamba-2 language models\n\n"
             f"usage: fedrun COMMAND [--flag value ...]\n"
-            f"       torchrun --standalone --nproc-per-node 5 -m fedrun COMMAND ...\n\n"
+            f"       python -m fedrun.torchrun --nproc-per-node 5 -m fedrun COMMAND ...\n\n"
             f"{commands}\n\n`fedrun COMMAND --help` explains the flags of a command.\n"
             "Without a network: --dataset pydocs --tokenizer bpe:8192")

@@ -39,16 +39,14 @@ class Control:
     Without a group it is the plane of one process, where nothing travels.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, store: Store | None = None,
+    def __init__(self, group: dist.ProcessGroup | None = None, beats: Heartbeat | None = None,
                  timeout: timedelta = timedelta(), first_worker: int = 0) -> None:
         self.group = group
-        self.store = store
+        self.beats = beats
         self.timeout = timeout
         self.first_worker = first_worker
         self.rank = dist.get_rank(group) if group else 0
         self.world_size = dist.get_world_size(group) if group else 1
-        self._beats: _Heartbeat | None = _Heartbeat(
-            store, self.rank, self.world_size) if store else None
         self._copy: Tensor | None = None
         self._copy_sent: dist.Work | None = None
 
@@ -125,22 +123,22 @@ class Control:
     def fail(self, error: BaseException) -> None:
         """A failing rank: let the others know why, between two of their local steps or where they
         wait for it in vain. Only the first one's reason is kept; the others' follow from it."""
-        if self._beats and not isinstance(error, LostRanks):
-            self._beats.tell(f"rank {self.rank} failed with {type(error).__name__}: "
-                             f"{str(error).partition(chr(10))[0]}")
+        if self.beats and not isinstance(error, LostRanks):
+            self.beats.tell(f"rank {self.rank} failed with {type(error).__name__}: "
+                            f"{str(error).partition(chr(10))[0]}")
 
     def peer_failed(self) -> bool:
         """Whether some rank has failed, as of the last beat; costs nothing."""
-        return self._beats is not None and self._beats.peer_failed
+        return self.beats is not None and self.beats.peer_failed
 
     def lost_peers(self) -> list[int]:
         """Ranks that show no sign of life; takes some seconds. From any thread."""
-        return self._beats.silent() if self._beats else []
+        return self.beats.silent() if self.beats else []
 
     def close(self) -> None:
         """After the last message of a run that has succeeded."""
-        if self._beats:
-            self._beats.stop()
+        if self.beats:
+            self.beats.stop()
 
     @contextmanager
     def _naming(self, peer: int) -> Iterator[None]:
@@ -155,13 +153,13 @@ class Control:
         names = ", ".join(map(str, unanswered))
         dead = self.lost_peers()
         life = f"no sign of life from rank {', '.join(map(str, dead))}, " if dead else ""
-        why = f"{self._beats.reason}; " if self._beats and self._beats.reason else ""
+        why = f"{self.beats.reason}; " if self.beats and self.beats.reason else ""
         return LostRanks(f"{why}{life}no word from rank {names} to rank {self.rank} (dead, stuck, "
                          f"or slower than --timeout {self.timeout.total_seconds():g} s): "
                          f"{next(iter(unanswered.values()))}")
 
 
-class _Heartbeat:
+class Heartbeat:
     """Every rank counts up a number in the store, so that the others can tell who is alive: ranks
     that wait for a lost one are as silent on the wire as the lost one itself.
 

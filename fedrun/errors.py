@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+Failure = Literal["error", "diverged"]  # kinds of a failed run, in its outcome.json
+
 
 def require(condition: bool, flag: str, value: object, accepted: str) -> None:
     """Raise the ValueError of a wrong setting: which flag, what it got, what it accepts."""

@@ -12,6 +12,7 @@ from fedrun.config import FederatedConfig
 from fedrun.data.partition import client_shards
 from fedrun.data.shards import split_holdout
 from fedrun.data.tokens import TokenData
+from fedrun.errors import Failure
 from fedrun.fisher import gradient_bound
 from fedrun.optimizer import update_bound
 
@@ -50,6 +51,8 @@ class Verdict:
 
     error: str = ""
     """Why all ranks end here, with this round lost."""
+    kind: Failure = "error"
+    """What kind of an end that is."""
     stop: str = ""
     """Who asked for an end: this round is the last, and a checkpoint is made of it."""
 

@@ -45,7 +45,7 @@ def run(config: FederatedConfig, data: TokenData, runtime: Runtime, stopping: St
         reports = control.gather(report | {"signal": stopping.signal})     # all -> server
         verdict = Verdict(**control.share(server and server.judge(plan, reports or [])))
         if verdict.error:                                                  # server -> all
-            _end(verdict.error, server, worker, runtime)
+            _end(verdict, server, worker, runtime)
         kept = plan.evaluate or plan.save or bool(verdict.stop)
         if worker:
             report |= worker.aggregate(plan)                               # workers <-> workers
@@ -58,8 +58,10 @@ def run(config: FederatedConfig, data: TokenData, runtime: Runtime, stopping: St
             report["saved"] = worker.saver.written()
         model = _copy(server, worker, runtime) if plan.evaluate else None  # first worker -> server
         reports = control.gather(report)                                   # all -> server
-        if kept and (wrong := control.share(server and server.inspect(plan, reports or [], model))):
-            _end(wrong, server, worker, runtime, good=False)               # server -> all
+        if kept:                                                           # server -> all
+            found = Verdict(**control.share(server and server.inspect(plan, reports or [], model)))
+            if found.error:
+                _end(found, server, worker, runtime, good=False)
         if server:
             server.record(plan, verdict, reports or [], model)
         last = plan.last or bool(verdict.stop)
@@ -91,7 +93,7 @@ def _copy(server: Server | None, worker: Worker | None, runtime: Runtime) -> Any
     return server and runtime.control.receive_copy(server.size, server.dtype)
 
 
-def _end(reason: str, server: Server | None, worker: Worker | None, runtime: Runtime,
+def _end(verdict: Verdict, server: Server | None, worker: Worker | None, runtime: Runtime,
          good: bool = True) -> None:
     """All ranks: the end that the server has decided. Nobody leaves before it has told the reason
     and kept the model, if it is `good`, since a launcher ends all processes with the first."""
@@ -100,11 +102,11 @@ def _end(reason: str, server: Server | None, worker: Worker | None, runtime: Run
         model = _copy(server, worker, runtime)                             # first worker -> server
         reports = runtime.control.gather(_examine(worker) if worker else {})   # all -> server
     if server:
-        server.end_early(reason, model, reports or [])
+        server.end_early(verdict, model, reports or [])
     if worker:
         worker.store.close(SECONDS_FOR_STORES)
     runtime.control.share()
-    raise RunEnded(reason)
+    raise RunEnded(verdict.error)
 
 
 def _examine(worker: Worker) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from fedrun import central, protocol
 from fedrun.checkpoint import newest
 from fedrun.comm import Control
 from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
+from fedrun.connect import NotConnected, exposure
 from fedrun.corpus_check import CorpusCheck
 from fedrun.data.reading import reading_of
 from fedrun.data.tokens import TokenData, prepare
@@ -51,6 +52,8 @@ def run(config: RunConfig) -> int:
     if not federated and not launch.alone:
         raise ValueError(f"central runs in one process, but {launch.world_size} were started: "
                          f"use `python -m fedrun central`")
+    if warning := exposure(launch):
+        _say(f"warning: {warning}")
     torch.set_num_threads(config.threads)
     check_tracker(config)
     device = choose_device(config.device, launch, _dedicated(config))
@@ -80,12 +83,12 @@ def run(config: RunConfig) -> int:
                  "kernels": kernel_path(workers_device(config, device))}
     try:
         ended = _connect_and_train(config, check, launch, device, made_with, notes)
-    except Refused:
+    except (Refused, NotConnected):
         raise
     except protocol.RunEnded:
         return 1
     except Diverged as error:
-        write_failure(config.run_dir, str(error))
+        write_failure(config.run_dir, str(error), "diverged")
         print(f"fedrun: {error}", file=sys.stderr, flush=True)
         return 1
     except Exception as error:

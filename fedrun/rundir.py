@@ -29,9 +29,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import psutil
 from safetensors.torch import save
 from torch import Tensor
 
+from fedrun.errors import Failure
 from fedrun.files import write_json, write_whole
 from fedrun.stopping import LOCK
 
@@ -112,6 +114,7 @@ def empty(run_dir: Path, describe: Callable[[], None]) -> None:
 # ---- how the run stands --------------------------------------------------------------------------
 
 OUTCOME = "outcome.json"
+START = "FEDRUN_START"
 SECONDS_TO_DIE = 3.0  # that a killed run may take to let go of its folder
 Standing = Literal["running", "finished", "stopped", "failed"]
 
@@ -148,8 +151,8 @@ def lock(run_dir: Path, token: str) -> int:
     return file
 
 
-def _this_process() -> str:
-    return f"process {os.getpid()} on {platform.node()}"
+def _this_process(number: int | None = None) -> str:
+    return f"process {number or os.getpid()} on {platform.node()}"
 
 
 def lock_token(run_dir: Path) -> str:
@@ -161,26 +164,39 @@ def lock_token(run_dir: Path) -> str:
 
 def launch_id() -> str:
     """What a launcher calls this job, the same when it starts it again; empty without one."""
-    job = os.environ.get("SLURM_JOB_ID", "")
-    return f"slurm {job}" if job else os.environ.get("TORCHELASTIC_RUN_ID", "")
+    job, run = os.environ.get("SLURM_JOB_ID", ""), os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if job:
+        return f"slurm {job}"
+    if run != "none":
+        return run
+    # All of torchrun's static rendezvous have that name, but each is a process of its own.
+    with suppress(psutil.Error):
+        return f"{_this_process(os.getppid())}, {psutil.Process(os.getppid()).create_time()}"
+    return ""
 
 
-def write_outcome(run_dir: Path, outcome: Standing, step: int, reason: str = "") -> None:
-    """outcome.json: read by launchers, since torchrun exits with 1 even after a clean stop."""
+def write_outcome(run_dir: Path, outcome: Standing, step: int, reason: str = "",
+                  kind: Failure | None = None) -> None:
+    """outcome.json: read by launchers, since torchrun exits with 1 even after a clean stop.
+
+    `start` is what the script that started this run has called the start (FEDRUN_START), so that it
+    does not take an earlier run's outcome for this one's. Scripts decide by `kind`, that of a
+    failure; the reason is for readers.
+    """
     write_json(run_dir / OUTCOME, {
-        "outcome": outcome, "step": step, "reason": reason, "launch": launch_id(),
-        "job": os.environ.get("SLURM_JOB_ID", ""),
+        "outcome": outcome, "step": step, "reason": reason, "kind": kind, "launch": launch_id(),
+        "start": os.environ.get(START, ""), "job": os.environ.get("SLURM_JOB_ID", ""),
         "attempt": int(os.environ.get("SLURM_RESTART_COUNT", "0"))})
 
 
-def write_failure(run_dir: Path, reason: str) -> None:
+def write_failure(run_dir: Path, reason: str, kind: Failure = "error") -> None:
     """The outcome of this process's run, which ends with an error. What was finished or stopped
     stays so, and so does a run that another process holds."""
     held = read_outcome(run_dir)
     with suppress(OSError):
         ours = (run_dir / LOCK).read_text(encoding="utf-8").startswith(f"{_this_process()}\n")
         if ours and held.get("outcome") == "running":
-            write_outcome(run_dir, "failed", held["step"], reason)
+            write_outcome(run_dir, "failed", held["step"], reason, kind)
 
 
 def read_outcome(run_dir: Path) -> dict[str, Any]:

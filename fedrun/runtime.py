@@ -17,15 +17,27 @@ from datetime import timedelta
 import psutil
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch._C._distributed_c10d import PrefixStore
 
-from fedrun.comm import Control
+from fedrun.comm import Control, Heartbeat
+from fedrun.connect import (
+    LOOPBACK,
+    NotConnected,
+    listen,
+    named,
+    patiently,
+    reach,
+    roll_call,
+    serve,
+    served_by_launcher,
+)
 from fedrun.data_plane import DataPlane
 from fedrun.launch import Launch, rendezvous
 from fedrun.node import machine
 
 # For all ranks to appear: schedulers start nodes unevenly.
 STARTUP_TIMEOUT = timedelta(minutes=5)
+SHORTEST_STARTUP = timedelta(minutes=1)  # whatever --timeout says: imports alone take seconds
 # Workers wait longer than the server, whose message names who is lost.
 GRACE = timedelta(seconds=20)
 
@@ -140,18 +152,28 @@ def connected(launch: Launch, dedicated_server: bool, timeout: float) -> Iterato
         return
     os.environ.update(rendezvous(os.environ))
     os.environ.update(choose_interfaces(launch, os.environ))
+    one_machine = launch.local_world_size == launch.world_size
+    address = LOOPBACK if one_machine else os.environ["MASTER_ADDR"]
+    port, by_launcher = int(os.environ["MASTER_PORT"]), served_by_launcher()
+    bound = min(STARTUP_TIMEOUT, max(timedelta(seconds=timeout), SHORTEST_STARTUP))
+    served = None
+    if launch.rank == 0 and not by_launcher:
+        served = serve(listen(address, port, one_machine), bound)
+        address = served.host
     # torchrun restarts workers in place over the same store, which still holds the addresses of the
     # dead: every attempt gets a name space of its own.
-    store = PrefixStore(f"attempt{launch.attempt}", TCPStore(
-        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), launch.world_size,
-        is_master=launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        timeout=STARTUP_TIMEOUT))
-    # all ranks, in this order
-    dist.init_process_group("gloo", store=store, rank=launch.rank, world_size=launch.world_size,
-                            timeout=STARTUP_TIMEOUT)
+    place = f"attempt{launch.attempt}"
+    store, beside = (reach(address, port, bound, by_launcher) for _ in range(2))
+    roll_call(PrefixStore(place, store), launch.rank, launch.world_size, bound)
+    # A call that waits in a store keeps all others from it: the heartbeat has one of its own.
+    beats = Heartbeat(PrefixStore(place, beside), launch.rank, launch.world_size)
     wait = timedelta(seconds=timeout) + (GRACE if launch.rank else timedelta())
-    control = Control(dist.new_group(backend="gloo", timeout=wait), store, wait,
-                      first_worker=int(dedicated_server))
+    with making_groups(beats):
+        # all ranks, in this order
+        dist.init_process_group("gloo", store=PrefixStore(place, store), rank=launch.rank,
+                                world_size=launch.world_size, timeout=bound)
+        control = Control(dist.new_group(backend="gloo", timeout=wait), beats, wait,
+                          first_worker=int(dedicated_server))
     try:
         yield control
     except Exception as error:
@@ -159,6 +181,28 @@ def connected(launch: Launch, dedicated_server: bool, timeout: float) -> Iterato
         raise
     control.close()
     dist.destroy_process_group()
+    del served  # alive until here
+
+
+@contextmanager
+def making_groups(beats: Heartbeat | None) -> Iterator[None]:
+    """All ranks wait for each other inside; who is missed is named, at the end and while it lasts.
+    """
+    def silent() -> list[int]:
+        return beats.silent() if beats else []
+
+    def what() -> str:
+        gone = silent()
+        return f"for {named(gone)}, without a sign of life" if gone else ""
+
+    try:
+        with patiently(what):
+            yield
+    except RuntimeError as error:
+        gone = silent()
+        who = f"no sign of life from {named(gone)}" if gone else "some did not answer"
+        raise NotConnected(f"the ranks could not be connected: {who} "
+                           f"({str(error).splitlines()[0]})") from None
 
 
 def join(launch: Launch, device: torch.device, control: Control, identity: Mapping[str, str]
@@ -173,8 +217,9 @@ def join(launch: Launch, device: torch.device, control: Control, identity: Mappi
     workers = tuple(range(control.first_worker, launch.world_size))
     compare(control, workers, device, identity)
     # A server without a GPU is no member, so what it names as backend does not matter.
-    data = dist.new_group(list(workers), backend="nccl" if device.type == "cuda" else "gloo",
-                          timeout=control.timeout)
+    with making_groups(control.beats):
+        data = dist.new_group(list(workers), backend="nccl" if device.type == "cuda" else "gloo",
+                              timeout=control.timeout)
     plane = DataPlane(data, None if device.type == "cuda" else machine()
                       ) if launch.rank in workers else DataPlane()
     known = control.gather({"senders": [workers[w] for w in plane.senders],
@@ -184,7 +229,8 @@ def join(launch: Launch, device: torch.device, control: Control, identity: Mappi
         print(f"fedrun: warning: workers on {host} cannot map each other's memory, and send, which "
               "is slower", flush=True)
     if 1 < len(senders) < len(workers):  # all ranks make it, members or not
-        plane.between = dist.new_group(senders, control.timeout, "gloo")
+        with making_groups(control.beats):
+            plane.between = dist.new_group(senders, control.timeout, "gloo")
     return Runtime(launch, device, workers, control, plane)
 
 

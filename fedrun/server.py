@@ -21,6 +21,7 @@ from fedrun import replicas
 from fedrun.checkpoint import Checkpoint, Checkpoints
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
+from fedrun.errors import Failure
 from fedrun.evaluate import Piece, mean_loss, perplexity, sample_text
 from fedrun.files import write_json
 from fedrun.history import COHORT_NUMBERS, SECONDS, Clocks, cohort_record, half_losses
@@ -91,23 +92,24 @@ class Server:
         stop = next((r["signal"] for r in reports if r["signal"]), "") or self.stopping.asked_by()
         if plan.last:
             stop = ""  # it ends anyway
-        return dataclasses.asdict(Verdict(self._error(plan, reports), stop))
+        error, kind = self._error(plan, reports)
+        return dataclasses.asdict(Verdict(error, kind, stop))
 
-    def _error(self, plan: Plan, reports: list[dict[str, Any]]) -> str:
+    def _error(self, plan: Plan, reports: list[dict[str, Any]]) -> tuple[str, Failure]:
         for rank, report in enumerate(reports):
             if report.get("traceback"):
                 return (f"{report['traceback']}round {plan.round}: rank {rank} failed with the "
-                        "error above; all ranks end")
+                        "error above; all ranks end"), "error"
         clients = _clients(plan, reports)
         left_out = [c for c in clients if c["left_out"]]
         if 2 * len(left_out) > len(clients):
             why = "; ".join(f"client {c['client']}: {c['left_out']}" for c in left_out[:3])
             more = f"; and {len(left_out) - 3} more" if len(left_out) > 3 else ""
             return (f"round {plan.round}: {len(left_out)} of {len(clients)} clients are left out, "
-                    f"more than half ({why}{more}){self._way_out(why)}")
+                    f"more than half ({why}{more}){self._way_out(why)}"), "diverged"
         refused = self.config.strategy.refuse_total(math.fsum(
             c["weight"] for c in clients if not c["left_out"]))
-        return f"round {plan.round}: {refused}" if refused else ""
+        return f"round {plan.round}: {refused}" if refused else "", "error"
 
     def _way_out(self, why: str) -> str:
         """What to do where so many are left out, unless the reason says it itself."""
@@ -119,14 +121,17 @@ class Server:
         exact = "--wire exact " if self.config.wire == "int8" else ""
         return f"{said} ({exact}--reduce float has no bound)"
 
-    def inspect(self, plan: Plan, reports: list[dict[str, Any]], model: Tensor | None) -> str:
-        """Why all ranks end, with this round lost, where the replicas of the global model are not
-        equal, or the model is ruined; `model` (size,) is the copy that was sent here, if one was.
-        """
+    def inspect(self, plan: Plan, reports: list[dict[str, Any]], model: Tensor | None
+                ) -> dict[str, str]:
+        """A Verdict: why all ranks end, with this round lost, where the replicas of the global
+        model differ or the model is ruined; `model` (size,) is the copy that was sent here, if one
+        was."""
         wrong = replicas.compare(reports, model)
+        diverged = any(report.get("not_finite") for report in reports)
         if not wrong and model is not None and not math.isfinite(mean_loss(_pieces(reports))):
-            wrong = "the validation loss is not finite: --lr may be too large"
-        return wrong and f"round {plan.round}: {wrong}"
+            wrong, diverged = "the validation loss is not finite: --lr may be too large", True
+        return dataclasses.asdict(Verdict(wrong and f"round {plan.round}: {wrong}",
+                                          "diverged" if diverged else "error"))
 
     def record(self, plan: Plan, verdict: Verdict, reports: list[dict[str, Any]],
                model: Tensor | None) -> None:
@@ -242,9 +247,11 @@ class Server:
             self._writing.popleft().result()
         self._writing.append(self._writer.submit(work))
 
-    def end_early(self, reason: str, model: Tensor | None, reports: list[dict[str, Any]]) -> None:
+    def end_early(self, verdict: Verdict, model: Tensor | None, reports: list[dict[str, Any]]
+                  ) -> None:
         """Keep the model of the last whole round, unless there is none, its replicas differ or it
         is not finite, and tell the reason; `reports`: of all ranks, on what they hold now."""
+        reason = verdict.error
         try:
             self._close()
             if model is not None and not replicas.compare(reports, model):
@@ -254,7 +261,7 @@ class Server:
             path = self.config.run_dir / "model.safetensors"
             if path.exists():
                 reason += f"; the last good model is in {path}"
-            write_failure(self.config.run_dir, reason.splitlines()[-1])
+            write_failure(self.config.run_dir, reason.splitlines()[-1], verdict.kind)
             print(f"fedrun: {reason}", file=sys.stderr, flush=True)
 
     def finish(self, plan: Plan, verdict: Verdict, reports: list[dict[str, Any]]) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 STOP = "STOP"
 LOCK = "lock"  # the file by which a run holds its folder (rundir.py)
+LAUNCHER = "FEDRUN_LAUNCHER"  # the variable by which a launcher tells its process id (torchrun.py)
 HEARTBEAT = "fedrun-heartbeat"  # the thread that tells other ranks of this one (comm.py)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DOUBLE = 0.5  # seconds within which two signals are one: launchers send what the terminal sent too

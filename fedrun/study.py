@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -42,7 +43,7 @@ from fedrun.cli import METHODS, Parser, add_flags
 from fedrun.config import RunConfig
 from fedrun.files import finite
 from fedrun.provenance import differing
-from fedrun.rundir import read_outcome
+from fedrun.rundir import START, read_outcome
 from fedrun.settings import method_settings
 from fedrun.study_file import Point, Setting, Study, notes, read
 from fedrun.unused import NEVER_READ
@@ -83,10 +84,12 @@ def start(config: RunConfig) -> float:
     flags = [f"--{name}={'none' if value is None else value}"
              for name, value in config.to_dict().items()
              if name not in ("method", "model") and name not in NEVER_READ.get(config.method, {})]
+    token = os.urandom(8).hex()  # what tells this start's outcome from an earlier one's
     done = subprocess.run([sys.executable, "-m", "fedrun", config.method, *flags],
-                          capture_output=True, text=True, check=False)
-    last_words = done.stderr.strip()[-2000:]
-    if done.returncode == 1 and "may be too large" in last_words:  # the learning rate: it diverged
+                          capture_output=True, text=True, check=False,
+                          env={**os.environ, START: token})
+    last_words, end = done.stderr.strip()[-2000:], read_outcome(config.run_dir)
+    if done.returncode and (end.get("start"), end.get("kind")) == (token, "diverged"):
         (config.run_dir / "failed.txt").write_text(last_words, encoding="utf-8")
     elif done.returncode:
         raise ValueError(f"study: {config.name}: {last_words}")

@@ -8,6 +8,7 @@
 #                     most one a core)
 #   RESTARTS          restarts in place after a failure (one machine only; default 0)
 #   ROUND_SECONDS     how long after SIGTERM the ranks may take to end their round (default 600)
+#   MASTER_PORT       on one machine: where its processes meet (default: a free port, on the loopback)
 #   LOG_DIR           a folder for each rank's output; then only rank 0 writes to the console
 #   PYTHON            the interpreter that has fedrun (default python3)
 set -euo pipefail
@@ -47,15 +48,15 @@ fi
 say "node $node of $nodes on $(hostname): workers: $workers ($why)$server"
 
 if ((nodes == 1)); then
-    rendezvous=(--standalone --max-restarts "${RESTARTS:-0}")
+    # On the loopback, at a port that is free.
+    rendezvous=(--max-restarts "${RESTARTS:-0}" ${MASTER_PORT:+--master-port "$MASTER_PORT"})
 else
-    # Static: torchrun's other rendezvous does not put rank 0 on the first node. A restart in place
-    # would leave the other nodes' agents behind, so whoever started the nodes restarts them all.
+    # A restart in place would leave the other nodes' agents behind, so whoever started the nodes
+    # restarts them all.
     if [[ -n ${SLURM_STEP_ID:-} ]]; then
         first=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | sed -n 1p)
         port=$((20000 + (SLURM_JOB_ID * 16 + SLURM_STEP_ID) % 10000)) # as fedrun.launch has it
     fi
-    # Without them torchrun would take localhost, and every node would wait for itself.
     rendezvous=(--nnodes "$nodes" --node-rank "$node" --max-restarts 0
         --master-addr "${MASTER_ADDR:-${first:?set MASTER_ADDR to the host name of node 0}}"
         --master-port "${MASTER_PORT:-${port:?set MASTER_PORT to a free port of node 0}}")
@@ -70,6 +71,5 @@ if [[ -n ${LOG_DIR:-} ]]; then
 fi
 
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${ROUND_SECONDS:-600} # between its SIGTERM and SIGKILL
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # torchrun's default, without its warning
-exec "$python" -m torch.distributed.run "${rendezvous[@]}" "${logs[@]}" \
+exec "$python" -m fedrun.torchrun "${rendezvous[@]}" "${logs[@]}" \
     --nproc-per-node "$processes" -m fedrun "$@"

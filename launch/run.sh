@@ -9,6 +9,8 @@
 set -uo pipefail
 python=${PYTHON:-python3}
 run_dir=$("$python" -m fedrun "$@" --print_run_dir) || exit
+FEDRUN_START="$$ $RANDOM $(date +%s.%N)" # written into the outcome of the run that begins here
+export FEDRUN_START
 
 NODES=1 NODE=0 WORKERS_PER_NODE=${CLIENTS:-} RESTARTS=${RESTARTS:-3} "$(dirname "$0")/node.sh" "$@" &
 agent=$!
@@ -17,9 +19,12 @@ trap : INT
 trap 'kill -TERM "$agent"' TERM
 while wait "$agent"; code=$?; kill -0 "$agent" 2>/dev/null; do :; done
 
-# torchrun exits 1 after a clean stop on a signal: how the run ended is in its folder.
-if ((code != 0)) && grep -q '"outcome": "stopped"' "$run_dir/outcome.json" 2>/dev/null; then
-    echo "launch: stopped in order (torchrun calls that an error); the same command goes on"
+# torchrun exits 1 after a clean stop on a signal: how the run ended is in its folder. An outcome
+# that another start has left there says nothing.
+outcome=$run_dir/outcome.json
+if ((code != 0)) && grep -q "\"start\": \"$FEDRUN_START\"" "$outcome" 2>/dev/null &&
+    grep -q '"outcome": "stopped"' "$outcome"; then
+    echo "launch: stopped in order; the same command goes on"
     exit 0
 fi
 exit "$code"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -81,11 +82,11 @@ def execute(command: Sequence[str], limit: float = 100, env: dict[str, str] | No
 
 
 def torchrun(processes: int, restarts: int = 0) -> list[str]:
-    """The command line's beginning: torchrun, or plain Python for one process."""
+    """The command line's beginning: our torchrun, or plain Python for one process."""
     if processes == 1:
         return [sys.executable]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-            str(processes), "--max-restarts", str(restarts)]
+    return [sys.executable, "-m", "fedrun.torchrun", "--nproc-per-node", str(processes),
+            "--max-restarts", str(restarts)]
 
 
 def alive(process: psutil.Process) -> bool:
@@ -94,6 +95,19 @@ def alive(process: psutil.Process) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def listening(root: psutil.Process) -> set[str]:
+    """The addresses at which a process and its descendants listen."""
+    processes = {root.pid, *(p.pid for p in root.children(recursive=True))}
+    return {c.laddr.ip for c in psutil.net_connections("inet")
+            if c.pid in processes and c.status == psutil.CONN_LISTEN}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def wait_until(condition: Callable[[], bool], timeout: float) -> None:

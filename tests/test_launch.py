@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,12 +14,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, execute, free_port, listening
 
-from fedrun import checkpoint, rundir
+from fedrun import checkpoint, rundir, torchrun
+from fedrun.connect import NotConnected, listen
 from fedrun.launch import Launch, detect, rendezvous
 
-NODE, SBATCH = ROOT / "launch" / "node.sh", ROOT / "launch" / "slurm.sbatch"
+RUN, NODE, SBATCH = (ROOT / "launch" / name for name in ("run.sh", "node.sh", "slurm.sbatch"))
 
 
 # ---- how a process knows who it is ---------------------------------------------------------------
@@ -68,6 +70,20 @@ def test_rendezvous_is_guessed_by_nobody(programs: Programs, monkeypatch: pytest
                 k: v for k, v in set_by_user.items() if k != name})
 
 
+def test_restarts_in_place_are_known_by_their_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("SLURM_JOB_ID", None), ("TORCHELASTIC_RUN_ID", "none")):
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, value)
+    mine = rundir.launch_id()  # torchrun's static rendezvous calls every run "none"
+    assert mine.startswith(f"process {os.getppid()} on ")
+    assert rundir.launch_id() == mine
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    assert rundir.launch_id() == "a"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert rundir.launch_id() == "slurm 7"
+
+
 # ---- stand-ins -----------------------------------------------------------------------------------
 
 PYTHON = """#!/bin/sh
@@ -75,7 +91,12 @@ case "$*" in
     *--print_config) printf 'method: %s\\n' "$3"; cat "$CONFIG" ;;
     *--print_run_dir) echo "$RUN_DIR" ;;
     "-c import torch"*) echo "$GPUS" ;;
-    *) echo "STARTED $*" ;;
+    *)
+        echo "STARTED $*"
+        [ -z "$OUTCOME" ] || printf '{\\n "outcome": "%s",\\n "start": "%s"\\n}\\n' "$OUTCOME" \\
+            "$FEDRUN_START" >"$RUN_DIR/outcome.json"
+        exit "${CODE:-0}"
+        ;;
 esac
 """
 # A step: it ends with the outcome and exit code of the next line of $STEPS, or waits for STOP.
@@ -85,7 +106,8 @@ if [[ $* == *printenv* ]]; then [[ " $ALIVE " == *" $nodes "* ]] && echo "$nodes
 echo "SRUN on $nodes"
 outcome() {
     mkdir -p "$RUN_DIR"
-    printf '{\\n "outcome": "%s",\\n "step": 5\\n}\\n' "$1" >"$RUN_DIR/new"
+    printf '{\\n "outcome": "%s",\\n "step": 5,\\n "start": "%s"\\n}\\n' "$1" "$FEDRUN_START" \\
+        >"$RUN_DIR/new"
     mv "$RUN_DIR/new" "$RUN_DIR/outcome.json"
 }
 trap 'echo "SRUN got TERM"; exit 143' TERM
@@ -143,7 +165,7 @@ def programs(tmp_path: Path) -> Programs:
 
 # ---- node.sh -------------------------------------------------------------------------------------
 
-ALONE = "--standalone --max-restarts 0"
+ALONE = "--max-restarts 0"
 STATIC = "--nnodes 2 --node-rank {} --max-restarts 0 --master-addr {} --master-port {}"
 BY_HAND = {"NODES": "2", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
 
@@ -156,7 +178,9 @@ BY_HAND = {"NODES": "2", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
     ({}, {"num_clients": "3"}, f"{ALONE} --nproc-per-node 4", "workers: 3 ("),
     ({"GPUS": "2"}, {"device": "cpu"}, f"{ALONE} --nproc-per-node 5", "no GPU"),
     ({"WORKERS_PER_NODE": "2"}, {}, f"{ALONE} --nproc-per-node 3", "(WORKERS_PER_NODE)"),
-    ({"RESTARTS": "3", "GPUS": "1"}, {}, "--standalone --max-restarts 3 --nproc-per-node 2", ""),
+    ({"RESTARTS": "3", "GPUS": "1"}, {}, "--max-restarts 3 --nproc-per-node 2", ""),
+    ({"GPUS": "1", "MASTER_PORT": "29511"}, {},
+     f"{ALONE} --master-port 29511 --nproc-per-node 2", ""),
     (BY_HAND, {}, f"{STATIC.format(0, 'first', 29500)} --nproc-per-node 4", "node 0 of 2"),
     (BY_HAND | {"NODE": "1", "GPUS": "4"}, {},
      f"{STATIC.format(1, 'first', 29500)} --nproc-per-node 4", "node 1 of 2"),
@@ -172,7 +196,7 @@ def test_node(programs: Programs, tmp_path: Path, env: dict[str, str], config: d
     (tmp_path / "config").write_text("".join(f"{k}: {v}\n" for k, v in settings.items()))
     code, output = programs.run(NODE, "fed_avg", "--lr", "1e-3", **env)
     assert code == 0, output
-    assert f"STARTED -m torch.distributed.run {torchrun} -m fedrun fed_avg --lr 1e-3" in output
+    assert f"STARTED -m fedrun.torchrun {torchrun} -m fedrun fed_avg --lr 1e-3" in output
     assert said in output
 
 
@@ -201,6 +225,7 @@ def test_node_starts_a_centralised_run_alone(programs: Programs, tmp_path: Path)
     (["failed 1"], {}, 0, "requeued: the run failed; restart 1 of 2", ["n1,n2"], True),
     (["running 137"], {}, 0, "requeued: the run failed", ["n1,n2"], True),  # it could not even say
     (["nothing 1"], {"SLURM_RESTART_COUNT": "1"}, 0, "restart 2 of 2", ["n1,n2"], True),
+    (["nothing 0"], {}, 0, "over: the run was finished before", ["n1,n2"], False),
     (["failed 1", "finished 0"], {"REQUEUE": "0"}, 0, "started again on n1 n2", ["n1,n2"] * 2,
      False),
     (["failed 1", "finished 0"], {"REQUEUE": "0", "ALIVE": "n2"}, 0, "started again on n2",
@@ -224,6 +249,30 @@ def test_what_follows_a_step(programs: Programs, tmp_path: Path, steps: list[str
     started = [line.split()[-1] for line in output.splitlines() if line.startswith("SRUN")]
     assert started == sruns
     assert ("REQUEUE 7" in output) == requeued
+
+
+@pytest.mark.parametrize("left", ["stopped", "finished"])
+@pytest.mark.parametrize(("env", "code", "said", "requeued"), [
+    ({}, 1, "over: the run did not begin", False),
+    ({"SLURM_RESTART_COUNT": "1"}, 0, "requeued: the run failed; restart 2 of 2", True),
+])
+def test_what_another_start_has_left_is_no_outcome(
+        programs: Programs, tmp_path: Path, left: str, env: dict[str, str], code: int, said: str,
+        requeued: bool) -> None:
+    leave(tmp_path / "run", left)
+    (tmp_path / "steps").write_text("nothing 1\n")
+    ended, output = programs.run(SBATCH, "fed_avg", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n[1-2]",
+                                 RESTARTS="2", **env)
+    assert (ended, said in output) == (code, True), output
+    assert ("REQUEUE 7" in output) == requeued
+
+
+def leave(run_dir: Path, outcome: rundir.Standing) -> None:
+    """What a run that another script started has left in its folder."""
+    run_dir.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDRUN_START", "7 0 0 1234 1700000000.5")
+        rundir.write_outcome(run_dir, outcome, 5)
 
 
 @pytest.mark.parametrize(("sign", "env", "code", "said", "requeued"), [
@@ -267,7 +316,68 @@ def signalled(programs: Programs, tmp_path: Path, sign: int, **env: str) -> tupl
     return process.returncode, output
 
 
+# ---- where ranks meet ----------------------------------------------------------------------------
+
+def test_torchruns_own_stores_are_warned_of() -> None:
+    """The real torchrun; one process is enough, since its launcher listens."""
+    code = ("import os; from fedrun.launch import detect; from fedrun.connect import exposure; "
+            "print('SAID', exposure(detect(os.environ)))")
+    said = {}
+    for name, flags in {"standalone": ["--standalone"],
+                        "static": ["--master-port", str(free_port())]}.items():
+        ended, output = execute([sys.executable, "-m", "torch.distributed.run", "--no-python",
+                                 *flags, "--nproc-per-node", "1", sys.executable, "-c", code])
+        assert ended == 0, output
+        said[name] = next(line for line in output.splitlines() if line.startswith("SAID"))
+    assert "listens on all addresses" in said["standalone"]
+    assert "whoever reaches it can run code as you" in said["standalone"]
+    assert "whoever reaches it can end this run or take part in it" in said["static"]
+
+
+def test_where_the_store_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    with listen("nowhere.invalid", 0, one_machine=True) as one:
+        assert one.getsockname()[0] == "127.0.0.1"  # the machine's name does not matter
+        port = one.getsockname()[1]
+        with pytest.raises(NotConnected, match=f"^MASTER_PORT {port} is in use on "):
+            listen("anything", port, one_machine=True)
+    with pytest.raises(NotConnected, match=r"MASTER_PORT 70000: accepted is a port number"):
+        listen("", 70000, one_machine=True)
+    with pytest.raises(NotConnected, match=r"MASTER_ADDR nowhere\.invalid: .* cannot resolve"):
+        listen("nowhere.invalid", 0, one_machine=False)
+    with pytest.raises(NotConnected, match=r"MASTER_ADDR localhost is .* GLOO_SOCKET_IFNAME"):
+        listen("localhost", 0, one_machine=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    with listen("localhost", 0, one_machine=False) as chosen:
+        assert chosen.getsockname()[0] == "127.0.0.1"
+    for address in {a.address for each in psutil.net_if_addrs().values() for a in each
+                    if a.family == socket.AF_INET and not a.address.startswith("127.")}:
+        with listen(address, 0, one_machine=False) as routed:
+            assert routed.getsockname()[0] == address
+
+
+def test_our_torchrun_refuses_another_rendezvous_and_guesses_no_address(
+        capfd: pytest.CaptureFixture[str]) -> None:
+    for flags, said in ((["--standalone"], "--standalone, --rdzv-backend and --rdzv-endpoint"),
+                        (["--rdzv-backend", "c10d"], "leave them out"),
+                        (["--nnodes", "1:2"], "--nnodes 1:2: accepted is one number"),
+                        (["--nnodes", "2", "--master-port", "1"], "--master-addr: not set")):
+        assert torchrun.main([*flags, "--nproc-per-node", "1", "-m", "fedrun"]) == 2
+        assert said in capfd.readouterr().err
+
+
 # ---- run.sh --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("outcome", "code", "ended"), [
+    ("stopped", "1", 0), ("failed", "1", 1), ("", "1", 1), ("", "2", 2), ("", "0", 0),
+    ("running", "137", 137), ("finished", "0", 0)])
+def test_run_believes_the_outcome_of_its_own_start_alone(
+        programs: Programs, tmp_path: Path, outcome: str, code: str, ended: int) -> None:
+    leave(tmp_path / "run", "stopped")
+    exit_code, output = programs.run(RUN, "fed_avg", OUTCOME=outcome, CODE=code)
+    assert exit_code == ended, output
+    assert ("launch: stopped in order" in output) == (outcome == "stopped")
+
 
 @pytest.mark.slow
 def test_run_survives_a_killed_rank_and_stops_in_order(cache_dir: Path, tmp_path: Path) -> None:
@@ -281,6 +391,7 @@ def test_run_survives_a_killed_rank_and_stops_in_order(cache_dir: Path, tmp_path
     try:
         rounds(tmp_path / "run", 5, log)
         ranks = {p.environ().get("RANK"): p for p in psutil.Process(process.pid).children(True)}
+        assert listening(psutil.Process(process.pid)) == {"127.0.0.1"}
         ranks["1"].kill()
         deadline = time.monotonic() + 60
         while "fedrun: goes on after step" not in log.read_text():

@@ -47,7 +47,7 @@ def _source_of(text: str):  # type: ignore[no-untyped-def]
 
 
 def test_commands_and_flags_in_the_readme_exist() -> None:
-    launch = r"^(?:python -m fedrun|torchrun .*-m fedrun|fedrun) (.*)$"
+    launch = r"^(?:python -m fedrun|.*torchrun .*-m fedrun|fedrun) (.*)$"
     for line in re.findall(launch, README, re.M):
         words = line.split("#")[0].split()
         if words[0] in cli.METHODS:
@@ -55,7 +55,7 @@ def test_commands_and_flags_in_the_readme_exist() -> None:
     methods = [*cli.METHODS]
     known = {f"--{name}" for m in methods for name in settings.method_settings(m)}
     known |= {"--print_config", "--help", "--nproc-per-node", "--node-rank", "--extra-index-url",
-              "--no-build-isolation", "--no-deps"}
+              "--no-build-isolation", "--no-deps", "--standalone"}
     named = set(re.findall(r"`(--[a-z0-9_-]+)", README))
     assert named
     assert named - known == set()

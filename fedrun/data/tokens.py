@@ -174,13 +174,9 @@ def prepare(
 
     Every split is tokenised row by row, without special tokens, each row ending in a newline;
     concatenated, and cut into sequences of `sequence_length` tokens that do not overlap. The
-<<<<<<< HEAD
     remainder is dropped. Any number of processes of a machine may call this at once; without
-    `check` token ids are not compared with their checksums, which `verify` does.
-=======
-    remainder is dropped. Any number of processes of a machine may call this at once. `reading` says
+    `check` token ids are not compared with their checksums, which `verify` does. `reading` says
     which text the dataset's name stands for, as far as the user has a say in it.
->>>>>>> d
 
     Raises:
         ValueError: a flag's value that cannot work: unknown, no text, too few tokens.

@@ -7,6 +7,8 @@ import importlib
 import importlib.util
 import json
 import math
+import os
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +18,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from fedrun.config import RunConfig
-from fedrun.files import finite
+from fedrun.files import DamagedFile, finite, read_json, write_json
 
 PROJECT = "fedrun"
 
@@ -134,11 +136,32 @@ class TensorBoard:
 
 
 class Hosted:
-    """Weights & Biases, or Trackio, whose interface is the same where we use it."""
+    """Weights & Biases, or Trackio, whose interface is the same where we use it.
+
+    A resumed run goes on in the run that its earlier starts have told: tracker.json in the run's
+    folder keeps its id there (of Trackio: its name). Rounds that are told twice have the same
+    numbers; W&B ignores the second ones.
+    """
 
     def __init__(self, package: str, config: RunConfig) -> None:
         self.package = importlib.import_module(package)
-        self.package.init(project=PROJECT, name=config.name, config=config.to_dict())
+        path = config.run_dir / "tracker.json"
+        known: dict[str, Any] = {}
+        with suppress(OSError, DamagedFile):
+            known = read_json(path, dict)
+        common = {"project": PROJECT, "config": config.to_dict()}
+        if package == "wandb":
+            known["wandb"] = str(os.environ.get("WANDB_RUN_ID") or known.get("wandb")
+                                 or secrets.token_hex(4))
+            write_json(path, known)  # before it exists there: a kill in between costs nothing
+            self.package.init(**common, name=config.name, id=known["wandb"], resume="allow",
+                              allow_val_change=True)  # of settings that change no results
+        else:
+            # Only its own: a run of that name may be there from another folder.
+            resume = "allow" if known.get(package) else "never"
+            run = self.package.init(**common, name=str(known.get(package) or config.name),
+                                    resume=resume)
+            write_json(path, known | {package: run.name})
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.package.log(values, step=step)

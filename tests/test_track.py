@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import Run
 
-from fedrun import cli
+from fedrun import cli, rundir
 from fedrun.settings import resolve
 from fedrun.track import Events, check_tracker, cohort_event, scalars
 
@@ -47,13 +47,21 @@ def test_bytes_are_terms_there_and_back(run: Run) -> None:
     assert 4 * parameters <= sent <= 4 * parameters + 64, "int32 elements and the weight"
 
 
-@pytest.mark.parametrize("package", ["wandb", "trackio"])
-def test_hosted_trackers(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def stand_in(package: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """A module with the interface of a hosted tracker; the calls it gets. Trackio's `init` takes no
+    id: a run is known by its name there, and another name is made up where it is taken."""
     calls: list[tuple[str, Any]] = []
+    names: list[str] = []
     fake = types.ModuleType(package)
 
-    def init(*, project: str, name: str, config: dict[str, Any]) -> None:
-        calls.append(("init", (project, name, json.loads(json.dumps(config))["lr"])))
+    def init(*, project: str, name: str, config: dict[str, Any], resume: str, **how: Any) -> Any:
+        assert set(how) == ({"id", "allow_val_change"} if package == "wandb" else set())
+        if resume == "never" and name in names:
+            name = f"{name}-{len(names)}"
+        names.append(name)
+        calls.append(("init", (project, name, how.get("id"), resume,
+                               json.loads(json.dumps(config))["lr"])))
+        return types.SimpleNamespace(name=name)
 
     def log(values: dict[str, float], *, step: int) -> None:
         calls.append(("log", (step, values)))
@@ -61,6 +69,13 @@ def test_hosted_trackers(package: str, tmp_path: Path, monkeypatch: pytest.Monke
     vars(fake).update(init=init, log=log, finish=lambda: calls.append(("finish", None)),
                       __spec__=types.SimpleNamespace())
     monkeypatch.setitem(sys.modules, package, fake)
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+    return calls
+
+
+@pytest.mark.parametrize("package", ["wandb", "trackio"])
+def test_hosted_trackers(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(package, monkeypatch)
     config = resolve("fed_avg", {"track": package, "data_dir": str(tmp_path), "run_name": "mine",
                                  "lr": "0.25"})
     check_tracker(config)
@@ -70,12 +85,47 @@ def test_hosted_trackers(package: str, tmp_path: Path, monkeypatch: pytest.Monke
     events.add("round", round=2, train_ppl=3.0, tokens=40, seconds=4.0)
     events.add("end", tokens=40, seconds=4.0)
     events.close()
-    assert calls == [
-        ("init", ("fedrun", "mine", 0.25)),
+    (_, (*first, identifier, resume, lr)), *told = calls
+    assert (first, lr) == (["fedrun", "mine"], 0.25)
+    assert resume == ("allow" if package == "wandb" else "never")
+    assert told == [
         ("log", (1, {"tokens": 10.0, "seconds/all": 2.0, "tokens_per_second": 5.0})),
         ("log", (2, {"perplexity/train": 3.0, "tokens": 40.0, "seconds/all": 4.0,
                      "tokens_per_second": 15.0})),
         ("finish", None)]
+    kept = json.loads((config.run_dir / "tracker.json").read_text())
+    assert kept == {package: identifier if package == "wandb" else "mine"}
+
+
+@pytest.mark.parametrize("package", ["wandb", "trackio"])
+def test_a_resumed_run_is_one_run_for_its_tracker(
+        package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in(package, monkeypatch)
+    config = resolve("fed_avg", {"track": package, "data_dir": str(tmp_path), "run_name": "mine"})
+    config.run_dir.mkdir()
+    Events(config, "round", total=4).close()
+    rundir.cut_back(config.run_dir, 2)
+    Events(config, "round", total=4, done=2).close()
+    rundir.empty(config.run_dir, lambda: None)  # --overwrite
+    Events(config, "round", total=4).close()
+    (_, name, identifier, *_), resumed, other = (what for call, what in calls if call == "init")
+    assert resumed[1:4] == (name, identifier, "allow")
+    assert name == "mine"
+    assert other[1:3] != (name, identifier)  # what was replaced is not added to
+    monkeypatch.setenv("WANDB_RUN_ID", "theirs")
+    Events(config, "round", total=4, done=2).close()
+    assert calls[-2][1][2] == ("theirs" if package == "wandb" else None)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"wandb": null}'])
+def test_a_damaged_id_costs_the_tracker_a_second_run(
+        content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = stand_in("wandb", monkeypatch)
+    config = resolve("fed_avg", {"track": "wandb", "data_dir": str(tmp_path), "run_name": "mine"})
+    config.run_dir.mkdir()
+    (config.run_dir / "tracker.json").write_text(content)
+    Events(config, "round", total=4).close()
+    assert json.loads((config.run_dir / "tracker.json").read_text()) == {"wandb": calls[0][1][2]}
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb", "trackio"])

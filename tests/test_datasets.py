@@ -336,6 +336,16 @@ def test_configurations_are_named_after_the_folder(tmp_path: Path) -> None:
         load(folder)
     with pytest.raises(ValueError, match="no configuration de; there are english, french"):
         load(f"{folder}:de")
+    (folder / "README.md").write_text("---\nconfigs:\n- data_dir: fr\n---\n")
+    assert files_in(load(folder).train) == ["fr/one.jsonl", "fr/two.jsonl"]
+    (folder / "README.md").write_text("---\nconfigs:\n- data_dir: ../..\n---\n")
+    with pytest.raises(ValueError, match=r"the data_dir \.\./\.\. of default is not in the folder"):
+        load(folder)
+    (folder / "README.md").write_text("---\nconfigs: [\n---\n")
+    with pytest.raises(ValueError, match=r"README\.md: its head cannot be read"):
+        load(folder)
+    (folder / "README.md").write_bytes(b"---\nNotes: of \xe9: all\n---\n")
+    assert len(files_in(load(folder).train)) == 3
 
 
 def test_how_text_is_read_is_part_of_the_caches_key_and_said_at_every_start(tmp_path: Path) -> None:

@@ -34,31 +34,35 @@ def configured(folder: Path, asked: str | None) -> tuple[str, dict[str, list[str
             return "", None
         if (folder / asked).is_dir():
             return asked, None
-        inside = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        there = sorted(path.name for path in folder.iterdir() if path.is_dir())
         raise ValueError(f"no configuration {asked}: no README.md tells of it, and the folders "
-                         f"there are {', '.join(map(shown, inside)) or 'none'}")
+                         f"there are {', '.join(map(shown, there)) or 'none'}")
     defaults = [name for name, config in configs.items() if config.get(DEFAULT) is True]
     if asked is None and len(configs) == 1:
         chosen: str | None = next(iter(configs))
     else:
         chosen = asked or next((name for name in (*defaults, DEFAULT) if name in configs), None)
     if chosen not in configs:
-        there = ", ".join(map(shown, configs))
+        known = ", ".join(map(shown, configs))
         raise ValueError(
-            f"no configuration {asked}; there are {there}" if asked else
-            f"it has several configurations ({there}); give one: FOLDER:{next(iter(configs))}")
+            f"no configuration {asked}; there are {known}" if asked else
+            f"it has several configurations ({known}); give one: FOLDER:{next(iter(configs))}")
     config = configs[chosen]
-    return str(config.get("data_dir") or ""), _patterns(config.get("data_files"))
+    inside = str(config.get("data_dir") or "")
+    if not (folder / inside).resolve().is_relative_to(folder):
+        raise ValueError(f"{shown(folder / 'README.md')}: the data_dir {inside} of {chosen} is not "
+                         "in the folder")
+    return inside, _patterns(config.get("data_files"))
 
 
 def _configs(readme: Path) -> list[dict[str, Any]]:
     try:
-        text = read_regular(readme).decode("utf-8-sig")
+        text = read_regular(readme).decode("utf-8-sig", "replace")
         matter = FRONT_MATTER.match(text)
-        told = yaml.safe_load(matter[1]) if matter else None
-    except OSError:
+        told = yaml.safe_load(matter[1]) if matter and "configs:" in matter[1] else None
+    except (OSError, DamagedFile):
         return []
-    except (DamagedFile, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{shown(readme)}: its head cannot be read: {one_line(error)}") from None
     configs = told.get("configs") if isinstance(told, dict) else None
     return [config for config in configs if isinstance(config, dict)

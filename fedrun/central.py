@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedrun.best import BestModel
 from fedrun.checkpoint import (
     GLOBAL,
     Checkpoint,
@@ -88,6 +89,8 @@ class Training:
             self._load(checkpoint)
         self.progress = Progress("step", self.steps, self.done, self.clocks.tokens)
         self.events = Events(config, "step", self.steps, self.done)
+        losses = [(r["step"], r["val_loss"]) for r in self.history if r["val_loss"] is not None]
+        self.best = BestModel(config, losses, self.progress.say) if config.keep == "best" else None
         self.saver = Saver()
         self.checkpoints = Checkpoints(config, made_with, 1, self.progress.say)
 
@@ -129,6 +132,8 @@ class Training:
             **self.clocks.now()})
         try:
             save_model(config.run_dir / "model.safetensors", self.flat.views(self.flat.vector))
+            if self.best:
+                self.best.offer(self.done, val_loss, self.flat.views(self.flat.vector))
             write_json(config.run_dir / "training_history.json", self.history)
             save_studied(config.run_dir, self.done, now, self.start)
         except OSError as error:  # a full disk: the next evaluation tries again

@@ -113,6 +113,9 @@ class RunConfig:
     checkpoint_freq: int | None = 30
     """Save what the run needs to go on every so many global steps, beside the training (none:
     never). The last two are kept."""
+    keep: Literal["last", "best"] = "last"
+    """best: beside the last model, also keep the one with the lowest validation loss, in the run's
+    best/ folder, which every command takes for a run's."""
     track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Also send the numbers of every round there; each is an extra to install."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -132,8 +135,8 @@ class RunConfig:
 
     # Settings that say where and how a run happens, not what comes out of it.
     neutral: ClassVar[frozenset[str]] = frozenset(
-        {"data_dir", "cache_dir", "run_name", "overwrite", "resume", "checkpoint_freq", "track",
-         "timeout"})
+        {"data_dir", "cache_dir", "run_name", "overwrite", "resume", "checkpoint_freq", "keep",
+         "track", "timeout"})
 
     def __post_init__(self) -> None:
         check = require

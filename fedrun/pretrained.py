@@ -194,7 +194,7 @@ def start_from(config: Config) -> Config:
     its name as the config's in the run folder's name."""
     assert config.init_from is not None
     found = find_pretrained(config.init_from, "--init_from")
-    if found.folder.resolve() == config.run_dir.resolve():
+    if found.folder.resolve().is_relative_to(config.run_dir.resolve()):
         raise ValueError(f"--init_from {config.init_from}: this run would replace it; choose "
                          "another --run_name or --data_dir")
     tokenizer = config.tokenizer if found.tokenizer is None else str(found.tokenizer)

@@ -5,6 +5,7 @@
     training_history.json  a record for each evaluated step
     events.jsonl           a line for each step
     model.safetensors      the last good global model, in mamba-ssm's names
+    best/                  with --keep best: the model with the lowest validation loss (best.py)
     server/params/step_000030.npz, server/deltas/...    (central: params/, deltas/)
     checkpoints/           to go on from (checkpoint.py)
     clients/               states of clients while it runs, with --client_store disk (store.py)
@@ -43,11 +44,13 @@ _STUDIED = {"in_proj.weight": "in_proj", "A_log": "A_log", "D": "D", "dt_bias": 
 
 
 CLIENTS = "clients"
+BEST = "best"
 
 
-def save_model(path: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def save_model(path: Path, tensors: Iterable[tuple[str, Tensor]],
+               metadata: dict[str, str] | None = None) -> None:
     """The model as safetensors, names and shapes as `tensors` gives them."""
-    write_whole(path, save({name: t.contiguous().cpu() for name, t in tensors}))
+    write_whole(path, save({name: t.contiguous().cpu() for name, t in tensors}, metadata))
 
 
 def studied(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, np.ndarray]:

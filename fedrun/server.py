@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fedrun import replicas
+from fedrun.best import BestModel
 from fedrun.checkpoint import Checkpoint, Checkpoints
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
@@ -69,6 +70,9 @@ class Server:
         self.events = Events(config, "round", self.schedule.rounds, done)
         self.progress = Progress("round", self.schedule.rounds, done, self.clocks.tokens)
         self.stopping = stopping
+        losses = [(r["global_step"], r["server_val_loss"]) for r in self.history
+                  if r["server_val_loss"] is not None]
+        self.best = BestModel(config, losses, self.progress.say) if config.keep == "best" else None
         self.checkpoints = Checkpoints(config, made_with, workers, self.progress.say)
         self._writer = ThreadPoolExecutor(1, "fedrun-writer",
                                           initializer=lambda: torch.set_num_threads(config.threads))
@@ -222,6 +226,8 @@ class Server:
         record["generated"] = sample_text(self.model, self.data, torch.device("cpu"))
         try:
             self._save_model()
+            if self.best:
+                self.best.offer(number, record["server_val_loss"], self.flat.views(model))
             write_json(run_dir / "training_history.json",
                        [r for r in self.history if r["global_step"] <= number])
             save_studied(run_dir / "server", number, studied(self.flat.views(model)), self.start)

@@ -1,6 +1,6 @@
 """`fedrun` with a fault in it, for tests.
 
-FAULT=raise|nan: in step FAULT_STEP (from 0) of client FAULT_CLIENT (or of `all`).
+FAULT=raise|nan|beyond: in step FAULT_STEP (from 0) of client FAULT_CLIENT (or of `all`).
 FAULT=kill|stop|term: at FAULT_AT, `stage:step`, on rank FAULT_RANK; once, as the file FAULT_ONCE
 says: SIGKILL, SIGSTOP or SIGTERM to this process, or with FAULT=launcher SIGKILL to its parent, or
 with FAULT=disk the error of a full one.
@@ -85,7 +85,7 @@ def first_files(folder: Any, files: Any) -> Any:
     return sums | whole_files(folder, {name: files[name] for name in names[len(names) // 2:]})
 
 
-if FAULT in ("raise", "nan"):
+if FAULT in ("raise", "nan", "beyond"):
     healthy_batch = Client.next_batch
 
     def faulty_batch(client: Client) -> Any:
@@ -93,7 +93,7 @@ if FAULT in ("raise", "nan"):
         if chosen and client.steps_done == int(os.environ["FAULT_STEP"]):
             if FAULT == "raise":
                 raise ZeroDivisionError("injected")
-            client.flat.vector[7] = float("nan")
+            client.flat.vector[7] = float("nan") if FAULT == "nan" else 45.0
         return healthy_batch(client)
 
     Client.next_batch = faulty_batch  # type: ignore[method-assign]

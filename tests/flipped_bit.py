@@ -16,14 +16,16 @@ import torch.distributed as dist
 from fedrun import cli, runtime
 from fedrun.worker import Worker
 
+EVERYBODY = -1
 RUNS: dict[str, tuple[tuple[int, int, str], tuple[str, ...]]] = {
-    # name: ((rank, round, replica), flags)
+    # name: ((rank, round, replica), flags); EVERYBODY: all replicas have the same NaN there
     "model": ((2, 2, "model"), ("fed_avg",)),
     "state": ((3, 2, "server.momentum"),
               ("fed_momentum", "--val_freq", "9", "--checkpoint_freq", "2")),
     "moments": ((1, 3, "moments.exp_avg_sq"), ("fed_avg", "--client_state", "average")),
     "float": ((0, 0, ""), ("fed_avg", "--reduce", "float")),
     "float_flipped": ((2, 3, "model"), ("fed_avg", "--reduce", "float")),
+    "ruined": ((EVERYBODY, 3, "model"), ("fed_avg", "--reduce", "float")),
 }
 healthy = Worker.aggregate
 
@@ -36,6 +38,8 @@ def main() -> None:
         def aggregate(worker: Worker, plan: Any, where: Any = (rank, at), replica: str = replica
                       ) -> Any:
             report = healthy(worker, plan)
+            if (EVERYBODY, plan.round) == where:
+                worker._global_state()[replica][1000] = torch.nan
             if (worker.runtime.rank, plan.round) == where:
                 worker._global_state()[replica].view(torch.int32)[1000] ^= 1 << 20
             return report

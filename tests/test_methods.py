@@ -305,6 +305,19 @@ def test_a_client_beyond_the_bound_is_left_out(
         assert other.history[-1]["left_out_why"] == ["delta not finite"]
 
 
+@pytest.mark.parametrize(("entropy", "why"), [
+    (math.nan, "entropy not finite"), (1.0, "--temperature 0.1: an entropy of 1 nats, ")])
+def test_a_client_whose_weight_cannot_be_summed_is_left_out(
+        run_here: InProcess, monkeypatch: pytest.MonkeyPatch, entropy: float, why: str) -> None:
+    drawn = iter([6.0, 6.0, 6.0, 6.0, entropy, 6.0])
+    monkeypatch.setattr("fedrun.worker.mean_entropy", lambda *_: next(drawn))
+    outcome = run_here("fed_entropy", "--num_clients", 3, "--rounds", 2, "--temperature", 0.1)
+    assert outcome.code == 0, outcome.output
+    assert outcome.history[-1]["left_out"] == [[2, 1]]
+    assert outcome.history[-1]["left_out_why"][0].startswith(why)
+    assert outcome.history[-1]["client_weights"] == [0.5, 0.0, 0.5]
+
+
 @pytest.mark.parametrize(("clients", "cohort", "bad", "ends"), [
     (4, None, {0, 1, 2}, True), (4, None, {0, 1}, False), (3, 1, {0, 1, 2}, True)])
 def test_a_round_ends_the_run_where_more_than_half_are_left_out(

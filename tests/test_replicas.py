@@ -149,6 +149,10 @@ def test_what_else_is_common_and_float_sums(flipped: tuple[Path, str]) -> None:
     assert re.search(r"round 3: .*\(model\) on rank 2 differs", output)
     codes = re.findall(r"(\w+): exit code (\d)", output)
     assert dict(codes) == {"model": "1", "state": "1", "moments": "1", "float": "0",
-                           "float_flipped": "1"}
+                           "float_flipped": "1", "ruined": "1"}
+    assert re.search(r"round 3: the global model is no longer finite \(model\): --lr may", output)
+    kept = [Outcome(1, "", folder / name) for name in ("float_flipped", "ruined")]
+    assert kept[0].bits == kept[1].bits  # both of round 1
+    assert all(bool(v.isfinite().all()) for v in kept[1].model.values())
     assert not any((step / checkpoint.MANIFEST).exists()
                    for step in (folder / "state" / "checkpoints").iterdir())

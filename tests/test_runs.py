@@ -177,14 +177,18 @@ def test_the_outcome_names_a_worker_that_fails_after_the_verdict(run: Run, tmp_p
     assert "rank 2 failed with OSError: [Errno 28] No space left" in told["reason"]
 
 
-def test_an_update_that_is_not_finite_is_left_out(run: Run) -> None:
-    env = {"FAULT": "nan", "FAULT_CLIENT": "1", "FAULT_STEP": "1"}  # its second round
+@pytest.mark.parametrize(("fault", "why"), [
+    ("nan", "delta not finite"),
+    pytest.param("beyond", "delta beyond the bound: 4", marks=pytest.mark.slow)])
+def test_an_update_that_cannot_be_used_is_left_out(run: Run, fault: str, why: str) -> None:
+    env = {"FAULT": fault, "FAULT_CLIENT": "1", "FAULT_STEP": "1"}  # its second round
     runs = [run("fed_avg", "--num_clients", 3, "--rounds", 3, processes=n, script=FAULTS, env=env,
                 name=f"p{n}") for n in (1, 3)]
     assert [r.code for r in runs] == [0, 0], runs[1].output
     assert runs[0].bits == runs[1].bits
     assert runs[0].history[-1]["left_out"] == [[2, 1]]
-    assert "client 1 is left out" in runs[0].output
+    assert all(f"client 1 is left out: {why}" in each.output for each in runs)
+    assert runs[0].history[-1]["left_out_why"] == runs[1].history[-1]["left_out_why"]
     assert all(torch.isfinite(v).all() for v in runs[0].model.values())
 
 

@@ -80,8 +80,8 @@ class RunConfig:
     """wikitext-2, wikitext-103, another hub id, a folder for load_dataset, text files ('a/*.txt'),
     or pydocs: the documentation that comes with Python, which needs no network."""
     tokenizer: str = "gpt2"
-    """A tokenizer's hub name or folder, or bpe:N to train a byte-level BPE of N tokens on the
-    training text (needs no network)."""
+    """A tokenizer's hub name, folder or tokenizer.json, or bpe:N to train a byte-level BPE of N
+    tokens on the training text (needs no network)."""
     init_from: str | None = None
     """Start from the weights of a run's folder, an exported folder or a model of the hub, with its
     shape and its tokenizer (the --tokenizer given where it has none), instead of from scratch."""
@@ -171,6 +171,8 @@ class RunConfig:
         def plain(value: Any) -> Any:
             if isinstance(value, Path):
                 return str(value)
+            if isinstance(value, ModelConfig):
+                return value.to_dict()
             if dataclasses.is_dataclass(value) and not isinstance(value, type):
                 return dataclasses.asdict(value)
             return value

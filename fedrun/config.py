@@ -93,8 +93,8 @@ class RunConfig:
     """Share of the train rows that is held out to validate on, instead of any validation split;
     none: a twentieth, where there is no such split."""
     tokenizer: str = "gpt2"
-    """A tokenizer's hub name or folder, or bpe:N to train a byte-level BPE of N tokens on the
-    training text (needs no network)."""
+    """A tokenizer's hub name, folder or tokenizer.json, or bpe:N to train a byte-level BPE of N
+    tokens on the training text (needs no network)."""
     init_from: str | None = None
     """Start from the weights of a run's folder, an exported folder or a model of the hub, with its
     shape and its tokenizer (the --tokenizer given where it has none), instead of from scratch."""
@@ -192,6 +192,8 @@ class RunConfig:
         def plain(value: Any) -> Any:
             if isinstance(value, Path):
                 return str(value)
+            if isinstance(value, ModelConfig):
+                return value.to_dict()
             if dataclasses.is_dataclass(value) and not isinstance(value, type):
                 return dataclasses.asdict(value)
             return value

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,13 +28,24 @@ from fedrun.data import hub
 from fedrun.data.tokenizer import HUB_NAME
 from fedrun.data.tokens import TokenData
 from fedrun.errors import one_line
+from fedrun.files import read_json
 from fedrun.model.config import ModelConfig
-from fedrun.model.convert import from_transformers, from_transformers_config
+from fedrun.model.convert import (
+    dt_limits,
+    from_transformers,
+    from_transformers_config,
+    whole_rows,
+)
 from fedrun.model.mamba2 import Mamba2LM
+from fedrun.model.memory import TO_LOAD, require_memory
 
 EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
 FILES = ["config.json", "*.safetensors", "pytorch_model.bin", "tokenizer*", "vocab*", "merges.txt",
          "special_tokens_map.json", "generation_config.json"]
+
+# Of mamba_ssm's Mamba2: how weights begin, and how they are computed with.
+_OF_NO_EFFECT = {"chunk_size", "use_mem_eff_path", "A_init_range", "conv_init", "dt_min", "dt_max",
+                 "dt_init_floor"}
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -59,7 +70,7 @@ class Pretrained:
         return None
 
     def weights(self) -> dict[str, Tensor]:
-        """The parameters by our names, in the type they were saved in; the tied head is left out.
+        """The parameters by our names, in the type they were saved in; a tied head is left out.
 
         Raises ValueError where they cannot be read or are not those of the config.
         """
@@ -75,10 +86,12 @@ class Pretrained:
             raise ValueError(f"{self.folder}: no weights can be read: "
                              f"{one_line(error)}") from error
         found = from_transformers(found)
-        head = found.pop(HEAD, None)
-        if head is not None and EMBEDDING in found and not torch.equal(head, found[EMBEDDING]):
-            raise ValueError(f"{self.folder}: its head is not its embedding; accepted is a model "
-                             "with tied embeddings")
+        if self.model.tie_embeddings:
+            head = found.pop(HEAD, None)
+            own = found.get(EMBEDDING)
+            if head is not None and own is not None and not torch.equal(head, own):
+                raise ValueError(f"{self.folder}: its head is not its embedding, though its config "
+                                 "says that the two are tied")
         return found
 
     def digest(self) -> str:
@@ -92,13 +105,15 @@ class Pretrained:
         """Give `model` these weights, converted to its type. ValueError where they do not fit."""
         weights = self.weights()
         try:
-            model.load_state_dict({**weights, HEAD: weights[EMBEDDING]})
+            tied = {HEAD: weights[EMBEDDING]} if self.model.tie_embeddings else {}
+            model.load_state_dict({**weights, **tied})
         except (KeyError, RuntimeError) as error:
             raise ValueError(f"{self.folder}: weights and config.json do not belong together: "
                              f"{one_line(error)}") from error
 
     def build(self, compute_dtype: torch.dtype = torch.float32) -> Mamba2LM:
-        """The model with its weights, float32, on the CPU."""
+        """The model with its weights, float32, on the CPU. ValueError where it is too large."""
+        require_memory(self.model, self.vocab_size, TO_LOAD, str(self.folder))
         model = Mamba2LM(self.model, self.vocab_size, compute_dtype)
         self.load_into(model)
         return model
@@ -116,19 +131,18 @@ def find_pretrained(name: str, flag: str) -> Pretrained:
     if not folder.is_dir():
         folder = _download(name, flag)
     try:
-        held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        held = read_json(folder / "config.json", dict)
         if "method" in held:
             return _of_run(folder, held)
         if held.get("model_type") == "mamba2":
-            from transformers import Mamba2Config
-            model, vocab_size = from_transformers_config(
-                Mamba2Config.from_pretrained(folder))
-            return Pretrained(folder, model, vocab_size, {})
+            return Pretrained(folder, *_transformers_config(folder), {})
         if "ssm_cfg" in held:
             return Pretrained(folder, *from_mamba_ssm_config(held), {})
     except FileNotFoundError as missing:
         raise ValueError(f"{flag} {name}: there is no {missing.filename}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except KeyError as error:
+        raise ValueError(f"{flag} {name}: config.json has no {error}") from None
+    except (ValueError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{flag} {name}: {one_line(error)}") from error
     raise ValueError(f"{flag} {name}: config.json is not one of a run, of a transformers Mamba2 "
                      "model or of a mamba_ssm model")
@@ -141,10 +155,21 @@ def _of_run(folder: Path, settings: dict[str, Any]) -> Pretrained:
         raise FileNotFoundError(2, "no such file", str(path))
     try:
         with safe_open(path, framework="pt") as file:
-            rows = file.get_slice(EMBEDDING).get_shape()[0]
+            shape = file.get_slice(EMBEDDING).get_shape()
     except SafetensorError as error:
         raise ValueError(f"{path.name} cannot be read: {error}") from error
-    return Pretrained(folder, ModelConfig(**settings["model"]), rows, settings)
+    if len(shape) != 2:
+        raise ValueError(f"{path.name}: {EMBEDDING} has {len(shape)} dimensions instead of 2")
+    return Pretrained(folder, ModelConfig(**settings["model"]), whole_rows(shape[0]), settings)
+
+
+def _transformers_config(folder: Path) -> tuple[ModelConfig, int]:
+    from transformers import Mamba2Config
+    try:
+        config = Mamba2Config.from_pretrained(folder)
+    except Exception as error:  # the library raises many kinds for values of another type
+        raise ValueError(f"config.json: {one_line(error)}") from error
+    return from_transformers_config(config)
 
 
 def from_mamba_ssm_config(config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
@@ -154,21 +179,26 @@ def from_mamba_ssm_config(config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
     """
     required: dict[str, tuple[Any, Any]] = {  # name: (mamba_ssm's default, ours)
         "d_intermediate": (0, 0), "attn_layer_idx": ([], []), "rms_norm": (True, True),
-        "residual_in_fp32": (True, True), "tie_embeddings": (True, True)}
+        "residual_in_fp32": (True, True)}
     ssm = dict(config["ssm_cfg"])
+    lower, upper = dt_limits(ssm.pop("dt_limit", (0.0, math.inf)))
     shape = {name: ssm.pop(name, default) for name, default in
              (("d_state", 128), ("headdim", 64), ("expand", 2), ("ngroups", 1), ("d_conv", 4))}
+    biases = {"proj_bias": ssm.pop("bias", False), "conv_bias": ssm.pop("conv_bias", True)}
     found = {name: config.get(name, default) for name, (default, _) in required.items()}
     wrong = {name: value for name, value in found.items() if value != required[name][1]}
     if ssm.pop("layer", "Mamba1") != "Mamba2":
         wrong["ssm_cfg.layer"] = config["ssm_cfg"].get("layer", "Mamba1")
-    wrong |= {f"ssm_cfg.{name}": value for name, value in ssm.items() if name != "chunk_size"}
+    usual = {"d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}
+    wrong |= {f"ssm_cfg.{name}": value for name, value in ssm.items()
+              if name not in _OF_NO_EFFECT and (name not in usual or value != usual[name])}
     if wrong:
         raise ValueError("not a model of this project: " + ", ".join(
             f"{name} {value}" for name, value in wrong.items()))
-    multiple = config.get("pad_vocab_size_multiple", 8)
-    rows = -(-config["vocab_size"] // multiple) * multiple
-    return ModelConfig(n_layer=config["n_layer"], d_model=config["d_model"], **shape), rows
+    model = ModelConfig(n_layer=config["n_layer"], d_model=config["d_model"], **shape, **biases,
+                        tie_embeddings=config.get("tie_embeddings", True), dt_lower=lower,
+                        dt_upper=upper)
+    return model, whole_rows(config["vocab_size"], config.get("pad_vocab_size_multiple", 8))
 
 
 def _download(name: str, flag: str) -> Path:

@@ -29,6 +29,7 @@ from fedrun.errors import Diverged
 from fedrun.files import write_json
 from fedrun.launch import Launch, detect
 from fedrun.model.kernels import kernel_path, on_gpu
+from fedrun.model.memory import TO_LOAD, TO_TRAIN, require_memory
 from fedrun.model.precision import bf16_in_hardware
 from fedrun.plan import Schedule, Shards
 from fedrun.pretrained import find_pretrained, fit_vocabulary, start_from
@@ -73,6 +74,10 @@ def run(config: RunConfig) -> int:
                    reading=reading_of(config.to_dict()))
     if config.init_from:
         data = fit_vocabulary(config, data)
+    require_memory(config.model, config.model.rows(data.vocab_size),
+                   TO_TRAIN if device.type == "cpu" else TO_LOAD,
+                   f"--init_from {config.init_from}" if config.init_from else
+                   f"--config {config.config}")
     check = CorpusCheck(config, launch, data)
     partition = ""
     if isinstance(config, FederatedConfig):  # what only the data can refuse, before connecting

@@ -136,8 +136,10 @@ def resolve(method: str, flags: Mapping[str, Any]) -> RunConfig:
     if not isinstance(model, dict) or set(model) - set(shapes):
         raise ValueError(f"--config {path}: the section `model` accepts "
                          + ", ".join(shapes))
-    shape = ModelConfig(**{k: shapes[k].parse(v, f"--config {path}: model.{k} ")
-                           for k, v in model.items()})
+    try:
+        shape = ModelConfig(**{k: shapes[k].parse(v, f"model.{k} ") for k, v in model.items()})
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from None
     rest: dict[str, Any] = {}
     if strategy:
         rest["strategy"] = strategy(

@@ -17,15 +17,23 @@ from fedrun.model.mamba2 import Mamba2LM
 
 transformers = pytest.importorskip("transformers")
 CONFIG = ModelConfig(n_layer=2, d_model=64, d_state=32, headdim=16, ngroups=2)
+UNUSUAL = ModelConfig(n_layer=2, d_model=64, d_state=32, headdim=16, tie_embeddings=False,
+                      proj_bias=True, conv_bias=False, norm_eps=1e-6, dt_lower=0.01, dt_upper=0.05)
 VOCAB = 61
 
 
-def test_a_transformers_model_becomes_ours() -> None:
-    theirs = transformers.Mamba2ForCausalLM(to_transformers_config(CONFIG, VOCAB)).eval()
+@pytest.mark.parametrize("shape", [CONFIG, UNUSUAL], ids=["usual", "unusual"])
+def test_a_transformers_model_becomes_ours(shape: ModelConfig) -> None:
+    theirs = transformers.Mamba2ForCausalLM(to_transformers_config(shape, VOCAB)).eval()
+    for name, p in theirs.named_parameters():
+        if name.endswith("proj.bias"):
+            p.data.uniform_(-1, 1)
     config, vocab_size = from_transformers_config(theirs.config)
+    assert config == shape
     ours = Mamba2LM(config, vocab_size)
     ours.load_state_dict(from_transformers(theirs.state_dict()))
-    assert ours.lm_head.weight is ours.backbone.embedding.weight
+    tied = ours.lm_head.weight is ours.backbone.embedding.weight
+    assert tied == shape.tie_embeddings
     ids = torch.randint(VOCAB, (2, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), theirs(ids, use_cache=False).logits,
@@ -44,13 +52,19 @@ def test_there_and_back() -> None:
     assert from_transformers_config(to_transformers_config(CONFIG, VOCAB)) == (CONFIG, VOCAB)
 
 
-@pytest.mark.parametrize(("name", "value"), [
-    ("tie_word_embeddings", False), ("use_bias", True), ("hidden_act", "gelu"),
-    ("layer_norm_epsilon", 1e-6), ("time_step_limit", (0.0, 1.0))])
-def test_another_model_is_refused_by_name(name: str, value: object) -> None:
+@pytest.mark.parametrize(("name", "value", "said"), [
+    ("hidden_act", "gelu", "hidden_act gelu"), ("residual_in_fp32", False, "residual_in_fp32"),
+    ("num_heads", 3, "num_heads 3"), ("num_hidden_layers", 10**9, "model.n_layer 1000000000"),
+    ("num_hidden_layers", 1.5, "model.n_layer 1.5"), ("hidden_size", 10**6, "model.d_model"),
+    ("vocab_size", 10**10, "vocab_size"), ("vocab_size", 0, "vocab_size 0"),
+    ("layer_norm_epsilon", -1e-5, "model.norm_eps"), ("time_step_limit", (2.0, 1.0), "dt_upper"),
+    ("time_step_limit", 3, "limits of step sizes 3"), ("use_bias", "yes", "model.proj_bias yes")])
+def test_another_model_is_refused_by_name(name: str, value: object, said: str) -> None:
     config = to_transformers_config(CONFIG, VOCAB)
-    setattr(config, name, value)
-    with pytest.raises(ValueError, match=f"^{name} .*: accepted is "):
+    object.__setattr__(config, name, value)
+    if name == "hidden_size":  # so that nothing else is wrong
+        object.__setattr__(config, "num_heads", 2 * 10**6 // config.head_dim)
+    with pytest.raises(ValueError, match=rf"{said}.*: accepted (is|are) "):
         from_transformers_config(config)
 
 

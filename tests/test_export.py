@@ -18,6 +18,7 @@ from fedrun import cli
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.pretrained import find_pretrained, from_mamba_ssm_config
+from fedrun.settings import resolve
 
 official_python = test_official_kernels.official_python
 IDS = torch.randint(0, 400, (2, 37), generator=torch.Generator().manual_seed(0))
@@ -214,13 +215,153 @@ def test_forms_of_the_hub(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("change", "said"), [
     ({"ssm_cfg": {"layer": "Mamba1"}}, "ssm_cfg.layer Mamba1"), ({"ssm_cfg": {}}, "Mamba1"),
-    ({"attn_layer_idx": [3]}, "attn_layer_idx"), ({"tie_embeddings": False}, "tie_embeddings"),
+    ({"attn_layer_idx": [3]}, "attn_layer_idx"), ({"tie_embeddings": 1}, "model.tie_embeddings 1"),
     ({"ssm_cfg": {"layer": "Mamba2", "D_has_hdim": True}}, "D_has_hdim"),
-    ({"d_intermediate": 64}, "d_intermediate")])
+    ({"d_intermediate": 64}, "d_intermediate"), ({"n_layer": 10**9}, "model.n_layer 1000000000"),
+    ({"n_layer": 1.5}, "model.n_layer 1.5: accepted is a whole number from 1 to 4096"),
+    ({"d_model": 10**6}, "model.d_model 1000000"), ({"d_model": "wide"}, "model.d_model wide"),
+    ({"vocab_size": 10**12}, "vocab_size"), ({"pad_vocab_size_multiple": 0}, "multiple 0"),
+    ({"ssm_cfg": {"layer": "Mamba2", "headdim": -64}}, "model.headdim -64"),
+    ({"ssm_cfg": {"layer": "Mamba2", "dt_limit": [0.1]}}, "limits of step sizes"),
+    ({"ssm_cfg": {"layer": "Mamba2", "norm_before_gate": True}}, "norm_before_gate")])
 def test_other_models_are_refused(change: dict[str, object], said: str) -> None:
     config = {"d_model": 64, "n_layer": 1, "vocab_size": 10, "ssm_cfg": {"layer": "Mamba2"}}
     with pytest.raises(ValueError, match=said):
         from_mamba_ssm_config(config | change)
+
+
+def test_what_of_another_library_makes_no_difference_is_accepted() -> None:
+    config = {"d_model": 64, "n_layer": 1, "vocab_size": 16, "tie_embeddings": False, "ssm_cfg": {
+        "layer": "Mamba2", "bias": True, "conv_bias": False, "dt_limit": [0.01, 1e38],
+        "A_init_range": [1, 2], "rmsnorm": True, "chunk_size": 32}}
+    shape = ModelConfig(n_layer=1, d_model=64, tie_embeddings=False, proj_bias=True,
+                        conv_bias=False, dt_lower=0.01)
+    assert from_mamba_ssm_config(config) == (shape, 16)
+
+
+@pytest.fixture(scope="module")
+def unusual(trained: Outcome, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformers model with a head of its own, biases and limits, and a tokenizer."""
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    torch.manual_seed(0)
+    model = Mamba2ForCausalLM(Mamba2Config(
+        vocab_size=400, hidden_size=32, state_size=16, num_hidden_layers=2, head_dim=16,
+        num_heads=4, n_groups=1, use_bias=True, use_conv_bias=False, layer_norm_epsilon=1e-4,
+        tie_word_embeddings=False, time_step_limit=(0.005, 0.05)))
+    for name, p in model.named_parameters():
+        if name.endswith("proj.bias"):
+            p.data.uniform_(-0.5, 0.5)
+    folder = tmp_path_factory.mktemp("unusual")
+    model.save_pretrained(folder)
+    for file in (trained.run_dir / "tokenizer").iterdir():
+        shutil.copy(file, folder)
+    return folder
+
+
+def unusual_flags(start: Path, data_dir: Path, cache_dir: Path, name: str, lr: str) -> list[str]:
+    data = [flag for flag in SMALL if flag not in ("--tokenizer", "bpe:400", "--config", "tiny")]
+    return ["fed_avg", *data, "--lr", lr, "--rounds", "2", "--init_from", str(start), "--data_dir",
+            str(data_dir), "--cache_dir", str(cache_dir), "--run_name", name]
+
+
+def test_an_unusual_model_is_trained_exported_and_loaded(
+        unusual: Path, tmp_path: Path, cache_dir: Path, capsys: pytest.CaptureFixture[str]
+        ) -> None:
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(unusual)
+    with torch.no_grad():
+        theirs = model(IDS, use_cache=False).logits
+    torch.testing.assert_close(logits(unusual), theirs, rtol=1e-4, atol=1e-5)
+    for name, lr in (("still", "1e-12"), ("run", "2e-3")):
+        assert cli.main(unusual_flags(unusual, tmp_path, cache_dir, name, lr)) == 0
+    torch.testing.assert_close(logits(tmp_path / "still"), theirs, rtol=1e-4, atol=1e-5)
+    trained, start = (load_file(folder / "model.safetensors") for folder in
+                      (tmp_path / "run", tmp_path / "still"))
+    for name, tensor in trained.items():
+        assert not torch.equal(tensor, start[name]), f"{name} was trained"
+    assert sum(p.numel() for p in model.parameters()) == sum(t.numel() for t in trained.values())
+    assert {"lm_head.weight", "backbone.embedding.weight"} <= trained.keys()
+
+    out = tmp_path / "hf"
+    assert cli.main(["export", str(tmp_path / "run"), "--to", "hf", str(out)]) == 0
+    again, loading = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(loading.values())
+    with torch.no_grad():
+        torch.testing.assert_close(again(IDS, use_cache=False).logits, logits(tmp_path / "run"),
+                                   rtol=1e-4, atol=1e-5)
+    assert "embedding and head are not tied" in (out / "README.md").read_text()
+    capsys.readouterr()
+    original = str(tmp_path / "original")
+    assert cli.main(["export", str(tmp_path / "run"), "--to", "mamba_ssm", original]) == 2
+    assert "--to mamba_ssm: norms with an epsilon of 0.0001" in capsys.readouterr().err
+    assert not (tmp_path / "original").exists()
+    config = tmp_path / "run" / "config.json"
+    config.write_text(config.read_text().replace('"norm_eps": 0.0001', '"norm_eps": 1e-05'))
+    assert cli.main(["export", str(tmp_path / "run"), "--to", "mamba_ssm", original]) == 0
+    ssm_cfg = json.loads((tmp_path / "original" / "config.json").read_text())["ssm_cfg"]
+    assert (ssm_cfg["bias"], ssm_cfg["conv_bias"], ssm_cfg["dt_limit"]) == (
+        True, False, [0.005, 0.05])
+    assert torch.equal(logits(tmp_path / "original"), logits(tmp_path / "run"))
+    assert cli.main(["generate", str(tmp_path / "run"), "--max_new_tokens", "5"]) == 0
+
+
+@pytest.mark.slow
+def test_an_unusual_model_has_the_same_bits_in_every_world(
+        unusual: Path, tmp_path: Path, cache_dir: Path) -> None:
+    bits = []
+    for processes in (1, 3):
+        flags = unusual_flags(unusual, tmp_path, cache_dir, f"w{processes}", "2e-3")
+        code, output = execute([*torchrun(processes), "-m", "fedrun", *flags])
+        assert code == 0, output
+        bits.append((tmp_path / f"w{processes}" / "model.safetensors").read_bytes())
+    assert bits[0] == bits[1]
+
+
+def test_a_usual_shape_is_recorded_as_it_was_before_others_could_be() -> None:
+    """So that runs from before can be resumed."""
+    recorded = resolve("central", {"config": "tiny"}).to_dict()["model"]
+    assert recorded == {"n_layer": 2, "d_model": 64, "d_state": 16, "headdim": 16, "expand": 2,
+                        "ngroups": 1, "d_conv": 4, "pad_vocab_multiple": 1}
+    unusual = ModelConfig(norm_eps=1e-6, tie_embeddings=False, dt_upper=0.1)
+    assert ModelConfig(**json.loads(json.dumps(unusual.to_dict()))) == unusual
+
+
+@pytest.mark.parametrize(("shape", "said"), [
+    ("{n_layer: 100, d_model: 131072}", ": a model of "), ("{n_layer: 1.5}", "model.n_layer 1.5"),
+    ("{n_layer: 1000000000}", "model.n_layer 1000000000: accepted is a whole number from 1 to "),
+    ("{tie_embeddings: 3}", "model.tie_embeddings 3: accepted is true or false")])
+def test_a_shape_that_cannot_be_trained_is_a_line(
+        tmp_path: Path, cache_dir: Path, shape: str, said: str, capsys: pytest.CaptureFixture[str]
+        ) -> None:
+    (tmp_path / "shape.yaml").write_text(f"model: {shape}\n")
+    argv = [flag for flag in SMALL if flag not in ("--config", "tiny")]
+    assert cli.main(["central", *argv, "--config", str(tmp_path / "shape.yaml"), "--data_dir",
+                     str(tmp_path / "runs"), "--cache_dir", str(cache_dir)]) == 2
+    text = capsys.readouterr().err.splitlines()[-1]
+    assert text.startswith(f"fedrun: error: --config {tmp_path / 'shape.yaml'}")
+    assert said in text
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ({"n_layer": 10**9}, "model.n_layer 1000000000: accepted is a whole number from 1 to 4096"),
+    ({"n_layer": 1.5}, "model.n_layer 1.5: accepted is a whole number"),
+    ({"d_model": 10**6}, "model.d_model 1000000: accepted is"),
+    ({"d_model": 131072, "n_layer": 4096, "headdim": 16384}, " takes at least "),
+    ({"n_layer": None}, "model.n_layer None"), ({"depth": 2}, "depth")])
+def test_a_shape_that_cannot_be_is_a_line(trained: Outcome, tmp_path: Path, change: dict[str, int],
+                                          said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Path(shutil.copytree(trained.run_dir, tmp_path / "run"))
+    settings = json.loads((run / "config.json").read_text())
+    settings["model"] |= change
+    (run / "config.json").write_text(json.dumps(settings))
+    assert cli.main(["generate", str(run)]) == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    assert text.startswith("fedrun: error: ")
+    assert str(run) in text
+    assert said in text
 
 
 def test_what_cannot_be_loaded(trained: Outcome, tmp_path: Path,

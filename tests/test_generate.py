@@ -12,9 +12,11 @@ from fedrun.model.mamba2 import Mamba2LM
 VOCAB = 61
 
 
-@pytest.fixture(params=[1, 2], ids=["1 group", "2 groups"])
+@pytest.fixture(params=[{}, {"ngroups": 2}, {
+    "tie_embeddings": False, "proj_bias": True, "conv_bias": False, "norm_eps": 1e-2,
+    "dt_lower": 0.01, "dt_upper": 0.05}], ids=["1 group", "2 groups", "unusual"])
 def model(request: pytest.FixtureRequest) -> Mamba2LM:
-    config = ModelConfig(n_layer=2, d_model=32, d_state=16, headdim=16, ngroups=request.param)
+    config = ModelConfig(n_layer=2, d_model=32, d_state=16, headdim=16, **request.param)
     lm = Mamba2LM(config, VOCAB)
     lm.init_weights(0)
     return lm.double()

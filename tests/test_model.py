@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -15,12 +16,19 @@ from fedrun.model.mamba2 import Mamba2LM
 from fedrun.model.norm import rms_norm
 
 SMALL = ModelConfig(n_layer=2, d_model=64, d_state=32, headdim=16)
+# What models from elsewhere may have, and ours have only where they start from one.
+UNUSUAL = ModelConfig(n_layer=2, d_model=64, d_state=32, headdim=16, tie_embeddings=False,
+                      proj_bias=True, conv_bias=False, norm_eps=1e-2, dt_lower=0.01, dt_upper=0.05)
 VOCAB = 199
 
 
 def build(config: ModelConfig = SMALL, seed: int = 0, **kwargs: torch.dtype) -> Mamba2LM:
     model = Mamba2LM(config, VOCAB, **kwargs)
     model.init_weights(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("proj.bias"):  # they begin at zero
+                p.copy_(torch.linspace(-1, 1, p.numel()))
     return model
 
 
@@ -30,8 +38,9 @@ def tokens(batch: int, length: int, vocab: int = VOCAB) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("config", [
-    SMALL, ModelConfig(n_layer=1, d_model=64, d_state=32, headdim=16, ngroups=2)],
-    ids=["2 layers", "2 groups"])
+    SMALL, ModelConfig(n_layer=1, d_model=64, d_state=32, headdim=16, ngroups=2), UNUSUAL,
+    ModelConfig(n_layer=1, d_model=64, d_state=32, headdim=16, dt_lower=0.02)],
+    ids=["2 layers", "2 groups", "unusual", "one limit"])
 @pytest.mark.parametrize("length", [16, 100])
 def test_logits_and_gradients_equal_transformers(config: ModelConfig, length: int) -> None:
     transformers = pytest.importorskip("transformers")
@@ -145,8 +154,24 @@ def test_gradients_accumulate_in_place_in_a_flat_buffer() -> None:
     torch.testing.assert_close(flat, expected, rtol=1e-9, atol=1e-14)
 
 
-def test_accumulate_grad_equals_backward_of_the_mean_loss() -> None:
-    reference, model, ids = build().double(), build().double(), tokens(3, 20)
+def test_a_head_of_its_own_is_drawn_last_and_changes_nothing_else() -> None:
+    tied, untied = build(), build(dataclasses.replace(SMALL, tie_embeddings=False))
+    assert untied.lm_head.weight is not untied.backbone.embedding.weight
+    ours = dict(untied.named_parameters())
+    head = ours.pop("lm_head.weight").detach()
+    for name, p in tied.named_parameters():
+        assert torch.equal(ours.pop(name), p), name
+    assert ours == {}
+    assert 0.12 < head.max() <= 1 / 8, "uniform within 1 / sqrt(d_model)"
+    assert -1 / 8 <= head.min() < -0.12
+    for config in (SMALL, UNUSUAL):
+        count = sum(p.numel() for p in Mamba2LM(config, VOCAB).parameters())
+        assert config.parameters(VOCAB) == count
+
+
+@pytest.mark.parametrize("config", [SMALL, UNUSUAL], ids=["usual", "unusual"])
+def test_accumulate_grad_equals_backward_of_the_mean_loss(config: ModelConfig) -> None:
+    reference, model, ids = build(config).double(), build(config).double(), tokens(3, 20)
     loss, count = reference.loss(ids)
     (loss / count).backward()
     got, got_count = model.accumulate_grad(ids)

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 from fedrun.errors import require
+
+NORM_EPS = 1e-5  # of mamba_ssm's norms, which have no other
+# What no model of this kind comes near to: a wrong number is told before it takes all the memory.
+LARGEST = {"n_layer": 4096, "d_model": 2**17, "d_state": 2**14, "headdim": 2**14, "expand": 64,
+           "ngroups": 2**14, "d_conv": 256, "pad_vocab_multiple": 2**20}
+LARGEST_VOCABULARY = 2**27
 
 
 @dataclass(frozen=True)
@@ -29,17 +36,70 @@ class ModelConfig:
     pad_vocab_multiple: int = 1
     """The embedding and head have as many rows as the next multiple of this after the vocabulary;
     rows beyond it stand for no token."""
+    tie_embeddings: bool = True
+    """Whether the head is the embedding's matrix, or has one of its own."""
+    proj_bias: bool = False
+    """Whether a block's input and output projections have a bias."""
+    conv_bias: bool = True
+    """Whether the convolution has a bias."""
+    norm_eps: float = NORM_EPS
+    """What is added to the mean square in every norm."""
+    dt_lower: float = 0.0
+    """Step sizes below it are raised to it."""
+    dt_upper: float | None = None
+    """Step sizes above it are lowered to it; none: no limit."""
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            require(value >= 1, f"model.{name} (--config)", value, "a whole number of at least 1")
+        for name, limit in LARGEST.items():
+            value = getattr(self, name)
+            require(type(value) is int and 1 <= value <= limit, f"model.{name}", value,
+                    f"a whole number from 1 to {limit}")
+        for name in ("tie_embeddings", "proj_bias", "conv_bias"):
+            value = getattr(self, name)
+            require(type(value) is bool, f"model.{name}", value, "true or false")
+        require(_number(self.norm_eps) and 0 < self.norm_eps <= 1, "model.norm_eps", self.norm_eps,
+                "a number above 0, up to 1")
+        require(_number(self.dt_lower) and 0 <= self.dt_lower < 1e30, "model.dt_lower",
+                self.dt_lower, "a number of at least 0")
+        require(self.dt_upper is None or (_number(self.dt_upper)
+                                          and self.dt_lower < self.dt_upper < 1e30),
+                "model.dt_upper", self.dt_upper, "a number above model.dt_lower, or none")
         inner = self.expand * self.d_model
-        require(inner % self.headdim == 0, "model.headdim (--config)", self.headdim,
+        require(inner % self.headdim == 0, "model.headdim", self.headdim,
                 f"a divisor of expand * d_model = {inner}")
         heads = inner // self.headdim
-        require(heads % self.ngroups == 0, "model.ngroups (--config)", self.ngroups,
+        require(heads % self.ngroups == 0, "model.ngroups", self.ngroups,
                 f"a divisor of the number of heads, {heads}")
+
+    @property
+    def limits_dt(self) -> bool:
+        """Whether step sizes are limited at all."""
+        return self.dt_lower > 0 or self.dt_upper is not None
 
     def rows(self, vocab_size: int) -> int:
         """Rows of the embedding for a vocabulary of that size."""
         return -(-vocab_size // self.pad_vocab_multiple) * self.pad_vocab_multiple
+
+    def parameters(self, rows: int) -> int:
+        """The number of parameters with so many rows in the embedding."""
+        inner = self.expand * self.d_model
+        heads = inner // self.headdim
+        conv = inner + 2 * self.ngroups * self.d_state
+        projected = inner + conv + heads
+        block = (self.d_model * projected + inner * self.d_model  # in_proj, out_proj
+                 + (projected + self.d_model) * self.proj_bias + conv * (self.d_conv
+                                                                        + self.conv_bias)
+                 + 3 * heads + inner + self.d_model)  # dt_bias, A_log, D; two norms
+        return (2 - self.tie_embeddings) * rows * self.d_model + self.n_layer * block + self.d_model
+
+    def to_dict(self) -> dict[str, Any]:
+        """The shape as run folders record it: what is as it is in most models is left out, so that
+        records from before these could be chosen are the same."""
+        optional = ("tie_embeddings", "proj_bias", "conv_bias", "norm_eps", "dt_lower", "dt_upper")
+        usual = {f.name: f.default for f in dataclasses.fields(self) if f.name in optional}
+        return {name: value for name, value in dataclasses.asdict(self).items()
+                if name not in usual or value != usual[name]}
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def causal_conv_silu(window: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def causal_conv_silu(window: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y_t = silu(bias + sum_k weight_k window_(t+k)).
 
     window: (b, taps - 1 + l, channels), of any type; y: (b, l, channels), in the weight's type;
-    weight: (channels, 1, taps); bias: (channels,). The first taps - 1 positions of the window are
-    those before the sequence.
+    weight: (channels, 1, taps); bias: (channels,), if any. The first taps - 1 positions of the
+    window are those before the sequence.
     """
     convolved: Tensor = _CausalConvSilu.apply(  # type: ignore[no-untyped-call]
         window, weight, bias)
@@ -27,13 +27,13 @@ class _CausalConvSilu(torch.autograd.Function):
     the sum before the activation, which is quickly made again, less is kept for it."""
 
     @staticmethod
-    def forward(ctx: Any, window: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, window: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(window, weight, bias)
         return F.silu(_convolve(window.to(weight.dtype), weight, bias))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         window, weight, bias = ctx.saved_tensors
         window_dtype, window = window.dtype, window.to(weight.dtype)
         summed = _convolve(window, weight, bias)
@@ -44,10 +44,11 @@ class _CausalConvSilu(torch.autograd.Function):
             taken = slice(k, k + grad.shape[1])
             grad_window[:, taken].addcmul_(grad, weight[:, 0, k])
             grad_weight[:, 0, k] = torch.mul(grad, window[:, taken], out=summed).sum((0, 1))
-        return grad_window.to(window_dtype), grad_weight, grad.sum((0, 1))
+        return (grad_window.to(window_dtype), grad_weight,
+                None if bias is None else grad.sum((0, 1)))
 
 
-def _convolve(window: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _convolve(window: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # As images of height 1, channels last: the one-dimensional convolution transposes both ways.
     images = window.transpose(1, 2)[:, :, None]
     convolved = F.conv2d(images, weight[:, :, None], bias, groups=len(weight))

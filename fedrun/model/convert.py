@@ -2,22 +2,24 @@
 
 Both name the parameters as we do, with one exception: transformers calls the embedding
 `backbone.embeddings`. A tied head appears in a state dict a second time, as `lm_head.weight`.
+What the mathematics of our model has no place for is refused by name.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from fedrun.model.config import ModelConfig
+from fedrun.model.config import LARGEST_VOCABULARY, NORM_EPS, ModelConfig
 from fedrun.model.mamba2 import CHUNK_SIZE
-from fedrun.model.norm import EPS
 
 if TYPE_CHECKING:
     from transformers import Mamba2Config
 
+UNLIMITED = 1e30  # a step size that none reaches
 OURS, TRANSFORMERS = "backbone.embedding.weight", "backbone.embeddings.weight"
 
 
@@ -39,30 +41,66 @@ def to_transformers_config(config: ModelConfig, vocab_size: int) -> Mamba2Config
         vocab_size=vocab_size, hidden_size=config.d_model, state_size=config.d_state,
         num_hidden_layers=config.n_layer, head_dim=config.headdim, expand=config.expand,
         num_heads=config.expand * config.d_model // config.headdim, n_groups=config.ngroups,
-        conv_kernel=config.d_conv, chunk_size=CHUNK_SIZE, layer_norm_epsilon=EPS,
-        tie_word_embeddings=True, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+        conv_kernel=config.d_conv, chunk_size=CHUNK_SIZE, layer_norm_epsilon=config.norm_eps,
+        use_bias=config.proj_bias, use_conv_bias=config.conv_bias,
+        time_step_limit=(config.dt_lower, math.inf if config.dt_upper is None
+                         else config.dt_upper),
+        tie_word_embeddings=config.tie_embeddings, pad_token_id=None, bos_token_id=None,
+        eos_token_id=None)
 
 
 def from_transformers_config(config: Mamba2Config) -> tuple[ModelConfig, int]:
     """Our configuration and the vocabulary's size; ValueError where the model is another one."""
-    required = {"tie_word_embeddings": True, "use_bias": False, "use_conv_bias": True,
-                "hidden_act": "silu", "layer_norm_epsilon": EPS, "residual_in_fp32": True,
-                "time_step_limit": (0.0, float("inf"))}
+    inner = config.expand * config.hidden_size
+    required = {"hidden_act": "silu", "residual_in_fp32": True,
+                "num_heads": inner // config.head_dim}
     for name, value in required.items():
         found = getattr(config, name)
-        found = tuple(found) if isinstance(found, list) else found
         if found != value:
             raise ValueError(f"{name} {found}: accepted is {value}")
+    lower, upper = dt_limits(config.time_step_limit)
     return ModelConfig(n_layer=config.num_hidden_layers, d_model=config.hidden_size,
                        d_state=config.state_size, headdim=config.head_dim, expand=config.expand,
-                       ngroups=config.n_groups, d_conv=config.conv_kernel), config.vocab_size
+                       ngroups=config.n_groups, d_conv=config.conv_kernel,
+                       tie_embeddings=config.tie_word_embeddings, proj_bias=config.use_bias,
+                       conv_bias=config.use_conv_bias, norm_eps=config.layer_norm_epsilon,
+                       dt_lower=lower, dt_upper=upper), whole_rows(config.vocab_size)
+
+
+def dt_limits(pair: Any) -> tuple[float, float | None]:
+    """Limits of step sizes as both libraries write them, (0.0, inf) for none, as ours."""
+    try:
+        lower, upper = map(float, pair)
+    except (TypeError, ValueError):
+        raise ValueError(f"limits of step sizes {pair}: accepted are two numbers") from None
+    return lower, None if upper >= UNLIMITED else upper
+
+
+def whole_rows(vocab_size: Any, multiple: Any = 1) -> int:
+    """Rows of the embedding, the next multiple after the vocabulary; ValueError where either is no
+    number of rows."""
+    for name, value in (("vocab_size", vocab_size), ("pad_vocab_size_multiple", multiple)):
+        if type(value) is not int or not 1 <= value <= LARGEST_VOCABULARY:
+            raise ValueError(f"{name} {value}: accepted is a whole number from 1 to "
+                             f"{LARGEST_VOCABULARY}")
+    return int(-(-vocab_size // multiple) * multiple)
 
 
 def to_mamba_ssm_config(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
-    """Arguments of mamba_ssm's MambaConfig for the model whose state dict is ours as it is."""
+    """Arguments of mamba_ssm's MambaConfig for the model whose state dict is ours as it is.
+
+    ValueError where the library has no such model.
+    """
+    if config.norm_eps != NORM_EPS:
+        raise ValueError(f"--to mamba_ssm: norms with an epsilon of {config.norm_eps:g} cannot be "
+                         f"expressed there, where it is {NORM_EPS:g}; accepted is hf")
+    upper = UNLIMITED if config.dt_upper is None else config.dt_upper  # JSON has no infinity
+    unusual = ({"bias": True} if config.proj_bias else {}) | (
+        {} if config.conv_bias else {"conv_bias": False}) | (
+        {"dt_limit": [config.dt_lower, upper]} if config.limits_dt else {})
     return {"d_model": config.d_model, "n_layer": config.n_layer, "vocab_size": vocab_size,
             "ssm_cfg": {"layer": "Mamba2", "d_state": config.d_state, "d_conv": config.d_conv,
                         "expand": config.expand, "headdim": config.headdim,
-                        "ngroups": config.ngroups},
+                        "ngroups": config.ngroups} | unusual,
             "rms_norm": True, "residual_in_fp32": True, "fused_add_norm": False,
-            "pad_vocab_size_multiple": 1, "tie_embeddings": True}
+            "pad_vocab_size_multiple": 1, "tie_embeddings": config.tie_embeddings}

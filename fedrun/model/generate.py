@@ -37,7 +37,6 @@ def step(model: Mamba2LM, tokens: Tensor, state: State) -> Tensor:
         past, ssm_state = state[layer]
         z, xbc, dt = mixer.project(block.norm(residual))
         window = torch.cat([past, xbc[:, None]], dim=1)  # (b, d_conv, i + 2 g n)
-        assert mixer.conv1d.bias is not None
         convolved = causal_conv_silu(window, mixer.conv1d.weight, mixer.conv1d.bias)[:, 0]
         x, B, C = mixer.split(convolved)
         y, ssm_state = ssd_step(x, dt, -torch.exp(mixer.A_log), B, C, mixer.D, ssm_state)

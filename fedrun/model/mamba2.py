@@ -1,9 +1,9 @@
 """Mamba-2 as a language model (Dao & Gu 2024, https://arxiv.org/abs/2405.21060).
 
 Parameter names, shapes and initialisation are those of `mamba_ssm`'s MambaLMHeadModel with
-ssm_cfg={"layer": "Mamba2"}: the head is tied to the embedding, the vocabulary is not padded, the
-residual stream stays in the parameters' type. Legend: b batch, l sequence length, d d_model,
-i = expand * d inner width, h heads, p headdim, g groups, n d_state.
+ssm_cfg={"layer": "Mamba2"}: the head is tied to the embedding unless the shape says otherwise, the
+vocabulary is not padded, the residual stream stays in the parameters' type. Legend: b batch,
+l sequence length, d d_model, i = expand * d inner width, h heads, p headdim, g groups, n d_state.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedrun.model.loss import (
     linear_cross_entropy_gradients,
     predictive_entropy,
 )
-from fedrun.model.norm import EPS, rms_norm
+from fedrun.model.norm import rms_norm
 from fedrun.model.ssd import ssd_scan
 
 CHUNK_SIZE = 64  # of the scan; the fastest of 32, 64 and 128 (tests/benchmarks/step.py)
@@ -32,13 +32,13 @@ CHUNK_SIZE = 64  # of the scan; the fastest of 32, 64 and 128 (tests/benchmarks/
 class RMSNorm(nn.Module):
     """RMS norm of x, or of x * silu(z) with a gate z, over each group of the last dimension."""
 
-    def __init__(self, width: int, groups: int = 1) -> None:
+    def __init__(self, width: int, eps: float, groups: int = 1) -> None:
         super().__init__()
-        self.groups = groups
+        self.groups, self.eps = groups, eps
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        return rms_norm(x, self.weight, z, self.groups)
+        return rms_norm(x, self.weight, z, self.groups, self.eps)
 
 
 class Mamba2Mixer(nn.Module):
@@ -55,19 +55,21 @@ class Mamba2Mixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(self.heads))
         self.D = nn.Parameter(torch.empty(self.heads))
         self.in_proj = nn.Linear(config.d_model, self.d_inner + self.d_conv_in + self.heads,
-                                 bias=False)
+                                 bias=config.proj_bias)
         self.conv1d = nn.Conv1d(self.d_conv_in, self.d_conv_in, config.d_conv,
-                                groups=self.d_conv_in)
-        self.norm = RMSNorm(self.d_inner, config.ngroups)
-        self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
+                                groups=self.d_conv_in, bias=config.conv_bias)
+        self.norm = RMSNorm(self.d_inner, config.norm_eps, config.ngroups)
+        self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=config.proj_bias)
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gate z (b, l, i) and convolution input (b, l, i + 2 g n), as the product gives them, and
         step sizes dt (b, l, h), in u's type."""
-        low = product_dtype(self.compute_dtype, u)
-        zxbcdt = F.linear(u.to(low), self.in_proj.weight.to(low))
+        zxbcdt = kernels.linear(u, self.in_proj, product_dtype(self.compute_dtype, u))
         z, xbc, dt = zxbcdt.split([self.d_inner, self.d_conv_in, self.heads], dim=-1)
-        return z, xbc, F.softplus(dt.to(u.dtype) + self.dt_bias)
+        dt = F.softplus(dt.to(u.dtype) + self.dt_bias)
+        if self.config.limits_dt:
+            dt = dt.clamp(self.config.dt_lower, self.config.dt_upper)
+        return z, xbc, dt
 
     def split(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The convolution's output as x (..., h, p), B and C (..., g, n)."""
@@ -80,14 +82,14 @@ class Mamba2Mixer(nn.Module):
         """Gate, norm and output projection: (..., h, p), (..., i) -> (..., d)."""
         normed = self.norm(y.flatten(-2), z)
         low = product_dtype(self.compute_dtype, normed)
-        return F.linear(normed.to(low), self.out_proj.weight.to(low)).to(normed.dtype)
+        return kernels.linear(normed, self.out_proj, low).to(normed.dtype)
 
     def mix(self, u: Tensor) -> Tensor:
         """Mix a sequence from its beginning, by the fastest code for u's device: (b, l, d)."""
         path = kernels.path_for(u)
         if path == "own":
             return self.forward(u)[0]
-        return kernels.mix(self, u, path, product_dtype(self.compute_dtype, u), EPS)
+        return kernels.mix(self, u, path, product_dtype(self.compute_dtype, u))
 
     def forward(self, u: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
         """Mix a sequence u (b, l, d) that follows `state`; also returns the state after it."""
@@ -95,7 +97,6 @@ class Mamba2Mixer(nn.Module):
         z, xbc, dt = self.project(u)
         past = xbc.new_zeros(len(u), taps, self.d_conv_in) if state is None else state[0]
         window = torch.cat([past, xbc], dim=1)  # (b, taps + l, i + 2 g n)
-        assert self.conv1d.bias is not None
         convolved = causal_conv_silu(window, self.conv1d.weight, self.conv1d.bias)
         x, B, C = self.split(convolved)
         y, ssm_state = ssd_scan(x, dt, -torch.exp(self.A_log), B, C, self.D, chunk_size=CHUNK_SIZE,
@@ -118,7 +119,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype) -> None:
         super().__init__()
-        self.norm = RMSNorm(config.d_model)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = Mamba2Mixer(config, compute_dtype)
 
 
@@ -130,7 +131,7 @@ class Backbone(nn.Module):
         self.embedding = nn.Embedding.from_pretrained(torch.empty(vocab_size, config.d_model),
                                                       freeze=False)
         self.layers = nn.ModuleList(Block(config, compute_dtype) for _ in range(config.n_layer))
-        self.norm_f = RMSNorm(config.d_model)
+        self.norm_f = RMSNorm(config.d_model, config.norm_eps)
 
 
 class Mamba2LM(nn.Module):
@@ -142,7 +143,8 @@ class Mamba2LM(nn.Module):
         self.config, self.vocab_size, self.compute_dtype = config, vocab_size, compute_dtype
         self.backbone = Backbone(config, vocab_size, compute_dtype)
         self.lm_head = nn.Linear(config.d_model, vocab_size, bias=False, device="meta")
-        self.lm_head.weight = self.backbone.embedding.weight
+        self.lm_head.weight = self.backbone.embedding.weight if config.tie_embeddings else \
+            nn.Parameter(torch.empty(vocab_size, config.d_model))
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -170,14 +172,20 @@ class Mamba2LM(nn.Module):
             uniform(mixer.in_proj.weight, -bound, bound)
             bound = 1 / math.sqrt(self.config.d_conv)
             uniform(mixer.conv1d.weight, -bound, bound)
-            assert mixer.conv1d.bias is not None
-            uniform(mixer.conv1d.bias, -bound, bound)
+            if mixer.conv1d.bias is not None:
+                uniform(mixer.conv1d.bias, -bound, bound)
             # The residual stream sums n_layer outputs (Radford et al. 2019, section 2.3).
             bound = 1 / math.sqrt(mixer.d_inner * self.config.n_layer)
             uniform(mixer.out_proj.weight, -bound, bound)
+            if self.config.proj_bias:
+                mixer.in_proj.bias.zero_()
+                mixer.out_proj.bias.zero_()
             block.norm.weight.fill_(1.0)
             mixer.norm.weight.fill_(1.0)
         self.backbone.norm_f.weight.fill_(1.0)
+        if not self.config.tie_embeddings:
+            bound = 1 / math.sqrt(self.config.d_model)
+            uniform(self.lm_head.weight, -bound, bound)
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         """Hidden states after the final norm: (b, l) integers -> (b, l, d)."""
@@ -215,16 +223,21 @@ class Mamba2LM(nn.Module):
         """The same values as `loss`; adds the gradient of the mean loss to every .grad, in place.
 
         The result is that of `(loss / count).backward()`, without its passes over tensors of the
-        embedding's size: both gradients of the tied weight are added where they belong. With
+        embedding's size: both gradients of a tied weight are added where they belong. With
         `fresh`, what .grad held before is overwritten, which saves setting it to zero.
         """
-        if self.lm_head.weight.grad is None:
-            self.lm_head.weight.grad = torch.zeros_like(self.lm_head.weight)
+        for p in (self.lm_head.weight, self.backbone.embedding.weight):
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
         if fresh:
             for p in self.parameters():
                 if p is not self.lm_head.weight and p.grad is not None:
                     p.grad.zero_()
         weight, grad_weight = self.lm_head.weight.detach(), self.lm_head.weight.grad
+        embedding, grad_embedding = (self.backbone.embedding.weight.detach(),
+                                     self.backbone.embedding.weight.grad)
+        assert grad_weight is not None
+        assert grad_embedding is not None
         low = product_dtype(self.compute_dtype, weight)
         count = input_ids[:, 1:].numel()
         loss = weight.new_zeros(())
@@ -233,7 +246,7 @@ class Mamba2LM(nn.Module):
             start, end = end, end + max(1, chunk_tokens(weight, low, add=not fresh) // length)
             # The layers take fewer tokens at a time: what they keep should stay in the cache.
             ids = input_ids[start:end].split(max(1, chunk_tokens(weight, low) // length))
-            embedded = [F.embedding(part, weight).requires_grad_() for part in ids]
+            embedded = [F.embedding(part, embedding).requires_grad_() for part in ids]
             hidden = [self.hidden_of(part)[:, :-1] for part in embedded]
             part_loss, grad = linear_cross_entropy_gradients(
                 torch.cat([part.detach() for part in hidden]).flatten(0, 1), weight,
@@ -242,7 +255,7 @@ class Mamba2LM(nn.Module):
             for tokens, leaf, top, grad in zip(ids, embedded, hidden, grads, strict=True):
                 top.backward(grad)
                 assert leaf.grad is not None
-                grad_weight.index_add_(0, tokens.flatten(), leaf.grad.flatten(0, 1))
+                grad_embedding.index_add_(0, tokens.flatten(), leaf.grad.flatten(0, 1))
                 leaf.grad = None
             loss += part_loss
             fresh = False

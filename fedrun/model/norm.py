@@ -9,17 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-EPS = 1e-5
+from fedrun.model.config import NORM_EPS
 
 
-def rms_norm(x: Tensor, weight: Tensor, z: Tensor | None = None, groups: int = 1) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, z: Tensor | None = None, groups: int = 1,
+             eps: float = NORM_EPS) -> Tensor:
     """g / sqrt(mean(g^2) + eps) * weight with g = x, or x * silu(z) where there is a gate z.
 
     x, z: (..., width); weight: (width,). The mean is over each of `groups` parts of the width. All
     is done in x's type; z may have another.
     """
     normed: Tensor = _RMSNorm.apply(  # type: ignore[no-untyped-call]
-        x, weight, z, groups)
+        x, weight, z, groups, eps)
     return normed
 
 
@@ -27,18 +28,19 @@ class _RMSNorm(torch.autograd.Function):
     """By hand, because autograd's composite makes three times the passes over x on a CPU."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, z: Tensor | None, groups: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, z: Tensor | None, groups: int, eps: float
+                ) -> Tensor:
         g = x if z is None else F.silu(z.to(x.dtype)).mul_(x)
         parts = torch.unflatten(g, -1, (groups, -1))  # (..., groups, width / groups)
         mean_square = torch.linalg.vector_norm(parts, dim=-1, keepdim=True).square_()
-        scale = mean_square.div_(parts.shape[-1]).add_(EPS).rsqrt_()  # (..., groups, 1)
+        scale = mean_square.div_(parts.shape[-1]).add_(eps).rsqrt_()  # (..., groups, 1)
         ctx.save_for_backward(x, weight, z, scale)
         ctx.groups = groups
         return torch.mul(parts, scale).flatten(-2).mul_(weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
         x, weight, z, scale = ctx.saved_tensors
         gate = None if z is None else F.silu(z.to(x.dtype))
         g = x if gate is None else x * gate
@@ -52,7 +54,7 @@ class _RMSNorm(torch.autograd.Function):
         grad_g = torch.mul(grad.unflatten(-1, (ctx.groups, -1)), w, out=products).mul_(scale)
         grad_g.addcmul_(parts, dot.mul_(scale ** 3).div_(-parts.shape[-1]))
         if gate is None:
-            return grad_g.flatten(-2), grad_weight, None, None
+            return grad_g.flatten(-2), grad_weight, None, None, None
         grad_gate = torch.mul(grad_g, x.unflatten(-1, (ctx.groups, -1)), out=parts).flatten(-2)
         grad_z = torch.ops.aten.silu_backward(grad_gate, z.to(x.dtype)).to(z.dtype)
-        return grad_g.flatten(-2).mul_(gate), grad_weight, grad_z, None
+        return grad_g.flatten(-2).mul_(gate), grad_weight, grad_z, None, None

@@ -51,8 +51,10 @@ def export(found: Pretrained, form: str, out: Path) -> None:
 
     Raises ValueError where the model has no tokenizer, or weights that do not belong to its config.
     """
+    from fedrun.model.convert import to_mamba_ssm_config
     from fedrun.pretrained import EMBEDDING, HEAD
     tokenizer = need_tokenizer(found)
+    config = to_mamba_ssm_config(found.model, found.vocab_size) if form == "mamba_ssm" else {}
     model = found.build()
     weights = {name: tensor.detach().float().contiguous()
                for name, tensor in model.named_parameters()}
@@ -62,11 +64,10 @@ def export(found: Pretrained, form: str, out: Path) -> None:
     else:
         import torch
 
-        from fedrun.model.convert import to_mamba_ssm_config
-        config = to_mamba_ssm_config(found.model, found.vocab_size)
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        # The library loads strictly, and its state dict has the tied head a second time.
-        torch.save({**weights, HEAD: weights[EMBEDDING]}, out / "pytorch_model.bin")
+        # The library loads strictly, and its state dict has a tied head a second time.
+        torch.save({**weights, HEAD: weights.get(HEAD, weights[EMBEDDING])},
+                   out / "pytorch_model.bin")
     for file in tokenizer.iterdir():
         if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "added_tokens")):
             shutil.copyfile(file, out / file.name)
@@ -102,7 +103,8 @@ def model_card(found: Pretrained, form: str, out: Path, model: Any) -> str:
         front += ["datasets:", f"- {settings['dataset']}"]
     parameters = sum(p.numel() for p in model.parameters())
     body = ["---", "", f"# {found.folder.resolve().name}", "",
-            f"A Mamba-2 language model of {parameters:,} parameters (embedding and head are tied), "
+            f"A Mamba-2 language model of {parameters:,} parameters (embedding and head are "
+            f"{'tied' if found.model.tie_embeddings else 'not tied'}), "
             + _how(settings) + ".", "", "```python",
             LOADS[form].format(folder=out.name), "```", ""]
     body += _results(found)

@@ -1,8 +1,9 @@
 """mamba-ssm's own model and kernels against ours, on the CPU, in Triton's interpreter.
 
 Prints one JSON object: the largest relative difference, max|a - b| / max|b|, of the logits and of
-every gradient. usage: parity.py ours|conv1d_and_chunk_scan SEQUENCE_LENGTH
-(ours: our own scan; conv1d_and_chunk_scan: our module over the official kernels, as on a GPU)
+every gradient. usage: parity.py ours|conv1d_and_chunk_scan SEQUENCE_LENGTH usual|unusual
+(ours: our own scan; conv1d_and_chunk_scan: our module over the official kernels, as on a GPU;
+unusual: a head of its own, biases and limits where most models of this kind have none)
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch.nn.functional import cross_entropy  # noqa: E402
 
 from fedrun.model import kernels  # noqa: E402
 from fedrun.model.config import ModelConfig  # noqa: E402
+from fedrun.model.convert import to_mamba_ssm_config  # noqa: E402
 from fedrun.model.mamba2 import Mamba2LM  # noqa: E402
 
 kernels.ssd_kernels()  # makes the package importable without its compiled part
@@ -34,19 +36,24 @@ from mamba_ssm.models.config_mamba import MambaConfig  # noqa: E402
 from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel  # noqa: E402
 
 VOCAB = 97
+UNUSUAL = {"tie_embeddings": False, "proj_bias": True, "conv_bias": False, "dt_lower": 0.01,
+           "dt_upper": 0.05}
 
 
-def main(path: str, length: int) -> None:
-    config = ModelConfig(n_layer=2, d_model=64, d_state=32, headdim=32)
-    official = MambaLMHeadModel(MambaConfig(
-        d_model=config.d_model, n_layer=config.n_layer, vocab_size=VOCAB, tie_embeddings=True,
-        pad_vocab_size_multiple=1, rms_norm=True, residual_in_fp32=True, fused_add_norm=False,
-        ssm_cfg={"layer": "Mamba2", "d_state": config.d_state, "headdim": config.headdim,
-                 "chunk_size": 32}))
+def main(path: str, length: int, shape: str) -> None:
+    config = ModelConfig(n_layer=2, d_model=64, d_state=32, headdim=32,
+                         **(UNUSUAL if shape == "unusual" else {}))
+    settings = to_mamba_ssm_config(config, VOCAB)
+    settings["ssm_cfg"]["chunk_size"] = 32
+    official = MambaLMHeadModel(MambaConfig(**settings))
     for layer in official.backbone.layers:
         layer.mixer.use_mem_eff_path = False  # it needs causal-conv1d, which needs a GPU
     ours = Mamba2LM(config, VOCAB)
     ours.init_weights(0)
+    with torch.no_grad():
+        for name, p in ours.named_parameters():
+            if name.endswith("proj.bias"):  # they begin at zero
+                p.copy_(torch.linspace(-1, 1, p.numel()))
     official.load_state_dict(ours.state_dict())
     if path != "ours":
         kernels.CHUNK_SIZE = 32
@@ -76,4 +83,4 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

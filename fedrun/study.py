@@ -43,7 +43,7 @@ from typing import Any
 import yaml
 
 from fedrun.config import RunConfig
-from fedrun.errors import require
+from fedrun.errors import is_component, require
 from fedrun.rundir import read_outcome
 from fedrun.settings import closest, resolve
 
@@ -125,6 +125,8 @@ def read(path: Path, results: Path, overrides: dict[str, Any]) -> Study:
         k: overrides.pop(k) for k in ("jobs",) if k in overrides}
     require(bool(values["settings"]), f"study {path}: settings", values["settings"],
             "at least one name with its flags")
+    require(is_component(str(values["name"])), f"study {path}: name", values["name"],
+            "a folder's name without slashes, not . or ..")
     require(values["reference"] in values["settings"], f"study {path}: reference",
             values["reference"], "one of " + ", ".join(values["settings"]))
     for name in values["repeat"]:

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from fedrun.config import RunConfig
 from fedrun.files import write_json
-from fedrun.rundir import BEST, save_model
+from fedrun.run_files import BEST
+from fedrun.rundir import save_model
 
 _KEY = "fedrun"
 

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,12 +27,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fedrun import run_files
 from fedrun.config import RunConfig
 from fedrun.files import finite, write_json, write_whole
+from fedrun.run_files import manifest_sum, remove_checkpoint
 
 GLOBAL = "global.safetensors"
 SERVER = "server.json"
-MANIFEST = "manifest.json"
+MANIFEST = run_files.MANIFEST
 KEPT = 2
 _NAME = re.compile(r"step_(\d+)")
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
@@ -177,10 +178,10 @@ def commit(folder: Path, step: int, config: dict[str, Any], made_with: dict[str,
     write_whole(folder / SERVER, content)
     body = {"step": step, "config": config, "made_with": made_with,
             "files": sums | {SERVER: _sum(content)}}
-    write_json(folder / MANIFEST, body | {"sha256": _body_sum(body)})
+    write_json(folder / MANIFEST, body | {"sha256": manifest_sum(body)})
     whole = [old for old in _folders(folder.parent) if (old / MANIFEST).exists()]
     for old in whole[:-KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+        remove_checkpoint(old)
 
 
 def _sum(*content: bytes | memoryview) -> dict[str, Any]:
@@ -238,13 +239,7 @@ class Checkpoints:
     def _give_up(self, folder: Path, error: str) -> None:
         self.say(f"fedrun: warning: checkpoint {folder} could not be written ({error}); the run "
                  "goes on, the one before it is kept")
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _body_sum(body: Mapping[str, Any]) -> str:
-    """The checksum of a manifest itself."""
-    told = json.dumps({k: v for k, v in body.items() if k != "sha256"}, sort_keys=True)
-    return str(_sum(told.encode())["sha256"])
+        remove_checkpoint(folder)
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -272,7 +267,7 @@ def read(folder: Path) -> Checkpoint:
     what is wrong, where it is not whole; an error of the disk's is left to be one."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["sha256"] != _body_sum(manifest) or manifest["step"] != _step(folder):
+        if manifest["sha256"] != manifest_sum(manifest) or manifest["step"] != _step(folder):
             raise ValueError("its manifest is damaged")
         for name, sums in manifest["files"].items():
             with (folder / name).open("rb") as file:
@@ -306,7 +301,7 @@ def drop_after(run_dir: Path, step: int) -> None:
     """Remove what lies there of checkpoints after a step: a run that goes on makes them anew."""
     for folder in _folders(run_dir / "checkpoints"):
         if _step(folder) > step:
-            shutil.rmtree(folder)
+            remove_checkpoint(folder)
 
 
 def _folders(parent: Path) -> list[Path]:

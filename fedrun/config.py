@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from fedrun.data.reading import COLUMN, reading_of, require_dataset
-from fedrun.errors import require
+from fedrun.errors import is_component, require
 from fedrun.model.config import ModelConfig
 from fedrun.strategies import FedAvg, Strategy
 from fedrun.strategies.fed_fisher import FedFisher
@@ -170,8 +170,8 @@ class RunConfig:
               self.checkpoint_freq, "a whole number of at least 1, or none")
         check(self.threads >= 1, "--threads", self.threads, "a whole number of at least 1")
         check(0 < self.timeout < math.inf, "--timeout", self.timeout, "a number of seconds above 0")
-        check(self.run_name is None or (bool(self.run_name) and Path(self.run_name).name
-              == self.run_name), "--run_name", self.run_name, "a folder's name without slashes")
+        check(self.run_name is None or is_component(self.run_name), "--run_name", self.run_name,
+              "a folder's name without slashes, not . or ..")
 
     @property
     def config_name(self) -> str:

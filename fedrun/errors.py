@@ -13,6 +13,11 @@ def require(condition: bool, flag: str, value: object, accepted: str) -> None:
         raise ValueError(f"{flag} {value}: accepted is {accepted}")
 
 
+def is_component(name: str) -> bool:
+    """Whether a name stands for one file or folder where it is put, never for a path out of it."""
+    return name not in ("", ".", "..") and not {"/", "\0"} & set(name)
+
+
 def one_line(error: BaseException) -> str:
     """An error's message with its line breaks folded."""
     return " ".join(str(error).split())

@@ -23,7 +23,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -37,14 +36,10 @@ from torch import Tensor
 
 from fedrun.errors import Failure
 from fedrun.files import write_json, write_whole
-from fedrun.stopping import LOCK
+from fedrun.run_files import CLIENTS, LOCK, MANIFEST, OUTCOME, foreign, is_partial, remove
 
 # The parameters of a Mamba-2 block whose change is studied, as the model names them.
 _STUDIED = {"in_proj.weight": "in_proj", "A_log": "A_log", "D": "D", "dt_bias": "dt_bias"}
-
-
-CLIENTS = "clients"
-BEST = "best"
 
 
 def save_model(path: Path, tensors: Iterable[tuple[str, Tensor]],
@@ -77,15 +72,12 @@ def save_studied(folder: Path, step: int, now: Mapping[str, np.ndarray],
 
 def cut_back(run_dir: Path, step: int) -> None:
     """Remove what a run wrote after a step, which it will make again, and what a kill left half."""
-    shutil.rmtree(run_dir / CLIENTS, ignore_errors=True)
-    for path in run_dir.rglob(".*"):
-        if path.is_file():
-            path.unlink()
-    for path in run_dir.glob(".checkpoints-*"):
-        shutil.rmtree(path)
-    for path in run_dir.rglob("step_*.npz"):
-        if re.fullmatch(r"step_\d+", path.stem) and int(path.stem[5:]) > step:
-            path.unlink()
+    def outdated(name: str) -> bool:
+        saved = re.search(r"/step_(\d+)\.npz$", name)
+        return (name.startswith((f"{CLIENTS}/", ".")) or is_partial(name)
+                or bool(saved and int(saved[1]) > step))
+
+    remove(run_dir, outdated)
     events = run_dir / "events.jsonl"
     if events.exists():
         lines = events.read_text(encoding="utf-8").splitlines()
@@ -105,19 +97,16 @@ def empty(run_dir: Path, describe: Callable[[], None]) -> None:
     """Remove the run that a folder holds, all but the lock and what `describe` writes: what the
     folder holds from now on. Nothing of the old run can be taken for the new one in between."""
     checkpoints = run_dir / "checkpoints"
-    if checkpoints.exists():
+    if checkpoints.exists() and foreign(run_dir):  # which is not to be moved with them
+        remove(run_dir, lambda name: name.endswith(f"/{MANIFEST}"))
+    elif checkpoints.exists():
         checkpoints.rename(run_dir / f".checkpoints-{os.getpid()}-{time.time_ns()}")
     describe()
-    for path in run_dir.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name not in (LOCK, OUTCOME, "config.json"):
-            path.unlink()
+    remove(run_dir, lambda name: name not in (LOCK, OUTCOME, "config.json"))
 
 
 # ---- how the run stands --------------------------------------------------------------------------
 
-OUTCOME = "outcome.json"
 START = "FEDRUN_START"
 SECONDS_TO_DIE = 3.0  # that a killed run may take to let go of its folder
 Standing = Literal["running", "finished", "stopped", "failed"]

@@ -6,21 +6,18 @@ Rank 0 decides, holding the run's folder by a lock, and tells the others when th
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import secrets
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedrun import checkpoint, rundir
+from fedrun import __version__, checkpoint, run_files, rundir
 from fedrun.checkpoint import Checkpoint
 from fedrun.config import Dtype, RunConfig
 from fedrun.files import write_json
 from fedrun.provenance import differing, told
-from fedrun.stopping import LOCK
 
 
 class Refused(ValueError):
@@ -94,7 +91,7 @@ def make_ready(config: RunConfig, found: Checkpoint | None) -> None:
 
 def _describe(config: RunConfig, step: int) -> None:
     rundir.write_outcome(config.run_dir, "running", step)
-    write_json(config.run_dir / "config.json", config.to_dict())
+    write_json(config.run_dir / "config.json", {run_files.MARK: __version__} | config.to_dict())
 
 
 def _restarted(run_dir: Path) -> bool:
@@ -115,17 +112,23 @@ def _anew(config: RunConfig) -> bool:
 
 
 def _held_config(config: RunConfig) -> dict[str, Any] | None:
-    """The settings of the run that the folder holds; ValueError where it holds something else."""
+    """The settings of the run that the folder holds; None where there is none, or no more of it
+    than an incomplete start leaves.
+
+    ValueError where the folder holds something else, and where it was to be emptied for
+    --overwrite and holds anything that a run does not write.
+    """
     path = config.run_dir
-    with suppress(OSError, ValueError):
-        held: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        return held
-    # What a killed start leaves is a lock and files that were not whole yet.
-    if path.exists() and any(p.name != LOCK and not p.name.startswith(".")
-                             for p in path.iterdir()):
+    if not path.exists():
+        return None
+    held = run_files.settings(path)
+    if held is None and not run_files.just_begun(path):
         raise ValueError(f"--run_name {config.name}: {path} exists and is no run's folder; "
                          "choose another --run_name or --data_dir")
-    return None
+    if _replaces(config) and (other := run_files.foreign(path)):
+        raise ValueError(f"--overwrite: {other} is not written by a run; move it out of the run's "
+                         "folder, or choose another --run_name")
+    return held
 
 
 def _to_go_on_from(config: RunConfig, held: dict[str, Any] | None, say: Callable[[str], None]

@@ -17,8 +17,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedrun.run_files import LOCK
+
 STOP = "STOP"
-LOCK = "lock"  # the file by which a run holds its folder (rundir.py)
 LAUNCHER = "FEDRUN_LAUNCHER"  # the variable by which a launcher tells its process id (torchrun.py)
 HEARTBEAT = "fedrun-heartbeat"  # the thread that tells other ranks of this one (comm.py)
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -40,7 +40,7 @@ from fedrun.checkpoint import (
 )
 from fedrun.client import State
 from fedrun.config import FederatedConfig
-from fedrun.rundir import CLIENTS
+from fedrun.run_files import CLIENTS
 
 T = TypeVar("T")
 

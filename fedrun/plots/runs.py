@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from fedrun.config import FederatedConfig
+from fedrun.run_files import MARK
 
 Axis = Literal["tokens", "steps", "rounds", "seconds", "bytes"]
 AXES: tuple[Axis, ...] = get_args(Axis)
@@ -34,7 +35,7 @@ INFERRED = (f"tokens of runs that do not record them: {STUDY_CLIENTS} clients ×
 # Settings in which runs may differ and still be repetitions of one experiment.
 _NO_VARIANT = FederatedConfig.neutral | {
     "method", "config", "local_updates", "seed", "device", "threads", "eval_clients",
-    "save_client_deltas", "val_freq", "reduce"}
+    "save_client_deltas", "val_freq", "reduce", MARK}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import sys
+import unicodedata
 from typing import TextIO
 
 # Controls (C0, delete, C1), separators of lines, marks that turn the direction of writing, and
@@ -41,9 +42,20 @@ def _reread(text: str) -> str:
 
 
 def shortened(text: str, longest: int) -> str:
-    """`text`, with its middle left out where it has more than `longest` characters."""
+    """`text`, with its middle left out where it is wider than `longest` columns; a Chinese,
+    Japanese or Korean character takes two."""
     half = (longest - 1) // 2
-    return text if len(text) <= longest else f"{text[:half]}…{text[-half:]}"
+    start, end = _fitting(text, half), _fitting(text[::-1], half)[::-1]
+    return text if len(_fitting(text, longest)) == len(text) else f"{start}…{end}"
+
+
+def _fitting(text: str, columns: int) -> str:
+    """As much of the beginning as fits."""
+    for place, character in enumerate(text):
+        columns -= 2 if unicodedata.east_asian_width(character) in "WF" else 1
+        if columns < 0:
+            return text[:place]
+    return text
 
 
 def say(text: str, file: TextIO | None = None) -> None:

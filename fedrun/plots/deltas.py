@@ -213,9 +213,9 @@ def _family(entity: Entity) -> str:
 
 def _title(entity: Entity, seeds: int = 1) -> str:
     run = entity.run
-    what = f"{style.label(run.method)}, {style.text(run.config)}"
+    what = f"{style.label(run.method)}, {style.text(run.config, 28)}"
     end = f", mean of {seeds} seeds" * (seeds > 1)
-    end += f"\n{style.text(entity.variant)}" * bool(entity.variant)
+    end += f"\n{style.text(entity.variant, 75)}" * bool(entity.variant)
     if run.method == "central":
         return f"{what}{end}"
     who = "global model" if entity.name == "server" else style.text(entity.name.replace("_", " "))

@@ -132,7 +132,7 @@ def central_vs_fed(selection: Selection, config: str) -> Result:
         handles += _named([(line, label + _seeds(selection.curve(group, "val_ppl")))])
     if not ax.lines:
         return _nothing_on(selection.axis)
-    ax.set_title(f"Central and federated training, {style.text(config)}")
+    ax.set_title(style.title("Central and federated training", config))
     handles += [Line2D([], [], color="#666666", label="validation"),
                 Line2D([], [], color="#666666", label="train", **TRAIN)]
     return _finish(fig, [ax], selection, handles, 2, ylabel="perplexity")
@@ -157,7 +157,7 @@ def lu_comparison(selection: Selection, config: str) -> Result:
         ax.set_title(style.label(method))
     if not drawn:
         return _nothing_on(selection.axis)
-    fig.suptitle(f"Local updates in a round, {style.text(config)}")
+    fig.suptitle(style.title("Local updates in a round", config))
     colour = style.look(methods[0]).colour if len(methods) == 1 else "#444444"
     handles = [Line2D([], [], color=colour, linestyle=_lu_line(u), marker="o",
                       markerfacecolor=_lu_face(u), label=_updates(u)) for u in drawn]
@@ -180,7 +180,7 @@ def method_comparison(selection: Selection, config: str) -> Result:
         ax.set_title(_updates(updates))
     if not drawn:
         return _nothing_on(selection.axis)
-    fig.suptitle(f"Methods, {style.text(config)}")
+    fig.suptitle(style.title("Methods", config))
     handles = _named([(drawn[m], style.label(m)) for m in methods if m in drawn])
     return _finish(fig, axes, selection, handles, 3)
 
@@ -205,7 +205,7 @@ def multi_config_comparison(selection: Selection) -> Result:
                 found = selection.curve(group, "val_ppl")
                 assert found is not None
                 finals.setdefault(method, []).append((place, found))
-        ax.set_title(style.text(config))
+        ax.set_title(style.text(config, 28))
     if not lines:
         return _nothing_on(selection.axis)
     last = axes[-1]
@@ -298,7 +298,8 @@ def _short(configs: Sequence[str]) -> list[str]:
         words = [w[1:] for w in words]
     while min(map(len, words)) > 2 and len({w[-1] for w in words}) == 1:
         words = [w[:-1] for w in words]
-    return ["\n".join(map(style.text, w)) for w in words]
+    room = max(40 // len(configs), 5)  # columns
+    return ["\n".join(style.text(part, room) for part in w[:4]) for w in words]
 
 
 def _lu_line(updates: int) -> Any:

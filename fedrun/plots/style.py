@@ -48,7 +48,7 @@ LOOKS = {
 _OTHER_COLOURS = ("#332288", "#44AA99", "#AA4499", "#661100")
 BAND_OPACITY = 0.18
 DIVERGING = "RdBu_r"
-LONGEST = 80  # characters of a name, or a setting's value, in a figure
+LONGEST = 50  # characters of a name in a figure
 LONGEST_FILE = 200  # bytes of a figure's name; file systems take 255
 
 X_LABELS: dict[Axis, str] = {
@@ -91,14 +91,21 @@ def drawing() -> Any:
 
 
 def text(words: str, longest: int = LONGEST) -> str:
-    """Words of others as a figure shows them: no longer than `longest` characters, without what
+    """Words of others as a figure shows them: one line of at most `longest` columns, without what
     no font has."""
-    return fonts.drawable(shortened(visible(words, keep="\n"), longest))
+    start = shortened(visible(words), longest)  # first, since codes are longer than characters
+    return shortened(fonts.drawable(start), longest)
 
 
 def label(method: str) -> str:
     """The method's label as a figure shows it."""
-    return text(look(method).label)
+    return text(look(method).label, 24)
+
+
+def title(what: str, name: str) -> str:
+    """`what, name` in one line, or in two where one would be too long."""
+    name = text(name)
+    return f"{what}, {name}" if len(what) + len(name) < 60 else f"{what}\n{name}"
 
 
 def save(fig: Figure, folder: Path, name: str) -> Path:

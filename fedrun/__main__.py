@@ -9,9 +9,11 @@ import threading
 
 from fedrun.launch import detect
 from fedrun.stopping import HEARTBEAT, die_with_launcher
+from fedrun.terminal import make_printable
 
 
 def run() -> None:
+    make_printable()
     if not detect(os.environ).alone:
         die_with_launcher()  # before the imports, which take seconds
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own waits for a collective's end

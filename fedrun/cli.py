@@ -16,9 +16,11 @@ from typing import Any, NoReturn
 
 from fedrun import __version__
 from fedrun.config import RunConfig
+from fedrun.errors import one_line
 from fedrun.launch import detect
 from fedrun.settings import Setting, closest, method_settings, resolve
 from fedrun.strategies import STRATEGIES
+from fedrun.terminal import say
 from fedrun.unused import NEVER_READ, refuse_unread
 
 METHODS = {"central": "centralised training, the baseline: all the data in one process"} | {
@@ -67,7 +69,7 @@ def complain(error: Exception) -> None:
     """
     if detect(os.environ).rank:
         time.sleep(SECONDS_FOR_RANK_0)
-    print(f"fedrun: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    say(f"fedrun: error: {one_line(error)}", sys.stderr)
 
 
 def parse(argv: Sequence[str]) -> RunConfig | None:

@@ -11,10 +11,12 @@ import math
 import os
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 LARGEST_JSON = 1 << 28  # bytes; a history of a million records has less
+DEEPEST_JSON = 50  # brackets within brackets; ours have five
 Kind = TypeVar("Kind", dict[str, Any], list[Any])
 
 
@@ -77,14 +79,22 @@ def read_regular(path: Path, largest: int = LARGEST_JSON) -> bytes:
         OSError: it is not there or cannot be read.
         DamagedFile: it is something else (a folder, a pipe that would never end), or larger.
     """
-    # Opening a pipe without O_NONBLOCK waits for somebody to write into it.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise DamagedFile(f"{path} is not a regular file")
-        if found.st_size > largest:
-            raise DamagedFile(f"{path} has {found.st_size} bytes, at most {largest} are expected")
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > largest:
+            raise DamagedFile(f"{path} has {size} bytes, at most {largest} are expected")
         return file.read(largest)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, open for reading. OSError where it cannot be opened, DamagedFile where it is
+    something else."""
+    # Opening a pipe without O_NONBLOCK waits for somebody to write into it.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return open(handle, "rb")
+    os.close(handle)
+    raise DamagedFile(f"{path} is not a regular file")
 
 
 def read_json(path: Path, kind: type[Kind]) -> Kind:
@@ -96,10 +106,41 @@ def read_json(path: Path, kind: type[Kind]) -> Kind:
     """
     content = read_regular(path)
     try:
-        value = json.loads(content, parse_constant=lambda _: None)
+        value = json.loads(content, parse_constant=lambda _: None, parse_float=_finite_float)
     except (ValueError, RecursionError) as error:
         raise DamagedFile(f"{path} is not JSON: {error}") from None
     if not isinstance(value, kind):
         expected = "an object" if kind is dict else "an array"
         raise DamagedFile(f"{path} does not hold {expected}")
+    if _is_deep(value):
+        raise DamagedFile(f"{path} is nested more than {DEEPEST_JSON} deep")
     return value
+
+
+def _finite_float(digits: str) -> float | None:
+    """1e400 is infinite to Python, without being spelt so."""
+    return value if math.isfinite(value := float(digits)) else None
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether it would exhaust the stack of whoever walks it, printing included."""
+    level = [value]
+    for _ in range(DEEPEST_JSON):
+        level = [item for held in level
+                 for item in (held.values() if isinstance(held, dict) else held)
+                 if isinstance(item, dict | list)]
+    return bool(level)
+
+
+def number(value: Any) -> float:
+    """A finite number that JSON gave, as a float; nan for anything else."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with suppress(OverflowError):  # an integer of hundreds of digits
+            return float(value) if math.isfinite(value) else math.nan
+    return math.nan
+
+
+def whole(value: Any, low: int = 0) -> int | None:
+    """A whole number that JSON gave, of 63 bits and at least `low`; None for anything else."""
+    found = number(value)
+    return int(value) if low <= found < 2**63 and found == int(found) else None

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from fedrun.config import RunConfig
-from fedrun.errors import one_line, require
+from fedrun.errors import is_component, one_line, require
 from fedrun.settings import closest, resolve
 from fedrun.unused import idle, refuse_unread
 
@@ -114,6 +114,8 @@ def read(path: Path, results: Path, overrides: Mapping[str, Any]) -> Study:
                       ("report_seeds", list)):
         require(isinstance(values[key], kind), f"study {path}: {key}", values[key],
                 "a mapping" if kind is dict else "a list")
+    require(is_component(str(values["name"])), f"study {path}: name", values["name"],
+            "a folder's name without slashes, not . or ..")
     require(bool(values["settings"]), f"study {path}: settings", values["settings"],
             "at least one name with its flags")
     require(values["reference"] in values["settings"], f"study {path}: reference",

@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from fedrun import cli
-from fedrun.plots import deltas, perplexity, style
+from fedrun.plots import deltas, perplexity, saved, style
 from fedrun.plots.runs import AXES, Axis, find_runs
 
 CONFIG = "pure_ssm_1_layer"
@@ -265,7 +265,7 @@ def test_central_figures(tmp_path: Path, study_keys: bool) -> None:
         f"heatmap_structure_central_config_{CONFIG}_seed_0.png",
         f"heatmap_structure_central_config_{CONFIG}_seed_1.png",
         f"averaged_svd_evolution_{CONFIG}.png", f"averaged_final_spectrum_{CONFIG}.png"}
-    made = deltas.figures(deltas.find_entities(tmp_path, "server", False, None))
+    made = deltas.figures(saved.find_entities(tmp_path, "server", False, None))
     expected = np.array([[np.linalg.svd(folders.change(step, seed), compute_uv=False)
                           for step in folders.STEPS] for seed in (0, 1)]).mean(axis=0)
     evolution = made[f"averaged_svd_evolution_{CONFIG}"]
@@ -310,7 +310,7 @@ def test_federated_figures_of_server_clients_and_layers(tmp_path: Path) -> None:
 def test_changes_are_computed_where_only_parameters_were_saved(tmp_path: Path) -> None:
     run = folders.study(tmp_path, local_updates=1)
     folders.save_steps(run / "server", deltas=False, study_keys=True)
-    (entity,) = deltas.find_entities(tmp_path, "server", True, None).entities
+    (entity,) = saved.find_entities(tmp_path, "server", True, None).entities
     assert entity.changed_steps == list(folders.STEPS[1:])
     change = entity.changes(0, [30])[30]
     np.testing.assert_allclose(change, folders.change(30, 0) - folders.change(1, 0), atol=1e-6)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fedrun.cli import Parser
 from fedrun.settings import closest
+from fedrun.terminal import say
 
 
 def main(argv: Sequence[str]) -> int:
@@ -58,10 +59,10 @@ def _perplexities(text: str, argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     from fedrun.plots import perplexity
     found = find_runs(args.data_dir)
-    print(found)
+    say(str(found))
     made, left_out = perplexity.figures(found.runs, args.x, args.config)
     for line in left_out:
-        print(f"left out {line}")
+        say(f"left out {line}")
     perplexity.save_all(made, args.out_dir)
     return 0 if any(not isinstance(result, str) for result in made.values()) else 1
 
@@ -84,12 +85,12 @@ def _delta_figures(parser: argparse.ArgumentParser, argv: Sequence[str], federat
     args = parser.parse_args(argv)
     if args.layer != "all" and not args.layer.isdigit():
         raise ValueError(f"--layer {args.layer}: accepted is a whole number from 0, or all")
-    from fedrun.plots import deltas
+    from fedrun.plots import deltas, saved
     from fedrun.plots.perplexity import save_all
     layer = None if args.layer == "all" else int(args.layer)
-    found = deltas.find_entities(args.data_dir, "server" if not federated else args.entity,
+    found = saved.find_entities(args.data_dir, "server" if not federated else args.entity,
                                  federated, args.config)
-    print(found)
+    say(str(found))
     made = deltas.figures(found, layer)
     save_all(made, args.out_dir)
     return 0 if any(not isinstance(result, str) for result in made.values()) else 1

@@ -13,10 +13,8 @@ and _layer{N} unless it is layer 0.
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -24,132 +22,16 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from fedrun.plots import style
-from fedrun.plots.runs import Damaged, Run, groups, identify, is_run
+from fedrun.plots.runs import groups
+from fedrun.plots.saved import Entity, FoundEntities
 
 ROWS_AND_COLUMNS = 80
 HEATMAPS = 10
 TOP_VALUES = 6
+SUBSCRIPTS = "₁₂₃₄₅₆"
 ENERGY = 0.95
 COLOUR_QUANTILE = 0.995
 """The colour scale ends here, not at the largest change: a single element would pale all others."""
-
-STEP_FILE = re.compile(r"step_(\d+)\.npz")
-IN_PROJ = re.compile(r"(?:delta_)?(?:layers\.(?P<layer>\d+)\.)?in_proj")
-
-
-@dataclass(frozen=True)
-class Entity:
-    """The saved steps of one model of one run: the global one, a client's, or a central run's."""
-
-    run: Run
-    """Without its history, which these figures do not need."""
-    name: str
-    """server, client_0, ... or central."""
-    folder: Path
-    files: dict[int, Path]
-    """The npz of each saved step, in order: deltas where there are any, else parameters."""
-    is_delta: bool
-    layers: list[int]
-    variant: str = ""
-    """The settings in which it differs from others of its method."""
-
-    def changes(self, layer: int, steps: Sequence[int]) -> dict[int, np.ndarray]:
-        """The change of in_proj (rows, columns) at each of `steps`, since the start of the run, or,
-        where only parameters were saved, since the first step that was."""
-        arrays = {step: _in_proj(self.files[step])[layer] for step in steps}
-        if self.is_delta:
-            return arrays
-        first = _in_proj(self.files[self.steps[0]])[layer]
-        return {step: array - first for step, array in arrays.items()}
-
-    @property
-    def steps(self) -> list[int]:
-        """The saved steps; where changes are computed, the first is the origin and none of them."""
-        return list(self.files)
-
-    @property
-    def changed_steps(self) -> list[int]:
-        return self.steps if self.is_delta else self.steps[1:]
-
-    @property
-    def since(self) -> str:
-        return "the start" if self.is_delta else f"step {self.steps[0]}"
-
-
-@dataclass(frozen=True)
-class FoundEntities:
-    """What a data folder holds of one entity."""
-
-    entity: str
-    federated: bool
-    entities: list[Entity]
-    passed_over: list[tuple[str, str]]
-
-    def __str__(self) -> str:
-        return "\n".join([
-            f"found {len(self.entities)} runs with saved changes of {self.entity}",
-            *(f"passed over {name}: {reason}" for name, reason in self.passed_over)])
-
-
-def find_entities(data_dir: Path, entity: str, federated: bool, config: str | None
-                  ) -> FoundEntities:
-    """The saved steps of `entity` in every central, or every federated, run under `data_dir`.
-
-    Raises ValueError where there is no such folder.
-    """
-    if not data_dir.is_dir():
-        raise ValueError(f"--data_dir {data_dir}: no such folder; accepted is one with run folders")
-    found, passed_over = [], []
-    for path in sorted(p for p in data_dir.iterdir() if p.is_dir() and is_run(p)):
-        try:
-            run = identify(path)
-            if (run.method != "central") != federated or config not in (None, run.config):
-                continue
-            read, damage = _read_entity(run, entity if federated else "central",
-                                        path / entity if federated else path)
-            found.append(read)
-            passed_over += [(f"{path.name}/{file}", reason) for file, reason in damage]
-        except Damaged as damaged:
-            passed_over.append((path.name, str(damaged)))
-    return FoundEntities(entity if federated else "central", federated, found, passed_over)
-
-
-def _read_entity(run: Run, name: str, folder: Path) -> tuple[Entity, list[tuple[str, str]]]:
-    """The entity, and its files that are damaged. Raises Damaged where none can be used."""
-    damage: list[tuple[str, str]] = []
-    for kind in ("deltas", "params"):
-        files: dict[int, Path] = {}
-        layers: list[int] = []
-        for path in sorted((folder / kind).glob("step_*.npz")):
-            step = STEP_FILE.fullmatch(path.name)
-            if step is None:
-                continue
-            try:
-                layers = sorted(_in_proj(path))
-                files[int(step[1])] = path
-            except Damaged as damaged:
-                damage.append((str(path.relative_to(run.path)), str(damaged)))
-        entity = Entity(run, name, folder, dict(sorted(files.items())), kind == "deltas", layers)
-        if entity.changed_steps:
-            return entity, damage
-    told = "; ".join(f"{file} {reason}" for file, reason in damage)
-    raise Damaged(told or f"no deltas/step_*.npz and fewer than two params/step_*.npz in "
-                  f"{folder.relative_to(run.path.parent)}")
-
-
-def _in_proj(path: Path) -> dict[int, np.ndarray]:
-    """in_proj, or its change, of every layer in a file; a key without a layer is layer 0."""
-    try:
-        with np.load(path) as file:
-            found = {int(key["layer"] or 0): file[name] for name in file.files
-                     if (key := IN_PROJ.fullmatch(name))}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise Damaged(f"is damaged: {error}") from None
-    if not found or any(array.ndim != 2 or not np.isfinite(array).all()
-                        for array in found.values()):
-        raise Damaged("has no in_proj of two dimensions with finite values")
-    return found
-
 
 # ---- the numbers ---------------------------------------------------------------------------------
 
@@ -206,7 +88,8 @@ def figures(found: FoundEntities, layer: int | None = 0) -> dict[str, Figure | s
                                f"averaged_final_spectrum_{family}"))
                 for name, draw in zip(names, (evolution, spectrum), strict=True):
                     made[name + entity_suffix + suffix] = (
-                        draw(having, number) if having else _no_layer(members[0]))
+                        _no_layer(members[0]) if not having else
+                        _no_mean(having, number) or draw(having, number))
     return made
 
 
@@ -267,7 +150,7 @@ def evolution(entities: Sequence[Entity], layer: int) -> Figure:
         colour = style.shade(entities[0].run.method, float(shade))
         series = values[:, :, index]
         handles += ax.plot(steps, series.mean(axis=0), color=colour, marker="o", markersize=4,
-                           label=f"$\\sigma_{{{index + 1}}}$")
+                           label=f"σ{SUBSCRIPTS[index]}")
         if len(series) > 1:
             std = series.std(axis=0, ddof=1)
             ax.fill_between(steps, series.mean(axis=0) - std, series.mean(axis=0) + std,
@@ -330,17 +213,27 @@ def _family(entity: Entity) -> str:
 
 def _title(entity: Entity, seeds: int = 1) -> str:
     run = entity.run
-    look = style.look(run.method)
-    end = f", mean of {seeds} seeds" * (seeds > 1) + f"\n{entity.variant}" * bool(entity.variant)
+    what = f"{style.label(run.method)}, {style.text(run.config, 28)}"
+    end = f", mean of {seeds} seeds" * (seeds > 1)
+    end += f"\n{style.text(entity.variant, 75)}" * bool(entity.variant)
     if run.method == "central":
-        return f"{look.label}, {run.config}{end}"
-    who = "global model" if entity.name == "server" else entity.name.replace("_", " ")
+        return f"{what}{end}"
+    who = "global model" if entity.name == "server" else style.text(entity.name.replace("_", " "))
     updates = f"{run.local_updates} local update{'s' * (run.local_updates != 1)}"
-    return f"{look.label}, {run.config}, {updates}, {who}{end}"
+    return f"{what}, {updates}, {who}{end}"
 
 
 def _no_layer(entity: Entity) -> str:
     return f"--layer: {entity.run.name} has layers {', '.join(map(str, entity.layers))}"
+
+
+def _no_mean(entities: Sequence[Entity], layer: int) -> str:
+    """Why these have no mean; empty where they have one."""
+    if len({entity.shapes[layer] for entity in entities}) > 1:
+        return "wants runs whose in_proj have one shape"
+    if not set.intersection(*(set(entity.changed_steps) for entity in entities)):
+        return "wants runs that have saved a step in common"
+    return ""
 
 
 def _unused(made: dict[str, Figure | str], name: str, entity: Entity) -> str:

@@ -21,6 +21,7 @@ COLOURS = ("#332288", "#DDCC77", "#117733", "#88CCEE", "#882255", "#44AA99", "#C
            "#AA4499", "#BBBBBB")
 LETTER_SHARE = 0.05  # of the tallest bar: a smaller part has no room for its letter
 LETTERED_CLIENTS = 24
+LONGEST_TOPIC = 40  # characters
 
 
 def letter(topic: int) -> str:
@@ -38,7 +39,7 @@ def partition_figure(held: Sequence[Holding], topics: Sequence[str], title: str)
         fig = style.figure(min(14.0, 8.0 + 0.25 * len(held)), 6.4)
         bars, points = fig.subplots(2, 1, sharex=True, height_ratios=[2, 1])
         _stack(bars, held)
-        bars.set_title(title)
+        bars.set_title(style.text(title, 100))
         clients = np.arange(len(held))
         points.plot(clients, [h.divergence for h in held], "o", color="#000000", markersize=7,
                     label="a client's shard")
@@ -50,8 +51,9 @@ def partition_figure(held: Sequence[Holding], topics: Sequence[str], title: str)
         points.set_xlabel("client")
         points.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         points.set_xlim(-0.6, len(held) - 0.4)
+        shown = [style.text(name, LONGEST_TOPIC) for name in topics]
         names = [Patch(color=COLOURS[topic], label=f"{letter(topic)}  {name}")
-                 for topic, name in enumerate(topics)]
+                 for topic, name in enumerate(shown)]
         fig.legend(handles=[*names[::-1], *points.lines], loc="outside right upper",
                    handlelength=1.3, labelspacing=0.55)
     return fig

@@ -23,6 +23,7 @@ from matplotlib.lines import Line2D
 
 from fedrun.plots import style
 from fedrun.plots.runs import INFERRED, Axis, Curve, Group, Measure, Run, curve, groups
+from fedrun.terminal import say
 
 Result = Figure | str
 """A figure, or why there is none: which runs it wants."""
@@ -52,9 +53,10 @@ class Selection:
             return None
         best = min(variants, key=lambda g: g.final_ppl)
         if len(variants) > 1:
-            where = f"{style.look(method).label}, {_updates(local_updates)}" \
-                if method != "central" else style.look(method).label
-            self.notes[f"{where}: {best.variant}, the best of {len(variants)} variants"] = None
+            where = f"{style.label(method)}, {_updates(local_updates)}" \
+                if method != "central" else style.label(method)
+            differs = style.text(best.variant, 2 * NOTE_WIDTH)
+            self.notes[f"{where}: {differs}, the best of {len(variants)} variants"] = None
         return best
 
     def curve(self, group: Group, measure: Measure) -> Curve | None:
@@ -123,14 +125,14 @@ def central_vs_fed(selection: Selection, config: str) -> Result:
     fig, (ax,) = _panels(1)
     handles = []
     for group in (central, fed):
-        label = style.look(group.method).label
+        label = style.label(group.method)
         label += f", {_updates(group.local_updates)}" if group.method != "central" else ""
         line = _draw(ax, selection, group, "val_ppl")
         _draw(ax, selection, group, "train_ppl", **TRAIN)
         handles += _named([(line, label + _seeds(selection.curve(group, "val_ppl")))])
     if not ax.lines:
         return _nothing_on(selection.axis)
-    ax.set_title(f"Central and federated training, {config}")
+    ax.set_title(style.title("Central and federated training", config))
     handles += [Line2D([], [], color="#666666", label="validation"),
                 Line2D([], [], color="#666666", label="train", **TRAIN)]
     return _finish(fig, [ax], selection, handles, 2, ylabel="perplexity")
@@ -152,10 +154,10 @@ def lu_comparison(selection: Selection, config: str) -> Result:
             if _draw(ax, selection, group, "val_ppl", linestyle=_lu_line(updates),
                      markerfacecolor=_lu_face(updates)):
                 drawn[updates] = None
-        ax.set_title(style.look(method).label)
+        ax.set_title(style.label(method))
     if not drawn:
         return _nothing_on(selection.axis)
-    fig.suptitle(f"Local updates in a round, {config}")
+    fig.suptitle(style.title("Local updates in a round", config))
     colour = style.look(methods[0]).colour if len(methods) == 1 else "#444444"
     handles = [Line2D([], [], color=colour, linestyle=_lu_line(u), marker="o",
                       markerfacecolor=_lu_face(u), label=_updates(u)) for u in drawn]
@@ -178,8 +180,8 @@ def method_comparison(selection: Selection, config: str) -> Result:
         ax.set_title(_updates(updates))
     if not drawn:
         return _nothing_on(selection.axis)
-    fig.suptitle(f"Methods, {config}")
-    handles = _named([(drawn[m], style.look(m).label) for m in methods if m in drawn])
+    fig.suptitle(style.title("Methods", config))
+    handles = _named([(drawn[m], style.label(m)) for m in methods if m in drawn])
     return _finish(fig, axes, selection, handles, 3)
 
 
@@ -203,7 +205,7 @@ def multi_config_comparison(selection: Selection) -> Result:
                 found = selection.curve(group, "val_ppl")
                 assert found is not None
                 finals.setdefault(method, []).append((place, found))
-        ax.set_title(config)
+        ax.set_title(style.text(config, 28))
     if not lines:
         return _nothing_on(selection.axis)
     last = axes[-1]
@@ -217,7 +219,7 @@ def multi_config_comparison(selection: Selection) -> Result:
     last.set_xticks(range(len(configs)), _short(configs))
     last.set_xlim(-0.5, len(configs) - 0.5)
     fig.suptitle("Configs (the fewest local updates of each method)")
-    handles = _named([(line, style.look(m).label) for m, line in lines.items()])
+    handles = _named([(line, style.label(m)) for m, line in lines.items()])
     return _finish(fig, axes, selection, handles, 3, curves=axes[:-1])
 
 
@@ -296,7 +298,8 @@ def _short(configs: Sequence[str]) -> list[str]:
         words = [w[1:] for w in words]
     while min(map(len, words)) > 2 and len({w[-1] for w in words}) == 1:
         words = [w[:-1] for w in words]
-    return ["\n".join(w) for w in words]
+    room = max(40 // len(configs), 5)  # columns
+    return ["\n".join(style.text(part, room) for part in w[:4]) for w in words]
 
 
 def _lu_line(updates: int) -> Any:
@@ -320,7 +323,7 @@ def _nothing_on(axis: Axis) -> str:
     return f"wants runs whose histories record {axis}"
 
 
-def save_all(made: dict[str, Result], out_dir: Path, say: Callable[[str], None] = print) -> None:
+def save_all(made: dict[str, Result], out_dir: Path, say: Callable[[str], None] = say) -> None:
     """Write the figures there are; say what was written and what the others want."""
     for name, result in made.items():
         if isinstance(result, str):

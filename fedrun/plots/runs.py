@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from fedrun.config import FederatedConfig
+from fedrun.files import DamagedFile, Kind, number, read_json, whole
 from fedrun.run_files import MARK
+from fedrun.terminal import shortened, visible
 
 Axis = Literal["tokens", "steps", "rounds", "seconds", "bytes"]
 AXES: tuple[Axis, ...] = get_args(Axis)
@@ -31,6 +34,10 @@ NAME = re.compile(r"(?P<method>\w+?)_config_(?P<config>.+?)(_lu_(?P<lu>\d+))?_se
 STUDY_CLIENTS, STUDY_BATCH, STUDY_CENTRAL_BATCH, STUDY_LENGTH = 4, 4, 16, 256
 INFERRED = (f"tokens of runs that do not record them: {STUDY_CLIENTS} clients × batch "
             f"{STUDY_BATCH} (central: {STUDY_CENTRAL_BATCH}) × {STUDY_LENGTH} tokens a step")
+
+DIVERGED = 1e100  # a perplexity from here on is none, as infinity
+LARGEST = 1e30  # tokens, seconds or bytes
+LONGEST = 300  # characters of the settings by which variants are told apart, in a line
 
 # Settings in which runs may differ and still be repetitions of one experiment.
 _NO_VARIANT = FederatedConfig.neutral | {
@@ -70,7 +77,8 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.path.name
+        """The folder's, fit to be printed."""
+        return visible(self.path.name)
 
     @property
     def final(self) -> Record:
@@ -108,34 +116,44 @@ class Found:
         lines = [f"found {len(self.runs)} run{'s' * (len(self.runs) != 1)}"]
         for group in groups(self.runs):
             updates = f", local updates {group.local_updates}" * (group.method != "central")
-            variant = f", {group.variant}" * bool(group.variant)
+            variant = f", {shortened(group.variant, LONGEST)}" * bool(group.variant)
             seeds = ", ".join(str(seed) for seed in sorted(run.seed for run in group.runs))
             lines.append(f"  {group.config}: {group.method}{updates}{variant}, seeds {seeds}")
         return "\n".join(lines + [f"passed over {n}: {reason}" for n, reason in self.passed_over])
 
 
 class Damaged(Exception):
-    """A run folder that cannot be used; the text says why."""
+    """A run folder that cannot be used; the text says why, fit to be printed."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(visible(reason))
 
 
 def find_runs(data_dir: Path) -> Found:
     """All runs directly under `data_dir`. ValueError where there is no such folder."""
-    if not data_dir.is_dir():
-        raise ValueError(f"--data_dir {data_dir}: no such folder; accepted is one with run folders")
     runs, passed_over = [], []
-    for path in sorted(p for p in data_dir.iterdir() if p.is_dir()):
-        if is_run(path):
-            try:
-                runs.append(read_run(path))
-            except Damaged as damage:
-                passed_over.append((path.name, str(damage)))
+    for path in run_folders(data_dir):
+        try:
+            runs.append(read_run(path))
+        except Damaged as damage:
+            passed_over.append((visible(path.name), str(damage)))
     return Found(runs, passed_over)
 
 
-def is_run(path: Path) -> bool:
-    """Whether a folder is, or was meant to be, a run's."""
-    return bool(NAME.fullmatch(path.name) or (path / "config.json").is_file()
-                or (path / "training_history.json").is_file())
+def run_folders(data_dir: Path) -> list[Path]:
+    """The folders under `data_dir` that are, or were meant to be, a run's.
+
+    Raises ValueError where `data_dir` is no folder, or cannot be read.
+    """
+    if not os.path.isdir(data_dir):
+        raise ValueError(f"--data_dir {data_dir}: no such folder; accepted is one with run folders")
+    try:
+        found = sorted(path for path in data_dir.iterdir() if os.path.isdir(path))
+    except OSError as error:
+        raise ValueError(f"--data_dir {data_dir}: cannot be read: {error.strerror}") from None
+    return [path for path in found if NAME.fullmatch(path.name)
+            or os.path.lexists(path / "config.json")
+            or os.path.lexists(path / "training_history.json")]
 
 
 def identify(path: Path) -> Run:
@@ -143,28 +161,29 @@ def identify(path: Path) -> Run:
 
     Raises Damaged where that cannot be told.
     """
-    settings = _read_json(path / "config.json", dict) or {}
+    settings = _read(path / "config.json", dict) or {}
     named = NAME.fullmatch(path.name)
     if settings:
-        try:
-            method, seed = str(settings["method"]), int(settings["seed"])
-            config = Path(str(settings["config"])).stem
-            local_updates = int(settings.get("local_updates", 1))
-        except (KeyError, TypeError, ValueError) as error:
-            raise Damaged(f"config.json is not a run's: {error!r}") from None
+        method, config = settings.get("method"), settings.get("config")
+        seed, local_updates = whole(settings.get("seed")), whole(settings.get("local_updates", 1))
+        if not (isinstance(method, str) and isinstance(config, str)):
+            raise Damaged("config.json is not a run's: it has no method or no config")
+        config = Path(config).stem
     elif named:
         method = {"federated": "fed_avg"}.get(named["method"], named["method"])
-        config, seed = named["config"], int(named["seed"])
-        local_updates = int(named["lu"] or 1)
+        config, seed = named["config"], whole(int(named["seed"]))
+        local_updates = whole(int(named["lu"] or 1))
     else:
         raise Damaged("no config.json, and the folder's name does not tell method and seed")
-    return Run(path, method, config, local_updates, seed, settings, {}, [], False)
+    if seed is None or local_updates is None:
+        raise Damaged("seed or local_updates is no whole number from 0")
+    return Run(path, visible(method), visible(config), local_updates, seed, settings, {}, [], False)
 
 
 def read_run(path: Path) -> Run:
     """The run in a folder. Raises Damaged with the reason where it cannot be read."""
     run = identify(path)
-    history = _read_json(path / "training_history.json", list)
+    history = _read(path / "training_history.json", list)
     if history is None:
         raise Damaged("no training_history.json (yet)")
     tokens_a_step = _tokens_a_step(run)
@@ -177,63 +196,58 @@ def read_run(path: Path) -> Run:
             inferred |= "tokens" not in raw
     if not any(math.isfinite(r.val_ppl) for r in by_step.values()):
         raise Damaged("no record of training_history.json has a validation perplexity")
-    return replace(run, environment=_read_json(path / "environment.json", dict) or {},
+    return replace(run, environment=_read(path / "environment.json", dict) or {},
                    history=[by_step[step] for step in sorted(by_step)], tokens_inferred=inferred)
 
 
-def _read_json(path: Path, kind: type) -> Any:
+def _read(path: Path, kind: type[Kind]) -> Kind | None:
     """The file's content, None where there is no file; Damaged where it is not a `kind`."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path, kind)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise Damaged(f"{path.name} is damaged: {error}") from None
-    if not isinstance(content, kind):
-        raise Damaged(f"{path.name} is damaged: a {kind.__name__} is expected")
-    return content
+    except DamagedFile as error:
+        raise Damaged(f"{path.name} is damaged: {str(error).removeprefix(str(path)).strip()}"
+                      ) from None
+    except OSError as error:
+        raise Damaged(f"{path.name} cannot be read: {error.strerror}") from None
 
 
-def _tokens_a_step(run: Run) -> int:
-    settings = run.settings
-    if run.method == "central":
-        batches, batch = 1, settings.get("batch_size", STUDY_CENTRAL_BATCH)
-    else:
-        batches = settings.get("num_clients", STUDY_CLIENTS) * run.local_updates
-        batch = settings.get("batch_size", STUDY_BATCH)
-    return int(batches * batch * settings.get("sequence_length", STUDY_LENGTH))
+def _tokens_a_step(run: Run) -> float:
+    """Of a history that does not record them; nan where the settings do not tell."""
+    central = run.method == "central"
+    held = {"num_clients": STUDY_CLIENTS, "sequence_length": STUDY_LENGTH,
+            "batch_size": STUDY_CENTRAL_BATCH if central else STUDY_BATCH} | run.settings
+    of_a_batch = number(held["batch_size"]) * number(held["sequence_length"])
+    return of_a_batch * (1 if central else number(held["num_clients"]) * run.local_updates)
 
 
-def _record(raw: Any, tokens_a_step: int) -> Record | None:
+def _record(raw: Any, tokens_a_step: float) -> Record | None:
     """A record from any of the forms that histories have; None where it has no step."""
     if not isinstance(raw, dict):
         return None
-    step = _number(raw, "global_step", "step")
-    if not math.isfinite(step):
+    step = whole(raw.get("global_step", raw.get("step")))
+    if step is None:
         return None
-    return Record(int(step), _perplexity(raw, "train"), _perplexity(raw, "server_val", "val"),
-                  _number(raw, "tokens") if "tokens" in raw else step * tokens_a_step,
-                  _number(raw, "seconds"), _number(raw, "bytes"),
+    tokens = number(raw["tokens"]) if "tokens" in raw else step * tokens_a_step
+    seconds, sent = number(raw.get("seconds")), number(raw.get("bytes"))
+    tokens, seconds, sent = (value if abs(value) < LARGEST else math.nan
+                             for value in (tokens, seconds, sent))
+    return Record(step, _perplexity(raw, "train"), _perplexity(raw, "server_val", "val"), tokens,
+                  seconds, sent,
                   raw.get("generated") if isinstance(raw.get("generated"), str) else None)
 
 
 def _perplexity(raw: dict[str, Any], *prefixes: str) -> float:
-    """The perplexity under the first prefix that has one, or has a loss in nats."""
+    """The perplexity under the first prefix that has one, or has a loss in nats; nan where there
+    is none, infinite where it has diverged."""
     for prefix in prefixes:
-        found = _number(raw, f"{prefix}_ppl")
-        if math.isnan(found) and f"{prefix}_loss" in raw:
-            loss = _number(raw, f"{prefix}_loss")
-            found = math.nan if math.isnan(loss) else math.exp(loss) if loss < 700 else math.inf
-        if not math.isnan(found):
-            return found
-    return math.nan
-
-
-def _number(raw: dict[str, Any], *names: str) -> float:
-    for name in names:
-        value = raw.get(name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
+        found = number(raw.get(f"{prefix}_ppl"))
+        loss = number(raw.get(f"{prefix}_loss"))
+        if math.isnan(found) and not math.isnan(loss):
+            found = math.exp(loss) if loss < 700 else math.inf
+        if found > 0:
+            return found if found < DIVERGED else math.inf
     return math.nan
 
 
@@ -284,7 +298,7 @@ def _variant(run: Run, varying: Sequence[str]) -> str:
     if varying and not run.settings:
         return "without config.json"
     settings = _flat(run.settings)
-    return ", ".join(f"{name}={settings[name]}" for name in varying)
+    return visible(", ".join(f"{name}={settings[name]}" for name in varying))
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:

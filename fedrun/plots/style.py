@@ -11,15 +11,18 @@ import math
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
+from fedrun.plots import fonts
 from fedrun.plots.runs import Axis
+from fedrun.terminal import shortened, visible
 
 
 class Look(NamedTuple):
@@ -45,6 +48,8 @@ LOOKS = {
 _OTHER_COLOURS = ("#332288", "#44AA99", "#AA4499", "#661100")
 BAND_OPACITY = 0.18
 DIVERGING = "RdBu_r"
+LONGEST = 50  # characters of a name in a figure
+LONGEST_FILE = 200  # bytes of a figure's name; file systems take 255
 
 X_LABELS: dict[Axis, str] = {
     "tokens": "training tokens seen", "steps": "local optimizer steps of a client",
@@ -56,6 +61,7 @@ RC: Any = {  # its keys are literals to the type checker
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.color": "#E3E3E3", "grid.linewidth": 0.8, "axes.axisbelow": True,
     "lines.linewidth": 2.0, "lines.markersize": 5.5, "legend.frameon": False,
+    "text.parse_math": False, "text.usetex": False,  # names may have $, _ and ^ in them
     "savefig.dpi": 150, "svg.hashsalt": "fedrun", "svg.fonttype": "path"}
 
 
@@ -64,7 +70,8 @@ def look(method: str) -> Look:
     if method in LOOKS:
         return LOOKS[method]
     number = zlib.crc32(method.encode())
-    return Look(method, _OTHER_COLOURS[number % len(_OTHER_COLOURS)], "*")
+    label = f" {method}" if method.startswith("_") else method  # legends may leave out _names
+    return Look(label, _OTHER_COLOURS[number % len(_OTHER_COLOURS)], "*")
 
 
 def shade(method: str, strength: float) -> tuple[float, float, float]:
@@ -83,13 +90,49 @@ def drawing() -> Any:
     return matplotlib.rc_context(RC)
 
 
+def text(words: str, longest: int = LONGEST) -> str:
+    """Words of others as a figure shows them: one line of at most `longest` columns, without what
+    no font has."""
+    start = shortened(visible(words), longest)  # first, since codes are longer than characters
+    return shortened(fonts.drawable(start), longest)
+
+
+def label(method: str) -> str:
+    """The method's label as a figure shows it."""
+    return text(look(method).label, 24)
+
+
+def title(what: str, name: str) -> str:
+    """`what, name` in one line, or in two where one would be too long."""
+    name = text(name)
+    return f"{what}, {name}" if len(what) + len(name) < 60 else f"{what}\n{name}"
+
+
 def save(fig: Figure, folder: Path, name: str) -> Path:
-    """Write `name`.png and `name`.svg; the path of the PNG."""
+    """Write `name`.png and `name`.svg; the path of the PNG. What no file's name can hold is
+    replaced in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with drawing():
-        fig.savefig(folder / f"{name}.svg", metadata={"Date": None})
-        fig.savefig(folder / f"{name}.png")
+    name = file_name(name)
+    write(fig, folder / f"{name}.svg", "svg")
+    write(fig, folder / f"{name}.png", "png")
     return folder / f"{name}.png"
+
+
+def write(fig: Figure, target: Path | BinaryIO, form: Literal["svg", "png"]) -> None:
+    """Draw a figure into a file."""
+    with drawing():
+        for words in fig.findobj(Text):
+            words.set_fontfamily(fonts.families())
+        fig.savefig(target, format=form, metadata={"Date": None} if form == "svg" else None)
+
+
+def file_name(name: str) -> str:
+    """`name` as one component of a path, with room for an ending: at most LONGEST_FILE bytes."""
+    name = visible(name).replace("/", "_")
+    content = name.encode()
+    if len(content) <= LONGEST_FILE:
+        return name
+    return f"{content[:LONGEST_FILE - 9].decode(errors='ignore')}_{zlib.crc32(content):08x}"
 
 
 def log_ticks(low: float, high: float) -> list[float]:

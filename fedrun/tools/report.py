@@ -20,8 +20,10 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from fedrun.cli import Parser
-from fedrun.plots import deltas, perplexity, style
+from fedrun.files import write_whole
+from fedrun.plots import deltas, perplexity, saved, style
 from fedrun.plots.runs import AXES, Found, Run, find_runs
+from fedrun.terminal import say, visible
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,12 @@ def main(argv: Sequence[str]) -> int:
                         help="leave out heatmaps and singular values, which take longest")
     args = parser.parse_args(argv)
     found = find_runs(args.data_dir)
-    print(found)
+    say(str(found))
     if not found.runs:
         return 1
     out = args.out or args.data_dir / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page(found, args.data_dir, args.x, not args.skip_deltas), encoding="utf-8")
-    print(f"wrote {out}")
+    write_whole(out, page(found, args.data_dir, args.x, not args.skip_deltas).encode())
+    say(f"wrote {out}")
     return 0
 
 
@@ -84,13 +85,13 @@ def page(found: Found, data_dir: Path, axis: Any, with_deltas: bool) -> str:
     heatmaps: dict[Path, list[Picture]] = {}
     if with_deltas:
         for federated in (False, True):
-            saved = deltas.find_entities(data_dir, "server", federated, None)
-            if not saved.entities:
+            found_saved = saved.find_entities(data_dir, "server", federated, None)
+            if not found_saved.entities:
                 continue
-            made |= {name: figure for name, figure in deltas.figures(saved).items()
+            made |= {name: figure for name, figure in deltas.figures(found_saved).items()
                      if not name.startswith("heatmap_")}
             with style.drawing():
-                for entity in saved.entities:
+                for entity in found_saved.entities:
                     if 0 in entity.layers:
                         heatmaps.setdefault(entity.run.path, []).append(
                             picture("how in_proj changed", deltas.heatmap(entity, 0)))
@@ -100,7 +101,7 @@ def page(found: Found, data_dir: Path, axis: Any, with_deltas: bool) -> str:
     rows = [_row(run, run.final.val_ppl == lowest[run.config], axis, heatmaps.get(run.path, []))
             for run in runs]
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined,
-                                     trim_blocks=True, lstrip_blocks=True)
+                                     trim_blocks=True, lstrip_blocks=True, finalize=readable)
     environment.filters["breakable"] = breakable
     template = environment.from_string(
         (Path(__file__).parent / "report.html.j2").read_text(encoding="utf-8"))
@@ -115,8 +116,7 @@ def page(found: Found, data_dir: Path, axis: Any, with_deltas: bool) -> str:
 def picture(name: str, figure: Figure) -> Picture:
     """A figure as SVG in a data: URL."""
     content = io.BytesIO()
-    with style.drawing():
-        figure.savefig(content, format="svg", metadata={"Date": None})
+    style.write(figure, content, "svg")
     width, height = figure.get_size_inches()
     source = "data:image/svg+xml;base64," + base64.b64encode(content.getvalue()).decode()
     return Picture(name, source, round(96 * width), round(96 * height))
@@ -133,13 +133,18 @@ def _row(run: Run, lowest: bool, axis: Any, heatmaps: Iterable[Picture]) -> Row:
                clock(last.seconds), size(last.bytes),
                f"{processes} × {device}" if processes and device else str(device),
                [picture("perplexity", perplexity.single(run, axis)), *heatmaps],
-               [(name, value if isinstance(value, str) else json.dumps(value))
+               [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
                 for name, value in run.settings.items()])
+
+
+def readable(value: Any) -> Any:
+    """Text as every browser shows it: HTML has no way to hold most control characters."""
+    return visible(value, keep="\n\t") if type(value) is str else value
 
 
 def breakable(name: str) -> Markup:
     """A name that a browser may break after its underscores."""
-    return Markup("_<wbr>").join(name.split("_"))
+    return Markup("_<wbr>").join(readable(name).split("_"))
 
 
 def clock(seconds: float) -> str:

@@ -1,0 +1,154 @@
+"""Saved steps of models, as they are found in run folders: in_proj, or how it has changed.
+
+    params/step_000030.npz, deltas/step_000030.npz      central runs
+    server/params/..., client_0/deltas/..., ...         federated ones
+
+Files may be damaged, or not ours: they are named, and the others are used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedrun.errors import one_line
+from fedrun.files import open_regular
+from fedrun.plots.runs import Damaged, Run, identify, run_folders
+from fedrun.terminal import visible
+
+STEP_FILE = re.compile(r"step_(\d{1,15})\.npz")
+LARGEST_ARRAY = 1 << 32  # bytes
+IN_PROJ = re.compile(r"(?:delta_)?(?:layers\.(?P<layer>\d+)\.)?in_proj")
+
+
+@dataclass(frozen=True)
+class Entity:
+    """The saved steps of one model of one run: the global one, a client's, or a central run's."""
+
+    run: Run
+    """Without its history, which these figures do not need."""
+    name: str
+    """server, client_0, ... or central."""
+    folder: Path
+    files: dict[int, Path]
+    """The npz of each saved step, in order: deltas where there are any, else parameters."""
+    is_delta: bool
+    shapes: dict[int, tuple[int, ...]]
+    """(rows, columns) of each layer's in_proj, the same in all files."""
+    variant: str = ""
+    """The settings in which it differs from others of its method."""
+
+    def changes(self, layer: int, steps: Sequence[int]) -> dict[int, np.ndarray]:
+        """The change of in_proj (rows, columns) at each of `steps`, since the start of the run, or,
+        where only parameters were saved, since the first step that was."""
+        arrays = {step: _in_proj(self.files[step])[layer] for step in steps}
+        if self.is_delta:
+            return arrays
+        first = _in_proj(self.files[self.steps[0]])[layer]
+        return {step: array - first for step, array in arrays.items()}
+
+    @property
+    def layers(self) -> list[int]:
+        return list(self.shapes)
+
+    @property
+    def steps(self) -> list[int]:
+        """The saved steps; where changes are computed, the first is the origin and none of them."""
+        return list(self.files)
+
+    @property
+    def changed_steps(self) -> list[int]:
+        return self.steps if self.is_delta else self.steps[1:]
+
+    @property
+    def since(self) -> str:
+        return "the start" if self.is_delta else f"step {self.steps[0]}"
+
+
+@dataclass(frozen=True)
+class FoundEntities:
+    """What a data folder holds of one entity."""
+
+    entity: str
+    federated: bool
+    entities: list[Entity]
+    passed_over: list[tuple[str, str]]
+
+    def __str__(self) -> str:
+        return "\n".join([
+            f"found {len(self.entities)} runs with saved changes of {self.entity}",
+            *(f"passed over {name}: {reason}" for name, reason in self.passed_over)])
+
+
+def find_entities(data_dir: Path, entity: str, federated: bool, config: str | None
+                  ) -> FoundEntities:
+    """The saved steps of `entity` in every central, or every federated, run under `data_dir`.
+
+    Raises ValueError where there is no such folder.
+    """
+    found, passed_over = [], []
+    for path in run_folders(data_dir):
+        try:
+            run = identify(path)
+            if (run.method != "central") != federated or config not in (None, run.config):
+                continue
+            read, damage = _read_entity(run, entity if federated else "central",
+                                        path / entity if federated else path)
+            found.append(read)
+            passed_over += [(f"{run.name}/{file}", reason) for file, reason in damage]
+        except Damaged as damaged:
+            passed_over.append((visible(path.name), str(damaged)))
+    return FoundEntities(entity if federated else "central", federated, found, passed_over)
+
+
+def _read_entity(run: Run, name: str, folder: Path) -> tuple[Entity, list[tuple[str, str]]]:
+    """The entity, and its files that are damaged. Raises Damaged where none can be used."""
+    damage: list[tuple[str, str]] = []
+    for kind in ("deltas", "params"):
+        files: dict[int, Path] = {}
+        shapes: dict[int, tuple[int, ...]] = {}
+        for path in sorted((folder / kind).glob("step_*.npz")):
+            step = STEP_FILE.fullmatch(path.name)
+            if step is None:
+                continue
+            try:
+                found = {n: array.shape for n, array in sorted(_in_proj(path).items())}
+                if shapes not in ({}, found):
+                    raise Damaged("has other layers, or of other shapes, than the file before it")
+                shapes, files[int(step[1])] = found, path
+            except Damaged as damaged:
+                damage.append((visible(str(path.relative_to(run.path))), str(damaged)))
+        entity = Entity(run, name, folder, dict(sorted(files.items())), kind == "deltas", shapes)
+        if entity.changed_steps:
+            return entity, damage
+    told = "; ".join(f"{file} {reason}" for file, reason in damage)
+    raise Damaged(told or f"no deltas/step_*.npz and fewer than two params/step_*.npz in "
+                  f"{folder.relative_to(run.path.parent)}")
+
+
+def _in_proj(path: Path) -> dict[int, np.ndarray]:
+    """in_proj, or its change, of every layer in a file; a key without a layer is layer 0."""
+    found = {}
+    try:
+        with open_regular(path) as content, np.load(content) as file:
+            for name in file.files:
+                key = IN_PROJ.fullmatch(name)
+                if key and file.zip.getinfo(f"{name}.npy").file_size > LARGEST_ARRAY:
+                    raise ValueError(f"{name} has more than {LARGEST_ARRAY} bytes")
+                if key:
+                    found[int(key["layer"] or 0)] = file[name]
+    except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
+        raise Damaged(f"is damaged: {one_line(error).removeprefix(f'{path} ')}") from None
+    if not found or not all(map(_is_matrix, found.values())):
+        raise Damaged("has no in_proj of two dimensions with finite values")
+    return found
+
+
+def _is_matrix(array: np.ndarray) -> bool:
+    """Whether these are numbers that can be squared and drawn: two dimensions within float32."""
+    return bool(array.ndim == 2 and array.size and array.dtype.kind in "fiu"
+                and np.abs(array).max() <= np.finfo(np.float32).max)  # which no nan is

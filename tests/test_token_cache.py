@@ -285,7 +285,7 @@ def test_a_failed_build_leaves_no_entry_and_no_lock(
 ) -> None:
     file = str(text_file(tmp_path))
     with monkeypatch.context() as broken:
-        broken.setattr(tokens, "_write_tokens", forbid)
+        broken.setattr(tokens, "write_ids", forbid)
         with pytest.raises(AssertionError):
             prepare(file, "bpe:300", 16, tmp_path, lambda line: None)
     assert not list(tmp_path.glob("tokens/*/entry.json"))

@@ -18,7 +18,7 @@ from fedrun.data.tokens import TokenData, prepare
 from fedrun.pretrained import find_pretrained
 
 
-def tokens(folder: Path, tokenizer: Path, name: str = "tale.txt") -> TokenData:
+def tokens(folder: Path, tokenizer: Path | str, name: str = "tale.txt") -> TokenData:
     return prepare(str(folder / name), str(tokenizer), 16, folder / "cache", lambda line: None)
 
 
@@ -142,3 +142,32 @@ def test_a_run_with_a_tokenizer_that_has_neither_end_nor_unknown_token(
     assert cli.main(["generate", run, "--prompt", "of 3 whales", "--tokenizer", str(file)]) == 2
     assert capsys.readouterr().err.startswith(
         "fedrun: error: --prompt: it cannot encode 'whales' (")
+
+
+TRICKY = ("I'll say: it's 3.14 dogs'  \n\n  \u00bd \u4f60\u597d\u4e16\u754c, na\u00efve\t(x[1]==2)"
+          "\r\n e\u0301 \U0001f642!")
+
+
+def test_bpe_cuts_words_without_end_and_no_others(tmp_path: Path) -> None:
+    """Its training takes time with the square of a word's length: 105 s for ten lines of DNA."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    from fedrun.data.tokenizer import LONGEST_WORD
+
+    plain = ByteLevel(add_prefix_space=False)
+    dna = "".join("ACGT"[(n * n // 7 + n // 3) % 4] for n in range(20_000))
+    texts = {"usual.txt": [TRICKY] * 40, "dna.txt": [dna] * 5 + [TRICKY] * 40}
+    for name, rows in texts.items():
+        (tmp_path / name).write_text("\n".join(rows), newline="")
+        data = tokens(tmp_path, "bpe:300", name)
+        trained = Tokenizer.from_buffer(data.tokenizer_json)
+        assert trained.decode(trained.encode(dna + TRICKY).ids) == dna + TRICKY
+        assert trained.pre_tokenizer.pre_tokenize_str(TRICKY) == plain.pre_tokenize_str(TRICKY)
+        lengths = [len(word) for word, _ in trained.pre_tokenizer.pre_tokenize_str(dna)]
+        if name == "usual.txt":
+            assert json.loads(data.tokenizer_json)["pre_tokenizer"]["type"] == "ByteLevel"
+            assert lengths == [20_000], "the file is the one that was always made"
+        else:
+            assert max(lengths) == LONGEST_WORD
+            assert sum(lengths) == 20_000
+            assert len(data.load_tokenizer()(dna)["input_ids"]) < 12_000, "it has learnt of both"

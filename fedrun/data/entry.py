@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,19 @@ def content_sum(body: dict[str, Any]) -> str:
     """A digest of the token ids themselves, to compare machines by (hex)."""
     told = [body["dtype"], *(body["files"][name]["sha256"] for name in LARGE)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def naming_cache_dir(entry: Path, damage: str = "") -> Iterator[None]:
+    """Errors of the disk as errors of --cache_dir."""
+    try:
+        yield
+    except (ConnectionError, TimeoutError):
+        raise
+    except OSError as error:
+        told = f"{damage}, and cannot be replaced: " if damage else ""
+        raise ValueError(f"--cache_dir {entry.parents[1]}: {told}{error}; give a --cache_dir that "
+                         "can be written") from error
 
 
 def _sha256(file: Path) -> str:

@@ -5,21 +5,31 @@ Code that comes with a tokenizer is never run, whatever its files ask for.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from fedrun.data import corpora, hub
 from fedrun.errors import one_line
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
+    from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerBase
 
 BPE_SMALLEST = 257  # 256 bytes and the end-of-text token
 END_OF_TEXT = "<|endoftext|>"
+ROWS_AT_ONCE = 1000
+LONGEST_WORD = 1024  # characters: beyond any word, and trained in the time of shorter ones
+GPT2_WORD = (  # as the library's ByteLevel has it
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+)
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 ACCEPTED = (
     "a hub name (gpt2, owner/name), a folder with a tokenizer, a tokenizer.json, or bpe:N with "
@@ -35,6 +45,14 @@ def bpe_size(tokenizer: str) -> int | None:
     if not size.isascii() or not size.isdigit() or int(size) < BPE_SMALLEST:
         raise ValueError(f"--tokenizer {tokenizer}: give {ACCEPTED}")
     return int(size)
+
+
+def tokenizer_name(tokenizer: str) -> str:
+    """As reports call it: a folder by its last part, a tokenizer.json by that of its folder."""
+    path = Path(tokenizer).expanduser()
+    if path.is_file():
+        return path.resolve().parent.name if path.name == "tokenizer.json" else path.name
+    return path.resolve().name if path.is_dir() else tokenizer
 
 
 def save_tokenizer(tokenizer: str, corpus: corpora.Corpus, folder: Path) -> Tokenizer:
@@ -61,13 +79,13 @@ def _train_bpe(rows: list[str], size: int, folder: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = _splitter(rows)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
     bpe.train_from_iterator(with_newlines(rows), trainer)
     folder.mkdir()
@@ -79,6 +97,28 @@ def _train_bpe(rows: list[str], size: int, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+
+
+def _splitter(rows: list[str]) -> PreTokenizer:
+    """GPT-2's splitting into words, over bytes. Where the text has words beyond LONGEST_WORD (lines
+    of DNA, say), they are cut: training takes time with the square of a word's length. For all
+    other words both splitters do the same, and for text without such words it is the plain one.
+    """
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+
+    plain: PreTokenizer = ByteLevel(add_prefix_space=False)
+    may_hold_one = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
+    candidates = (row for row in with_newlines(rows) if may_hold_one.search(row))
+    spans = (span for row in candidates for _, span in plain.pre_tokenize_str(row))
+    if all(end - begin <= LONGEST_WORD for begin, end in spans):
+        return plain
+    cut: PreTokenizer = Sequence([
+        Split(Regex(GPT2_WORD), "isolated"),
+        Split(Regex(rf"[\s\S]{{{LONGEST_WORD}}}"), "isolated"),
+        ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    return cut
 
 
 def _fetch_tokenizer(tokenizer: str) -> PreTrainedTokenizerBase:
@@ -172,6 +212,24 @@ def _unknown(tokeniser: Tokenizer, texts: list[str]) -> str:
             except Exception:
                 return word[:40]
     return texts[0][:40]
+
+
+def write_ids(
+    path: Path, rows: list[str], tokeniser: Tokenizer, dtype: np.dtype, flag: str
+) -> np.ndarray:
+    """Write the ids of all rows to a new file, end to end; how many each row has, int64 (rows,)."""
+    from tqdm import tqdm
+
+    counts: list[int] = []
+    with path.open("wb") as file, tqdm(total=len(rows), unit=" rows", disable=None) as bar:
+        texts = with_newlines(rows)
+        while batch := list(itertools.islice(texts, ROWS_AT_ONCE)):
+            encodings = encode(tokeniser, batch, flag)
+            ids = np.fromiter(itertools.chain.from_iterable(e.ids for e in encodings), dtype)
+            file.write(ids.tobytes())
+            counts += [len(e.ids) for e in encodings]
+            bar.update(len(batch))
+    return np.array(counts, dtype=np.int64)
 
 
 def with_newlines(rows: Iterable[str]) -> Iterator[str]:

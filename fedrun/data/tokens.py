@@ -21,7 +21,6 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
-import itertools
 import json
 import math
 import os
@@ -33,7 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,16 +40,16 @@ import numpy as np
 
 from fedrun.data import corpora
 from fedrun.data.documents import Documents
-from fedrun.data.entry import content_sum, read_manifest, seal
+from fedrun.data.entry import content_sum, naming_cache_dir, read_manifest, seal
 from fedrun.data.reading import Reading
 from fedrun.data.tokenizer import (
     ACCEPTED,
     HUB_NAME,
     bpe_size,
-    encode,
     save_tokenizer,
-    with_newlines,
+    tokenizer_name,
     without_custom_code,
+    write_ids,
 )
 from fedrun.data.topics import Topics, find_topics
 from fedrun.files import DamagedFile
@@ -62,7 +61,6 @@ if TYPE_CHECKING:
 LAYOUT = 3  # raise it when the same text would become other files: old entries are then ignored
 TOPICS_LAYOUT = 2  # raise it when the same documents would get other topics
 LOCK_SECONDS = 3600.0  # how long to wait for another process that prepares the same tokens
-ROWS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,9 @@ class TokenData:
     vocab_size: int
     fingerprint: dict[str, Any]
     tokenizer_path: Path
-    content: str = ""
+    content: str = field(default="", kw_only=True)
     """Digest of the token ids as they were written."""
-    tokenizer_json: bytes = b""
+    tokenizer_json: bytes = field(default=b"", kw_only=True)
     """The tokenizer, kept in memory: the cache may be deleted under a run."""
 
     def reopen(self) -> TokenData:
@@ -127,7 +125,7 @@ class TokenData:
         file = entry / f"topics-{TOPICS_LAYOUT}-{version}.npz"
         held = _read_topics(file)
         if held is None:
-            with _naming_cache_dir(entry), _only_one(entry, "the topics of its documents",
+            with naming_cache_dir(entry), _only_one(entry, "the topics of its documents",
                                                      _to_stderr):
                 held = _read_topics(file, say=lambda line: None)
                 if held is None:
@@ -206,8 +204,9 @@ def prepare(
         f"{sequence_length} tokens; validation is {fingerprint['validation_from']}"
     )
     return TokenData(
-        train, validation, vocab_size, fingerprint, entry / "tokenizer", content_sum(meta),
-        (entry / "tokenizer" / "tokenizer.json").read_bytes(),
+        train, validation, vocab_size, fingerprint, entry / "tokenizer",
+        content=content_sum(meta),
+        tokenizer_json=(entry / "tokenizer" / "tokenizer.json").read_bytes(),
     )
 
 
@@ -273,16 +272,8 @@ def _entry_name(dataset: str, tokenizer: str, reading: Reading = Reading()) -> s
         corpora.file_signature(tokenizer_files),
     ]
     key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-    names = f"{corpora.dataset_name(dataset)}-{_tokenizer_name(tokenizer)}"
+    names = f"{corpora.dataset_name(dataset)}-{tokenizer_name(tokenizer)}"
     return f"{re.sub(r'[^A-Za-z0-9.]+', '-', names).strip('-.')[-80:]}-{key}"
-
-
-def _tokenizer_name(tokenizer: str) -> str:
-    """As reports call it: a folder by its last part, a tokenizer.json by that of its folder."""
-    path = Path(tokenizer).expanduser()
-    if path.is_file():
-        return path.resolve().parent.name if path.name == "tokenizer.json" else path.name
-    return path.resolve().name if path.is_dir() else tokenizer
 
 
 def _whole_entry(
@@ -297,26 +288,13 @@ def _whole_entry(
     except DamagedFile as error:
         damage = str(error)
         say(f"{damage}; it is made again")
-    with _naming_cache_dir(entry, damage):
+    with naming_cache_dir(entry, damage):
         entry.parent.mkdir(parents=True, exist_ok=True)
         with _only_one(entry, f"{dataset} with {tokenizer}", say):
             with suppress(DamagedFile):
                 if (meta := read_manifest(entry, check)) is not None:
                     return meta  # another process has made it
             return _build(entry, dataset, tokenizer, say, reading)
-
-
-@contextmanager
-def _naming_cache_dir(entry: Path, damage: str = "") -> Iterator[None]:
-    """Errors of the disk as errors of --cache_dir."""
-    try:
-        yield
-    except (ConnectionError, TimeoutError):
-        raise
-    except OSError as error:
-        told = f"{damage}, and cannot be replaced: " if damage else ""
-        raise ValueError(f"--cache_dir {entry.parents[1]}: {told}{error}; give a --cache_dir that "
-                         "can be written") from error
 
 
 @contextmanager
@@ -366,7 +344,7 @@ def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None]
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
     rows = {"train": corpus.train, "validation": corpus.validation}
     row_tokens = {
-        split: _write_tokens(
+        split: write_ids(
             work / f"{split}.bin", rows[split], tokeniser, dtype, f"--tokenizer {tokenizer}"
         )
         for split in rows
@@ -382,7 +360,7 @@ def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None]
         "dataset": corpus.name,
         "dataset_sha256": corpus.fingerprint,
         "validation_from": corpus.validation_from,
-        "tokenizer": _tokenizer_name(tokenizer),
+        "tokenizer": tokenizer_name(tokenizer),
         "tokenizer_sha256": hashlib.sha256(tokenizer_json).hexdigest(),
         "tokenizers_version": importlib.metadata.version("tokenizers"),
         "vocab_size": vocab_size,
@@ -400,21 +378,3 @@ def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None]
     shutil.rmtree(damaged, ignore_errors=True)
     say(f"tokenised {sum(tokens.values()):,} tokens in {time.perf_counter() - started:.1f} s")
     return meta
-
-
-def _write_tokens(
-    path: Path, rows: list[str], tokeniser: Tokenizer, dtype: np.dtype, flag: str
-) -> np.ndarray:
-    """Write the ids of all rows to a new file, end to end; how many each row has, int64 (rows,)."""
-    from tqdm import tqdm
-
-    counts: list[int] = []
-    with path.open("wb") as file, tqdm(total=len(rows), unit=" rows", disable=None) as bar:
-        texts = with_newlines(rows)
-        while batch := list(itertools.islice(texts, ROWS_AT_ONCE)):
-            encodings = encode(tokeniser, batch, flag)
-            ids = np.fromiter(itertools.chain.from_iterable(e.ids for e in encodings), dtype)
-            file.write(ids.tobytes())
-            counts += [len(e.ids) for e in encodings]
-            bar.update(len(batch))
-    return np.array(counts, dtype=np.int64)

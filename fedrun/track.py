@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from fedrun.config import RunConfig
+from fedrun.terminal import visible
 
 PROJECT = "fedrun"
 
@@ -48,6 +49,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """A line of its own, above the bar."""
+        line = visible(line)
         if self.terminal:
             self.bar.write(line, file=sys.stderr)
         else:

@@ -39,6 +39,7 @@ from fedrun.data import corpora
 from fedrun.data.documents import Documents
 from fedrun.data.tokenizer import ACCEPTED, HUB_NAME, bpe_size, save_tokenizer, with_newlines
 from fedrun.data.topics import Topics, find_topics
+from fedrun.terminal import visible
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -109,7 +110,12 @@ class TokenData:
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(visible(line), file=sys.stderr, flush=True)
+
+
+def _visibly(say: Callable[[str], None]) -> Callable[[str], None]:
+    """What is said names folders, files and columns of others."""
+    return lambda line: say(visible(line))
 
 
 def prepare(
@@ -131,6 +137,7 @@ def prepare(
         TimeoutError: another process has been preparing the same tokens for an hour.
     """
     assert sequence_length > 0
+    say = _visibly(say)
     entry = cache_dir.expanduser() / "tokens" / _entry_name(dataset, tokenizer)
     meta = _read_entry(entry)
     if meta is None:

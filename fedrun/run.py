@@ -37,6 +37,7 @@ from fedrun.rundir import lock_token, write_failure
 from fedrun.runtime import choose_device, connected, join
 from fedrun.start import Beginning, Refused, begin, make_ready
 from fedrun.stopping import StopRequest
+from fedrun.terminal import visible
 from fedrun.track import check_tracker
 from fedrun.unused import idle
 
@@ -103,7 +104,7 @@ def run(config: RunConfig) -> int:
               file=sys.stderr, flush=True)
         return 1
     if launch.rank == 0:
-        print(ended, flush=True)
+        print(visible(ended), flush=True)
     return 0
 
 
@@ -245,11 +246,11 @@ def _warn(config: RunConfig, launch: Launch, found: list[str]) -> None:
         found.append("mamba-ssm is not installed: GPUs scan sequences by torch alone, which is "
                      "slower (see the README on GPUs)")
     for warning in found if launch.rank == 0 else []:
-        print(f"fedrun: warning: {warning}", flush=True)
+        print(visible(f"fedrun: warning: {warning}"), flush=True)
 
 
 def _say(line: str) -> None:
-    print(f"fedrun: {line}", flush=True)
+    print(visible(f"fedrun: {line}"), flush=True)
 
 
 def _say_from(launch: Launch):  # type: ignore[no-untyped-def]

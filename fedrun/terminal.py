@@ -41,6 +41,15 @@ def _reread(text: str) -> str:
         return text
 
 
+def argument_text(given: str, flag: str) -> str:
+    """A text from the command line, which is UTF-8 whatever the locale is; ValueError where it is
+    not."""
+    try:
+        return given.encode(errors="surrogateescape").decode()
+    except UnicodeError:
+        raise ValueError(f"{flag}: the text is not UTF-8") from None
+
+
 def shortened(text: str, longest: int) -> str:
     """`text`, with its middle left out where it is wider than `longest` columns; a Chinese,
     Japanese or Korean character takes two."""

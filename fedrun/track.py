@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from fedrun.config import RunConfig
 from fedrun.files import DamagedFile, finite, read_json, write_json
+from fedrun.terminal import visible
 
 PROJECT = "fedrun"
 
@@ -51,6 +52,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """A line of its own, above the bar."""
+        line = visible(line)
         if self.terminal:
             self.bar.write(line, file=sys.stderr)
         else:

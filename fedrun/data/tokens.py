@@ -53,6 +53,7 @@ from fedrun.data.tokenizer import (
 )
 from fedrun.data.topics import Topics, find_topics
 from fedrun.files import DamagedFile
+from fedrun.terminal import visible
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -145,7 +146,12 @@ class TokenData:
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(visible(line), file=sys.stderr, flush=True)
+
+
+def _visibly(say: Callable[[str], None]) -> Callable[[str], None]:
+    """What is said names folders, files and columns of others."""
+    return lambda line: say(visible(line))
 
 
 def _read_topics(file: Path, say: Callable[[str], None] = _to_stderr) -> Topics | None:
@@ -182,6 +188,7 @@ def prepare(
         TimeoutError: another process has been preparing the same tokens for an hour.
     """
     assert sequence_length > 0
+    say = _visibly(say)
     entry = cache_dir.expanduser() / "tokens" / _entry_name(dataset, tokenizer, reading)
     meta = _whole_entry(entry, dataset, tokenizer, reading, say, check)
     if meta["read"]:

@@ -51,7 +51,8 @@ def generate(model: Mamba2LM, input_ids: Tensor, max_new_tokens: int, temperatur
     """Continue prompts (b, l) by max_new_tokens: returns the new tokens (b, max_new_tokens).
 
     Greedy at temperature 0; otherwise sampled from softmax(logits / temperature), of the top_k
-    most likely tokens only where top_k is above 0.
+    most likely tokens only where top_k is above 0. FloatingPointError where those logits are not
+    finite, so that nothing can be drawn.
     """
     logits, state = prefill(model, input_ids)
     tokens = []
@@ -72,6 +73,8 @@ def _choose(logits: Tensor, temperature: float, top_k: int,
             generator: torch.Generator | None) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1)
+    if not torch.isfinite(logits).all():
+        raise FloatingPointError("its logits are not finite")
     if top_k:
         kept, tokens = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
         choice = torch.multinomial(torch.softmax(kept / temperature, -1), 1, generator=generator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from fedrun.terminal import argument_text, say_text
 from fedrun.tools.common import model_parser, need_tokenizer, parse
 
 
@@ -26,6 +27,7 @@ def main(argv: Sequence[str]) -> int:
                         help="a tokenizer's folder or tokenizer.json, where the model came without "
                              "one")
     args = parse(parser, argv)
+    args.prompt = argument_text(args.prompt, "--prompt")
     for flag, value, low in (("max_new_tokens", args.max_new_tokens, 1), ("top_k", args.top_k, 0),
                              ("temperature", args.temperature, 0), ("seed", args.seed, 0)):
         if not value >= low:
@@ -50,7 +52,14 @@ def main(argv: Sequence[str]) -> int:
     if max(prompt) >= found.vocab_size:
         raise ValueError(f"--tokenizer {args.tokenizer}: not the tokenizer of {args.model}, which "
                          f"knows {found.vocab_size} tokens")
-    new = generate(found.build(), torch.tensor([prompt]), args.max_new_tokens, args.temperature,
-                   args.top_k, torch.Generator().manual_seed(args.seed))
-    print(args.prompt + str(tokenizer.decode(new[0].tolist())))
+    model = found.build()
+    try:
+        if not all(torch.isfinite(p).all() for p in model.parameters()):
+            raise FloatingPointError("its parameters are not finite")
+        new = generate(model, torch.tensor([prompt]), args.max_new_tokens, args.temperature,
+                       args.top_k, torch.Generator().manual_seed(args.seed))
+    except FloatingPointError as error:
+        raise ValueError(f"RUN {args.model}: {error}: the model has diverged, and can make no "
+                         "text") from None
+    say_text(args.prompt + str(tokenizer.decode(new[0].tolist())))
     return 0

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from fedrun.cli import Parser, add_flags
 from fedrun.settings import method_settings, resolve
+from fedrun.terminal import say, visible
 from fedrun.unused import idle
 
 if TYPE_CHECKING:
@@ -64,11 +65,11 @@ def main(argv: Sequence[str]) -> int:
                    reading=reading_of(config.to_dict()))
     held = holdings(data, Shards(config, data).train, config.seed)
     topics = topic_names(data)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(holdings_table(held, topics, title(config, data)))
     console.print("", topics_table(held, topics), sep="\n")
     figure = partition_figure(held, topics, title(config, data))
-    print(f"wrote {style.save(figure, out, file_name(config, data))}")
+    say(f"wrote {style.save(figure, out, file_name(config, data))}")
     return 0
 
 
@@ -79,7 +80,7 @@ def title(config: FederatedConfig, data: TokenData) -> str:
         how += f", alpha {config.alpha:g}"
     if config.size_skew:
         how += f", size skew {config.size_skew:g}"
-    return f"{data.fingerprint['dataset']}, {config.num_clients} clients: {how}"
+    return visible(f"{data.fingerprint['dataset']}, {config.num_clients} clients: {how}")
 
 
 def file_name(config: FederatedConfig, data: TokenData) -> str:
@@ -88,7 +89,8 @@ def file_name(config: FederatedConfig, data: TokenData) -> str:
 
 
 def topic_names(data: TokenData) -> list[str]:
-    """A few words that set each topic apart: 'film, episode, painting'."""
+    """A few words that set each topic apart: 'film, episode, painting'. Where a script has no
+    spaces, tokens; the numbers of those that are only parts of characters."""
     tokenizer = data.load_tokenizer()
     names = []
     for typical in data.load_topics().typical.tolist():
@@ -97,7 +99,9 @@ def topic_names(data: TokenData) -> list[str]:
         for word in [d.strip().lower() for d in decoded if WORD.fullmatch(d)]:
             if not any(word.startswith(w) or w.startswith(word) for w in words):
                 words.append(word)
-        names.append(", ".join(words[:WORDS] or [d.strip() for d in decoded[:WORDS]]))
+        whole = [d.strip() for d in decoded if d.strip() and "\ufffd" not in d]
+        codes = [f"#{token}" for token in typical]
+        names.append(visible(", ".join((words or list(dict.fromkeys(whole)) or codes)[:WORDS])))
     return names
 
 

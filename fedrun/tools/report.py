@@ -127,8 +127,8 @@ def _row(run: Run, lowest: bool, axis: Any, heatmaps: Iterable[Picture]) -> Row:
     last = run.final
     device = run.environment.get("device_name") or run.environment.get("device") or ""
     processes = run.environment.get("processes")
-    return Row(run, look.label, look.colour, lowest, f"{last.val_ppl:,.2f}",
-               f"{run.best.val_ppl:,.2f}",
+    return Row(run, look.label, look.colour, lowest, perplexity_text(last.val_ppl),
+               perplexity_text(run.best.val_ppl),
                f"{last.tokens:,.0f}" + (" (inferred)" if run.tokens_inferred else ""),
                clock(last.seconds), size(last.bytes),
                f"{processes} × {device}" if processes and device else str(device),
@@ -145,6 +145,11 @@ def readable(value: Any) -> Any:
 def breakable(name: str) -> Markup:
     """A name that a browser may break after its underscores."""
     return Markup("_<wbr>").join(readable(name).split("_"))
+
+
+def perplexity_text(value: float) -> str:
+    """1234.5 as 1,234.50; what has diverged with its power of ten."""
+    return f"{value:,.2f}" if value < 1e9 else f"{value:.3g}"
 
 
 def clock(seconds: float) -> str:

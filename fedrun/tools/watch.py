@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -22,11 +23,16 @@ from rich.table import Table
 from rich.text import Text
 
 from fedrun.cli import Parser
+from fedrun.files import number, open_regular, whole
+from fedrun.terminal import visible
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 48
 CLIENTS_SHOWN = 16
 POLL_SECONDS = 0.3
+READ_AT_ONCE = 1 << 20  # bytes
+LONGEST_LINE = 1 << 26  # bytes; a round of half a million clients
+LARGEST = 1e18  # a number that can be shown
 
 
 class Follower:
@@ -36,27 +42,50 @@ class Follower:
         self.path = path
         self.offset = 0
         self.file_id: int | None = None
+        self._part = b""
+        """The beginning of a line that is still being written."""
+        self._passing = False
+        """Whether it is a line that is passed over, being longer than any of ours."""
 
     def new(self) -> Iterator[dict[str, Any]]:
-        """Events that were added since the last call, from the first if the file was replaced."""
+        """Events that were added since the last call, from the first if the file was replaced.
+
+        Raises OSError where the file cannot be read, DamagedFile where it is none.
+        """
         try:
-            with self.path.open("rb") as file:
-                status = self.path.stat()
-                if status.st_ino != self.file_id or status.st_size < self.offset:
-                    self.file_id, self.offset = status.st_ino, 0
-                file.seek(self.offset)
-                text = file.read()
+            file = open_regular(self.path)
         except FileNotFoundError:
             return
-        whole = text.rfind(b"\n") + 1  # a line without its end is still being written
-        self.offset += whole
-        for line in text[:whole].splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue  # what a crash has torn
-            if isinstance(event, dict):
-                yield event
+        with file:
+            status = os.fstat(file.fileno())
+            if status.st_ino != self.file_id or status.st_size < self.offset:
+                self.file_id, self.offset, self._part, self._passing = status.st_ino, 0, b"", False
+            file.seek(self.offset)
+            while piece := file.read(READ_AT_ONCE):
+                self.offset += len(piece)
+                for line in self._whole_lines(piece):
+                    event = _event(line)
+                    if event is not None:
+                        yield event
+
+    def _whole_lines(self, piece: bytes) -> Iterator[bytes]:
+        first, *others = piece.split(b"\n")
+        self._part += first
+        for following in others:
+            if not self._passing:
+                yield self._part
+            self._part, self._passing = following, False
+        if len(self._part) > LONGEST_LINE:
+            self._part, self._passing = b"", True
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """None for what a crash has torn, and for what is no event at all."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return event if isinstance(event, dict) else None
 
 
 @dataclass
@@ -67,33 +96,49 @@ class State:
     total: int | None = None
     unit: str = "round"
     number: int = 0
-    last: dict[str, Any] = field(default_factory=dict)
-    """The values of the last event that had them."""
+    last: dict[str, float] = field(default_factory=dict)
+    """The finite numbers of the last event that had them."""
     train: dict[int, float] = field(default_factory=dict)
     """Global step -> train perplexity."""
     validation: dict[int, float] = field(default_factory=dict)
-    clients: dict[int, dict[str, Any]] = field(default_factory=dict)
+    clients: dict[int, dict[str, float]] = field(default_factory=dict)
     """What was last said of each client."""
     left_out: dict[int, set[int]] = field(default_factory=dict)
     """Client -> rounds in which its update was left out; a resumed run has some of them twice."""
     ended: bool = False
 
     def take(self, event: dict[str, Any]) -> None:
-        """Bring the state forward by one event."""
+        """Bring the state forward by one event; what is not of its kind in it is passed over."""
         kind = event.get("event")
         self.ended = kind == "end"
-        self.last |= event
+        self.last = _updated(self.last, event)
         if kind == "start":
-            self.unit, self.total = event.get("unit", self.unit), event.get("total")
-        if kind in ("round", "step"):
-            self.unit, self.number = kind, int(event[kind])
+            self.unit = "step" if event.get("unit") == "step" else "round"
+            self.total = whole(event.get("total"), low=1)
+        step = whole(event.get(kind)) if kind in ("round", "step") else None
+        if step is not None:
+            self.unit, self.number = str(kind), step
             for store, name in ((self.train, "train_ppl"), (self.validation, "val_ppl")):
                 if name in event:  # null is what JSON has for infinity
-                    store[self.number] = math.inf if event[name] is None else event[name]
-            for client in event.get("clients", []):
-                self.clients[client["client"]] = self.clients.get(client["client"], {}) | client
-            for index in event.get("left_out", []):
-                self.left_out.setdefault(index, set()).add(self.number)
+                    value = math.inf if event[name] is None else number(event[name])
+                    if not math.isnan(value):
+                        store[step] = value
+            for client in _list(event.get("clients")):
+                index = whole(client.get("client")) if isinstance(client, dict) else None
+                if index is not None:
+                    self.clients[index] = _updated(self.clients.get(index, {}), client)
+            for index in map(whole, _list(event.get("left_out"))):
+                if index is not None:
+                    self.left_out.setdefault(index, set()).add(step)
+
+
+def _updated(known: dict[str, float], said: dict[str, Any]) -> dict[str, float]:
+    """The numbers that are known after more was said; null takes one back."""
+    return {name: value for name, value in (known | said).items() if abs(number(value)) < LARGEST}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def main(argv: Sequence[str]) -> int:
@@ -104,19 +149,27 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--once", action="store_true", help="show the state as it is, and return")
     args = parser.parse_args(argv)
     folder = Path(args.run).expanduser()
-    folder = folder if folder.is_dir() else Path("results") / args.run
-    if not folder.is_dir():
+    folder = folder if os.path.isdir(folder) else Path("results") / args.run
+    if not os.path.isdir(folder):
         raise ValueError(f"RUN {args.run}: no such folder, nor one of that name under results/")
     path = folder / "events.jsonl"
-    if not path.exists() and (args.once or (folder / "training_history.json").exists()):
+    if not os.path.exists(path) and (args.once
+                                     or os.path.exists(folder / "training_history.json")):
         raise ValueError(f"RUN {args.run}: it has no events.jsonl to follow")
-    follow(Follower(path), State(folder.resolve().name), Console(), once=args.once)
+    console = Console(markup=False, emoji=False)
+    try:
+        follow(Follower(path), State(visible(folder.resolve().name)), console, once=args.once)
+    except OSError as error:
+        raise ValueError(f"RUN {args.run}: {path} cannot be read: {error.strerror}") from None
     return 0
 
 
 def follow(follower: Follower, state: State, console: Console, once: bool) -> None:
     """Show the state again and again until the run has ended; where there is no terminal, at the
-    end only."""
+    end only.
+
+    Raises ValueError where the run's folder is deleted meanwhile.
+    """
     with ExitStack() as stack:
         live = stack.enter_context(Live(console=console, auto_refresh=False)) \
             if console.is_terminal else None
@@ -128,6 +181,9 @@ def follow(follower: Follower, state: State, console: Console, once: bool) -> No
                     live.update(screen(state), refresh=True)
                 if state.ended or once:
                     break
+                if not os.path.isdir(follower.path.parent):
+                    raise ValueError(f"RUN {follower.path.parent}: the folder has been deleted or "
+                                     "renamed")
                 time.sleep(POLL_SECONDS)
     if not live:
         console.print(screen(state))
@@ -162,10 +218,14 @@ def _perplexities(state: State) -> RenderableType:
     for name, series in (("train", state.train), ("validation", state.validation)):
         if series:
             values = [series[number] for number in sorted(series)]
-            table.add_row(Text(name, style="dim"), f"{values[-1]:,.1f}",
+            table.add_row(Text(name, style="dim"), _short(values[-1]),
                           Text(sparkline(values, CURVE_WIDTH), style="blue"),
-                          Text(f"lowest {min(values):,.1f}", style="dim"))
+                          Text(f"lowest {_short(min(values))}", style="dim"))
     return table
+
+
+def _short(perplexity: float) -> str:
+    return f"{perplexity:,.1f}" if perplexity < 1e9 else f"{perplexity:.3g}"
 
 
 def _work(state: State) -> RenderableType:
@@ -198,7 +258,7 @@ def _clients(state: State) -> RenderableType:
     for index in shown:
         client = state.clients[index]
         loss = client.get("loss")
-        ppl = "-" if loss is None else f"{math.exp(min(loss, 700)):,.1f}"
+        ppl = "-" if loss is None else _short(math.exp(min(loss, 700)))
         count = len(state.left_out.get(index, ()))
         table.add_row(str(index), ppl, f"{client.get('weight', 0):.3f}",
                       *("-" if client.get(name) is None else f"{client[name]:.3f}"

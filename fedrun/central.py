@@ -22,6 +22,7 @@ from fedrun.config import CentralConfig
 from fedrun.data.partition import client_shards
 from fedrun.data.shards import Batches, make_batches
 from fedrun.data.tokens import TokenData
+from fedrun.errors import FolderLost
 from fedrun.evaluate import mean_loss, perplexity, sample_text, validation_pieces
 from fedrun.files import write_json
 from fedrun.history import Clocks, half_losses
@@ -182,6 +183,8 @@ def run(config: CentralConfig, data: TokenData, device: torch.device, stopping: 
     while training.done < training.steps and not stop:
         training.step()
         training.commit()
+        if lost := stopping.lost_folder():
+            raise FolderLost(lost)
         if training.done < training.steps:
             stop = stopping.asked_by()
         if stop or training.checkpoints.due(training.done):

@@ -22,13 +22,14 @@ from fedrun.checkpoint import newest
 from fedrun.comm import Control
 from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
 from fedrun.data.tokens import TokenData, prepare
+from fedrun.errors import explain
 from fedrun.files import write_json
 from fedrun.launch import Launch, detect
 from fedrun.model.kernels import kernel_path, on_gpu
 from fedrun.model.precision import bf16_in_hardware
 from fedrun.plan import Schedule, Shards
 from fedrun.pretrained import find_pretrained, fit_vocabulary, start_from
-from fedrun.rundir import lock_token, write_failure
+from fedrun.rundir import guard, lock_token, release, write_failure
 from fedrun.runtime import choose_device, connected, join
 from fedrun.start import Beginning, Refused, begin, make_ready
 from fedrun.stopping import StopRequest
@@ -74,11 +75,16 @@ def run(config: RunConfig) -> int:
     except protocol.RunEnded:
         return 1
     except Exception as error:
+        line = explain(error)
         if launch.rank == 0:
-            write_failure(config.run_dir, str(error).partition("\n")[0])
-        print(f"{traceback.format_exc()}fedrun: rank {launch.rank} ends with the error above",
+            write_failure(config.run_dir, line or str(error).partition("\n")[0])
+        who = "" if launch.alone else f"rank {launch.rank}: "
+        print(f"fedrun: error: {who}{line}" if line else
+              f"{traceback.format_exc()}fedrun: rank {launch.rank} ends with the error above",
               file=sys.stderr, flush=True)
         return 1
+    finally:
+        release(config.run_dir)
     if launch.rank == 0:
         print(ended, flush=True)
     return 0
@@ -91,6 +97,7 @@ def _connect_and_train(config: RunConfig, data: TokenData, launch: Launch, devic
         beginning = _agree(control, config, device, made_with)
         config = dataclasses.replace(config, dtype=beginning.dtype)
         seen = "" if launch.alone else wait_for_token(config.run_dir, beginning.token)
+        guard(config.run_dir, beginning.token)
         runtime = join(launch, device, control, identity(config, data, device) | {
             "the clients' shards": made_with["partition"],
             "the folder of the run (--data_dir has to be one that all machines share)": seen})

@@ -20,6 +20,7 @@ from torch import Tensor
 from fedrun.checkpoint import Checkpoint, Checkpoints
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
+from fedrun.errors import FolderLost
 from fedrun.evaluate import Piece, mean_loss, perplexity, sample_text
 from fedrun.files import write_json
 from fedrun.history import COHORT_NUMBERS, SECONDS, Clocks, cohort_record, half_losses
@@ -92,7 +93,12 @@ class Server:
         return dataclasses.asdict(Verdict(self._error(plan, reports), stop))
 
     def _error(self, plan: Plan, reports: list[dict[str, Any]]) -> str:
+        if lost := self.stopping.lost_folder():
+            return lost
         for rank, report in enumerate(reports):
+            if report.get("failure"):
+                return (f"round {plan.round}: rank {rank} failed: {report['failure']}; all ranks "
+                        "end")
             if report.get("traceback"):
                 return (f"{report['traceback']}round {plan.round}: rank {rank} failed with the "
                         "error above; all ranks end")
@@ -219,6 +225,8 @@ class Server:
             self._close()
             self.flat.vector.copy_(model)
             self._save_model()
+        except FolderLost as lost:
+            reason = str(lost)
         finally:  # whatever the writer has met: the reason is told
             write_failure(self.config.run_dir, reason.splitlines()[-1])
             print(f"fedrun: {reason}", file=sys.stderr, flush=True)

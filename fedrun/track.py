@@ -16,6 +16,8 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from fedrun.config import RunConfig
+from fedrun.errors import FolderLost
+from fedrun.files import check_claim
 
 PROJECT = "fedrun"
 
@@ -63,7 +65,7 @@ class Events:
 
     def __init__(self, config: RunConfig, unit: str, total: int, done: int = 0) -> None:
         """`done` of `total` steps lie behind a run that goes on: their lines are there."""
-        path = config.run_dir / "events.jsonl"
+        self.path = path = config.run_dir / "events.jsonl"
         self.file = path.open("a" if done else "w", encoding="utf-8", buffering=1)
         self.tracker = open_tracker(config, done)
         self._last = (0, 0.0)
@@ -85,13 +87,16 @@ class Events:
             self.file.write(json.dumps({"event": kind, "time": time.time()} | values) + "\n")
         step = values.get("round", values.get("step"))
         if self.tracker and step is not None:
+            check_claim(self.path)
             self.tracker.log(scalars(values), step)
 
     def close(self) -> None:
         with suppress(OSError):
             self.file.close()
         if self.tracker:
-            self.tracker.close()
+            with suppress(FolderLost):
+                check_claim(self.path)
+                self.tracker.close()
 
 
 def cohort_event(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

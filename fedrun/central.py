@@ -28,7 +28,7 @@ from fedrun.files import write_json
 from fedrun.history import Clocks, half_losses
 from fedrun.optimizer import LocalOptimizer, scheduled_lr
 from fedrun.params import FlatParams
-from fedrun.rundir import save_model, save_studied, studied, write_outcome
+from fedrun.rundir import StudiedSteps, save_model, studied, write_outcome
 from fedrun.stopping import StopRequest
 from fedrun.track import Events, Progress
 from fedrun.worker import new_model
@@ -79,6 +79,7 @@ class Training:
         self.flat = FlatParams(self.model)
         self.client, self.steps = training_client(config, data, self.flat)
         self.start = studied(self.flat.views(self.flat.vector))
+        self.studied = StudiedSteps(config.run_dir, self.start)
         self.history: list[dict[str, Any]] = []
         self.clocks = Clocks()
         self.last_gradient: Tensor | None = None
@@ -88,7 +89,7 @@ class Training:
         self.progress = Progress("step", self.steps, self.done, self.clocks.tokens)
         self.events = Events(config, "step", self.steps, self.done)
         self.saver = Saver()
-        self.checkpoints = Checkpoints(config, made_with, 1, self.progress.say)
+        self.checkpoints = Checkpoints(config, made_with, 1, self.progress.say, self._write_rest)
 
     def step(self) -> None:
         """One optimizer step, evaluated and recorded where it is due."""
@@ -126,16 +127,22 @@ class Training:
             "generated": sample_text(self.model, self.data, self.device), "grad_cosine": cosine,
             "delta_norms": {k: float(((now[k] - self.start[k]) ** 2).sum() ** 0.5) for k in now},
             **self.clocks.now()})
+        last_try = self.done == self.steps or self.studied.full
+        self.studied.add(self.done, now)
         try:
             save_model(config.run_dir / "model.safetensors", self.flat.views(self.flat.vector))
             write_json(config.run_dir / "training_history.json", self.history)
-            save_studied(config.run_dir, self.done, now, self.start)
+            self.studied.write()
         except OSError as error:  # a full disk: the next evaluation tries again
-            if self.done == self.steps:
+            if last_try:
                 raise
             self.progress.say(f"fedrun: warning: step {self.done} could not be written to "
                               f"{config.run_dir} ({error.strerror}); the run goes on")
         return perplexity(val_loss)
+
+    def _write_rest(self) -> None:
+        self.studied.write()
+        self.events.write()
 
     def save(self) -> None:
         """Begin a checkpoint of this step."""

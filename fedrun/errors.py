@@ -39,7 +39,7 @@ def explain(error: BaseException) -> str | None:
     What this package raises on purpose is worded for users. Of other errors, and of those that they
     were raised from, the operating system's count, and those for want of memory.
     """
-    if _raised_on_purpose(error):
+    if _raised_on_purpose(error) and not isinstance(error, OSError):
         return one_line(error)
     cause: BaseException | None = error
     while cause is not None:

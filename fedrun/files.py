@@ -38,9 +38,10 @@ def write_whole(path: Path, *content: bytes | memoryview, durable: bool = True) 
     a machine that loses power may lose it.
     """
     check_claim(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    name = ""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
             os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp's own is 600
             for piece in content:

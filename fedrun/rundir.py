@@ -64,6 +64,32 @@ def save_studied(folder: Path, step: int, now: Mapping[str, np.ndarray],
         write_whole(folder / kind / f"step_{step:06d}.npz", buffer.getvalue())
 
 
+class StudiedSteps:
+    """What is kept of the evaluated steps of one model. Those that a full disk cannot take wait in
+    memory for the next, or for a checkpoint, which is none without them."""
+
+    AT_MOST = 3  # that wait, of a model's size each
+
+    def __init__(self, folder: Path, start: Mapping[str, np.ndarray]) -> None:
+        self._folder, self._start = folder, start
+        self._waiting: list[tuple[int, Mapping[str, np.ndarray]]] = []
+
+    @property
+    def full(self) -> bool:
+        """Whether as many wait as may."""
+        return len(self._waiting) >= self.AT_MOST
+
+    def add(self, step: int, now: Mapping[str, np.ndarray]) -> None:
+        """A step's parameters, which `write` is to write."""
+        self._waiting.append((step, now))
+
+    def write(self) -> None:
+        """Write those that wait, oldest first. OSError where the disk does not take them."""
+        while self._waiting:
+            save_studied(self._folder, *self._waiting[0], self._start)
+            self._waiting.pop(0)
+
+
 def cut_back(run_dir: Path, step: int) -> None:
     """Remove what a run wrote after a step, which it will make again, and what a kill left half."""
     def outdated(name: str) -> bool:

@@ -27,13 +27,7 @@ from fedrun.history import COHORT_NUMBERS, SECONDS, Clocks, cohort_record, half_
 from fedrun.optimizer import scheduled_lr
 from fedrun.params import FlatParams
 from fedrun.plan import Plan, Schedule, Shards, Verdict
-from fedrun.rundir import (
-    save_model,
-    save_studied,
-    studied,
-    write_failure,
-    write_outcome,
-)
+from fedrun.rundir import StudiedSteps, save_model, studied, write_failure, write_outcome
 from fedrun.stopping import StopRequest
 from fedrun.track import Events, Progress, cohort_event
 from fedrun.worker import DTYPES, new_model
@@ -55,7 +49,8 @@ class Server:
         self.schedule = Schedule(config, Shards(config, data).sizes)
         self.model = new_model(config, data.vocab_size, torch.device("cpu"))
         self.flat = FlatParams(self.model)
-        self.start = studied(self.flat.views(self.flat.vector))
+        self.steps = StudiedSteps(config.run_dir / "server",
+                                  studied(self.flat.views(self.flat.vector)))
         self.history: list[dict[str, Any]] = []
         self.clocks = Clocks()
         self.reference = config.strategy.first_reference(data.vocab_size, config.cohort_size)
@@ -67,7 +62,8 @@ class Server:
         self.events = Events(config, "round", self.schedule.rounds, done)
         self.progress = Progress("round", self.schedule.rounds, done, self.clocks.tokens)
         self.stopping = stopping
-        self.checkpoints = Checkpoints(config, made_with, workers, self.progress.say)
+        self.checkpoints = Checkpoints(config, made_with, workers, self.progress.say,
+                                       self._write_rest)
         self._writer = ThreadPoolExecutor(1, "fedrun-writer",
                                           initializer=lambda: torch.set_num_threads(config.threads))
         self._writing: deque[Future[None]] = deque()
@@ -187,21 +183,27 @@ class Server:
         """On the writer's thread: the model, its studied parameters, sample text, the history.
 
         On a disk that is full the run goes on, and the next evaluation tries again; the last one
-        has to succeed.
+        has to succeed, and so has one for which too many wait.
         """
         run_dir = self.config.run_dir
+        last_try = number == self.schedule.rounds or self.steps.full
         self.flat.vector.copy_(model)
+        self.steps.add(number, studied(self.flat.views(model)))
         record["generated"] = sample_text(self.model, self.data, torch.device("cpu"))
         try:
             self._save_model()
             write_json(run_dir / "training_history.json",
                        [r for r in self.history if r["global_step"] <= number])
-            save_studied(run_dir / "server", number, studied(self.flat.views(model)), self.start)
+            self.steps.write()
         except OSError as error:
-            if number == self.schedule.rounds:
+            if last_try:
                 raise
             self.progress.say(f"fedrun: warning: round {number} could not be written to {run_dir} "
                               f"({error.strerror}); the run goes on")
+
+    def _write_rest(self) -> None:
+        self.steps.write()
+        self.events.write()
 
     def _save_model(self) -> None:
         save_model(self.config.run_dir / "model.safetensors", self.flat.views(self.flat.vector))

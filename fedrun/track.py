@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from fedrun.config import RunConfig
 from fedrun.errors import FolderLost
-from fedrun.files import check_claim
+from fedrun.files import check_claim, on_disk
 
 PROJECT = "fedrun"
 
@@ -66,7 +67,9 @@ class Events:
     def __init__(self, config: RunConfig, unit: str, total: int, done: int = 0) -> None:
         """`done` of `total` steps lie behind a run that goes on: their lines are there."""
         self.path = path = config.run_dir / "events.jsonl"
-        self.file = path.open("a" if done else "w", encoding="utf-8", buffering=1)
+        self.file = path.open("ab" if done else "wb", buffering=0)
+        self._lock = threading.Lock()
+        self._unwritten = b""  # what a full disk has not taken
         self.tracker = open_tracker(config, done)
         self._last = (0, 0.0)
         if done and path.stat().st_size:
@@ -83,18 +86,36 @@ class Events:
             if tokens > self._last[0] and passed > 0:
                 values["tokens_per_second"] = (tokens - self._last[0]) / passed
             self._last = (tokens, seconds)
-        with suppress(OSError):  # a full disk costs the line, not the run
-            self.file.write(json.dumps({"event": kind, "time": time.time()} | values) + "\n")
+        line = json.dumps({"event": kind, "time": time.time()} | values) + "\n"
+        with self._lock:
+            self._unwritten += line.encode()
+        with suppress(OSError):  # on a full disk lines wait, the run does not
+            self.write()
         step = values.get("round", values.get("step"))
         if self.tracker and step is not None:
             check_claim(self.path)
-            self.tracker.log(scalars(values), step)
+            try:
+                self.tracker.log(scalars(values), step)
+            except OSError as error:
+                print(f"fedrun: warning: --track: nothing more is sent: {error}", flush=True)
+                self.tracker = None
+
+    def write(self) -> None:
+        """Write the lines that wait. OSError, naming the file, where the disk does not take them;
+        a line that it took in part is finished later. From any thread."""
+        with self._lock:
+            try:
+                while self._unwritten:
+                    self._unwritten = self._unwritten[self.file.write(self._unwritten):]
+            except OSError as error:
+                raise on_disk(error, self.path) from None
 
     def close(self) -> None:
         with suppress(OSError):
-            self.file.close()
+            self.write()
+        self.file.close()
         if self.tracker:
-            with suppress(FolderLost):
+            with suppress(FolderLost, OSError):
                 check_claim(self.path)
                 self.tracker.close()
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 
+from fedrun.errors import explain
 from fedrun.launch import detect
 from fedrun.stopping import HEARTBEAT, die_with_launcher
 from fedrun.terminal import make_printable
@@ -19,6 +20,7 @@ def run() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own waits for a collective's end
     from fedrun.cli import main
 
+    threading.excepthook = _in_a_thread
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -26,6 +28,15 @@ def run() -> None:
     if code or in_store:
         os._exit(code)  # at once: destructors of process groups would wait for peers that are gone
     sys.exit()
+
+
+def _in_a_thread(failed: threading.ExceptHookArgs) -> None:
+    """What a library's thread has met is told as what our own code meets."""
+    line = explain(failed.exc_value) if failed.exc_value else None
+    if line is None:
+        threading.__excepthook__(failed)
+    else:
+        print(f"fedrun: error: {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -24,13 +24,13 @@ from fedrun.config import CentralConfig
 from fedrun.data.partition import client_shards
 from fedrun.data.shards import Batches, make_batches
 from fedrun.data.tokens import TokenData
-from fedrun.errors import Diverged
+from fedrun.errors import Diverged, FolderLost
 from fedrun.evaluate import mean_loss, perplexity, sample_text, validation_pieces
 from fedrun.files import write_json
 from fedrun.history import Clocks, half_losses
 from fedrun.optimizer import LocalOptimizer, scheduled_lr
 from fedrun.params import FlatParams
-from fedrun.rundir import save_model, save_studied, studied, write_outcome
+from fedrun.rundir import StudiedSteps, save_model, studied, write_outcome
 from fedrun.stopping import StopRequest
 from fedrun.track import Events, Progress
 from fedrun.worker import new_model
@@ -81,6 +81,7 @@ class Training:
         self.flat = FlatParams(self.model)
         self.client, self.steps = training_client(config, data, self.flat)
         self.start = studied(self.flat.views(self.flat.vector))
+        self.studied = StudiedSteps(config.run_dir, self.start)
         self.history: list[dict[str, Any]] = []
         self.clocks = Clocks()
         self.last_gradient: Tensor | None = None
@@ -92,7 +93,7 @@ class Training:
         losses = [(r["step"], r["val_loss"]) for r in self.history if r["val_loss"] is not None]
         self.best = BestModel(config, losses, self.progress.say) if config.keep == "best" else None
         self.saver = Saver()
-        self.checkpoints = Checkpoints(config, made_with, 1, self.progress.say)
+        self.checkpoints = Checkpoints(config, made_with, 1, self.progress.say, self._write_rest)
 
     def step(self) -> None:
         """One optimizer step, evaluated and recorded where it is due."""
@@ -130,14 +131,16 @@ class Training:
             "generated": sample_text(self.model, self.data, self.device), "grad_cosine": cosine,
             "delta_norms": {k: float(((now[k] - self.start[k]) ** 2).sum() ** 0.5) for k in now},
             **self.clocks.now()})
+        last_try = self.done == self.steps or self.studied.full
+        self.studied.add(self.done, now)
         try:
             save_model(config.run_dir / "model.safetensors", self.flat.views(self.flat.vector))
             if self.best:
                 self.best.offer(self.done, val_loss, self.flat.views(self.flat.vector))
             write_json(config.run_dir / "training_history.json", self.history)
-            save_studied(config.run_dir, self.done, now, self.start)
+            self.studied.write()
         except OSError as error:  # a full disk: the next evaluation tries again
-            if self.done == self.steps:
+            if last_try:
                 raise
             self.progress.say(f"fedrun: warning: step {self.done} could not be written to "
                               f"{config.run_dir} ({error.strerror}); the run goes on")
@@ -147,6 +150,10 @@ class Training:
         path = self.config.run_dir / "model.safetensors"
         kept = f"; the last good model is in {path}" if path.exists() else ""
         return Diverged(f"step {self.done}: {what}: --lr {self.config.lr:g} may be too large{kept}")
+
+    def _write_rest(self) -> None:
+        self.studied.write()
+        self.events.write()
 
     def save(self) -> None:
         """Begin a checkpoint of this step."""
@@ -202,6 +209,8 @@ def run(config: CentralConfig, data: TokenData, device: torch.device, stopping: 
             training.close_records()
             raise
         training.commit()
+        if lost := stopping.lost_folder():
+            raise FolderLost(lost)
         if training.done < training.steps:
             stop = stopping.asked_by()
         if stop or training.checkpoints.due(training.done):

@@ -195,8 +195,11 @@ class Checkpoints:
     """The server's part: when a checkpoint is due, and which of them all workers have written."""
 
     def __init__(self, config: RunConfig, made_with: dict[str, Any], workers: int,
-                 say: Callable[[str], None]) -> None:
+                 say: Callable[[str], None], before: Callable[[], None]) -> None:
+        """before: called before a checkpoint is made one, to write what the steps until then have
+        left to be written, which a run that goes on from there does not make again."""
         self.config, self.made_with, self.workers, self.say = config, made_with, workers, say
+        self.before = before
         self._begun: dict[int, dict[str, Any]] = {}  # step -> what the server remembered then
         self._answers: dict[int, list[dict[str, Any]]] = {}
         self._overdue = False
@@ -232,9 +235,10 @@ class Checkpoints:
 
     def _commit(self, folder: Path, step: int, server: dict[str, Any], sums: Sums) -> None:
         try:
+            self.before()
             commit(folder, step, self.config.results_dict(), self.made_with, server, sums)
         except OSError as error:
-            self._give_up(folder, str(error.strerror))
+            self._give_up(folder, f"{error.filename}: {error.strerror}")
 
     def _give_up(self, folder: Path, error: str) -> None:
         self.say(f"fedrun: warning: checkpoint {folder} could not be written ({error}); the run "

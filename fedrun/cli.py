@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from fedrun import __version__
 from fedrun.config import RunConfig
-from fedrun.errors import one_line
+from fedrun.errors import explain, one_line
 from fedrun.launch import detect
 from fedrun.settings import Setting, closest, method_settings, resolve
 from fedrun.strategies import STRATEGIES
@@ -57,11 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output has enough: `fedrun ... | head`
         return 1
     except (ValueError, ConnectionError, TimeoutError) as error:  # all told by the flag's name
-        complain(error)
+        complain(one_line(error))
         return 2
+    except Exception as error:
+        if (line := explain(error)) is None:
+            raise
+        complain(line)
+        return 1
 
 
-def complain(error: Exception) -> None:
+def complain(line: str) -> None:
     """The one line for a user who asked for what cannot be.
 
     Mostly every rank was asked the same, and rank 0 says it; a launcher ends all with the first
@@ -69,7 +74,7 @@ def complain(error: Exception) -> None:
     """
     if detect(os.environ).rank:
         time.sleep(SECONDS_FOR_RANK_0)
-    say(f"fedrun: error: {one_line(error)}", sys.stderr)
+    say(f"fedrun: error: {line}", sys.stderr)
 
 
 def parse(argv: Sequence[str]) -> RunConfig | None:

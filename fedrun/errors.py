@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dis
+import os
+import re
+from types import TracebackType
 from typing import Literal
 
 Failure = Literal["error", "diverged"]  # kinds of a failed run, in its outcome.json
@@ -25,3 +29,51 @@ def one_line(error: BaseException) -> str:
 
 class Diverged(RuntimeError):
     """Training has left the finite numbers."""
+
+
+class FolderLost(RuntimeError):
+    """The run's folder is no longer this run's: it was removed, renamed, or another run has it."""
+
+
+def explain(error: BaseException) -> str | None:
+    """The one line for an error that the user or the machine has caused; None for a fault of ours,
+    which only its traceback explains.
+
+    What this package raises on purpose is worded for users. Of other errors, and of those that they
+    were raised from, the operating system's count, and those for want of memory.
+    """
+    if _raised_on_purpose(error) and not isinstance(error, OSError):
+        return one_line(error)
+    cause: BaseException | None = error
+    while cause is not None:
+        if said := _of_the_machine(cause):
+            return said
+        cause = cause.__cause__
+    return None
+
+
+def _of_the_machine(error: BaseException) -> str | None:
+    text = one_line(error)
+    if isinstance(error, OSError):
+        if error.strerror is None:
+            return text
+        return f"{os.fsdecode(error.filename)}: {error.strerror}" if isinstance(
+            error.filename, str | bytes) else error.strerror
+    if (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or "can't allocate memory" in text):
+        return f"not enough memory: {text}" if text else "not enough memory"
+    if re.search(r"\(os error \d+\)", text):  # of a library in Rust, which knows no OSError
+        return text
+    return None
+
+
+def _raised_on_purpose(error: BaseException) -> bool:
+    """Whether a `raise` in this package has raised it, and not something called from there."""
+    if isinstance(error, AssertionError) or error.__traceback__ is None:
+        return False
+    last: TracebackType = error.__traceback__
+    while last.tb_next is not None:
+        last = last.tb_next
+    code = last.tb_frame.f_code
+    ours = code.co_filename.startswith(os.path.dirname(__file__) + os.sep)
+    return ours and dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"

@@ -6,11 +6,14 @@ or no file at all: everything outside a checksum is read through `read_json`.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import shutil
 import stat
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -18,6 +21,10 @@ from typing import Any, BinaryIO, TypeVar
 LARGEST_JSON = 1 << 28  # bytes; a history of a million records has less
 DEEPEST_JSON = 50  # brackets within brackets; ours have five
 Kind = TypeVar("Kind", dict[str, Any], list[Any])
+
+
+# Folders that somebody has claimed: what to call before anything is written there.
+_claims: dict[Path, Callable[[], None]] = {}
 
 
 class DamagedFile(ValueError):
@@ -31,9 +38,11 @@ def write_whole(path: Path, *content: bytes | memoryview, durable: bool = True) 
     umask leaves, takes the place of the one before. Without `durable` it is not forced to the disk:
     a machine that loses power may lose it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    check_claim(path)
+    name = ""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
             os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp's own is 600
             for piece in content:
@@ -41,10 +50,49 @@ def write_whole(path: Path, *content: bytes | memoryview, durable: bool = True) 
             file.flush()
             if durable:
                 os.fsync(file.fileno())
+        check_claim(path)
         os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
+    except BaseException as error:
+        with suppress(OSError):  # it may be gone, with its folder
+            os.unlink(name)
+        if isinstance(error, OSError):
+            raise on_disk(error, path, sum(map(len, content))) from None
         raise
+
+
+def on_disk(error: OSError, path: Path, needed: int = 0) -> OSError:
+    """A disk's error as one that names the file which was written, and how much room there is where
+    that is what is missing; `needed`: bytes of the file, where they are known."""
+    text = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        with suppress(OSError):
+            free = shutil.disk_usage(next(p for p in path.parents if p.exists())).free
+            wanted = f"{_size(needed)} needed, " if needed else ""
+            text += f" ({wanted}{_size(free)} free)"
+    return OSError(error.errno, text, str(path))
+
+
+def _size(count: int) -> str:
+    """Bytes in decimal units: 1.2 MB."""
+    for power, unit in enumerate(("bytes", "kB", "MB", "GB", "TB")):
+        if count < 1000 ** (power + 1) or unit == "TB":
+            break
+    return f"{count / 1000**power:.{int(power > 0)}f} {unit}"
+
+
+def claim(folder: Path, check: Callable[[], None] | None) -> None:
+    """From now on call `check` before a file below the folder is written: it raises where that must
+    not be. None ends it."""
+    _claims.pop(folder, None)
+    if check:
+        _claims[folder] = check
+
+
+def check_claim(path: Path) -> None:
+    """Call the checks of the folders that a path is in, or is."""
+    for folder, check in list(_claims.items()):
+        if path.is_relative_to(folder):
+            check()
 
 
 def _umask() -> int:

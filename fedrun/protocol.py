@@ -13,6 +13,7 @@ from typing import Any
 from fedrun.checkpoint import Checkpoint
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
+from fedrun.errors import explain
 from fedrun.plan import Plan, Verdict
 from fedrun.runtime import Runtime
 from fedrun.server import Server
@@ -83,7 +84,8 @@ def _train(worker: Worker, plan: Plan, runtime: Runtime) -> dict[str, Any]:
         return {}
     except Exception as error:
         runtime.control.fail(error)
-        return {"traceback": traceback.format_exc()}
+        line = explain(error)
+        return {"failure": line} if line else {"traceback": traceback.format_exc()}
 
 
 def _copy(server: Server | None, worker: Worker | None, runtime: Runtime) -> Any:

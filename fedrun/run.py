@@ -25,7 +25,7 @@ from fedrun.connect import NotConnected, exposure
 from fedrun.corpus_check import CorpusCheck
 from fedrun.data.reading import reading_of
 from fedrun.data.tokens import TokenData, prepare
-from fedrun.errors import Diverged
+from fedrun.errors import Diverged, explain
 from fedrun.files import write_json
 from fedrun.launch import Launch, detect
 from fedrun.model.kernels import kernel_path, on_gpu
@@ -33,7 +33,7 @@ from fedrun.model.memory import TO_LOAD, TO_TRAIN, require_memory
 from fedrun.model.precision import bf16_in_hardware
 from fedrun.plan import Schedule, Shards
 from fedrun.pretrained import find_pretrained, fit_vocabulary, start_from
-from fedrun.rundir import lock_token, write_failure
+from fedrun.rundir import guard, lock_token, release, write_failure
 from fedrun.runtime import choose_device, connected, join
 from fedrun.start import Beginning, Refused, begin, make_ready
 from fedrun.stopping import StopRequest
@@ -98,11 +98,16 @@ def run(config: RunConfig) -> int:
         print(f"fedrun: {error}", file=sys.stderr, flush=True)
         return 1
     except Exception as error:
+        line = explain(error)
         if launch.rank == 0:
-            write_failure(config.run_dir, str(error).partition("\n")[0])
-        print(f"{traceback.format_exc()}fedrun: rank {launch.rank} ends with the error above",
+            write_failure(config.run_dir, line or str(error).partition("\n")[0])
+        who = "" if launch.alone else f"rank {launch.rank}: "
+        print(f"fedrun: error: {who}{line}" if line else
+              f"{traceback.format_exc()}fedrun: rank {launch.rank} ends with the error above",
               file=sys.stderr, flush=True)
         return 1
+    finally:
+        release(config.run_dir)
     if launch.rank == 0:
         print(visible(ended), flush=True)
     return 0
@@ -118,6 +123,7 @@ def _connect_and_train(config: RunConfig, check: CorpusCheck, launch: Launch, de
         beginning = _agree(control, config, device, made_with)
         config = dataclasses.replace(config, dtype=beginning.dtype)
         seen = "" if launch.alone else wait_for_token(config.run_dir, beginning.token)
+        guard(config.run_dir, beginning.token)
         runtime = join(launch, device, control, identity(config, data, device) | {
             "the clients' shards": made_with["partition"],
             "the folder of the run (--data_dir has to be one that all machines share)": seen})

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fedrun.files import DamagedFile, read_json
+from fedrun.files import DamagedFile, check_claim, read_json
 
 MARK = "fedrun"
 """Key of config.json that only runs have: the version that began the run."""
@@ -100,6 +100,7 @@ def foreign(run_dir: Path) -> Path | None:
 def remove(run_dir: Path, chosen: Callable[[str], bool]) -> None:
     """Remove the run's files that are chosen by their paths relative to the folder, and its
     folders that are empty then. Everything else stays."""
+    check_claim(run_dir)
     for name, is_folder in _walk(run_dir):
         if not _is_ours(name, is_folder):
             continue
@@ -113,6 +114,7 @@ def remove(run_dir: Path, chosen: Callable[[str], bool]) -> None:
 
 def remove_checkpoint(folder: Path) -> None:
     """Remove a checkpoint's files, its manifest first, so that what a kill leaves is none."""
+    check_claim(folder)
     with suppress(FileNotFoundError):
         (folder / MANIFEST).unlink(missing_ok=True)
         for path in list(folder.iterdir()):

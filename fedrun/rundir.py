@@ -16,8 +16,6 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import io
 import json
 import os
@@ -34,8 +32,9 @@ import psutil
 from safetensors.torch import save
 from torch import Tensor
 
-from fedrun.errors import Failure
-from fedrun.files import write_json, write_whole
+from fedrun import locks
+from fedrun.errors import Failure, FolderLost
+from fedrun.files import claim, write_json, write_whole
 from fedrun.run_files import CLIENTS, LOCK, MANIFEST, OUTCOME, foreign, is_partial, remove
 
 # The parameters of a Mamba-2 block whose change is studied, as the model names them.
@@ -68,6 +67,32 @@ def save_studied(folder: Path, step: int, now: Mapping[str, np.ndarray],
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         write_whole(folder / kind / f"step_{step:06d}.npz", buffer.getvalue())
+
+
+class StudiedSteps:
+    """What is kept of the evaluated steps of one model. Those that a full disk cannot take wait in
+    memory for the next, or for a checkpoint, which is none without them."""
+
+    AT_MOST = 3  # that wait, of a model's size each
+
+    def __init__(self, folder: Path, start: Mapping[str, np.ndarray]) -> None:
+        self._folder, self._start = folder, start
+        self._waiting: list[tuple[int, Mapping[str, np.ndarray]]] = []
+
+    @property
+    def full(self) -> bool:
+        """Whether as many wait as may."""
+        return len(self._waiting) >= self.AT_MOST
+
+    def add(self, step: int, now: Mapping[str, np.ndarray]) -> None:
+        """A step's parameters, which `write` is to write."""
+        self._waiting.append((step, now))
+
+    def write(self) -> None:
+        """Write those that wait, oldest first. OSError where the disk does not take them."""
+        while self._waiting:
+            save_studied(self._folder, *self._waiting[0], self._start)
+            self._waiting.pop(0)
 
 
 def cut_back(run_dir: Path, step: int) -> None:
@@ -116,43 +141,67 @@ class InUse(ValueError):
     """Another run holds the folder."""
 
 
-def lock(run_dir: Path, token: str) -> int:
-    """Hold the folder until this process ends, however it does: the kernel frees the lock.
+_locks: dict[Path, locks.Held] = {}  # of the folders that this process holds
 
-    `token` is written into the lock's file, by which processes on other machines see that they look
-    at the same folder. Returns the open file, to be kept. InUse, naming the holder, where another
-    run has it.
+
+def lock(run_dir: Path, token: str) -> None:
+    """Hold the folder until `release`, or until this process ends, however it does.
+
+    `token` is written into the lock's file, by which the run's other processes, on other machines
+    too, see that they look at the same folder. InUse, naming the holder, where another run has it.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    deadline = time.monotonic() + SECONDS_TO_DIE
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            if time.monotonic() > deadline:
-                holder = os.pread(file, 200, 0).decode(errors="replace").partition("\n")[0]
-                raise InUse(f"the folder {run_dir} is in use by {holder}; wait for it, or choose "
-                            "another --run_name") from None
-            time.sleep(0.1)
-    os.ftruncate(file, 0)
-    os.pwrite(file, f"{_this_process()}\n{token}\n".encode(), 0)
-    os.fsync(file)
-    return file
+    try:
+        held = locks.acquire(run_dir / LOCK, SECONDS_TO_DIE)
+    except locks.Busy as holder:
+        raise InUse(f"the folder {run_dir} is in use by {holder}; wait for it, or choose another "
+                    "--run_name") from None
+    try:
+        held.write(token)
+    except OSError:
+        held.release()
+        raise
+    _locks[run_dir] = held
+    claim(run_dir, lambda: check(run_dir, token))
 
 
-def _this_process(number: int | None = None) -> str:
-    return f"process {number or os.getpid()} on {platform.node()}"
+def guard(run_dir: Path, token: str) -> None:
+    """The run's other processes: write into the folder only while it is this run's."""
+    if run_dir not in _locks:
+        claim(run_dir, lambda: check(run_dir, token))
+
+
+def release(run_dir: Path) -> None:
+    """This process's run has ended, and nothing of it writes any more."""
+    claim(run_dir, None)
+    if held := _locks.pop(run_dir, None):
+        held.release()
+
+
+def check(run_dir: Path, token: str) -> None:
+    """FolderLost where the lock's file does not hold the token: the folder was removed, renamed, or
+    given to another run since, which must not find ours in it."""
+    try:
+        text = (run_dir / LOCK).read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
+        raise FolderLost(f"{run_dir}: the folder of this run was removed or renamed while it ran; "
+                         "the run ends, and has written nothing since") from None
+    except OSError:
+        return  # of a disk that does not answer: the writing itself will tell
+    if _token(text) != token:
+        holder = text.partition("\n")[0]
+        raise FolderLost(f"{run_dir}: the folder of this run was taken by {holder} while it ran; "
+                         "this run ends, and has written nothing since")
 
 
 def lock_token(run_dir: Path) -> str:
     """What the run that holds a folder wrote into its lock; empty where none is to be seen."""
     with suppress(OSError):
-        return (run_dir / LOCK).read_text(encoding="utf-8").rpartition("\n")[0].rpartition("\n")[2]
+        return _token((run_dir / LOCK).read_text(encoding="utf-8", errors="replace"))
     return ""
+
+
+def _token(text: str) -> str:
+    return text.rpartition("\n")[0].rpartition("\n")[2]
 
 
 def launch_id() -> str:
@@ -164,7 +213,8 @@ def launch_id() -> str:
         return run
     # All of torchrun's static rendezvous have that name, but each is a process of its own.
     with suppress(psutil.Error):
-        return f"{_this_process(os.getppid())}, {psutil.Process(os.getppid()).create_time()}"
+        return (f"process {os.getppid()} on {platform.node()}, "
+                f"{psutil.Process(os.getppid()).create_time()}")
     return ""
 
 
@@ -185,10 +235,9 @@ def write_outcome(run_dir: Path, outcome: Standing, step: int, reason: str = "",
 def write_failure(run_dir: Path, reason: str, kind: Failure = "error") -> None:
     """The outcome of this process's run, which ends with an error. What was finished or stopped
     stays so, and so does a run that another process holds."""
-    held = read_outcome(run_dir)
-    with suppress(OSError):
-        ours = (run_dir / LOCK).read_text(encoding="utf-8").startswith(f"{_this_process()}\n")
-        if ours and held.get("outcome") == "running":
+    with suppress(OSError, FolderLost):
+        held = read_outcome(run_dir)
+        if run_dir in _locks and held.get("outcome") == "running":
             write_outcome(run_dir, "failed", held["step"], reason, kind)
 
 

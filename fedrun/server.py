@@ -22,20 +22,14 @@ from fedrun.best import BestModel
 from fedrun.checkpoint import Checkpoint, Checkpoints
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
-from fedrun.errors import Failure
+from fedrun.errors import Failure, FolderLost
 from fedrun.evaluate import Piece, mean_loss, perplexity, sample_text
 from fedrun.files import write_json
 from fedrun.history import COHORT_NUMBERS, SECONDS, Clocks, cohort_record, half_losses
 from fedrun.optimizer import scheduled_lr
 from fedrun.params import FlatParams
 from fedrun.plan import Plan, Schedule, Shards, Verdict
-from fedrun.rundir import (
-    save_model,
-    save_studied,
-    studied,
-    write_failure,
-    write_outcome,
-)
+from fedrun.rundir import StudiedSteps, save_model, studied, write_failure, write_outcome
 from fedrun.stopping import StopRequest
 from fedrun.track import Events, Progress, cohort_event
 from fedrun.worker import DTYPES, new_model
@@ -57,7 +51,8 @@ class Server:
         self.schedule = Schedule(config, Shards(config, data).sizes)
         self.model = new_model(config, data.vocab_size, torch.device("cpu"))
         self.flat = FlatParams(self.model)
-        self.start = studied(self.flat.views(self.flat.vector))
+        self.steps = StudiedSteps(config.run_dir / "server",
+                                  studied(self.flat.views(self.flat.vector)))
         self.history: list[dict[str, Any]] = []
         self.clocks = Clocks()
         self.reference = config.strategy.first_reference(data.vocab_size, config.cohort_size)
@@ -73,7 +68,8 @@ class Server:
         losses = [(r["global_step"], r["server_val_loss"]) for r in self.history
                   if r["server_val_loss"] is not None]
         self.best = BestModel(config, losses, self.progress.say) if config.keep == "best" else None
-        self.checkpoints = Checkpoints(config, made_with, workers, self.progress.say)
+        self.checkpoints = Checkpoints(config, made_with, workers, self.progress.say,
+                                       self._write_rest)
         self._writer = ThreadPoolExecutor(1, "fedrun-writer",
                                           initializer=lambda: torch.set_num_threads(config.threads))
         self._writing: deque[Future[None]] = deque()
@@ -100,7 +96,12 @@ class Server:
         return dataclasses.asdict(Verdict(error, kind, stop))
 
     def _error(self, plan: Plan, reports: list[dict[str, Any]]) -> tuple[str, Failure]:
+        if lost := self.stopping.lost_folder():
+            return lost, "error"
         for rank, report in enumerate(reports):
+            if report.get("failure"):
+                return (f"round {plan.round}: rank {rank} failed: {report['failure']}; all ranks "
+                        "end"), "error"
             if report.get("traceback"):
                 return (f"{report['traceback']}round {plan.round}: rank {rank} failed with the "
                         "error above; all ranks end"), "error"
@@ -219,10 +220,12 @@ class Server:
         """On the writer's thread: the model, its studied parameters, sample text, the history.
 
         On a disk that is full the run goes on, and the next evaluation tries again; the last one
-        has to succeed.
+        has to succeed, and so has one for which too many wait.
         """
         run_dir = self.config.run_dir
+        last_try = number == self.schedule.rounds or self.steps.full
         self.flat.vector.copy_(model)
+        self.steps.add(number, studied(self.flat.views(model)))
         record["generated"] = sample_text(self.model, self.data, torch.device("cpu"))
         try:
             self._save_model()
@@ -230,12 +233,16 @@ class Server:
                 self.best.offer(number, record["server_val_loss"], self.flat.views(model))
             write_json(run_dir / "training_history.json",
                        [r for r in self.history if r["global_step"] <= number])
-            save_studied(run_dir / "server", number, studied(self.flat.views(model)), self.start)
+            self.steps.write()
         except OSError as error:
-            if number == self.schedule.rounds:
+            if last_try:
                 raise
             self.progress.say(f"fedrun: warning: round {number} could not be written to {run_dir} "
                               f"({error.strerror}); the run goes on")
+
+    def _write_rest(self) -> None:
+        self.steps.write()
+        self.events.write()
 
     def _save_model(self) -> None:
         save_model(self.config.run_dir / "model.safetensors", self.flat.views(self.flat.vector))
@@ -263,6 +270,8 @@ class Server:
             if model is not None and not replicas.compare(reports, model):
                 self.flat.vector.copy_(model)
                 self._save_model()
+        except FolderLost as lost:
+            reason = str(lost)
         finally:  # whatever the writer has met: the reason is told
             path = self.config.run_dir / "model.safetensors"
             if path.exists():

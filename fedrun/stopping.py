@@ -17,11 +17,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedrun.errors import FolderLost
+from fedrun.files import DamagedFile, check_claim, read_regular
 from fedrun.run_files import LOCK
 
 STOP = "STOP"
 LAUNCHER = "FEDRUN_LAUNCHER"  # the variable by which a launcher tells its process id (torchrun.py)
+LARGEST = 1000  # bytes in it, or it is none
 HEARTBEAT = "fedrun-heartbeat"  # the thread that tells other ranks of this one (comm.py)
+SECONDS_BETWEEN_LOOKS = 1.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 DOUBLE = 0.5  # seconds within which two signals are one: launchers send what the terminal sent too
 _PR_SET_PDEATHSIG = 1
@@ -41,6 +45,7 @@ class StopRequest:
         # By the clock of the file system, as STOP's time is: rank 0 has just written the lock.
         self._since = (run_dir / LOCK).stat().st_mtime
         self._ignored = ""
+        self._looked = 0.0
         self._lost_peers = lost_peers
         self._quiet = quiet
         self._over = threading.Event()
@@ -99,6 +104,17 @@ class StopRequest:
         print(f"fedrun: {why}", file=sys.stderr, flush=True)
         os._exit(128 + number)
 
+    def lost_folder(self) -> str:
+        """Server: why the run's folder is no longer this run's; empty while it is. Looked at once a
+        second at most: opening a file takes long on a network file system."""
+        if time.monotonic() - self._looked > SECONDS_BETWEEN_LOOKS:
+            self._looked = time.monotonic()
+            try:
+                check_claim(self._file)
+            except FolderLost as lost:
+                return str(lost)
+        return ""
+
     def asked_by(self) -> str:
         """Server: who asks for an end: a signal by its name, or the STOP file; empty if nobody."""
         return self.signal or ("the STOP file" if self._file_says_so() else "")
@@ -113,21 +129,28 @@ class StopRequest:
         try:
             if self._file.stat().st_mtime < self._since:
                 return False
-            meant_for = self._file.read_text(encoding="utf-8", errors="replace").split()
+            meant_for = read_regular(self._file, LARGEST).decode(errors="replace").split()
         except OSError:
+            return False
+        except DamagedFile as error:
+            self._ignore(f"{error}; an empty file stops the run")
             return False
         here = [os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")]
         if not meant_for or meant_for == here:
             return True
-        if self._ignored != str(meant_for):
-            self._ignored = str(meant_for)
-            print(f"fedrun: {self._file} is ignored: it is for job and attempt "
-                  f"{' '.join(meant_for)}, an empty one is for any run", flush=True)
+        self._ignore(f"{self._file} is for job and attempt {' '.join(meant_for)}; an empty one is "
+                     "for any run")
         return False
+
+    def _ignore(self, why: str) -> None:
+        if self._ignored != why:
+            self._ignored = why
+            print(f"fedrun: {STOP} is ignored: {why}", flush=True)
 
     def obeyed(self) -> None:
         """Server: the file has done its work."""
-        self._file.unlink(missing_ok=True)
+        if self._file.is_file():
+            self._file.unlink(missing_ok=True)
 
 
 def die_with_launcher() -> None:

@@ -40,6 +40,8 @@ from fedrun.checkpoint import (
 )
 from fedrun.client import State
 from fedrun.config import FederatedConfig
+from fedrun.errors import FolderLost
+from fedrun.files import check_claim
 from fedrun.run_files import CLIENTS
 
 T = TypeVar("T")
@@ -290,6 +292,7 @@ class OnDisk(_Moving):
         """On the thread, when all that was put before is written: the files as they are."""
         if put_last is not None:
             put_last.result()  # its error, if it has one
+        check_claim(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in self._sums:
             _link(self._folder / name, folder / name)
@@ -297,6 +300,10 @@ class OnDisk(_Moving):
 
     def close(self, patience: float) -> None:
         super().close(patience)
+        try:
+            check_claim(self._folder)
+        except FolderLost:  # these are another run's
+            return
         for name in self._sums:
             (self._folder / name).unlink(missing_ok=True)
         with suppress(OSError):  # other workers' files
@@ -306,6 +313,7 @@ class OnDisk(_Moving):
 def _link(file: Path, name: Path) -> None:
     """A second name for a file, instead of what was there. A copy where that cannot be, or where it
     has two already: one of them is a checkpoint's, and no two checkpoints are to share a file."""
+    check_claim(name)
     name.unlink(missing_ok=True)
     with suppress(OSError):
         if file.stat().st_nlink == 1:

@@ -10,6 +10,7 @@ import math
 import os
 import secrets
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,7 +19,8 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from fedrun.config import RunConfig
-from fedrun.files import DamagedFile, finite, read_json, write_json
+from fedrun.errors import FolderLost
+from fedrun.files import DamagedFile, check_claim, finite, on_disk, read_json, write_json
 from fedrun.terminal import visible
 
 PROJECT = "fedrun"
@@ -68,8 +70,10 @@ class Events:
 
     def __init__(self, config: RunConfig, unit: str, total: int, done: int = 0) -> None:
         """`done` of `total` steps lie behind a run that goes on: their lines are there."""
-        path = config.run_dir / "events.jsonl"
-        self.file = path.open("a" if done else "w", encoding="utf-8", buffering=1)
+        self.path = path = config.run_dir / "events.jsonl"
+        self.file = path.open("ab" if done else "wb", buffering=0)
+        self._lock = threading.Lock()
+        self._unwritten = b""  # what a full disk has not taken
         self.tracker = open_tracker(config, done)
         self._last = (0, 0.0)
         if done and path.stat().st_size:
@@ -86,18 +90,39 @@ class Events:
             if tokens > self._last[0] and passed > 0:
                 values["tokens_per_second"] = (tokens - self._last[0]) / passed
             self._last = (tokens, seconds)
-        with suppress(OSError):  # a full disk costs the line, not the run
-            event = finite({"event": kind, "time": time.time()} | values)
-            self.file.write(json.dumps(event, allow_nan=False) + "\n")
+        event = finite({"event": kind, "time": time.time()} | values)
+        line = json.dumps(event, allow_nan=False) + "\n"
+        with self._lock:
+            self._unwritten += line.encode()
+        with suppress(OSError):  # on a full disk lines wait, the run does not
+            self.write()
         step = values.get("round", values.get("step"))
         if self.tracker and step is not None:
-            self.tracker.log(scalars(values), step)
+            check_claim(self.path)
+            try:
+                self.tracker.log(scalars(values), step)
+            except OSError as error:
+                print(f"fedrun: warning: --track: nothing more is sent: {error}", flush=True)
+                self.tracker = None
+
+    def write(self) -> None:
+        """Write the lines that wait. OSError, naming the file, where the disk does not take them;
+        a line that it took in part is finished later. From any thread."""
+        with self._lock:
+            try:
+                while self._unwritten:
+                    self._unwritten = self._unwritten[self.file.write(self._unwritten):]
+            except OSError as error:
+                raise on_disk(error, self.path) from None
 
     def close(self) -> None:
         with suppress(OSError):
-            self.file.close()
+            self.write()
+        self.file.close()
         if self.tracker:
-            self.tracker.close()
+            with suppress(FolderLost, OSError):
+                check_claim(self.path)
+                self.tracker.close()
 
 
 def cohort_event(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -313,9 +313,9 @@ def test_who_waits_says_for_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (entry,) = entries(tmp_path)
     shutil.rmtree(entry)
     said: list[str] = []
-    holder = Path(f"{entry}.holder")
-    holder.write_text("process 17 on elsewhere")
-    with FileLock(f"{entry}.lock"):
+    lock = Path(f"{entry}.lock")
+    lock.write_text("process 17 on elsewhere\n")
+    with FileLock(lock):
         waiting = threading.Thread(
             target=prepare, args=(file, "bpe:300", 16, tmp_path, said.append)
         )
@@ -328,9 +328,9 @@ def test_who_waits_says_for_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert entry.is_dir()
 
     shutil.rmtree(entry)
-    holder.write_text("process 17 on elsewhere")
+    lock.write_text("process 17 on elsewhere\n")
     monkeypatch.setattr(tokens, "LOCK_SECONDS", 0.3)
-    with FileLock(f"{entry}.lock"), pytest.raises(TimeoutError, match="process 17 on elsewhere"):
+    with FileLock(lock), pytest.raises(TimeoutError, match="process 17 on elsewhere"):
         prepare(file, "bpe:300", 16, tmp_path, said.append)
 
 

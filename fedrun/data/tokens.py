@@ -27,7 +27,6 @@ import os
 import platform
 import re
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedrun import locks
 from fedrun.data import corpora
 from fedrun.data.documents import Documents
 from fedrun.data.entry import content_sum, naming_cache_dir, read_manifest, seal
@@ -52,7 +52,8 @@ from fedrun.data.tokenizer import (
     write_ids,
 )
 from fedrun.data.topics import Topics, find_topics
-from fedrun.files import DamagedFile
+from fedrun.errors import explain
+from fedrun.files import DamagedFile, on_disk
 from fedrun.terminal import visible
 
 if TYPE_CHECKING:
@@ -306,34 +307,36 @@ def _whole_entry(
 
 @contextmanager
 def _only_one(entry: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of `entry`; one process of the machine at a time gets past this."""
-    from filelock import FileLock, Timeout
+    """Hold the lock of `entry`; one process of the machine at a time gets past this.
 
-    lock, holder = FileLock(f"{entry}.lock"), Path(f"{entry}.holder")
+    Raises:
+        ValueError: the cache cannot be written, or has no room.
+        TimeoutError: another process has held it for an hour.
+    """
+    cache_dir = entry.parents[1]
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        say(f"waiting for {_holder(holder)}, which prepares {what}")
-        try:
-            lock.acquire(timeout=LOCK_SECONDS, poll_interval=0.2)
-        except Timeout:
-            raise TimeoutError(
-                f"waited {LOCK_SECONDS:.0f} s for {_holder(holder)}, which prepares {what}; end "
-                "it if it hangs, or give another --cache_dir"
-            ) from None
+        lock = locks.acquire(
+            Path(f"{entry}.lock"), LOCK_SECONDS,
+            lambda holder: say(f"waiting for {holder}, which prepares {what}"), say)
+    except locks.Busy as holder:
+        raise TimeoutError(
+            f"waited {LOCK_SECONDS:.0f} s for {holder}, which prepares {what}; end "
+            "it if it hangs, or give another --cache_dir"
+        ) from None
+    except OSError as error:
+        raise ValueError(f"--cache_dir {cache_dir}: {explain(on_disk(error, entry))}") from error
     try:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        with suppress(OSError):  # the lock's file of another user
+            lock.write()
         yield
+    except OSError as error:
+        shutil.rmtree(f"{entry}.partial", ignore_errors=True)  # and make room
+        ours = error.filename is None or str(error.filename).startswith(str(cache_dir))
+        if error.errno is None or not ours:
+            raise
+        raise ValueError(f"--cache_dir {cache_dir}: {explain(on_disk(error, entry))}") from error
     finally:
-        holder.unlink(missing_ok=True)
         lock.release()
-
-
-def _holder(file: Path) -> str:
-    try:
-        return file.read_text() or "another process"
-    except OSError:  # it has the lock, and has not written its name yet
-        return "another process"
 
 
 def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None], reading: Reading

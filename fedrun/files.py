@@ -6,6 +6,7 @@ or no file at all: everything outside a checksum is read through `read_json`.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -77,14 +78,21 @@ def read_regular(path: Path, largest: int = LARGEST_JSON) -> bytes:
         OSError: it is not there or cannot be read.
         DamagedFile: it is something else (a folder, a pipe that would never end), or larger.
     """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > largest:
+            raise DamagedFile(f"{path} has {size} bytes, at most {largest} are expected")
+        return file.read(size)  # not `largest`, which would be allocated
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """A regular file, opened to be read; DamagedFile where it is something else."""
     # Opening a pipe without O_NONBLOCK waits for somebody to write into it.
-    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise DamagedFile(f"{path} is not a regular file")
-        if found.st_size > largest:
-            raise DamagedFile(f"{path} has {found.st_size} bytes, at most {largest} are expected")
-        return file.read(largest)
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise DamagedFile(f"{path} is not a regular file")
+    return open(handle, "rb")
 
 
 def read_json(path: Path, kind: type[Kind]) -> Kind:

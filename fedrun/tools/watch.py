@@ -83,8 +83,8 @@ class State:
         kind = event.get("event")
         self.ended = kind == "end"
         self.last |= event
-        if kind == "start":
-            self.unit, self.total = event.get("unit", self.unit), event.get("total")
+        if kind in ("start", "resumed"):  # a run that is trained further has another total
+            self.unit, self.total = event.get("unit", self.unit), event.get("total", self.total)
         if kind in ("round", "step"):
             self.unit, self.number = kind, int(event[kind])
             for store, value in ((self.train, event.get("train_ppl")),

@@ -19,14 +19,15 @@ from fedrun.config import RunConfig
 
 LONGEST_SHOWN = 60  # characters of a value in a message: a damaged file may hold anything
 LENGTH = frozenset({"rounds", "n_epochs"})
-READ = {"dataset": "content", "tokenizer": "content", "init_from": "init_from"}
+READ = {"dataset": "text", "tokenizer": "tokenizer", "init_from": "init_from"}
 """Settings that name what is read -> the digest of it among what a run was made with."""
 
-# Of a corpus's fingerprint: what decides the tokens and their documents, and what else was in it
-# when its digest contained names too.
-_CONTENT = ("dataset_sha256", "tokenizer_sha256", "tokenizers_version", "vocab_size",
-            "train_tokens", "validation_tokens", "train_documents", "document", "sequence_length",
-            "train_sequences", "validation_sequences")
+# Of a corpus's fingerprint: what decides the text, the tokens of a text, and how these are cut; and
+# the names that were in the digest once.
+_TEXT = ("dataset_sha256", "document")
+_TOKENIZER = ("tokenizer_sha256", "tokenizers_version", "vocab_size")
+_CUT = ("train_tokens", "validation_tokens", "train_documents", "sequence_length",
+        "train_sequences", "validation_sequences")
 _NAMES = ("dataset", "tokenizer", "validation_from", "python_version")
 
 
@@ -60,21 +61,25 @@ class Length:
 # ---- what a run was made with --------------------------------------------------------------------
 
 def corpus_digests(fingerprint: Mapping[str, Any]) -> dict[str, str]:
-    """Digests of a tokenised corpus: its `content`, and `corpus`, with the names it was given,
-    which is all that older checkpoints have."""
+    """Digests of a tokenised corpus: of its text, its tokenizer, all that was read, and `corpus`,
+    with the names it was given, which is all that older checkpoints have."""
     def digest(names: tuple[str, ...]) -> str:
         told = {name: fingerprint[name] for name in names if name in fingerprint}
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
-    return {"content": digest(_CONTENT), "corpus": digest(_CONTENT + _NAMES)}
+    read = _TEXT + _TOKENIZER + _CUT
+    return {"text": digest(_TEXT), "tokenizer": digest(_TOKENIZER), "content": digest(read),
+            "corpus": digest(read + _NAMES)}
 
 
 def refuse_other_makings(then: Mapping[str, Any], now: Mapping[str, Any],
                          say: Callable[[str], None]) -> None:
     """ValueError where the text, the shards or the kernels are not those that a checkpoint was made
     with; a word where a version is not."""
-    corpus = "content" if "content" in then else "corpus"
-    for name, what, flag in ((corpus, "corpus", "--dataset"),
+    named = [("corpus", "corpus", "--dataset")] if "content" not in then else []
+    for name, what, flag in (("text", "text", "--dataset"),
+                             ("tokenizer", "tokenizer", "--tokenizer"),
+                             ("content", "corpus", "--dataset"), *named,
                              ("partition", "partition", "--partition"),
                              ("kernels", "kernels", "--device"),
                              ("init_from", "first model", "--init_from")):
@@ -97,9 +102,15 @@ def other_settings(config: RunConfig, held: Mapping[str, Any], then: Mapping[str
     then, now: what the two were made with; where these agree on what was read, names of it do not
     matter.
     """
-    return {name: values for name, values in differing(config, held).items() if name not in LENGTH
-            and (name not in READ or not then.get(READ[name])
-                 or then[READ[name]] != now.get(READ[name]))}
+    found = {}
+    for name, (there, here) in differing(config, held).items():
+        digests = [shown(made.get(READ.get(name, ""))) for made in (then, now)]
+        known = name in READ and all(READ[name] in made for made in (then, now))
+        if known and digests[0] != digests[1]:
+            there, here = f"{there} ({digests[0]})", f"{here} ({digests[1]})"
+        if name not in LENGTH and not (known and digests[0] == digests[1]):
+            found[name] = there, here
+    return found
 
 
 def differing(config: RunConfig, held: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

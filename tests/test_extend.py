@@ -4,37 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SMALL, Outcome
+from conftest import Outcome, Run
 from test_resume import outcome_of
 
-from fedrun import checkpoint, cli, rundir
+from fedrun import checkpoint, rundir
 
-InProcess = Callable[..., Outcome]
 VAL_FREQ = ("--val_freq", 5)
 FEDERATED = ("--num_clients", 3, *VAL_FREQ)
-
-
-@pytest.fixture
-def run_here(cache_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> InProcess:
-    """run_here("fed_avg", "--rounds", 3, after=outcome): a run in the process of the test, in a
-    copy of another one's folder: whoever has held a folder holds it to the end of its process."""
-
-    def run_it(method: str, *flags: object, name: str = "", after: Outcome | None = None
-               ) -> Outcome:
-        name = name or f"run{len(list(tmp_path.iterdir()))}"
-        if after:
-            shutil.copytree(after.run_dir, tmp_path / name)
-        code = cli.main([method, *SMALL, "--data_dir", str(tmp_path), "--cache_dir",
-                         str(cache_dir), "--run_name", name, *map(str, flags)])
-        out, err = capfd.readouterr()
-        return Outcome(code, out + err, tmp_path / name)
-
-    return run_it
 
 
 def numbers(run: Outcome) -> list[int]:
@@ -68,7 +47,7 @@ def states(run: Outcome) -> dict[str, Any]:
         ("fed_yogi", (*FEDERATED, "--sampling", "replacement")),
         ("fed_sgd", (*FEDERATED, "--warmup", 3))]),
 ])
-def test_six_rounds_and_six_more_are_twelve(run_here: InProcess, method: str,
+def test_six_rounds_and_six_more_are_twelve(run_here: Run, method: str,
                                             flags: tuple[object, ...]) -> None:
     whole = run_here(method, *flags, "--rounds", 12)
     half = run_here(method, *flags, "--rounds", 6)
@@ -94,7 +73,7 @@ def test_six_rounds_and_six_more_are_twelve(run_here: InProcess, method: str,
     assert fewer.bits == whole.bits
 
 
-def test_epochs_grow_too(run_here: InProcess) -> None:
+def test_epochs_grow_too(run_here: Run) -> None:
     epoch = ("--num_clients", 2, "--epoch_passes", 0.004)
     one = run_here("fed_avg", *epoch, "--n_epochs", 1)
     rounds = steps(one)[-1]
@@ -110,7 +89,7 @@ def test_epochs_grow_too(run_here: InProcess) -> None:
 @pytest.mark.parametrize("method", ["central",
                                     pytest.param("fed_avg", marks=pytest.mark.slow)])
 def test_where_the_schedule_depends_on_the_length_it_has_to_be_asked_for(
-        run_here: InProcess, method: str) -> None:
+        run_here: Run, method: str) -> None:
     flags = ("--lr_schedule", "cosine", "--num_clients", 2)
     half = run_here(method, *flags, "--rounds", 3)
     refused = run_here(method, *flags, "--rounds", 5, after=half)
@@ -129,7 +108,7 @@ def test_where_the_schedule_depends_on_the_length_it_has_to_be_asked_for(
     assert "finished already" in again.output
 
 
-def test_a_run_that_kept_no_checkpoint_cannot_be_trained_further(run_here: InProcess) -> None:
+def test_a_run_that_kept_no_checkpoint_cannot_be_trained_further(run_here: Run) -> None:
     kept_none = run_here("central", "--rounds", 2, "--checkpoint_freq", "none")
     assert not (kept_none.run_dir / "checkpoints").exists()
     refused = run_here("central", "--rounds", 3, after=kept_none)
@@ -140,7 +119,7 @@ def test_a_run_that_kept_no_checkpoint_cannot_be_trained_further(run_here: InPro
 
 @pytest.mark.parametrize("method", ["central", "fed_avg"])
 def test_a_run_that_was_ended_after_its_last_checkpoint_is_finished_from_it(
-        run_here: InProcess, method: str) -> None:
+        run_here: Run, method: str) -> None:
     """Not trained for ever: no round comes after the last one."""
     done = run_here(method, "--rounds", 2)
     root = done.run_dir if method == "central" else done.run_dir / "server"
@@ -163,7 +142,7 @@ def test_a_run_that_was_ended_after_its_last_checkpoint_is_finished_from_it(
     assert '"end"' in (again.run_dir / "events.jsonl").read_text().splitlines()[-1]
 
 
-def test_a_stop_is_no_end_unless_it_was_evaluated(run_here: InProcess) -> None:
+def test_a_stop_is_no_end_unless_it_was_evaluated(run_here: Run) -> None:
     """Stopped after its second step: as the last one it would have been evaluated."""
     config = ("central", "--val_freq", 3)
     done = run_here(*config, "--rounds", 4, "--checkpoint_freq", 2)

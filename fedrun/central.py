@@ -30,6 +30,7 @@ from fedrun.files import write_json
 from fedrun.history import Clocks, half_losses
 from fedrun.optimizer import LocalOptimizer, scheduled_lr
 from fedrun.params import FlatParams
+from fedrun.provenance import Length
 from fedrun.rundir import StudiedSteps, save_model, studied, write_outcome
 from fedrun.stopping import StopRequest
 from fedrun.track import Events, Progress
@@ -53,18 +54,30 @@ class PooledClients(Client):
         return to_device(torch.cat(rows), self.flat.vector.device)
 
 
+def owned_shards(config: CentralConfig, data: TokenData) -> list[np.ndarray]:
+    """What is trained on, by --batches: one shard, or those of the clients of a federated run."""
+    if config.batches == "all":
+        return [np.arange(len(data.train))]
+    shards = client_shards(data, config.num_clients, config.partition, config.alpha,
+                           config.size_skew, config.seed)
+    return shards if config.batches == "clients" else shards[:1]
+
+
+def length(config: CentralConfig, owned: int) -> Length:
+    """How many optimizer steps the run and an epoch of it take, over so many sequences. ValueError
+    where there are none."""
+    found = Length(config, int(owned * config.epoch_passes) // config.batch_size)
+    if found.steps == 0:
+        raise ValueError(f"--batch_size {config.batch_size}: there are {owned} sequences to "
+                         "train on; accepted is up to their number")
+    return found
+
+
 def training_client(config: CentralConfig, data: TokenData, flat: FlatParams) -> tuple[Client, int]:
     """Who trains, by --batches, and for how many steps."""
-    shards = [np.arange(len(data.train))] if config.batches == "all" else client_shards(
-        data, config.num_clients, config.partition, config.alpha, config.size_skew, config.seed)
-    if config.batches == "one_client":
-        shards = shards[:1]
+    shards = owned_shards(config, data)
     owned = np.concatenate(shards)
-    epoch = int(len(owned) * config.epoch_passes) // config.batch_size
-    steps = config.rounds or config.n_epochs * epoch
-    if steps == 0:
-        raise ValueError(f"--batch_size {config.batch_size}: there are {len(owned)} sequences to "
-                         "train on; accepted is up to their number")
+    steps = length(config, len(owned)).steps
     optimizer = LocalOptimizer(flat, config, steps)
     if config.batches == "clients":
         return PooledClients(shards, owned, data.train, flat, config, optimizer), steps
@@ -213,7 +226,7 @@ def run(config: CentralConfig, data: TokenData, device: torch.device, stopping: 
             raise FolderLost(lost)
         if training.done < training.steps:
             stop = stopping.asked_by()
-        if stop or training.checkpoints.due(training.done):
+        if stop or training.checkpoints.due(training.done, last=training.done >= training.steps):
             training.save()
     training.close(stop)
     if stop:

@@ -29,14 +29,16 @@ from torch import Tensor
 
 from fedrun import run_files
 from fedrun.config import RunConfig
-from fedrun.files import finite, write_json, write_whole
+from fedrun.errors import one_line
+from fedrun.files import finite, open_regular, read_json, write_json, write_whole
 from fedrun.run_files import manifest_sum, remove_checkpoint
 
 GLOBAL = "global.safetensors"
 SERVER = "server.json"
 MANIFEST = run_files.MANIFEST
 KEPT = 2
-_NAME = re.compile(r"step_(\d+)")
+_NAME = re.compile(r"step_(\d{1,18})")
+_FILE = re.compile(r"[\w-][\w.-]*")
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
            torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"}
 
@@ -68,15 +70,13 @@ class Checkpoint:
 
     @property
     def server(self) -> dict[str, Any]:
-        """What the server remembered."""
-        state: dict[str, Any] = json.loads((self.folder / SERVER).read_text(encoding="utf-8"))
-        return state
+        """What the server remembered: `history`, `clocks`, ..."""
+        return read_json(self.folder / SERVER, dict)
 
     @property
     def sums(self) -> Sums:
         """Of its files, as the manifest has them."""
-        manifest = json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
-        return {str(name): sums for name, sums in manifest["files"].items()}
+        return {str(name): sums for name, sums in _manifest(self.folder)["files"].items()}
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of one of its files, on the CPU."""
@@ -204,9 +204,12 @@ class Checkpoints:
         self._answers: dict[int, list[dict[str, Any]]] = {}
         self._overdue = False
 
-    def due(self, number: int) -> bool:
-        """Whether round `number` is to be saved: not while workers still write an earlier one."""
+    def due(self, number: int, last: bool) -> bool:
+        """Whether round `number` is to be saved: not while workers still write an earlier one, but
+        the last one always, which a longer run begins from."""
         every = self.config.checkpoint_freq
+        if last:
+            return every is not None
         self._overdue |= every is not None and number % every == 0
         if self._begun or not self._overdue:
             return False
@@ -270,29 +273,42 @@ def read(folder: Path) -> Checkpoint:
     """The checkpoint in a folder, after comparing every file with its checksum. ValueError, with
     what is wrong, where it is not whole; an error of the disk's is left to be one."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["sha256"] != manifest_sum(manifest) or manifest["step"] != _step(folder):
-            raise ValueError("its manifest is damaged")
+        manifest = _manifest(folder)
         for name, sums in manifest["files"].items():
-            with (folder / name).open("rb") as file:
+            if not _FILE.fullmatch(name):
+                raise ValueError(f"its manifest names a file {name!r}")
+            with open_regular(folder / name) as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 size = file.tell()
             if size != sums["bytes"]:
                 raise ValueError(f"{name} has {size} bytes instead of {sums['bytes']}")
             if digest != sums["sha256"]:
                 raise ValueError(f"{name} is damaged: its checksum is not the manifest's")
-        return trusted(folder)
-    except FileNotFoundError as error:
+        found = trusted(folder)
+        if not isinstance(found.server["history"], list):
+            raise ValueError(f"{SERVER} has no history")
+        return found
+    except (FileNotFoundError, NotADirectoryError) as error:
         missing = Path(error.filename).name
         raise ValueError(f"checkpoint {folder} is not whole: {missing} is missing") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint {folder} is not whole: {error}") from None
+        raise ValueError(f"checkpoint {folder} is not whole: {one_line(error)}") from None
 
 
 def trusted(folder: Path) -> Checkpoint:
     """The checkpoint in a folder that rank 0 has read and compared."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    return Checkpoint(folder, int(manifest["step"]), manifest["config"], manifest["made_with"])
+    manifest = _manifest(folder)
+    return Checkpoint(folder, _step(folder), manifest["config"], manifest["made_with"])
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """A manifest whose own checksum is right; ValueError where it is anything else."""
+    manifest = read_json(folder / MANIFEST, dict)
+    if manifest.get("sha256") != manifest_sum(manifest) or manifest.get("step") != _step(folder):
+        raise ValueError("its manifest is damaged")
+    if not all(isinstance(manifest.get(name), dict) for name in ("config", "made_with", "files")):
+        raise ValueError("its manifest lacks settings or files")
+    return manifest
 
 
 def newest(run_dir: Path) -> int | None:
@@ -302,10 +318,13 @@ def newest(run_dir: Path) -> int | None:
 
 
 def drop_after(run_dir: Path, step: int) -> None:
-    """Remove what lies there of checkpoints after a step: a run that goes on makes them anew."""
+    """Remove what lies there of checkpoints after a step, which a resumed run makes again."""
     for folder in _folders(run_dir / "checkpoints"):
         if _step(folder) > step:
-            remove_checkpoint(folder)
+            if folder.is_dir() and not folder.is_symlink():
+                remove_checkpoint(folder)
+            else:  # in the way of one that will be written
+                folder.unlink()
 
 
 def _folders(parent: Path) -> list[Path]:

@@ -38,7 +38,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model's shape; set in the YAML file that --config names."""
     n_epochs: int = 1
-    """Epochs to run; --rounds overrides it."""
+    """Epochs to run; --rounds overrides it. A finished run is trained further by a larger one."""
     epoch_passes: float = 1.0
     """Passes over the training data (of a client: its shard) that one epoch takes."""
     rounds: int | None = None
@@ -108,11 +108,15 @@ class RunConfig:
     """Begin anew, replacing whatever run the folder holds. Ignored when a launcher restarts the
     job by itself: it goes on."""
     resume: str = "auto"
-    """Where to begin: auto goes on from the newest whole checkpoint in the run's folder, if it has
-    one; never begins anew; or from a folder: another run, or one of its checkpoints."""
+    """Where to resume: auto from the newest whole checkpoint in the run's folder, if it has one;
+    never: start over; or a folder, another run's or one of its checkpoints, to begin from unless
+    the run has checkpoints of its own."""
+    extend: bool = False
+    """Train a run for another number of rounds or epochs although its learning rate depends on it
+    (--lr_schedule cosine): the result differs from one long run's."""
     checkpoint_freq: int | None = 30
-    """Save what the run needs to go on every so many global steps, beside the training (none:
-    never). The last two are kept."""
+    """Save what the run needs to be resumed every so many global steps, beside the training, and
+    after the last one. The last two are kept. none: never; such a run cannot be trained further."""
     keep: Literal["last", "best"] = "last"
     """best: beside the last model, also keep the one with the lowest validation loss, in the run's
     best/ folder, which every command takes for a run's."""
@@ -133,10 +137,13 @@ class RunConfig:
     timeout: float = 1800.0
     """Seconds that one round may take before the run ends with a message instead of hanging."""
 
-    # Settings that say where and how a run happens, not what comes out of it.
+    # Settings that say where and how a run happens, not what comes out of it. What --config names
+    # and --device amounts to (the kernels) is compared, not how it was given.
     neutral: ClassVar[frozenset[str]] = frozenset(
-        {"data_dir", "cache_dir", "run_name", "overwrite", "resume", "checkpoint_freq", "keep",
-         "track", "timeout"})
+        {"data_dir", "cache_dir", "run_name", "overwrite", "resume", "extend", "checkpoint_freq",
+         "keep", "track", "timeout", "config", "device"})
+    # What is noted down of a run, which may change when it is resumed.
+    recorded: ClassVar[frozenset[str]] = frozenset({"val_freq"})
 
     def __post_init__(self) -> None:
         check = require
@@ -204,7 +211,7 @@ class RunConfig:
 
     def results_dict(self) -> dict[str, Any]:
         """The part of `to_dict` that decides the results: two runs with equal ones are equal."""
-        return {k: v for k, v in self.to_dict().items() if k not in self.neutral}
+        return {k: v for k, v in self.to_dict().items() if k not in self.neutral | self.recorded}
 
 
 @dataclass(frozen=True)
@@ -265,6 +272,7 @@ class FederatedConfig(RunConfig):
     """Also save every client's parameters and their change whenever the global model is saved."""
 
     neutral: ClassVar[frozenset[str]] = RunConfig.neutral | {"server", "client_store"}
+    recorded: ClassVar[frozenset[str]] = RunConfig.recorded | {"eval_clients", "save_client_deltas"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

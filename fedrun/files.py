@@ -7,6 +7,7 @@ or no file at all: everything outside a checksum is read through `read_json`.
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -16,7 +17,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 LARGEST_JSON = 1 << 28  # bytes; a history of a million records has less
 DEEPEST_JSON = 50  # brackets within brackets; ours have five
@@ -131,10 +132,10 @@ def read_regular(path: Path, largest: int = LARGEST_JSON) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > largest:
             raise DamagedFile(f"{path} has {size} bytes, at most {largest} are expected")
-        return file.read(largest)
+        return file.read(size)  # not `largest`, which would be allocated
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """A regular file, open for reading. OSError where it cannot be opened, DamagedFile where it is
     something else."""
     # Opening a pipe without O_NONBLOCK waits for somebody to write into it.

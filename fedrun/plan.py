@@ -40,8 +40,7 @@ class Plan:
     evaluate: bool
     """Whether to evaluate and save the global model at the end."""
     save: bool
-    """Whether to begin a checkpoint at the end; never of the last round, after which there is
-    nothing to go on with."""
+    """Whether to begin a checkpoint at the end."""
     last: bool
 
 
@@ -137,9 +136,9 @@ class Schedule:
                     gradient_bound=gradient_bound(config.strategy, config.batch_size, length),
                     reference=reference,
                     start_from_global=every_round or in_epoch == 0,
-                    evaluate=number == 1 or number % config.val_freq == 0 or number == self.rounds,
-                    save=save and number != self.rounds,
-                    last=number == self.rounds)
+                    evaluate=number == 1 or number % config.val_freq == 0 or number >= self.rounds,
+                    save=save,
+                    last=number >= self.rounds)
 
     def cohort(self, number: int) -> list[int]:
         """The clients of a round, drawn without replacement, a function of (seed, round) alone."""

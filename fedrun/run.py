@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import platform
@@ -33,7 +32,9 @@ from fedrun.model.memory import TO_LOAD, TO_TRAIN, require_memory
 from fedrun.model.precision import bf16_in_hardware
 from fedrun.plan import Schedule, Shards
 from fedrun.pretrained import find_pretrained, fit_vocabulary, start_from
-from fedrun.rundir import guard, lock_token, release, write_failure
+from fedrun.provenance import Length, alike_on_all_ranks, corpus_digests
+from fedrun.restore import complete, lost, set_aside
+from fedrun.rundir import ENVIRONMENT, guard, lock_token, release, write_failure
 from fedrun.runtime import choose_device, connected, join
 from fedrun.start import Beginning, Refused, begin, make_ready
 from fedrun.stopping import StopRequest
@@ -83,12 +84,17 @@ def run(config: RunConfig) -> int:
     partition = ""
     if isinstance(config, FederatedConfig):  # what only the data can refuse, before connecting
         shards = Shards(config, data)
-        Schedule(config, shards.sizes)
+        length = Length(config, Schedule(config, shards.sizes).rounds_per_epoch)
         partition = shards.digest()
-    made_with = {"corpus": digest(data), "partition": partition, "versions": versions(),
-                 "kernels": kernel_path(workers_device(config, device))}
+    else:
+        assert isinstance(config, CentralConfig)
+        length = central.length(config, sum(map(len, central.owned_shards(config, data))))
+    made_with = {**corpus_digests(data.fingerprint), "partition": partition,
+                 "versions": versions(), "kernels": kernel_path(workers_device(config, device)),
+                 "init_from": config.init_from
+                 and find_pretrained(config.init_from, "--init_from").digest()}
     try:
-        ended = _connect_and_train(config, check, launch, device, made_with, notes)
+        ended = _connect_and_train(config, length, check, launch, device, made_with, notes)
     except (Refused, NotConnected):
         raise
     except protocol.RunEnded:
@@ -113,28 +119,38 @@ def run(config: RunConfig) -> int:
     return 0
 
 
-def _connect_and_train(config: RunConfig, check: CorpusCheck, launch: Launch, device: torch.device,
-                       made_with: dict[str, Any], notes: list[str]) -> str:
+def _connect_and_train(config: RunConfig, length: Length, check: CorpusCheck, launch: Launch,
+                       device: torch.device, made_with: dict[str, Any], notes: list[str]) -> str:
     """All ranks: the run itself, as rank 0 says that it begins. The line to end with.
 
     notes: what to warn of, when it begins."""
     with connected(launch, _dedicated(config), config.timeout) as control:
         data = check.agree(control)
-        beginning = _agree(control, config, device, made_with)
+        beginning = _agree(control, config, length, device, made_with)
         config = dataclasses.replace(config, dtype=beginning.dtype)
         seen = "" if launch.alone else wait_for_token(config.run_dir, beginning.token)
         guard(config.run_dir, beginning.token)
-        runtime = join(launch, device, control, identity(config, data, device) | {
+        runtime = join(launch, device, control, identity(config, device, made_with) | {
+            "the tokens of the corpus": data.content,
             "the clients' shards": made_with["partition"],
             "the folder of the run (--data_dir has to be one that all machines share)": seen})
         if beginning.finished:
-            return f"finished already: {config.run_dir} (--overwrite begins anew)"
+            return (f"finished already: {config.run_dir} (a larger --rounds or --n_epochs "
+                    "trains it further, --overwrite starts over)")
         found = beginning.open()
         if launch.rank == 0:
+            said = set_aside(config.run_dir)
             make_ready(config, found)
-            write_json(config.run_dir / "environment.json", environment(launch, device, data))
+            write_json(config.run_dir / ENVIRONMENT,
+                       environment(launch, device, data) | {"made_with": made_with})
             shutil.copytree(data.tokenizer_path, config.run_dir / "tokenizer", dirs_exist_ok=True)
+            for line in said + (lost(config, found) if found else []):
+                _say(line)
+            if found and beginning.complete:
+                complete(config, data, found)
         control.share()  # all ranks: nobody writes into the folder before it is ready
+        if beginning.complete:
+            return f"done: {config.run_dir}"
         stopping = StopRequest(config.run_dir, control.lost_peers, quiet=launch.rank > 0)
         with stopping.listening():
             _warn(config, launch, notes)
@@ -150,14 +166,14 @@ def _connect_and_train(config: RunConfig, check: CorpusCheck, launch: Launch, de
         return f"stopped by {stopped}: {config.run_dir} (the same command {then})"
 
 
-def _agree(control: Control, config: RunConfig, device: torch.device, made_with: dict[str, Any]
-           ) -> Beginning:
+def _agree(control: Control, config: RunConfig, length: Length, device: torch.device,
+           made_with: dict[str, Any]) -> Beginning:
     """All ranks: the beginning that rank 0 decides on, or its refusal."""
     message: dict[str, Any] = {}
     if control.rank == 0:
         try:
-            message = dataclasses.asdict(begin(config, lambda c: resolve_dtype(c, device),
-                                               made_with, _say))
+            message = dataclasses.asdict(begin(
+                config, length, lambda c: resolve_dtype(c, device), made_with, _say))
         except Refused as error:
             message = {"refused": str(error)}
     message = control.share(message)
@@ -221,22 +237,16 @@ def environment(launch: Launch, device: torch.device, data: TokenData) -> dict[s
             "kernels": kernel_path(device), "corpus": data.fingerprint}
 
 
-def identity(config: RunConfig, data: TokenData, device: torch.device) -> dict[str, str]:
+def identity(config: RunConfig, device: torch.device, made_with: dict[str, Any]
+             ) -> dict[str, str]:
     """What must be equal on all ranks for their sums to mean anything."""
-    start = {} if config.init_from is None else {
-        "the weights of --init_from": find_pretrained(config.init_from, "--init_from").digest()}
     able = config.dtype != "bf16" or bf16_in_hardware(device)
-    return ({f"--{k}": json.dumps(v) for k, v in config.results_dict().items()}
-            | {f"version of {k}": v for k, v in versions().items()}
-            | {"the tokenised corpus": digest(data), "the tokens of the corpus": data.content,
+    return ({f"--{k}": json.dumps(v) for k, v in alike_on_all_ranks(config).items()}
+            | {f"version of {k}": v for k, v in made_with["versions"].items()}
+            | {"the tokenised corpus": made_with["content"],
+               "the weights of --init_from": str(made_with["init_from"]),
                "worker kernels": kernel_path(device),
-               "worker hardware for --dtype": config.dtype if able else "none"} | start)
-
-
-def digest(data: TokenData) -> str:
-    """A short name of the tokenised corpus."""
-    told = json.dumps(data.fingerprint, sort_keys=True).encode()
-    return hashlib.sha256(told).hexdigest()[:16]
+               "worker hardware for --dtype": config.dtype if able else "none"})
 
 
 def _warn(config: RunConfig, launch: Launch, found: list[str]) -> None:

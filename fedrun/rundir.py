@@ -34,11 +34,15 @@ from torch import Tensor
 
 from fedrun import locks
 from fedrun.errors import Failure, FolderLost
-from fedrun.files import claim, write_json, write_whole
+from fedrun.files import DamagedFile, claim, read_json, read_regular, write_json, write_whole
 from fedrun.run_files import CLIENTS, LOCK, MANIFEST, OUTCOME, foreign, is_partial, remove
 
 # The parameters of a Mamba-2 block whose change is studied, as the model names them.
 _STUDIED = {"in_proj.weight": "in_proj", "A_log": "A_log", "D": "D", "dt_bias": "dt_bias"}
+
+
+ENVIRONMENT = "environment.json"
+LARGEST_EVENTS = 1 << 40  # bytes
 
 
 def save_model(path: Path, tensors: Iterable[tuple[str, Tensor]],
@@ -104,18 +108,19 @@ def cut_back(run_dir: Path, step: int) -> None:
 
     remove(run_dir, outdated)
     events = run_dir / "events.jsonl"
-    if events.exists():
-        lines = events.read_text(encoding="utf-8").splitlines()
-        write_whole(events, "".join(line + "\n" for line in lines if _until(line, step)).encode())
+    with suppress(FileNotFoundError):
+        lines = read_regular(events, largest=LARGEST_EVENTS).split(b"\n")
+        write_whole(events, b"".join(line + b"\n" for line in lines if _until(line, step)))
 
 
-def _until(line: str, step: int) -> bool:
-    """Whether an event belongs to a run's first steps; the end of a run that goes on does not."""
-    with suppress(ValueError):
+def _until(line: bytes, step: int) -> bool:
+    """Whether an event belongs to a run's first steps; the end of a run that is resumed does not,
+    nor does a line that is half or damaged."""
+    with suppress(ValueError, RecursionError, TypeError, AttributeError):
         event = json.loads(line)
         return bool(event.get("event") != "end"
                     and event.get("round", event.get("step", 0)) <= step)
-    return False  # half a line
+    return False
 
 
 def empty(run_dir: Path, describe: Callable[[], None]) -> None:
@@ -242,8 +247,7 @@ def write_failure(run_dir: Path, reason: str, kind: Failure = "error") -> None:
 
 
 def read_outcome(run_dir: Path) -> dict[str, Any]:
-    """The same; {} where there is none."""
-    with suppress(OSError, ValueError):
-        found: dict[str, Any] = json.loads((run_dir / OUTCOME).read_text(encoding="utf-8"))
-        return found
+    """The same; {} where there is none, or a damaged one."""
+    with suppress(OSError, DamagedFile):
+        return read_json(run_dir / OUTCOME, dict)
     return {}

@@ -84,8 +84,8 @@ class Server:
         return DTYPES[self.config.dtype]
 
     def plan(self, number: int) -> dict[str, Any]:
-        return dataclasses.asdict(self.schedule.plan(number, self.reference,
-                                                     save=self.checkpoints.due(number)))
+        due = self.checkpoints.due(number, last=number >= self.schedule.rounds)
+        return dataclasses.asdict(self.schedule.plan(number, self.reference, save=due))
 
     def judge(self, plan: Plan, reports: list[dict[str, Any]]) -> dict[str, str]:
         """A Verdict: what happens after local training. All go on, or all end, for one reason."""

@@ -1,4 +1,4 @@
-"""How a run begins: anew, from a checkpoint, or not at all, since it is finished.
+"""How a run begins: from scratch, from a checkpoint, or not at all, since it is finished.
 
 Rank 0 decides, holding the run's folder by a lock, and tells the others when they are connected.
 """
@@ -9,15 +9,17 @@ import dataclasses
 import os
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from fedrun import __version__, checkpoint, run_files, rundir
 from fedrun.checkpoint import Checkpoint
 from fedrun.config import Dtype, RunConfig
-from fedrun.files import write_json
-from fedrun.provenance import differing, told
+from fedrun.files import DamagedFile, read_json, write_json
+from fedrun.provenance import Length, other_settings, refuse_other_makings, told
+from fedrun.rundir import ENVIRONMENT
 
 
 class Refused(ValueError):
@@ -29,44 +31,55 @@ class Beginning:
     """What rank 0 found; travels as JSON."""
 
     dtype: Dtype
-    """Of the matrix products: what a run began with is what it goes on with."""
+    """Of the matrix products: a run keeps the one that it began with."""
     token: str
     """What every rank must see in the lock of the run's folder."""
     checkpoint: str | None = None
-    """The folder to go on from."""
+    """The folder to resume from."""
     finished: bool = False
+    """Nothing is left to do."""
+    complete: bool = False
+    """All is trained, and the checkpoint's step was the last: its folder may lack what a finished
+    run's has."""
 
     def open(self) -> Checkpoint | None:
         """Any rank: the checkpoint, which rank 0 has compared with its checksums."""
         return None if self.checkpoint is None else checkpoint.trusted(Path(self.checkpoint))
 
 
-def begin(config: RunConfig, resolve_dtype: Callable[[RunConfig], Dtype],
+def begin(config: RunConfig, length: Length, resolve_dtype: Callable[[RunConfig], Dtype],
           made_with: dict[str, Any], say: Callable[[str], None]) -> Beginning:
     """Rank 0: take the run's folder and decide; nothing in it is changed yet.
 
-    made_with: what beside the settings decides the bits; `corpus`, `partition` and `kernels` have
-    to be as they were, `versions` should. Refused where the folder is another's, holds another
-    run, or cannot be written.
+    made_with: what beside the settings decides the bits; what was read, shards and kernels have to
+    be as they were, `versions` should. Refused where the folder is another's, holds another run, or
+    cannot be written.
     """
     path, token = config.run_dir, secrets.token_hex(8)
     try:
         _held_config(config)  # before a lock is put into a folder that is no run's
         rundir.lock(path, token)
         held = _held_config(config)
+        named = _named_folder(config)
         if not _replaces(config):
-            _refuse_other(config, held, resolve_dtype)
+            _refuse_other(config, held, _makings(path), made_with, resolve_dtype)
         if _anew(config):
             held = None
-        if held and rundir.read_outcome(path).get("outcome") == "finished":
+        finished = _finished_after(path) if held else None
+        if finished == length.steps:
             return Beginning(_dtype(config, held, resolve_dtype), token, finished=True)
-        found = _to_go_on_from(config, held, say)
-        if found:
-            _refuse_other(config, found.config, resolve_dtype, str(found.folder))
-            _compare_makings(found, made_with, say)
-            say(f"goes on after step {found.step}, from {found.folder}")
-        dtype = _dtype(config, found.config if found else None, resolve_dtype)
-        return Beginning(dtype, token, str(found.folder) if found else None)
+        found = _to_resume_from(config, held, named, say)
+        if finished:
+            _refuse_to_extend(config, length, finished, found)
+        if found is None:
+            return Beginning(_dtype(config, None, resolve_dtype), token)
+        _refuse_other(config, found.config, found.made_with, made_with, resolve_dtype,
+                      str(found.folder))
+        refuse_other_makings(found.made_with, made_with, say)
+        complete = _compare_lengths(config, length, found, say)
+        say(f"goes on after step {found.step}, from {found.folder}")
+        return Beginning(_dtype(config, found.config, resolve_dtype), token, str(found.folder),
+                         complete=complete)
     except OSError as error:
         raise Refused(f"--data_dir {config.data_dir}: the folder {path} cannot be used: "
                       f"{error.strerror}") from None
@@ -131,16 +144,83 @@ def _held_config(config: RunConfig) -> dict[str, Any] | None:
     return held
 
 
-def _to_go_on_from(config: RunConfig, held: dict[str, Any] | None, say: Callable[[str], None]
-                   ) -> Checkpoint | None:
-    """The checkpoint that --resume and the folder's run amount to; None to begin anew."""
-    named = None if config.resume in ("auto", "never") else Path(config.resume)
+def _makings(run_dir: Path) -> dict[str, Any]:
+    """What the run in a folder was made with, as it noted itself; {} where it did not."""
+    with suppress(OSError, DamagedFile):
+        noted = read_json(run_dir / ENVIRONMENT, dict).get("made_with")
+        return noted if isinstance(noted, dict) else {}
+    return {}
+
+
+def _finished_after(run_dir: Path) -> int | None:
+    """The steps of the run in a folder, where it is finished."""
+    outcome = rundir.read_outcome(run_dir)
+    step = outcome.get("step")
+    return step if outcome.get("outcome") == "finished" and type(step) is int else None
+
+
+def _named_folder(config: RunConfig) -> Path | None:
+    """The folder that --resume names, if it names one. ValueError where it is not there, unless a
+    launcher restarts the run, which has a folder of its own by now."""
+    if config.resume in ("auto", "never"):
+        return None
+    path = Path(config.resume).expanduser()
+    if not path.is_dir() and not _restarted(config.run_dir):
+        raise ValueError(f"--resume {config.resume}: there is no such folder; accepted is auto, "
+                         "never, a run's folder or one of its checkpoints")
+    return path
+
+
+def _to_resume_from(config: RunConfig, held: dict[str, Any] | None, named: Path | None,
+                    say: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint that --resume and the folder's run amount to; None to start over."""
+    restarted = _restarted(config.run_dir)
     inside = named is not None and named.resolve().is_relative_to(config.run_dir.resolve())
-    if named and inside and not _restarted(config.run_dir):
+    if named and inside and not restarted:
         return _named(named, say)
-    # Where another run is named, it is where this one began: it goes on from its own checkpoints.
+    # Where another run is named, it is where this one began: it has its own checkpoints by now.
     own = checkpoint.latest(config.run_dir, say) if held else None
+    if own and named and not restarted:
+        say(f"--resume {named} is not taken: {config.run_dir} has checkpoints of its own "
+            "(--overwrite starts over from the one that is named)")
     return own if own or named is None else _named(named, say)
+
+
+def _refuse_to_extend(config: RunConfig, length: Length, finished: int, found: Checkpoint | None
+                      ) -> None:
+    """ValueError where a finished run cannot become one of `length`."""
+    if length.steps < finished:
+        raise ValueError(f"{length.flag}: {config.run_dir} is finished after {finished} steps, "
+                         f"more than {length.steps}; choose another --run_name, or --overwrite to "
+                         "start over")
+    if found is None:
+        raise ValueError(f"{length.flag}: {config.run_dir} is finished after {finished} steps and "
+                         "kept no checkpoint (--checkpoint_freq) to train it further from; "
+                         "--overwrite starts over")
+
+
+def _compare_lengths(config: RunConfig, length: Length, found: Checkpoint,
+                     say: Callable[[str], None]) -> bool:
+    """Whether all is trained that is asked for. ValueError where less is asked for than is done, or
+    where another length would change what was done already."""
+    before, now = length.of(found.config), length.steps
+    if found.step > now:
+        raise ValueError(f"{length.flag}: {found.folder} is {found.step} steps into its run, more "
+                         f"than {now}; choose another --run_name, or --overwrite to start over")
+    if before != now and config.lr_schedule != "constant":
+        if not config.extend:
+            raise ValueError(f"{length.flag}: this run was one of {before} steps, on which its "
+                             f"learning rates depend (--lr_schedule {config.lr_schedule}): trained "
+                             f"further, it is not one long run of {now}; --extend does so anyway")
+        say(f"warning: trained further from step {found.step}, with the learning rates of a run of "
+            f"{now} steps: the result differs from one long run's")
+    if found.step < now:
+        return False
+    last = found.server["history"][-1:]
+    if not last or last[0].get("global_step", last[0].get("step")) != now:
+        raise ValueError(f"{length.flag}: the run has done {now} steps already, and was stopped "
+                         "there without an evaluation; accepted is more")
+    return True
 
 
 def _named(path: Path, say: Callable[[str], None]) -> Checkpoint:
@@ -156,32 +236,22 @@ def _named(path: Path, say: Callable[[str], None]) -> Checkpoint:
 def _dtype(config: RunConfig, recorded: dict[str, Any] | None,
            resolve_dtype: Callable[[RunConfig], Dtype]) -> Dtype:
     """The type of products: for --dtype auto the one that the run began with."""
-    if config.dtype == "auto" and recorded is not None:
+    if config.dtype == "auto" and recorded and recorded.get("dtype") in get_args(Dtype):
         config = dataclasses.replace(config, dtype=recorded["dtype"])
     return resolve_dtype(config)
 
 
-def _refuse_other(config: RunConfig, held: dict[str, Any] | None,
-                  resolve_dtype: Callable[[RunConfig], Dtype], where: str = "") -> None:
-    """ValueError, with the settings that differ, for a folder that holds another run."""
+def _refuse_other(config: RunConfig, held: dict[str, Any] | None, then: dict[str, Any],
+                  now: dict[str, Any], resolve_dtype: Callable[[RunConfig], Dtype],
+                  where: str = "") -> None:
+    """ValueError, with the settings that differ, for a folder that holds another run.
+
+    then, now: what that run and this one are made with.
+    """
     if held is None:
         return
     config = dataclasses.replace(config, dtype=_dtype(config, held, resolve_dtype))
-    if differences := differing(config, held):
+    if differences := other_settings(config, held, then, now):
         raise ValueError(f"--run_name {config.name}: {where or config.run_dir} holds a run with "
                          f"other settings ({told(differences)}); choose another --run_name, or "
                          "--overwrite to replace it")
-
-
-def _compare_makings(found: Checkpoint, made_with: dict[str, Any], say: Callable[[str], None]
-                     ) -> None:
-    """ValueError where the text, the shards or the kernels are not those that the checkpoint was
-    made with; a word where a version is not."""
-    for name, flag in (("corpus", "--dataset"), ("partition", "--partition"),
-                       ("kernels", "--device")):
-        if found.made_with[name] != made_with[name]:
-            raise ValueError(f"{flag}: the {name} of this run was {found.made_with[name]} and is "
-                             f"{made_with[name]} now; --overwrite begins anew")
-    if found.made_with["versions"] != made_with["versions"]:
-        say(f"warning: begun with {found.made_with['versions']}, goes on with "
-            f"{made_with['versions']}: the last bits may differ")

@@ -27,6 +27,7 @@ finished are not run again, so that a study goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -41,9 +42,10 @@ from typing import Any
 
 from fedrun.cli import METHODS, Parser, add_flags
 from fedrun.config import RunConfig
-from fedrun.files import finite
-from fedrun.provenance import differing
-from fedrun.rundir import START, read_outcome
+from fedrun.errors import one_line
+from fedrun.files import DamagedFile, Kind, finite, read_json, write_json, write_whole
+from fedrun.provenance import READ, corpus_digests, differing
+from fedrun.rundir import ENVIRONMENT, START, read_outcome
 from fedrun.settings import method_settings
 from fedrun.study_file import Point, Setting, Study, notes, read
 from fedrun.unused import NEVER_READ
@@ -54,27 +56,67 @@ def loss_halves(config: RunConfig) -> list[float] | None:
     """Losses of a finished run on the halves of the validation split; None if it is not finished.
 
     Infinite for a run that failed, as one whose learning rate is too large does. ValueError for a
-    run folder of another config.
+    run folder of another config, or one whose files are damaged.
     """
     folder = config.run_dir
     if not (folder / "config.json").exists():
         return None
-    held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if differences := differing(config, held):
+    held = _sound(folder / "config.json", dict)
+    differences = differing(config, held)
+    if differences.keys() <= READ.keys() and differences and _same_corpus(config):
+        differences = {}
+    if differences:
         raise ValueError(f"study: {folder} holds a run with another {', '.join(differences)}; "
                          "remove it, or give the study another name")
     if (folder / "failed.txt").exists():
         return [math.inf, math.inf]
     if read_outcome(folder).get("outcome") != "finished":
         return None
-    halves: list[float | None] = history(config)[-1]["val_loss_halves"]
-    return [math.inf if loss is None else loss for loss in halves]  # JSON has no infinity
+    halves = history(config)[-1].get("val_loss_halves")
+    if not isinstance(halves, list) or len(halves) != 2:
+        raise _damaged(f"{folder / 'training_history.json'} has no val_loss_halves at its end")
+    return [_number(loss) for loss in halves]
 
 
 def history(config: RunConfig) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = json.loads(
-        (config.run_dir / "training_history.json").read_text(encoding="utf-8"))
+    """The records of a finished run. ValueError where they are damaged."""
+    path = config.run_dir / "training_history.json"
+    records = _sound(path, list)
+    if not records or not all(isinstance(record, dict) for record in records):
+        raise _damaged(f"{path} does not hold a list of records")
     return records
+
+
+def _sound(path: Path, kind: type[Kind]) -> Kind:
+    try:
+        return read_json(path, kind)
+    except (OSError, DamagedFile) as error:
+        raise _damaged(one_line(error)) from None
+
+
+def _damaged(what: str) -> ValueError:
+    return ValueError(f"study: {what}; remove the run's folder, and the same command runs it again")
+
+
+def _number(loss: object) -> float:
+    """A loss of a history, where one that is not finite is null."""
+    return float(loss) if isinstance(loss, (int, float)) else math.inf
+
+
+def _same_corpus(config: RunConfig) -> bool:
+    """Whether a run whose paths are spelt otherwise has read the same text and tokenizer."""
+    if config.init_from:
+        return False
+    made = _sound(config.run_dir / ENVIRONMENT, dict).get("made_with")
+    return isinstance(made, dict) and made.get("content") == _content(
+        config.dataset, config.tokenizer, config.sequence_length, config.cache_dir)
+
+
+@functools.cache
+def _content(dataset: str, tokenizer: str, length: int, cache_dir: Path) -> str:
+    from fedrun.data.tokens import prepare
+    data = prepare(dataset, tokenizer, length, cache_dir, say=lambda line: None)
+    return corpus_digests(data.fingerprint)["content"]
 
 
 def start(config: RunConfig) -> float:
@@ -160,9 +202,7 @@ def table(study: Study) -> list[dict[str, Any]]:
             ratios.append(_ppl(mine[1] - theirs[1]))
             if not math.isfinite(mine[1]):
                 continue
-            found = [r["server_val_ppl" if "server_val_ppl" in r else "val_ppl"]
-                     for r in history(config)]
-            curve = [math.inf if value is None else float(value) for value in found]
+            curve = [_number(r.get("server_val_ppl", r.get("val_ppl"))) for r in history(config)]
             final.append(curve[-1])
             best.append(min(curve))
         if ratios:
@@ -202,11 +242,10 @@ def write(study: Study) -> None:
             if halves and math.isfinite(halves[0]):
                 curves[config.name] = [{k: v for k, v in record.items() if k != "generated"}
                                        for record in history(config)]
-    study.folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("table.json", json.dumps(finite(rows), indent=1, default=str) + "\n"),
-                          ("table.md", markdown(study, rows)),
-                          ("histories.json", json.dumps(finite(curves)) + "\n")):
-        (study.folder / name).write_text(content, encoding="utf-8")
+    write_json(study.folder / "table.json", json.loads(json.dumps(rows, default=str)))
+    write_whole(study.folder / "histories.json",
+                (json.dumps(finite(curves), allow_nan=False) + "\n").encode())
+    write_whole(study.folder / "table.md", markdown(study, rows).encode())
 
 
 def _ppl(loss: float) -> float:

@@ -77,7 +77,7 @@ class Events:
         self.tracker = open_tracker(config, done)
         self._last = (0, 0.0)
         if done and path.stat().st_size:
-            self.add("resumed", after=done)
+            self.add("resumed", after=done, unit=unit, total=total)
         else:
             self.add("start", unit=unit, total=total)
 

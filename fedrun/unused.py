@@ -47,6 +47,8 @@ IDLE: dict[str, Callable[[Any], str]] = {
     "num_clients": _batches_all,
     "alpha": lambda c: _batches_all(c) or (
         "" if c.partition == "dirichlet" else "without --partition dirichlet"),
+    "extend": lambda c: "" if c.lr_schedule != "constant" else
+    "with --lr_schedule constant, under which a run is trained further without it",
     "prox_mu": lambda c: "at --local_updates 1" if c.local_updates == 1 else "",
     "client_store": lambda c: "with one client, whose state stays where it is"
     if c.num_clients == 1 else "",

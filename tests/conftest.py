@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fedrun import cli
 from fedrun.data.corpora import local_files
 from fedrun.data.pydocs import read_pydocs
 from fedrun.data.tokens import TokenData, prepare
@@ -142,5 +144,23 @@ def run(cache_dir: Path, tmp_path: Path) -> Run:
             [*torchrun(processes, restarts), *program, method, *SMALL, "--data_dir", str(tmp_path),
              "--cache_dir", str(cache_dir), "--run_name", name, *map(str, flags)], limit, env)
         return Outcome(code, output, tmp_path / name)
+
+    return run_it
+
+
+@pytest.fixture
+def run_here(cache_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
+    """run_here("fed_avg", "--rounds", 3, after=outcome): a run in the process of the test, in a
+    copy of another one's folder: whoever has held a folder holds it to the end of its process."""
+
+    def run_it(method: str, *flags: object, name: str = "", after: Outcome | None = None
+               ) -> Outcome:
+        name = name or f"run{len(list(tmp_path.iterdir()))}"
+        if after:
+            shutil.copytree(after.run_dir, tmp_path / name)
+        code = cli.main([method, *SMALL, "--data_dir", str(tmp_path), "--cache_dir",
+                         str(cache_dir), "--run_name", name, *map(str, flags)])
+        out, err = capfd.readouterr()
+        return Outcome(code, out + err, tmp_path / name)
 
     return run_it

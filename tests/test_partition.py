@@ -16,9 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_data import made
 
-from fedrun import start
 from fedrun.central import PooledClients, training_client
-from fedrun.checkpoint import Checkpoint
 from fedrun.config import Partition
 from fedrun.data.holdings import holdings
 from fedrun.data.partition import apportion, client_shards, deal_topics, deal_whole, shard_sizes
@@ -26,6 +24,7 @@ from fedrun.data.reading import Reading
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.params import FlatParams
 from fedrun.plan import Schedule, Shards
+from fedrun.provenance import refuse_other_makings
 from fedrun.settings import resolve
 from fedrun.unused import idle
 from fedrun.worker import new_model
@@ -292,10 +291,9 @@ def test_the_holdout_of_a_shard_that_is_no_range() -> None:
 def test_a_checkpoint_of_other_shards_is_refused() -> None:
     """As where another scikit-learn has found other topics in the same text."""
     made_with = {"corpus": "c", "partition": "one", "kernels": "own", "versions": {}}
-    found = Checkpoint(Path(), 4, {}, made_with)
-    start._compare_makings(found, made_with, pytest.fail)
+    refuse_other_makings(made_with, made_with, pytest.fail)
     with pytest.raises(ValueError, match=r"--partition: .* was one and is two now"):
-        start._compare_makings(found, made_with | {"partition": "two"}, pytest.fail)
+        refuse_other_makings(made_with, made_with | {"partition": "two"}, pytest.fail)
 
 
 def test_an_epoch_is_the_smallest_shards() -> None:

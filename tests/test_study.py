@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT, SMALL
 
-from fedrun import study, study_file
+from fedrun import rundir, study, study_file
 from fedrun.config import RunConfig
 from fedrun.run import run
+from fedrun.settings import resolve
 from fedrun.study_file import Setting, Study
 
 WHOLE = """
@@ -95,7 +97,7 @@ def test_a_run_that_diverges_counts_as_infinitely_bad(tmp_path: Path, cache_dir:
     assert study.main([str(path), "--results", str(tmp_path)]) == 0
     (row,) = json.loads((tmp_path / "little" / "table.json").read_text())
     assert row["best"] == {"lr": 1e-3}
-    assert row["tuned_ppl"]["lr 1e+30"] is None  # infinite, which JSON does not have
+    assert row["tuned_ppl"]["lr 1e+30"] is None  # JSON has no infinity
     failed = tmp_path / "little" / "runs" / "central_lr_1e+30_seed_0" / "failed.txt"
     assert "not finite: --lr 1e+30 may be too large" in failed.read_text()
 
@@ -155,3 +157,47 @@ def test_a_wrong_study_is_told_before_anything_runs(text: str, said: str, tmp_pa
     path.write_text(text)
     with pytest.raises(ValueError, match=said):
         study_file.read(path, tmp_path, {})
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("config.json", b"null", "config.json does not hold an object"),
+    ("config.json", b"[" * 10**5, "config.json is not JSON"),
+    ("training_history.json", b"{}", "training_history.json does not hold an array"),
+    ("training_history.json", b"[]", "does not hold a list of records"),
+    ("training_history.json", b"[3]", "does not hold a list of records"),
+    ("training_history.json", b"\xff[]", "training_history.json is not JSON"),
+    ("training_history.json", b'[{"val_loss_halves": 3}]', "has no val_loss_halves at its end"),
+    ("training_history.json", None, "training_history.json is not a regular file"),
+])
+@pytest.mark.timeout(20)
+def test_a_damaged_run_is_named(name: str, content: bytes | None, said: str, tmp_path: Path
+                                ) -> None:
+    config = resolve("central", {"data_dir": tmp_path, "run_name": "run", "rounds": 2})
+    config.run_dir.mkdir()
+    (config.run_dir / "config.json").write_text(json.dumps(config.to_dict()))
+    (config.run_dir / "training_history.json").write_text(
+        '[{"val_loss_halves": [1.5, null]}]')
+    rundir.write_outcome(config.run_dir, "finished", 2)
+    assert study.loss_halves(config) == [1.5, math.inf]
+    if content is None:
+        (config.run_dir / name).unlink()
+        os.mkfifo(config.run_dir / name)
+    else:
+        (config.run_dir / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said) as caught:
+        study.loss_halves(config)
+    assert str(config.run_dir) in str(caught.value)
+    assert "remove the run's folder" in str(caught.value)
+
+
+def test_the_same_text_by_another_path_is_the_same_run(tmp_path: Path, cache_dir: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = {k.removeprefix("--"): v for k, v in zip(SMALL[::2], SMALL[1::2], strict=True)}
+    flags |= {"data_dir": tmp_path, "cache_dir": cache_dir, "run_name": "run", "rounds": 1}
+    assert run(resolve("central", flags)) == 0
+    monkeypatch.chdir(Path(flags["dataset"]).parent)
+    there = resolve("central", flags | {"dataset": Path(flags["dataset"]).name})
+    assert study.loss_halves(there) == study.loss_halves(resolve("central", flags))
+    (tmp_path / "other.txt").write_text(Path(flags["dataset"]).read_text() + "more\n")
+    with pytest.raises(ValueError, match="holds a run with another dataset"):
+        study.loss_halves(resolve("central", flags | {"dataset": str(tmp_path / "other.txt")}))

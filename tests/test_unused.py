@@ -77,6 +77,8 @@ IDLE_CASES: list[tuple[str, dict[str, Any], dict[str, Any], str, dict[str, Any]]
      {"fisher": "corrected"}),
     ("fed_momentum", {"momentum_form": "nesterov"}, {"server_momentum": 0},
      "with --server_momentum 0", {}),
+    ("fed_avg", {"extend": True}, {}, "--extend True has no effect with --lr_schedule constant",
+     {"lr_schedule": "cosine"}),
     ("fed_avg", {"config": "tiny"}, {"init_from": "x"}, "the model of --config tiny", {}),
 ]
 

@@ -112,9 +112,9 @@ class State:
         kind = event.get("event")
         self.ended = kind == "end"
         self.last = _updated(self.last, event)
-        if kind == "start":
-            self.unit = "step" if event.get("unit") == "step" else "round"
-            self.total = whole(event.get("total"), low=1)
+        if kind in ("start", "resumed"):  # a run that is trained further has another total
+            self.unit = "step" if event.get("unit", self.unit) == "step" else "round"
+            self.total = whole(event.get("total"), low=1) or self.total
         step = whole(event.get(kind)) if kind in ("round", "step") else None
         if step is not None:
             self.unit, self.number = str(kind), step

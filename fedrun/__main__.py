@@ -8,22 +8,28 @@ import sys
 import threading
 
 from fedrun.launch import detect
-from fedrun.stopping import HEARTBEAT, die_with_launcher
+from fedrun.stopping import HEARTBEAT, die_with_launcher, interruptible, outlive_terminal
 
 
 def run() -> None:
-    if not detect(os.environ).alone:
+    outlive_terminal()
+    if detect(os.environ).alone:
+        code = interruptible(command)
+    else:
         die_with_launcher()  # before the imports, which take seconds
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own waits for a collective's end
-    from fedrun.cli import main
-
-    code = main()
+        code = command()
     sys.stdout.flush()
     sys.stderr.flush()
     in_store = any(thread.name == HEARTBEAT for thread in threading.enumerate())
     if code or in_store:
         os._exit(code)  # at once: destructors of process groups would wait for peers that are gone
     sys.exit()
+
+
+def command() -> int:
+    from fedrun.cli import main
+    return main()
 
 
 if __name__ == "__main__":

@@ -9,19 +9,20 @@ import threading
 
 from fedrun.errors import explain
 from fedrun.launch import detect
-from fedrun.stopping import HEARTBEAT, die_with_launcher
+from fedrun.stopping import HEARTBEAT, die_with_launcher, interruptible, outlive_terminal
 from fedrun.terminal import make_printable
 
 
 def run() -> None:
     make_printable()
-    if not detect(os.environ).alone:
+    outlive_terminal()
+    threading.excepthook = _in_a_thread
+    if detect(os.environ).alone:
+        code = interruptible(command)
+    else:
         die_with_launcher()  # before the imports, which take seconds
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own waits for a collective's end
-    from fedrun.cli import main
-
-    threading.excepthook = _in_a_thread
-    code = main()
+        code = command()
     sys.stdout.flush()
     sys.stderr.flush()
     in_store = any(thread.name == HEARTBEAT for thread in threading.enumerate())
@@ -37,6 +38,11 @@ def _in_a_thread(failed: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failed)
     else:
         print(f"fedrun: error: {line}", file=sys.stderr, flush=True)
+
+
+def command() -> int:
+    from fedrun.cli import main
+    return main()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
-from fedrun.data.reading import COLUMN, reading_of, require_dataset
+from fedrun.data.reading import COLUMN, Reading, reading_of, require_dataset
 from fedrun.errors import is_component, require
 from fedrun.model.config import ModelConfig
 from fedrun.strategies import FedAvg, Strategy
@@ -168,7 +168,7 @@ class RunConfig:
               "a number of at least 0")
         check(0 <= self.seed < 2**63, "--seed", self.seed, "a whole number from 0 to 2^63 - 1")
         require_dataset(self.dataset)
-        reading_of(vars(self))  # refuses what no text could be read with
+        _ = self.reading  # refuses what no text could be read with
         check(self.partition in get_args(Partition) or (self.partition.startswith(COLUMN)
               and self.partition != COLUMN), "--partition", self.partition,
               f"{' or '.join(get_args(Partition))} or {COLUMN}NAME")
@@ -179,6 +179,12 @@ class RunConfig:
         check(0 < self.timeout < math.inf, "--timeout", self.timeout, "a number of seconds above 0")
         check(self.run_name is None or is_component(self.run_name), "--run_name", self.run_name,
               "a folder's name without slashes, not . or ..")
+
+    @property
+    def reading(self) -> Reading:
+        """How the dataset's text is read."""
+        return reading_of({name: getattr(self, name) for name in (
+            "text_column", "encoding", "val_fraction", "validation_split", "partition")})
 
     @property
     def config_name(self) -> str:

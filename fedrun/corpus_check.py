@@ -7,7 +7,6 @@ import threading
 
 from fedrun.comm import Control
 from fedrun.config import RunConfig
-from fedrun.data.reading import reading_of
 from fedrun.data.tokens import TokenData, verify
 from fedrun.launch import Launch
 from fedrun.start import Refused
@@ -33,7 +32,7 @@ class CorpusCheck:
         try:
             self._problem = "the corpus could not be checked (see above)"  # an error of our own
             verify(config.dataset, config.tokenizer, config.cache_dir, say,
-                   reading_of(config.to_dict()))
+                   config.reading)
             self.data.reopen()
             self._problem = ""
         except (ValueError, OSError) as error:  # ConnectionError and TimeoutError are among them

@@ -22,7 +22,6 @@ from fedrun.comm import Control
 from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
 from fedrun.connect import NotConnected, exposure
 from fedrun.corpus_check import CorpusCheck
-from fedrun.data.reading import reading_of
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.errors import Diverged, explain
 from fedrun.files import write_json
@@ -73,7 +72,7 @@ def run(config: RunConfig) -> int:
     data = prepare(config.dataset, config.tokenizer, config.sequence_length,
                    config.cache_dir.expanduser(), say=_say_from(launch),
                    check=config.partition == "dirichlet",  # whose topics are made of the tokens
-                   reading=reading_of(config.to_dict()))
+                   reading=config.reading)
     if config.init_from:
         data = fit_vocabulary(config, data)
     require_memory(config.model, config.model.rows(data.vocab_size),

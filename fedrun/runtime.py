@@ -193,7 +193,9 @@ def making_groups(beats: Heartbeat | None) -> Iterator[None]:
 
     def what() -> str:
         gone = silent()
-        return f"for {named(gone)}, without a sign of life" if gone else ""
+        first = next((r for r in range(beats.world_size) if r not in gone), 0) if beats else 0
+        return (f"for {named(gone)}, which shows no sign of life"
+                if gone and beats and beats.rank == first else "")
 
     try:
         with patiently(what):

@@ -1,4 +1,5 @@
-"""Orderly ends that someone asks for: SIGTERM, SIGINT, a STOP file in the run's folder.
+"""Orderly ends that someone asks for: SIGTERM, SIGINT, a closed terminal (SIGHUP), a STOP file in
+the run's folder.
 
 The first request ends the run at the next round boundary, with a checkpoint; a second signal ends
 the process at once, and so does one while a peer is gone, since the boundary would never come.
@@ -7,6 +8,8 @@ the process at once, and so does one while a peer is gone, since the boundary wo
 from __future__ import annotations
 
 import ctypes
+import errno
+import io
 import os
 import signal
 import socket
@@ -14,8 +17,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from fedrun.errors import FolderLost
 from fedrun.files import DamagedFile, check_claim, read_regular
@@ -26,8 +32,10 @@ LAUNCHER = "FEDRUN_LAUNCHER"  # the variable by which a launcher tells its proce
 LARGEST = 1000  # bytes in it, or it is none
 HEARTBEAT = "fedrun-heartbeat"  # the thread that tells other ranks of this one (comm.py)
 SECONDS_BETWEEN_LOOKS = 1.0
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 DOUBLE = 0.5  # seconds within which two signals are one: launchers send what the terminal sent too
+SECONDS_TO_INTERRUPT = 1.0
+_INTERRUPTED = "fedrun: interrupted; the same command starts again, or resumes"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -59,7 +67,8 @@ class StopRequest:
             return
         here, there = socket.socketpair()
         there.setblocking(False)
-        before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS
+                  if number != signal.SIGHUP or not hangup_ignored()}
         old_fd = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
         thread = threading.Thread(target=self._listen, args=(here,), name="fedrun-signals",
                                   daemon=True)
@@ -81,7 +90,7 @@ class StopRequest:
         first = 0.0
         while received := signals.recv(1):
             if received[0] not in SIGNALS:
-                continue
+                continue  # its handler was there before
             name = signal.Signals(received[0]).name
             if self.signal and time.monotonic() - first > DOUBLE:
                 self._end(received[0], f"{name} again: ends at once")
@@ -153,13 +162,97 @@ class StopRequest:
             self._file.unlink(missing_ok=True)
 
 
+def hangup_ignored() -> bool:
+    """Whether a closed terminal is nothing to us, as under nohup."""
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def interruptible(command: Callable[[], int]) -> int:
+    """The exit code of a command; after Ctrl-C one line, and 130.
+
+    Python raises KeyboardInterrupt between its own instructions only. Where the main thread does
+    not come to that for a while, as in the training of a tokenizer, a thread ends the process.
+    """
+    if signal.getsignal(signal.SIGINT) != signal.default_int_handler:
+        return command()  # ignored, as for a shell's background jobs
+    here, there = socket.socketpair()
+    there.setblocking(False)
+    raised = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        raised.set()
+        raise KeyboardInterrupt
+
+    def watch() -> None:
+        while received := here.recv(1):
+            if (received[0] == signal.SIGINT and not raised.wait(SECONDS_TO_INTERRUPT)
+                    and signal.getsignal(signal.SIGINT) == interrupt):
+                print(_INTERRUPTED, file=sys.stderr, flush=True)
+                os._exit(128 + signal.SIGINT)
+
+    signal.signal(signal.SIGINT, interrupt)
+    signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=watch, name="fedrun-interrupt", daemon=True).start()
+    try:
+        return command()
+    except KeyboardInterrupt:
+        print(_INTERRUPTED, file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
+
+
+class _Terminal(io.FileIO):
+    """A terminal that may be closed: what is written then is lost, and no error."""
+
+    def write(self, text: Any, /) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return len(text)
+
+
+def outlive_terminal() -> None:
+    """Let standard output and error be written to after their terminal is closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and stream.isatty():
+            raw = _Terminal(stream.fileno(), "w", closefd=False)
+            setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding,
+                                                stream.errors, line_buffering=True))
+
+
 def die_with_launcher() -> None:
     """End this process when the one that started it ends, however that happens.
 
     By the kernel, where it is Linux's: a process that is stopped or inside a kernel dies as well.
+    One that has ended before it could be watched is noticed here.
     """
     if sys.platform == "linux":
-        parent = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before it could be watched
-            os._exit(1)
+    if _launcher_is_gone():
+        os._exit(1)  # without a word: nobody has asked for this process any more
+
+
+def _launcher_is_gone() -> bool:
+    """Whether the process that started this one has ended already.
+
+    Another parent than the launcher is a script that it was told to start ranks by, or whoever
+    adopts orphans. torchrun does not tell its number, but serves the store that ranks meet in from
+    before it starts them: on the first machine it is gone where nobody listens any more.
+    """
+    if number := os.environ.get(LAUNCHER):
+        if os.getppid() == int(number):
+            return False
+        with suppress(psutil.NoSuchProcess):
+            return psutil.Process(int(number)).status() == psutil.STATUS_ZOMBIE
+        return True
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return False
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    address = "127.0.0.1" if one_machine else os.environ["MASTER_ADDR"]
+    try:
+        socket.create_connection((address, int(os.environ["MASTER_PORT"])), timeout=2).close()
+    except OSError as error:
+        return isinstance(error, ConnectionRefusedError)
+    return False

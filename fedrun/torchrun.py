@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Sequence
 from datetime import timedelta
 
-from fedrun.stopping import LAUNCHER
+from fedrun.stopping import LAUNCHER, hangup_ignored, interruptible, outlive_terminal
 
 NAME = "fedrun"
 SECONDS_FOR_MACHINES = 600  # that all take to appear, as torchrun has it
@@ -122,8 +122,9 @@ def register(args: argparse.Namespace) -> None:
     # torchrun would take back a signal that `nohup` has had ignored.
     args.signals_to_handle = ",".join(
         name for name in args.signals_to_handle.split(",")
-        if name != "SIGHUP" or signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)
+        if name != "SIGHUP" or not hangup_ignored())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    outlive_terminal()
+    sys.exit(interruptible(main))

@@ -3,8 +3,9 @@
 #
 #   launch/run.sh fed_avg --num_clients 8
 #
-# After a failure the run goes on from its last checkpoint, RESTARTS times (default 3). Ctrl-C or
-# `kill` ends it with a checkpoint at the end of the round, and the same command goes on from there.
+# After a failure the run goes on from its last checkpoint, RESTARTS times (default 3). Ctrl-C,
+# `kill` or a closed terminal (not under nohup) ends it with a checkpoint at the end of the round,
+# and the same command goes on from there.
 # node.sh, which starts the processes, lists the other settings.
 set -uo pipefail
 python=${PYTHON:-python3}
@@ -12,11 +13,14 @@ run_dir=$("$python" -m fedrun "$@" --print_run_dir) || exit
 FEDRUN_START="$$ $RANDOM $(date +%s.%N)" # written into the outcome of the run that begins here
 export FEDRUN_START
 
-NODES=1 NODE=0 WORKERS_PER_NODE=${CLIENTS:-} RESTARTS=${RESTARTS:-3} "$(dirname "$0")/node.sh" "$@" &
+set -m # a process group for the agent, so that a terminal signals this script alone
+NODES=1 NODE=0 WORKERS_PER_NODE=${CLIENTS:-} RESTARTS=${RESTARTS:-3} "$(dirname "$0")/node.sh" "$@" </dev/null &
 agent=$!
-# A terminal sends Ctrl-C to the agent too, and a second signal would end the round at once.
-trap : INT
-trap 'kill -TERM "$agent"' TERM
+# Each signal is passed on once. Under nohup, HUP is ignored here and by all that this starts.
+for signal in INT TERM HUP; do
+    # shellcheck disable=SC2064 # the agent is known now
+    trap "kill -$signal -- -$agent 2>/dev/null" "$signal"
+done
 while wait "$agent"; code=$?; kill -0 "$agent" 2>/dev/null; do :; done
 
 # torchrun exits 1 after a clean stop on a signal: how the run ended is in its folder. An outcome

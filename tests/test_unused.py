@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -13,6 +14,7 @@ from conftest import SMALL
 
 from fedrun import cli
 from fedrun.config import RunConfig
+from fedrun.data.reading import Reading
 from fedrun.run import run
 from fedrun.settings import method_settings, resolve
 from fedrun.strategies import STRATEGIES
@@ -123,7 +125,9 @@ def test_whatever_a_run_does_not_read_is_in_the_tables(
     flags: dict[str, Any] = {k[2:]: v for k, v in zip(SMALL[::2], SMALL[1::2], strict=True)}
     flags |= {"rounds": 2, "data_dir": tmp_path, "cache_dir": cache_dir, "num_clients": 2}
     assert run(resolve(method, flags)) == 0
-    unread = set(method_settings(method)) - set(read) - WORDS
+    assert read["reading"], "which is made of the settings that say how text is read"
+    unread = set(method_settings(method)) - set(read) - WORDS - {
+        field.name for field in dataclasses.fields(Reading)}
     never = {"grad_clip"} if method == "fed_sgd" else set()  # whatever is not none is refused
     assert unread - set(IDLE) - set(NEVER_READ.get(method, ())) == never
 

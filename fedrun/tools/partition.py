@@ -53,7 +53,6 @@ def main(argv: Sequence[str]) -> int:
 
     from fedrun.config import FederatedConfig
     from fedrun.data.holdings import holdings
-    from fedrun.data.reading import reading_of
     from fedrun.data.tokens import prepare
     from fedrun.plan import Shards
     from fedrun.plots import style
@@ -62,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     assert isinstance(config, FederatedConfig)
     data = prepare(config.dataset, config.tokenizer, config.sequence_length, config.cache_dir,
                    say=lambda line: print(line, file=sys.stderr, flush=True),
-                   reading=reading_of(config.to_dict()))
+                   reading=config.reading)
     held = holdings(data, Shards(config, data).train, config.seed)
     topics = topic_names(data)
     console = Console(markup=False, emoji=False)

@@ -20,7 +20,7 @@ from fedrun.errors import one_line
 from fedrun.launch import detect
 from fedrun.settings import Setting, closest, method_settings, resolve
 from fedrun.strategies import STRATEGIES
-from fedrun.terminal import say
+from fedrun.terminal import say, shortened, visible
 
 METHODS = {"central": "centralised training, the baseline: all the data in one process"} | {
     name: (cls.__doc__ or "").split("\n")[0] for name, cls in STRATEGIES.items()}
@@ -55,6 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(config)
     except BrokenPipeError:  # whoever read our output has enough: `fedrun ... | head`
         return 1
+    except UnicodeEncodeError as error:  # by a library that takes only names in UTF-8
+        complain(ValueError(f"{shortened(visible(error.object), 200)}: this name cannot be used "
+                            "under this locale; set LC_ALL=C.UTF-8, or rename it"))
+        return 2
     except (ValueError, ConnectionError, TimeoutError) as error:  # all told by the flag's name
         complain(error)
         return 2

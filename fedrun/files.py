@@ -11,7 +11,8 @@ import math
 import os
 import stat
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -95,6 +96,14 @@ def open_regular(path: Path) -> BinaryIO:
         return open(handle, "rb")
     os.close(handle)
     raise DamagedFile(f"{path} is not a regular file")
+
+
+@contextmanager
+def plain_name(path: Path) -> Iterator[str]:
+    """Another name of a regular file, for libraries that take only names in UTF-8 and would wait
+    for a pipe. Raises as `open_regular`."""
+    with open_regular(path) as file:
+        yield f"/dev/fd/{file.fileno()}"
 
 
 def read_json(path: Path, kind: type[Kind]) -> Kind:

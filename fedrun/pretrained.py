@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,9 +27,11 @@ from fedrun.data import corpora
 from fedrun.data.tokenizer import HUB_NAME
 from fedrun.data.tokens import TokenData
 from fedrun.errors import one_line
+from fedrun.files import open_regular, plain_name, read_json
 from fedrun.model.config import ModelConfig
 from fedrun.model.convert import from_transformers, from_transformers_config
 from fedrun.model.mamba2 import Mamba2LM
+from fedrun.terminal import shortened
 
 EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
 FILES = ["config.json", "*.safetensors", "pytorch_model.bin", "tokenizer*", "vocab*", "merges.txt",
@@ -67,10 +68,11 @@ class Pretrained:
         found: dict[str, Tensor] = {}
         try:
             for file in files:
-                found |= load_file(file)
+                with plain_name(file) as name:
+                    found |= load_file(name)
             if not files:
-                found = torch.load(self.folder / "pytorch_model.bin", map_location="cpu",
-                                   weights_only=True)
+                with open_regular(self.folder / "pytorch_model.bin") as content:
+                    found = torch.load(content, map_location="cpu", weights_only=True)
         except Exception as error:  # both libraries raise many kinds for a damaged file
             raise ValueError(f"{self.folder}: no weights can be read: "
                              f"{one_line(error)}") from error
@@ -116,9 +118,9 @@ def find_pretrained(name: str, flag: str) -> Pretrained:
     if not folder.is_dir():
         folder = _download(name, flag)
     try:
-        held = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        held = read_json(folder / "config.json", dict)
         if "method" in held:
-            return _of_run(folder, held)
+            return _of_run(folder, _typed(held))
         if held.get("model_type") == "mamba2":
             from transformers import Mamba2Config
             model, vocab_size = from_transformers_config(
@@ -128,10 +130,19 @@ def find_pretrained(name: str, flag: str) -> Pretrained:
             return Pretrained(folder, *from_mamba_ssm_config(held), {})
     except FileNotFoundError as missing:
         raise ValueError(f"{flag} {name}: there is no {missing.filename}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{flag} {name}: {one_line(error)}") from error
     raise ValueError(f"{flag} {name}: config.json is not one of a run, of a transformers Mamba2 "
                      "model or of a mamba_ssm model")
+
+
+def _typed(settings: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings; ValueError where those that are used of a trained model are no settings."""
+    for name, kind in (("method", str), ("dataset", str), ("sequence_length", int)):
+        if name in settings and type(settings[name]) is not kind:
+            raise ValueError(f"config.json: {name} is {shortened(repr(settings[name]), 60)}, not "
+                             f"of type {kind.__name__}")
+    return settings
 
 
 def _of_run(folder: Path, settings: dict[str, Any]) -> Pretrained:
@@ -140,7 +151,7 @@ def _of_run(folder: Path, settings: dict[str, Any]) -> Pretrained:
     if not path.is_file():
         raise FileNotFoundError(2, "no such file", str(path))
     try:
-        with safe_open(path, framework="pt") as file:
+        with plain_name(path) as name, safe_open(name, framework="pt") as file:
             rows = file.get_slice(EMBEDDING).get_shape()[0]
     except SafetensorError as error:
         raise ValueError(f"{path.name} cannot be read: {error}") from error

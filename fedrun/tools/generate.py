@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fedrun.files import read_regular
 from fedrun.terminal import argument_text, say_text
 from fedrun.tools.common import model_parser, need_tokenizer, parse
 
@@ -38,7 +39,8 @@ def main(argv: Sequence[str]) -> int:
     from fedrun.pretrained import find_pretrained
 
     found = find_pretrained(args.model, "RUN")
-    tokenizer = Tokenizer.from_file(str(need_tokenizer(found, args.tokenizer) / "tokenizer.json"))
+    tokenizer = Tokenizer.from_buffer(
+        read_regular(need_tokenizer(found, args.tokenizer) / "tokenizer.json"))
     prompt = tokenizer.encode(args.prompt, add_special_tokens=False).ids
     if not prompt:
         raise ValueError("--prompt: accepted is a text of at least one token")

@@ -196,6 +196,45 @@ def test_a_folder_that_is_deleted_while_it_is_watched(tmp_path: Path) -> None:
     timer.join()
 
 
+# ---- models --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer/tokenizer.json"])
+def test_models_with_a_damaged_file_are_refused_in_a_line(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str) -> None:
+    run = folders.with_model(folders.ours(tmp_path, "central", "tiny"))
+    commands = [["generate", str(run), "--prompt", "once"]]
+    if file == "config.json":
+        commands += [["evaluate", str(run), "--cache_dir", str(tmp_path / "cache")],
+                     ["export", str(run), str(tmp_path / "out")]]
+    contents = hostile.damaged(dict)
+    for number, held in enumerate(hostile.WRONG_TYPES[:1] if file == "config.json" else ()):
+        contents[f"types {number}"] = json.dumps(held).encode()
+    for name, content in contents.items():
+        hostile.put(run / file, content)
+        for argv in commands:
+            assert cli.main(argv) == 2, (name, argv)
+            error = capsys.readouterr().err
+            assert error.startswith("fedrun: error: "), (name, argv)
+            assert error.count("\n") == 1, (name, argv)
+            assert run.name in error, (name, argv, error)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("setting", "value"), [
+    ("sequence_length", "long"), ("dataset", ["wikitext-2"]), ("method", 7), ("model", [])])
+def test_settings_of_other_types_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                           setting: str, value: object) -> None:
+    run = folders.with_model(folders.ours(tmp_path, "central", "tiny"))
+    held = json.loads((run / "config.json").read_text())
+    folders.write(run / "config.json", held | {setting: value})
+    for argv in (["generate", str(run)], ["evaluate", str(run)],
+                 ["export", str(run), str(tmp_path / "out")]):
+        assert cli.main(argv) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert setting in error or setting == "model"
+
+
 # ---- arrays --------------------------------------------------------------------------------------
 
 def test_arrays_that_are_none_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -73,7 +73,7 @@ def _train_bpe(rows: list[str], size: int, folder: Path) -> None:
         "eos_token": END_OF_TEXT,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
 def _fetch_tokenizer(tokenizer: str) -> PreTrainedTokenizerBase:

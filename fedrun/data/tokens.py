@@ -211,7 +211,7 @@ def _tokenizer_name(tokenizer: str) -> str:
 def _read_entry(entry: Path) -> dict[str, Any] | None:
     """What `entry` holds, or None where it is absent or torn."""
     try:
-        meta: dict[str, Any] = json.loads((entry / "entry.json").read_text())
+        meta: dict[str, Any] = json.loads((entry / "entry.json").read_text(encoding="utf-8"))
         sizes = {name: (entry / name).stat().st_size for name in meta["bytes"]}
     except (OSError, ValueError, KeyError):
         return None
@@ -236,7 +236,7 @@ def _only_one(entry: Path, what: str, say: Callable[[str], None]) -> Iterator[No
                 "it if it hangs, or give another --cache_dir"
             ) from None
     try:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield
     finally:
         holder.unlink(missing_ok=True)
@@ -245,7 +245,7 @@ def _only_one(entry: Path, what: str, say: Callable[[str], None]) -> Iterator[No
 
 def _holder(file: Path) -> str:
     try:
-        return file.read_text() or "another process"
+        return file.read_text(encoding="utf-8") or "another process"
     except OSError:  # it has the lock, and has not written its name yet
         return "another process"
 
@@ -294,7 +294,7 @@ def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None]
         "bytes": {name: (work / name).stat().st_size for name in written},
         "fingerprint": fingerprint,
     }
-    (work / "entry.json").write_text(json.dumps(meta, indent=1))
+    (work / "entry.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
     work.rename(entry)
     say(f"tokenised {sum(tokens.values()):,} tokens in {time.perf_counter() - started:.1f} s")
     return meta

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fedrun.errors import one_line
 from fedrun.files import read_regular
 from fedrun.terminal import argument_text, say_text
 from fedrun.tools.common import model_parser, need_tokenizer, parse
@@ -39,8 +40,11 @@ def main(argv: Sequence[str]) -> int:
     from fedrun.pretrained import find_pretrained
 
     found = find_pretrained(args.model, "RUN")
-    tokenizer = Tokenizer.from_buffer(
-        read_regular(need_tokenizer(found, args.tokenizer) / "tokenizer.json"))
+    file = need_tokenizer(found, args.tokenizer) / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_buffer(read_regular(file))
+    except Exception as error:  # the library raises nothing more precise
+        raise ValueError(f"--tokenizer {file}: {one_line(error)}") from None
     prompt = tokenizer.encode(args.prompt, add_special_tokens=False).ids
     if not prompt:
         raise ValueError("--prompt: accepted is a text of at least one token")

@@ -20,7 +20,7 @@ from fedrun.errors import explain, one_line
 from fedrun.launch import detect
 from fedrun.settings import Setting, closest, method_settings, resolve
 from fedrun.strategies import STRATEGIES
-from fedrun.terminal import say
+from fedrun.terminal import say, shortened, visible
 from fedrun.unused import NEVER_READ, refuse_unread
 
 METHODS = {"central": "centralised training, the baseline: all the data in one process"} | {
@@ -56,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(config)
     except BrokenPipeError:  # whoever read our output has enough: `fedrun ... | head`
         return 1
+    except UnicodeEncodeError as error:  # by a library that takes only names in UTF-8
+        complain(f"{shortened(visible(error.object), 200)}: this name cannot be used under this "
+                 "locale; set LC_ALL=C.UTF-8, or rename it")
+        return 2
     except (ValueError, ConnectionError, TimeoutError) as error:  # all told by the flag's name
         complain(one_line(error))
         return 2

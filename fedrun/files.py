@@ -14,8 +14,8 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -144,6 +144,14 @@ def open_regular(path: Path) -> io.BufferedReader:
         return open(handle, "rb")
     os.close(handle)
     raise DamagedFile(f"{path} is not a regular file")
+
+
+@contextmanager
+def plain_name(path: Path) -> Iterator[str]:
+    """Another name of a regular file, for libraries that take only names in UTF-8 and would wait
+    for a pipe. Raises as `open_regular`."""
+    with open_regular(path) as file:
+        yield f"/dev/fd/{file.fileno()}"
 
 
 def read_json(path: Path, kind: type[Kind]) -> Kind:

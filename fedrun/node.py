@@ -33,7 +33,7 @@ def machine() -> int:
     Linux, or a sandbox that forbids it)."""
     try:
         os.close(os.memfd_create(_NAME))
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8")
         processes = os.stat("/proc/self/ns/pid").st_ino
     except (AttributeError, OSError):
         return 0

@@ -28,7 +28,7 @@ from fedrun.data import hub
 from fedrun.data.tokenizer import HUB_NAME
 from fedrun.data.tokens import TokenData
 from fedrun.errors import one_line
-from fedrun.files import read_json
+from fedrun.files import open_regular, plain_name, read_json
 from fedrun.model.config import ModelConfig
 from fedrun.model.convert import (
     dt_limits,
@@ -38,6 +38,7 @@ from fedrun.model.convert import (
 )
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.model.memory import TO_LOAD, require_memory
+from fedrun.terminal import shortened
 
 EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
 FILES = ["config.json", "*.safetensors", "pytorch_model.bin", "tokenizer*", "vocab*", "merges.txt",
@@ -78,10 +79,11 @@ class Pretrained:
         found: dict[str, Tensor] = {}
         try:
             for file in files:
-                found |= load_file(file)
+                with plain_name(file) as name:
+                    found |= load_file(name)
             if not files:
-                found = torch.load(self.folder / "pytorch_model.bin", map_location="cpu",
-                                   weights_only=True)
+                with open_regular(self.folder / "pytorch_model.bin") as content:
+                    found = torch.load(content, map_location="cpu", weights_only=True)
         except Exception as error:  # both libraries raise many kinds for a damaged file
             raise ValueError(f"{self.folder}: no weights can be read: "
                              f"{one_line(error)}") from error
@@ -133,7 +135,7 @@ def find_pretrained(name: str, flag: str) -> Pretrained:
     try:
         held = read_json(folder / "config.json", dict)
         if "method" in held:
-            return _of_run(folder, held)
+            return _of_run(folder, _typed(held))
         if held.get("model_type") == "mamba2":
             return Pretrained(folder, *_transformers_config(folder), {})
         if "ssm_cfg" in held:
@@ -148,13 +150,22 @@ def find_pretrained(name: str, flag: str) -> Pretrained:
                      "model or of a mamba_ssm model")
 
 
+def _typed(settings: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings; ValueError where those that are used of a trained model are no settings."""
+    for name, kind in (("method", str), ("dataset", str), ("sequence_length", int)):
+        if name in settings and type(settings[name]) is not kind:
+            raise ValueError(f"config.json: {name} is {shortened(repr(settings[name]), 60)}, not "
+                             f"of type {kind.__name__}")
+    return settings
+
+
 def _of_run(folder: Path, settings: dict[str, Any]) -> Pretrained:
     from safetensors import SafetensorError, safe_open
     path = folder / "model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(2, "no such file", str(path))
     try:
-        with safe_open(path, framework="pt") as file:
+        with plain_name(path) as name, safe_open(name, framework="pt") as file:
             shape = file.get_slice(EMBEDDING).get_shape()
     except SafetensorError as error:
         raise ValueError(f"{path.name} cannot be read: {error}") from error

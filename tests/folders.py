@@ -6,8 +6,10 @@ grew from, which have names, short records, and npz keys without a layer.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +99,30 @@ def save_steps(folder: Path, seed: int = 0, layers: int = 1, deltas: bool = True
                 arrays[f"{prefix}{key}D"] = np.ones(4, np.float32)
             (folder / kind).mkdir(parents=True, exist_ok=True)
             np.savez(folder / kind / f"step_{step:06d}.npz", **arrays)
+
+
+def with_model(path: Path, words: Sequence[str] = ("once", "upon", "a", "time"),
+               fill: float | None = None) -> Path:
+    """The run folder, with a model that was not trained and a tokenizer that knows these words;
+    `fill`: the value of all its parameters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from fedrun.model.config import ModelConfig
+    from fedrun.model.mamba2 import Mamba2LM
+    from fedrun.rundir import save_model
+    shape = ModelConfig(n_layer=1, d_model=32, d_state=16, headdim=16)
+    model = Mamba2LM(shape, len(words))
+    model.init_weights(0)
+    for parameter in model.parameters() if fill is not None else ():
+        parameter.detach().fill_(fill)
+    save_model(path / "model.safetensors", model.named_parameters())
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, words[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    (path / "tokenizer").mkdir()
+    tokenizer.save(str(path / "tokenizer" / "tokenizer.json"))
+    held = json.loads((path / "config.json").read_text())
+    write(path / "config.json", held | {"model": dataclasses.asdict(shape)})
+    return path
 
 
 def write(path: Path, value: Any) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from fedrun.data import corpora, hub
 from fedrun.errors import one_line
+from fedrun.files import read_regular
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -96,7 +97,7 @@ def _train_bpe(rows: list[str], size: int, folder: Path) -> None:
         "eos_token": END_OF_TEXT,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
 def _splitter(rows: list[str]) -> PreTokenizer:
@@ -183,7 +184,7 @@ def read_tokenizer(file: Path, flag: str) -> Tokenizer:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(str(file))
+        return Tokenizer.from_buffer(read_regular(file))
     except Exception as error:  # the library raises nothing more precise
         raise ValueError(f"{flag} {file}: not a tokenizer.json: {one_line(error)}") from None
 

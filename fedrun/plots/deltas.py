@@ -185,7 +185,8 @@ def spectrum(entities: Sequence[Entity], layer: int) -> Figure:
     ax.axvline(rank, color="#444444", linestyle=(0, (4, 2)), linewidth=1.4)
     handles.append(Line2D([], [], color="#444444", linestyle=(0, (4, 2)), linewidth=1.4,
                           label=f"{ENERGY:.0%} of the energy in rank {rank} of {len(mean)}"))
-    style.log_axis(ax)
+    if mean.any():
+        style.log_axis(ax)
     ax.set_xlim(0, len(mean) + 1)
     ax.set_xlabel("number of the singular value")
     ax.set_ylabel("singular value")

@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from fedrun.plots import style
-from fedrun.plots.runs import INFERRED, Axis, Curve, Group, Measure, Run, curve, groups
+from fedrun.plots.curves import Curve, curve
+from fedrun.plots.runs import INFERRED, Axis, Group, Measure, Run, groups
 from fedrun.terminal import say
 
 Result = Figure | str

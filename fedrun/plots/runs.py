@@ -71,9 +71,11 @@ class Run:
     settings: dict[str, Any]
     """config.json; empty for a folder of the study."""
     environment: dict[str, Any]
-    """environment.json; empty where there is none."""
+    """environment.json; empty where there is none, or it is damaged."""
     history: list[Record]
     tokens_inferred: bool
+    damage: str = ""
+    """What of it is damaged, though nothing that figures need."""
 
     @property
     def name(self) -> str:
@@ -135,8 +137,10 @@ def find_runs(data_dir: Path) -> Found:
     for path in run_folders(data_dir):
         try:
             runs.append(read_run(path))
-        except Damaged as damage:
-            passed_over.append((visible(path.name), str(damage)))
+            if runs[-1].damage:
+                passed_over.append((runs[-1].name, f"{runs[-1].damage} (the rest is shown)"))
+        except Damaged as damaged:
+            passed_over.append((visible(path.name), str(damaged)))
     return Found(runs, passed_over)
 
 
@@ -196,7 +200,12 @@ def read_run(path: Path) -> Run:
             inferred |= "tokens" not in raw
     if not any(math.isfinite(r.val_ppl) for r in by_step.values()):
         raise Damaged("no record of training_history.json has a validation perplexity")
-    return replace(run, environment=_read(path / "environment.json", dict) or {},
+    environment, damage = {}, ""
+    try:
+        environment = _read(path / "environment.json", dict) or {}
+    except Damaged as damaged:
+        damage = str(damaged)
+    return replace(run, environment=environment, damage=damage,
                    history=[by_step[step] for step in sorted(by_step)], tokens_inferred=inferred)
 
 
@@ -308,38 +317,3 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
         flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) \
             else {name: value}
     return flat
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Mean over seeds, with one (sample) standard deviation; std is None for a single seed."""
-
-    x: np.ndarray
-    mean: np.ndarray
-    std: np.ndarray | None
-    seeds: list[int]
-    left_out: list[str]
-    """Runs of the group that are shorter than the others, or a second time the same seed."""
-
-
-def curve(group: Group, measure: Measure, axis: Axis) -> Curve | None:
-    """The mean curve of a group; None where no run has this measure on this axis.
-
-    It has a point for each global step at which all seeds were evaluated: the mean of their x
-    (seconds differ, all else is equal) and of their perplexities.
-    """
-    longest = max(run.history[-1].step for run in group.runs)
-    chosen: dict[int, dict[int, tuple[float, float]]] = {}
-    left_out = []
-    for run in group.runs:
-        points = run.points(measure, axis)
-        if run.history[-1].step < longest or run.seed in chosen:
-            left_out.append(run.name)
-        elif points:
-            chosen[run.seed] = points
-    steps = sorted(set.intersection(*map(set, chosen.values()))) if chosen else []
-    if not steps:
-        return None
-    x, y = np.moveaxis(np.array([[points[s] for s in steps] for points in chosen.values()]), 2, 0)
-    std = y.std(axis=0, ddof=1) if len(y) > 1 else None
-    return Curve(x.mean(axis=0), y.mean(axis=0), std, sorted(chosen), left_out)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedrun.terminal import say, visible
 from fedrun.tools.common import model_parser, need_tokenizer, parse
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
     from fedrun.pretrained import find_pretrained
     export(find_pretrained(args.model, "RUN"), args.to, args.out)
-    print(f"wrote {args.out}; load it with\n\n{LOADS[args.to].format(folder=args.out)}")
+    say(f"wrote {args.out}; load it with\n\n{LOADS[args.to].format(folder=args.out)}")
     return 0
 
 
@@ -64,7 +65,8 @@ def export(found: Pretrained, form: str, out: Path) -> None:
     else:
         import torch
 
-        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n",
+                                          encoding="utf-8")
         # The library loads strictly, and its state dict has a tied head a second time.
         torch.save({**weights, HEAD: weights.get(HEAD, weights[EMBEDDING])},
                    out / "pytorch_model.bin")
@@ -94,7 +96,8 @@ def _write_hf(found: Pretrained, weights: dict[str, Any], tokenizer: Path, out: 
 
 def model_card(found: Pretrained, form: str, out: Path, model: Any) -> str:
     """Markdown with the hub's front matter: data, method, config, perplexity."""
-    settings = found.settings
+    settings = {visible(name): visible(value) if isinstance(value, str) else value
+                for name, value in found.settings.items()}
     front = ["---", f"library_name: {'transformers' if form == 'hf' else 'mamba-ssm'}",
              "pipeline_tag: text-generation", "tags:", "- mamba2"]
     if settings.get("method", "central") != "central":
@@ -102,11 +105,11 @@ def model_card(found: Pretrained, form: str, out: Path, model: Any) -> str:
     if "/" in str(settings.get("dataset", "")) and not Path(settings["dataset"]).exists():
         front += ["datasets:", f"- {settings['dataset']}"]
     parameters = sum(p.numel() for p in model.parameters())
-    body = ["---", "", f"# {found.folder.resolve().name}", "",
+    body = ["---", "", f"# {visible(found.folder.resolve().name)}", "",
             f"A Mamba-2 language model of {parameters:,} parameters (embedding and head are "
             f"{'tied' if found.model.tie_embeddings else 'not tied'}), "
             + _how(settings) + ".", "", "```python",
-            LOADS[form].format(folder=out.name), "```", ""]
+            LOADS[form].format(folder=visible(out.name)), "```", ""]
     body += _results(found)
     if settings:
         body += ["## Settings", "", "| setting | value |", "|---|---|"]
@@ -136,7 +139,8 @@ def _results(found: Pretrained) -> list[str]:
         run = None
     if run is None:
         return []
-    corpus = run.environment.get("corpus", {})
+    corpus = run.environment.get("corpus")
+    corpus = corpus if isinstance(corpus, dict) else {}
     last = run.final
     lines = ["## Results", "", "| | |", "|---|---|",
              f"| validation perplexity | {last.val_ppl:.2f} (lowest {run.best.val_ppl:.2f}) |",
@@ -148,5 +152,5 @@ def _results(found: Pretrained) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    text = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
+    text = json.dumps(value) if isinstance(value, (dict, list)) else visible(str(value))
     return text.replace("|", "\\|").replace("\n", " ")

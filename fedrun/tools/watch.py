@@ -192,7 +192,7 @@ def follow(follower: Follower, state: State, console: Console, once: bool) -> No
 def screen(state: State) -> RenderableType:
     """All that is shown of a state."""
     parts: list[RenderableType] = [_head(state)]
-    if state.train:
+    if state.train or state.validation:
         parts += [Text(), _perplexities(state)]
     if state.number:
         parts += [Text(), _work(state)]

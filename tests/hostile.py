@@ -1,0 +1,72 @@
+"""What strangers' files may hold, and names that tools have taken for something else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+# Mathematics, markup and flags of other programs; then what a terminal would obey: a colour, the
+# clipboard (OSC 52), a bell, writing from right to left, two C1 codes.
+MATHEMATICS = "a$b$c_^{[red]\\frac"
+ESCAPES = "e\x1b[31m\x1b]52;c;QUJD\x07\u202e\x9b\x85_"
+OBEYED = tuple("\x1b\x07\u202e\x9b\x85")
+
+
+def damaged(kind: type = dict) -> dict[str, bytes | str]:
+    """Contents of a file that should hold a `kind`, and does not, by name. A str is what it is
+    instead of a file."""
+    other: Any = {} if kind is list else [1]
+    return {
+        "empty": b"", "another": json.dumps(other).encode(), "number": b"7", "null": b"null",
+        "infinite": b"1e400", "long": b'{"seed": ' + b"9" * 5000 + b"}", "text": b'"text"',
+        "deep": b"[" * 100_000, "deep objects": b'{"a":' * 100_000,
+        "nested": b"[" * 900 + b"]" * 900, "latin": b'{"method": "\xe9"}', "zeros": bytes(100),
+        "torn": b'[{"global_step": 1, "server', "pipe": "pipe", "folder": "folder",
+        "loop": "loop", "large": "large"}
+
+
+WRONG_TYPES: tuple[dict[str, Any], ...] = (
+    {"method": ["x"], "seed": {}, "config": 5},
+    {"method": "fed_avg", "seed": 1, "config": "tiny", "local_updates": 10**300},
+    {"method": "fed_avg", "seed": 1.5, "config": "tiny"},
+    {"method": "fed_avg", "seed": None, "config": "tiny"},
+    {"method": None, "seed": 0, "config": "tiny"})
+"""Of config.json."""
+
+ODD_RECORDS: list[Any] = [
+    7, [], None, {}, {"global_step": "1", "server_val_ppl": 2.0},
+    *({"global_step": step, "server_val_ppl": value, "tokens": value, "seconds": value,
+       "train_loss": value, "bytes": value}
+      for step in (5, -1, "a", None, 10**400, 1.5, [1], True)
+      for value in (1e308, -1, 0, None, "x", [1], 10**400, True))]
+"""Of training_history.json; none has a perplexity that could be drawn."""
+
+ODD_EVENTS = b"\n".join([
+    b"7", b"[]", b"null", b'{"event": "round"}', b'{"event": "round", "round": []}',
+    b'{"event": [], "round": 1}', b'{"event": "round", "round": 1e400, "clients": 7}',
+    b'{"event": "start", "total": "x", "unit": ["[red]"]}',
+    b'{"event": "round", "round": 3, "clients": [1, {"client": []}, {"client": 1, "loss": "x",'
+    b' "weight": null, "norm": 1e400}], "left_out": [[], 1], "train_ppl": "a", "val_ppl": NaN,'
+    b' "tokens": [], "lr": "x", "seconds": {}, "tokens_per_second": "q", "bytes": "\\u001b"}',
+    b"[" * 100_000, b'{"torn": ', b"\xff\xfe", b""])
+
+
+def put(path: Path, content: bytes | str) -> None:
+    """Make `path` hold the content, or be what a str names."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "pipe":
+        os.mkfifo(path)
+    elif content == "folder":
+        path.mkdir()
+    elif content == "loop":
+        path.symlink_to(path.name)
+    elif content == "large":
+        with path.open("wb") as file:
+            file.truncate(1 << 33)  # 8 GiB, of which nothing is on the disk

@@ -137,7 +137,7 @@ def find_pretrained(name: str, flag: str) -> Pretrained:
         if "method" in held:
             return _of_run(folder, _typed(held))
         if held.get("model_type") == "mamba2":
-            return Pretrained(folder, *_transformers_config(folder), {})
+            return Pretrained(folder, *from_transformers_config(held), {})
         if "ssm_cfg" in held:
             return Pretrained(folder, *from_mamba_ssm_config(held), {})
     except FileNotFoundError as missing:
@@ -174,15 +174,6 @@ def _of_run(folder: Path, settings: dict[str, Any]) -> Pretrained:
     return Pretrained(folder, ModelConfig(**settings["model"]), whole_rows(shape[0]), settings)
 
 
-def _transformers_config(folder: Path) -> tuple[ModelConfig, int]:
-    from transformers import Mamba2Config
-    try:
-        config = Mamba2Config.from_pretrained(folder)
-    except Exception as error:  # the library raises many kinds for values of another type
-        raise ValueError(f"config.json: {one_line(error)}") from error
-    return from_transformers_config(config)
-
-
 def from_mamba_ssm_config(config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
     """Our configuration of a mamba_ssm MambaConfig, and the rows of its embedding, padded.
 
@@ -191,6 +182,8 @@ def from_mamba_ssm_config(config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
     required: dict[str, tuple[Any, Any]] = {  # name: (mamba_ssm's default, ours)
         "d_intermediate": (0, 0), "attn_layer_idx": ([], []), "rms_norm": (True, True),
         "residual_in_fp32": (True, True)}
+    if not isinstance(config["ssm_cfg"], dict):
+        raise ValueError(f"ssm_cfg {config['ssm_cfg']}: accepted is an object")
     ssm = dict(config["ssm_cfg"])
     lower, upper = dt_limits(ssm.pop("dt_limit", (0.0, math.inf)))
     shape = {name: ssm.pop(name, default) for name, default in

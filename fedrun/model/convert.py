@@ -49,31 +49,45 @@ def to_transformers_config(config: ModelConfig, vocab_size: int) -> Mamba2Config
         eos_token_id=None)
 
 
-def from_transformers_config(config: Mamba2Config) -> tuple[ModelConfig, int]:
-    """Our configuration and the vocabulary's size; ValueError where the model is another one."""
-    inner = config.expand * config.hidden_size
+def from_transformers_config(config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
+    """Our configuration and the vocabulary's size, of a config.json; what it does not mention is as
+    in the library. ValueError where the model is another one.
+
+    The library's own class is not given the values of a file that may be anybody's: it makes a list
+    of as many layers as the file says.
+    """
+    from transformers import Mamba2Config
+
+    usual = Mamba2Config()
+
+    def value(name: str) -> Any:
+        return config.get(name, getattr(usual, name))
+
+    lower, upper = dt_limits(value("time_step_limit"))
+    model = ModelConfig(n_layer=value("num_hidden_layers"), d_model=value("hidden_size"),
+                        d_state=value("state_size"), headdim=value("head_dim"),
+                        expand=value("expand"), ngroups=value("n_groups"),
+                        d_conv=value("conv_kernel"), tie_embeddings=value("tie_word_embeddings"),
+                        proj_bias=value("use_bias"), conv_bias=value("use_conv_bias"),
+                        norm_eps=value("layer_norm_epsilon"), dt_lower=lower, dt_upper=upper)
     required = {"hidden_act": "silu", "residual_in_fp32": True,
-                "num_heads": inner // config.head_dim}
-    for name, value in required.items():
-        found = getattr(config, name)
-        if found != value:
-            raise ValueError(f"{name} {found}: accepted is {value}")
-    lower, upper = dt_limits(config.time_step_limit)
-    return ModelConfig(n_layer=config.num_hidden_layers, d_model=config.hidden_size,
-                       d_state=config.state_size, headdim=config.head_dim, expand=config.expand,
-                       ngroups=config.n_groups, d_conv=config.conv_kernel,
-                       tie_embeddings=config.tie_word_embeddings, proj_bias=config.use_bias,
-                       conv_bias=config.use_conv_bias, norm_eps=config.layer_norm_epsilon,
-                       dt_lower=lower, dt_upper=upper), whole_rows(config.vocab_size)
+                "num_heads": model.expand * model.d_model // model.headdim}
+    for name, accepted in required.items():
+        if value(name) != accepted:
+            raise ValueError(f"{name} {value(name)}: accepted is {accepted}")
+    return model, whole_rows(value("vocab_size"))
 
 
 def dt_limits(pair: Any) -> tuple[float, float | None]:
     """Limits of step sizes as both libraries write them, (0.0, inf) for none, as ours."""
     try:
-        lower, upper = map(float, pair)
-    except (TypeError, ValueError):
+        lower, upper = pair
+        # Infinity is null where JSON is read strictly, and an object in newer files.
+        if upper is None or upper == {"__float__": "Infinity"} or float(upper) >= UNLIMITED:
+            return float(lower), None
+        return float(lower), float(upper)
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"limits of step sizes {pair}: accepted are two numbers") from None
-    return lower, None if upper >= UNLIMITED else upper
 
 
 def whole_rows(vocab_size: Any, multiple: Any = 1) -> int:

@@ -21,8 +21,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from fedrun.errors import FolderLost
 from fedrun.files import DamagedFile, check_claim, read_regular
 from fedrun.run_files import LOCK
@@ -173,8 +171,8 @@ def interruptible(command: Callable[[], int]) -> int:
     Python raises KeyboardInterrupt between its own instructions only. Where the main thread does
     not come to that for a while, as in the training of a tokenizer, a thread ends the process.
     """
-    if signal.getsignal(signal.SIGINT) != signal.default_int_handler:
-        return command()  # ignored, as for a shell's background jobs
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        return command()  # as for a shell's background jobs
     here, there = socket.socketpair()
     there.setblocking(False)
     raised = threading.Event()
@@ -244,6 +242,7 @@ def _launcher_is_gone() -> bool:
     if number := os.environ.get(LAUNCHER):
         if os.getppid() == int(number):
             return False
+        import psutil  # seldom needed, and this is before all else
         with suppress(psutil.NoSuchProcess):
             return psutil.Process(int(number)).status() == psutil.STATUS_ZOMBIE
         return True

@@ -11,9 +11,13 @@ one line; the exit code is 1 if a rank has failed, as torchrun's.
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the imports that follow
+
 import argparse
 import os
-import signal
 import sys
 import uuid
 from collections.abc import Sequence

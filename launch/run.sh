@@ -16,12 +16,13 @@ export FEDRUN_START
 set -m # a process group for the agent, so that a terminal signals this script alone
 NODES=1 NODE=0 WORKERS_PER_NODE=${CLIENTS:-} RESTARTS=${RESTARTS:-3} "$(dirname "$0")/node.sh" "$@" </dev/null &
 agent=$!
+set +m
 # Each signal is passed on once. Under nohup, HUP is ignored here and by all that this starts.
 for signal in INT TERM HUP; do
     # shellcheck disable=SC2064 # the agent is known now
     trap "kill -$signal -- -$agent 2>/dev/null" "$signal"
 done
-while wait "$agent"; code=$?; kill -0 "$agent" 2>/dev/null; do :; done
+while wait "$agent" 2>/dev/null; code=$?; kill -0 "$agent" 2>/dev/null; do :; done
 
 # torchrun exits 1 after a clean stop on a signal: how the run ended is in its folder. An outcome
 # that another start has left there says nothing.

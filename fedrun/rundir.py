@@ -80,7 +80,7 @@ def cut_back(run_dir: Path, step: int) -> None:
     for path in run_dir.glob(".checkpoints-*"):
         shutil.rmtree(path)
     for path in run_dir.rglob("step_*.npz"):
-        if re.fullmatch(r"step_\d+", path.stem) and int(path.stem[5:]) > step:
+        if re.fullmatch(r"step_\d+", path.stem) and int(path.stem[5:]) > step and path.is_file():
             path.unlink()
     events = run_dir / "events.jsonl"
     with suppress(FileNotFoundError):

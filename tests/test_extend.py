@@ -78,6 +78,7 @@ def test_six_rounds_and_six_more_are_twelve(run_here: Run, method: str,
     assert fewer.bits == whole.bits
 
 
+@pytest.mark.slow
 def test_epochs_grow_too(run_here: Run) -> None:
     epoch = ("--num_clients", 2, "--epoch_passes", 0.004)
     one = run_here("fed_avg", *epoch, "--n_epochs", 1)
@@ -122,7 +123,7 @@ def test_a_run_that_kept_no_checkpoint_cannot_be_trained_further(run_here: Run) 
     assert refused.bits == kept_none.bits
 
 
-@pytest.mark.parametrize("method", ["central", "fed_avg"])
+@pytest.mark.parametrize("method", [pytest.param("central", marks=pytest.mark.slow), "fed_avg"])
 def test_a_run_that_was_ended_after_its_last_checkpoint_is_finished_from_it(
         run_here: Run, method: str) -> None:
     """Not trained for ever: no round comes after the last one."""

@@ -159,7 +159,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", [
-    pytest.param(name, marks=[pytest.mark.slow] * (name not in ("null", "bit", "pipe", "folder")))
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in ("null", "bit", "pipe")))
     for name in DAMAGES])
 @pytest.mark.timeout(60)
 def test_what_is_damaged_is_made_from_the_checkpoint(run_here: Run, whole: Outcome, killed: Outcome,

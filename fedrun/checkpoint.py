@@ -285,8 +285,8 @@ def read(folder: Path) -> Checkpoint:
             if digest != sums["sha256"]:
                 raise ValueError(f"{name} is damaged: its checksum is not the manifest's")
         found = trusted(folder)
-        if not isinstance(found.server["history"], list):
-            raise ValueError(f"{SERVER} has no history")
+        if not isinstance(found.server.get("history", []), list):
+            raise ValueError(f"{SERVER} has no list of records")
         return found
     except (FileNotFoundError, NotADirectoryError) as error:
         missing = Path(error.filename).name

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -232,7 +233,8 @@ def start_from(config: Config) -> Config:
         raise ValueError(f"--init_from {config.init_from}: this run would replace it; choose "
                          "another --run_name or --data_dir")
     tokenizer = config.tokenizer if found.tokenizer is None else str(found.tokenizer)
-    name = re.sub(r"[^\w-]", "_", Path(config.init_from).name)
+    # The name of what is meant, since `.` and `..` have none.
+    name = re.sub(r"[^\w-]", "_", Path(os.path.abspath(Path(config.init_from).expanduser())).name)
     return dataclasses.replace(config, config=name, model=found.model, tokenizer=tokenizer)
 
 

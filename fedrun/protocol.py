@@ -54,7 +54,7 @@ def run(config: FederatedConfig, data: TokenData, runtime: Runtime, stopping: St
                 report["pieces"], report["evaluation_seconds"] = worker.evaluate()
             if kept:
                 report |= worker.examine()
-            if plan.save or verdict.stop:
+            if verdict.stop or (plan.save and not plan.last):
                 worker.save(plan)                                          # workers, each alone
             report["saved"] = worker.saver.written()
         model = _copy(server, worker, runtime) if plan.evaluate else None  # first worker -> server
@@ -67,7 +67,7 @@ def run(config: FederatedConfig, data: TokenData, runtime: Runtime, stopping: St
             server.record(plan, verdict, reports or [], model)
         last = plan.last or bool(verdict.stop)
     control.wait_for_copy()
-    saved = {"saved": worker.end()} if worker else {}                  # workers, each alone
+    saved = {"saved": worker.end(plan)} if worker else {}              # workers, each alone
     reports = control.gather(saved)                                        # all -> server
     if server:
         server.finish(plan, verdict, reports or [])

@@ -142,6 +142,7 @@ def _connect_and_train(config: RunConfig, length: Length, check: CorpusCheck, la
             make_ready(config, found)
             write_json(config.run_dir / ENVIRONMENT,
                        environment(launch, device, data) | {"made_with": made_with})
+            shutil.rmtree(config.run_dir / "tokenizer", ignore_errors=True)  # whatever is in it
             shutil.copytree(data.tokenizer_path, config.run_dir / "tokenizer", dirs_exist_ok=True)
             for line in said + (lost(config, found) if found else []):
                 _say(line)

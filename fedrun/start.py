@@ -18,7 +18,7 @@ from fedrun import __version__, checkpoint, run_files, rundir
 from fedrun.checkpoint import Checkpoint
 from fedrun.config import Dtype, RunConfig
 from fedrun.files import DamagedFile, read_json, write_json
-from fedrun.provenance import Length, other_settings, refuse_other_makings, told
+from fedrun.provenance import Length, other_settings, refuse_other_makings, shown, told
 from fedrun.rundir import ENVIRONMENT
 
 
@@ -190,9 +190,9 @@ def _refuse_to_extend(config: RunConfig, length: Length, finished: int, found: C
                       ) -> None:
     """ValueError where a finished run cannot become one of `length`."""
     if length.steps < finished:
-        raise ValueError(f"{length.flag}: {config.run_dir} is finished after {finished} steps, "
-                         f"more than {length.steps}; choose another --run_name, or --overwrite to "
-                         "start over")
+        raise ValueError(f"{length.flag}: {config.run_dir} is finished after {shown(finished)} "
+                         f"steps, more than {length.steps}; choose another --run_name, or "
+                         "--overwrite to start over")
     if found is None:
         raise ValueError(f"{length.flag}: {config.run_dir} is finished after {finished} steps and "
                          "kept no checkpoint (--checkpoint_freq) to train it further from; "

@@ -236,8 +236,11 @@ class Worker:
             self.runtime.data_plane.write(tensor, held[name])
         self.store.load(checkpoint)
 
-    def end(self) -> list[dict[str, Any]]:
-        """After the last round: wait until all is written. What `Saver.written` tells."""
+    def end(self, plan: Plan) -> list[dict[str, Any]]:
+        """After the last round: save it, where that is planned, and wait until all is written.
+        What `Saver.written` tells."""
+        if plan.save and plan.last:
+            self.save(plan)
         written = self.saver.written(wait=True)
         self.store.close(self.config.timeout)
         return written

@@ -11,6 +11,7 @@ from conftest import Outcome, Run
 from test_resume import outcome_of
 
 from fedrun import checkpoint, rundir
+from fedrun.tools.watch import Follower, State
 
 VAL_FREQ = ("--val_freq", 5)
 FEDERATED = ("--num_clients", 3, *VAL_FREQ)
@@ -60,6 +61,10 @@ def test_six_rounds_and_six_more_are_twelve(run_here: Run, method: str,
     assert steps(further) == [1, 5, 6, 10, 12]  # the sixth was the last one then
     assert further.history[-1]["val_loss_halves"] == whole.history[-1]["val_loss_halves"]
     assert numbers(further) == list(range(1, 13))
+    followed = State("run")
+    for event in Follower(further.run_dir / "events.jsonl").new():
+        followed.take(event)
+    assert (followed.number, followed.total, followed.ended) == (12, 12, True)
     assert rundir.read_outcome(further.run_dir)["step"] == 12
     assert outcome_of(further) == "finished"
     assert json.loads((further.run_dir / "config.json").read_text())["rounds"] == 12
@@ -73,6 +78,7 @@ def test_six_rounds_and_six_more_are_twelve(run_here: Run, method: str,
     assert fewer.bits == whole.bits
 
 
+@pytest.mark.slow
 def test_epochs_grow_too(run_here: Run) -> None:
     epoch = ("--num_clients", 2, "--epoch_passes", 0.004)
     one = run_here("fed_avg", *epoch, "--n_epochs", 1)
@@ -117,7 +123,7 @@ def test_a_run_that_kept_no_checkpoint_cannot_be_trained_further(run_here: Run) 
     assert refused.bits == kept_none.bits
 
 
-@pytest.mark.parametrize("method", ["central", "fed_avg"])
+@pytest.mark.parametrize("method", [pytest.param("central", marks=pytest.mark.slow), "fed_avg"])
 def test_a_run_that_was_ended_after_its_last_checkpoint_is_finished_from_it(
         run_here: Run, method: str) -> None:
     """Not trained for ever: no round comes after the last one."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from typing import Any
 
 import pytest
 
 from fedrun.config import RunConfig
-from fedrun.provenance import differing, told
+from fedrun.provenance import corpus_digests, differing, refuse_other_makings, told
 from fedrun.settings import resolve
 
 
@@ -46,3 +47,33 @@ def test_a_message_stays_a_line_whatever_a_file_holds(odd: object) -> None:
     found = differing(config, held_by(config) | {"model": odd, "lr": odd})
     assert len(told(found)) < 1000
     assert "0.0005 here" in told(found)
+
+
+FINGERPRINT = {
+    "dataset": "a/b.txt", "dataset_sha256": "d", "validation_from": "v", "tokenizer": "bpe:400",
+    "tokenizer_sha256": "t", "tokenizers_version": "0.22", "vocab_size": 400, "train_tokens": 90,
+    "validation_tokens": 9, "train_documents": 3, "document": "a paragraph",
+    "python_version": "3.11", "sequence_length": 8, "train_sequences": 11,
+    "validation_sequences": 1}
+
+
+def test_a_corpus_is_known_by_what_was_read() -> None:
+    mine = corpus_digests(FINGERPRINT)
+    # Checkpoints of earlier versions have the digest of all of it, and nothing else.
+    whole = hashlib.sha256(json.dumps(FINGERPRINT, sort_keys=True).encode()).hexdigest()[:16]
+    assert mine["corpus"] == whole
+    said: list[str] = []
+    now = {**mine, "partition": "p", "kernels": "own", "init_from": None,
+           "versions": {"torch": "2"}}
+    old = {"corpus": whole, "partition": "p", "kernels": "own", "versions": {"torch": "1"}}
+    refuse_other_makings(old, now, said.append)
+    assert said == ["warning: the last bits may differ: this run was begun with torch 1, now 2"]
+    renamed = now | corpus_digests(FINGERPRINT | {"dataset": "/c/a/b.txt", "tokenizer": "x"})
+    refuse_other_makings(now, renamed, pytest.fail)
+    with pytest.raises(ValueError, match="--dataset: the corpus of this run was"):
+        refuse_other_makings(old, renamed, said.append)
+    for change, flag in (({"dataset_sha256": "e"}, "--dataset: the text"),
+                         ({"tokenizer_sha256": "e"}, "--tokenizer: the tokenizer"),
+                         ({"train_tokens": 91}, "--dataset: the corpus")):
+        with pytest.raises(ValueError, match=flag):
+            refuse_other_makings(now, now | corpus_digests(FINGERPRINT | change), pytest.fail)

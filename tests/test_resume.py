@@ -91,7 +91,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Ou
     return Outcome(0, "", folder / "run")
 
 
-@pytest.mark.parametrize(("rank", "at"), [(1, "train:3"), (0, "before-manifest:6")])
+@pytest.mark.parametrize(("rank", "at"), [
+    (1, "train:3"), (0, "before-manifest:6"),
+    pytest.param(0, "after-manifest:7", marks=pytest.mark.slow)])  # nothing is left to train
 def test_killed_and_restarted_in_place(run: Run, tmp_path: Path, undisturbed: Outcome, rank: int,
                                        at: str) -> None:
     """torchrun --max-restarts goes on by itself."""

@@ -13,6 +13,7 @@ from test_methods import InProcess, little_text, run_here
 from test_resume import assert_equal
 
 from fedrun import checkpoint, rundir
+from fedrun.plan import Plan
 from fedrun.server import PENDING, Server
 from fedrun.track import Progress
 from fedrun.worker import Worker
@@ -64,12 +65,12 @@ def test_all_rounds_pass_while_writes_are_held(run_here: InProcess,
     disk = Disk(monkeypatch)
     end = Worker.end
 
-    def end_when_held(worker: Worker) -> Any:
+    def end_when_held(worker: Worker, plan: Plan) -> Any:
         """All rounds have passed: the server's first piece and the workers' first are held."""
         assert disk.held.acquire(timeout=SECONDS)
         assert disk.held.acquire(timeout=SECONDS)
         disk.free.set()
-        return end(worker)
+        return end(worker, plan)
 
     monkeypatch.setattr(Worker, "end", end_when_held)
     slow = run_here("fed_avg", *flags)

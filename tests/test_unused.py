@@ -104,7 +104,7 @@ def test_every_rule_has_a_case() -> None:
 WORDS = {"config", "data_dir", "run_name"}  # read by the config itself: they name the run's folder
 
 
-QUICK = ("central", "fed_avg", "fed_sgd")
+QUICK = ("central", "fed_avg")
 
 
 @pytest.mark.parametrize("method", [*QUICK, *(

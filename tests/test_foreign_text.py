@@ -328,6 +328,7 @@ for argv in (["watch", run, "--once"], ["generate", run, "--prompt", sys.argv[1]
 """
 
 
+@pytest.mark.slow
 def test_a_locale_of_ascii_takes_every_character(tmp_path: Path) -> None:
     run = folders.with_model(folders.ours(tmp_path, "central", "größe", name="größe 中"),
                              ["größe", "中"])

@@ -165,13 +165,21 @@ def read_json(path: Path, kind: type[Kind]) -> Kind:
     try:
         value = json.loads(content, parse_constant=lambda _: None, parse_float=_finite_float)
     except (ValueError, RecursionError) as error:
-        raise DamagedFile(f"{path} is not JSON: {error}") from None
+        raise DamagedFile(f"{path} is not JSON: {_why(error)}") from None
     if not isinstance(value, kind):
         expected = "an object" if kind is dict else "an array"
         raise DamagedFile(f"{path} does not hold {expected}")
     if _is_deep(value):
         raise DamagedFile(f"{path} is nested more than {DEEPEST_JSON} deep")
     return value
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return str(error)
+    return "it has a number of thousands of digits"
 
 
 def _finite_float(digits: str) -> float | None:

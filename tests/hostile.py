@@ -10,7 +10,7 @@ from typing import Any
 
 # Mathematics, markup and flags of other programs; then what a terminal would obey: a colour, the
 # clipboard (OSC 52), a bell, writing from right to left, two C1 codes.
-MATHEMATICS = "a$b$c_^{[red]\\frac"
+MATHEMATICS = "a$b_$c^{[red]\\frac"  # which is none: it cannot be parsed
 ESCAPES = "e\x1b[31m\x1b]52;c;QUJD\x07\u202e\x9b\x85_"
 OBEYED = tuple("\x1b\x07\u202e\x9b\x85")
 

@@ -71,7 +71,8 @@ def test_damaged_folders_are_named_and_others_drawn(
                          ("con another", "config.json is damaged: does not hold an object"),
                          ("tra folder", "training_history.json is damaged: is not a regular file"),
                          ("tra large", f"training_history.json is damaged: has {1 << 33} bytes"),
-                         ("tra nested", "nested more than"), ("records", "no record"),
+                         ("tra nested", "nested more than"), ("tra deep", "nested too deeply"),
+                         ("tra long", "a number of thousands of digits"), ("records", "no record"),
                          ("types 4", "config.json is not a run's")):
         assert reason in reasons[name]
     assert cli.main(["report", "--data_dir", str(data_dir), "--skip_deltas"]) == 0
@@ -105,7 +106,7 @@ Events = st.dictionaries(st.sampled_from(
      "clients", "left_out", "tokens_per_second", "evaluation_seconds"]), Json)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(Events, max_size=3), st.sampled_from(["round", "step", "start", "end"]))
 def test_any_events_can_be_shown(events: list[dict[str, object]], kind: str) -> None:
     state = State("run")
@@ -116,7 +117,7 @@ def test_any_events_can_be_shown(events: list[dict[str, object]], kind: str) -> 
     assert "run" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(Json, max_size=4), st.dictionaries(st.sampled_from(
     ["lr", "num_clients", "batch_size", "sequence_length", "model", "dataset"]), Json, max_size=3))
 def test_any_history_is_read_or_named(tmp_path_factory: pytest.TempPathFactory,

@@ -70,8 +70,7 @@ def look(method: str) -> Look:
     if method in LOOKS:
         return LOOKS[method]
     number = zlib.crc32(method.encode())
-    label = f" {method}" if method.startswith("_") else method  # legends may leave out _names
-    return Look(label, _OTHER_COLOURS[number % len(_OTHER_COLOURS)], "*")
+    return Look(method, _OTHER_COLOURS[number % len(_OTHER_COLOURS)], "*")
 
 
 def shade(method: str, strength: float) -> tuple[float, float, float]:
@@ -99,7 +98,8 @@ def text(words: str, longest: int = LONGEST) -> str:
 
 def label(method: str) -> str:
     """The method's label as a figure shows it."""
-    return text(look(method).label, 24)
+    shown = text(look(method).label, 24)
+    return f" {shown}" if shown.startswith("_") else shown  # legends may leave out _names
 
 
 def title(what: str, name: str) -> str:

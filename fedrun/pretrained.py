@@ -27,7 +27,7 @@ from fedrun.config import RunConfig
 from fedrun.data import corpora
 from fedrun.data.tokenizer import HUB_NAME
 from fedrun.data.tokens import TokenData
-from fedrun.errors import one_line
+from fedrun.errors import explain, one_line
 from fedrun.model.config import ModelConfig
 from fedrun.model.convert import from_transformers, from_transformers_config
 from fedrun.model.mamba2 import Mamba2LM
@@ -128,6 +128,8 @@ def find_pretrained(name: str, flag: str) -> Pretrained:
             return Pretrained(folder, *from_mamba_ssm_config(held), {})
     except FileNotFoundError as missing:
         raise ValueError(f"{flag} {name}: there is no {missing.filename}") from None
+    except OSError as error:
+        raise ValueError(f"{flag} {name}: {explain(error)}") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{flag} {name}: {one_line(error)}") from error
     raise ValueError(f"{flag} {name}: config.json is not one of a run, of a transformers Mamba2 "

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import sys
 import time
 import traceback
@@ -23,7 +22,7 @@ from fedrun.comm import Control
 from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.errors import explain
-from fedrun.files import write_json
+from fedrun.files import copy_files, write_json
 from fedrun.launch import Launch, detect
 from fedrun.model.kernels import kernel_path, on_gpu
 from fedrun.model.precision import bf16_in_hardware
@@ -107,7 +106,7 @@ def _connect_and_train(config: RunConfig, data: TokenData, launch: Launch, devic
         if launch.rank == 0:
             make_ready(config, found)
             write_json(config.run_dir / "environment.json", environment(launch, device, data))
-            shutil.copytree(data.tokenizer_path, config.run_dir / "tokenizer", dirs_exist_ok=True)
+            copy_files(data.tokenizer_path, config.run_dir / "tokenizer")
         control.share()  # all ranks: nobody writes into the folder before it is ready
         stopping = StopRequest(config.run_dir, control.lost_peers, quiet=launch.rank > 0)
         with stopping.listening():

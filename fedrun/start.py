@@ -17,6 +17,7 @@ from typing import Any
 from fedrun import __version__, checkpoint, run_files, rundir
 from fedrun.checkpoint import Checkpoint
 from fedrun.config import Dtype, RunConfig
+from fedrun.errors import explain
 from fedrun.files import write_json
 
 
@@ -69,7 +70,7 @@ def begin(config: RunConfig, resolve_dtype: Callable[[RunConfig], Dtype],
         return Beginning(dtype, token, str(found.folder) if found else None)
     except OSError as error:
         raise Refused(f"--data_dir {config.data_dir}: the folder {path} cannot be used: "
-                      f"{error.strerror}") from None
+                      f"{explain(error)}") from None
     except ValueError as error:
         raise Refused(str(error)) from None
 

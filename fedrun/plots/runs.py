@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from fedrun.config import FederatedConfig
+from fedrun.errors import naming
 from fedrun.run_files import MARK
 
 Axis = Literal["tokens", "steps", "rounds", "seconds", "bytes"]
@@ -123,7 +124,9 @@ def find_runs(data_dir: Path) -> Found:
     if not data_dir.is_dir():
         raise ValueError(f"--data_dir {data_dir}: no such folder; accepted is one with run folders")
     runs, passed_over = [], []
-    for path in sorted(p for p in data_dir.iterdir() if p.is_dir()):
+    with naming("--data_dir", data_dir):
+        folders = sorted(p for p in data_dir.iterdir() if p.is_dir())
+    for path in folders:
         if is_run(path):
             try:
                 runs.append(read_run(path))
@@ -133,9 +136,12 @@ def find_runs(data_dir: Path) -> Found:
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is, or was meant to be, a run's."""
-    return bool(NAME.fullmatch(path.name) or (path / "config.json").is_file()
-                or (path / "training_history.json").is_file())
+    """Whether a folder is, or was meant to be, a run's; one that may not be looked into may be."""
+    try:
+        return bool(NAME.fullmatch(path.name) or (path / "config.json").is_file()
+                    or (path / "training_history.json").is_file())
+    except PermissionError:
+        return True
 
 
 def identify(path: Path) -> Run:

@@ -20,6 +20,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from fedrun.cli import Parser
+from fedrun.errors import naming
+from fedrun.files import write_whole
 from fedrun.plots import deltas, perplexity, style
 from fedrun.plots.runs import AXES, Found, Run, find_runs
 
@@ -72,8 +74,9 @@ def main(argv: Sequence[str]) -> int:
     if not found.runs:
         return 1
     out = args.out or args.data_dir / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page(found, args.data_dir, args.x, not args.skip_deltas), encoding="utf-8")
+    content = page(found, args.data_dir, args.x, not args.skip_deltas)
+    with naming("--out", out):
+        write_whole(out, content.encode())
     print(f"wrote {out}")
     return 0
 

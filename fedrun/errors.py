@@ -5,6 +5,8 @@ from __future__ import annotations
 import dis
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Literal
 
@@ -35,6 +37,16 @@ class FolderLost(RuntimeError):
     """The run's folder is no longer this run's: it was removed, renamed, or another run has it."""
 
 
+@contextmanager
+def naming(flag: str, path: object) -> Iterator[None]:
+    """Turn the disk's errors inside into a ValueError that names the flag which chose the path."""
+    try:
+        yield
+    except OSError as error:
+        said = (explain(error) or "").removeprefix(f"{path}: ")
+        raise ValueError(f"{flag} {path}: {said}") from error
+
+
 def explain(error: BaseException) -> str | None:
     """The one line for an error that the user or the machine has caused; None for a fault of ours,
     which only its traceback explains.
@@ -62,6 +74,9 @@ def _of_the_machine(error: BaseException) -> str | None:
     if (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
             or "can't allocate memory" in text):
         return f"not enough memory: {text}" if text else "not enough memory"
+    if text.startswith("Could not determine home directory"):
+        return ("this user has no home directory, which ~ stands for: set HOME, or give "
+                "--cache_dir and other paths without ~")
     if re.search(r"\(os error \d+\)", text):  # of a library in Rust, which knows no OSError
         return text
     return None

@@ -61,6 +61,14 @@ def write_whole(path: Path, *content: bytes | memoryview, durable: bool = True) 
         raise
 
 
+def copy_files(source: Path, target: Path) -> None:
+    """Copy the files below a folder, each whole, without their permissions: those of a cache that
+    is read-only would keep a run from being started again."""
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            write_whole(target / path.relative_to(source), path.read_bytes())
+
+
 def on_disk(error: OSError, path: Path, needed: int = 0) -> OSError:
     """A disk's error as one that names the file which was written, and how much room there is where
     that is what is missing; `needed`: bytes of the file, where they are known."""

@@ -102,7 +102,7 @@ def _open(path: Path) -> int:
         except FileNotFoundError:
             continue
         except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not path.exists():
                 raise
             break
     return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -28,7 +28,7 @@ from fedrun.config import RunConfig
 from fedrun.data import hub
 from fedrun.data.tokenizer import HUB_NAME
 from fedrun.data.tokens import TokenData
-from fedrun.errors import one_line
+from fedrun.errors import explain, one_line
 from fedrun.files import open_regular, plain_name, read_json
 from fedrun.model.config import ModelConfig
 from fedrun.model.convert import (
@@ -145,7 +145,9 @@ def find_pretrained(name: str, flag: str) -> Pretrained:
         raise ValueError(f"{flag} {name}: there is no {missing.filename}") from None
     except KeyError as error:
         raise ValueError(f"{flag} {name}: config.json has no {error}") from None
-    except (ValueError, TypeError, AttributeError, OSError) as error:
+    except OSError as error:
+        raise ValueError(f"{flag} {name}: {explain(error)}") from None
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{flag} {name}: {one_line(error)}") from error
     raise ValueError(f"{flag} {name}: config.json is not one of a run, of a transformers Mamba2 "
                      "model or of a mamba_ssm model")

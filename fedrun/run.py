@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import platform
-import shutil
 import sys
 import time
 import traceback
@@ -24,7 +23,7 @@ from fedrun.connect import NotConnected, exposure
 from fedrun.corpus_check import CorpusCheck
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.errors import Diverged, explain
-from fedrun.files import write_json
+from fedrun.files import copy_files, write_json
 from fedrun.launch import Launch, detect
 from fedrun.model.kernels import kernel_path, on_gpu
 from fedrun.model.memory import TO_LOAD, TO_TRAIN, require_memory
@@ -142,8 +141,7 @@ def _connect_and_train(config: RunConfig, length: Length, check: CorpusCheck, la
             make_ready(config, found)
             write_json(config.run_dir / ENVIRONMENT,
                        environment(launch, device, data) | {"made_with": made_with})
-            shutil.rmtree(config.run_dir / "tokenizer", ignore_errors=True)  # whatever is in it
-            shutil.copytree(data.tokenizer_path, config.run_dir / "tokenizer", dirs_exist_ok=True)
+            copy_files(data.tokenizer_path, config.run_dir / "tokenizer")
             for line in said + (lost(config, found) if found else []):
                 _say(line)
             if found and beginning.complete:

@@ -22,7 +22,7 @@ from fedrun.best import BestModel
 from fedrun.checkpoint import Checkpoint, Checkpoints
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
-from fedrun.errors import Failure, FolderLost
+from fedrun.errors import Failure, FolderLost, explain
 from fedrun.evaluate import Piece, mean_loss, perplexity, sample_text
 from fedrun.files import write_json
 from fedrun.history import COHORT_NUMBERS, SECONDS, Clocks, cohort_record, half_losses
@@ -272,6 +272,8 @@ class Server:
                 self._save_model()
         except FolderLost as lost:
             reason = str(lost)
+        except OSError as error:
+            reason += f" (nor could the last good model be kept: {explain(error)})"
         finally:  # whatever the writer has met: the reason is told
             path = self.config.run_dir / "model.safetensors"
             if path.exists():

@@ -17,6 +17,7 @@ from typing import Any, get_args
 from fedrun import __version__, checkpoint, run_files, rundir
 from fedrun.checkpoint import Checkpoint
 from fedrun.config import Dtype, RunConfig
+from fedrun.errors import explain
 from fedrun.files import DamagedFile, read_json, write_json
 from fedrun.provenance import Length, other_settings, refuse_other_makings, shown, told
 from fedrun.rundir import ENVIRONMENT
@@ -82,7 +83,7 @@ def begin(config: RunConfig, length: Length, resolve_dtype: Callable[[RunConfig]
                          complete=complete)
     except OSError as error:
         raise Refused(f"--data_dir {config.data_dir}: the folder {path} cannot be used: "
-                      f"{error.strerror}") from None
+                      f"{explain(error)}") from None
     except ValueError as error:
         raise Refused(str(error)) from None
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedrun.cli import Parser
+from fedrun.errors import naming
 from fedrun.settings import closest
 from fedrun.terminal import say
 
@@ -63,7 +64,8 @@ def _perplexities(text: str, argv: Sequence[str]) -> int:
     made, left_out = perplexity.figures(found.runs, args.x, args.config)
     for line in left_out:
         say(f"left out {line}")
-    perplexity.save_all(made, args.out_dir)
+    with naming("--out_dir", args.out_dir):
+        perplexity.save_all(made, args.out_dir)
     return 0 if any(not isinstance(result, str) for result in made.values()) else 1
 
 
@@ -92,5 +94,6 @@ def _delta_figures(parser: argparse.ArgumentParser, argv: Sequence[str], federat
                                  federated, args.config)
     say(str(found))
     made = deltas.figures(found, layer)
-    save_all(made, args.out_dir)
+    with naming("--out_dir", args.out_dir):
+        save_all(made, args.out_dir)
     return 0 if any(not isinstance(result, str) for result in made.values()) else 1

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from fedrun.config import FederatedConfig
+from fedrun.errors import naming
 from fedrun.files import DamagedFile, Kind, number, read_json, whole
 from fedrun.run_files import MARK
 from fedrun.terminal import shortened, visible
@@ -151,10 +152,8 @@ def run_folders(data_dir: Path) -> list[Path]:
     """
     if not os.path.isdir(data_dir):
         raise ValueError(f"--data_dir {data_dir}: no such folder; accepted is one with run folders")
-    try:
+    with naming("--data_dir", data_dir):
         found = sorted(path for path in data_dir.iterdir() if os.path.isdir(path))
-    except OSError as error:
-        raise ValueError(f"--data_dir {data_dir}: cannot be read: {error.strerror}") from None
     return [path for path in found if NAME.fullmatch(path.name)
             or os.path.lexists(path / "config.json")
             or os.path.lexists(path / "training_history.json")]

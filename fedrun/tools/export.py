@@ -8,12 +8,15 @@ Both folders carry the tokenizer and a model card, and `--init_from OUT` trains 
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedrun.errors import naming
+from fedrun.files import write_whole
 from fedrun.terminal import say, visible
 from fedrun.tools.common import model_parser, need_tokenizer, parse
 
@@ -42,7 +45,9 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"OUT {args.out}: it is there already; accepted is a new or empty folder")
 
     from fedrun.pretrained import find_pretrained
-    export(find_pretrained(args.model, "RUN"), args.to, args.out)
+    found = find_pretrained(args.model, "RUN")
+    with naming("OUT", args.out):
+        export(found, args.to, args.out)
     say(f"wrote {args.out}; load it with\n\n{LOADS[args.to].format(folder=args.out)}")
     return 0
 
@@ -68,8 +73,9 @@ def export(found: Pretrained, form: str, out: Path) -> None:
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n",
                                           encoding="utf-8")
         # The library loads strictly, and its state dict has a tied head a second time.
-        torch.save({**weights, HEAD: weights.get(HEAD, weights[EMBEDDING])},
-                   out / "pytorch_model.bin")
+        content = io.BytesIO()
+        torch.save({**weights, HEAD: weights.get(HEAD, weights[EMBEDDING])}, content)
+        write_whole(out / "pytorch_model.bin", content.getbuffer())
     for file in tokenizer.iterdir():
         if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "added_tokens")):
             shutil.copyfile(file, out / file.name)
@@ -77,7 +83,7 @@ def export(found: Pretrained, form: str, out: Path) -> None:
 
 
 def _write_hf(found: Pretrained, weights: dict[str, Any], tokenizer: Path, out: Path) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from fedrun.data.tokenizer import without_custom_code
     from fedrun.model.convert import to_transformers, to_transformers_config
@@ -89,7 +95,8 @@ def _write_hf(found: Pretrained, weights: dict[str, Any], tokenizer: Path, out: 
         else loaded.pad_token_id
     config.dtype = "float32"
     config.save_pretrained(out)
-    save_file(to_transformers(weights), out / "model.safetensors", metadata={"format": "pt"})
+    # By the library's own writer nobody but its owner could read it.
+    write_whole(out / "model.safetensors", save(to_transformers(weights), {"format": "pt"}))
 
 
 # ---- the card ------------------------------------------------------------------------------------

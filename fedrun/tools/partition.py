@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedrun.cli import Parser, add_flags
+from fedrun.errors import naming
 from fedrun.settings import method_settings, resolve
 from fedrun.terminal import say, visible
 from fedrun.unused import idle
@@ -68,7 +69,8 @@ def main(argv: Sequence[str]) -> int:
     console.print(holdings_table(held, topics, title(config, data)))
     console.print("", topics_table(held, topics), sep="\n")
     figure = partition_figure(held, topics, title(config, data))
-    say(f"wrote {style.save(figure, out, file_name(config, data))}")
+    with naming("--out", out):
+        say(f"wrote {style.save(figure, out, file_name(config, data))}")
     return 0
 
 

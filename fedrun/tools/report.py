@@ -20,6 +20,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from fedrun.cli import Parser
+from fedrun.errors import naming
 from fedrun.files import write_whole
 from fedrun.plots import deltas, perplexity, saved, style
 from fedrun.plots.runs import AXES, Found, Run, find_runs
@@ -74,7 +75,9 @@ def main(argv: Sequence[str]) -> int:
     if not found.runs:
         return 1
     out = args.out or args.data_dir / "report.html"
-    write_whole(out, page(found, args.data_dir, args.x, not args.skip_deltas).encode())
+    content = page(found, args.data_dir, args.x, not args.skip_deltas)
+    with naming("--out", out):
+        write_whole(out, content.encode())
     say(f"wrote {out}")
     return 0
 

@@ -19,6 +19,7 @@ from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.pretrained import find_pretrained, from_mamba_ssm_config
 from fedrun.settings import resolve
+from fedrun.terminal import visible
 
 official_python = test_official_kernels.official_python
 IDS = torch.randint(0, 400, (2, 37), generator=torch.Generator().manual_seed(0))
@@ -182,7 +183,7 @@ def test_generate(trained: Outcome, capsys: pytest.CaptureFixture[str]) -> None:
         return capsys.readouterr().out
 
     greedy = text("--prompt", "Once upon a time,")
-    generated = trained.history[-1]["generated"]
+    generated = visible(trained.history[-1]["generated"], keep="\n\t")
     assert greedy.startswith("Once upon a time,")
     assert generated.startswith(greedy.removeprefix("Once upon a time,").rstrip("\n\ufffd"))
     assert text("--temperature", "0.9", "--top_k", "1") == greedy

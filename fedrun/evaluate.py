@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,8 +58,14 @@ def perplexity(loss: float) -> float:
 
 def sample_text(model: Mamba2LM, data: TokenData, device: torch.device) -> str:
     """100 greedy tokens after "Once upon a time,", by the recurrent step."""
-    # The bare tokenizer: importing transformers would take longer than generating.
-    tokenizer = Tokenizer.from_file(str(data.tokenizer_path / "tokenizer.json"))
+    tokenizer = _tokenizer(data.tokenizer_path / "tokenizer.json")
     prompt = torch.tensor([tokenizer.encode(PROMPT, add_special_tokens=False).ids], device=device)
     tokens = generate(model, prompt, SAMPLE_TOKENS)
     return str(tokenizer.decode(tokens[0].tolist()))
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(file: Path) -> Tokenizer:
+    """The bare tokenizer: importing transformers would take longer than generating. Read once, as
+    the cache may be emptied while a run is on."""
+    return Tokenizer.from_file(str(file))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from fedrun.errors import Diverged, explain, naming
 from fedrun.files import write_whole
 from fedrun.plots.runs import find_runs
 from fedrun.rundir import StudiedSteps
+from fedrun.track import Progress
 
 assert {little_text, run_here}  # fixtures, found here by their names
 FLAGS = ("--num_clients", 2, "--rounds", 6, "--val_freq", 1, "--checkpoint_freq", 2)
@@ -40,6 +42,7 @@ def whole(little_text: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
     def of(method: str) -> Outcome:
         code = cli.main([method, *little_text, "--data_dir", str(folder), "--run_name", method,
                          *map(str, flags_of(method))])
+        assert code == 0
         return Outcome(code, "", folder / method)
     return of
 
@@ -287,11 +290,12 @@ SLOW = pytest.mark.slow
 def test_steps_that_find_the_disk_full_are_there_in_the_end(
         method: str, run_here: InProcess, whole: Wholes, monkeypatch: pytest.MonkeyPatch) -> None:
     """And no checkpoint is made without them, from which a run would go on without them."""
+    undisturbed = whole(method)
     Disk(monkeypatch, "params/step_", range(2, 5))  # of steps 2 and 3, and of a checkpoint
     full = run_here(method, *flags_of(method))
     assert full.code == 0, full.output
     assert "could not be written" in full.output
-    assert_equal(full, whole(method))
+    assert_equal(full, undisturbed)
 
 
 @pytest.mark.parametrize("method", ["fed_avg", pytest.param("central", marks=SLOW)])
@@ -351,10 +355,27 @@ def test_a_cache_that_does_not_fit(run_here: InProcess, tmp_path: Path,
     assert not [p for p in (cache / "tokens").iterdir() if p.is_dir()]  # what was made is gone
 
 
+def test_a_cache_that_is_emptied_under_a_run(run_here: InProcess, whole: Wholes, tmp_path: Path,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    undisturbed, step, cache = whole("central"), Progress.step, tmp_path / "cache"
+
+    def emptied(progress: Progress, number: int, *args: Any) -> None:
+        step(progress, number, *args)
+        if number == 2:
+            shutil.rmtree(cache)
+
+    monkeypatch.setattr(Progress, "step", emptied)
+    done = run_here("central", *flags_of("central"), "--cache_dir", cache)
+    assert done.code == 0, done.output
+    assert not cache.exists()
+    assert_equal(done, undisturbed)
+
+
 def test_lines_of_events_wait_for_room(run_here: InProcess, whole: Wholes,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
     """A line that was taken in part is finished; none is lost."""
     from fedrun import track
+    undisturbed = whole("fed_avg")
 
     class Full:
         def __init__(self, real: Any) -> None:
@@ -380,4 +401,4 @@ def test_lines_of_events_wait_for_room(run_here: InProcess, whole: Wholes,
     monkeypatch.setattr(track.Events, "__init__", limited)
     full = run_here("fed_avg", *FLAGS)
     assert full.code == 0, full.output
-    assert_equal(full, whole("fed_avg"))
+    assert_equal(full, undisturbed)

@@ -139,7 +139,7 @@ def test_a_place_that_cannot_be_written_is_named_with_its_flag(
     (line,) = error_lines(capsys.readouterr().err)
     flag = next((f for f in ("--out_dir", "--out", "--cache_dir") if f in command), "OUT")
     assert line.startswith(f"fedrun: error: {flag} {file}/x: ")
-    assert line.endswith(("Not a directory", "File exists"))
+    assert "Not a directory" in line or "File exists" in line
 
 
 @contextmanager

@@ -16,8 +16,10 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -321,10 +323,10 @@ def drop_after(run_dir: Path, step: int) -> None:
     """Remove what lies there of checkpoints after a step, which a resumed run makes again."""
     for folder in _folders(run_dir / "checkpoints"):
         if _step(folder) > step:
-            if folder.is_dir() and not folder.is_symlink():
+            with suppress(OSError):
                 remove_checkpoint(folder)
-            else:  # in the way of one that will be written
-                folder.unlink()
+            if folder.exists() or folder.is_symlink():  # something else, in the way of the next
+                folder.rename(folder.with_name(f"{folder.name}.damaged-{time.time_ns()}"))
 
 
 def _folders(parent: Path) -> list[Path]:

@@ -128,8 +128,7 @@ def _connect_and_train(config: RunConfig, length: Length, check: CorpusCheck, la
         config = dataclasses.replace(config, dtype=beginning.dtype)
         seen = "" if launch.alone else wait_for_token(config.run_dir, beginning.token)
         guard(config.run_dir, beginning.token)
-        runtime = join(launch, device, control, identity(config, device, made_with) | {
-            "the tokens of the corpus": data.content,
+        runtime = join(launch, device, control, identity(config, data, device, made_with) | {
             "the clients' shards": made_with["partition"],
             "the folder of the run (--data_dir has to be one that all machines share)": seen})
         if beginning.finished:
@@ -235,13 +234,14 @@ def environment(launch: Launch, device: torch.device, data: TokenData) -> dict[s
             "kernels": kernel_path(device), "corpus": data.fingerprint}
 
 
-def identity(config: RunConfig, device: torch.device, made_with: dict[str, Any]
-             ) -> dict[str, str]:
+def identity(config: RunConfig, data: TokenData, device: torch.device,
+             made_with: dict[str, Any]) -> dict[str, str]:
     """What must be equal on all ranks for their sums to mean anything."""
     able = config.dtype != "bf16" or bf16_in_hardware(device)
     return ({f"--{k}": json.dumps(v) for k, v in alike_on_all_ranks(config).items()}
             | {f"version of {k}": v for k, v in made_with["versions"].items()}
             | {"the tokenised corpus": made_with["content"],
+               "the tokens of the corpus": data.content,
                "the weights of --init_from": str(made_with["init_from"]),
                "worker kernels": kernel_path(device),
                "worker hardware for --dtype": config.dtype if able else "none"})

@@ -194,10 +194,13 @@ def lose(run_dir: Path, how: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # tensorboard
-@pytest.mark.parametrize("how", ["removed", "renamed", "taken"])
-@pytest.mark.parametrize("flags", [
-    ("central",), ("fed_avg", "--num_clients", 2),
-    ("fed_avg", "--num_clients", 2, "--client_store", "disk", "--track", "tensorboard")])
+@pytest.mark.parametrize(("how", "flags"), [
+    ("removed", ("central",)), ("taken", ("fed_avg", "--num_clients", 2)),
+    *(pytest.param(how, (*flags, *more), marks=pytest.mark.slow) for how, flags, more in [
+        ("taken", ("central",), ()), ("renamed", ("fed_avg",), ()),
+        ("removed", ("fed_avg", "--num_clients", 2, "--client_store", "disk"), ()),
+        ("taken", ("fed_avg", "--num_clients", 2, "--client_store", "disk"),
+         ("--track", "tensorboard"))])])
 def test_a_run_whose_folder_is_lost_ends_in_a_line_and_writes_nothing(
         run_here: InProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str,
         flags: tuple[object, ...]) -> None:

@@ -10,6 +10,7 @@ from test_methods import InProcess, little_text, run_here
 
 from fedrun import checkpoint, run_files, rundir, start
 from fedrun.errors import is_component
+from fedrun.provenance import Length
 from fedrun.settings import resolve
 from fedrun.study import read
 
@@ -60,7 +61,7 @@ def test_what_is_no_run_is_refused_and_left_alone(tmp_path: Path, held: dict[str
         config = resolve("fed_avg", {"data_dir": tmp_path, "run_name": "run",
                                      "overwrite": overwrite})
         with pytest.raises(start.Refused, match="exists and is no run's folder"):
-            start.begin(config, lambda c: "fp32", {}, print)
+            start.begin(config, Length(config, 1), lambda c: "fp32", {}, print)
     assert contents(tmp_path) == before
 
 

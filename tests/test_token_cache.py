@@ -253,7 +253,8 @@ def test_machines_with_other_tokens_do_not_train_together(whole: Path) -> None:
     data = prepare(str(whole / "tale.txt"), "bpe:300", 16, whole / "cache", lambda line: None)
     config, cpu = parse(["fed_avg", *SMALL]), torch.device("cpu")
     assert config is not None
-    told = [identity(config, d, cpu) | {"host": "a"}
+    made_with = {"content": "1", "versions": {}, "init_from": None}
+    told = [identity(config, d, cpu, made_with) | {"host": "a"}
             for d in (data, data, replace(data, content="other"))]
     assert difference(told[:2], (1,)) == ""
     assert "ranks differ in the tokens of the corpus" in difference(told, (1, 2))
@@ -329,7 +330,7 @@ def test_who_waits_says_for_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     shutil.rmtree(entry)
     lock.write_text("process 17 on elsewhere\n")
-    monkeypatch.setattr(tokens, "LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(entry, "LOCK_SECONDS", 0.3)
     with FileLock(lock), pytest.raises(TimeoutError, match="process 17 on elsewhere"):
         prepare(file, "bpe:300", 16, tmp_path, said.append)
 

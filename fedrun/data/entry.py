@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fedrun.files import DamagedFile, read_json, write_json
+from fedrun import locks
+from fedrun.errors import explain
+from fedrun.files import DamagedFile, on_disk, read_json, write_json
 
 MANIFEST = "entry.json"
+LOCK_SECONDS = 3600.0  # how long to wait for another process that prepares the same tokens
 LARGE = ("train.bin", "validation.bin")
 
 
@@ -70,9 +74,39 @@ def naming_cache_dir(entry: Path, damage: str = "") -> Iterator[None]:
     except (ConnectionError, TimeoutError):
         raise
     except OSError as error:
+        cache_dir = entry.parents[1]
+        theirs = error.filename is not None and not str(error.filename).startswith(str(cache_dir))
+        if error.errno is None or theirs:
+            raise
         told = f"{damage}, and cannot be replaced: " if damage else ""
-        raise ValueError(f"--cache_dir {entry.parents[1]}: {told}{error}; give a --cache_dir that "
-                         "can be written") from error
+        raise ValueError(f"--cache_dir {cache_dir}: {told}{explain(on_disk(error, entry))}; give a "
+                         "--cache_dir that can be written") from error
+
+
+@contextmanager
+def only_one(entry: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of `entry`; one process of the machine at a time gets past this.
+
+    TimeoutError where another process has held it for an hour.
+    """
+    try:
+        lock = locks.acquire(
+            Path(f"{entry}.lock"), LOCK_SECONDS,
+            lambda holder: say(f"waiting for {holder}, which prepares {what}"), say)
+    except locks.Busy as holder:
+        raise TimeoutError(
+            f"waited {LOCK_SECONDS:.0f} s for {holder}, which prepares {what}; end "
+            "it if it hangs, or give another --cache_dir"
+        ) from None
+    try:
+        with suppress(OSError):  # the lock's file of another user
+            lock.write()
+        yield
+    except OSError:
+        shutil.rmtree(f"{entry}.partial", ignore_errors=True)  # and make room
+        raise
+    finally:
+        lock.release()
 
 
 def _sha256(file: Path) -> str:

@@ -29,18 +29,23 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedrun import locks
 from fedrun.data import corpora
 from fedrun.data.documents import Documents
-from fedrun.data.entry import content_sum, naming_cache_dir, read_manifest, seal
+from fedrun.data.entry import (
+    content_sum,
+    naming_cache_dir,
+    only_one,
+    read_manifest,
+    seal,
+)
 from fedrun.data.reading import Reading
 from fedrun.data.tokenizer import (
     ACCEPTED,
@@ -52,8 +57,7 @@ from fedrun.data.tokenizer import (
     write_ids,
 )
 from fedrun.data.topics import Topics, find_topics
-from fedrun.errors import explain
-from fedrun.files import DamagedFile, on_disk
+from fedrun.files import DamagedFile
 from fedrun.terminal import visible
 
 if TYPE_CHECKING:
@@ -62,7 +66,6 @@ if TYPE_CHECKING:
 
 LAYOUT = 3  # raise it when the same text would become other files: old entries are then ignored
 TOPICS_LAYOUT = 2  # raise it when the same documents would get other topics
-LOCK_SECONDS = 3600.0  # how long to wait for another process that prepares the same tokens
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ class TokenData:
         file = entry / f"topics-{TOPICS_LAYOUT}-{version}.npz"
         held = _read_topics(file)
         if held is None:
-            with naming_cache_dir(entry), _only_one(entry, "the topics of its documents",
+            with naming_cache_dir(entry), only_one(entry, "the topics of its documents",
                                                      _to_stderr):
                 held = _read_topics(file, say=lambda line: None)
                 if held is None:
@@ -298,45 +301,11 @@ def _whole_entry(
         say(f"{damage}; it is made again")
     with naming_cache_dir(entry, damage):
         entry.parent.mkdir(parents=True, exist_ok=True)
-        with _only_one(entry, f"{dataset} with {tokenizer}", say):
+        with only_one(entry, f"{dataset} with {tokenizer}", say):
             with suppress(DamagedFile):
                 if (meta := read_manifest(entry, check)) is not None:
                     return meta  # another process has made it
             return _build(entry, dataset, tokenizer, say, reading)
-
-
-@contextmanager
-def _only_one(entry: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of `entry`; one process of the machine at a time gets past this.
-
-    Raises:
-        ValueError: the cache cannot be written, or has no room.
-        TimeoutError: another process has held it for an hour.
-    """
-    cache_dir = entry.parents[1]
-    try:
-        lock = locks.acquire(
-            Path(f"{entry}.lock"), LOCK_SECONDS,
-            lambda holder: say(f"waiting for {holder}, which prepares {what}"), say)
-    except locks.Busy as holder:
-        raise TimeoutError(
-            f"waited {LOCK_SECONDS:.0f} s for {holder}, which prepares {what}; end "
-            "it if it hangs, or give another --cache_dir"
-        ) from None
-    except OSError as error:
-        raise ValueError(f"--cache_dir {cache_dir}: {explain(on_disk(error, entry))}") from error
-    try:
-        with suppress(OSError):  # the lock's file of another user
-            lock.write()
-        yield
-    except OSError as error:
-        shutil.rmtree(f"{entry}.partial", ignore_errors=True)  # and make room
-        ours = error.filename is None or str(error.filename).startswith(str(cache_dir))
-        if error.errno is None or not ours:
-            raise
-        raise ValueError(f"--cache_dir {cache_dir}: {explain(on_disk(error, entry))}") from error
-    finally:
-        lock.release()
 
 
 def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None], reading: Reading

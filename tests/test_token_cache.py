@@ -29,6 +29,7 @@ import fedrun.central
 from fedrun import cli
 from fedrun.cli import parse
 from fedrun.data import corpora, tokens
+from fedrun.data import entry as cache_entry
 from fedrun.data.tokens import TokenData, prepare, verify
 from fedrun.run import identity
 from fedrun.runtime import difference
@@ -330,7 +331,7 @@ def test_who_waits_says_for_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     shutil.rmtree(entry)
     lock.write_text("process 17 on elsewhere\n")
-    monkeypatch.setattr(entry, "LOCK_SECONDS", 0.3)
+    monkeypatch.setattr(cache_entry, "LOCK_SECONDS", 0.3)
     with FileLock(lock), pytest.raises(TimeoutError, match="process 17 on elsewhere"):
         prepare(file, "bpe:300", 16, tmp_path, said.append)
 

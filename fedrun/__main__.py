@@ -11,10 +11,15 @@ import os
 import sys
 import threading
 
-from fedrun.errors import explain
-from fedrun.launch import detect
-from fedrun.stopping import HEARTBEAT, die_with_launcher, interruptible, outlive_terminal
-from fedrun.terminal import make_printable
+from fedrun.common.errors import explain
+from fedrun.common.terminal import make_printable
+from fedrun.distributed.launch import detect
+from fedrun.distributed.stopping import (
+    HEARTBEAT,
+    die_with_launcher,
+    interruptible,
+    outlive_terminal,
+)
 
 
 def run() -> None:

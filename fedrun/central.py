@@ -10,8 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedrun.best import BestModel
-from fedrun.checkpoint import (
+from fedrun.common.errors import Diverged, FolderLost
+from fedrun.common.files import write_json
+from fedrun.config import CentralConfig
+from fedrun.data.batches import Batches, make_batches
+from fedrun.data.partition import client_shards
+from fedrun.data.tokens import TokenData
+from fedrun.distributed.stopping import StopRequest
+from fedrun.federation.client import Client, LocalLosses, to_device
+from fedrun.federation.worker import new_model
+from fedrun.records.best import BestModel
+from fedrun.records.checkpoint import (
     GLOBAL,
     Checkpoint,
     Checkpoints,
@@ -19,22 +28,13 @@ from fedrun.checkpoint import (
     client_file,
     folder_of,
 )
-from fedrun.client import Client, LocalLosses, to_device
-from fedrun.config import CentralConfig
-from fedrun.data.partition import client_shards
-from fedrun.data.shards import Batches, make_batches
-from fedrun.data.tokens import TokenData
-from fedrun.errors import Diverged, FolderLost
-from fedrun.evaluate import mean_loss, perplexity, sample_text, validation_pieces
-from fedrun.files import write_json
-from fedrun.history import Clocks, half_losses
-from fedrun.optimizer import LocalOptimizer, scheduled_lr
-from fedrun.params import FlatParams
-from fedrun.provenance import Length
-from fedrun.rundir import StudiedSteps, save_model, studied, write_outcome
-from fedrun.stopping import StopRequest
-from fedrun.track import Events, Progress
-from fedrun.worker import new_model
+from fedrun.records.history import Clocks, half_losses
+from fedrun.records.provenance import Length
+from fedrun.records.run_dir import StudiedSteps, save_model, studied, write_outcome
+from fedrun.records.track import Events, Progress
+from fedrun.training.evaluate import mean_loss, perplexity, sample_text, validation_pieces
+from fedrun.training.optimizer import LocalOptimizer, scheduled_lr
+from fedrun.training.params import FlatParams
 
 
 class PooledClients(Client):

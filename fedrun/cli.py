@@ -15,12 +15,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from fedrun import __version__
+from fedrun.common.errors import explain, one_line
+from fedrun.common.terminal import say, shortened, visible
 from fedrun.config import RunConfig
-from fedrun.errors import explain, one_line
-from fedrun.launch import detect
-from fedrun.settings import Setting, closest, method_settings, resolve
+from fedrun.distributed.launch import detect
+from fedrun.flags import Setting, closest, method_settings, resolve
 from fedrun.strategies import STRATEGIES
-from fedrun.terminal import say, shortened, visible
 from fedrun.unused import NEVER_READ, refuse_unread
 
 METHODS = {"central": "centralised training, the baseline: all the data in one process"} | {
@@ -29,7 +29,7 @@ METHODS = {"central": "centralised training, the baseline: all the data in one p
 SECONDS_FOR_RANK_0 = 15.0
 # Commands beside training: name -> (help, module whose `main(argv) -> exit code` it is).
 TOOLS: dict[str, tuple[str, str]] = {
-    "study": ("a grid of runs, tuned and repeated over seeds, in one table", "fedrun.study"),
+    "study": ("a grid of runs, tuned and repeated over seeds, in one table", "fedrun.tools.study"),
     "watch": ("follow a run in the terminal, or look at a finished one", "fedrun.tools.watch"),
     "partition": ("who holds what under --partition: a table and a figure",
                   "fedrun.tools.partition"),

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
+from fedrun.common.errors import is_component, require
 from fedrun.data.reading import COLUMN, Reading, reading_of, require_dataset
-from fedrun.errors import is_component, require
 from fedrun.model.config import ModelConfig
 from fedrun.strategies import FedAvg, Strategy
 from fedrun.strategies.fed_fisher import FedFisher

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 import threading
 
-from fedrun.comm import Control
 from fedrun.config import RunConfig
 from fedrun.data.tokens import TokenData, verify
-from fedrun.launch import Launch
+from fedrun.distributed.control_plane import Control
+from fedrun.distributed.launch import Launch
 from fedrun.start import Refused
 
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 import traceback
 from typing import Any
 
-from fedrun.checkpoint import Checkpoint
+from fedrun.common.errors import explain
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
-from fedrun.errors import explain
-from fedrun.plan import Plan, Verdict
-from fedrun.runtime import Runtime
-from fedrun.server import Server
-from fedrun.stopping import StopRequest
-from fedrun.worker import StoppedForPeer, Worker
+from fedrun.distributed.runtime import Runtime
+from fedrun.distributed.stopping import StopRequest
+from fedrun.federation.plan import Plan, Verdict
+from fedrun.federation.server import Server
+from fedrun.federation.worker import StoppedForPeer, Worker
+from fedrun.records.checkpoint import Checkpoint
 
 SECONDS_FOR_STORES = 5.0  # of a run that has failed, maybe since a disk does not answer
 

@@ -16,28 +16,28 @@ from typing import Any
 import torch
 
 from fedrun import central, protocol
-from fedrun.checkpoint import newest
-from fedrun.comm import Control
+from fedrun.common.errors import Diverged, explain
+from fedrun.common.files import copy_files, write_json
+from fedrun.common.terminal import visible
 from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
-from fedrun.connect import NotConnected, exposure
 from fedrun.corpus_check import CorpusCheck
 from fedrun.data.tokens import TokenData, prepare
-from fedrun.errors import Diverged, explain
-from fedrun.files import copy_files, write_json
-from fedrun.launch import Launch, detect
+from fedrun.distributed.connect import NotConnected, exposure
+from fedrun.distributed.control_plane import Control
+from fedrun.distributed.launch import Launch, detect
+from fedrun.distributed.runtime import choose_device, connected, join
+from fedrun.distributed.stopping import StopRequest
+from fedrun.federation.plan import Schedule, Shards
 from fedrun.model.kernels import kernel_path, on_gpu
 from fedrun.model.memory import TO_LOAD, TO_TRAIN, require_memory
 from fedrun.model.precision import bf16_in_hardware
-from fedrun.plan import Schedule, Shards
-from fedrun.pretrained import find_pretrained, fit_vocabulary, start_from
-from fedrun.provenance import Length, alike_on_all_ranks, corpus_digests
-from fedrun.restore import complete, lost, set_aside
-from fedrun.rundir import ENVIRONMENT, guard, lock_token, release, write_failure
-from fedrun.runtime import choose_device, connected, join
+from fedrun.model.pretrained import find_pretrained, fit_vocabulary, start_from
+from fedrun.records.checkpoint import newest
+from fedrun.records.provenance import Length, alike_on_all_ranks, corpus_digests
+from fedrun.records.restore import complete, lost, set_aside
+from fedrun.records.run_dir import ENVIRONMENT, guard, lock_token, release, write_failure
+from fedrun.records.track import check_tracker
 from fedrun.start import Beginning, Refused, begin, make_ready
-from fedrun.stopping import StopRequest
-from fedrun.terminal import visible
-from fedrun.track import check_tracker
 from fedrun.unused import idle
 
 SECONDS_TO_SEE_A_FILE = 30.0  # over a network file system

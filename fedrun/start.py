@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from fedrun import __version__, checkpoint, run_files, rundir
-from fedrun.checkpoint import Checkpoint
+from fedrun import __version__
+from fedrun.common.errors import explain
+from fedrun.common.files import DamagedFile, read_json, write_json
 from fedrun.config import Dtype, RunConfig
-from fedrun.errors import explain
-from fedrun.files import DamagedFile, read_json, write_json
-from fedrun.provenance import Length, other_settings, refuse_other_makings, shown, told
-from fedrun.rundir import ENVIRONMENT
+from fedrun.records import checkpoint, run_files
+from fedrun.records import run_dir as run_folder
+from fedrun.records.checkpoint import Checkpoint
+from fedrun.records.provenance import Length, other_settings, refuse_other_makings, shown, told
+from fedrun.records.run_dir import ENVIRONMENT
 
 
 class Refused(ValueError):
@@ -59,7 +61,7 @@ def begin(config: RunConfig, length: Length, resolve_dtype: Callable[[RunConfig]
     path, token = config.run_dir, secrets.token_hex(8)
     try:
         _held_config(config)  # before a lock is put into a folder that is no run's
-        rundir.lock(path, token)
+        run_folder.lock(path, token)
         held = _held_config(config)
         named = _named_folder(config)
         if not _replaces(config):
@@ -97,14 +99,14 @@ def make_ready(config: RunConfig, found: Checkpoint | None) -> None:
     inside = found is not None and found.folder.resolve().is_relative_to(path.resolve())
     if found and inside:
         checkpoint.drop_after(path, found.step)
-        rundir.cut_back(path, found.step)
+        run_folder.cut_back(path, found.step)
     else:
-        rundir.empty(path, lambda: _describe(config, 0))
+        run_folder.empty(path, lambda: _describe(config, 0))
     _describe(config, found.step if found else 0)
 
 
 def _describe(config: RunConfig, step: int) -> None:
-    rundir.write_outcome(config.run_dir, "running", step)
+    run_folder.write_outcome(config.run_dir, "running", step)
     write_json(config.run_dir / "config.json", {run_files.MARK: __version__} | config.to_dict())
 
 
@@ -112,7 +114,7 @@ def _restarted(run_dir: Path) -> bool:
     """Whether a launcher starts again what it had begun in this folder."""
     again = any(os.environ.get(name, "0") != "0"
                 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    return again and rundir.read_outcome(run_dir).get("launch") == rundir.launch_id()
+    return again and run_folder.read_outcome(run_dir).get("launch") == run_folder.launch_id()
 
 
 def _replaces(config: RunConfig) -> bool:
@@ -155,7 +157,7 @@ def _makings(run_dir: Path) -> dict[str, Any]:
 
 def _finished_after(run_dir: Path) -> int | None:
     """The steps of the run in a folder, where it is finished."""
-    outcome = rundir.read_outcome(run_dir)
+    outcome = run_folder.read_outcome(run_dir)
     step = outcome.get("step")
     return step if outcome.get("outcome") == "finished" and type(step) is int else None
 

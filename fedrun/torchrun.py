@@ -23,7 +23,7 @@ import uuid
 from collections.abc import Sequence
 from datetime import timedelta
 
-from fedrun.stopping import LAUNCHER, hangup_ignored, interruptible, outlive_terminal
+from fedrun.distributed.stopping import LAUNCHER, hangup_ignored, interruptible, outlive_terminal
 
 NAME = "fedrun"
 SECONDS_FOR_MACHINES = 600  # that all take to appear, as torchrun has it
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from fedrun.connect import NotConnected
+    from fedrun.distributed.connect import NotConnected
     try:
         args = parse(sys.argv[1:] if argv is None else argv)
         register(args)
@@ -92,7 +92,7 @@ def register(args: argparse.Namespace) -> None:
     )
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-    from fedrun.connect import LOOPBACK, listen, reach, roll_call, serve
+    from fedrun.distributed.connect import LOOPBACK, listen, reach, roll_call, serve
 
     class Rendezvous(StaticTCPRendezvous):
         """Static, behind a socket of our own."""

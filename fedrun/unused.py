@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from fedrun.config import RunConfig
-from fedrun.settings import method_settings
+from fedrun.flags import method_settings
 
 NEVER_READ: dict[str, dict[str, str]] = {
     "central": {"timeout": "one process waits for no other"},

@@ -55,7 +55,7 @@ else
     # restarts them all.
     if [[ -n ${SLURM_STEP_ID:-} ]]; then
         first=$(scontrol show hostnames "$SLURM_STEP_NODELIST" | sed -n 1p)
-        port=$((20000 + (SLURM_JOB_ID * 16 + SLURM_STEP_ID) % 10000)) # as fedrun.launch has it
+        port=$((20000 + (SLURM_JOB_ID * 16 + SLURM_STEP_ID) % 10000)) # as fedrun.distributed.launch has it
     fi
     rendezvous=(--nnodes "$nodes" --node-rank "$node" --max-restarts 0
         --master-addr "${MASTER_ADDR:-${first:?set MASTER_ADDR to the host name of node 0}}"

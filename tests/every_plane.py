@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fedrun import data_plane
-from fedrun.cohort_sum import Bounds, CohortSum
-from fedrun.comm import HEAD, Control
-from fedrun.data_plane import DataPlane
+from fedrun.aggregation.base import Bounds, CohortSum
+from fedrun.aggregation.exact import MOMENTS, TermSum
+from fedrun.aggregation.int8 import Int8Sum
+from fedrun.distributed import data_plane
+from fedrun.distributed.control_plane import HEAD, Control
+from fedrun.distributed.data_plane import DataPlane
 from fedrun.strategies import FedAdam, FedAvg, FedFisher
 from fedrun.strategies.base import ServerRound, Strategy
-from fedrun.sums import MOMENTS, TermSum
-from fedrun.wire import Int8Sum
 
 SIZE = 3 * (1 << 16) + 77  # some slices, and a part of one: one worker of five has none
 CLIENTS, ROUNDS = 5, 2

@@ -16,8 +16,10 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from fedrun import __main__, central, checkpoint, server, worker
-from fedrun.client import Client
+from fedrun import __main__, central
+from fedrun.federation import server, worker
+from fedrun.federation.client import Client
+from fedrun.records import checkpoint
 
 SENT = {"kill": signal.SIGKILL, "launcher": signal.SIGKILL, "stop": signal.SIGSTOP,
         "term": signal.SIGTERM}

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fedrun import cli, runtime
-from fedrun.worker import Worker
+from fedrun import cli
+from fedrun.distributed import runtime
+from fedrun.federation.worker import Worker
 
 EVERYBODY = -1
 RUNS: dict[str, tuple[tuple[int, int, str], tuple[str, ...]]] = {

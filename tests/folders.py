@@ -109,7 +109,7 @@ def with_model(path: Path, words: Sequence[str] = ("once", "upon", "a", "time"),
 
     from fedrun.model.config import ModelConfig
     from fedrun.model.mamba2 import Mamba2LM
-    from fedrun.rundir import save_model
+    from fedrun.records.run_dir import save_model
     shape = ModelConfig(n_layer=1, d_model=32, d_state=16, headdim=16)
     model = Mamba2LM(shape, len(words))
     model.init_weights(0)

@@ -10,9 +10,10 @@ import os
 import time
 from typing import Any
 
-from fedrun import __main__, worker
-from fedrun.cohort_sum import CohortSum
-from fedrun.data_plane import DataPlane
+from fedrun import __main__
+from fedrun.aggregation.base import CohortSum
+from fedrun.distributed.data_plane import DataPlane
+from fedrun.federation import worker
 
 SECONDS = 0.25
 

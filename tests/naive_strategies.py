@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedrun.cohort_sum import Bounds
+from fedrun.aggregation.base import Bounds
+from fedrun.aggregation.exact import TermSum
 from fedrun.strategies import Strategy
 from fedrun.strategies.base import ClientReport, ServerRound
 from fedrun.strategies.fed_avg import FedAvg
@@ -19,7 +20,6 @@ from fedrun.strategies.fed_fisher import FedFisher
 from fedrun.strategies.fed_momentum import DiLoCo, FedMomentum
 from fedrun.strategies.fed_opt import FedAdagrad, FedAdam, FedYogi
 from fedrun.strategies.fed_sgd import FedSGD
-from fedrun.sums import TermSum
 
 SHAPES = {"embedding": (30, 7), "in_proj": (5, 11), "A_log": (3,)}
 SIZE = sum(math.prod(shape) for shape in SHAPES.values())

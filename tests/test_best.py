@@ -16,11 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_methods import InProcess, little_text, run_here
 
-from fedrun import best as best_module
 from fedrun import cli
-from fedrun.best import BestModel
-from fedrun.rundir import save_model
-from fedrun.settings import resolve
+from fedrun.flags import resolve
+from fedrun.records import best as best_module
+from fedrun.records.best import BestModel
+from fedrun.records.run_dir import save_model
 from fedrun.tools import evaluate, generate
 
 assert {little_text, run_here}  # fixtures, found here by their names
@@ -153,7 +153,7 @@ def test_a_run_that_is_killed_between_best_model_and_history(
     whole = run_here("fed_avg", *flags, name="whole")
     script = tmp_path / "killed.py"
     script.write_text(
-        "import os\nfrom fedrun.__main__ import run\nfrom fedrun.best import BestModel\n"
+        "import os\nfrom fedrun.__main__ import run\nfrom fedrun.records.best import BestModel\n"
         "healthy = BestModel.offer\n"
         "def killed(best, step, *rest):\n    healthy(best, step, *rest)\n"
         "    if step == 5:\n        os._exit(9)\n"

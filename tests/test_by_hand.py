@@ -18,9 +18,9 @@ from conftest import CORPUS, Run
 from torch.nn.functional import cross_entropy
 
 from fedrun.data.tokens import TokenData, prepare
+from fedrun.flags import resolve
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
-from fedrun.settings import resolve
 
 ROUNDS, CLIENTS, LOCAL_UPDATES, BATCH, LENGTH, LR = 3, 3, 2, 2, 32, 2e-3
 

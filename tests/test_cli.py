@@ -11,7 +11,7 @@ from conftest import ROOT, execute
 
 from fedrun import cli
 from fedrun.config import FederatedConfig, RunConfig
-from fedrun.settings import resolve
+from fedrun.flags import resolve
 from fedrun.strategies import STRATEGIES
 
 

@@ -11,8 +11,8 @@ from test_resume import FAULTY, fault
 from test_runs import without_clocks
 
 from fedrun.config import FederatedConfig
-from fedrun.plan import Schedule
-from fedrun.settings import resolve
+from fedrun.federation.plan import Schedule
+from fedrun.flags import resolve
 
 
 def schedule(cohort: str, clients: int = 10, seed: int = 0) -> Schedule:

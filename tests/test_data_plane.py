@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from test_resume import FAULTY, assert_equal, fault
 from test_runs import without_clocks
 
-from fedrun.data_plane import nodes
-from fedrun.node import Offer, attach, machine
+from fedrun.distributed.data_plane import nodes
+from fedrun.distributed.shared_memory import Offer, attach, machine
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=12))
@@ -67,7 +67,7 @@ def test_what_is_not_there_is_not_taken_for_something_else(tmp_path: Path) -> No
 
 def test_a_machine_has_one_number() -> None:
     code, told = execute([sys.executable, "-c",
-                          "from fedrun.node import machine; print(machine())"])
+                          "from fedrun.distributed.shared_memory import machine; print(machine())"])
     assert code == 0, told
     assert int(told) == machine() > 0
 

@@ -19,7 +19,7 @@ import pytest
 from fedrun.data import tokens
 from fedrun.data.corpora import Corpus, load_corpus
 from fedrun.data.reading import Reading
-from fedrun.settings import resolve
+from fedrun.flags import resolve
 
 # ---- making datasets ----------------------------------------------------------------------------
 

@@ -10,11 +10,10 @@ from typing import Any, NoReturn
 import pytest
 from test_methods import InProcess, fails, little_text, run_here
 
-from fedrun import study
-from fedrun.client import Client
+from fedrun.federation.client import Client
+from fedrun.flags import resolve
 from fedrun.plots import runs
-from fedrun.settings import resolve
-from fedrun.tools import watch
+from fedrun.tools import study, watch
 
 assert {little_text, run_here}  # fixtures, found here by their names
 

@@ -15,11 +15,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fedrun import cli
+from fedrun.common.terminal import visible
+from fedrun.flags import resolve
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
-from fedrun.pretrained import find_pretrained, from_mamba_ssm_config
-from fedrun.settings import resolve
-from fedrun.terminal import visible
+from fedrun.model.pretrained import find_pretrained, from_mamba_ssm_config
 
 official_python = test_official_kernels.official_python
 IDS = torch.randint(0, 400, (2, 37), generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ import pytest
 from conftest import Outcome, Run
 from test_resume import outcome_of
 
-from fedrun import checkpoint, rundir
+from fedrun.records import checkpoint, run_dir
 from fedrun.tools.watch import Follower, State
 
 VAL_FREQ = ("--val_freq", 5)
@@ -65,7 +65,7 @@ def test_six_rounds_and_six_more_are_twelve(run_here: Run, method: str,
     for event in Follower(further.run_dir / "events.jsonl").new():
         followed.take(event)
     assert (followed.number, followed.total, followed.ended) == (12, 12, True)
-    assert rundir.read_outcome(further.run_dir)["step"] == 12
+    assert run_dir.read_outcome(further.run_dir)["step"] == 12
     assert outcome_of(further) == "finished"
     assert json.loads((further.run_dir / "config.json").read_text())["rounds"] == 12
     again = run_here(method, *flags, "--rounds", 12, after=further)
@@ -130,7 +130,7 @@ def test_a_run_that_was_ended_after_its_last_checkpoint_is_finished_from_it(
     done = run_here(method, "--rounds", 2)
     root = done.run_dir if method == "central" else done.run_dir / "server"
     parameters = (root / "deltas" / "step_000002.npz").read_bytes()
-    rundir.write_outcome(done.run_dir, "running", 0)
+    run_dir.write_outcome(done.run_dir, "running", 0)
     (root / "deltas" / "step_000002.npz").unlink()
     history = (done.run_dir / "training_history.json").read_bytes()
     bits = done.bits
@@ -153,7 +153,7 @@ def test_a_stop_is_no_end_unless_it_was_evaluated(run_here: Run) -> None:
     config = ("central", "--val_freq", 3)
     done = run_here(*config, "--rounds", 4, "--checkpoint_freq", 2)
     shutil.rmtree(done.run_dir / "checkpoints" / "step_000004")
-    rundir.write_outcome(done.run_dir, "stopped", 2, "SIGTERM")
+    run_dir.write_outcome(done.run_dir, "stopped", 2, "SIGTERM")
     refused = run_here(*config, "--rounds", 2, after=done)
     assert refused.code == 2
     assert "--rounds 2: the run has done 2 steps already" in refused.output

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
-from fedrun.fisher import FisherEstimate, batch_gradient
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
-from fedrun.params import FlatParams
 from fedrun.strategies.fed_fisher import FedFisher
+from fedrun.training.fisher import FisherEstimate, batch_gradient
+from fedrun.training.params import FlatParams
 
 BATCH, LENGTH, VOCAB = 6, 9, 13
 

@@ -28,12 +28,13 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from rich.console import Console
 
-from fedrun import cli, terminal
+from fedrun import cli
+from fedrun.common import terminal
+from fedrun.common.terminal import say_text, shortened, visible
 from fedrun.data.holdings import Holding
 from fedrun.plots import fonts, style
 from fedrun.plots.partition import partition_figure
 from fedrun.plots.runs import find_runs
-from fedrun.terminal import say_text, shortened, visible
 from fedrun.tools import partition
 from fedrun.tools.watch import State, screen
 
@@ -319,7 +320,7 @@ def test_every_file_is_opened_in_an_encoding_of_ours() -> None:
 PROGRAM = """
 import sys
 from fedrun import cli
-from fedrun.terminal import make_printable
+from fedrun.common.terminal import make_printable
 assert sys.flags.utf8_mode == 0 and sys.getfilesystemencoding() == "ascii", sys.flags
 make_printable()
 run, data_dir = sys.argv[1:]

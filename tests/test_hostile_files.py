@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from fedrun import cli
-from fedrun.files import DamagedFile, read_json
+from fedrun.common.files import DamagedFile, read_json
 from fedrun.plots import deltas, saved, style
 from fedrun.plots.runs import find_runs
 from fedrun.tools.watch import Follower, State, follow, screen

@@ -16,9 +16,11 @@ import psutil
 import pytest
 from conftest import ROOT, SMALL, execute, free_port, listening
 
-from fedrun import checkpoint, rundir, torchrun
-from fedrun.connect import NotConnected, listen
-from fedrun.launch import Launch, detect, rendezvous
+from fedrun import torchrun
+from fedrun.distributed.connect import NotConnected, listen
+from fedrun.distributed.launch import Launch, detect, rendezvous
+from fedrun.records import checkpoint
+from fedrun.records import run_dir as run_folder
 
 RUN, NODE, SBATCH = (ROOT / "launch" / name for name in ("run.sh", "node.sh", "slurm.sbatch"))
 
@@ -75,13 +77,13 @@ def test_restarts_in_place_are_known_by_their_launcher(monkeypatch: pytest.Monke
         monkeypatch.delenv(name, raising=False)
         if value:
             monkeypatch.setenv(name, value)
-    mine = rundir.launch_id()  # torchrun's static rendezvous calls every run "none"
+    mine = run_folder.launch_id()  # torchrun's static rendezvous calls every run "none"
     assert mine.startswith(f"process {os.getppid()} on ")
-    assert rundir.launch_id() == mine
+    assert run_folder.launch_id() == mine
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
-    assert rundir.launch_id() == "a"
+    assert run_folder.launch_id() == "a"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert rundir.launch_id() == "slurm 7"
+    assert run_folder.launch_id() == "slurm 7"
 
 
 # ---- stand-ins -----------------------------------------------------------------------------------
@@ -267,12 +269,12 @@ def test_what_another_start_has_left_is_no_outcome(
     assert ("REQUEUE 7" in output) == requeued
 
 
-def leave(run_dir: Path, outcome: rundir.Standing) -> None:
+def leave(run_dir: Path, outcome: run_folder.Standing) -> None:
     """What a run that another script started has left in its folder."""
     run_dir.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDRUN_START", "7 0 0 1234 1700000000.5")
-        rundir.write_outcome(run_dir, outcome, 5)
+        run_folder.write_outcome(run_dir, outcome, 5)
 
 
 @pytest.mark.parametrize(("sign", "env", "code", "said", "requeued"), [
@@ -320,7 +322,8 @@ def signalled(programs: Programs, tmp_path: Path, sign: int, **env: str) -> tupl
 
 def test_torchruns_own_stores_are_warned_of() -> None:
     """The real torchrun; one process is enough, since its launcher listens."""
-    code = ("import os; from fedrun.launch import detect; from fedrun.connect import exposure; "
+    code = ("import os; from fedrun.distributed.launch import detect; "
+            "from fedrun.distributed.connect import exposure; "
             "print('SAID', exposure(detect(os.environ)))")
     said = {}
     for name, flags in {"standalone": ["--standalone"],
@@ -408,7 +411,7 @@ def test_run_survives_a_killed_rank_and_stops_in_order(cache_dir: Path, tmp_path
     assert "stopped by SIGTERM, after round" in log.read_text()
     found = checkpoint.latest(tmp_path / "run", print)
     assert found
-    assert found.step == rundir.read_outcome(tmp_path / "run")["step"] >= 8
+    assert found.step == run_folder.read_outcome(tmp_path / "run")["step"] >= 8
 
 
 def rounds(run_dir: Path, number: int, log: Path) -> None:

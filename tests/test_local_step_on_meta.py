@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from fedrun.client import Client
 from fedrun.config import FederatedConfig
-from fedrun.fisher import FisherEstimate
+from fedrun.federation.client import Client
+from fedrun.flags import resolve
 from fedrun.model.mamba2 import Mamba2LM
-from fedrun.optimizer import LocalOptimizer
-from fedrun.params import FlatParams
-from fedrun.settings import resolve
 from fedrun.strategies.fed_fisher import FedFisher
+from fedrun.training.fisher import FisherEstimate
+from fedrun.training.optimizer import LocalOptimizer
+from fedrun.training.params import FlatParams
 
 SEQUENCES = np.zeros((12, 24), dtype=np.uint16)
 
@@ -37,7 +37,7 @@ def test_training_fisher_and_entropy_touch_no_value(
     optimizer = LocalOptimizer(flat, config, 10)
     # torch's fused AdamW has no meta kernel; its other implementation, whose count of steps lies on
     # the CPU, stands in for it here.
-    monkeypatch.setattr("fedrun.optimizer.KERNEL", {"foreach": True})
+    monkeypatch.setattr("fedrun.training.optimizer.KERNEL", {"foreach": True})
     moments = {name: torch.zeros_like(flat.vector) for name in ("exp_avg", "exp_avg_sq")}
     optimizer.state = {"step": torch.zeros(()), **moments}
     client = Client(0, np.arange(12), SEQUENCES, flat, config, optimizer)

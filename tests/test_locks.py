@@ -19,11 +19,11 @@ import pytest
 from conftest import wait_until
 from test_methods import InProcess, little_text, run_here
 
-from fedrun import locks, rundir
-from fedrun.errors import FolderLost
-from fedrun.files import write_whole
-from fedrun.stopping import StopRequest
-from fedrun.track import Progress
+from fedrun.common import locks
+from fedrun.common.errors import FolderLost
+from fedrun.common.files import write_whole
+from fedrun.distributed.stopping import StopRequest
+from fedrun.records.track import Progress
 
 assert {little_text, run_here}  # fixtures, found here by their names
 
@@ -227,18 +227,18 @@ def test_a_run_whose_folder_is_lost_ends_in_a_line_and_writes_nothing(
 
 def test_what_is_written_last_is_checked_too(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    rundir.lock(run_dir, "ours")
-    rundir.write_outcome(run_dir, "running", 1)
+    run_dir.lock(run_dir, "ours")
+    run_dir.write_outcome(run_dir, "running", 1)
     lose(run_dir, "taken")
     with pytest.raises(FolderLost, match="taken by process 7 on elsewhere"):
-        rundir.write_outcome(run_dir, "finished", 3)
-    rundir.write_failure(run_dir, "why")
+        run_dir.write_outcome(run_dir, "finished", 3)
+    run_dir.write_failure(run_dir, "why")
     with pytest.raises(FolderLost):
         write_whole(run_dir / "server" / "params" / "step_000001.npz", b"")
     assert sorted(p.name for p in run_dir.rglob("*")) == ["lock", "model.safetensors",
                                                           "outcome.json"]
-    assert rundir.read_outcome(run_dir) == {"outcome": "running", "step": 3}
-    rundir.release(run_dir)
+    assert run_dir.read_outcome(run_dir) == {"outcome": "running", "step": 3}
+    run_dir.release(run_dir)
     write_whole(run_dir / "x", b"")  # a folder that nobody claims
 
 

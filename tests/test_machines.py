@@ -18,13 +18,15 @@ from conftest import Outcome
 from test_methods import InProcess, little_text, run_here
 from test_resume import assert_equal
 
-from fedrun import checkpoint, cli, locks, rundir
+from fedrun import cli
+from fedrun.common import locks
+from fedrun.common.errors import Diverged, explain, naming
+from fedrun.common.files import write_whole
 from fedrun.data import tokens
-from fedrun.errors import Diverged, explain, naming
-from fedrun.files import write_whole
 from fedrun.plots.runs import find_runs
-from fedrun.rundir import StudiedSteps
-from fedrun.track import Progress
+from fedrun.records import checkpoint, run_dir
+from fedrun.records.run_dir import StudiedSteps
+from fedrun.records.track import Progress
 
 assert {little_text, run_here}  # fixtures, found here by their names
 FLAGS = ("--num_clients", 2, "--rounds", 6, "--val_freq", 1, "--checkpoint_freq", 2)
@@ -238,7 +240,7 @@ def test_files_keep_the_umask(umask: int, run_here: InProcess, tmp_path: Path) -
 
 
 def test_a_read_only_cache_leaves_a_run_that_can_be_started_again(tmp_path: Path) -> None:
-    from fedrun.files import copy_files
+    from fedrun.common.files import copy_files
     (tmp_path / "cache" / "deep").mkdir(parents=True)
     for name in ("tokenizer.json", "deep/more.json"):
         (tmp_path / "cache" / name).write_text(name)
@@ -270,7 +272,7 @@ class Disk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, match: str, writes: range) -> None:
         self.match, self.writes, self.count = match, writes, 0
-        for module in (rundir, checkpoint):
+        for module in (run_dir, checkpoint):
             monkeypatch.setattr(module, "write_whole", self._limited(module.write_whole))
 
     def _limited(self, write: Callable[..., None]) -> Callable[..., None]:
@@ -322,11 +324,12 @@ def test_a_disk_that_stays_full_ends_the_run_and_with_room_it_ends_in_the_same_b
 def test_a_full_disk_ends_a_run_in_one_line(match: str, run_here: InProcess, whole: Wholes,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     flags = (*FLAGS, "--client_store", "disk")
-    import fedrun.files
+    import fedrun.common.files
     with monkeypatch.context() as broken:
         count = 5 if match.startswith("clients") else 2 if match == "outcome.json" else 1
         disk = Disk(broken, match, range(count, 10**6))
-        broken.setattr(fedrun.files, "write_whole", disk._limited(fedrun.files.write_whole))
+        files = fedrun.common.files
+        broken.setattr(files, "write_whole", disk._limited(files.write_whole))
         full = run_here("fed_avg", *flags)
     assert full.code in (1, 2)
     ended = [line for line in full.output.splitlines() if line.startswith("fedrun: ")
@@ -374,7 +377,7 @@ def test_a_cache_that_is_emptied_under_a_run(run_here: InProcess, whole: Wholes,
 def test_lines_of_events_wait_for_room(run_here: InProcess, whole: Wholes,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
     """A line that was taken in part is finished; none is lost."""
-    from fedrun import track
+    from fedrun.records import track
     undisturbed = whole("fed_avg")
 
     class Full:

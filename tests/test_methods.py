@@ -17,11 +17,11 @@ from every_method import METHODS
 from test_runs import without_clocks
 
 from fedrun import cli
-from fedrun.client import Client
-from fedrun.data.shards import DrawnBatches, split_holdout
+from fedrun.data.batches import DrawnBatches, split_holdout
 from fedrun.data.tokens import TokenData
-from fedrun.plan import Schedule, Shards
-from fedrun.settings import resolve
+from fedrun.federation.client import Client
+from fedrun.federation.plan import Schedule, Shards
+from fedrun.flags import resolve
 from fedrun.strategies import STRATEGIES
 
 InProcess = Callable[..., Outcome]
@@ -113,7 +113,7 @@ def test_history_of_weights_entropies_and_norms(run_here: InProcess) -> None:
 
 
 def test_mean_cosine_is_that_of_the_pairs() -> None:
-    from fedrun.history import mean_cosine
+    from fedrun.records.history import mean_cosine
     vectors = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).double() + 0.3
     weights = [0.1, 0.2, 0.3, 0.4]
     norms = [float(v.norm()) for v in vectors]
@@ -310,7 +310,7 @@ def test_a_client_beyond_the_bound_is_left_out(
 def test_a_client_whose_weight_cannot_be_summed_is_left_out(
         run_here: InProcess, monkeypatch: pytest.MonkeyPatch, entropy: float, why: str) -> None:
     drawn = iter([6.0, 6.0, 6.0, 6.0, entropy, 6.0])
-    monkeypatch.setattr("fedrun.worker.mean_entropy", lambda *_: next(drawn))
+    monkeypatch.setattr("fedrun.federation.worker.mean_entropy", lambda *_: next(drawn))
     outcome = run_here("fed_entropy", "--num_clients", 3, "--rounds", 2, "--temperature", 0.1)
     assert outcome.code == 0, outcome.output
     assert outcome.history[-1]["left_out"] == [[2, 1]]

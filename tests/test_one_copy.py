@@ -19,15 +19,15 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fedrun import worker as worker_module
-from fedrun.client import Client, LocalLosses
-from fedrun.comm import Control
 from fedrun.config import FederatedConfig
-from fedrun.data_plane import DataPlane
-from fedrun.launch import detect
-from fedrun.runtime import Runtime
-from fedrun.settings import resolve
-from fedrun.worker import Worker
+from fedrun.distributed.control_plane import Control
+from fedrun.distributed.data_plane import DataPlane
+from fedrun.distributed.launch import detect
+from fedrun.distributed.runtime import Runtime
+from fedrun.federation import worker as worker_module
+from fedrun.federation.client import Client, LocalLosses
+from fedrun.federation.worker import Worker
+from fedrun.flags import resolve
 
 CLIENTS = 3
 DATA = made([400] * CLIENTS, vocab_size=3000)  # so that a model is some slices of the sums long

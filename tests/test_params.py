@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fedrun.flags import resolve
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
-from fedrun.optimizer import LocalOptimizer
-from fedrun.params import FlatParams
-from fedrun.settings import resolve
+from fedrun.training.optimizer import LocalOptimizer
+from fedrun.training.params import FlatParams
 
 CONFIG = ModelConfig(n_layer=2, d_model=32, d_state=8, headdim=8)
 

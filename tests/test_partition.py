@@ -22,12 +22,12 @@ from fedrun.data.holdings import holdings
 from fedrun.data.partition import apportion, client_shards, deal_topics, deal_whole, shard_sizes
 from fedrun.data.reading import Reading
 from fedrun.data.tokens import TokenData, prepare
-from fedrun.params import FlatParams
-from fedrun.plan import Schedule, Shards
-from fedrun.provenance import refuse_other_makings
-from fedrun.settings import resolve
+from fedrun.federation.plan import Schedule, Shards
+from fedrun.federation.worker import new_model
+from fedrun.flags import resolve
+from fedrun.records.provenance import refuse_other_makings
+from fedrun.training.params import FlatParams
 from fedrun.unused import idle
-from fedrun.worker import new_model
 
 # ---- every partition ----------------------------------------------------------------------------
 

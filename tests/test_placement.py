@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_data import made
 
-from fedrun.comm import Control
 from fedrun.config import FederatedConfig
-from fedrun.data_plane import DataPlane
-from fedrun.launch import detect
-from fedrun.placement import place
-from fedrun.runtime import Runtime
-from fedrun.settings import resolve
-from fedrun.worker import Worker
+from fedrun.distributed.control_plane import Control
+from fedrun.distributed.data_plane import DataPlane
+from fedrun.distributed.launch import detect
+from fedrun.distributed.runtime import Runtime
+from fedrun.federation.placement import place
+from fedrun.federation.worker import Worker
+from fedrun.flags import resolve
 
 
 @given(st.lists(st.integers(1, 10_000), min_size=1, max_size=60), st.integers(1, 12))

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from fedrun.config import RunConfig
-from fedrun.provenance import corpus_digests, differing, refuse_other_makings, told
-from fedrun.settings import resolve
+from fedrun.flags import resolve
+from fedrun.records.provenance import corpus_digests, differing, refuse_other_makings, told
 
 
 def held_by(config: RunConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from fedrun import cli, config, settings, strategies
+from fedrun import cli, config, flags, strategies
 from fedrun.strategies.base import ServerRound
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,7 +26,7 @@ def test_a_method_of_your_own(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setitem(strategies.STRATEGIES, "fed_sign", module.FedSign)
     monkeypatch.setitem(cli.METHODS, "fed_sign", module.FedSign.__doc__)
     # inspect.getsource needs a file for the docstrings under the fields; give it the README's text.
-    monkeypatch.setattr(settings.inspect, "getsource", _source_of(source[1]))
+    monkeypatch.setattr(flags.inspect, "getsource", _source_of(source[1]))
     chosen = cli.parse(["fed_sign", "--server_lr", "2e-3"])
     assert isinstance(chosen, config.FederatedConfig)
     model, delta = torch.zeros(3), torch.tensor([0.5, -0.1, 0.0])
@@ -37,7 +37,7 @@ def test_a_method_of_your_own(monkeypatch: pytest.MonkeyPatch,
 
 
 def _source_of(text: str):  # type: ignore[no-untyped-def]
-    real = settings.inspect.getsource
+    real = flags.inspect.getsource
 
     def getsource(cls: type) -> str:
         if cls.__name__ != "FedSign":
@@ -53,7 +53,7 @@ def test_commands_and_flags_in_the_readme_exist() -> None:
         if words[0] in cli.METHODS:
             assert cli.parse(words) is not None
     methods = [*cli.METHODS]
-    known = {f"--{name}" for m in methods for name in settings.method_settings(m)}
+    known = {f"--{name}" for m in methods for name in flags.method_settings(m)}
     known |= {"--print_config", "--help", "--nproc-per-node", "--node-rank", "--extra-index-url",
               "--no-build-isolation", "--no-deps", "--standalone"}
     named = set(re.findall(r"`(--[a-z0-9_-]+)", README))

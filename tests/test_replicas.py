@@ -12,9 +12,10 @@ import torch
 from conftest import ROOT, Outcome, execute, torchrun
 from test_methods import InProcess, little_text, run_here
 
-from fedrun import checkpoint, replicas
-from fedrun.comm import Control
-from fedrun.worker import Worker
+from fedrun.distributed.control_plane import Control
+from fedrun.federation import replicas
+from fedrun.federation.worker import Worker
+from fedrun.records import checkpoint
 
 assert {little_text, run_here}  # fixtures, found here by their names
 

@@ -17,8 +17,8 @@ import pytest
 from conftest import ROOT, SMALL, Outcome, Run, torchrun
 from test_runs import without_clocks
 
-from fedrun import checkpoint, rundir
-from fedrun.settings import resolve
+from fedrun.flags import resolve
+from fedrun.records import checkpoint, run_dir
 from fedrun.start import make_ready
 
 FAULTY = Path(__file__).with_name("faulty_fedrun.py")
@@ -221,7 +221,7 @@ def test_a_kill_while_the_folder_is_emptied(stopped: Outcome, monkeypatch: pytes
             ready = True
         except KeyboardInterrupt:
             assert json.loads((stopped.run_dir / "config.json").read_text()) != held
-            assert rundir.read_outcome(stopped.run_dir)["outcome"] == "running"
+            assert run_dir.read_outcome(stopped.run_dir)["outcome"] == "running"
             assert checkpoint.latest(stopped.run_dir, print) is None
             limit += 1
     assert limit > 3
@@ -233,15 +233,15 @@ def test_a_disk_that_is_full_for_a_while(run: Run, tmp_path: Path, undisturbed: 
     """What cannot be written at one evaluation is there after the next."""
     script = tmp_path / "full.py"
     script.write_text(
-        "import errno, os\nfrom fedrun import rundir\nfrom fedrun.__main__ import run\n"
-        "whole, calls = rundir.write_whole, 0\n"
+        "import errno, os\nfrom fedrun.records import run_dir\nfrom fedrun.__main__ import run\n"
+        "whole, calls = run_dir.write_whole, 0\n"
         "def full(path, *content, **how):\n"
         "    global calls\n"
         "    calls += path.name == 'model.safetensors'\n"
         "    if 2 <= calls <= 3:\n"
         "        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))\n"
         "    whole(path, *content, **how)\n"
-        "rundir.write_whole = full\nrun()\n")
+        "run_dir.write_whole = full\nrun()\n")
     full = run("fed_avg", *FLAGS, script=script)
     assert full.code == 0, full.output
     assert "round 3 could not be written" in full.output

@@ -15,9 +15,10 @@ from conftest import CORPUS, SMALL, Outcome, Run
 from test_extend import numbers, steps
 from test_resume import outcome_of
 
-from fedrun import checkpoint, cli, run_files, rundir
-from fedrun.provenance import alike_on_all_ranks
-from fedrun.settings import resolve
+from fedrun import cli
+from fedrun.flags import resolve
+from fedrun.records import checkpoint, run_files
+from fedrun.records.provenance import alike_on_all_ranks
 
 FLAGS = ("--num_clients", 2, "--rounds", 4, "--checkpoint_freq", 2)
 
@@ -36,7 +37,7 @@ def killed(whole: Outcome, tmp_path: Path) -> Outcome:
     folder = tmp_path / "killed"
     shutil.copytree(whole.run_dir, folder)
     shutil.rmtree(folder / "checkpoints" / "step_000004")
-    rundir.write_outcome(folder, "running", 0)
+    run_folder.write_outcome(folder, "running", 0)
     return Outcome(-9, "", folder)
 
 

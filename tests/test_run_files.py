@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 from test_methods import InProcess, little_text, run_here
 
-from fedrun import checkpoint, run_files, rundir, start
-from fedrun.errors import is_component
-from fedrun.provenance import Length
-from fedrun.settings import resolve
-from fedrun.study import read
+from fedrun import start
+from fedrun.common.errors import is_component
+from fedrun.flags import resolve
+from fedrun.records import checkpoint, run_files
+from fedrun.records import run_dir as run_folder
+from fedrun.records.provenance import Length
+from fedrun.tools.study import read
 
 assert {little_text, run_here}  # fixtures, found here by their names
 
@@ -119,13 +121,13 @@ def test_cutting_back_and_emptying_leave_files_of_the_user(tmp_path: Path) -> No
         write(tmp_path / name)
     elsewhere = write(tmp_path.parent / "elsewhere" / "params" / "step_000009.npz")
     (tmp_path / "client_1").symlink_to(elsewhere.parent.parent)
-    rundir.cut_back(tmp_path, 3)
+    run_folder.cut_back(tmp_path, 3)
     checkpoint.drop_after(tmp_path, 3)
     left = contents(tmp_path)
     assert set(MINE) < set(left)
     assert not set(RUNS) & set(left)
     assert {"params/step_000003.npz", "checkpoints/step_000002/manifest.json"} < set(left)
     assert "checkpoints/step_000006/manifest.json" not in left
-    rundir.empty(tmp_path, lambda: None)
+    run_folder.empty(tmp_path, lambda: None)
     assert set(contents(tmp_path)) == set(MINE)
     assert elsewhere.exists()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fedrun.launch import Launch
-from fedrun.runtime import choose_interfaces, device_index, difference, idle_gpus
+from fedrun.distributed.launch import Launch
+from fedrun.distributed.runtime import choose_interfaces, device_index, difference, idle_gpus
 
 
 def first(local_rank: int, local: int, world: int | None = None) -> Launch:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedrun.data.shards import Batches
+from fedrun.data.batches import Batches
 
 sizes = st.integers(1, 30).flatmap(
     lambda batch: st.tuples(st.integers(batch, 3 * batch + 7), st.just(batch))

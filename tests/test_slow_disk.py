@@ -12,11 +12,11 @@ from conftest import Run
 from test_methods import InProcess, little_text, run_here
 from test_resume import assert_equal
 
-from fedrun import checkpoint, rundir
-from fedrun.plan import Plan
-from fedrun.server import PENDING, Server
-from fedrun.track import Progress
-from fedrun.worker import Worker
+from fedrun.federation.plan import Plan
+from fedrun.federation.server import PENDING, Server
+from fedrun.federation.worker import Worker
+from fedrun.records import checkpoint, run_dir
+from fedrun.records.track import Progress
 
 assert {little_text, run_here}  # fixtures, found here by their names
 
@@ -32,7 +32,7 @@ class Disk:
         self.seen: list[str] = []
         self.held = threading.Semaphore(0)
         self.free = threading.Event()
-        for module in (rundir, checkpoint):
+        for module in (run_dir, checkpoint):
             monkeypatch.setattr(module, "write_whole", self._slowly(module.write_whole))
         self.note(monkeypatch, Worker, "train")
         self.note(monkeypatch, Worker, "aggregate")
@@ -117,10 +117,10 @@ def test_workers_of_other_processes_do_not_wait_either(run: Run, tmp_path: Path)
     script, trained = tmp_path / "held.py", tmp_path / "trained"
     script.write_text(f"""
 import os, sys, threading, time
-from fedrun import rundir
-from fedrun.worker import Worker
+from fedrun.records import run_dir
+from fedrun.federation.worker import Worker
 
-write, train = rundir.write_whole, Worker.train
+write, train = run_dir.write_whole, Worker.train
 def held(*args, **how):
     deadline = time.monotonic() + {SECONDS}
     while threading.current_thread().name.startswith("fedrun-writer") and (
@@ -135,7 +135,7 @@ def told(worker, plan):
     if plan.last:
         open({str(trained)!r}, "w").close()
     return report
-rundir.write_whole, Worker.train = held, told
+run_dir.write_whole, Worker.train = held, told
 from fedrun.__main__ import run
 run()
 """)

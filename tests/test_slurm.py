@@ -15,7 +15,7 @@ from conftest import ROOT, execute
 from safetensors.torch import load_file
 from slurm.cluster import Cluster, Job, running_cluster, until
 
-from fedrun import checkpoint, rundir
+from fedrun.records import checkpoint, run_dir
 
 pytestmark = pytest.mark.slow
 
@@ -113,7 +113,7 @@ def test_scancel_leaves_a_checkpoint_and_no_process(
           lambda: str(cluster.processes()))
     found = checkpoint.latest(tmp_path / "run", print)
     assert found
-    outcome = rundir.read_outcome(tmp_path / "run")
+    outcome = run_dir.read_outcome(tmp_path / "run")
     assert (outcome["outcome"], outcome["step"]) == ("stopped", found.step)
     assert (outcome["job"], outcome["attempt"]) == (job.number, 0)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SMALL, Run, wait_until
 
-from fedrun import checkpoint, rundir
+from fedrun.records import checkpoint, run_dir
 
 
 @pytest.fixture
@@ -45,8 +45,8 @@ def test_two_runs_in_one_folder(run: Run, endless: subprocess.Popen[str], tmp_pa
     assert f"is in use by process {endless.pid} on " in second.output
     assert endless.poll() is None
     # Nor does a process that fails without the lock say of the other's run that it has failed.
-    rundir.write_failure(tmp_path / "run", "no word from rank 1")
-    assert rundir.read_outcome(tmp_path / "run")["outcome"] == "running"
+    run_dir.write_failure(tmp_path / "run", "no word from rank 1")
+    assert run_dir.read_outcome(tmp_path / "run")["outcome"] == "running"
 
 
 def test_a_stop_file_ends_the_run_in_order(endless: subprocess.Popen[str], tmp_path: Path) -> None:

@@ -22,12 +22,13 @@ from test_resume import FAULTY, FLAGS, assert_equal, fault, undisturbed
 from test_runs import without_clocks
 from torch import Tensor
 
-from fedrun import checkpoint, store
-from fedrun.checkpoint import GLOBAL, Saver, client_file
-from fedrun.client import Client
-from fedrun.store import ClientStore, InMemory, OnDisk, Resident
+from fedrun.aggregation.exact import TermSum
+from fedrun.federation import client_store
+from fedrun.federation.client import Client
+from fedrun.federation.client_store import ClientStore, InMemory, OnDisk, Resident
+from fedrun.records import checkpoint
+from fedrun.records.checkpoint import GLOBAL, Saver, client_file
 from fedrun.strategies.base import ServerRound
-from fedrun.sums import TermSum
 
 assert {little_text, run_here, undisturbed}  # fixtures, found here by their names
 
@@ -173,7 +174,7 @@ def test_a_disk_that_does_not_answer_is_not_waited_for_for_ever(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     states = OnDisk(tmp_path, {0: state(0), 1: state(0)}, CPU, timeout=0.1)
     answers = threading.Event()
-    monkeypatch.setattr(store, "read_tensors", lambda *_: answers.wait(SECONDS))
+    monkeypatch.setattr(client_store, "read_tensors", lambda *_: answers.wait(SECONDS))
     with pytest.raises(TimeoutError, match=r"--timeout 0\.1"):
         states.take(0)
     answers.set()
@@ -185,7 +186,7 @@ def test_a_disk_that_does_not_answer_is_not_waited_for_for_ever(
 def test_the_next_state_is_read_while_a_client_trains(run_here: InProcess,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     """And two are in memory: a third is read into that of the one that is gone."""
-    healthy_read, healthy_train = store.read_tensors, Client.train
+    healthy_read, healthy_train = client_store.read_tensors, Client.train
     reads, came_early = {k: threading.Semaphore(0) for k in range(4)}, []
     living: dict[int, weakref.ref[Tensor]] = {}  # a set of them would compare elements
     at_once: list[int] = []
@@ -214,7 +215,7 @@ def test_the_next_state_is_read_while_a_client_trains(run_here: InProcess,
 
     healthy_apply = TermSum.apply
     monkeypatch.setattr(TermSum, "apply", apply)
-    monkeypatch.setattr(store, "read_tensors", read)
+    monkeypatch.setattr(client_store, "read_tensors", read)
     monkeypatch.setattr(Client, "train", train)
     outcome = run_here("fed_avg", "--num_clients", 4, "--rounds", 4, "--client_store", "disk",
                        "--checkpoint_freq", 1)
@@ -297,7 +298,7 @@ def test_a_run_ends_when_the_disk_is_full(run: Run, tmp_path: Path) -> None:
 PEAK = """
 import os, re, sys
 from fedrun import cli
-from fedrun.worker import Worker
+from fedrun.federation.worker import Worker
 
 healthy = Worker.__init__
 def init(worker, config, *rest):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from naive_strategies import CASES, SIZE, Server, by_samples, mean, record, split
 from torch import Tensor
 
-from fedrun.cohort_sum import Bounds
+from fedrun.aggregation.base import Bounds
+from fedrun.aggregation.exact import TermSum
 from fedrun.strategies import STRATEGIES
 from fedrun.strategies.base import ClientReport, ServerRound
 from fedrun.strategies.fed_avg import FedAvg
@@ -21,7 +22,6 @@ from fedrun.strategies.fed_fisher import FedFisher
 from fedrun.strategies.fed_momentum import FedMomentum
 from fedrun.strategies.fed_opt import FedAdagrad
 from fedrun.strategies.fed_sgd import FedSGD
-from fedrun.sums import TermSum
 
 
 def test_there_is_a_reference_for_every_method() -> None:

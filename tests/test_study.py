@@ -11,11 +11,12 @@ import pytest
 import yaml
 from conftest import ROOT, SMALL
 
-from fedrun import rundir, study, study_file
 from fedrun.config import RunConfig
+from fedrun.flags import resolve
+from fedrun.records import run_dir
 from fedrun.run import run
-from fedrun.settings import resolve
-from fedrun.study_file import Setting, Study
+from fedrun.tools import study, study_file
+from fedrun.tools.study_file import Setting, Study
 
 WHOLE = """
 reference: central
@@ -177,7 +178,7 @@ def test_a_damaged_run_is_named(name: str, content: bytes | None, said: str, tmp
     (config.run_dir / "config.json").write_text(json.dumps(config.to_dict()))
     (config.run_dir / "training_history.json").write_text(
         '[{"val_loss_halves": [1.5, null]}]')
-    rundir.write_outcome(config.run_dir, "finished", 2)
+    run_dir.write_outcome(config.run_dir, "finished", 2)
     assert study.loss_halves(config) == [1.5, math.inf]
     if content is None:
         (config.run_dir / name).unlink()

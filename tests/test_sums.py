@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedrun.cohort_sum import Bounds
+from fedrun.aggregation.base import Bounds
+from fedrun.aggregation.exact import TermSum, adamw_step_bound
 from fedrun.strategies import FedAvg, FedEntropy, FedFisher, FedSGD
 from fedrun.strategies.base import CLIENT_VECTORS, ServerRound, Strategy
-from fedrun.sums import TermSum, adamw_step_bound
 
 SIZE = 70_001  # more than one slice, and not a multiple of one
 

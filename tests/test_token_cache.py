@@ -31,8 +31,8 @@ from fedrun.cli import parse
 from fedrun.data import corpora, tokens
 from fedrun.data import entry as cache_entry
 from fedrun.data.tokens import TokenData, prepare, verify
+from fedrun.distributed.runtime import difference
 from fedrun.run import identity
-from fedrun.runtime import difference
 
 
 def entries(cache_dir: Path) -> list[Path]:

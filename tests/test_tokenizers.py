@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fedrun import cli
 from fedrun.data.tokens import TokenData, prepare
-from fedrun.pretrained import find_pretrained
+from fedrun.model.pretrained import find_pretrained
 
 
 def tokens(folder: Path, tokenizer: Path | str, name: str = "tale.txt") -> TokenData:

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from conftest import Run
 
-from fedrun import cli, rundir
-from fedrun.settings import resolve
-from fedrun.track import Events, check_tracker, cohort_event, scalars
+from fedrun import cli
+from fedrun.flags import resolve
+from fedrun.records import run_dir
+from fedrun.records.track import Events, check_tracker, cohort_event, scalars
 
 
 def test_tensorboard_has_the_numbers_of_the_history(run: Run) -> None:
@@ -104,9 +105,9 @@ def test_a_resumed_run_is_one_run_for_its_tracker(
     config = resolve("fed_avg", {"track": package, "data_dir": str(tmp_path), "run_name": "mine"})
     config.run_dir.mkdir()
     Events(config, "round", total=4).close()
-    rundir.cut_back(config.run_dir, 2)
+    run_dir.cut_back(config.run_dir, 2)
     Events(config, "round", total=4, done=2).close()
-    rundir.empty(config.run_dir, lambda: None)  # --overwrite
+    run_dir.empty(config.run_dir, lambda: None)  # --overwrite
     Events(config, "round", total=4).close()
     (_, name, identifier, *_), resumed, other = (what for call, what in calls if call == "init")
     assert resumed[1:4] == (name, identifier, "allow")

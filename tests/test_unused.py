@@ -15,8 +15,8 @@ from conftest import SMALL
 from fedrun import cli
 from fedrun.config import RunConfig
 from fedrun.data.reading import Reading
+from fedrun.flags import method_settings, resolve
 from fedrun.run import run
-from fedrun.settings import method_settings, resolve
 from fedrun.strategies import STRATEGIES
 from fedrun.strategies.base import Strategy
 from fedrun.unused import IDLE, NEVER_READ, idle

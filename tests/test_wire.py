@@ -18,14 +18,14 @@ from test_methods import InProcess, little_text, run_here
 from test_resume import FAULTY, fault
 from test_runs import without_clocks
 
-from fedrun.client import Client
-from fedrun.cohort_sum import Bounds
+from fedrun.aggregation.base import Bounds
+from fedrun.aggregation.int8 import BLOCK, Int8Sum
 from fedrun.config import INT8_COHORT
-from fedrun.data_plane import DataPlane
-from fedrun.settings import resolve
+from fedrun.distributed.data_plane import DataPlane
+from fedrun.federation.client import Client
+from fedrun.flags import resolve
 from fedrun.strategies import FedAvg
 from fedrun.strategies.base import ServerRound
-from fedrun.wire import BLOCK, Int8Sum
 
 assert {little_text, run_here}  # fixtures, found here by their names
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from fedrun import cli, runtime
+from fedrun import cli
+from fedrun.distributed import runtime
 
 if __name__ == "__main__":
     runtime.machine = lambda: 1 + int(os.environ["RANK"]) % 2

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
+from fedrun.common.errors import one_line
+from fedrun.common.files import DamagedFile, read_json, read_regular
 from fedrun.data.textfiles import shown
-from fedrun.errors import one_line
-from fedrun.files import DamagedFile, read_json, read_regular
 
 FRONT_MATTER = re.compile(r"\s*---\s*\n(.*?)\n---\s*(\n|$)", re.S)
 DEFAULT = "default"

@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fedrun import locks
-from fedrun.errors import explain
-from fedrun.files import DamagedFile, on_disk, read_json, write_json
+from fedrun.common import locks
+from fedrun.common.errors import explain
+from fedrun.common.files import DamagedFile, on_disk, read_json, write_json
 
 MANIFEST = "entry.json"
 LOCK_SECONDS = 3600.0  # how long to wait for another process that prepares the same tokens

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from fedrun.common.errors import one_line
 from fedrun.data.tables import Table, is_text_type
-from fedrun.errors import one_line
 
 HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
 HUB_SECONDS = 5.0  # how long the hub may take to answer before it counts as out of reach

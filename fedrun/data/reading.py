@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from fedrun.errors import require
+from fedrun.common.errors import require
 
 HELD_OUT = Fraction(1, 20)  # of the train rows, where a dataset has no validation split
 COLUMN = "column:"  # begins a --partition whose sources are the values of a column

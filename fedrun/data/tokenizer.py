@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedrun.common.errors import one_line
+from fedrun.common.files import read_regular
 from fedrun.data import corpora, hub
-from fedrun.errors import one_line
-from fedrun.files import read_regular
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer

@@ -37,6 +37,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedrun.common.files import DamagedFile
+from fedrun.common.terminal import visible
 from fedrun.data import corpora
 from fedrun.data.documents import Documents
 from fedrun.data.entry import (
@@ -57,8 +59,6 @@ from fedrun.data.tokenizer import (
     write_ids,
 )
 from fedrun.data.topics import Topics, find_topics
-from fedrun.files import DamagedFile
-from fedrun.terminal import visible
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

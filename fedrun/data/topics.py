@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from fedrun.errors import one_line
-from fedrun.files import DamagedFile, read_regular
+from fedrun.common.errors import one_line
+from fedrun.common.files import DamagedFile, read_regular
 
 TOPICS = 10  # few enough to tell apart in a figure, and to be large in a corpus of 50 documents
 FITTED_ON = 10_000  # documents that topics are found on; any others are assigned to them

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from fedrun.errors import require
+from fedrun.common.errors import require
 
 NORM_EPS = 1e-5  # of mamba_ssm's norms, which have no other
 # What no model of this kind comes near to: a wrong number is told before it takes all the memory.

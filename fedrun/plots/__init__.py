@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedrun.cli import Parser
-from fedrun.errors import naming
-from fedrun.settings import closest
-from fedrun.terminal import say
+from fedrun.common.errors import naming
+from fedrun.common.terminal import say
+from fedrun.flags import closest
 
 
 def main(argv: Sequence[str]) -> int:

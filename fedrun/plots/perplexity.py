@@ -21,10 +21,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from fedrun.common.terminal import say
 from fedrun.plots import style
 from fedrun.plots.curves import Curve, curve
 from fedrun.plots.runs import INFERRED, Axis, Group, Measure, Run, groups
-from fedrun.terminal import say
 
 Result = Figure | str
 """A figure, or why there is none: which runs it wants."""

@@ -19,11 +19,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from fedrun.common.errors import naming
+from fedrun.common.files import DamagedFile, Kind, number, read_json, whole
+from fedrun.common.terminal import shortened, visible
 from fedrun.config import FederatedConfig
-from fedrun.errors import naming
-from fedrun.files import DamagedFile, Kind, number, read_json, whole
-from fedrun.run_files import MARK
-from fedrun.terminal import shortened, visible
+from fedrun.records.run_files import MARK
 
 Axis = Literal["tokens", "steps", "rounds", "seconds", "bytes"]
 AXES: tuple[Axis, ...] = get_args(Axis)

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fedrun.errors import one_line
-from fedrun.files import open_regular
+from fedrun.common.errors import one_line
+from fedrun.common.files import open_regular
+from fedrun.common.terminal import visible
 from fedrun.plots.runs import Damaged, Run, identify, run_folders
-from fedrun.terminal import visible
 
 STEP_FILE = re.compile(r"step_(\d{1,15})\.npz")
 LARGEST_ARRAY = 1 << 32  # bytes

@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
+from fedrun.common.terminal import shortened, visible
 from fedrun.plots import fonts
 from fedrun.plots.runs import Axis
-from fedrun.terminal import shortened, visible
 
 
 class Look(NamedTuple):

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fedrun.errors import require
+from fedrun.common.errors import require
 from fedrun.strategies.base import ClientReport, ServerRound, Strategy
 
 if TYPE_CHECKING:

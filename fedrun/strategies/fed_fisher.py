@@ -3,9 +3,9 @@
     w <- w + sum_k p_k (F_k + phi) d_k / sum_k p_k (F_k + phi)      elementwise
 
 F_k is the diagonal of client k's (empirical) Fisher information, estimated during its local steps
-(see fedrun/fisher.py), phi a floor that keeps the quotient defined: where F is far below it, the
-method is the plain average. The merging rule is that of Matena & Raffel (2022), "Merging Models
-with Fisher-Weighted Averaging", equation 5. (A method of 2024 is called FedFisher too; it is
+(see fedrun/training/fisher.py), phi a floor that keeps the quotient defined: where F is far below
+it, the method is the plain average. The merging rule is that of Matena & Raffel (2022), "Merging
+Models with Fisher-Weighted Averaging", equation 5. (A method of 2024 is called FedFisher too; it is
 one-shot, and solves for the global model by further training on the server.)
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from fedrun.errors import require
+from fedrun.common.errors import require
 from fedrun.strategies.base import ServerRound, Units
 from fedrun.strategies.fed_avg import FedAvg
 

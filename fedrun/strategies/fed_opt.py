@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedrun.errors import require
+from fedrun.common.errors import require
 from fedrun.strategies.base import ServerRound
 from fedrun.strategies.fed_avg import FedAvg
 

@@ -11,7 +11,7 @@ from fedrun.cli import Parser
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fedrun.pretrained import Pretrained
+    from fedrun.model.pretrained import Pretrained
 
 
 def model_parser(command: str, text: str) -> argparse.ArgumentParser:

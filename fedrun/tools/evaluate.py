@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedrun.common.files import finite
 from fedrun.data.reading import Reading, reading_of
-from fedrun.files import finite
 from fedrun.tools.common import model_parser, need_tokenizer, parse
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def main(argv: Sequence[str]) -> int:
 
     from fedrun.data.corpora import ALL_OF_IT
     from fedrun.data.tokens import prepare
-    from fedrun.evaluate import mean_loss, perplexity, validation_pieces
-    from fedrun.pretrained import find_pretrained
+    from fedrun.model.pretrained import find_pretrained
+    from fedrun.training.evaluate import mean_loss, perplexity, validation_pieces
 
     try:
         device = torch.device(args.device)

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedrun.errors import naming
-from fedrun.files import write_whole
-from fedrun.terminal import say, visible
+from fedrun.common.errors import naming
+from fedrun.common.files import write_whole
+from fedrun.common.terminal import say, visible
 from fedrun.tools.common import model_parser, need_tokenizer, parse
 
 if TYPE_CHECKING:
-    from fedrun.pretrained import Pretrained
+    from fedrun.model.pretrained import Pretrained
 
 LOADS = {
     "hf": "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise ValueError(f"OUT {args.out}: it is there already; accepted is a new or empty folder")
 
-    from fedrun.pretrained import find_pretrained
+    from fedrun.model.pretrained import find_pretrained
     found = find_pretrained(args.model, "RUN")
     with naming("OUT", args.out):
         export(found, args.to, args.out)
@@ -58,7 +58,7 @@ def export(found: Pretrained, form: str, out: Path) -> None:
     Raises ValueError where the model has no tokenizer, or weights that do not belong to its config.
     """
     from fedrun.model.convert import to_mamba_ssm_config
-    from fedrun.pretrained import EMBEDDING, HEAD
+    from fedrun.model.pretrained import EMBEDDING, HEAD
     tokenizer = need_tokenizer(found)
     config = to_mamba_ssm_config(found.model, found.vocab_size) if form == "mamba_ssm" else {}
     model = found.build()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from fedrun.terminal import argument_text, say_text
+from fedrun.common.terminal import argument_text, say_text
 from fedrun.tools.common import model_parser, need_tokenizer, parse
 
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
 
     from fedrun.data.tokenizer import encode, read_tokenizer
     from fedrun.model.generate import generate
-    from fedrun.pretrained import find_pretrained
+    from fedrun.model.pretrained import find_pretrained
 
     found = find_pretrained(args.model, "RUN")
     path = need_tokenizer(found, args.tokenizer)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedrun.cli import Parser, add_flags
-from fedrun.errors import naming
-from fedrun.settings import method_settings, resolve
-from fedrun.terminal import say, visible
+from fedrun.common.errors import naming
+from fedrun.common.terminal import say, visible
+from fedrun.flags import method_settings, resolve
 from fedrun.unused import idle
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
     from fedrun.config import FederatedConfig
     from fedrun.data.holdings import holdings
     from fedrun.data.tokens import prepare
-    from fedrun.plan import Shards
+    from fedrun.federation.plan import Shards
     from fedrun.plots import style
     from fedrun.plots.partition import partition_figure
 

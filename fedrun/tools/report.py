@@ -20,11 +20,11 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from fedrun.cli import Parser
-from fedrun.errors import naming
-from fedrun.files import write_whole
+from fedrun.common.errors import naming
+from fedrun.common.files import write_whole
+from fedrun.common.terminal import say, visible
 from fedrun.plots import deltas, perplexity, saved, style
 from fedrun.plots.runs import AXES, Found, Run, find_runs
-from fedrun.terminal import say, visible
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fedrun.cli import Parser
-from fedrun.files import number, open_regular, whole
-from fedrun.terminal import visible
+from fedrun.common.files import number, open_regular, whole
+from fedrun.common.terminal import visible
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 48

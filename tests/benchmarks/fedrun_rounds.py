@@ -36,18 +36,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fedrun import protocol, runtime, server, worker
-from fedrun.client import Client, LocalLosses
+from fedrun import protocol
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
-from fedrun.launch import detect
+from fedrun.distributed import runtime
+from fedrun.distributed.launch import detect
+from fedrun.distributed.runtime import Runtime, connected, join
+from fedrun.distributed.stopping import LOCK, StopRequest
+from fedrun.federation import server, worker
+from fedrun.federation.client import Client, LocalLosses
+from fedrun.federation.plan import Plan, Verdict
+from fedrun.flags import resolve
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
-from fedrun.plan import Plan, Verdict
 from fedrun.run import resolve_dtype
-from fedrun.runtime import Runtime, connected, join
-from fedrun.settings import resolve
-from fedrun.stopping import LOCK, StopRequest
 from tests.benchmarks.sgd import Task
 
 MOVED = slice(0, None, 1009)  # the elements that a client moves

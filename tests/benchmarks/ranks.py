@@ -16,7 +16,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
-from fedrun.stopping import die_with_launcher
+from fedrun.distributed.stopping import die_with_launcher
 from tests.benchmarks.common import ROOT
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedrun.settings import resolve
+from fedrun.flags import resolve
 from tests.benchmarks.common import machine
 from tests.benchmarks.overhead import peer_side
 from tests.benchmarks.ranks import Ranks

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedrun.fisher import batch_gradient
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
-from fedrun.params import FlatParams
+from fedrun.training.fisher import batch_gradient
+from fedrun.training.params import FlatParams
 
 
 @dataclass(frozen=True)

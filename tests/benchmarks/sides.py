@@ -17,14 +17,14 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as fedrun's own entry poin
 
 import torch
 
+from fedrun.flags import resolve
 from fedrun.model import mamba2, ssd
 from fedrun.model.config import ModelConfig
 from fedrun.model.convert import to_transformers_config
 from fedrun.model.generate import prefill, step
 from fedrun.model.mamba2 import Mamba2LM
-from fedrun.optimizer import LocalOptimizer
-from fedrun.params import FlatParams
-from fedrun.settings import resolve
+from fedrun.training.optimizer import LocalOptimizer
+from fedrun.training.params import FlatParams
 from tests.benchmarks.common import answer, median_seconds, peak_mib, resident_mib, seconds
 from tests.benchmarks.floor import adamw_seconds, product_seconds, products
 

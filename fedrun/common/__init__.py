@@ -1,0 +1,1 @@
+"""What every wing may use: errors, files, locks, and text for a terminal."""

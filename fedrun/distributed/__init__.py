@@ -1,0 +1,1 @@
+"""Ranks: how they start, talk and end. Knows nothing of learning."""

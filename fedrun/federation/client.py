@@ -1,0 +1,155 @@
+"""A client: a shard of the data, and the local training on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedrun.config import RunConfig
+from fedrun.data.batches import make_batches
+from fedrun.model.mamba2 import Mamba2LM
+from fedrun.training.fisher import FisherEstimate, batch_gradient
+from fedrun.training.optimizer import LocalOptimizer
+from fedrun.training.params import FlatParams
+
+ADAMW = "adamw."  # prefix of the optimizer's tensors among a client's
+STEPS_DONE = "steps_done"
+State = Mapping[str, Tensor]
+
+
+@dataclass
+class LocalLosses:
+    """What local training reports: summed losses in nats, and over how many tokens."""
+
+    loss_sum: Tensor
+    """0-dim, still on the device: reading it is the one wait for a GPU, after the last step."""
+    tokens: int
+
+
+class Client:
+    """One owner of data. Its batches depend on (seed, client) alone, never on where it is hosted.
+
+    The clients of a worker share its model and its optimizer. What a client has of its own is its
+    state, which is loaded for its turn and released after it (store.py keeps it in between).
+    AdamW's moments belong to it unless `moments_are_own` is false.
+    """
+
+    def __init__(self, index: int, shard: np.ndarray, sequences: np.ndarray, flat: FlatParams,
+                 config: RunConfig, optimizer: LocalOptimizer, moments_are_own: bool = True
+                 ) -> None:
+        self.index = index
+        self.shard = shard
+        self.sequences = sequences
+        self.flat = flat
+        self.config = config
+        self.optimizer = optimizer
+        self.moments_are_own = moments_are_own
+        self.batches = make_batches(config.sampling, len(shard), config.batch_size, config.seed,
+                                    index)
+        self.steps_done = 0
+        self.vectors: dict[str, Tensor] = {}
+        """More of its state by name, (size,) each. `parameters`: its own model between rounds that
+        do not begin with the global one. `residual`: what a compressed wire owes of its updates."""
+
+    def keep_parameters(self) -> None:
+        """Keep the worker's parameters as this client's own, for a round that goes on from them."""
+        if "parameters" not in self.vectors:
+            self.vectors["parameters"] = torch.empty_like(self.flat.vector)
+        self.vectors["parameters"].copy_(self.flat.vector)
+
+    def residual(self) -> Tensor:
+        """What a compressed wire still owes of this client's updates, (size,): see int8.py."""
+        if "residual" not in self.vectors:
+            self.vectors["residual"] = torch.zeros_like(self.flat.vector)
+        return self.vectors["residual"]
+
+    def forget(self) -> None:
+        """Drop all that local training has left behind, after an update that was not finite. What a
+        wire owes of earlier ones stays."""
+        self.vectors.pop("parameters", None)
+        self.optimizer.reset()
+
+    def state(self) -> State:
+        """What the client needs to go on, by name: its place in its data, AdamW's state, and its
+        own vectors where it has some. The tensors themselves, no copies."""
+        state = {STEPS_DONE: torch.tensor(self.steps_done), **self.vectors}
+        if self.moments_are_own:
+            state |= {ADAMW + name: t for name, t in self.optimizer.state.items()}
+        return state
+
+    def load_state(self, state: State) -> None:
+        """Go on from what `state` gave, in its memory where it lies on the device."""
+        self.steps_done = int(state[STEPS_DONE])
+        self.vectors = {name: t.to(self.flat.vector.device) for name, t in state.items()
+                        if name != STEPS_DONE and not name.startswith(ADAMW)}
+        if self.moments_are_own:
+            self.optimizer.load_state({name.removeprefix(ADAMW): t for name, t in state.items()
+                                       if name.startswith(ADAMW)})
+
+    def release_state(self) -> State:
+        """`state`, of which nothing is held here any longer."""
+        state, self.vectors = self.state(), {}
+        if self.moments_are_own:
+            self.optimizer.load_state({})
+        return state
+
+    def train(self, model: Mamba2LM, steps: int, first_step: int,
+              between_steps: Callable[[], None] = lambda: None, *, anchor: Tensor | None = None,
+              prox_mu: float = 0.0, fisher: FisherEstimate | None = None) -> LocalLosses:
+        """`steps` optimizer steps from where the worker's parameters are, on the next batches.
+
+        first_step: the place of the first of them in the run, counted from 0, for the schedule.
+        With prox_mu, the loss has the term (prox_mu / 2) |w - anchor|^2 (Li et al. 2020, "Federated
+        Optimization in Heterogeneous Networks", equation 2). `fisher` estimates beside it, without
+        that term.
+        """
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.flat.vector.device)
+        tokens = 0
+        for step in range(steps):
+            between_steps()
+            batch = self.next_batch()
+            loss, count = (fisher.gradient(model, batch) if fisher
+                           else batch_gradient(model, self.flat, batch))
+            if prox_mu:
+                assert anchor is not None
+                self.flat.grad.add_(self.flat.vector - anchor, alpha=prox_mu)
+            self.optimizer.step(first_step + step)
+            loss_sum += loss
+            tokens += count
+        return LocalLosses(loss_sum, tokens)
+
+    def gradient(self, model: Mamba2LM) -> LocalLosses:
+        """The gradient of the next batch's mean loss in flat.grad; no step."""
+        loss, tokens = batch_gradient(model, self.flat, self.next_batch())
+        return LocalLosses(loss.double(), tokens)
+
+    def next_batch(self) -> Tensor:
+        """(batch_size, sequence_length) token ids; the client's position moves on."""
+        batch = self.batches.read(self.steps_done, self.sequences, self.shard)
+        self.steps_done += 1
+        return to_device(torch.from_numpy(batch), self.flat.vector.device)
+
+
+def to_device(batch: Tensor, device: torch.device) -> Tensor:
+    """A batch where the model is. Nothing in a local step waits for a GPU, so that the host is
+    steps ahead of it, and a copy from pinned memory lies in its queue before it is needed."""
+    return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else (
+        batch.to(device))
+
+
+def mean_entropy(model: Mamba2LM, sequences: np.ndarray, holdout: np.ndarray,
+                 batch_size: int, batches: int) -> float:
+    """Mean predictive entropy in nats a token over at most `batches` batches of the holdout."""
+    device = next(model.parameters()).device
+    entropy, tokens = 0.0, 0
+    for start in range(0, len(holdout), batch_size)[:batches]:
+        rows = holdout[start:start + batch_size]
+        batch = torch.from_numpy(sequences[rows].astype(np.int64)).to(device)
+        summed, count = model.entropy(batch)
+        entropy += float(summed)
+        tokens += count
+    return entropy / tokens

@@ -1,0 +1,185 @@
+"""From the fields of dataclasses to flags and YAML keys, and from those to the config of a run.
+
+The docstring under a field is its help text, its type says what the flag accepts. A value is looked
+up in this order, later ones win:
+field default < configs/methods/<method>.yaml < --config < flags.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fedrun.common.errors import require
+from fedrun.config import CentralConfig, FederatedConfig, RunConfig
+from fedrun.model.config import ModelConfig
+from fedrun.strategies import Strategy, strategy_class
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a dataclass, seen as a flag."""
+
+    name: str
+    kind: type
+    choices: tuple[str, ...]
+    optional: bool
+    default: Any
+    help: str
+
+    def parse(self, value: Any, where: str) -> Any:
+        """A value of the field's type from a flag's text or a YAML value; ValueError names it."""
+        if self.optional and (value is None or value == "none"):
+            return None
+        try:
+            if self.kind is bool:
+                return {"true": True, "false": False}[str(value).lower()]
+            if self.choices:
+                return {c: c for c in self.choices}[str(value)]
+            if self.kind is int:
+                number = float(value)
+                return {True: int(number)}[number.is_integer() and not isinstance(value, bool)]
+            return self.kind(value)
+        except (KeyError, ValueError, TypeError, OverflowError):
+            what = " or ".join(self.choices) or {bool: "true or false", int: "a whole number",
+                                                 float: "a number"}.get(self.kind, "a text")
+            raise ValueError(f"{where}{value}: accepted is {what}") from None
+
+
+def settings(cls: type) -> dict[str, Setting]:
+    """The fields of a dataclass that can be set by flags and YAML keys, by name."""
+    helps: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            helps |= _docstrings(base)
+    hints = typing.get_type_hints(cls)
+    found = {}
+    for f in dataclasses.fields(cls):
+        hint = hints[f.name]
+        if f.name == "method" or dataclasses.is_dataclass(hint):
+            continue
+        args = typing.get_args(hint)
+        optional = isinstance(hint, types.UnionType) and type(None) in args
+        choices = args if typing.get_origin(hint) is Literal else ()
+        kind = str if choices else next(a for a in args if a is not type(None)) if args else hint
+        found[f.name] = Setting(f.name, kind, choices, optional, f.default, helps[f.name])
+    return found
+
+
+def _docstrings(cls: type) -> dict[str, str]:
+    """Field name -> the string literal that follows the field in the class body."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    return {a.target.id: " ".join(s.value.value.split())
+            for a, s in zip(tree.body, tree.body[1:], strict=False)
+            if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name)
+            and isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)
+            and isinstance(s.value.value, str)}
+
+
+# ---- from defaults, files and flags to a config -------------------------------------------------
+
+def config_classes(method: str) -> tuple[type[RunConfig], type[Strategy] | None]:
+    """The dataclasses whose fields are the method's flags."""
+    if method == "central":
+        return CentralConfig, None
+    return FederatedConfig, strategy_class(method)
+
+
+@functools.cache
+def method_settings(method: str) -> dict[str, Setting]:
+    """All settings of a method, defaults as its YAML file leaves them."""
+    run_class, strategy = config_classes(method)
+    known = settings(run_class) | (settings(strategy) if strategy else {})
+    defaults = _read_yaml(configs_dir() / "methods" / f"{method}.yaml", optional=True)
+    unknown = set(defaults) - set(known)
+    assert not unknown, f"configs/methods/{method}.yaml sets {unknown}"
+    return {name: dataclasses.replace(s, default=s.parse(defaults[name], f"{name}: "))
+            if name in defaults else s for name, s in known.items()}
+
+
+def resolve(method: str, flags: Mapping[str, Any]) -> RunConfig:
+    """The config of a run from the flags that were given (name -> value).
+
+    Raises ValueError, naming the flag or the file and its key, for what is wrong or unknown.
+    """
+    run_class, strategy = config_classes(method)
+    known = method_settings(method)
+    for name in flags:
+        if name not in known:
+            raise ValueError(f"unknown flag --{name}{closest(name, known)} for {method}")
+    values = {name: s.default for name, s in known.items()}
+    if "config" in flags:
+        values["config"] = flags["config"]
+    path = find_config(str(values["config"]))
+    chosen = _read_yaml(path)
+    model = chosen.pop("model", {})
+    for name, value in chosen.items():
+        if name == "config" or name not in known:
+            raise ValueError(f"--config {path}: unknown key {name!r}{closest(name, known)}")
+        values[name] = known[name].parse(value, f"--config {path}: {name} ")
+    values |= {name: known[name].parse(value, f"--{name} ") for name, value in flags.items()}
+
+    shapes = settings(ModelConfig)
+    if not isinstance(model, dict) or set(model) - set(shapes):
+        raise ValueError(f"--config {path}: the section `model` accepts "
+                         + ", ".join(shapes))
+    try:
+        shape = ModelConfig(**{k: shapes[k].parse(v, f"model.{k} ") for k, v in model.items()})
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from None
+    rest: dict[str, Any] = {}
+    if strategy:
+        rest["strategy"] = strategy(
+            **{f.name: values.pop(f.name) for f in dataclasses.fields(strategy)})
+    return run_class(method=method, model=shape, **rest, **values)
+
+
+def configs_dir() -> Path:
+    """configs/ of the checkout, or the copy of it that an installed wheel carries."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def find_config(config: str) -> Path:
+    """The YAML file behind --config: a preset's name, or a path that ends in .yaml or .yml."""
+    if config.endswith((".yaml", ".yml")):
+        path = Path(config).expanduser()
+        require(path.is_file(), "--config", config, "a file that exists, or a preset's name")
+        return path
+    presets = {p.stem: p for p in sorted((configs_dir() / "models").glob("*.yaml"))}
+    if config not in presets:
+        raise ValueError(f"--config {config}: unknown preset{closest(config, presets)}; known are "
+                         f"{', '.join(presets)}, or give the path of a .yaml file")
+    return presets[config]
+
+
+def closest(name: str, known: typing.Iterable[str]) -> str:
+    """', did you mean ...?' where a known name is near, else nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def _read_yaml(path: Path, optional: bool = False) -> dict[str, Any]:
+    if optional and not path.exists():
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"--config {path}: cannot be read as YAML: "
+                         + " ".join(str(error).split())) from None
+    if content is not None and not isinstance(content, dict):
+        raise ValueError(f"--config {path}: a mapping of settings is expected")
+    return content or {}

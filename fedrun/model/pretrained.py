@@ -1,0 +1,251 @@
+"""Models from disk or the hub, in any of the forms that this project reads.
+
+    a run's folder                     config.json with a `method`, model.safetensors, tokenizer/
+    transformers' Mamba2ForCausalLM    config.json with model_type mamba2, *.safetensors
+    mamba_ssm's MambaLMHeadModel       config.json with d_model and ssm_cfg, pytorch_model.bin
+
+The last two may carry a tokenizer beside the weights; `AntonV/mamba2-130m-hf` does,
+`state-spaces/mamba2-130m` does not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedrun.common.errors import explain, one_line
+from fedrun.common.files import open_regular, plain_name, read_json
+from fedrun.common.terminal import shortened
+from fedrun.config import RunConfig
+from fedrun.data import hub
+from fedrun.data.tokenizer import HUB_NAME
+from fedrun.data.tokens import TokenData
+from fedrun.model.config import ModelConfig
+from fedrun.model.convert import (
+    dt_limits,
+    from_transformers,
+    from_transformers_config,
+    whole_rows,
+)
+from fedrun.model.mamba2 import Mamba2LM
+from fedrun.model.memory import TO_LOAD, require_memory
+
+EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
+FILES = ["config.json", "*.safetensors", "pytorch_model.bin", "tokenizer*", "vocab*", "merges.txt",
+         "special_tokens_map.json", "generation_config.json"]
+
+# Of mamba_ssm's Mamba2: how weights begin, and how they are computed with.
+_OF_NO_EFFECT = {"chunk_size", "use_mem_eff_path", "A_init_range", "conv_init", "dt_min", "dt_max",
+                 "dt_init_floor"}
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Where a model lies, and what it is; its weights are read when they are asked for."""
+
+    folder: Path
+    model: ModelConfig
+    vocab_size: int
+    """Rows of the embedding and head."""
+    settings: dict[str, Any]
+    """The run's config.json; empty for an exported or downloaded model."""
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder with tokenizer.json, where there is one."""
+        for folder in (self.folder / "tokenizer", self.folder):
+            if (folder / "tokenizer.json").is_file():
+                return folder
+        return None
+
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters by our names, in the type they were saved in; a tied head is left out.
+
+        Raises ValueError where they cannot be read or are not those of the config.
+        """
+        files = sorted(self.folder.glob("*.safetensors"))
+        found: dict[str, Tensor] = {}
+        try:
+            for file in files:
+                with plain_name(file) as name:
+                    found |= load_file(name)
+            if not files:
+                with open_regular(self.folder / "pytorch_model.bin") as content:
+                    found = torch.load(content, map_location="cpu", weights_only=True)
+        except Exception as error:  # both libraries raise many kinds for a damaged file
+            raise ValueError(f"{self.folder}: no weights can be read: "
+                             f"{one_line(error)}") from error
+        found = from_transformers(found)
+        if self.model.tie_embeddings:
+            head = found.pop(HEAD, None)
+            own = found.get(EMBEDDING)
+            if head is not None and own is not None and not torch.equal(head, own):
+                raise ValueError(f"{self.folder}: its head is not its embedding, though its config "
+                                 "says that the two are tied")
+        return found
+
+    def digest(self) -> str:
+        """A short digest of the weights' files, to compare two machines by."""
+        total = hashlib.sha256()
+        for file in sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("*.bin")]):
+            total.update(hashlib.sha256(file.read_bytes()).digest())
+        return total.hexdigest()[:16]
+
+    def load_into(self, model: Mamba2LM) -> None:
+        """Give `model` these weights, converted to its type. ValueError where they do not fit."""
+        weights = self.weights()
+        try:
+            tied = {HEAD: weights[EMBEDDING]} if self.model.tie_embeddings else {}
+            model.load_state_dict({**weights, **tied})
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"{self.folder}: weights and config.json do not belong together: "
+                             f"{one_line(error)}") from error
+
+    def build(self, compute_dtype: torch.dtype = torch.float32) -> Mamba2LM:
+        """The model with its weights, float32, on the CPU. ValueError where it is too large."""
+        require_memory(self.model, self.vocab_size, TO_LOAD, str(self.folder))
+        model = Mamba2LM(self.model, self.vocab_size, compute_dtype)
+        self.load_into(model)
+        return model
+
+
+def find_pretrained(name: str, flag: str) -> Pretrained:
+    """The model that a folder, a run's name under results/, or a hub name stands for.
+
+    Raises ValueError, naming `flag`, for what is no model of ours to read, and ConnectionError
+    where the hub is needed and cannot be reached.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and (Path("results") / name).is_dir():
+        folder = Path("results") / name
+    if not folder.is_dir():
+        folder = _download(name, flag)
+    try:
+        held = read_json(folder / "config.json", dict)
+        if "method" in held:
+            return _of_run(folder, _typed(held))
+        if held.get("model_type") == "mamba2":
+            return Pretrained(folder, *from_transformers_config(held), {})
+        if "ssm_cfg" in held:
+            return Pretrained(folder, *from_mamba_ssm_config(held), {})
+    except FileNotFoundError as missing:
+        raise ValueError(f"{flag} {name}: there is no {missing.filename}") from None
+    except KeyError as error:
+        raise ValueError(f"{flag} {name}: config.json has no {error}") from None
+    except OSError as error:
+        raise ValueError(f"{flag} {name}: {explain(error)}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{flag} {name}: {one_line(error)}") from error
+    raise ValueError(f"{flag} {name}: config.json is not one of a run, of a transformers Mamba2 "
+                     "model or of a mamba_ssm model")
+
+
+def _typed(settings: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings; ValueError where those that are used of a trained model are no settings."""
+    for name, kind in (("method", str), ("dataset", str), ("sequence_length", int)):
+        if name in settings and type(settings[name]) is not kind:
+            raise ValueError(f"config.json: {name} is {shortened(repr(settings[name]), 60)}, not "
+                             f"of type {kind.__name__}")
+    return settings
+
+
+def _of_run(folder: Path, settings: dict[str, Any]) -> Pretrained:
+    from safetensors import SafetensorError, safe_open
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(2, "no such file", str(path))
+    try:
+        with plain_name(path) as name, safe_open(name, framework="pt") as file:
+            shape = file.get_slice(EMBEDDING).get_shape()
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} cannot be read: {error}") from error
+    if len(shape) != 2:
+        raise ValueError(f"{path.name}: {EMBEDDING} has {len(shape)} dimensions instead of 2")
+    return Pretrained(folder, ModelConfig(**settings["model"]), whole_rows(shape[0]), settings)
+
+
+def from_mamba_ssm_config(config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
+    """Our configuration of a mamba_ssm MambaConfig, and the rows of its embedding, padded.
+
+    Raises ValueError where the model is another one.
+    """
+    required: dict[str, tuple[Any, Any]] = {  # name: (mamba_ssm's default, ours)
+        "d_intermediate": (0, 0), "attn_layer_idx": ([], []), "rms_norm": (True, True),
+        "residual_in_fp32": (True, True)}
+    if not isinstance(config["ssm_cfg"], dict):
+        raise ValueError(f"ssm_cfg {config['ssm_cfg']}: accepted is an object")
+    ssm = dict(config["ssm_cfg"])
+    lower, upper = dt_limits(ssm.pop("dt_limit", (0.0, math.inf)))
+    shape = {name: ssm.pop(name, default) for name, default in
+             (("d_state", 128), ("headdim", 64), ("expand", 2), ("ngroups", 1), ("d_conv", 4))}
+    biases = {"proj_bias": ssm.pop("bias", False), "conv_bias": ssm.pop("conv_bias", True)}
+    found = {name: config.get(name, default) for name, (default, _) in required.items()}
+    wrong = {name: value for name, value in found.items() if value != required[name][1]}
+    if ssm.pop("layer", "Mamba1") != "Mamba2":
+        wrong["ssm_cfg.layer"] = config["ssm_cfg"].get("layer", "Mamba1")
+    usual = {"d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}
+    wrong |= {f"ssm_cfg.{name}": value for name, value in ssm.items()
+              if name not in _OF_NO_EFFECT and (name not in usual or value != usual[name])}
+    if wrong:
+        raise ValueError("not a model of this project: " + ", ".join(
+            f"{name} {value}" for name, value in wrong.items()))
+    model = ModelConfig(n_layer=config["n_layer"], d_model=config["d_model"], **shape, **biases,
+                        tie_embeddings=config.get("tie_embeddings", True), dt_lower=lower,
+                        dt_upper=upper)
+    return model, whole_rows(config["vocab_size"], config.get("pad_vocab_size_multiple", 8))
+
+
+def _download(name: str, flag: str) -> Path:
+    """The hub's model in its cache."""
+    if not HUB_NAME.fullmatch(name):
+        raise ValueError(f"{flag} {name}: no such folder; accepted is a run's folder, an exported "
+                         "one, or a model of the hub (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
+    try:
+        return Path(snapshot_download(name, allow_patterns=FILES,
+                                      local_files_only=not hub.hub_answers()))
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"{flag} {name}: neither a folder nor a model of the hub") from error
+    except Exception as error:  # the library raises many kinds
+        raise hub.hub_out_of_reach(flag, name, error) from error
+
+
+# ---- training from one: --init_from --------------------------------------------------------------
+
+def start_from(config: Config) -> Config:
+    """The config of a run under --init_from: the model's shape, its tokenizer where it has one, and
+    its name as the config's in the run folder's name."""
+    assert config.init_from is not None
+    found = find_pretrained(config.init_from, "--init_from")
+    if found.folder.resolve().is_relative_to(config.run_dir.resolve()):
+        raise ValueError(f"--init_from {config.init_from}: this run would replace it; choose "
+                         "another --run_name or --data_dir")
+    tokenizer = config.tokenizer if found.tokenizer is None else str(found.tokenizer)
+    # The name of what is meant, since `.` and `..` have none.
+    name = re.sub(r"[^\w-]", "_", Path(os.path.abspath(Path(config.init_from).expanduser())).name)
+    return dataclasses.replace(config, config=name, model=found.model, tokenizer=tokenizer)
+
+
+def fit_vocabulary(config: RunConfig, data: TokenData) -> TokenData:
+    """`data` with the vocabulary of the --init_from model, which may have rows to spare."""
+    assert config.init_from is not None
+    found = find_pretrained(config.init_from, "--init_from")
+    if data.vocab_size > found.vocab_size:
+        raise ValueError(f"--tokenizer {config.tokenizer}: its {data.vocab_size} tokens are more "
+                         f"than the {found.vocab_size} of --init_from {config.init_from}; give the "
+                         "tokenizer that the model was trained with")
+    return dataclasses.replace(data, vocab_size=found.vocab_size)

@@ -1,0 +1,109 @@
+"""What a run's history says of a round: losses, weights, norms, clocks."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedrun.training.evaluate import Piece, mean_loss, perplexity
+
+SECONDS = ("local_training_seconds", "aggregation_seconds", "evaluation_seconds")
+COHORT_NUMBERS = ("step_norm", "update_cosine", "gradient_cosine", "noise_ratio",
+                  "effective_clients", "avg_client_entropy", "share_under_floor")
+"""What `cohort_record` says of a round in one number each."""
+
+
+class Clocks:
+    """Seconds since the start, and those spent in each kind of work; tokens, bytes exchanged and
+    losses so far."""
+
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.seconds = dict.fromkeys(SECONDS, 0.0)
+        self.tokens = 0
+        self.bytes = 0
+        self._loss_sum, self._loss_tokens = 0.0, 0
+
+    def add(self, tokens: int, loss_sum: float, loss_tokens: int, **seconds: float) -> None:
+        """A step or round: tokens seen, its summed loss in nats over how many predictions."""
+        self.tokens += tokens
+        self._loss_sum += loss_sum
+        self._loss_tokens += loss_tokens
+        for name, value in seconds.items():
+            self.seconds[name] += value
+
+    def now(self) -> dict[str, Any]:
+        """What every line of events.jsonl and every record has."""
+        sent = {"bytes": self.bytes} if self.bytes else {}
+        return {"tokens": self.tokens, "seconds": time.monotonic() - self.began
+                } | self.seconds | sent
+
+    def state(self) -> dict[str, Any]:
+        """All of it as JSON-able values, to go on from; seconds stand still between."""
+        kept = {name: value for name, value in vars(self).items() if name != "began"}
+        return kept | {"seconds": dict(self.seconds), "elapsed": time.monotonic() - self.began}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        vars(self).update(state)
+        self.began = time.monotonic() - vars(self).pop("elapsed")
+
+    def take_train_loss(self) -> dict[str, float]:
+        """Mean loss in nats a token, and its perplexity, since the last call."""
+        loss = self._loss_sum / self._loss_tokens
+        self._loss_sum, self._loss_tokens = 0.0, 0
+        return {"train_loss": loss, "train_ppl": perplexity(loss)}
+
+
+def half_losses(pieces: Sequence[Piece]) -> list[float]:
+    """Mean loss over the first and the second half of the validation batches, so that settings can
+    be chosen on one half and reported on the other. The one batch of a tiny split is both."""
+    ordered = sorted(pieces)
+    middle = max(len(ordered) // 2, 1)
+    halves = (ordered[:middle], ordered[middle:] or ordered)
+    return [mean_loss([(i, loss, tokens) for i, (_, loss, tokens) in enumerate(half)])
+            for half in halves]
+
+
+def cohort_record(clients: Sequence[Mapping[str, Any]], server: Mapping[str, float],
+                  gradients: bool) -> dict[str, Any]:
+    """Weights, entropies, norms and cosines of one round.
+
+    clients: reports in the order of the cohort; server: what `TermSum.apply` measured; gradients:
+    whether clients sent gradients, not updates.
+    """
+    total = math.fsum(c["weight"] for c in clients if not c["left_out"])
+    weights = [0.0 if c["left_out"] else c["weight"] / total for c in clients]
+    record: dict[str, Any] = {
+        "client_weights": weights, "effective_clients": 1 / math.fsum(p * p for p in weights),
+        "step_norm": server["step_norm"]}
+    if "entropy" in clients[0]:
+        entropies = [None if c["left_out"] else c["entropy"] for c in clients]
+        known = [h for h in entropies if h is not None]
+        record |= {"client_entropies": entropies,
+                   "avg_client_entropy": math.fsum(known) / len(known)}
+    if "under_floor" in server:
+        record["share_under_floor"] = server["under_floor"]
+    norms = [0.0 if c["left_out"] else c["norm"] for c in clients]
+    record["gradient_norms" if gradients else "update_norms"] = norms
+    if "mean_norm" in server:
+        record["gradient_cosine" if gradients else "update_cosine"] = mean_cosine(
+            weights, norms, server["mean_norm"])
+        if gradients and server["mean_norm"] > 0:
+            record["noise_ratio"] = math.fsum(
+                p * n * n for p, n in zip(weights, norms, strict=True)) / server["mean_norm"] ** 2
+    return record
+
+
+def mean_cosine(weights: Sequence[float], norms: Sequence[float], mean_norm: float) -> float | None:
+    """Mean cosine between the vectors of two clients, pairs weighted by p_i p_j |x_i| |x_j|.
+
+    From norms alone, since terms stream: |sum_i p_i x_i|^2 = sum_i p_i^2 |x_i|^2 + the pairs.
+    None where there is no pair.
+    """
+    parts = [p * n for p, n in zip(weights, norms, strict=True)]
+    squares = math.fsum(x * x for x in parts)
+    pairs = math.fsum(parts) ** 2 - squares
+    return (mean_norm**2 - squares) / pairs if pairs > 1e-12 * squares else None

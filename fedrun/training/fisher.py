@@ -1,0 +1,118 @@
+"""Estimates of the Fisher information's diagonal during local training.
+
+Each batch's gradient is computed as local training needs it, and squared on the way; nothing is
+computed twice. With g a gradient of the mean loss (nats a token) unless said otherwise:
+
+    batch      g^2 of the batch's mean loss: small where the batch's gradients cancel
+    sequence   mean over sequences of g^2, g the gradient of a sequence's *summed* log-likelihood:
+               the empirical Fisher (Kunstner et al. 2019, "Limitations of the Empirical Fisher
+               Approximation", equation 3)
+    corrected  mean(g^2) + (B - 1) Var(g) over microbatches of B sequences at fixed parameters, Var
+               unbiased: a microbatch's g is a mean of B, so E[g^2] = mu^2 + sigma^2 / B, and the
+               estimate's expectation is mu^2 + sigma^2, that of single sequences
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fedrun.model.mamba2 import Mamba2LM
+from fedrun.strategies.fed_fisher import FedFisher
+from fedrun.training.params import FlatParams
+
+
+def batch_gradient(model: Mamba2LM, flat: FlatParams, batch: Tensor) -> tuple[Tensor, int]:
+    """The gradient of a batch's mean loss in flat.grad; returns the summed loss and its tokens.
+
+    batch: (sequences, sequence_length)
+    """
+    flat.grad.zero_()
+    return model.accumulate_grad(batch)
+
+
+class FisherEstimate:
+    """The mean of a round's estimates, one for each batch, in `diagonal` (size,)."""
+
+    def __init__(self, flat: FlatParams, settings: FedFisher) -> None:
+        self.flat = flat
+        self.settings = settings
+        self.diagonal = torch.zeros_like(flat.vector)
+        self._batches = 0
+        corrected = settings.fisher == "corrected"
+        self._mean = torch.zeros_like(flat.vector) if settings.fisher != "batch" else None
+        self._spread = torch.zeros_like(flat.vector) if corrected else None
+
+    def begin(self) -> None:
+        """Forget the client before."""
+        self.diagonal.zero_()
+        self._batches = 0
+
+    def gradient(self, model: Mamba2LM, batch: Tensor) -> tuple[Tensor, int]:
+        """What `batch_gradient` does, and an estimate for this batch beside it."""
+        self._batches += 1
+        if self.settings.fisher == "batch":
+            loss, tokens = batch_gradient(model, self.flat, batch)
+            self.diagonal.addcmul_(self.flat.grad, self.flat.grad)
+            return loss, tokens
+        if self.settings.fisher == "sequence":
+            return self._sequences(model, batch)
+        return self._microbatches(model, batch)
+
+    def _sequences(self, model: Mamba2LM, batch: Tensor) -> tuple[Tensor, int]:
+        assert self._mean is not None
+        total, tokens, count = self._mean.zero_(), 0, len(batch)
+        losses = []
+        for sequence in batch.split(1):
+            loss, tokens = batch_gradient(model, self.flat, sequence)
+            self.diagonal.addcmul_(self.flat.grad, self.flat.grad, value=tokens**2 / count)
+            total.add_(self.flat.grad, alpha=1 / count)  # equal token counts
+            losses.append(loss)
+        self.flat.grad.copy_(total)
+        return torch.stack(losses).sum(), tokens * count
+
+    def _microbatches(self, model: Mamba2LM, batch: Tensor) -> tuple[Tensor, int]:
+        assert self._mean is not None
+        assert self._spread is not None
+        count = self.settings.fisher_microbatches
+        mean, spread = self._mean.zero_(), self._spread.zero_()
+        losses, tokens = [], 0
+        for seen, part in enumerate(batch.chunk(count), start=1):
+            loss, part_tokens = batch_gradient(model, self.flat, part)
+            losses.append(loss)
+            tokens += part_tokens
+            # Welford's running mean and sum of squared deviations: no cancellation in fp32.
+            gap = self.flat.grad - mean
+            mean.add_(gap, alpha=1 / seen)
+            spread.addcmul_(gap, self.flat.grad - mean)
+        size = len(batch) // count
+        self.diagonal.addcmul_(mean, mean)  # mean(g^2) = mean(g)^2 + spread / count
+        self.diagonal.add_(spread, alpha=1 / count + (size - 1) / (count - 1))
+        self.flat.grad.copy_(mean)
+        return torch.stack(losses).sum(), tokens
+
+    def finish(self) -> Tensor:
+        """The round's estimate (size,); zero outside of --fisher_scope, where the floor of the
+        method then makes the average a plain one."""
+        self.diagonal.div_(self._batches)
+        if self.settings.fisher_scope == "mixers":
+            for name, view in self.flat.views(self.diagonal):
+                if ".mixer." not in name:
+                    view.zero_()
+        return self.diagonal
+
+
+def gradient_bound(settings: object, batch_size: int, sequence_length: int) -> float:
+    """The largest element of a gradient (squared: of a Fisher diagonal) that the grid is made for.
+
+    16 for gradients of a mean loss: norms are around one, and grow past it only in runs that
+    diverge.
+    """
+    largest = 16.0
+    if isinstance(settings, FedFisher) and settings.fisher == "sequence":
+        return largest * (sequence_length - 1)
+    if isinstance(settings, FedFisher) and settings.fisher == "corrected":
+        return largest * math.sqrt(2 * batch_size / settings.fisher_microbatches)
+    return largest

@@ -18,6 +18,7 @@ from test_resume import outcome_of
 from fedrun import cli
 from fedrun.flags import resolve
 from fedrun.records import checkpoint, run_files
+from fedrun.records import run_dir as run_folder
 from fedrun.records.provenance import alike_on_all_ranks
 
 FLAGS = ("--num_clients", 2, "--rounds", 4, "--checkpoint_freq", 2)

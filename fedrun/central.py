@@ -18,7 +18,7 @@ from fedrun.data.partition import client_shards
 from fedrun.data.tokens import TokenData
 from fedrun.distributed.stopping import StopRequest
 from fedrun.federation.client import Client, LocalLosses, to_device
-from fedrun.federation.worker import new_model
+from fedrun.model.build import new_model
 from fedrun.records.best import BestModel
 from fedrun.records.checkpoint import (
     GLOBAL,

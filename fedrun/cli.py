@@ -11,20 +11,23 @@ import importlib
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Sequence
 
 from fedrun import __version__
 from fedrun.common.errors import explain, one_line
 from fedrun.common.terminal import say, shortened, visible
 from fedrun.config import RunConfig
 from fedrun.distributed.launch import detect
-from fedrun.flags import Setting, closest, method_settings, resolve
-from fedrun.strategies import STRATEGIES
+from fedrun.flags import (
+    METHODS,
+    Parser,
+    add_flags,
+    closest,
+    method_settings,
+    resolve,
+    with_underscores,
+)
 from fedrun.unused import NEVER_READ, refuse_unread
-
-METHODS = {"central": "centralised training, the baseline: all the data in one process"} | {
-    name: (cls.__doc__ or "").split("\n")[0] for name, cls in STRATEGIES.items()}
 
 SECONDS_FOR_RANK_0 = 15.0
 # Commands beside training: name -> (help, module whose `main(argv) -> exit code` it is).
@@ -34,7 +37,7 @@ TOOLS: dict[str, tuple[str, str]] = {
     "partition": ("who holds what under --partition: a table and a figure",
                   "fedrun.tools.partition"),
     "plot": ("figures of perplexities and of how weights changed, from run folders",
-             "fedrun.plots"),
+             "fedrun.tools.plot"),
     "report": ("one HTML page of all runs in a folder", "fedrun.tools.report"),
     "generate": ("continue a text with the model of a run", "fedrun.tools.generate"),
     "evaluate": ("loss and perplexity of a run's model on any text", "fedrun.tools.evaluate"),
@@ -109,26 +112,6 @@ def parse(argv: Sequence[str]) -> RunConfig | None:
     return config
 
 
-def with_underscores(argument: str) -> str:
-    """--num-clients=4 as --num_clients=4: flags are known by both spellings."""
-    if not argument.startswith("--"):
-        return argument
-    flag, equals, value = argument.partition("=")
-    return "--" + flag[2:].replace("-", "_") + equals + value
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are our one-line ValueErrors."""
-
-    def error(self, message: str) -> NoReturn:
-        words = message.removeprefix("unrecognized arguments: ").split()
-        if message.startswith("unrecognized") and words:
-            known = [s for a in self._actions for s in a.option_strings]
-            message = (f"unknown flag {words[0]}{closest(words[0].split('=')[0], known)} "
-                       f"({self.prog} --help lists them)")
-        raise ValueError(message.removeprefix("argument "))
-
-
 def method_parser(method: str) -> argparse.ArgumentParser:
     """The flags of one method, with help and defaults."""
     parser = Parser(prog=f"fedrun {method}", description=METHODS[method], allow_abbrev=False,
@@ -142,23 +125,6 @@ def method_parser(method: str) -> argparse.ArgumentParser:
     parser.add_argument("--print_run_dir", action="store_true",
                         help="Print the path of the run's folder and stop (for launchers).")
     return parser
-
-
-def add_flags(parser: argparse.ArgumentParser, settings: Mapping[str, Setting],
-              hidden: bool = False) -> None:
-    """A flag for each setting, its default in the help; what was not given is None.
-
-    hidden: without a line in the help, for a command that passes them on.
-    """
-    for name, setting in settings.items():
-        text = setting.help.replace("%", "%%")
-        shown = "none" if setting.default is None else setting.default
-        extra: dict[str, Any] = {"metavar": "|".join(setting.choices) or {
-            int: "N", float: "X", bool: "true|false"}.get(setting.kind, "TEXT")}
-        if setting.kind is bool:
-            extra |= {"nargs": "?", "const": "true"}
-        parser.add_argument(f"--{name}", default=None, **extra,
-                            help=argparse.SUPPRESS if hidden else f"{text} (default: {shown})")
 
 
 def overview() -> str:

@@ -7,6 +7,7 @@ field default < configs/methods/<method>.yaml < --config < flags.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import dataclasses
 import difflib
@@ -18,14 +19,14 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import yaml
 
 from fedrun.common.errors import require
 from fedrun.config import CentralConfig, FederatedConfig, RunConfig
 from fedrun.model.config import ModelConfig
-from fedrun.strategies import Strategy, strategy_class
+from fedrun.strategies import STRATEGIES, Strategy, strategy_class
 
 
 @dataclass(frozen=True)
@@ -183,3 +184,47 @@ def _read_yaml(path: Path, optional: bool = False) -> dict[str, Any]:
     if content is not None and not isinstance(content, dict):
         raise ValueError(f"--config {path}: a mapping of settings is expected")
     return content or {}
+
+
+# ---- parsing ------------------------------------------------------------------------------------
+
+METHODS = {"central": "centralised training, the baseline: all the data in one process"} | {
+    name: (cls.__doc__ or "").split("\n")[0] for name, cls in STRATEGIES.items()}
+"""Command -> what it does."""
+
+
+def with_underscores(argument: str) -> str:
+    """--num-clients=4 as --num_clients=4: flags are known by both spellings."""
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument.partition("=")
+    return "--" + flag[2:].replace("-", "_") + equals + value
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are our one-line ValueErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        words = message.removeprefix("unrecognized arguments: ").split()
+        if message.startswith("unrecognized") and words:
+            known = [s for a in self._actions for s in a.option_strings]
+            message = (f"unknown flag {words[0]}{closest(words[0].split('=')[0], known)} "
+                       f"({self.prog} --help lists them)")
+        raise ValueError(message.removeprefix("argument "))
+
+
+def add_flags(parser: argparse.ArgumentParser, settings: Mapping[str, Setting],
+              hidden: bool = False) -> None:
+    """A flag for each setting, its default in the help; what was not given is None.
+
+    hidden: without a line in the help, for a command that passes them on.
+    """
+    for name, setting in settings.items():
+        text = setting.help.replace("%", "%%")
+        shown = "none" if setting.default is None else setting.default
+        extra: dict[str, Any] = {"metavar": "|".join(setting.choices) or {
+            int: "N", float: "X", bool: "true|false"}.get(setting.kind, "TEXT")}
+        if setting.kind is bool:
+            extra |= {"nargs": "?", "const": "true"}
+        parser.add_argument(f"--{name}", default=None, **extra,
+                            help=argparse.SUPPRESS if hidden else f"{text} (default: {shown})")

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import platform
 import sys
 import time
 import traceback
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +16,32 @@ from fedrun import central, protocol
 from fedrun.common.errors import Diverged, explain
 from fedrun.common.files import copy_files, write_json
 from fedrun.common.terminal import visible
-from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
-from fedrun.corpus_check import CorpusCheck
-from fedrun.data.tokens import TokenData, prepare
+from fedrun.config import CentralConfig, FederatedConfig, RunConfig
+from fedrun.data.tokens import prepare
 from fedrun.distributed.connect import NotConnected, exposure
 from fedrun.distributed.control_plane import Control
 from fedrun.distributed.launch import Launch, detect
 from fedrun.distributed.runtime import choose_device, connected, join
 from fedrun.distributed.stopping import StopRequest
+from fedrun.experiment import (
+    CorpusCheck,
+    environment,
+    fit_vocabulary,
+    identity,
+    resolve_dtype,
+    start_from,
+    versions,
+    workers_device,
+)
 from fedrun.federation.plan import Schedule, Shards
 from fedrun.model.kernels import kernel_path, on_gpu
 from fedrun.model.memory import TO_LOAD, TO_TRAIN, require_memory
-from fedrun.model.precision import bf16_in_hardware
-from fedrun.model.pretrained import find_pretrained, fit_vocabulary, start_from
+from fedrun.model.pretrained import find_pretrained
 from fedrun.records.checkpoint import newest
-from fedrun.records.provenance import Length, alike_on_all_ranks, corpus_digests
+from fedrun.records.provenance import Length, corpus_digests
 from fedrun.records.restore import complete, lost, set_aside
 from fedrun.records.run_dir import ENVIRONMENT, guard, lock_token, release, write_failure
+from fedrun.records.run_files import LOCK
 from fedrun.records.track import check_tracker
 from fedrun.start import Beginning, Refused, begin, make_ready
 from fedrun.unused import idle
@@ -148,7 +154,8 @@ def _connect_and_train(config: RunConfig, length: Length, check: CorpusCheck, la
         control.share()  # all ranks: nobody writes into the folder before it is ready
         if beginning.complete:
             return f"done: {config.run_dir}"
-        stopping = StopRequest(config.run_dir, control.lost_peers, quiet=launch.rank > 0)
+        stopping = StopRequest(config.run_dir, config.run_dir / LOCK, control.lost_peers,
+                               quiet=launch.rank > 0)
         with stopping.listening():
             _warn(config, launch, notes)
             if isinstance(config, FederatedConfig):
@@ -183,27 +190,6 @@ def _dedicated(config: RunConfig) -> bool:
     return isinstance(config, FederatedConfig) and config.server == "dedicated"
 
 
-def workers_device(config: RunConfig, device: torch.device) -> torch.device:
-    """A device like the workers': a dedicated server computes on the CPU but answers for the GPUs
-    beside it. Ranks that come to different answers do not train together (see `identity`)."""
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda", 0) if on_gpu else device
-
-
-def resolve_dtype(config: RunConfig, device: torch.device) -> Dtype:
-    """What --dtype amounts to here: by what the hardware can do, never by a timing.
-
-    ValueError for bf16 without hardware.
-    """
-    has_bf16 = bf16_in_hardware(workers_device(config, device))
-    if config.dtype == "bf16" and not has_bf16:
-        raise ValueError(f"--dtype bf16: no hardware for it on {platform.node()}, where it would "
-                         "be emulated, many times slower than fp32; accepted is auto, fp32 or fp64")
-    if config.dtype == "auto":
-        return "bf16" if has_bf16 else "fp32"
-    return config.dtype
-
-
 def make_deterministic() -> None:
     """Deterministic kernels of torch, cuBLAS and mamba-ssm; before the first of them runs."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -218,33 +204,6 @@ def wait_for_token(run_dir: Path, token: str) -> str:
     while (seen := lock_token(run_dir)) != token and time.monotonic() < deadline:
         time.sleep(0.2)
     return seen
-
-
-def versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {
-        name: version(name) for name in ("torch", "numpy", "transformers", "datasets",
-                                         "tokenizers")}
-
-
-def environment(launch: Launch, device: torch.device, data: TokenData) -> dict[str, object]:
-    """What a reader of the run folder needs to know of the machine and the data."""
-    return {"versions": versions(), "processes": launch.world_size, "device": str(device),
-            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda"
-            else platform.processor() or platform.machine(), "host": platform.node(),
-            "kernels": kernel_path(device), "corpus": data.fingerprint}
-
-
-def identity(config: RunConfig, data: TokenData, device: torch.device,
-             made_with: dict[str, Any]) -> dict[str, str]:
-    """What must be equal on all ranks for their sums to mean anything."""
-    able = config.dtype != "bf16" or bf16_in_hardware(device)
-    return ({f"--{k}": json.dumps(v) for k, v in alike_on_all_ranks(config).items()}
-            | {f"version of {k}": v for k, v in made_with["versions"].items()}
-            | {"the tokenised corpus": made_with["content"],
-               "the tokens of the corpus": data.content,
-               "the weights of --init_from": str(made_with["init_from"]),
-               "worker kernels": kernel_path(device),
-               "worker hardware for --dtype": config.dtype if able else "none"})
 
 
 def _warn(config: RunConfig, launch: Launch, found: list[str]) -> None:

@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fedrun.aggregation.base import Bounds, CohortSum
+from fedrun.aggregation.base import CohortSum
+from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.exact import MOMENTS, TermSum
 from fedrun.aggregation.int8 import Int8Sum
 from fedrun.distributed import data_plane

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedrun.aggregation.base import Bounds
+from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.exact import TermSum
 from fedrun.strategies import Strategy
 from fedrun.strategies.base import ClientReport, ServerRound

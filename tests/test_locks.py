@@ -23,6 +23,7 @@ from fedrun.common import locks
 from fedrun.common.errors import FolderLost
 from fedrun.common.files import write_whole
 from fedrun.distributed.stopping import StopRequest
+from fedrun.records.run_files import LOCK
 from fedrun.records.track import Progress
 
 assert {little_text, run_here}  # fixtures, found here by their names
@@ -249,7 +250,7 @@ def test_what_is_written_last_is_checked_too(tmp_path: Path) -> None:
 def test_a_stop_that_is_no_small_file_is_ignored(tmp_path: Path, make: Any,
                                                  capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "lock").touch()
-    stopping = StopRequest(tmp_path, list, quiet=True)
+    stopping = StopRequest(tmp_path, tmp_path / LOCK, list, quiet=True)
     make(tmp_path / "STOP")
     for _ in range(3):
         assert stopping.asked_by() == ""

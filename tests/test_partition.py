@@ -23,8 +23,8 @@ from fedrun.data.partition import apportion, client_shards, deal_topics, deal_wh
 from fedrun.data.reading import Reading
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.federation.plan import Schedule, Shards
-from fedrun.federation.worker import new_model
 from fedrun.flags import resolve
+from fedrun.model.build import new_model
 from fedrun.records.provenance import refuse_other_makings
 from fedrun.training.params import FlatParams
 from fedrun.unused import idle

@@ -24,7 +24,7 @@ def test_a_method_of_your_own(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setitem(sys.modules, "fed_sign", module)
     exec(compile(source[1], "fed_sign.py", "exec"), module.__dict__)
     monkeypatch.setitem(strategies.STRATEGIES, "fed_sign", module.FedSign)
-    monkeypatch.setitem(cli.METHODS, "fed_sign", module.FedSign.__doc__)
+    monkeypatch.setitem(flags.METHODS, "fed_sign", module.FedSign.__doc__)
     # inspect.getsource needs a file for the docstrings under the fields; give it the README's text.
     monkeypatch.setattr(flags.inspect, "getsource", _source_of(source[1]))
     chosen = cli.parse(["fed_sign", "--server_lr", "2e-3"])
@@ -50,9 +50,9 @@ def test_commands_and_flags_in_the_readme_exist() -> None:
     launch = r"^(?:python -m fedrun|.*torchrun .*-m fedrun|fedrun) (.*)$"
     for line in re.findall(launch, README, re.M):
         words = line.split("#")[0].split()
-        if words[0] in cli.METHODS:
+        if words[0] in flags.METHODS:
             assert cli.parse(words) is not None
-    methods = [*cli.METHODS]
+    methods = [*flags.METHODS]
     known = {f"--{name}" for m in methods for name in flags.method_settings(m)}
     known |= {"--print_config", "--help", "--nproc-per-node", "--node-rank", "--extra-index-url",
               "--no-build-isolation", "--no-deps", "--standalone"}

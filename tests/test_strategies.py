@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from naive_strategies import CASES, SIZE, Server, by_samples, mean, record, split
 from torch import Tensor
 
-from fedrun.aggregation.base import Bounds
+from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.exact import TermSum
 from fedrun.strategies import STRATEGIES
 from fedrun.strategies.base import ClientReport, ServerRound

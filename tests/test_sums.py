@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedrun.aggregation.base import Bounds
-from fedrun.aggregation.exact import TermSum, adamw_step_bound
+from fedrun.aggregation.bounds import Bounds, adamw_step_bound
+from fedrun.aggregation.exact import TermSum
 from fedrun.strategies import FedAvg, FedEntropy, FedFisher, FedSGD
 from fedrun.strategies.base import CLIENT_VECTORS, ServerRound, Strategy
 

@@ -18,7 +18,7 @@ from test_methods import InProcess, little_text, run_here
 from test_resume import FAULTY, fault
 from test_runs import without_clocks
 
-from fedrun.aggregation.base import Bounds
+from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.int8 import BLOCK, Int8Sum
 from fedrun.config import INT8_COHORT
 from fedrun.distributed.data_plane import DataPlane

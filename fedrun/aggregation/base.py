@@ -5,28 +5,17 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fedrun.aggregation.bounds import Bounds
 from fedrun.distributed.data_plane import DataPlane
-from fedrun.strategies.base import ServerRound, Strategy, Units
+from fedrun.strategies.base import ServerRound, Strategy
 
 # Elements handled at a time: intermediate results stay in the processor's cache; on a GPU, where
 # launches cost more than memory, a slice is large.
 _SLICE = {"cpu": 1 << 16, "cuda": 1 << 24}
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """No element of what a client reports is larger: the grids of a round."""
-
-    update: float
-    gradient: float = 1.0
-
-    def of(self, units: Units) -> float:
-        return self.update**units.update * self.gradient**units.gradient
 
 
 class CohortSum(ABC):

@@ -19,7 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fedrun.aggregation.base import Bounds, CohortSum, largest, refusal, slice_width
+from fedrun.aggregation.base import CohortSum, largest, refusal, slice_width
+from fedrun.aggregation.bounds import Bounds
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.strategies.base import CLIENT_VECTORS, ServerRound, Strategy
 
@@ -187,18 +188,3 @@ def _as_long(memory: Tensor, vector: Tensor) -> Tensor:
     """As much of it as the vector takes: all but for the last slice."""
     size = vector.numel()
     return memory if memory.numel() == size else memory[:size]
-
-
-def adamw_step_bound(lr: float, weight_decay: float, beta1: float, beta2: float) -> float:
-    """The furthest that one AdamW step moves an element whose size is at most 64.
-
-    By Cauchy-Schwarz |m_t| <= (1 - b1) sqrt(sum_j b2^j g_(t-j)^2) sqrt(sum_j (b1^2 / b2)^j), so
-    |m_t| / sqrt(v_t) <= (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)), 7.3 at the usual betas; early
-    steps, with their bias correction, stay below. Kingma & Ba (2015), section 2.1, argue likewise.
-    Moments averaged over clients keep within it too (Jensen: the mean of roots is at most the root
-    of the mean).
-    """
-    ratio = beta1**2 / beta2
-    assert ratio < 1
-    direction = (1 - beta1) / math.sqrt((1 - beta2) * (1 - ratio))
-    return lr * (max(1.0, direction) + 64 * weight_decay)

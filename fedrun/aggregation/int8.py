@@ -32,7 +32,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fedrun.aggregation.base import Bounds, CohortSum, largest, refusal, slice_width
+from fedrun.aggregation.base import CohortSum, largest, refusal, slice_width
+from fedrun.aggregation.bounds import Bounds
 from fedrun.config import INT8_COHORT
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.strategies.base import Strategy

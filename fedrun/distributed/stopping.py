@@ -23,7 +23,6 @@ from typing import Any
 
 from fedrun.common.errors import FolderLost
 from fedrun.common.files import DamagedFile, check_claim, read_regular
-from fedrun.records.run_files import LOCK
 
 STOP = "STOP"
 LAUNCHER = "FEDRUN_LAUNCHER"  # the variable by which a launcher tells its process id (torchrun.py)
@@ -44,12 +43,15 @@ class StopRequest:
     takes, and Python runs handlers between its own instructions only.
     """
 
-    def __init__(self, run_dir: Path, lost_peers: Callable[[], list[int]], quiet: bool) -> None:
+    def __init__(self, run_dir: Path, lock: Path, lost_peers: Callable[[], list[int]], quiet: bool
+                 ) -> None:
+        """run_dir: where a STOP file is obeyed; lock: what rank 0 wrote there when the run began;
+        quiet: say nothing of signals."""
         self.signal = ""
         """The name of the first signal; empty without one."""
         self._file = run_dir / STOP
         # By the clock of the file system, as STOP's time is: rank 0 has just written the lock.
-        self._since = (run_dir / LOCK).stat().st_mtime
+        self._since = lock.stat().st_mtime
         self._ignored = ""
         self._looked = 0.0
         self._lost_peers = lost_peers

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedrun.aggregation.bounds import gradient_bound, update_bound
 from fedrun.common.errors import Failure
 from fedrun.config import FederatedConfig
 from fedrun.data.batches import split_holdout
 from fedrun.data.partition import client_shards
 from fedrun.data.tokens import TokenData
-from fedrun.training.fisher import gradient_bound
-from fedrun.training.optimizer import update_bound
 
 COHORTS = 1  # the stream of random numbers that cohorts are drawn from
 
@@ -132,7 +131,8 @@ class Schedule:
             [self.shard_sizes[k] * length for k in cohort],
             config.local_updates * config.batch_size * (length - 1))
         return Plan(number, cohort, weights,
-                    bound=update_bound(config, ways * config.local_updates),
+                    bound=update_bound(ways * config.local_updates, config.lr, config.weight_decay,
+                                       config.beta1, config.beta2),
                     gradient_bound=gradient_bound(config.strategy, config.batch_size, length),
                     reference=reference,
                     start_from_global=every_round or in_epoch == 0,

@@ -24,7 +24,7 @@ from fedrun.data.tokens import TokenData
 from fedrun.distributed.stopping import StopRequest
 from fedrun.federation import replicas
 from fedrun.federation.plan import Plan, Schedule, Shards, Verdict
-from fedrun.federation.worker import DTYPES, new_model
+from fedrun.model.build import DTYPES, new_model
 from fedrun.records.best import BestModel
 from fedrun.records.checkpoint import Checkpoint, Checkpoints
 from fedrun.records.history import COHORT_NUMBERS, SECONDS, Clocks, cohort_record, half_losses

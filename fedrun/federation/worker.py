@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedrun.aggregation.base import Bounds, CohortSum, norm
+from fedrun.aggregation.base import CohortSum, norm
+from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.exact import MOMENTS, TermSum
 from fedrun.aggregation.int8 import Int8Sum
-from fedrun.config import FederatedConfig, RunConfig
+from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
 from fedrun.distributed.runtime import Runtime
 from fedrun.federation import replicas
@@ -27,8 +28,7 @@ from fedrun.federation.client import Client, mean_entropy
 from fedrun.federation.client_store import make_store
 from fedrun.federation.placement import place
 from fedrun.federation.plan import Plan, Schedule, Shards
-from fedrun.model.mamba2 import Mamba2LM
-from fedrun.model.pretrained import find_pretrained
+from fedrun.model.build import new_model
 from fedrun.records.checkpoint import GLOBAL, Checkpoint, Saver, folder_of
 from fedrun.records.run_dir import save_studied, studied
 from fedrun.strategies.base import ClientReport, ServerRound
@@ -37,20 +37,6 @@ from fedrun.training.evaluate import Piece, validation_pieces
 from fedrun.training.fisher import FisherEstimate
 from fedrun.training.optimizer import LocalOptimizer, scheduled_lr
 from fedrun.training.params import FlatParams
-
-DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
-
-
-def new_model(config: RunConfig, vocab_size: int, device: torch.device) -> Mamba2LM:
-    """The model of a run at its start: the same weights on every rank and every device."""
-    assert config.dtype != "auto", "resolved before anything is built: it decides the bits"
-    products = torch.bfloat16 if config.dtype == "bf16" else torch.float32
-    model = Mamba2LM(config.model, config.model.rows(vocab_size), compute_dtype=products)
-    if config.init_from is None:
-        model.init_weights(config.seed)
-    else:
-        find_pretrained(config.init_from, "--init_from").load_into(model)
-    return model.to(device=device, dtype=DTYPES[config.dtype])
 
 
 class Worker:

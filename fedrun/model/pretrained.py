@@ -10,15 +10,12 @@ The last two may carry a tokenizer beside the weights; `AntonV/mamba2-130m-hf` d
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -27,10 +24,8 @@ from torch import Tensor
 from fedrun.common.errors import explain, one_line
 from fedrun.common.files import open_regular, plain_name, read_json
 from fedrun.common.terminal import shortened
-from fedrun.config import RunConfig
 from fedrun.data import hub
 from fedrun.data.tokenizer import HUB_NAME
-from fedrun.data.tokens import TokenData
 from fedrun.model.config import ModelConfig
 from fedrun.model.convert import (
     dt_limits,
@@ -48,8 +43,6 @@ FILES = ["config.json", "*.safetensors", "pytorch_model.bin", "tokenizer*", "voc
 # Of mamba_ssm's Mamba2: how weights begin, and how they are computed with.
 _OF_NO_EFFECT = {"chunk_size", "use_mem_eff_path", "A_init_range", "conv_init", "dt_min", "dt_max",
                  "dt_init_floor"}
-
-Config = TypeVar("Config", bound=RunConfig)
 
 
 @dataclass(frozen=True)
@@ -222,30 +215,3 @@ def _download(name: str, flag: str) -> Path:
         raise ValueError(f"{flag} {name}: neither a folder nor a model of the hub") from error
     except Exception as error:  # the library raises many kinds
         raise hub.hub_out_of_reach(flag, name, error) from error
-
-
-# ---- training from one: --init_from --------------------------------------------------------------
-
-def start_from(config: Config) -> Config:
-    """The config of a run under --init_from: the model's shape, its tokenizer where it has one, and
-    its name as the config's in the run folder's name."""
-    assert config.init_from is not None
-    found = find_pretrained(config.init_from, "--init_from")
-    if found.folder.resolve().is_relative_to(config.run_dir.resolve()):
-        raise ValueError(f"--init_from {config.init_from}: this run would replace it; choose "
-                         "another --run_name or --data_dir")
-    tokenizer = config.tokenizer if found.tokenizer is None else str(found.tokenizer)
-    # The name of what is meant, since `.` and `..` have none.
-    name = re.sub(r"[^\w-]", "_", Path(os.path.abspath(Path(config.init_from).expanduser())).name)
-    return dataclasses.replace(config, config=name, model=found.model, tokenizer=tokenizer)
-
-
-def fit_vocabulary(config: RunConfig, data: TokenData) -> TokenData:
-    """`data` with the vocabulary of the --init_from model, which may have rows to spare."""
-    assert config.init_from is not None
-    found = find_pretrained(config.init_from, "--init_from")
-    if data.vocab_size > found.vocab_size:
-        raise ValueError(f"--tokenizer {config.tokenizer}: its {data.vocab_size} tokens are more "
-                         f"than the {found.vocab_size} of --init_from {config.init_from}; give the "
-                         "tokenizer that the model was trained with")
-    return dataclasses.replace(data, vocab_size=found.vocab_size)

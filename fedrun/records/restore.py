@@ -19,7 +19,7 @@ import torch
 from fedrun.common.files import DamagedFile, read_regular, write_json
 from fedrun.config import FederatedConfig, RunConfig
 from fedrun.data.tokens import TokenData
-from fedrun.federation.worker import new_model
+from fedrun.model.build import new_model
 from fedrun.records.checkpoint import GLOBAL, Checkpoint
 from fedrun.records.history import Clocks
 from fedrun.records.run_dir import (

@@ -122,6 +122,11 @@ class Strategy:
         """Why a round whose weights sum to `total` cannot be used; empty where it can."""
         return ""
 
+    def gradient_scale(self, batch_size: int, sequence_length: int) -> float:
+        """How many times as large as an element of a batch's mean gradient one may be that the
+        method squares or sums; for gradients of other losses than the mean."""
+        return 1.0
+
     def client_term(self, client: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """What a client adds to the sums, before its weight: one tensor for each name in `sums`.
 

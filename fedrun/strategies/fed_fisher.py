@@ -11,6 +11,7 @@ one-shot, and solves for the global model by further training on the server.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -65,6 +66,13 @@ class FedFisher(FedAvg):
     @property
     def element_means(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("fisher",) if self.relative else ()
+
+    def gradient_scale(self, batch_size: int, sequence_length: int) -> float:
+        if self.fisher == "sequence":  # of a sequence's summed loss
+            return float(sequence_length - 1)
+        if self.fisher == "corrected":
+            return math.sqrt(2 * batch_size / self.fisher_microbatches)
+        return 1.0
 
     def client_term(self, client: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         delta, fisher = client["delta"], client["fisher"]

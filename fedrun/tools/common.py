@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from fedrun.cli import Parser
+from fedrun.flags import Parser
 
 if TYPE_CHECKING:
     from pathlib import Path

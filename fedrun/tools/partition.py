@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedrun.cli import Parser, add_flags
 from fedrun.common.errors import naming
 from fedrun.common.terminal import say, visible
-from fedrun.flags import method_settings, resolve
+from fedrun.flags import Parser, add_flags, method_settings, resolve
 from fedrun.unused import idle
 
 if TYPE_CHECKING:

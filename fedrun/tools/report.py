@@ -19,10 +19,10 @@ import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from fedrun.cli import Parser
 from fedrun.common.errors import naming
 from fedrun.common.files import write_whole
 from fedrun.common.terminal import say, visible
+from fedrun.flags import Parser
 from fedrun.plots import deltas, perplexity, saved, style
 from fedrun.plots.runs import AXES, Found, Run, find_runs
 

@@ -40,11 +40,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fedrun.cli import METHODS, Parser, add_flags
 from fedrun.common.errors import one_line
 from fedrun.common.files import DamagedFile, Kind, finite, read_json, write_json, write_whole
 from fedrun.config import RunConfig
-from fedrun.flags import method_settings
+from fedrun.flags import METHODS, Parser, add_flags, method_settings
 from fedrun.records.provenance import READ, corpus_digests, differing
 from fedrun.records.run_dir import ENVIRONMENT, START, read_outcome
 from fedrun.tools.study_file import Point, Setting, Study, notes, read

@@ -22,9 +22,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedrun.cli import Parser
 from fedrun.common.files import number, open_regular, whole
 from fedrun.common.terminal import visible
+from fedrun.flags import Parser
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 48

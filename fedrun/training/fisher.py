@@ -14,8 +14,6 @@ computed twice. With g a gradient of the mean loss (nats a token) unless said ot
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -102,17 +100,3 @@ class FisherEstimate:
                 if ".mixer." not in name:
                     view.zero_()
         return self.diagonal
-
-
-def gradient_bound(settings: object, batch_size: int, sequence_length: int) -> float:
-    """The largest element of a gradient (squared: of a Fisher diagonal) that the grid is made for.
-
-    16 for gradients of a mean loss: norms are around one, and grow past it only in runs that
-    diverge.
-    """
-    largest = 16.0
-    if isinstance(settings, FedFisher) and settings.fisher == "sequence":
-        return largest * (sequence_length - 1)
-    if isinstance(settings, FedFisher) and settings.fisher == "corrected":
-        return largest * math.sqrt(2 * batch_size / settings.fisher_microbatches)
-    return largest

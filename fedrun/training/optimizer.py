@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from fedrun.aggregation.exact import adamw_step_bound
 from fedrun.config import RunConfig
 from fedrun.training.params import FlatParams
 
@@ -27,11 +26,6 @@ def scheduled_lr(config: RunConfig, step: int, steps: int) -> float:
         return config.lr
     done = (step - config.warmup) / max(steps - config.warmup, 1)
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-
-
-def update_bound(config: RunConfig, steps: int) -> float:
-    """The largest element of an update after so many local steps (fixes the grid of the sums)."""
-    return steps * adamw_step_bound(config.lr, config.weight_decay, config.beta1, config.beta2)
 
 
 class LocalOptimizer:

@@ -42,14 +42,15 @@ from fedrun.data.tokens import TokenData
 from fedrun.distributed import runtime
 from fedrun.distributed.launch import detect
 from fedrun.distributed.runtime import Runtime, connected, join
-from fedrun.distributed.stopping import LOCK, StopRequest
+from fedrun.distributed.stopping import StopRequest
+from fedrun.experiment import resolve_dtype
 from fedrun.federation import server, worker
 from fedrun.federation.client import Client, LocalLosses
 from fedrun.federation.plan import Plan, Verdict
 from fedrun.flags import resolve
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
-from fedrun.run import resolve_dtype
+from fedrun.records.run_files import LOCK
 from tests.benchmarks.sgd import Task
 
 MOVED = slice(0, None, 1009)  # the elements that a client moves
@@ -302,7 +303,8 @@ def main() -> None:
         (config.run_dir / LOCK).touch()
         control = stack.enter_context(connected(launch, True, config.timeout))
         joined = join(launch, torch.device("cpu"), control, {})
-        stopping = StopRequest(config.run_dir, control.lost_peers, quiet=True)
+        stopping = StopRequest(config.run_dir, config.run_dir / LOCK, control.lost_peers,
+                               quiet=True)
         protocol.run(config, data, joined, stopping, {})
 
 

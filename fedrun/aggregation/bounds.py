@@ -1,0 +1,47 @@
+"""How large an element of what a client reports can be: what a round's grid is made for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fedrun.strategies.base import Strategy, Units
+
+# Of gradients of a mean loss: norms are around one, and grow past this only in runs that diverge.
+LARGEST_GRADIENT = 16.0
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """No element of what a client reports is larger: the grids of a round."""
+
+    update: float
+    gradient: float = 1.0
+
+    def of(self, units: Units) -> float:
+        return self.update**units.update * self.gradient**units.gradient
+
+
+def update_bound(steps: int, lr: float, weight_decay: float, beta1: float, beta2: float) -> float:
+    """The largest element of an update after this many AdamW steps."""
+    return steps * adamw_step_bound(lr, weight_decay, beta1, beta2)
+
+
+def gradient_bound(strategy: Strategy, batch_size: int, sequence_length: int) -> float:
+    """The largest element of a gradient (squared: of a Fisher diagonal) that the method sums."""
+    return LARGEST_GRADIENT * strategy.gradient_scale(batch_size, sequence_length)
+
+
+def adamw_step_bound(lr: float, weight_decay: float, beta1: float, beta2: float) -> float:
+    """The furthest that one AdamW step moves an element whose size is at most 64.
+
+    By Cauchy-Schwarz |m_t| <= (1 - b1) sqrt(sum_j b2^j g_(t-j)^2) sqrt(sum_j (b1^2 / b2)^j), so
+    |m_t| / sqrt(v_t) <= (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)), 7.3 at the usual betas; early
+    steps, with their bias correction, stay below. Kingma & Ba (2015), section 2.1, argue likewise.
+    Moments averaged over clients keep within it too (Jensen: the mean of roots is at most the root
+    of the mean).
+    """
+    ratio = beta1**2 / beta2
+    assert ratio < 1
+    direction = (1 - beta1) / math.sqrt((1 - beta2) * (1 - ratio))
+    return lr * (max(1.0, direction) + 64 * weight_decay)

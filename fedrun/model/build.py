@@ -1,0 +1,40 @@
+"""A run's model at its start: from scratch by a seed, or with other weights."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from fedrun.model.config import ModelConfig
+from fedrun.model.mamba2 import Mamba2LM
+from fedrun.model.pretrained import find_pretrained
+
+DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
+"""The type of the parameters, by --dtype."""
+
+
+class ModelSettings(Protocol):
+    """What a model is built from; a run's config has it."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def init_from(self) -> str | None: ...
+
+
+def new_model(settings: ModelSettings, vocab_size: int, device: torch.device) -> Mamba2LM:
+    """The model of a run at its start: the same weights on every rank and every device."""
+    assert settings.dtype in DTYPES, "resolved before anything is built: it decides the bits"
+    products = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
+    shape = settings.model
+    model = Mamba2LM(shape, shape.rows(vocab_size), compute_dtype=products)
+    if settings.init_from is None:
+        model.init_weights(settings.seed)
+    else:
+        find_pretrained(settings.init_from, "--init_from").load_into(model)
+    return model.to(device=device, dtype=DTYPES[settings.dtype])

@@ -64,7 +64,7 @@ class Mamba2Mixer(nn.Module):
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gate z (b, l, i) and convolution input (b, l, i + 2 g n), as the product gives them, and
         step sizes dt (b, l, h), in u's type."""
-        zxbcdt = kernels.linear(u, self.in_proj, product_dtype(self.compute_dtype, u))
+        zxbcdt = linear(u, self.in_proj, product_dtype(self.compute_dtype, u))
         z, xbc, dt = zxbcdt.split([self.d_inner, self.d_conv_in, self.heads], dim=-1)
         dt = F.softplus(dt.to(u.dtype) + self.dt_bias)
         if self.config.limits_dt:
@@ -82,14 +82,14 @@ class Mamba2Mixer(nn.Module):
         """Gate, norm and output projection: (..., h, p), (..., i) -> (..., d)."""
         normed = self.norm(y.flatten(-2), z)
         low = product_dtype(self.compute_dtype, normed)
-        return kernels.linear(normed, self.out_proj, low).to(normed.dtype)
+        return linear(normed, self.out_proj, low).to(normed.dtype)
 
     def mix(self, u: Tensor) -> Tensor:
         """Mix a sequence from its beginning, by the fastest code for u's device: (b, l, d)."""
         path = kernels.path_for(u)
         if path == "own":
             return self.forward(u)[0]
-        return kernels.mix(self, u, path, product_dtype(self.compute_dtype, u))
+        return mix_with_kernels(self, u, path, product_dtype(self.compute_dtype, u))
 
     def forward(self, u: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
         """Mix a sequence u (b, l, d) that follows `state`; also returns the state after it."""
@@ -107,6 +107,39 @@ class Mamba2Mixer(nn.Module):
 
 LayerState = tuple[Tensor, Tensor]
 """The last d_conv - 1 inputs of the convolution (b, d_conv - 1, i + 2 g n) and H (b, h, p, n)."""
+
+
+def mix_with_kernels(mixer: Mamba2Mixer, u: Tensor, path: kernels.Path,
+                     product_dtype: torch.dtype) -> Tensor:
+    """A block's mixer by the official kernels, without states: (b, l, d) -> (b, l, d)."""
+    combined = kernels.ssd_kernels()
+    config = mixer.config
+    A = -torch.exp(mixer.A_log)
+    limits = {"dt_limit": (config.dt_lower, math.inf if config.dt_upper is None
+                           else config.dt_upper)} if config.limits_dt else {}
+    zxbcdt = linear(u, mixer.in_proj, product_dtype)
+    if path == "split_conv1d_scan":
+        y = combined.mamba_split_conv1d_scan_combined(
+            zxbcdt, mixer.conv1d.weight[:, 0], mixer.conv1d.bias, mixer.dt_bias, A, mixer.D,
+            chunk_size=kernels.CHUNK_SIZE, activation="silu", rmsnorm_weight=mixer.norm.weight,
+            rmsnorm_eps=config.norm_eps, headdim=config.headdim, ngroups=config.ngroups,
+            norm_before_gate=False, **limits)
+        return linear(y, mixer.out_proj, product_dtype).to(u.dtype)
+    z, xbc, dt = zxbcdt.split([mixer.d_inner, mixer.d_conv_in, mixer.heads], dim=-1)
+    past = F.pad(xbc.transpose(1, 2), (config.d_conv - 1, 0))
+    convolved = F.conv1d(past, mixer.conv1d.weight.to(xbc.dtype),
+                         None if mixer.conv1d.bias is None else mixer.conv1d.bias.to(xbc.dtype),
+                         groups=mixer.d_conv_in).transpose(1, 2)
+    x, B, C = mixer.split(F.silu(convolved))
+    y = combined.mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size=kernels.CHUNK_SIZE, D=mixer.D,
+                                           dt_bias=mixer.dt_bias, dt_softplus=True, **limits)
+    return mixer.finish(y.to(u.dtype), z.to(u.dtype))
+
+
+def linear(x: Tensor, layer: nn.Linear, product_dtype: torch.dtype) -> Tensor:
+    """A linear layer with its product, and its result, in `product_dtype`."""
+    bias = None if layer.bias is None else layer.bias.to(product_dtype)
+    return F.linear(x.to(product_dtype), layer.weight.to(product_dtype), bias)
 
 
 def product_dtype(compute_dtype: torch.dtype, x: Tensor) -> torch.dtype:

@@ -25,7 +25,7 @@ torch.cuda.get_device_properties = (  # type: ignore[assignment]
 
 from torch.nn.functional import cross_entropy  # noqa: E402
 
-from fedrun.model import kernels  # noqa: E402
+from fedrun.model import kernels, mamba2  # noqa: E402
 from fedrun.model.config import ModelConfig  # noqa: E402
 from fedrun.model.convert import to_mamba_ssm_config  # noqa: E402
 from fedrun.model.mamba2 import Mamba2LM  # noqa: E402
@@ -58,8 +58,9 @@ def main(path: str, length: int, shape: str) -> None:
     if path != "ours":
         kernels.CHUNK_SIZE = 32
         kernels.path_for = lambda x: path  # type: ignore[assignment,return-value]
-        official_mix, calls = kernels.mix, []
-        kernels.mix = lambda *a: calls.append(a) or official_mix(*a)  # type: ignore[func-returns-value,assignment]
+        official_mix, calls = mamba2.mix_with_kernels, []
+        mamba2.mix_with_kernels = (  # type: ignore[assignment]
+            lambda *a: calls.append(a) or official_mix(*a))  # type: ignore[func-returns-value]
     tokens = torch.randint(0, VOCAB, (2, length), generator=torch.Generator().manual_seed(0))
     found = {}
     logits = {}

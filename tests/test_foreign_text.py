@@ -305,8 +305,8 @@ def test_every_file_is_opened_in_an_encoding_of_ours() -> None:
             if isinstance(call.func, ast.Attribute) and name == "open" and \
                     getattr(call.func.value, "id", "") in ("os", "gzip", "lzma", "bz2", "archive"):
                 continue
-            modes = [a.value for a in call.args if isinstance(a, ast.Constant)
-                     and isinstance(a.value, str)]
+            modes = [a.value for arg in call.args for a in ast.walk(arg)
+                     if isinstance(a, ast.Constant) and isinstance(a.value, str)]
             given = {keyword.arg for keyword in call.keywords}
             if name in ("read_text", "write_text") and "encoding" not in given:
                 wrong.append(f"{path.name}:{call.lineno}")

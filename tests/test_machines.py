@@ -348,7 +348,7 @@ def test_a_cache_that_does_not_fit(run_here: InProcess, tmp_path: Path,
         raise no_space()
     cache = tmp_path / "cache"
     with monkeypatch.context() as broken:
-        broken.setattr(tokens, "_write_tokens", full)
+        broken.setattr(tokens, "write_ids", full)
         outcome = run_here("fed_avg", "--cache_dir", cache)
     assert outcome.code == 2
     (line,) = error_lines(outcome.output)

@@ -245,8 +245,7 @@ def test_a_disk_that_is_full_for_a_while(run: Run, tmp_path: Path, undisturbed: 
     full = run("fed_avg", *FLAGS, script=script)
     assert full.code == 0, full.output
     assert "round 3 could not be written" in full.output
-    assert full.bits == undisturbed.bits
-    assert without_clocks(full) == without_clocks(undisturbed)
+    assert_equal(full, undisturbed)
 
 
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
@@ -320,7 +319,7 @@ def test_a_folder_that_not_all_ranks_share_is_refused(run: Run, tmp_path: Path) 
     apart = run("fed_avg", *FLAGS, processes=3, script=script)
     assert apart.code == 1
     assert "--data_dir has to be one that all machines share" in apart.output
-    assert "rank 2" in apart.output
+    assert "2: ''" in apart.output, apart.output
 
 
 def test_the_type_of_products_is_the_servers_and_stays(run: Run, tmp_path: Path) -> None:

@@ -155,8 +155,18 @@ def run_folders(data_dir: Path) -> list[Path]:
     with naming("--data_dir", data_dir):
         found = sorted(path for path in data_dir.iterdir() if os.path.isdir(path))
     return [path for path in found if NAME.fullmatch(path.name)
-            or os.path.lexists(path / "config.json")
-            or os.path.lexists(path / "training_history.json")]
+            or any(_may_be_there(path / name) for name in ("config.json", "training_history.json"))]
+
+
+def _may_be_there(file: Path) -> bool:
+    """Whether a file is there, or in a folder that may not be looked into."""
+    try:
+        file.lstat()
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def identify(path: Path) -> Run:

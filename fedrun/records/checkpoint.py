@@ -325,7 +325,8 @@ def drop_after(run_dir: Path, step: int) -> None:
         if _step(folder) > step:
             with suppress(OSError):
                 remove_checkpoint(folder)
-            if folder.exists() or folder.is_symlink():  # something else, in the way of the next
+            in_the_way = folder / MANIFEST if folder.is_dir() else folder
+            if os.path.lexists(in_the_way):  # of the next one, and nothing that a run writes
                 folder.rename(folder.with_name(f"{folder.name}.damaged-{time.time_ns()}"))
 
 

@@ -137,11 +137,14 @@ def result(folder: Path) -> dict[str, Any]:
 
 
 def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs, in words; empty if nothing does."""
-    if before == now:
-        return ""
+    """What differs, in words; empty if nothing does. Fields that the history did not have before
+    are no difference."""
     names = {name for old, new in zip(before["history"], now["history"], strict=False)
-             for name in old.keys() | new.keys() if old.get(name) != new.get(name)}
+             for name in old if name not in new or old[name] != new[name]}
+    if len(before["history"]) != len(now["history"]):
+        names.add("its length")
+    if before["model"] == now["model"] and not names:
+        return ""
     model = "the model" if before["model"] != now["model"] else "not the model"
     return f"DIFFERENT: {model}; in the history: {', '.join(sorted(names)) or 'nothing'}"
 

@@ -1,7 +1,7 @@
 """Every setting of a run, as frozen dataclasses: what `--help` says, what a run folder records.
 
 The docstring under a field is its help text, its type says what the flag accepts, and
-``__post_init__`` refuses values that cannot work, naming the flag (settings.py turns fields into
+``__post_init__`` refuses values that cannot work, naming the flag (flags.py turns fields into
 flags). Torch is not imported here, so that `--help` and a wrong flag answer at once.
 """
 

@@ -34,7 +34,7 @@ class Client:
     """One owner of data. Its batches depend on (seed, client) alone, never on where it is hosted.
 
     The clients of a worker share its model and its optimizer. What a client has of its own is its
-    state, which is loaded for its turn and released after it (store.py keeps it in between).
+    state, which is loaded for its turn and released after it (client_store.py keeps it in between).
     AdamW's moments belong to it unless `moments_are_own` is false.
     """
 

@@ -8,7 +8,7 @@
     best/                  with --keep best: the model with the lowest validation loss (best.py)
     server/params/step_000030.npz, server/deltas/...    (central: params/, deltas/)
     checkpoints/           to go on from (checkpoint.py)
-    clients/               states of clients while it runs, with --client_store disk (store.py)
+    clients/               states of clients while it runs, with --client_store disk
     tracker.json           the run's id at a hosted tracker (--track wandb or trackio)
     outcome.json           how the run stands: running, finished, stopped or failed
     lock                   held by the run's first process while it lives

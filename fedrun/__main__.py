@@ -12,6 +12,7 @@ import sys
 import threading
 
 from fedrun.launch import detect
+from fedrun.limits import TooLittle, require_memory, shortage
 from fedrun.stopping import HEARTBEAT, die_with_launcher, interruptible, outlive_terminal
 
 
@@ -32,8 +33,15 @@ def run() -> None:
 
 
 def command() -> int:
-    from fedrun.cli import main
-    return main()
+    try:
+        require_memory()
+        from fedrun.cli import main
+        return main()
+    except Exception as error:
+        if why := str(error) if isinstance(error, TooLittle) else shortage(error):
+            print(f"fedrun: error: {why}", file=sys.stderr, flush=True)
+            return 1
+        raise
 
 
 if __name__ == "__main__":

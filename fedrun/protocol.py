@@ -13,6 +13,7 @@ from typing import Any
 from fedrun.checkpoint import Checkpoint
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
+from fedrun.limits import shortage
 from fedrun.plan import Plan, Verdict
 from fedrun.runtime import Runtime
 from fedrun.server import Server
@@ -76,7 +77,8 @@ def _train(worker: Worker, plan: Plan, runtime: Runtime) -> dict[str, Any]:
         return {}
     except Exception as error:
         runtime.control.fail(error)
-        return {"traceback": traceback.format_exc()}
+        why = shortage(error)
+        return {"traceback": f"{why}\n" if why else traceback.format_exc()}
 
 
 def _copy(server: Server | None, worker: Worker | None, runtime: Runtime) -> Any:

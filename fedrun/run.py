@@ -19,13 +19,14 @@ import torch
 
 from fedrun import central, protocol
 from fedrun.checkpoint import newest
-from fedrun.comm import Control
+from fedrun.comm import Control, LostRanks
 from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
 from fedrun.connect import NotConnected, exposure
 from fedrun.data.tokens import TokenData, prepare
-from fedrun.errors import Diverged
+from fedrun.errors import Diverged, one_line
 from fedrun.files import write_json
 from fedrun.launch import Launch, detect
+from fedrun.limits import TooLittle, shortage
 from fedrun.model.kernels import kernel_path, on_gpu
 from fedrun.model.precision import bf16_in_hardware
 from fedrun.plan import Schedule, Shards
@@ -73,7 +74,7 @@ def run(config: RunConfig) -> int:
                  "kernels": kernel_path(workers_device(config, device))}
     try:
         ended = _connect_and_train(config, data, launch, device, made_with)
-    except (Refused, NotConnected):
+    except (Refused, NotConnected, TooLittle):
         raise
     except protocol.RunEnded:
         return 1
@@ -81,8 +82,12 @@ def run(config: RunConfig) -> int:
         if launch.rank == 0:
             write_failure(config.run_dir, str(error).partition("\n")[0],
                           "diverged" if isinstance(error, Diverged) else "error")
-        print(f"{traceback.format_exc()}fedrun: rank {launch.rank} ends with the error above",
-              file=sys.stderr, flush=True)
+        told = isinstance(error, LostRanks | Diverged)
+        if why := one_line(error) if told else shortage(error):
+            print(f"fedrun: error: rank {launch.rank}: {why}", file=sys.stderr, flush=True)
+        else:
+            print(f"{traceback.format_exc()}fedrun: rank {launch.rank} ends with the error above",
+                  file=sys.stderr, flush=True)
         return 1
     if launch.rank == 0:
         print(ended, flush=True)

@@ -13,6 +13,7 @@ import threading
 
 from fedrun.errors import explain
 from fedrun.launch import detect
+from fedrun.limits import TooLittle, require_memory, shortage
 from fedrun.stopping import HEARTBEAT, die_with_launcher, interruptible, outlive_terminal
 from fedrun.terminal import make_printable
 
@@ -45,8 +46,15 @@ def _in_a_thread(failed: threading.ExceptHookArgs) -> None:
 
 
 def command() -> int:
-    from fedrun.cli import main
-    return main()
+    try:
+        require_memory()
+        from fedrun.cli import main
+        return main()
+    except Exception as error:
+        if why := str(error) if isinstance(error, TooLittle) else shortage(error):
+            print(f"fedrun: error: {why}", file=sys.stderr, flush=True)
+            return 1
+        raise
 
 
 if __name__ == "__main__":

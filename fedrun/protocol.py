@@ -14,6 +14,7 @@ from fedrun.checkpoint import Checkpoint
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
 from fedrun.errors import explain
+from fedrun.limits import shortage
 from fedrun.plan import Plan, Verdict
 from fedrun.runtime import Runtime
 from fedrun.server import Server
@@ -84,7 +85,7 @@ def _train(worker: Worker, plan: Plan, runtime: Runtime) -> dict[str, Any]:
         return {}
     except Exception as error:
         runtime.control.fail(error)
-        line = explain(error)
+        line = shortage(error) or explain(error)
         return {"failure": line} if line else {"traceback": traceback.format_exc()}
 
 

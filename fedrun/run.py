@@ -25,6 +25,7 @@ from fedrun.data.tokens import TokenData, prepare
 from fedrun.errors import Diverged, explain
 from fedrun.files import copy_files, write_json
 from fedrun.launch import Launch, detect
+from fedrun.limits import TooLittle, shortage
 from fedrun.model.kernels import kernel_path, on_gpu
 from fedrun.model.memory import TO_LOAD, TO_TRAIN, require_memory
 from fedrun.model.precision import bf16_in_hardware
@@ -93,7 +94,7 @@ def run(config: RunConfig) -> int:
                  and find_pretrained(config.init_from, "--init_from").digest()}
     try:
         ended = _connect_and_train(config, length, check, launch, device, made_with, notes)
-    except (Refused, NotConnected):
+    except (Refused, NotConnected, TooLittle):
         raise
     except protocol.RunEnded:
         return 1
@@ -102,7 +103,7 @@ def run(config: RunConfig) -> int:
         print(f"fedrun: {error}", file=sys.stderr, flush=True)
         return 1
     except Exception as error:
-        line = explain(error)
+        line = shortage(error) or explain(error)
         if launch.rank == 0:
             write_failure(config.run_dir, line or str(error).partition("\n")[0])
         who = "" if launch.alone else f"rank {launch.rank}: "

@@ -12,6 +12,7 @@ import sys
 import threading
 
 from fedrun.common.errors import explain
+from fedrun.common.limits import TooLittle, require_memory, shortage
 from fedrun.common.terminal import make_printable
 from fedrun.distributed.launch import detect
 from fedrun.distributed.stopping import (
@@ -50,8 +51,15 @@ def _in_a_thread(failed: threading.ExceptHookArgs) -> None:
 
 
 def command() -> int:
-    from fedrun.cli import main
-    return main()
+    try:
+        require_memory()
+        from fedrun.cli import main
+        return main()
+    except Exception as error:
+        if why := str(error) if isinstance(error, TooLittle) else shortage(error):
+            print(f"fedrun: error: {why}", file=sys.stderr, flush=True)
+            return 1
+        raise
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import traceback
 from typing import Any
 
 from fedrun.common.errors import explain
+from fedrun.common.limits import shortage
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
 from fedrun.distributed.runtime import Runtime
@@ -84,7 +85,7 @@ def _train(worker: Worker, plan: Plan, runtime: Runtime) -> dict[str, Any]:
         return {}
     except Exception as error:
         runtime.control.fail(error)
-        line = explain(error)
+        line = shortage(error) or explain(error)
         return {"failure": line} if line else {"traceback": traceback.format_exc()}
 
 

@@ -15,6 +15,7 @@ import torch
 from fedrun import central, protocol
 from fedrun.common.errors import Diverged, explain
 from fedrun.common.files import copy_files, write_json
+from fedrun.common.limits import TooLittle, shortage
 from fedrun.common.terminal import visible
 from fedrun.config import CentralConfig, FederatedConfig, RunConfig
 from fedrun.data.tokens import prepare
@@ -99,7 +100,7 @@ def run(config: RunConfig) -> int:
                  and find_pretrained(config.init_from, "--init_from").digest()}
     try:
         ended = _connect_and_train(config, length, check, launch, device, made_with, notes)
-    except (Refused, NotConnected):
+    except (Refused, NotConnected, TooLittle):
         raise
     except protocol.RunEnded:
         return 1
@@ -108,7 +109,7 @@ def run(config: RunConfig) -> int:
         print(f"fedrun: {error}", file=sys.stderr, flush=True)
         return 1
     except Exception as error:
-        line = explain(error)
+        line = shortage(error) or explain(error)
         if launch.rank == 0:
             write_failure(config.run_dir, line or str(error).partition("\n")[0])
         who = "" if launch.alone else f"rank {launch.rank}: "

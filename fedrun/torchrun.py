@@ -23,6 +23,7 @@ import uuid
 from collections.abc import Sequence
 from datetime import timedelta
 
+from fedrun.common.limits import memory_limit, require_files, require_memory, shortage
 from fedrun.distributed.stopping import LAUNCHER, hangup_ignored, interruptible, outlive_terminal
 
 NAME = "fedrun"
@@ -31,21 +32,32 @@ SECONDS_FOR_MACHINES = 600  # that all take to appear, as torchrun has it
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Start the processes of this machine and wait for their end; the exit code."""
+    try:
+        require_memory()
+        return launch(sys.argv[1:] if argv is None else argv)
+    except Exception as error:
+        told = isinstance(error, ValueError | ConnectionError)
+        if not (why := str(error) if told else shortage(error)):
+            raise
+        print(f"launch: error: {' '.join(why.split())}", file=sys.stderr, flush=True)
+        return 2
+
+
+def launch(argv: Sequence[str]) -> int:
+    """The same. ValueError and ConnectionError for what the user has to change."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from fedrun.distributed.connect import NotConnected
+    args = parse(argv)
+    if args.nproc_per_node.isdecimal():  # else "gpu", "auto"
+        require_files(int(args.nproc_per_node) * args.machines)
+    register(args)
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-        register(args)
         os.environ[LAUNCHER] = str(os.getpid())
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, without its warning
         torchrun.run(args)
         return 0
-    except (ValueError, NotConnected) as error:
-        print(f"launch: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return 2
     except SignalException as error:
         print(f"launch: {error.sigval.name}: all processes have ended", file=sys.stderr, flush=True)
     except ChildFailedError as error:
@@ -55,8 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for rank, failure in failed.items():
             how = f"by {failure.signal_name()}" if failure.exitcode < 0 else (
                 f"with exit code {failure.exitcode}")
-            print(f"launch: rank {rank} (process {failure.pid}) ended {how}", file=sys.stderr,
-                  flush=True)
+            hint = memory_limit() if failure.exitcode == -signal.SIGABRT else ""
+            print(f"launch: rank {rank} (process {failure.pid}) ended {how}"
+                  f"{hint and f': out of memory{hint}?'}", file=sys.stderr, flush=True)
     return 1
 
 
@@ -92,7 +105,7 @@ def register(args: argparse.Namespace) -> None:
     )
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-    from fedrun.distributed.connect import LOOPBACK, listen, reach, roll_call, serve
+    from fedrun.distributed.connect import LOOPBACK, gather_all, listen, reach, serve
 
     class Rendezvous(StaticTCPRendezvous):
         """Static, behind a socket of our own."""
@@ -109,7 +122,7 @@ def register(args: argparse.Namespace) -> None:
                     self.master_addr, self.master_port = self._store.host, self._store.port
                 else:
                     self._store = reach(self.master_addr, self.master_port, bound, False)
-                roll_call(PrefixStore("machines", self._store), self.rank, self.world_size, bound,
+                gather_all(PrefixStore("machines", self._store), self.rank, self.world_size, bound,
                           "machine")
             return super().next_rendezvous()
 
@@ -123,10 +136,13 @@ def register(args: argparse.Namespace) -> None:
     args.rdzv_backend, args.rdzv_endpoint, args.node_rank = NAME, f"{address}:{port}", 0
     if args.rdzv_id == "none":  # a run that is restarted in place is known by it
         args.rdzv_id = uuid.uuid4().hex if args.machines == 1 else NAME
-    # torchrun would take back a signal that `nohup` has had ignored.
-    args.signals_to_handle = ",".join(
-        name for name in args.signals_to_handle.split(",")
-        if name != "SIGHUP" or not hangup_ignored())
+    args.signals_to_handle = wanted_signals(args.signals_to_handle)
+
+
+def wanted_signals(names: str) -> str:
+    """Of the signals that torchrun passes on those to take: without the hangup that `nohup` has had
+    ignored, which torchrun would take back."""
+    return ",".join(n for n in names.split(",") if n != "SIGHUP" or not hangup_ignored())
 
 
 if __name__ == "__main__":

@@ -133,6 +133,8 @@ def strict() -> Iterator[None]:
     """A warning, as of a character that no font has, is an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        # Of objects that earlier tests have left to the collector.
+        warnings.simplefilter("ignore", pytest.PytestUnraisableExceptionWarning)
         yield
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,10 +13,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, SMALL, execute, free_port, listening
+from conftest import ROOT, SMALL, listening
 
-from fedrun import torchrun
-from fedrun.distributed.connect import NotConnected, listen
 from fedrun.distributed.launch import Launch, detect, rendezvous
 from fedrun.records import checkpoint
 from fedrun.records import run_dir as run_folder
@@ -318,57 +315,6 @@ def signalled(programs: Programs, tmp_path: Path, sign: int, **env: str) -> tupl
     return process.returncode, output
 
 
-# ---- where ranks meet ----------------------------------------------------------------------------
-
-def test_torchruns_own_stores_are_warned_of() -> None:
-    """The real torchrun; one process is enough, since its launcher listens."""
-    code = ("import os; from fedrun.distributed.launch import detect; "
-            "from fedrun.distributed.connect import exposure; "
-            "print('SAID', exposure(detect(os.environ)))")
-    said = {}
-    for name, flags in {"standalone": ["--standalone"],
-                        "static": ["--master-port", str(free_port())]}.items():
-        ended, output = execute([sys.executable, "-m", "torch.distributed.run", "--no-python",
-                                 *flags, "--nproc-per-node", "1", sys.executable, "-c", code])
-        assert ended == 0, output
-        said[name] = next(line for line in output.splitlines() if line.startswith("SAID"))
-    assert "listens on all addresses" in said["standalone"]
-    assert "whoever reaches it can run code as you" in said["standalone"]
-    assert "whoever reaches it can end this run or take part in it" in said["static"]
-
-
-def test_where_the_store_listens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    with listen("nowhere.invalid", 0, one_machine=True) as one:
-        assert one.getsockname()[0] == "127.0.0.1"  # the machine's name does not matter
-        port = one.getsockname()[1]
-        with pytest.raises(NotConnected, match=f"^MASTER_PORT {port} is in use on "):
-            listen("anything", port, one_machine=True)
-    with pytest.raises(NotConnected, match=r"MASTER_PORT 70000: accepted is a port number"):
-        listen("", 70000, one_machine=True)
-    with pytest.raises(NotConnected, match=r"MASTER_ADDR nowhere\.invalid: .* cannot resolve"):
-        listen("nowhere.invalid", 0, one_machine=False)
-    with pytest.raises(NotConnected, match=r"MASTER_ADDR localhost is .* GLOO_SOCKET_IFNAME"):
-        listen("localhost", 0, one_machine=False)
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    with listen("localhost", 0, one_machine=False) as chosen:
-        assert chosen.getsockname()[0] == "127.0.0.1"
-    for address in {a.address for each in psutil.net_if_addrs().values() for a in each
-                    if a.family == socket.AF_INET and not a.address.startswith("127.")}:
-        with listen(address, 0, one_machine=False) as routed:
-            assert routed.getsockname()[0] == address
-
-
-def test_our_torchrun_refuses_another_rendezvous_and_guesses_no_address(
-        capfd: pytest.CaptureFixture[str]) -> None:
-    for flags, said in ((["--standalone"], "--standalone, --rdzv-backend and --rdzv-endpoint"),
-                        (["--rdzv-backend", "c10d"], "leave them out"),
-                        (["--nnodes", "1:2"], "--nnodes 1:2: accepted is one number"),
-                        (["--nnodes", "2", "--master-port", "1"], "--master-addr: not set")):
-        assert torchrun.main([*flags, "--nproc-per-node", "1", "-m", "fedrun"]) == 2
-        assert said in capfd.readouterr().err
-
-
 # ---- run.sh --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("outcome", "code", "ended"), [
@@ -401,14 +347,14 @@ def test_run_survives_a_killed_rank_and_stops_in_order(cache_dir: Path, tmp_path
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         rounds(tmp_path / "run", 8, log)
-        process.terminate()
+        process.send_signal(signal.SIGHUP)  # the terminal is closed
         assert process.wait(timeout=30) == 0, log.read_text()
     finally:
         if process.poll() is None:
             for child in psutil.Process(process.pid).children(recursive=True):
                 child.kill()
             process.wait(timeout=30)
-    assert "stopped by SIGTERM, after round" in log.read_text()
+    assert "stopped by SIGHUP, after round" in log.read_text()
     found = checkpoint.latest(tmp_path / "run", print)
     assert found
     assert found.step == run_folder.read_outcome(tmp_path / "run")["step"] >= 8

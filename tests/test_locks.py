@@ -228,18 +228,18 @@ def test_a_run_whose_folder_is_lost_ends_in_a_line_and_writes_nothing(
 
 def test_what_is_written_last_is_checked_too(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    run_dir.lock(run_dir, "ours")
-    run_dir.write_outcome(run_dir, "running", 1)
+    run_folder.lock(run_dir, "ours")
+    run_folder.write_outcome(run_dir, "running", 1)
     lose(run_dir, "taken")
     with pytest.raises(FolderLost, match="taken by process 7 on elsewhere"):
-        run_dir.write_outcome(run_dir, "finished", 3)
-    run_dir.write_failure(run_dir, "why")
+        run_folder.write_outcome(run_dir, "finished", 3)
+    run_folder.write_failure(run_dir, "why")
     with pytest.raises(FolderLost):
         write_whole(run_dir / "server" / "params" / "step_000001.npz", b"")
     assert sorted(p.name for p in run_dir.rglob("*")) == ["lock", "model.safetensors",
                                                           "outcome.json"]
-    assert run_dir.read_outcome(run_dir) == {"outcome": "running", "step": 3}
-    run_dir.release(run_dir)
+    assert run_folder.read_outcome(run_dir) == {"outcome": "running", "step": 3}
+    run_folder.release(run_dir)
     write_whole(run_dir / "x", b"")  # a folder that nobody claims
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, Outcome, Run, execute
+from conftest import SMALL, Outcome, Run, execute, free_port
 
 from fedrun.model.precision import bf16_in_hardware
 
@@ -208,9 +207,7 @@ def test_two_uneven_nodes_with_static_rendezvous(run: Run, cache_dir: Path, tmp_
     """Two torchrun agents, as on two machines: 3 processes (with the server) and 2."""
     flags = ("--num_clients", "5", "--rounds", "2")
     alone = run("fed_avg", *flags, name="alone")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def node(number: int, processes: int) -> tuple[int, str]:
         return execute(

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, SMALL, Run, wait_until
 
+from fedrun.distributed.stopping import StopRequest, hangup_ignored
 from fedrun.records import checkpoint, run_dir
+from fedrun.torchrun import wanted_signals
 
 
 @pytest.fixture
@@ -68,11 +70,71 @@ def test_a_stop_file_ends_the_run_in_order(endless: subprocess.Popen[str], tmp_p
 @pytest.mark.parametrize("endless", [1_000_000], indirect=True)
 def test_a_second_signal_ends_at_once(endless: subprocess.Popen[str]) -> None:
     """In the middle of a round, which the first signal waits for."""
-    endless.send_signal(signal.SIGINT)
+    endless.send_signal(signal.SIGHUP)  # the terminal is closed
     time.sleep(1.5)
     assert endless.poll() is None
     endless.send_signal(signal.SIGTERM)
     output, _ = endless.communicate(timeout=10)
-    assert "SIGINT: stops after this round" in output
+    assert "SIGHUP: stops after this round" in output
     assert "SIGTERM again: ends at once" in output
     assert endless.returncode == 128 + signal.SIGTERM
+
+
+def test_under_nohup_a_closed_terminal_is_nothing(tmp_path: Path) -> None:
+    (tmp_path / "lock").touch()
+    names = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
+    assert not hangup_ignored()
+    assert wanted_signals(names) == names
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
+    try:
+        assert wanted_signals(names) == "SIGTERM,SIGINT,SIGQUIT"
+        with StopRequest(tmp_path, list, quiet=True).listening() as stopping:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.2)
+            assert stopping.asked_by() == ""
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_is_written_to_a_closed_terminal_is_lost_and_no_error() -> None:
+    code = """
+import os, sys
+from fedrun.distributed.stopping import outlive_terminal
+outlive_terminal()
+print("seen")
+sys.stdin.read()
+print("lost")
+print("lost", file=sys.stderr)
+sys.exit(7)
+"""
+    master, terminal = os.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE,
+                               stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    assert os.read(master, 100) == b"seen\r\n"
+    os.close(master)
+    process.communicate(timeout=30)
+    assert process.returncode == 7
+
+
+# Between Python's own instructions, and in a library that does not come back to them.
+@pytest.mark.parametrize("work", ["time.sleep(60)",
+                                  "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"])
+def test_ctrl_c_before_the_run_begins_is_one_line(work: str) -> None:
+    code = f"""
+import hashlib, sys, time
+from fedrun.distributed.stopping import interruptible
+def command():
+    print("begun", flush=True)
+    {work}
+    return 0
+sys.exit(interruptible(command))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert said == "fedrun: interrupted; the same command starts again, or resumes\n"
+    assert process.returncode == 128 + signal.SIGINT

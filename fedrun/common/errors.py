@@ -90,5 +90,5 @@ def _raised_on_purpose(error: BaseException) -> bool:
     while last.tb_next is not None:
         last = last.tb_next
     code = last.tb_frame.f_code
-    ours = code.co_filename.startswith(os.path.dirname(__file__) + os.sep)
+    ours = code.co_filename.startswith(os.path.dirname(os.path.dirname(__file__)) + os.sep)
     return ours and dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from typing import TypeVar
 
 import psutil
 from torch._C._distributed_c10d import Store, TCPStore
@@ -26,7 +27,9 @@ from fedrun.distributed.launch import Launch
 LOOPBACK = "127.0.0.1"
 SECONDS_OF_SILENCE = 10.0  # before a wait is explained
 SECONDS_BETWEEN_LINES = 60.0
+ANSWER = timedelta(seconds=15)  # the heartbeat looks for 6
 _HERE = "here"
+Result = TypeVar("Result")
 
 
 class NotConnected(ConnectionError):
@@ -41,9 +44,12 @@ def listen(address: str, port: int, one_machine: bool) -> socket.socket:
     """
     here = LOOPBACK if one_machine else _own_address(address)
     try:
-        return socket.create_server((here, port), backlog=1024, dualstack_ipv6=not here,
+        made = socket.create_server((here, port), backlog=1024, dualstack_ipv6=not here,
                                     family=socket.AF_INET6 if ":" in here or not here
                                     else socket.AF_INET)
+        if one_machine:  # it can listen there even where nobody is reached
+            socket.create_connection(made.getsockname(), timeout=5).close()
+        return made
     except (OSError, OverflowError) as error:
         raise NotConnected(_why_not(error, here, port)) from None
 
@@ -53,9 +59,9 @@ def _why_not(error: OSError | OverflowError, address: str, port: int) -> str:
     if number == errno.EADDRINUSE:
         return (f"MASTER_PORT {port} is in use on {socket.gethostname()}: choose another (`ss "
                 f"-ltnp 'sport = :{port}'` shows what uses it)")
-    if number == errno.EADDRNOTAVAIL and address == LOOPBACK:
-        return (f"this machine has no loopback interface ({LOOPBACK}), through which its processes "
-                "find each other: `ip link set lo up`")
+    if number in (errno.EADDRNOTAVAIL, errno.ENETUNREACH) and address == LOOPBACK:
+        return (f"the loopback interface ({LOOPBACK}), through which the processes of one machine "
+                "find each other, is missing or down: `ip link set lo up`")
     if number == errno.EACCES:
         return f"MASTER_PORT {port} may not be used by this user: choose one above 1023"
     if number is None:
@@ -120,11 +126,42 @@ def reach(address: str, port: int, bound: timedelta, served_before: bool) -> TCP
                                    f"not reached within {bound.total_seconds():g} s ({why})")
             time.sleep(0.2)
         try:
-            return TCPStore(address, port, None, False, bound, wait_for_workers=False)
+            return answered(lambda: TCPStore(address, port, None, False, bound,
+                                             wait_for_workers=False), bound)
         except RuntimeError as error:
             raise NotConnected(f"MASTER_ADDR {address}, MASTER_PORT {port}: what listens there "
                                "does not answer as a store: it is stopped, or another program's "
                                f"({str(error).splitlines()[0]})") from None
+
+
+def answered(call: Callable[[], Result], bound: timedelta) -> Result:
+    """What a call to a store returns. RuntimeError where it does not within `bound`: most calls
+    know no timeout, and whoever serves the store may be stopped. Its thread is left behind then."""
+    outcome: list[Result | Exception] = []
+
+    def run() -> None:
+        try:
+            outcome.append(call())
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, name="fedrun-store", daemon=True)
+    thread.start()
+    thread.join(bound.total_seconds())
+    if not outcome:
+        raise RuntimeError(f"no answer within {bound.total_seconds():g} s")
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    return outcome[0]
+
+
+def gather_all(store: Store, number: int, of: int, bound: timedelta, noun: str = "rank") -> None:
+    """`roll_call`, and NotConnected where the store does not answer either."""
+    try:
+        answered(lambda: roll_call(store, number, of, bound, noun), bound + ANSWER)
+    except RuntimeError as error:
+        raise NotConnected("the store of rank 0 does not answer: what serves it, its launcher or "
+                           f"itself, is stopped or gone ({str(error).splitlines()[0]})") from None
 
 
 def roll_call(store: Store, number: int, of: int, bound: timedelta, noun: str = "rank") -> None:
@@ -181,9 +218,12 @@ def patiently(what: Callable[[], str]) -> Iterator[None]:
         pause = SECONDS_OF_SILENCE
         while not over.wait(pause):
             pause = SECONDS_BETWEEN_LINES
-            with suppress(RuntimeError):  # the store that `what` asks is gone
-                if (words := what()) and not over.is_set():
-                    print(f"fedrun: waits {words}", file=sys.stderr, flush=True)
+            try:
+                words = answered(what, ANSWER)
+            except RuntimeError:
+                words = "for the store of rank 0, which does not answer"
+            if words and not over.is_set():
+                print(f"fedrun: waits {words}", file=sys.stderr, flush=True)
 
     thread = threading.Thread(target=speak, name="fedrun-patience", daemon=True)
     thread.start()

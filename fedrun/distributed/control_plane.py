@@ -178,6 +178,7 @@ class Heartbeat:
         self._told = threading.Event()
         self._counts: dict[int, int] = {}
         self._counting = threading.Event()
+        self._looking = threading.Lock()  # who has looked ends the counting
         self._rounds = 0  # of counts
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name=HEARTBEAT, daemon=True)
@@ -213,10 +214,11 @@ class Heartbeat:
     def silent(self) -> list[int]:
         """Ranks whose count stands still for a few beats; takes as long. None where the store does
         not answer, or where this rank is at its end."""
-        self._counting.set()
-        before, rounds = self._look()
-        after, more_rounds = self._look()
-        self._counting.clear()
+        with self._looking:
+            self._counting.set()
+            before, rounds = self._look()
+            after, more_rounds = self._look()
+            self._counting.clear()
         if rounds == 0 or more_rounds == rounds:
             return []
         return [rank for rank, count in before.items() if after[rank] == count]

@@ -19,14 +19,15 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
+from fedrun.common.limits import require_files, shortage
 from fedrun.distributed.connect import (
     LOOPBACK,
     NotConnected,
+    gather_all,
     listen,
     named,
     patiently,
     reach,
-    roll_call,
     serve,
     served_by_launcher,
 )
@@ -150,6 +151,7 @@ def connected(launch: Launch, dedicated_server: bool, timeout: float) -> Iterato
     if launch.alone:
         yield Control()
         return
+    require_files(launch.world_size)
     os.environ.update(rendezvous(os.environ))
     os.environ.update(choose_interfaces(launch, os.environ))
     one_machine = launch.local_world_size == launch.world_size
@@ -164,7 +166,7 @@ def connected(launch: Launch, dedicated_server: bool, timeout: float) -> Iterato
     # dead: every attempt gets a name space of its own.
     place = f"attempt{launch.attempt}"
     store, beside = (reach(address, port, bound, by_launcher) for _ in range(2))
-    roll_call(PrefixStore(place, store), launch.rank, launch.world_size, bound)
+    gather_all(PrefixStore(place, store), launch.rank, launch.world_size, bound)
     # A call that waits in a store keeps all others from it: the heartbeat has one of its own.
     beats = Heartbeat(PrefixStore(place, beside), launch.rank, launch.world_size)
     wait = timedelta(seconds=timeout) + (GRACE if launch.rank else timedelta())
@@ -201,6 +203,8 @@ def making_groups(beats: Heartbeat | None) -> Iterator[None]:
         with patiently(what):
             yield
     except RuntimeError as error:
+        if why := shortage(error):
+            raise NotConnected(why) from None
         gone = silent()
         who = f"no sign of life from {named(gone)}" if gone else "some did not answer"
         raise NotConnected(f"the ranks could not be connected: {who} "

@@ -23,6 +23,7 @@ from fedrun.common import locks
 from fedrun.common.errors import FolderLost
 from fedrun.common.files import write_whole
 from fedrun.distributed.stopping import StopRequest
+from fedrun.records import run_dir as run_folder
 from fedrun.records.run_files import LOCK
 from fedrun.records.track import Progress
 

@@ -328,7 +328,8 @@ def test_the_type_of_products_is_the_servers_and_stays(run: Run, tmp_path: Path)
     script = tmp_path / "hardware.py"
     script.write_text("import os\nimport fedrun.experiment\nfrom fedrun.__main__ import run\n"
                       "has = os.environ['HAS_BF16'].split()\n"
-                      "fedrun.experiment.bf16_in_hardware = lambda _: os.environ.get('RANK', '0') in has\n"
+                      "fedrun.experiment.bf16_in_hardware = (\n"
+                      "    lambda _: os.environ.get('RANK', '0') in has)\n"
                       "run()\n")
     mixed = run("fed_avg", *FLAGS, "--dtype", "auto", processes=3, script=script, name="mixed",
                 env={"HAS_BF16": "0 1"})

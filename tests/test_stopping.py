@@ -88,7 +88,7 @@ def test_under_nohup_a_closed_terminal_is_nothing(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
     try:
         assert wanted_signals(names) == "SIGTERM,SIGINT,SIGQUIT"
-        with StopRequest(tmp_path, list, quiet=True).listening() as stopping:
+        with StopRequest(tmp_path, tmp_path / "lock", list, quiet=True).listening() as stopping:
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0.2)
             assert stopping.asked_by() == ""

@@ -67,6 +67,13 @@ def test_where_the_store_listens(monkeypatch: pytest.MonkeyPatch) -> None:
             assert routed.getsockname()[0] == address
 
 
+def test_behind_a_translated_address_the_store_listens_everywhere_and_says_so(
+        capfd: pytest.CaptureFixture[str]) -> None:
+    with listen("192.0.2.1", 0, one_machine=False) as anywhere:
+        assert anywhere.getsockname()[0] in ("::", "0.0.0.0")
+    assert "MASTER_ADDR 192.0.2.1 (192.0.2.1) is no address of " in capfd.readouterr().err
+
+
 def test_no_loopback_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
         raise OSError(101, "Network is unreachable")  # as where the interface is down

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
@@ -16,11 +17,12 @@ from threading import Thread
 import psutil
 import pytest
 from conftest import ROOT, SMALL, alive, execute, free_port, torchrun, wait_until
-from torch._C._distributed_c10d import TCPStore
+from torch._C._distributed_c10d import HashStore, TCPStore
 
 from fedrun import torchrun as launcher
 from fedrun.distributed import connect
 from fedrun.distributed.connect import NotConnected, listen, named, reach, roll_call, serve
+from fedrun.distributed.control_plane import Heartbeat
 
 SECOND = timedelta(seconds=1)
 
@@ -64,6 +66,13 @@ def test_where_the_store_listens(monkeypatch: pytest.MonkeyPatch) -> None:
                     if a.family == socket.AF_INET and not a.address.startswith("127.")}:
         with listen(address, 0, one_machine=False) as routed:
             assert routed.getsockname()[0] == address
+
+
+def test_behind_a_translated_address_the_store_listens_everywhere_and_says_so(
+        capfd: pytest.CaptureFixture[str]) -> None:
+    with listen("192.0.2.1", 0, one_machine=False) as anywhere:
+        assert anywhere.getsockname()[0] in ("::", "0.0.0.0")
+    assert "MASTER_ADDR 192.0.2.1 (192.0.2.1) is no address of " in capfd.readouterr().err
 
 
 def test_no_loopback_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +138,20 @@ def test_a_store_that_is_gone_or_deaf_holds_nobody(monkeypatch: pytest.MonkeyPat
         reach("127.0.0.1", deaf.getsockname()[1], SECOND, served_before=True)
     assert time.monotonic() - began < 10
     assert f"waits for the store of rank 0 at 127.0.0.1:{port} (" in capfd.readouterr().err
+
+
+def test_two_who_look_for_silent_ranks_at_once_both_see_them(monkeypatch: pytest.MonkeyPatch
+                                                             ) -> None:
+    monkeypatch.setattr(Heartbeat, "SECONDS", 0.02)
+    beats = Heartbeat(HashStore(), 0, 3)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            first = pool.submit(beats.silent)
+            time.sleep(0.18)  # the second looks from one's middle on beyond its end
+            second = pool.submit(beats.silent)
+            assert [first.result(), second.result()] == [[1, 2], [1, 2]]
+    finally:
+        beats.stop()
 
 
 @pytest.mark.slow

@@ -82,6 +82,9 @@ def _own_address(name: str) -> str:
     if usable := [a for a in found if a in mine and not is_loopback(a)]:
         return usable[0]
     if not all(map(is_loopback, found)):
+        print(f"fedrun: warning: MASTER_ADDR {name} ({found[0]}) is no address of "
+              f"{socket.gethostname()}: the store listens on all addresses", file=sys.stderr,
+              flush=True)
         return ""
     chosen = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     for address in interfaces.get(chosen, []):

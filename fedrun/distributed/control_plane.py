@@ -177,8 +177,8 @@ class Heartbeat:
         self._own_reason = ""
         self._told = threading.Event()
         self._counts: dict[int, int] = {}
-        self._counting = threading.Event()
-        self._looking = threading.Lock()  # who has looked ends the counting
+        self._lookers = 0  # threads that want the others' counts
+        self._lock = threading.Lock()
         self._rounds = 0  # of counts
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name=HEARTBEAT, daemon=True)
@@ -202,7 +202,7 @@ class Heartbeat:
         self.peer_failed = self.store.check([_FAILED])
         if self.peer_failed and not self.reason:
             self.reason = self.store.get(_FAILED).decode()
-        if self._counting.is_set():
+        if self._lookers:
             self._counts = {r: self.store.add(f"beats/{r}", 0) for r in range(self.world_size)}
             self._rounds += 1
 
@@ -214,11 +214,12 @@ class Heartbeat:
     def silent(self) -> list[int]:
         """Ranks whose count stands still for a few beats; takes as long. None where the store does
         not answer, or where this rank is at its end."""
-        with self._looking:
-            self._counting.set()
-            before, rounds = self._look()
-            after, more_rounds = self._look()
-            self._counting.clear()
+        with self._lock:
+            self._lookers += 1
+        before, rounds = self._look()
+        after, more_rounds = self._look()
+        with self._lock:
+            self._lookers -= 1
         if rounds == 0 or more_rounds == rounds:
             return []
         return [rank for rank, count in before.items() if after[rank] == count]

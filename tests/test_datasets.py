@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fedrun.data import tokens
+from fedrun.data import entry, tokens
 from fedrun.data.corpora import Corpus, load_corpus
 from fedrun.data.reading import Reading
 from fedrun.flags import resolve
@@ -352,7 +352,7 @@ def test_how_text_is_read_is_part_of_the_caches_key_and_said_at_every_start(tmp_
     choices: list[dict[str, object]] = [
         {}, {"text_column": "text"}, {"encoding": "latin-1"}, {"val_fraction": 0.1},
         {"validation_split": "test"}, {"partition": "column:user"}, {"hold_out": False}]
-    names = {tokens._entry_name("pydocs", "bpe:400", Reading(**choice))  # type: ignore[arg-type]
+    names = {entry.entry_name("pydocs", "bpe:400", Reading(**choice))  # type: ignore[arg-type]
              for choice in choices}
     assert len(names) == len(choices)
     folder = write(tmp_path / "set", "a.txt", "b.txt", "c.json")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedrun.config import Partition
-from fedrun.data import tokens, topics
+from fedrun.data import entry, tokens, topics
 from fedrun.data.corpora import load_corpus
 from fedrun.data.documents import Documents, find_documents
 from fedrun.data.partition import client_shards
@@ -125,9 +127,9 @@ def test_files_that_lie_together_have_no_sources_and_a_lone_one_has_paragraphs(t
 
 
 def test_a_cache_of_another_layout_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = tokens._entry_name("pydocs", "bpe:400")
-    monkeypatch.setattr(tokens, "LAYOUT", 1)
-    assert tokens._entry_name("pydocs", "bpe:400") != now
+    now = entry.entry_name("pydocs", "bpe:400")
+    monkeypatch.setattr(entry, "LAYOUT", 1)
+    assert entry.entry_name("pydocs", "bpe:400") != now
 
 
 # ---- topics -------------------------------------------------------------------------------------
@@ -183,6 +185,20 @@ def test_topics_are_found_once_and_alike_whatever_the_threads(
     monkeypatch.setattr(tokens, "find_topics", None)
     assert pydocs_tokens.load_topics().of_document.max() == topics.TOPICS - 1
     assert capsys.readouterr().err == ""
+
+
+def test_topics_are_found_beside_a_cache_that_may_only_be_read(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(path: Path, *_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+    write_files(tmp_path / "texts")
+    data = prepare(str(tmp_path / "texts"), "bpe:300", 16, tmp_path, lambda line: None)
+    with monkeypatch.context() as mounted:
+        mounted.setattr("fedrun.common.locks.acquire", read_only)
+        found = data.load_topics()
+        assert not list(data.tokenizer_path.parent.glob("topics*"))
+    assert found.of_document.tolist() == data.load_topics().of_document.tolist()
+    assert list(data.tokenizer_path.parent.glob("topics*"))
 
 
 def test_topics_that_cannot_be_written_name_the_flag(tmp_path: Path) -> None:

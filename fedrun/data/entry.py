@@ -7,8 +7,11 @@ files are damaged after they were checked too, and a cache may be read-only.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import importlib.metadata
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,10 +21,39 @@ from typing import Any
 from fedrun.common import locks
 from fedrun.common.errors import explain
 from fedrun.common.files import DamagedFile, on_disk, read_json, write_json
+from fedrun.data import corpora
+from fedrun.data.reading import Reading
+from fedrun.data.tokenizer import ACCEPTED, HUB_NAME, bpe_size, tokenizer_name
 
 MANIFEST = "entry.json"
+LAYOUT = 3  # raise it when the same text would become other files: old entries are then ignored
 LOCK_SECONDS = 3600.0  # how long to wait for another process that prepares the same tokens
 LARGE = ("train.bin", "validation.bin")
+
+
+def entry_name(dataset: str, tokenizer: str, reading: Reading = Reading()) -> str:  # noqa: B008
+    """A folder name that changes with everything that decides the tokens."""
+    size = bpe_size(tokenizer)
+    path = Path(tokenizer).expanduser()
+    tokenizer_files: list[Path] = []
+    if size is None and path.is_file():
+        tokenizer_files = [path]
+    elif size is None and path.is_dir():
+        tokenizer_files = sorted(f for f in path.rglob("*") if f.is_file())
+    elif size is None and not HUB_NAME.fullmatch(tokenizer):
+        raise ValueError(f"--tokenizer {tokenizer}: no such folder or file; give {ACCEPTED}")
+    asked = [
+        LAYOUT,
+        importlib.metadata.version("tokenizers"),
+        dataset,
+        corpora.file_signature(corpora.local_files(dataset)),
+        dataclasses.astuple(reading),
+        tokenizer,
+        corpora.file_signature(tokenizer_files),
+    ]
+    key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+    names = f"{corpora.dataset_name(dataset)}-{tokenizer_name(tokenizer)}"
+    return f"{re.sub(r'[^A-Za-z0-9.]+', '-', names).strip('-.')[-80:]}-{key}"
 
 
 def seal(entry: Path, content: dict[str, Any]) -> dict[str, Any]:

@@ -17,15 +17,13 @@ only decides how a stream of tokens is cut. An entry that is damaged is named an
 
 from __future__ import annotations
 
-import dataclasses
+import errno
 import functools
 import hashlib
 import importlib.metadata
-import json
 import math
 import os
 import platform
-import re
 import shutil
 import sys
 import time
@@ -43,6 +41,7 @@ from fedrun.data import corpora
 from fedrun.data.documents import Documents
 from fedrun.data.entry import (
     content_sum,
+    entry_name,
     naming_cache_dir,
     only_one,
     read_manifest,
@@ -50,9 +49,6 @@ from fedrun.data.entry import (
 )
 from fedrun.data.reading import Reading
 from fedrun.data.tokenizer import (
-    ACCEPTED,
-    HUB_NAME,
-    bpe_size,
     save_tokenizer,
     tokenizer_name,
     without_custom_code,
@@ -64,7 +60,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-LAYOUT = 3  # raise it when the same text would become other files: old entries are then ignored
 TOPICS_LAYOUT = 2  # raise it when the same documents would get other topics
 
 
@@ -119,10 +114,11 @@ class TokenData:
         return Documents.load(self.tokenizer_path.parent / "documents.npz")
 
     def load_topics(self) -> Topics:
-        """Their topics, found now or by an earlier or concurrent process.
+        """Their topics, found now or by an earlier or concurrent process; kept in the cache, unless
+        it may only be read.
 
         Raises:
-            ValueError: the cache cannot be written.
+            ValueError: the cache has no room.
             TimeoutError: another process has been at it for an hour.
         """
         entry = self.tokenizer_path.parent
@@ -130,23 +126,29 @@ class TokenData:
         file = entry / f"topics-{TOPICS_LAYOUT}-{version}.npz"
         held = _read_topics(file)
         if held is None:
-            with naming_cache_dir(entry), only_one(entry, "the topics of its documents",
-                                                     _to_stderr):
-                held = _read_topics(file, say=lambda line: None)
-                if held is None:
-                    self._write_topics(file)
-                    held = Topics.load(file)
+            with naming_cache_dir(entry):
+                try:
+                    with only_one(entry, "the topics of its documents", _to_stderr):
+                        held = _read_topics(file, say=lambda line: None)
+                        if held is None:
+                            partial = entry / "topics.partial.npz"
+                            self._find_topics().save(partial)
+                            partial.rename(file)
+                            held = Topics.load(file)
+                except OSError as error:
+                    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                        raise
+                    held = self._find_topics()
         return held
 
-    def _write_topics(self, file: Path) -> None:
+    def _find_topics(self) -> Topics:
         started = time.perf_counter()
-        stream = np.memmap(file.parent / "train.bin", self.train.dtype, mode="r")
+        stream = np.memmap(self.tokenizer_path.parent / "train.bin", self.train.dtype, mode="r")
         starts = self.load_documents().starts
-        partial = file.parent / "topics.partial.npz"
-        find_topics(stream, starts, self.vocab_size).save(partial)
-        partial.rename(file)
-        _to_stderr(f"found topics among {len(starts) - 1:,} documents, once on this machine, in "
+        found = find_topics(stream, starts, self.vocab_size)
+        _to_stderr(f"found topics among {len(starts) - 1:,} documents in "
                    f"{time.perf_counter() - started:.1f} s")
+        return found
 
 
 def _to_stderr(line: str) -> None:
@@ -193,7 +195,7 @@ def prepare(
     """
     assert sequence_length > 0
     say = _visibly(say)
-    entry = cache_dir.expanduser() / "tokens" / _entry_name(dataset, tokenizer, reading)
+    entry = cache_dir.expanduser() / "tokens" / entry_name(dataset, tokenizer, reading)
     meta = _whole_entry(entry, dataset, tokenizer, reading, say, check)
     if meta["read"]:
         say(meta["read"])
@@ -225,7 +227,7 @@ def verify(dataset: str, tokenizer: str, cache_dir: Path, say: Callable[[str], N
            reading: Reading = Reading()) -> None:  # noqa: B008
     """Compare every cached file of a corpus with its checksum (about 1 GB/s); what is damaged is
     named and made again. Raises what `prepare` does; maps of the files before keep the damage."""
-    entry = cache_dir.expanduser() / "tokens" / _entry_name(dataset, tokenizer, reading)
+    entry = cache_dir.expanduser() / "tokens" / entry_name(dataset, tokenizer, reading)
     _whole_entry(entry, dataset, tokenizer, reading, say, check=True)
 
 
@@ -260,31 +262,6 @@ def _sequences(
 
 # ---------------------------------------------------------------------------------------------
 # Cache entries
-
-
-def _entry_name(dataset: str, tokenizer: str, reading: Reading = Reading()) -> str:  # noqa: B008
-    """A folder name that changes with everything that decides the tokens."""
-    size = bpe_size(tokenizer)
-    path = Path(tokenizer).expanduser()
-    tokenizer_files: list[Path] = []
-    if size is None and path.is_file():
-        tokenizer_files = [path]
-    elif size is None and path.is_dir():
-        tokenizer_files = sorted(f for f in path.rglob("*") if f.is_file())
-    elif size is None and not HUB_NAME.fullmatch(tokenizer):
-        raise ValueError(f"--tokenizer {tokenizer}: no such folder or file; give {ACCEPTED}")
-    asked = [
-        LAYOUT,
-        importlib.metadata.version("tokenizers"),
-        dataset,
-        corpora.file_signature(corpora.local_files(dataset)),
-        dataclasses.astuple(reading),
-        tokenizer,
-        corpora.file_signature(tokenizer_files),
-    ]
-    key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
-    names = f"{corpora.dataset_name(dataset)}-{tokenizer_name(tokenizer)}"
-    return f"{re.sub(r'[^A-Za-z0-9.]+', '-', names).strip('-.')[-80:]}-{key}"
 
 
 def _whole_entry(

@@ -17,17 +17,30 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the imports that follow
 
 import argparse
+import logging
 import os
 import sys
+import tempfile
 import uuid
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 
 from fedrun.common.limits import memory_limit, require_files, require_memory, shortage
-from fedrun.distributed.stopping import LAUNCHER, hangup_ignored, interruptible, outlive_terminal
+from fedrun.distributed.stopping import (
+    LAUNCHER,
+    REFUSED,
+    hangup_ignored,
+    interruptible,
+    outlive_terminal,
+)
 
 NAME = "fedrun"
 SECONDS_FOR_MACHINES = 600  # that all take to appear, as torchrun has it
+
+
+class NotRestarted(Exception):
+    """A rank has ended because the user has to change something: the next would end alike."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,18 +62,28 @@ def launch(argv: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    if "LOGLEVEL" not in os.environ:  # what its lines say, ours do
+        for name in ("multiprocessing.api", "agent.server.api"):
+            logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     args = parse(argv)
     if args.nproc_per_node.isdecimal():  # else "gpu", "auto"
         require_files(int(args.nproc_per_node) * args.machines)
     register(args)
+    os.environ[LAUNCHER] = str(os.getpid())
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, without its warning
+    scratch = tempfile.TemporaryDirectory(prefix="fedrun-launch-", ignore_cleanup_errors=True)
+    refused = Path(scratch.name) / "refused"
+    os.environ[REFUSED] = str(refused)
     try:
-        os.environ[LAUNCHER] = str(os.getpid())
-        os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's default, without its warning
         torchrun.run(args)
         return 0
+    except NotRestarted:
+        return 2
     except SignalException as error:
         print(f"launch: {error.sigval.name}: all processes have ended", file=sys.stderr, flush=True)
     except ChildFailedError as error:
+        if refused.exists():
+            return 2
         # All but the first are ended by SIGTERM.
         failed = {rank: failure for rank, failure in sorted(error.failures.items())
                   if failure.exitcode != -signal.SIGTERM} or error.failures
@@ -70,6 +93,8 @@ def launch(argv: Sequence[str]) -> int:
             hint = memory_limit() if failure.exitcode == -signal.SIGABRT else ""
             print(f"launch: rank {rank} (process {failure.pid}) ended {how}"
                   f"{hint and f': out of memory{hint}?'}", file=sys.stderr, flush=True)
+    finally:
+        scratch.cleanup()
     return 1
 
 
@@ -114,6 +139,8 @@ def register(args: argparse.Namespace) -> None:
             return NAME
 
         def next_rendezvous(self) -> RendezvousInfo:
+            if os.path.exists(os.environ[REFUSED]):
+                raise NotRestarted
             if self._store is None:
                 bound = timedelta(seconds=SECONDS_FOR_MACHINES)
                 if self.rank == 0:

@@ -238,3 +238,14 @@ def test_no_rank_outlives_a_launcher_killed_as_it_starts_them(module: list[str],
                 process.kill()
             agent.kill()
             agent.wait()
+
+
+def test_what_the_user_has_to_change_is_not_started_again(tmp_path: Path) -> None:
+    """Three restarts would tell the same three times more, and torchrun's own lines bury it."""
+    done = subprocess.run(
+        [*torchrun(3, restarts=3), "-m", "fedrun", "fed_avg", *SMALL, "--data_dir", str(tmp_path),
+         "--dataset", str(tmp_path / "nothing.txt")],
+        cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"fedrun: error: --dataset {tmp_path / 'nothing.txt'}: no such file")

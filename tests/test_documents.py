@@ -187,6 +187,20 @@ def test_topics_are_found_once_and_alike_whatever_the_threads(
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize(("documents", "topics_there"), [
+    ([[0, 0, 1], [0, 0], [0, 1, 0], [0, 0], [0, 0]], 2),  # one token that tells them apart
+    ([[0, 0], [0]], 1),  # none at all
+])
+def test_documents_that_hardly_differ(documents: list[list[int]], topics_there: int) -> None:
+    starts = np.cumsum([0, *map(len, documents)])
+    found = find_topics(np.concatenate(documents), starts, 3)
+    assert len(set(found.of_document.tolist())) == topics_there
+    assert len(found.typical) == topics_there
+    if topics_there == 2:
+        assert found.of_document.tolist() == [0, 1, 0, 1, 1]
+
+
 def test_topics_are_found_beside_a_cache_that_may_only_be_read(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def read_only(path: Path, *_: object) -> None:

@@ -118,11 +118,9 @@ from fedrun.flags import METHODS, configs_dir, resolve
 presets = sorted(path.stem for path in (configs_dir() / "models").glob("*.yaml"))
 assert len(presets) >= 6, presets
 for method in METHODS:
-    for preset in presets:
-        try:
-            resolve(method, {{"config": preset}})
-        except ValueError as error:
-            assert "unknown key" in str(error), error
+    resolve(method, {{}})
+for preset in presets:
+    resolve("fed_avg", {{"config": preset}})
 print("all", len({modules!r}))
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True,

@@ -127,3 +127,16 @@ def test_wrong_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "no such folder" in capsys.readouterr().err
     assert cli.main(["watch", str(tmp_path), "--once"]) == 2
     assert "no events.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"[" * 10_000,
+                                     b'{"event": "round", "round": 2}\n'])
+def test_a_run_that_is_over_is_not_waited_for(content: bytes, tmp_path: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
+    """Its events do not say that it has ended; its outcome does."""
+    (tmp_path / "events.jsonl").write_bytes(content)
+    (tmp_path / "outcome.json").write_text(json.dumps({"outcome": "stopped", "step": 2}))
+    assert cli.main(["watch", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "events.jsonl is damaged: it does not say how the run ended; its outcome: stopped" in (
+        shown.replace("\n", " "))

@@ -86,6 +86,8 @@ def find_topics(stream: np.ndarray, starts: np.ndarray, vocab_size: int) -> Topi
         counts = sparse.vstack([part[chosen[span]] for span, part in
                                 _counts(stream, starts, vocab_size)], format="csr")
         words = _telling(counts)
+        if len(words) < 2:  # a text of one token
+            return Topics(np.zeros(n_documents, dtype=np.int64), words[None, :TYPICAL])
         tfidf = TfidfTransformer(sublinear_tf=True)
         weighted = tfidf.fit_transform(counts[:, words])
         project = make_pipeline(
@@ -128,8 +130,9 @@ def _counts(stream: np.ndarray, starts: np.ndarray, vocab_size: int
 
 
 def _telling(counts: Any) -> np.ndarray:
-    """Tokens that tell documents apart: in two or more, and in at most half of them."""
+    """Tokens that tell documents apart: in two or more, and in at most half of them; all tokens
+    where there is no pair of such."""
     n_documents, vocab_size = counts.shape
     holding = np.bincount(counts.indices, minlength=vocab_size)
     words = np.flatnonzero((holding >= 2) & (2 * holding <= n_documents))
-    return words if len(words) else np.flatnonzero(holding)
+    return words if len(words) > 1 else np.flatnonzero(holding)

@@ -25,6 +25,7 @@ from fedrun.common.errors import FolderLost
 from fedrun.common.files import DamagedFile, check_claim, read_regular
 
 STOP = "STOP"
+REFUSED = "FEDRUN_REFUSED"  # the variable that names a file: see `refuse`
 LAUNCHER = "FEDRUN_LAUNCHER"  # the variable by which a launcher tells its process id (torchrun.py)
 LARGEST = 1000  # bytes in it, or it is none
 HEARTBEAT = "fedrun-heartbeat"  # the thread that tells other ranks of this one (control_plane.py)
@@ -220,6 +221,13 @@ def outlive_terminal() -> None:
             raw = _Terminal(stream.fileno(), "w", closefd=False)
             setattr(sys, name, io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding,
                                                 stream.errors, line_buffering=True))
+
+
+def refuse() -> None:
+    """Tell our launcher that the user has to change something, so that it starts nothing again."""
+    if mark := os.environ.get(REFUSED):
+        with suppress(OSError):
+            Path(mark).touch()
 
 
 def die_with_launcher() -> None:

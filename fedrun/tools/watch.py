@@ -22,9 +22,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from fedrun.common.files import number, open_regular, whole
+from fedrun.common.files import DamagedFile, number, open_regular, read_json, whole
 from fedrun.common.terminal import visible
 from fedrun.flags import Parser
+from fedrun.records.run_files import OUTCOME
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 48
@@ -175,11 +176,16 @@ def follow(follower: Follower, state: State, console: Console, once: bool) -> No
             if console.is_terminal else None
         with suppress(KeyboardInterrupt):
             while True:
+                ended = _outcome(follower.path.parent)
                 for event in follower.new():
                     state.take(event)
                 if live:
                     live.update(screen(state), refresh=True)
                 if state.ended or once:
+                    break
+                if ended:  # which the events should have said
+                    console.print(f"{visible(str(follower.path))} is damaged: it does not say how "
+                                  f"the run ended; its outcome: {ended}", soft_wrap=True)
                     break
                 if not os.path.isdir(follower.path.parent):
                     raise ValueError(f"RUN {follower.path.parent}: the folder has been deleted or "
@@ -187,6 +193,14 @@ def follow(follower: Follower, state: State, console: Console, once: bool) -> No
                 time.sleep(POLL_SECONDS)
     if not live:
         console.print(screen(state))
+
+
+def _outcome(run_dir: Path) -> str:
+    """How a run that is over has ended, by its outcome.json; empty while it runs."""
+    with suppress(OSError, DamagedFile):
+        found = read_json(run_dir / OUTCOME, dict).get("outcome")
+        return str(found) if found in ("finished", "stopped", "failed") else ""
+    return ""
 
 
 def screen(state: State) -> RenderableType:

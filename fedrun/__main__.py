@@ -20,7 +20,6 @@ from fedrun.distributed.stopping import (
     die_with_launcher,
     interruptible,
     outlive_terminal,
-    refuse,
 )
 
 
@@ -34,8 +33,6 @@ def run() -> None:
         die_with_launcher()  # before the imports, which take seconds
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own waits for a collective's end
         code = command()
-    if code == 2:
-        refuse()
     sys.stdout.flush()
     sys.stderr.flush()
     in_store = any(thread.name == HEARTBEAT for thread in threading.enumerate())

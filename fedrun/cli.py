@@ -18,6 +18,7 @@ from fedrun.common.errors import explain, one_line
 from fedrun.common.terminal import say, shortened, visible
 from fedrun.config import RunConfig
 from fedrun.distributed.launch import detect
+from fedrun.distributed.stopping import refuse
 from fedrun.flags import (
     METHODS,
     Parser,
@@ -64,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                  "locale; set LC_ALL=C.UTF-8, or rename it")
         return 2
     except (ValueError, ConnectionError, TimeoutError) as error:  # all told by the flag's name
+        if isinstance(error, ValueError):  # a peer or a hub that does not answer may do so later
+            refuse()
         complain(one_line(error))
         return 2
     except Exception as error:

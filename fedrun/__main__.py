@@ -1,4 +1,4 @@
-"""`python -m fedrun ...` and the console script `fedrun`; the only place that exits."""
+"""`python -m fedrun ...` and the console script `fedrun`."""
 
 from __future__ import annotations
 

@@ -64,12 +64,12 @@ def owned_shards(config: CentralConfig, data: TokenData) -> list[np.ndarray]:
 
 
 def length(config: CentralConfig, owned: int) -> Length:
-    """How many optimizer steps the run and an epoch of it take, over so many sequences. ValueError
-    where there are none."""
+    """The optimizer steps of the run and of an epoch, where a client owns `owned` sequences.
+    ValueError where that makes no step."""
     found = Length(config, int(owned * config.epoch_passes) // config.batch_size)
     if found.steps == 0:
         raise ValueError(f"--batch_size {config.batch_size}: there are {owned} sequences to "
-                         "train on; accepted is up to their number")
+                         "train on; it must be at most that")
     return found
 
 

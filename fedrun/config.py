@@ -115,8 +115,8 @@ class RunConfig:
     """Train a run for another number of rounds or epochs although its learning rate depends on it
     (--lr_schedule cosine): the result differs from one long run's."""
     checkpoint_freq: int | None = 30
-    """Save what the run needs to be resumed every so many global steps, beside the training, and
-    after the last one. The last two are kept. none: never; such a run cannot be trained further."""
+    """Global steps between saves of what the run needs to be resumed, made beside the training and
+    after the last step; the last two are kept. none: never, and no training it further."""
     keep: Literal["last", "best"] = "last"
     """best: beside the last model, also keep the one with the lowest validation loss, in the run's
     best/ folder, which every command takes for a run's."""

@@ -188,7 +188,7 @@ class _Owner:
 
     def _is_dead(self) -> bool:
         try:
-            with self.path.open("rb") as file:  # opening it asks a network file system anew
+            with self.path.open("rb") as file:  # opening it makes a network file system look again
                 content, status = file.read(10_000), os.fstat(file.fileno())
         except FileNotFoundError:
             return False

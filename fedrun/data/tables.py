@@ -38,7 +38,7 @@ class Table(NamedTuple):
     columns: Mapping[str, bool]
     """In their order; whether the values of each are texts."""
     rows: Callable[[Sequence[str]], Iterable[tuple[Any, ...]]]
-    """The values of these columns, record by record; None where a record has none."""
+    """The values of these columns, record by record; None where a record lacks one."""
 
 
 def open_table(file: DataFile, encoding: str | None) -> Table:

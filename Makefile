@@ -29,8 +29,8 @@ test-all: $(VENV)/.ready
 
 # 200 kills at random moments, and faults at the first 100 calls that change files; hours.
 soak: $(VENV)/.ready
-	KILLS=200 $(BIN)/python -m pytest -m slow tests/test_kills.py
-	KILL_POINTS=100 $(BIN)/python -m pytest -m slow tests/test_kill_points.py
+	KILLS=200 $(BIN)/python -m pytest -m slow tests/records/test_kills.py
+	KILL_POINTS=100 $(BIN)/python -m pytest -m slow tests/records/test_kill_points.py
 
 # Our training step against transformers', and our rounds against Flower's and pfl's, in
 # environments that are built for them; as tables; half an hour on a quiet machine.

@@ -6,10 +6,8 @@ import ast
 import sys
 
 import pytest
-from conftest import ROOT, Run, execute
-from test_methods import InProcess, little_text, run_here
 
-assert {little_text, run_here}  # fixtures, found here by their names
+from tests.support.runs import ROOT, Run, execute
 
 FILES = sorted((ROOT / "fedrun").rglob("*.py"))
 PURE = {"all", "any", "isinstance", "issubclass", "len", "list", "max", "min", "range", "set",
@@ -75,7 +73,7 @@ def test_an_effect_is_seen(statement: str) -> None:
 
 @pytest.mark.slow
 def test_a_cohort_below_the_number_of_workers_without_asserts(
-        run_here: InProcess, run: Run, little_text: tuple[str, ...]) -> None:
+        run_here: Run, run: Run, little_text: tuple[str, ...]) -> None:
     """Workers without a client in a round hold the sum of an earlier one, and add zeros."""
     code, told = execute([sys.executable, "-c", "import sys; print(sys.flags.optimize)"],
                          env={"PYTHONOPTIMIZE": "1"})

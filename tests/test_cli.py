@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, execute
 
 from fedrun import cli
 from fedrun.config import FederatedConfig, RunConfig
 from fedrun.flags import resolve
 from fedrun.strategies import STRATEGIES
+from tests.support.runs import ROOT, execute
 
 
 def parsed(*argv: str) -> RunConfig:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from test_methods import InProcess, fails, little_text, run_here
 
 from fedrun.federation.client import Client
 from fedrun.flags import resolve
 from fedrun.plots import runs
 from fedrun.tools import study, watch
-
-assert {little_text, run_here}  # fixtures, found here by their names
+from tests.strategies.test_methods import fails
+from tests.support.runs import Run
 
 
 def refuse(constant: str) -> NoReturn:
@@ -27,7 +26,7 @@ def strictly(text: str) -> Any:
 
 
 def test_central_ends_in_one_line_and_keeps_the_last_good_model(
-        run_here: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+        run_here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     good = run_here("central", "--rounds", 3, name="good")
     healthy = Client.train
 
@@ -53,7 +52,7 @@ def test_central_ends_in_one_line_and_keeps_the_last_good_model(
 
 
 def test_numbers_that_are_not_finite_are_null_and_readers_take_them(
-        run_here: InProcess, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+        run_here: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
         capfd: pytest.CaptureFixture[str]) -> None:
     """A perplexity that no float can hold, of a model that is finite."""
     fails(monkeypatch, 1e20, 2, {0, 1})

@@ -15,12 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
-import folders
-import hostile
 import matplotlib
 import numpy as np
 import pytest
-from conftest import ROOT
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib import font_manager
@@ -37,6 +34,8 @@ from fedrun.plots.partition import partition_figure
 from fedrun.plots.runs import find_runs
 from fedrun.tools import partition
 from fedrun.tools.watch import State, screen
+from tests.support import folders, hostile
+from tests.support.runs import ROOT
 
 NAMES = (hostile.MATHEMATICS, hostile.ESCAPES)
 SHOWN = (hostile.MATHEMATICS, r"e\x1b[31m\x1b]52;c;QUJD\x07\u202e\x9b\x85_")

@@ -8,8 +8,6 @@ import threading
 import zipfile
 from pathlib import Path
 
-import folders
-import hostile
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,6 +20,7 @@ from fedrun.common.files import DamagedFile, read_json
 from fedrun.plots import deltas, saved, style
 from fedrun.plots.runs import find_runs
 from fedrun.tools.watch import Follower, State, follow, screen
+from tests.support import folders, hostile
 
 
 @pytest.mark.parametrize("kind", [dict, list])

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+from tests.support.runs import ROOT
 
 PACKAGE = ROOT / "fedrun"
 MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path

@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Outcome
-from test_methods import InProcess, little_text, run_here
-from test_resume import assert_equal
 
 from fedrun import cli
 from fedrun.common import locks
@@ -27,8 +24,8 @@ from fedrun.plots.runs import find_runs
 from fedrun.records import checkpoint, run_dir
 from fedrun.records.run_dir import StudiedSteps
 from fedrun.records.track import Progress
+from tests.support.runs import Outcome, Run, assert_equal
 
-assert {little_text, run_here}  # fixtures, found here by their names
 FLAGS = ("--num_clients", 2, "--rounds", 6, "--val_freq", 1, "--checkpoint_freq", 2)
 
 
@@ -171,7 +168,7 @@ def shared() -> Iterator[Path]:
 
 
 def test_a_run_of_another_user_does_not_keep_others_from_being_found(shared: Path) -> None:
-    from folders import ours
+    from tests.support.folders import ours
     mine, theirs = ours(shared, seed=0), ours(shared, seed=1, name="theirs")
     with another_user(theirs):
         found = find_runs(shared)
@@ -221,7 +218,7 @@ def test_a_cache_that_may_only_be_read_is_read(shared: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("umask", [0o002, pytest.param(0o077, marks=pytest.mark.slow)])
-def test_files_keep_the_umask(umask: int, run_here: InProcess, tmp_path: Path) -> None:
+def test_files_keep_the_umask(umask: int, run_here: Run, tmp_path: Path) -> None:
     before = os.umask(umask)
     try:
         done = run_here("fed_avg", "--num_clients", 2, "--rounds", 2, "--checkpoint_freq", 1,
@@ -290,7 +287,7 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize("method", [pytest.param("fed_avg", marks=SLOW), "central"])
 def test_steps_that_find_the_disk_full_are_there_in_the_end(
-        method: str, run_here: InProcess, whole: Wholes, monkeypatch: pytest.MonkeyPatch) -> None:
+        method: str, run_here: Run, whole: Wholes, monkeypatch: pytest.MonkeyPatch) -> None:
     """And no checkpoint is made without them, from which a run would go on without them."""
     undisturbed = whole(method)
     Disk(monkeypatch, "params/step_", range(2, 5))  # of steps 2 and 3, and of a checkpoint
@@ -302,7 +299,7 @@ def test_steps_that_find_the_disk_full_are_there_in_the_end(
 
 @pytest.mark.parametrize("method", ["fed_avg", pytest.param("central", marks=SLOW)])
 def test_a_disk_that_stays_full_ends_the_run_and_with_room_it_ends_in_the_same_bits(
-        method: str, run_here: InProcess, whole: Wholes, monkeypatch: pytest.MonkeyPatch) -> None:
+        method: str, run_here: Run, whole: Wholes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before too many steps wait in memory."""
     with monkeypatch.context() as broken:
         Disk(broken, "deltas/step_", range(2, 10**6))
@@ -321,7 +318,7 @@ def test_a_disk_that_stays_full_ends_the_run_and_with_room_it_ends_in_the_same_b
 @pytest.mark.parametrize("match", ["clients/client_1"] + [
     pytest.param(name, marks=SLOW) for name in ("model.safetensors", "outcome.json",
                                                 "config.json")])
-def test_a_full_disk_ends_a_run_in_one_line(match: str, run_here: InProcess, whole: Wholes,
+def test_a_full_disk_ends_a_run_in_one_line(match: str, run_here: Run, whole: Wholes,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     flags = (*FLAGS, "--client_store", "disk")
     import fedrun.common.files
@@ -342,7 +339,7 @@ def test_a_full_disk_ends_a_run_in_one_line(match: str, run_here: InProcess, who
     assert_equal(again, whole("fed_avg"))
 
 
-def test_a_cache_that_does_not_fit(run_here: InProcess, tmp_path: Path,
+def test_a_cache_that_does_not_fit(run_here: Run, tmp_path: Path,
                                    monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise no_space()
@@ -358,7 +355,7 @@ def test_a_cache_that_does_not_fit(run_here: InProcess, tmp_path: Path,
     assert not [p for p in (cache / "tokens").iterdir() if p.is_dir()]  # what was made is gone
 
 
-def test_a_cache_that_is_emptied_under_a_run(run_here: InProcess, whole: Wholes, tmp_path: Path,
+def test_a_cache_that_is_emptied_under_a_run(run_here: Run, whole: Wholes, tmp_path: Path,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed, step, cache = whole("central"), Progress.step, tmp_path / "cache"
 
@@ -374,7 +371,7 @@ def test_a_cache_that_is_emptied_under_a_run(run_here: InProcess, whole: Wholes,
     assert_equal(done, undisturbed)
 
 
-def test_lines_of_events_wait_for_room(run_here: InProcess, whole: Wholes,
+def test_lines_of_events_wait_for_room(run_here: Run, whole: Wholes,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
     """A line that was taken in part is finished; none is lost."""
     from fedrun.records import track

@@ -8,10 +8,10 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT
 
 from fedrun import cli, config, flags, strategies
 from fedrun.strategies.base import ServerRound
+from tests.support.runs import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

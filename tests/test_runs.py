@@ -12,17 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, Outcome, Run, execute, free_port
 
 from fedrun.model.precision import bf16_in_hardware
+from tests.support.runs import FAULTY, SMALL, Outcome, Run, execute, free_port, without_clocks
 
 # What differs between runs of the same experiment: clocks.
-CLOCKS = {"seconds", "local_training_seconds", "aggregation_seconds", "evaluation_seconds"}
-
-
-def without_clocks(outcome: Outcome) -> list[dict[str, object]]:
-    return [{k: v for k, v in r.items() if k not in CLOCKS} for r in outcome.history]
-
 
 def test_same_bits_in_1_2_3_and_5_processes(run: Run) -> None:
     flags = ("--num_clients", 4, "--rounds", 4)
@@ -149,14 +143,11 @@ def test_what_a_central_run_writes(run: Run) -> None:
     assert record["val_ppl"] < outcome.history[0]["val_ppl"]
 
 
-FAULTS = Path(__file__).parent / "faulty_fedrun.py"
-
-
 @pytest.mark.parametrize("processes", [1, 4])
 def test_a_client_that_raises_ends_every_rank(run: Run, processes: int) -> None:
     """In the middle of local training: the others break off theirs, which would take minutes."""
     outcome = run("fed_avg", "--num_clients", 3, "--rounds", 3, "--local_updates", 400,
-                  "--lr", "1e-4", processes=processes, script=FAULTS,
+                  "--lr", "1e-4", processes=processes, script=FAULTY,
                   env={"FAULT": "raise", "FAULT_CLIENT": "1", "FAULT_STEP": "3"}, limit=60)
     assert outcome.code == 1
     assert "ZeroDivisionError" in outcome.output
@@ -167,7 +158,7 @@ def test_a_client_that_raises_ends_every_rank(run: Run, processes: int) -> None:
 
 def test_the_outcome_names_a_worker_that_fails_after_the_verdict(run: Run, tmp_path: Path) -> None:
     """When the others wait for it in a collective, and learn only that it is gone."""
-    outcome = run("fed_avg", "--num_clients", 3, "--rounds", 9, processes=4, script=FAULTS,
+    outcome = run("fed_avg", "--num_clients", 3, "--rounds", 9, processes=4, script=FAULTY,
                   env={"FAULT": "disk", "FAULT_AT": "reduce:2", "FAULT_RANK": "2",
                        "FAULT_ONCE": str(tmp_path / "once")}, limit=60)
     assert outcome.code == 1
@@ -181,7 +172,7 @@ def test_the_outcome_names_a_worker_that_fails_after_the_verdict(run: Run, tmp_p
     pytest.param("beyond", "delta beyond the bound: 4", marks=pytest.mark.slow)])
 def test_an_update_that_cannot_be_used_is_left_out(run: Run, fault: str, why: str) -> None:
     env = {"FAULT": fault, "FAULT_CLIENT": "1", "FAULT_STEP": "1"}  # its second round
-    runs = [run("fed_avg", "--num_clients", 3, "--rounds", 3, processes=n, script=FAULTS, env=env,
+    runs = [run("fed_avg", "--num_clients", 3, "--rounds", 3, processes=n, script=FAULTY, env=env,
                 name=f"p{n}") for n in (1, 3)]
     assert [r.code for r in runs] == [0, 0], runs[1].output
     assert runs[0].bits == runs[1].bits
@@ -193,7 +184,7 @@ def test_an_update_that_cannot_be_used_is_left_out(run: Run, fault: str, why: st
 
 def test_when_no_client_is_left_the_last_good_model_is_kept(run: Run) -> None:
     good = run("fed_avg", "--num_clients", 2, "--rounds", 2, name="good")
-    outcome = run("fed_avg", "--num_clients", 2, "--rounds", 5, processes=3, script=FAULTS,
+    outcome = run("fed_avg", "--num_clients", 2, "--rounds", 5, processes=3, script=FAULTY,
                   env={"FAULT": "nan", "FAULT_CLIENT": "all", "FAULT_STEP": "2"}, name="bad")
     assert outcome.code == 1
     assert "round 3: 2 of 2 clients are left out, more than half (client 0: delta not finite" in (

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import SMALL
 
 from fedrun import cli
 from fedrun.config import RunConfig
@@ -20,6 +19,7 @@ from fedrun.run import run
 from fedrun.strategies import STRATEGIES
 from fedrun.strategies.base import Strategy
 from fedrun.unused import IDLE, NEVER_READ, idle
+from tests.support.runs import SMALL
 
 STUDY = {"reference": "central", "grid": {"lr": [1e-3]}, "settings": {
     "central": {"method": "central", "rounds": 2},

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import execute
+
+from tests.support.runs import execute
 
 ADDRESSES = {1: "10.77.0.1", 2: "10.77.0.2"}
 # As Debian has it: the host name resolves to an address that no other machine can reach.

@@ -1,0 +1,263 @@
+"""Locks with and without the kernel's help, and what a run does whose folder is another's now."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedrun.common import locks
+from fedrun.common.errors import FolderLost
+from fedrun.common.files import write_whole
+from fedrun.distributed.stopping import StopRequest
+from fedrun.records import run_dir as run_folder
+from fedrun.records.run_files import LOCK
+from fedrun.records.track import Progress
+from tests.support.runs import Run, wait_until
+
+
+@pytest.fixture
+def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without locks, and an owner that shows its life more often than it would."""
+    def missing(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    monkeypatch.setattr(fcntl, "flock", missing)
+    monkeypatch.setattr(locks, "_said", set())
+    for name, seconds in (("BEAT", 0.1), ("STALE", 1.0), ("SETTLE", 0.05), ("POLL", 0.02)):
+        monkeypatch.setattr(locks, name, seconds)
+
+
+@pytest.fixture(params=["flock", "no flock"])
+def either(request: pytest.FixtureRequest) -> None:
+    if request.param == "no flock":
+        request.getfixturevalue("no_flock")
+
+
+def owner(tmp_path: Path, **changes: Any) -> Path:
+    """A lock without the kernel's help, as another process has left it."""
+    held = tmp_path / "lock.held"
+    held.write_text(json.dumps({"holder": "process 5 on elsewhere", "pid": 5, "began": 1.0,
+                                "machine": "another", "token": "t"} | changes))
+    return held
+
+
+@pytest.mark.usefixtures("either")
+def test_one_at_a_time(tmp_path: Path) -> None:
+    said: list[str] = []
+    first = locks.acquire(tmp_path / "lock", 0.0, say=said.append)
+    first.write("token")
+    waited: list[str] = []
+    with pytest.raises(locks.Busy, match=f"^process {os.getpid()} on {platform.node()}$"):
+        locks.acquire(tmp_path / "lock", 0.0, waited.append, said.append)
+    assert waited == [locks.this_process()]
+    threading.Timer(0.2, first.release).start()
+    second = locks.acquire(tmp_path / "lock", 20.0, say=said.append)
+    second.release()
+    assert not (tmp_path / "lock.held").exists()
+    assert (tmp_path / "lock").read_text() == f"{locks.this_process()}\ntoken\n"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+@pytest.mark.usefixtures("no_flock")
+def test_a_file_system_without_locks_is_said_once(tmp_path: Path, number: int,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(fcntl, "flock", missing)
+    said: list[str] = []
+    for name in ("lock", "other"):
+        held = locks.acquire(tmp_path / name, 0.0, say=said.append)
+        assert json.loads((tmp_path / f"{name}.held").read_text())["pid"] == os.getpid()
+        held.release()
+    assert len(said) == 1
+    assert "has no locks (flock)" in said[0]
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_the_lock_of_a_process_of_this_machine_that_is_gone_counts_for_nothing(tmp_path: Path
+                                                                              ) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    for pid in (gone.pid, os.getpid()):  # and one whose number another process has now
+        owner(tmp_path, machine=locks._machine(), pid=pid)
+        began = time.monotonic()
+        held = locks.acquire(tmp_path / "lock", 0.0)
+        assert time.monotonic() - began < 0.9  # not only once it is stale
+        held.release()
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_a_lock_from_another_machine_counts_while_its_owner_shows_life(tmp_path: Path) -> None:
+    file, over = owner(tmp_path), threading.Event()
+
+    def beat() -> None:
+        while not over.wait(0.1):
+            os.utime(file)
+
+    living = threading.Thread(target=beat)
+    living.start()
+    began = time.monotonic()
+    with pytest.raises(locks.Busy, match="process 5 on elsewhere"):
+        locks.acquire(tmp_path / "lock", 0.0)
+    assert time.monotonic() - began < 0.9
+    over.set()
+    living.join()
+    held = locks.acquire(tmp_path / "lock", 0.0)  # waits until it is stale, whatever its patience
+    assert time.monotonic() - began > 1.0
+    file.write_text("{}")  # who has lost the lock does not take it from the next
+    held.release()
+    assert file.exists()
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> None:
+    owner(tmp_path, machine=locks._machine(), pid=2**22)
+    got: list[locks.Held] = []
+    refused: list[BaseException] = []
+
+    def try_it() -> None:
+        try:
+            got.append(locks.acquire(tmp_path / "lock", 0.0))
+        except locks.Busy as busy:
+            refused.append(busy)
+
+    threads = [threading.Thread(target=try_it) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(got), len(refused)) == (1, 7)
+    got[0].release()
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_an_owner_shows_life(tmp_path: Path) -> None:
+    held = locks.acquire(tmp_path / "lock", 0.0)
+    os.utime(tmp_path / "lock.held", (1, 1))
+    wait_until(lambda: (tmp_path / "lock.held").stat().st_mtime > 1, 10)
+    held.release()
+
+
+def test_a_lock_file_that_was_removed_meanwhile_is_not_taken(tmp_path: Path,
+                                                             monkeypatch: pytest.MonkeyPatch
+                                                             ) -> None:
+    """The lock of a file that nobody sees any more holds off nobody."""
+    path, flock = tmp_path / "lock", fcntl.flock
+
+    def removed(file: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        path.unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", removed)
+    held = locks.acquire(path, 0.0)
+    held.write("token")
+    assert path.read_text().endswith("\ntoken\n")
+    with pytest.raises(locks.Busy):
+        locks.acquire(path, 0.0)
+    held.release()
+
+
+@pytest.mark.usefixtures("no_flock")
+def test_a_run_without_locks_of_the_file_system(run_here: Run) -> None:
+    done = run_here("fed_avg", "--rounds", 1, "--num_clients", 1)
+    assert done.code == 0, done.output
+    assert done.output.count("has no locks (flock)") == 1
+    assert not (done.run_dir / "lock.held").exists()
+
+
+# ---- a folder that is lost ----------------------------------------------------------------------
+
+def lose(run_dir: Path, how: str) -> None:
+    old, new = run_dir.with_name("old"), run_dir.with_name("new")
+    new.mkdir()
+    (new / "lock").write_text("process 7 on elsewhere\ntheirs\n")
+    (new / "model.safetensors").write_text("theirs")
+    (new / "outcome.json").write_text('{"outcome": "running", "step": 3}')
+    run_dir.rename(old)  # at once, whatever threads are writing
+    if how == "taken":  # begun again by somebody after it was removed
+        new.rename(run_dir)
+    if how != "renamed":
+        shutil.rmtree(old)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # tensorboard
+@pytest.mark.parametrize(("how", "flags"), [
+    ("removed", ("central",)), ("taken", ("fed_avg", "--num_clients", 2)),
+    *(pytest.param(how, (*flags, *more), marks=pytest.mark.slow) for how, flags, more in [
+        ("taken", ("central",), ()), ("renamed", ("fed_avg",), ()),
+        ("removed", ("fed_avg", "--num_clients", 2, "--client_store", "disk"), ()),
+        ("taken", ("fed_avg", "--num_clients", 2, "--client_store", "disk"),
+         ("--track", "tensorboard"))])])
+def test_a_run_whose_folder_is_lost_ends_in_a_line_and_writes_nothing(
+        run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str,
+        flags: tuple[object, ...]) -> None:
+    run_dir, step, state = tmp_path / "run", Progress.step, {}
+
+    def after_three(progress: Progress, number: int, *args: Any) -> None:
+        step(progress, number, *args)
+        if number == 3:
+            lose(run_dir, how)
+            state.update({p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()})
+
+    monkeypatch.setattr(Progress, "step", after_three)
+    outcome = run_here(*flags, "--rounds", 8, "--val_freq", 2, "--checkpoint_freq", 2)
+    assert outcome.code == 1, outcome.output
+    assert "Traceback" not in outcome.output
+    said = [line for line in outcome.output.splitlines() if "the folder of this run was" in line]
+    assert len(said) == 1, outcome.output
+    expected = "taken by process 7 on elsewhere" if how == "taken" else "removed or renamed"
+    assert expected in said[0]
+    if how != "renamed":
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == state
+    assert run_dir.exists() == (how == "taken")
+
+
+def test_what_is_written_last_is_checked_too(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_folder.lock(run_dir, "ours")
+    run_folder.write_outcome(run_dir, "running", 1)
+    lose(run_dir, "taken")
+    with pytest.raises(FolderLost, match="taken by process 7 on elsewhere"):
+        run_folder.write_outcome(run_dir, "finished", 3)
+    run_folder.write_failure(run_dir, "why")
+    with pytest.raises(FolderLost):
+        write_whole(run_dir / "server" / "params" / "step_000001.npz", b"")
+    assert sorted(p.name for p in run_dir.rglob("*")) == ["lock", "model.safetensors",
+                                                          "outcome.json"]
+    assert run_folder.read_outcome(run_dir) == {"outcome": "running", "step": 3}
+    run_folder.release(run_dir)
+    write_whole(run_dir / "x", b"")  # a folder that nobody claims
+
+
+# ---- STOP ---------------------------------------------------------------------------------------
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.write_bytes(b"x" * 2000)])
+def test_a_stop_that_is_no_small_file_is_ignored(tmp_path: Path, make: Any,
+                                                 capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "lock").touch()
+    stopping = StopRequest(tmp_path, tmp_path / LOCK, list, quiet=True)
+    make(tmp_path / "STOP")
+    for _ in range(3):
+        assert stopping.asked_by() == ""
+    assert capsys.readouterr().out.count("STOP is ignored: ") == 1
+    if not (tmp_path / "STOP").is_file():
+        stopping.obeyed()
+        assert (tmp_path / "STOP").exists()
+    (tmp_path / "STOP").rename(tmp_path / "other")
+    (tmp_path / "STOP").touch()
+    assert stopping.asked_by() == "the STOP file"
+    stopping.obeyed()
+    assert not (tmp_path / "STOP").exists()

@@ -1,0 +1,150 @@
+"""The hub: with a network, without one, and when it never answers."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedrun.data import corpora, hub
+from fedrun.data.corpora import load_corpus
+from fedrun.data.documents import find_documents
+from fedrun.data.tokens import prepare
+from tests.data.test_data import (
+    WITHOUT_NETWORK,
+    python,
+    text_file,
+)
+
+PREPARE = """
+import sys, time
+from pathlib import Path
+from fedrun.data.tokens import prepare
+start = time.perf_counter()
+try:
+    data = prepare(DATASET, TOKENIZER, 16, Path(CACHE), lambda line: None)
+    print(len(data.train), data.fingerprint)
+except (ValueError, ConnectionError) as error:
+    print(f"{time.perf_counter() - start:.0f} {type(error).__name__} {error}")
+"""
+
+
+def prepare_with_hub(dataset: str, tokenizer: str, cache: Path, **env: str) -> str:
+    """What comes of it in a fresh process, since the hub's libraries read `env` at import."""
+    values = {"DATASET": dataset, "TOKENIZER": tokenizer, "CACHE": str(cache)}
+    code = "".join(f"{name} = {value!r}\n" for name, value in values.items()) + PREPARE
+    env = {"HF_HOME": str(cache / "hf"), **env}
+    return python(code, **env)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "tokenizer", "asked"),
+    [
+        ("wikitext-2", "gpt2", "--dataset wikitext-2:"),
+        ("owner/name:config", "gpt2", "--dataset owner/name:config:"),
+        ("TEXT", "gpt2", "--tokenizer gpt2:"),
+    ],
+)
+def test_without_a_network_the_error_comes_at_once_and_says_what_works(
+    dataset: str, tokenizer: str, asked: str, tmp_path: Path
+) -> None:
+    dataset = str(text_file(tmp_path)) if dataset == "TEXT" else dataset
+    closed = "http://127.0.0.1:9"
+    printed = prepare_with_hub(dataset, tokenizer, tmp_path, HF_ENDPOINT=closed)
+    seconds, kind, message = printed.split(maxsplit=2)
+    assert kind == "ConnectionError"
+    assert int(seconds) < 15  # its own libraries take 24 and 49 s
+    assert message.startswith(asked)
+    assert closed in message
+    assert WITHOUT_NETWORK in message
+
+
+@pytest.fixture
+def silent_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A hub that takes calls and never says a word, as behind some firewalls."""
+    from huggingface_hub import constants
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setattr(hub, "HUB_SECONDS", 0.3)
+        hub.hub_answers.cache_clear()
+        yield
+    hub.hub_answers.cache_clear()
+
+
+@pytest.mark.usefixtures("silent_hub")
+def test_a_hub_that_never_answers_is_not_waited_for() -> None:
+    start = time.perf_counter()
+    with pytest.raises(ConnectionError, match=f"owner/name.*{WITHOUT_NETWORK}"):
+        load_corpus("owner/name")
+    assert time.perf_counter() - start < 5
+
+
+class NoSuchRepository(http.server.BaseHTTPRequestHandler):
+    """A hub that is there and has nothing of what is asked for."""
+
+    def do_HEAD(self) -> None:
+        found = self.path in ("", "/")
+        self.send_response(200 if found else 404)
+        if not found:
+            self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_a_name_that_the_hub_does_not_know_is_the_users_error(tmp_path: Path) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), NoSuchRepository) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        dataset = prepare_with_hub("owner/name", "gpt2", tmp_path, HF_ENDPOINT=endpoint)
+        tokenizer = prepare_with_hub(
+            str(text_file(tmp_path)), "owner/name", tmp_path, HF_ENDPOINT=endpoint
+        )
+        server.shutdown()
+    assert "ValueError --dataset owner/name: " in dataset
+    assert "ValueError --tokenizer owner/name: " in tokenizer
+
+
+def test_what_the_hubs_cache_holds_works_without_a_network(tmp_path: Path) -> None:
+    """The caches are laid out here as the hub's libraries leave them after a download."""
+    import datasets
+
+    rows = [f"line {n} of a text that was downloaded\n" for n in range(100)]
+    for split in ("train", "validation"):
+        (tmp_path / "wikitext").mkdir(exist_ok=True)
+        (tmp_path / "wikitext" / f"{split}.jsonl").write_text(
+            "".join(json.dumps({"text": row}) + "\n" for row in rows)
+        )
+    config = "wikitext-2-raw-v1"
+    datasets.load_dataset(str(tmp_path / "wikitext"), cache_dir=str(tmp_path / "built"))
+    (info_file,) = (tmp_path / "built").rglob("dataset_info.json")
+    cached = tmp_path / "hf" / "datasets" / "Salesforce___wikitext" / config / "0.0.0" / "0123abcd"
+    shutil.copytree(info_file.parent, cached)
+    info = json.loads((cached / "dataset_info.json").read_text())
+    info["config_name"] = config
+    (cached / "dataset_info.json").write_text(json.dumps(info))
+
+    bpe = prepare(str(text_file(tmp_path)), "bpe:300", 16, tmp_path, lambda line: None)
+    repository = tmp_path / "hf" / "hub" / "models--gpt2"
+    shutil.copytree(bpe.tokenizer_path, repository / "snapshots" / ("a" * 40))
+    (repository / "snapshots" / ("a" * 40) / "config.json").write_text('{"model_type": "gpt2"}')
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+
+    closed = "http://127.0.0.1:9"
+    printed = prepare_with_hub("wikitext-2", "gpt2", tmp_path, HF_ENDPOINT=closed)
+    assert corpora.Corpus("", rows, rows, "", find_documents(rows, [])).fingerprint in printed
+    tokenizer = bpe.load_tokenizer()
+    assert f"'train_tokens': {sum(len(tokenizer(row)['input_ids']) for row in rows)}" in printed

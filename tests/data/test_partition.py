@@ -1,0 +1,335 @@
+"""Partitions: every sequence has one owner, and who it is is a matter of the seed alone."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedrun.central import PooledClients, training_client
+from fedrun.config import Partition
+from fedrun.data.holdings import holdings
+from fedrun.data.partition import apportion, client_shards, deal_topics, deal_whole, shard_sizes
+from fedrun.data.reading import Reading
+from fedrun.data.tokens import TokenData, prepare
+from fedrun.federation.plan import Schedule, Shards
+from fedrun.flags import resolve
+from fedrun.model.build import new_model
+from fedrun.records.provenance import refuse_other_makings
+from fedrun.training.params import FlatParams
+from fedrun.unused import idle
+from tests.support.made_data import made
+from tests.support.runs import Run
+
+# ---- every partition ----------------------------------------------------------------------------
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 60), min_size=12, max_size=60),
+       n_clients=st.integers(1, 5), partition=st.sampled_from(get_args(Partition)),
+       alpha=st.floats(1e-3, 1e3), skew=st.sampled_from([0.0, 0.7, 2.0]),
+       seed=st.integers(0, 2**63 - 1))
+def test_every_sequence_has_one_owner_and_the_seed_decides(
+        lengths: list[int], n_clients: int, partition: str, alpha: float, skew: float, seed: int
+) -> None:
+    data = made([length + 20 for length in lengths])  # so long that each owns a sequence
+    n = len(data.train)
+    shards = client_shards(data, n_clients, partition, alpha, skew, seed)
+    assert len(shards) == n_clients
+    np.testing.assert_array_equal(np.sort(np.concatenate(shards)), np.arange(n))
+    assert all(shard.dtype == np.int64 and (np.diff(shard) > 0).all() for shard in shards)
+    again = client_shards(data, n_clients, partition, alpha, skew, seed)
+    assert all(np.array_equal(a, b) for a, b in zip(shards, again, strict=True))
+    sizes = shard_sizes(n, n_clients, skew, seed)
+    if partition in ("contiguous", "shuffled", "dirichlet"):
+        assert [len(shard) for shard in shards] == sizes.tolist()
+    else:
+        unit = data.documents.of_sequences(*data.train.shape)
+        if partition == "by_source":
+            unit = data.documents.source[unit]
+        owners = [set(unit[shard].tolist()) for shard in shards]
+        assert all(owners), "nobody goes without"
+        assert sum(map(len, owners)) == len(set(unit.tolist())), "no unit is divided"
+        if skew == 0:
+            largest = max(Counter(unit.tolist()).values())
+            assert all(abs(len(shard) - size) <= largest
+                       for shard, size in zip(shards, sizes, strict=True))
+
+
+@given(n_clients=st.integers(1, 40), more=st.integers(0, 200), seed=st.integers(0, 9))
+def test_contiguous_shards_are_the_near_equal_ranges(n_clients: int, more: int, seed: int) -> None:
+    n = n_clients + more
+    shards = client_shards(made([4 * n]), n_clients, "contiguous", 1.0, 0.0, seed)
+    assert [shard.tolist() for shard in shards] == [
+        list(range(k * n // n_clients, (k + 1) * n // n_clients)) for k in range(n_clients)]
+
+
+@pytest.mark.parametrize("partition", ["shuffled", "dirichlet", "documents"])
+def test_another_seed_is_another_partition(partition: str) -> None:
+    data = made([30] * 40)
+    first, second = (client_shards(data, 4, partition, 1.0, 0.0, seed)[0] for seed in (0, 1))
+    assert not np.array_equal(first, second)
+
+
+# ---- sizes --------------------------------------------------------------------------------------
+
+@given(st.integers(0, 1000), st.lists(st.integers(0, 50), min_size=1, max_size=20))
+def test_apportion_is_the_largest_remainders(total: int, shares: list[int]) -> None:
+    if not sum(shares):
+        shares[0] = 1
+    whole = apportion(total, np.array(shares, dtype=np.float64))
+    quotas = [Fraction(total * share, sum(shares)) for share in shares]
+    assert whole.sum() == total
+    for given_, quota in zip(whole.tolist(), quotas, strict=True):
+        assert abs(given_ - quota) < 1 + Fraction(1, 10**9)
+    up = [q - int(q) for q, w in zip(quotas, whole.tolist(), strict=True) if w > q]
+    down = [q - int(q) for q, w in zip(quotas, whole.tolist(), strict=True) if w < q]
+    if up and down:
+        assert min(up) >= max(down) - Fraction(1, 10**9)
+
+
+def test_sizes_are_log_normal_with_the_skew_as_their_spread() -> None:
+    for skew in (0.3, 1.0, 2.0):
+        sizes = shard_sizes(10**9, 5000, skew, seed=3)
+        logs = np.log(sizes)
+        assert abs(logs.std() - skew) < 0.03 * skew
+        middle = np.abs(logs - logs.mean()) < skew
+        assert abs(middle.mean() - 0.6827) < 0.02, "of a normal distribution"
+    mild, strong = (shard_sizes(10**6, 50, skew, seed=3) for skew in (0.1, 1.5))
+    np.testing.assert_array_equal(np.argsort(mild), np.argsort(strong))
+
+
+# ---- Dirichlet ----------------------------------------------------------------------------------
+
+def dealt_by_hand(topic: list[int], document: list[int], sizes: list[int], alpha: float,
+                  random: np.random.Generator) -> list[int]:
+    """Hsu et al.'s scheme without replacement, sequence by sequence, in plain Python."""
+    kinds = sorted(set(topic))
+    turn = random.permutation(max(document) + 1)
+    piles = {k: sorted((i for i, t in enumerate(topic) if t == k),
+                       key=lambda i: (turn[document[i]], i)) for k in kinds}
+    prior = [len(piles[k]) / len(topic) for k in kinds]
+    owner = [-1] * len(topic)
+    for client in random.permutation(len(sizes)):
+        mix = dict(zip(kinds, random.dirichlet([alpha * p for p in prior]), strict=True))
+        wants = sizes[client]
+        while wants:
+            mix = {k: q for k, q in mix.items() if piles[k] and q > 0}
+            if not mix:
+                mix = {k: float(len(piles[k])) for k in kinds if piles[k]}
+            quotas = {k: wants * (q / sum(mix.values())) for k, q in mix.items()}
+            whole = {k: int(q) for k, q in quotas.items()}
+            by_remainder = sorted(quotas, key=lambda k: (whole[k] - quotas[k], k))
+            for k in by_remainder[:wants - sum(whole.values())]:
+                whole[k] += 1
+            for k, count in whole.items():
+                taken, piles[k] = piles[k][:count], piles[k][count:]
+                wants -= len(taken)
+                for i in taken:
+                    owner[i] = int(client)
+    return owner
+
+
+@pytest.mark.parametrize("alpha", [0.05, 1.0, 30.0])
+@pytest.mark.parametrize("seed", range(4))
+def test_dirichlet_equals_the_scheme_by_hand(alpha: float, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    document = np.sort(random.integers(30, size=400))
+    topic = random.integers(6, size=30)[document]
+    sizes = shard_sizes(400, 7, 0.8, seed)
+    ours = deal_topics(topic, document, sizes, alpha, np.random.default_rng([seed, 1]))
+    theirs = dealt_by_hand(topic.tolist(), document.tolist(), sizes.tolist(), alpha,
+                           np.random.default_rng([seed, 1]))
+    assert ours.tolist() == theirs
+
+
+def test_a_large_alpha_gives_all_clients_the_mix_of_the_whole() -> None:
+    data = made([40] * 90)
+    topic = data.topics.of_document[data.documents.of_sequences(*data.train.shape)]
+    shards = client_shards(data, 5, "dirichlet", 1e9, 0.5, 0)
+    whole = np.bincount(topic) / len(topic)
+    for shard in shards:
+        assert np.abs(np.bincount(topic[shard], minlength=3) - len(shard) * whole).max() <= 1
+
+
+def test_a_smaller_alpha_diverges_more_on_real_text(pydocs_tokens: TokenData) -> None:
+    def mean_divergence(partition: str, alpha: float = 1.0) -> float:
+        found = [held.divergence for seed in range(3) for held in holdings(
+            pydocs_tokens, client_shards(pydocs_tokens, 6, partition, alpha, 0.0, seed))]
+        return float(np.mean(found))
+
+    random, mild, strong = (mean_divergence("shuffled"), mean_divergence("dirichlet", 100.0),
+                            mean_divergence("dirichlet", 0.1))
+    assert random < mild < strong
+    assert strong > 1.5 * mild
+
+
+# ---- whole units --------------------------------------------------------------------------------
+
+def test_as_many_sources_as_clients_is_one_each() -> None:
+    data = made([40, 4, 8, 100, 12] * 3, n_sources=5)
+    source = data.documents.source[data.documents.of_sequences(*data.train.shape)]
+    for skew in (0.0, 2.0):
+        shards = client_shards(data, 5, "by_source", 1.0, skew, 1)
+        assert sorted(list(set(source[shard].tolist())) for shard in shards) == [
+            [0], [1], [2], [3], [4]]
+    sizes = shard_sizes(len(data.train), 5, 2.0, 1)
+    assert np.argmax(sizes) == np.argmax([len(shard) for shard in shards])
+
+
+def test_units_go_to_whoever_lacks_most() -> None:
+    unit = np.repeat([10, 11, 12, 13], [6, 5, 4, 3])
+    owner = deal_whole(unit, np.array([9, 9]), "by_source", None)
+    assert owner.tolist() == [0] * 6 + [1] * 5 + [1] * 4 + [0] * 3
+
+
+# ---- what cannot be -----------------------------------------------------------------------------
+
+def shards_of(data: TokenData, **flags: object) -> Shards:
+    config: Any = resolve("fed_avg", flags)
+    return Shards(config, data)
+
+
+def test_a_shard_that_is_too_small_is_named_with_what_is_accepted() -> None:
+    data = made([40] * 90)
+    flags: dict[str, object] = {"partition": "dirichlet", "size_skew": 2, "num_clients": 9,
+                                "seed": 1}
+    sizes = shard_sizes(900, 9, 2.0, 1).tolist()
+    smallest = min(sizes)
+    with pytest.raises(ValueError, match=(
+            f"--partition dirichlet: client {sizes.index(smallest)} would train on {smallest} "
+            f"sequences, fewer than a batch of {smallest + 1}; accepted is --batch_size up to "
+            f"{smallest}, a smaller --size_skew, fewer --num_clients")):
+        shards_of(data, batch_size=smallest + 1, **flags)
+    assert shards_of(data, batch_size=smallest, **flags).sizes == sizes
+
+
+def test_an_empty_shard_is_named() -> None:
+    with pytest.raises(ValueError, match=r"client \d+ would train on 0 sequences, .* accepted is "
+                                         r"a smaller --size_skew, fewer --num_clients"):
+        shards_of(made([40] * 9), partition="shuffled", size_skew=5, num_clients=12, batch_size=1)
+
+
+@pytest.mark.parametrize(("partition", "what", "there"), [
+    ("contiguous", "sequence", 42), ("documents", "document", 12), ("by_source", "source", 5)])
+def test_more_clients_than_there_is_to_deal_out(partition: str, what: str, there: int) -> None:
+    data = made([14] * 12)
+    with pytest.raises(ValueError, match=(
+            f"--num_clients 43: --partition {partition} gives every client a {what}, and the train "
+            f"split has only {there}; accepted is up to {there}")):
+        shards_of(data, partition=partition, num_clients=43, batch_size=1)
+    assert len(shards_of(data, partition=partition, num_clients=there, batch_size=1).sizes) == there
+
+
+def test_a_corpus_without_sources_names_the_flag(tmp_path: Path) -> None:
+    file = tmp_path / "one.txt"
+    file.write_text("".join(f"Paragraph {n} says a thing.\nAnd another.\n\n" for n in range(200)))
+    data = prepare(str(file), "bpe:300", 16, tmp_path, lambda line: None)
+    with pytest.raises(ValueError, match=r"--partition by_source: .*one.txt has no sources .a "
+                                         r"document there is a paragraph.; accepted is contiguous"):
+        shards_of(data, partition="by_source")
+    assert len(shards_of(data, partition="documents").sizes) == 4
+
+
+def test_the_values_of_a_column_are_sources_and_no_client_has_anothers(tmp_path: Path) -> None:
+    file = tmp_path / "posts.jsonl"
+    file.write_text("".join(json.dumps({"text": f"{'abc'[n % 3]} " * 20, "user": f"user {n % 3}"})
+                            + "\n" for n in range(120)))
+    data = prepare(str(file), "bpe:300", 16, tmp_path, lambda line: None,
+                   Reading(partition="column:user"))
+    shards = client_shards(data, 3, "column:user", 1.0, 0.0, 0)
+    tokenizer = data.load_tokenizer()
+    texts = [tokenizer.decode(data.train[shard[1:-1]].ravel().tolist()) for shard in shards]
+    assert sorted("".join(set(text) - {" ", "\n"}) for text in texts) == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="--num_clients 4: --partition column:user gives every "
+                                         "client a source, and the train split has only 3"):
+        client_shards(data, 4, "column:user", 1.0, 0.0, 0)
+    by_source = prepare(str(file), "bpe:300", 16, tmp_path, lambda line: None)
+    with pytest.raises(ValueError, match=r"no sources \(a document there is a row\).*column:NAME"):
+        client_shards(by_source, 3, "by_source", 1.0, 0.0, 0)
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    ({"partition": "column:"}, "--partition column:"),
+    ({"partition": "sorted"}, "contiguous or shuffled or dirichlet or documents or by_source"),
+    ({"alpha": 0}, "--alpha 0"), ({"size_skew": -1}, "--size_skew -1"),
+    ({"size_skew": "inf"}, "--size_skew inf")])
+def test_wrong_values_name_the_flag(flags: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match="accepted is") as caught:
+        resolve("fed_avg", flags)
+    assert said in str(caught.value)
+
+
+def test_alpha_without_dirichlet_warns() -> None:
+    config = resolve("fed_avg", {"alpha": 0.3})
+    assert idle(config) == {"alpha": "--alpha 0.3 has no effect without --partition dirichlet"}
+    assert not idle(resolve("fed_avg", {"alpha": 0.3, "partition": "dirichlet"}))
+
+
+# ---- holdout, epochs, central -------------------------------------------------------------------
+
+def test_the_holdout_of_a_shard_that_is_no_range() -> None:
+    data = made([30] * 40)
+    config: Any = resolve("fed_entropy", {"partition": "documents", "entropy_holdout": 0.25})
+    shards = Shards(config, data)
+    whole = client_shards(data, 4, "documents", 1.0, 0.0, 0)
+    for train, held, shard in zip(shards.train, shards.holdout, whole, strict=True):
+        np.testing.assert_array_equal(np.concatenate([train, held]), shard)
+        assert len(held) == len(shard) // 4
+    other: Any = resolve("fed_entropy", {"partition": "documents", "seed": 1})
+    assert shards.digest() != Shards(other, data).digest()
+    assert shards.digest() == Shards(config, data).digest()
+
+
+def test_a_checkpoint_of_other_shards_is_refused() -> None:
+    """As where another scikit-learn has found other topics in the same text."""
+    made_with = {"corpus": "c", "partition": "one", "kernels": "own", "versions": {}}
+    refuse_other_makings(made_with, made_with, pytest.fail)
+    with pytest.raises(ValueError, match=r"--partition: .* was one and is two now"):
+        refuse_other_makings(made_with, made_with | {"partition": "two"}, pytest.fail)
+
+
+def test_an_epoch_is_the_smallest_shards() -> None:
+    data = made([40] * 90)
+    config: Any = resolve("fed_avg", {"partition": "shuffled", "size_skew": 1.0, "n_epochs": 2})
+    sizes = Shards(config, data).sizes
+    assert max(sizes) > 2 * min(sizes)
+    assert Schedule(config, sizes).rounds == 2 * (min(sizes) // 4)
+
+
+def test_central_takes_the_batches_of_the_same_clients(pydocs_tokens: TokenData) -> None:
+    dealt = {"partition": "dirichlet", "alpha": 0.2, "num_clients": 3}
+    config: Any = resolve("central", {"config": "tiny", "batches": "clients", "batch_size": 6,
+                                      "dtype": "fp32", **dealt})
+    federated: Any = resolve("fed_avg", dealt)
+    flat = FlatParams(new_model(config, pydocs_tokens.vocab_size, torch.device("cpu")))
+    client, _ = training_client(config, pydocs_tokens, flat)
+    assert isinstance(client, PooledClients)
+    shards = Shards(federated, pydocs_tokens).train
+    for (shard, _), theirs in zip(client.parts, shards, strict=True):
+        np.testing.assert_array_equal(shard, theirs)
+
+
+# ---- whole runs ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("method", "partition"), [("fed_avg", "dirichlet"),
+                                                   ("fed_entropy", "documents")])
+def test_unequal_clients_have_the_same_bits_in_1_and_3_processes(
+        run: Run, method: str, partition: str) -> None:
+    flags = ("--num_clients", 5, "--rounds", 3, "--partition", partition, "--alpha", 0.3,
+             "--size_skew", 0.8)
+    alone = run(method, *flags, name="p1")
+    three = run(method, *flags, processes=3, name="p3")
+    assert alone.code == three.code == 0, alone.output + three.output
+    assert alone.bits == three.bits
+    if method == "fed_avg":
+        contiguous = run(method, "--num_clients", 5, "--rounds", 3, name="contiguous")
+        assert contiguous.code == 0, contiguous.output
+        assert contiguous.bits != alone.bits

@@ -1,0 +1,109 @@
+"""Vectors among the workers: the same sums whoever shares memory with whom."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedrun.distributed.data_plane import nodes
+from fedrun.distributed.shared_memory import Offer, attach, machine
+from tests.support.runs import (
+    FAULTY,
+    Run,
+    assert_equal,
+    execute,
+    fault,
+    torchrun,
+    without_clocks,
+)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=12))
+def test_nodes_are_the_machines_whose_workers_reach_each_other(drawn: list[tuple[int, bool]]
+                                                               ) -> None:
+    machines, reached = zip(*drawn, strict=True)
+    found = nodes(machines, reached)
+    for worker, node in enumerate(found):
+        assert worker in node
+        assert list(node) == sorted(set(node))
+        assert all(found[other] == node and machines[other] == machines[worker] for other in node)
+        if len(node) > 1:
+            assert all(reached[other] for other in node)
+        elif reached[worker]:
+            alike = [w for w, other in enumerate(machines) if other == machines[worker]]
+            assert alike == [worker] or not all(reached[w] for w in alike)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float64])
+def test_a_vector_outlives_its_offer(dtype: torch.dtype) -> None:
+    offer = Offer(1000 * dtype.itemsize)
+    first, second = (attach(offer.address, 1000, dtype) for _ in range(2))
+    offer.close()
+    assert first.dtype == dtype
+    assert first.shape == (1000,)
+    assert not first.any()
+    first[:] = torch.arange(1000)
+    del first
+    assert torch.equal(second, torch.arange(1000, dtype=dtype))
+
+
+def test_what_is_not_there_is_not_taken_for_something_else(tmp_path: Path) -> None:
+    """A wrong process would have other things under a descriptor's number; to open a pipe waits."""
+    offer = Offer(8)
+    me, descriptor, stamp = offer.address
+    os.mkfifo(tmp_path / "pipe")
+    pipe = os.open(tmp_path / "pipe", os.O_RDWR)
+    (tmp_path / "file").write_bytes(bytes(10_000))
+    with open(tmp_path / "file", "r+b") as file:
+        for address in ((me, descriptor, stamp ^ 1), (me, pipe, stamp), (me, file.fileno(), stamp),
+                        (me, 10_000, stamp), (2**22 + 1, descriptor, stamp)):
+            with pytest.raises(OSError, match=r"fedrun's|this run's|No such file"):
+                attach(address, 8, torch.uint8)
+    os.close(pipe)
+    offer.close()
+    with pytest.raises(OSError, match="No such file"):
+        attach(offer.address, 8, torch.uint8)
+
+
+def test_a_machine_has_one_number() -> None:
+    code, told = execute([sys.executable, "-c",
+                          "from fedrun.distributed.shared_memory import machine; print(machine())"])
+    assert code == 0, told
+    assert int(told) == machine() > 0
+
+
+def test_the_same_bits_on_any_machines() -> None:
+    code, told = execute([*torchrun(5), "-m", "tests.support.every_plane"])
+    assert code == 0, told
+    assert "all the same" in told
+
+
+def test_a_run_on_two_machines(run: Run) -> None:
+    """With a server; workers 1 and 3 share the memory of one, 2 and 4 that of the other."""
+    flags = ("--rounds", 3, "--num_clients", 4, "--client_state", "average")
+    alone = run("fed_avg", *flags, name="alone")
+    apart = run("fed_avg", *flags, name="apart", processes=5,
+                script="tests.support.two_machines")
+    assert alone.code == apart.code == 0, alone.output + apart.output
+    assert apart.bits == alone.bits
+    assert without_clocks(apart) == without_clocks(alone)
+
+
+def test_a_worker_that_is_late_finds_what_the_others_do(run: Run, tmp_path: Path) -> None:
+    """Also while a run is resumed, when the common model is written twice."""
+    flags = ("--num_clients", 2, "--rounds", 4, "--val_freq", 2, "--checkpoint_freq", 2,
+             "--save_client_deltas", "true")
+    whole = run("fed_avg", *flags, name="whole")
+    stopped = run("fed_avg", *flags, script=FAULTY, env=fault(tmp_path, "term", "record:2"))
+    assert whole.code == stopped.code == 0, whole.output + stopped.output
+    resumed = run("fed_avg", *flags, processes=3, script="tests.support.late_fedrun",
+                  env={"LATE_RANK": "2"})
+    assert resumed.code == 0, resumed.output
+    assert "goes on after step" in resumed.output
+    assert_equal(resumed, whole)

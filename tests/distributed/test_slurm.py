@@ -1,0 +1,150 @@
+"""launch/slurm.sbatch and srun on a real SLURM cluster: the same bits as in one process, whatever
+happens to the job on its way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from fedrun.records import checkpoint, run_dir
+from tests.slurm.cluster import Cluster, Job, running_cluster, until
+from tests.support.runs import ROOT, execute
+
+pytestmark = pytest.mark.slow
+
+ROUNDS = 50
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with running_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A run of five clients on a text of a few pages."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "text").mkdir()
+    (folder / "text" / "readme.txt").write_text((ROOT / "README.md").read_text())
+    return ["--config", "tiny", "--dataset", str(folder / "text"), "--tokenizer", "bpe:300",
+            "--sequence_length", "16", "--batch_size", "2", "--lr", "2e-3", "--dtype", "fp32",
+            "--device", "cpu", "--num_clients", "5", "--rounds", str(ROUNDS), "--val_freq", "10",
+            "--checkpoint_freq", "7", "--cache_dir", str(folder / "cache")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The parameters' hash after the run in one process, which nothing disturbs."""
+    folder = tmp_path_factory.mktemp("alone")
+    code, output = execute([sys.executable, "-m", "fedrun", "fed_avg", *flags, "--data_dir",
+                            str(folder), "--run_name", "run"])
+    assert code == 0, output
+    return parameters(folder / "run")
+
+
+def parameters(run_dir: Path) -> str:
+    """A hash of the model's bits, name by name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(run_dir / "model.safetensors").items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture
+def submit(cluster: Cluster, flags: list[str], tmp_path: Path) -> Callable[..., Job]:
+    """submit("--rounds", 4, options=["--no-requeue"]): a job of launch/slurm.sbatch."""
+    def submit_it(*more: object, options: tuple[str, ...] = (), **env: str) -> Job:
+        output = tmp_path / "slurm.out"
+        code, told = cluster.run(
+            "sbatch", "--parsable", f"--output={output}", *options, "launch/slurm.sbatch",
+            "fed_avg", *flags, "--data_dir", tmp_path, "--run_name", "run", *more,
+            **{"PYTHON": sys.executable, "WORKERS_PER_NODE": "1", "RESTARTS": "2",
+               "LOG_DIR": str(tmp_path / "logs"), **env})
+        assert code == 0, told
+        return Job(cluster, told.strip(), output)
+    return submit_it
+
+
+def test_two_nodes_have_the_bits_of_one_process(
+        submit: Callable[..., Job], undisturbed: str, tmp_path: Path) -> None:
+    job = submit()
+    assert job.until_over() == "COMPLETED", job.output
+    assert "node 0 of 2" in job.output
+    assert "node 1 of 2" in job.output
+    assert f"[rank 0] round {ROUNDS}/{ROUNDS}" in job.output
+    assert "[rank 1]" not in job.output
+    assert list((tmp_path / "logs" / "node1").rglob("stderr.log"))
+    assert parameters(tmp_path / "run") == undisturbed
+
+
+def test_a_job_is_requeued_after_a_failure_and_before_its_time_limit(
+        cluster: Cluster, submit: Callable[..., Job], undisturbed: str, tmp_path: Path) -> None:
+    job = submit()
+    job.until_said("round 10/")
+    rank(cluster, 2).kill()
+    job.until_said("attempt 0: requeued: the run failed; restart 1 of 2")
+    job.until_said("round 20/")
+    cluster.run("scancel", "--signal=USR2", "--batch", job.number)  # as #SBATCH --signal does
+    job.until_said("attempt 1: requeued: stopped for the time limit")
+    job.until_said("attempt 2: run folder")
+    (tmp_path / "run" / "STOP").write_text(f"{job.number} 1\n")  # of the attempt before: too late
+    assert job.until_over() == "COMPLETED", job.output
+    assert job.output.count("fedrun: goes on after step") == 2
+    assert "attempt 2: over: finished" in job.output
+    assert parameters(tmp_path / "run") == undisturbed
+
+
+def test_scancel_leaves_a_checkpoint_and_no_process(
+        cluster: Cluster, submit: Callable[..., Job], tmp_path: Path) -> None:
+    job = submit()
+    job.until_said("round 10/")
+    cluster.run("scancel", job.number)
+    job.until_said("not requeued: cancelled")
+    assert job.until_over() == "CANCELLED"
+    until(lambda: not cluster.processes(), "processes are left", 5,
+          lambda: str(cluster.processes()))
+    found = checkpoint.latest(tmp_path / "run", print)
+    assert found
+    outcome = run_dir.read_outcome(tmp_path / "run")
+    assert (outcome["outcome"], outcome["step"]) == ("stopped", found.step)
+    assert (outcome["job"], outcome["attempt"]) == (job.number, 0)
+
+
+def test_without_requeueing_the_clients_of_a_lost_node_go_to_the_others(
+        cluster: Cluster, submit: Callable[..., Job], undisturbed: str, tmp_path: Path) -> None:
+    job = submit(options=("--no-requeue",))
+    job.until_said("round 10/")
+    cluster.lose_node(2)
+    try:
+        assert job.until_over() == "COMPLETED", job.output
+    finally:
+        cluster.start_node(2)
+        cluster.until_idle()
+    assert "may not be requeued: it was submitted with --no-requeue" in job.output
+    assert "started again on n1: the run failed; restart 1 of 2 here" in job.output
+    assert "node 0 of 1" in job.output
+    assert "fedrun: goes on after step" in job.output
+    assert parameters(tmp_path / "run") == undisturbed
+
+
+def test_srun_without_torchrun(cluster: Cluster, flags: list[str], undisturbed: str,
+                               tmp_path: Path) -> None:
+    code, output = cluster.run(
+        "srun", "--nodes=2", "--ntasks=3", "--overcommit", sys.executable, "-m", "fedrun",
+        "fed_avg", *flags, "--data_dir", tmp_path, "--run_name", "run")
+    assert code == 0, output
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["processes"] == 3
+    assert parameters(tmp_path / "run") == undisturbed
+
+
+def rank(cluster: Cluster, number: int) -> psutil.Process:
+    """The process of a rank of the run that is on."""
+    return next(p for p in cluster.processes() if p.environ().get("RANK") == str(number))

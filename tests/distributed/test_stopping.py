@@ -1,0 +1,140 @@
+"""Orderly ends: STOP files and signals, and the lock of a run's folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedrun.distributed.stopping import StopRequest, hangup_ignored
+from fedrun.records import checkpoint, run_dir
+from fedrun.torchrun import wanted_signals
+from tests.support.runs import ROOT, SMALL, Run, wait_until
+
+
+@pytest.fixture
+def endless(request: pytest.FixtureRequest, tmp_path: Path, cache_dir: Path
+            ) -> Iterator[subprocess.Popen[str]]:
+    """A run that has begun and would go on for hours; its parameter: local updates in a round."""
+    updates = getattr(request, "param", 4)
+    command = [sys.executable, "-m", "fedrun", "fed_avg", *SMALL, "--data_dir", str(tmp_path),
+               "--cache_dir", str(cache_dir), "--run_name", "run", "--rounds", "100000",
+               "--num_clients", "2", "--val_freq", "100000", "--local_updates", str(updates)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               cwd=ROOT, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        events = tmp_path / "run" / "events.jsonl"
+        lines = 4 if updates < 100 else 1
+        wait_until(lambda: events.exists() and events.read_text().count("\n") >= lines, 60)
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def test_two_runs_in_one_folder(run: Run, endless: subprocess.Popen[str], tmp_path: Path) -> None:
+    second = run("fed_avg", "--rounds", 5, "--overwrite")
+    assert second.code == 2
+    assert f"is in use by process {endless.pid} on " in second.output
+    assert endless.poll() is None
+    # Nor does a process that fails without the lock say of the other's run that it has failed.
+    run_dir.write_failure(tmp_path / "run", "no word from rank 1")
+    assert run_dir.read_outcome(tmp_path / "run")["outcome"] == "running"
+
+
+def test_a_stop_file_ends_the_run_in_order(endless: subprocess.Popen[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    other_job = folder / "STOP"
+    other_job.write_text("1234 0\n")  # meant for a job that we are not
+    time.sleep(1.0)
+    assert endless.poll() is None
+    other_job.unlink()
+    (folder / "STOP").touch()
+    output, _ = endless.communicate(timeout=30)
+    assert endless.returncode == 0, output
+    assert "stopped by the STOP file, after round" in output
+    assert not (folder / "STOP").exists()
+    assert json.loads((folder / "outcome.json").read_text())["outcome"] == "stopped"
+    assert checkpoint.latest(folder, print) is not None
+
+
+@pytest.mark.parametrize("endless", [1_000_000], indirect=True)
+def test_a_second_signal_ends_at_once(endless: subprocess.Popen[str]) -> None:
+    """In the middle of a round, which the first signal waits for."""
+    endless.send_signal(signal.SIGHUP)  # the terminal is closed
+    time.sleep(1.5)
+    assert endless.poll() is None
+    endless.send_signal(signal.SIGTERM)
+    output, _ = endless.communicate(timeout=10)
+    assert "SIGHUP: stops after this round" in output
+    assert "SIGTERM again: ends at once" in output
+    assert endless.returncode == 128 + signal.SIGTERM
+
+
+def test_under_nohup_a_closed_terminal_is_nothing(tmp_path: Path) -> None:
+    (tmp_path / "lock").touch()
+    names = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
+    assert not hangup_ignored()
+    assert wanted_signals(names) == names
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
+    try:
+        assert wanted_signals(names) == "SIGTERM,SIGINT,SIGQUIT"
+        with StopRequest(tmp_path, tmp_path / "lock", list, quiet=True).listening() as stopping:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.2)
+            assert stopping.asked_by() == ""
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_is_written_to_a_closed_terminal_is_lost_and_no_error() -> None:
+    code = """
+import os, sys
+from fedrun.distributed.stopping import outlive_terminal
+outlive_terminal()
+print("seen")
+sys.stdin.read()
+print("lost")
+print("lost", file=sys.stderr)
+sys.exit(7)
+"""
+    master, terminal = os.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE,
+                               stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    assert os.read(master, 100) == b"seen\r\n"
+    os.close(master)
+    process.communicate(timeout=30)
+    assert process.returncode == 7
+
+
+# Between Python's own instructions, and in a library that does not come back to them.
+@pytest.mark.parametrize("work", ["time.sleep(60)",
+                                  "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"])
+def test_ctrl_c_before_the_run_begins_is_one_line(work: str) -> None:
+    code = f"""
+import hashlib, sys, time
+from fedrun.distributed.stopping import interruptible
+def command():
+    print("begun", flush=True)
+    {work}
+    return 0
+sys.exit(interruptible(command))
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert said == "fedrun: interrupted; the same command starts again, or resumes\n"
+    assert process.returncode == 128 + signal.SIGINT

@@ -1,0 +1,317 @@
+"""A run that is killed or stopped, and started again in the same way, ends with the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fedrun.flags import resolve
+from fedrun.records import checkpoint, run_dir
+from fedrun.start import make_ready
+from tests.support.runs import (
+    FAULTY,
+    FLAGS,
+    ROOT,
+    SMALL,
+    Outcome,
+    Run,
+    assert_equal,
+    fault,
+    outcome_of,
+    torchrun,
+)
+
+
+@pytest.mark.parametrize(("method", "flags"), [
+    ("central", ("--rounds", 7, "--checkpoint_freq", 2)),
+    ("diloco", (*FLAGS, "--client_state", "average", "--local_updates", 2)),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        ("fed_avg", (*FLAGS, "--sync", "epoch", "--epoch_passes", 0.01)),
+        ("fed_yogi", (*FLAGS, "--sampling", "replacement")),
+        ("fed_fisher", (*FLAGS, "--client_state", "reset")),
+        ("fed_entropy", FLAGS),
+        ("fed_sgd", FLAGS)]),
+])
+def test_stopped_and_gone_on_in_another_world(run: Run, tmp_path: Path, method: str,
+                                              flags: tuple[object, ...]) -> None:
+    whole = run(method, *flags, name="whole")
+    assert whole.code == 0, whole.output
+    at = "step:5" if method == "central" else "record:5"
+    stopped = run(method, *flags, script=FAULTY, env=fault(tmp_path, "term", at))
+    assert stopped.code == 0, stopped.output
+    assert "stopped by SIGTERM, after" in stopped.output
+    assert outcome_of(stopped) == "stopped"
+    last = sorted((stopped.run_dir / "checkpoints").iterdir())[-1].name
+    assert last in ("step_000005", "step_000006")  # the signal came while round 5 was recorded
+    resumed = run(method, *flags, processes=1 if method == "central" else 3)
+    assert resumed.code == 0, resumed.output
+    assert f"goes on after step {int(last[5:])}" in resumed.output
+    assert_equal(resumed, whole)
+    again = run(method, *flags)
+    assert again.code == 0
+    assert "finished already" in again.output
+    assert again.bits == whole.bits
+
+
+@pytest.mark.parametrize(("rank", "at"), [
+    (1, "train:3"), (0, "before-manifest:6"),
+    pytest.param(0, "after-manifest:7", marks=pytest.mark.slow)])  # nothing is left to train
+def test_killed_and_restarted_in_place(run: Run, tmp_path: Path, undisturbed: Outcome, rank: int,
+                                       at: str) -> None:
+    """torchrun --max-restarts goes on by itself."""
+    killed = run("fed_avg", *FLAGS, "--overwrite", processes=3, script=FAULTY, restarts=1,
+                 env=fault(tmp_path, "kill", at, rank))
+    assert killed.code == 0, killed.output
+    assert (tmp_path / "struck").exists()
+    assert_equal(killed, undisturbed)
+
+
+def test_a_launcher_that_is_killed_leaves_no_orphans(run: Run, tmp_path: Path,
+                                                     undisturbed: Outcome) -> None:
+    log = tmp_path / "log"
+    with log.open("w") as out:
+        launcher = subprocess.Popen(
+            [*torchrun(3), "-m", FAULTY, "fed_avg", *SMALL, *map(str, FLAGS), "--data_dir",
+             str(tmp_path), "--cache_dir", str(undisturbed.run_dir.parent / "cache"),
+             "--run_name", "run"], stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
+            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1",
+                                         **fault(tmp_path, "launcher", "reduced:5", 1)})
+    children: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 90
+        while launcher.poll() is None:
+            children = psutil.Process(launcher.pid).children() or children
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        _, alive = psutil.wait_procs(children, timeout=5)
+        assert len(children) == 3
+        assert not alive, log.read_text()
+    finally:
+        for process in [*children, launcher]:
+            if process.is_running() if isinstance(process, psutil.Process) else (
+                    process.poll() is None):
+                process.kill()
+    resumed = run("fed_avg", *FLAGS, processes=2)
+    assert resumed.code == 0, resumed.output
+    assert_equal(resumed, undisturbed)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
+    """What a run leaves that is killed after its checkpoint of round 6."""
+    folder = tmp_path_factory.mktemp("killed")
+    done = subprocess.run(
+        [sys.executable, "-m", FAULTY, "fed_avg", *SMALL, *map(str, FLAGS), "--data_dir",
+         str(folder), "--cache_dir", str(cache_dir), "--run_name", "run"], cwd=ROOT, timeout=100,
+        capture_output=True, env={**os.environ, **fault(folder, "kill", "after-manifest:6")})
+    assert done.returncode == -signal.SIGKILL
+    checkpoints = folder / "run" / "checkpoints"
+    shutil.rmtree(checkpoints / "step_000007", ignore_errors=True)  # half of it, if it was begun
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["step_000004", "step_000006"]
+    return folder / "run"
+
+
+@pytest.fixture
+def stopped(killed: Path, tmp_path: Path) -> Outcome:
+    """The same as a copy that a test may go on from."""
+    shutil.copytree(killed, tmp_path / "run")
+    return Outcome(-signal.SIGKILL, "", tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "no manifest", "no file", "other step"])
+def test_a_damaged_checkpoint_is_not_taken(stopped: Outcome, damage: str) -> None:
+    folder = stopped.run_dir / "checkpoints" / "step_000006"
+    assert checkpoint.read(folder).step == 6
+    said: list[str] = []
+    break_it(folder, damage)
+    with pytest.raises(ValueError, match="is not whole"):
+        checkpoint.read(folder)
+    found = checkpoint.latest(stopped.run_dir, said.append)
+    assert found is not None
+    assert found.step == 4
+    assert "step_000006 is not whole" in said[0]
+
+
+def break_it(folder: Path, damage: str) -> None:
+    file = folder / "client_1.safetensors"
+    if damage == "flip":
+        content = bytearray(file.read_bytes())
+        content[-1000] ^= 1
+        file.write_bytes(content)
+    elif damage == "truncate":
+        os.truncate(file, file.stat().st_size - 1)
+    elif damage == "other step":
+        manifest = folder / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"step": 6', '"step": 7'))
+    else:
+        (file if damage == "no file" else folder / "manifest.json").unlink()
+
+
+def test_checkpoints_of_which_none_is_whole_are_not_thrown_away(run: Run, stopped: Outcome
+                                                                ) -> None:
+    for step in ("step_000004", "step_000006"):
+        break_it(stopped.run_dir / "checkpoints" / step, "truncate")
+    refused = run("fed_avg", *FLAGS)
+    assert refused.code == 2
+    assert "none of the checkpoints in" in refused.output
+    assert "--overwrite begins anew" in refused.output
+    assert (stopped.run_dir / "model.safetensors").exists()
+
+
+def test_a_kill_while_the_folder_is_emptied(stopped: Outcome, monkeypatch: pytest.MonkeyPatch
+                                            ) -> None:
+    """Between any two removals: what is left can be begun from, and is no finished run."""
+    removals, limit, ready = 0, 0, False
+
+    def counted(remove):  # type: ignore[no-untyped-def]
+        def removed(*args, **kwargs):  # type: ignore[no-untyped-def]
+            nonlocal removals
+            removals += 1
+            if removals > limit:
+                raise KeyboardInterrupt
+            return remove(*args, **kwargs)
+        return removed
+
+    monkeypatch.setattr(shutil, "rmtree", counted(shutil.rmtree))
+    monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
+    held = json.loads((stopped.run_dir / "config.json").read_text())
+    config = resolve("fed_avg", {"data_dir": stopped.run_dir.parent, "run_name": "run"})
+    while not ready:
+        removals = 0
+        try:
+            make_ready(config, None)
+            ready = True
+        except KeyboardInterrupt:
+            assert json.loads((stopped.run_dir / "config.json").read_text()) != held
+            assert run_dir.read_outcome(stopped.run_dir)["outcome"] == "running"
+            assert checkpoint.latest(stopped.run_dir, print) is None
+            limit += 1
+    assert limit > 3
+    left = {path.name for path in stopped.run_dir.iterdir()}
+    assert left == {"lock", "config.json", "outcome.json"}
+
+
+def test_a_disk_that_is_full_for_a_while(run: Run, tmp_path: Path, undisturbed: Outcome) -> None:
+    """What cannot be written at one evaluation is there after the next."""
+    script = tmp_path / "full.py"
+    script.write_text(
+        "import errno, os\nfrom fedrun.records import run_dir\nfrom fedrun.__main__ import run\n"
+        "whole, calls = run_dir.write_whole, 0\n"
+        "def full(path, *content, **how):\n"
+        "    global calls\n"
+        "    calls += path.name == 'model.safetensors'\n"
+        "    if 2 <= calls <= 3:\n"
+        "        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))\n"
+        "    whole(path, *content, **how)\n"
+        "run_dir.write_whole = full\nrun()\n")
+    full = run("fed_avg", *FLAGS, script=script)
+    assert full.code == 0, full.output
+    assert "round 3 could not be written" in full.output
+    assert_equal(full, undisturbed)
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+        run: Run, stopped: Outcome, undisturbed: Outcome) -> None:
+    break_it(stopped.run_dir / "checkpoints" / "step_000006", "flip")
+    stale = stopped.run_dir / "STOP"  # of an earlier start: ignored
+    stale.touch()
+    os.utime(stale, (1, 1))
+    resumed = run("fed_avg", *FLAGS)
+    assert resumed.code == 0, resumed.output
+    assert re.search(r"step_000006 is not whole: client_1.* is damaged", resumed.output)
+    assert "goes on after step 4" in resumed.output
+    assert_equal(resumed, undisturbed)
+
+
+def test_other_settings_are_refused_with_their_names(run: Run, stopped: Outcome) -> None:
+    refused = run("fed_avg", *FLAGS, "--lr", "1e-3")
+    assert refused.code == 2
+    assert "lr 0.002 there, 0.001 here" in refused.output
+    neutral = run("fed_avg", *FLAGS, "--timeout", 100, "--checkpoint_freq", "none")
+    assert neutral.code == 0, neutral.output
+    assert "goes on after step 6" in neutral.output
+
+
+@pytest.mark.slow
+def test_resume_never_and_from_another_run(run: Run, killed: Path, stopped: Outcome,
+                                           undisturbed: Outcome) -> None:
+    anew = run("fed_avg", *FLAGS, "--resume", "never")
+    assert "goes on" not in anew.output
+    assert_equal(anew, undisturbed)
+    other = run("fed_avg", *FLAGS, "--resume", "never", "--lr", "1e-3")
+    assert other.code == 2
+    assert anew.bits == undisturbed.bits
+    finished = run("fed_avg", *FLAGS, processes=3)
+    assert "finished already" in finished.output
+    shutil.rmtree(anew.run_dir)
+    shutil.copytree(killed, anew.run_dir)
+    branch = run("fed_avg", *FLAGS, "--resume", stopped.run_dir, name="branch")
+    assert "goes on after step 6" in branch.output
+    assert branch.bits == undisturbed.bits
+    exact = run("fed_avg", *FLAGS, "--resume", stopped.run_dir / "checkpoints" / "step_000004",
+                name="exact")
+    assert "goes on after step 4" in exact.output
+    assert exact.bits == undisturbed.bits
+    missing = run("fed_avg", *FLAGS, "--resume", stopped.run_dir / "nowhere", name="missing")
+    assert missing.code == 2
+    assert "--resume" in missing.output
+
+
+def test_a_full_disk_costs_the_checkpoint_and_nothing_else(run: Run, tmp_path: Path,
+                                                           undisturbed: Outcome) -> None:
+    """A limit on the size of files, between that of the model and of a client's moments."""
+    size = (undisturbed.run_dir / "model.safetensors").stat().st_size * 3 // 2
+    script = tmp_path / "limited.py"
+    script.write_text(f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size},) * 2)\n"
+                      "from fedrun.__main__ import run\nrun()\n")
+    full = run("fed_avg", *FLAGS, script=script)
+    assert full.code == 0, full.output
+    assert "step_000002 could not be written" in full.output
+    assert "File too large" in full.output
+    assert not list((full.run_dir / "checkpoints").glob("*"))
+    assert_equal(full, undisturbed)
+
+
+def test_a_folder_that_not_all_ranks_share_is_refused(run: Run, tmp_path: Path) -> None:
+    script = tmp_path / "elsewhere.py"
+    script.write_text("import os, sys\nimport fedrun.run\nfrom fedrun.__main__ import run\n"
+                      "fedrun.run.SECONDS_TO_SEE_A_FILE = 0.5\n"
+                      "if os.environ['RANK'] == '2':\n"
+                      f"    sys.argv += ['--data_dir', {str(tmp_path / 'local')!r}]\nrun()\n")
+    apart = run("fed_avg", *FLAGS, processes=3, script=script)
+    assert apart.code == 1
+    assert "--data_dir has to be one that all machines share" in apart.output
+    assert "2: ''" in apart.output, apart.output
+
+
+def test_the_type_of_products_is_the_servers_and_stays(run: Run, tmp_path: Path) -> None:
+    """By --dtype auto: what rank 0's hardware has, an error on a rank that has it not; and what a
+    run began with, whatever the hardware has when it goes on."""
+    script = tmp_path / "hardware.py"
+    script.write_text("import os\nimport fedrun.experiment\nfrom fedrun.__main__ import run\n"
+                      "has = os.environ['HAS_BF16'].split()\n"
+                      "fedrun.experiment.bf16_in_hardware = (\n"
+                      "    lambda _: os.environ.get('RANK', '0') in has)\n"
+                      "run()\n")
+    mixed = run("fed_avg", *FLAGS, "--dtype", "auto", processes=3, script=script, name="mixed",
+                env={"HAS_BF16": "0 1"})
+    assert mixed.code == 1
+    assert "worker hardware for --dtype" in mixed.output
+    env = fault(tmp_path, "term", "record:4") | {"HAS_BF16": "none"}
+    script.write_text(script.read_text().replace(
+        "run()\n", "from tests.support import faulty_fedrun\nfaulty_fedrun.__main__.run()\n"))
+    begun = run("fed_avg", *FLAGS, "--dtype", "auto", script=script, env=env)
+    assert outcome_of(begun) == "stopped", begun.output
+    resumed = run("fed_avg", *FLAGS, "--dtype", "auto", script=script, env={**env, "HAS_BF16": "0"})
+    assert "goes on after step" in resumed.output, resumed.output
+    assert json.loads((resumed.run_dir / "config.json").read_text())["dtype"] == "fp32"

@@ -1,0 +1,254 @@
+"""Resuming in a folder that was moved, renamed, edited, damaged, or filled by a stranger."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedrun import cli
+from fedrun.flags import resolve
+from fedrun.records import checkpoint, run_files
+from fedrun.records import run_dir as run_folder
+from fedrun.records.provenance import alike_on_all_ranks
+from tests.support.runs import CORPUS, SMALL, Outcome, Run, numbers, outcome_of, steps
+
+FLAGS = ("--num_clients", 2, "--rounds", 4, "--checkpoint_freq", 2)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Outcome:
+    folder = tmp_path_factory.mktemp("whole")
+    assert cli.main(["fed_avg", *SMALL, *map(str, FLAGS), "--data_dir", str(folder), "--cache_dir",
+                     str(cache_dir), "--run_name", "whole"]) == 0
+    return Outcome(0, "", folder / "whole")
+
+
+@pytest.fixture
+def killed(whole: Outcome, tmp_path: Path) -> Outcome:
+    """What the same leaves that is killed in its last round."""
+    folder = tmp_path / "killed"
+    shutil.copytree(whole.run_dir, folder)
+    shutil.rmtree(folder / "checkpoints" / "step_000004")
+    run_folder.write_outcome(folder, "running", 0)
+    return Outcome(-9, "", folder)
+
+
+# ---- the same under other names ------------------------------------------------------------------
+
+def test_the_same_text_and_settings_under_other_names(
+        run_here: Run, whole: Outcome, killed: Outcome, monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "model: {n_layer: 2, d_model: 64, d_state: 16, headdim: 16}\n")
+    monkeypatch.chdir(CORPUS.parent)
+    again = run_here("fed_avg", *FLAGS, "--dataset", CORPUS.name, "--config",
+                     tmp_path / "mine.yaml", "--device", "cpu", "--val_freq", 2, after=killed)
+    assert again.code == 0, again.output
+    assert again.bits == whole.bits
+    assert steps(again) == [1, 4]  # not 3, as with the frequency before
+    named = run_here("fed_avg", *FLAGS, "--dataset", f"../{CORPUS.parent.name}/{CORPUS.name}",
+                     "--eval_clients", after=again)
+    assert "finished already" in named.output
+
+
+@pytest.mark.slow
+def test_other_names_of_what_was_read_are_no_other_experiment(
+        run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = tmp_path / "texts"
+    (texts / "in").mkdir(parents=True)
+    shutil.copy(CORPUS, texts / "in" / "a.txt")
+    (texts / "tiny.yaml").write_text("model: {n_layer: 2, d_model: 64, d_state: 16, headdim: 16}\n")
+    start = run_here("central", "--rounds", 1)
+    flags = ("--num_clients", 2, "--batches", "clients", "--batch_size", 2, "--device")
+    first = run_here("central", *flags, "auto", "--rounds", 2, "--dataset", texts / "in",
+                     "--tokenizer", start.run_dir / "tokenizer", "--init_from", start.run_dir)
+    assert first.code == 0, first.output
+    whole = run_here("central", *flags, "auto", "--rounds", 5, "--dataset", texts / "in",
+                     "--tokenizer", start.run_dir / "tokenizer", "--init_from", start.run_dir)
+    monkeypatch.chdir(texts)
+    relative = Path("..") / start.run_dir.name
+    again = run_here("central", *flags, "cpu", "--rounds", 5, "--val_freq", 2, "--dataset", "in/",
+                     "--config", "tiny.yaml", "--tokenizer", f"{relative}/tokenizer/",
+                     "--init_from", f"{relative}/.", after=first)
+    assert again.code == 0, again.output
+    assert "goes on after step 2" in again.output
+    assert again.bits == whole.bits
+    assert steps(again) == [1, 2, 4, 5]
+    # Finished, and asked for by yet another name.
+    (texts / "other").symlink_to("in")
+    same = run_here("central", *flags, "cpu", "--rounds", 5, "--dataset", "other", "--config",
+                    "tiny.yaml", "--init_from", start.run_dir, after=again)
+    assert "finished already" in same.output, same.output
+    # Another text, or another first model, is another experiment whatever its name.
+    text = (texts / "in" / "a.txt").read_text()
+    (texts / "in" / "a.txt").write_text(text.replace("the", "teh", 1))
+    other = run_here("central", *flags, "cpu", "--rounds", 6, "--dataset", "in", "--init_from",
+                     start.run_dir, after=again)
+    assert other.code == 2
+    assert re.search(r"other settings \(dataset in/ \(\w{16}\) there, in \(\w{16}\) here\)",
+                     other.output)
+    other = run_here("central", *flags, "cpu", "--rounds", 6, "--dataset", "in/", "--init_from",
+                     start.run_dir, after=again)
+    assert other.code == 2
+    assert "--dataset: the text of this run was" in other.output
+    (texts / "in" / "a.txt").write_text(text)
+    (texts / "changed").symlink_to(first.run_dir)
+    other = run_here("central", *flags, "cpu", "--rounds", 6, "--dataset", "in", "--init_from",
+                     "changed", after=again)
+    assert other.code == 2
+    assert re.search(r"init_from .* \(\w{16}\) there, changed \(\w{16}\) here", other.output)
+    assert again.bits == whole.bits
+
+
+def test_ranks_compare_what_they_read_by_its_digest() -> None:
+    shared = alike_on_all_ranks(resolve("fed_avg", {"eval_clients": True}))
+    assert not shared.keys() & {"dataset", "tokenizer", "init_from", "data_dir", "config"}
+    assert shared.keys() > {"method", "model", "lr", "rounds", "n_epochs", "device", "val_freq",
+                            "eval_clients", "save_client_deltas", "weighting"}
+
+
+# ---- --resume FOLDER -----------------------------------------------------------------------------
+
+def test_the_folder_that_resume_names_has_to_be_there(run_here: Run, whole: Outcome,
+                                                      killed: Outcome, tmp_path: Path) -> None:
+    for after in (whole, killed):
+        refused = run_here("fed_avg", *FLAGS, "--resume", tmp_path / "nowhere", after=after)
+        assert refused.code == 2
+        assert f"--resume {tmp_path / 'nowhere'}: there is no such folder" in refused.output
+    empty = run_here("fed_avg", *FLAGS, "--resume", tmp_path, name="new")
+    assert empty.code == 2
+    assert f"--resume {tmp_path}: no checkpoint there" in empty.output
+
+
+def test_which_of_two_runs_is_taken_is_told(run_here: Run, whole: Outcome, killed: Outcome) -> None:
+    resumed = run_here("fed_avg", *FLAGS, "--resume", whole.run_dir, after=killed)
+    assert resumed.code == 0, resumed.output
+    assert f"--resume {whole.run_dir} is not taken" in resumed.output
+    assert f"goes on after step 2, from {resumed.run_dir}" in resumed.output
+    assert resumed.bits == whole.bits
+    # Another run is gone on with as well, and trained further; its events stay where they are.
+    branch = run_here("fed_avg", *FLAGS[:2], "--rounds", 6, "--resume", whole.run_dir, name="new")
+    assert branch.code == 0, branch.output
+    assert f"goes on after step 4, from {whole.run_dir}" in branch.output
+    assert "events of 4 of the first 4 rounds are not in" in branch.output
+    assert branch.bits == run_here("fed_avg", *FLAGS[:2], "--rounds", 6).bits
+    assert numbers(branch) == [5, 6]
+
+
+# ---- files of strangers --------------------------------------------------------------------------
+
+def write(content: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "null": write(b"null"), "list": write(b"[1]"), "number": write(b"1e999"),
+    "huge": write(b'{"step": ' + b"9" * 5000 + b"}"), "empty": write(b""),
+    "strange": write(b'{"step": "x", "outcome": 7, "dtype": [], "made_with": 3, "round": {}}\n7\n'),
+    "nested": write(b"[" * 10**5), "bit": lambda path: path.write_bytes(
+        bytes([path.read_bytes()[0] | 128]) + path.read_bytes()[1:]),
+    "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "folder": lambda path: (path.unlink(), path.mkdir()), "gone": Path.unlink}
+
+
+@pytest.mark.parametrize("damage", [
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in ("null", "bit", "pipe")))
+    for name in DAMAGES])
+@pytest.mark.timeout(60)
+def test_what_is_damaged_is_made_from_the_checkpoint(run_here: Run, whole: Outcome, killed: Outcome,
+                                                     damage: str) -> None:
+    for name in ("config.json", "outcome.json", "events.jsonl", "training_history.json",
+                 "environment.json", "model.safetensors"):
+        DAMAGES[damage](killed.run_dir / name)
+    if damage == "strange":  # settings of another run
+        shutil.copy(whole.run_dir / "config.json", killed.run_dir)
+    # What cannot be copied is put into the copy that the run is resumed in.
+    pipes = [p for p in killed.run_dir.iterdir() if p.is_fifo()]
+    for pipe in pipes:
+        pipe.unlink()
+    shutil.copytree(killed.run_dir, killed.run_dir.with_name("copy"))
+    for pipe in pipes:
+        os.mkfifo(killed.run_dir.with_name("copy") / pipe.name)
+    resumed = run_here("fed_avg", *FLAGS, name="copy")
+    assert resumed.code == 0, resumed.output
+    assert "goes on after step 2" in resumed.output
+    assert "Traceback" not in resumed.output
+    assert resumed.bits == whole.bits
+    assert [r["server_val_loss"] for r in resumed.history] == [
+        r["server_val_loss"] for r in whole.history]
+    assert outcome_of(resumed) == "finished"
+    held = json.loads((resumed.run_dir / "config.json").read_text())
+    assert held["rounds"] == 4
+    lost = 1 if damage == "bit" else 2
+    assert f"events of {lost} of the first 2 rounds are not in" in resumed.output or (
+        lost == 1 and numbers(resumed) == [1, 2, 3, 4])
+    assert numbers(resumed) == ([3, 4] if lost == 2 else [1, 2, 3, 4])
+    if damage == "folder":
+        assert "is no file; it is now events.jsonl.damaged-" in resumed.output
+
+
+def test_parameters_that_are_lost_are_told(run_here: Run, killed: Outcome) -> None:
+    shutil.rmtree(killed.run_dir / "server" / "deltas")
+    resumed = run_here("fed_avg", *FLAGS, after=killed)
+    assert "saved parameters of 1 of the first 2 rounds are not in" in resumed.output
+
+
+def test_other_settings_are_refused_by_what_a_checkpoint_says_too(run_here: Run, killed: Outcome
+                                                                  ) -> None:
+    (killed.run_dir / "config.json").write_text("null")
+    refused = run_here("fed_avg", *FLAGS, "--lr", "1e-3", after=killed)
+    assert refused.code == 2
+    assert "lr 0.002 there, 0.001 here" in refused.output
+    assert (refused.run_dir / "checkpoints" / "step_000002" / "manifest.json").exists()
+
+
+def crafted(folder: Path, **changes: Any) -> None:
+    """A manifest whose own checksum is right, whatever it says."""
+    body = json.loads((folder / "manifest.json").read_text()) | changes
+    (folder / "manifest.json").write_text(
+        json.dumps(body | {"sha256": run_files.manifest_sum(body)}))
+
+
+HOSTILE: dict[str, Callable[[Path], object]] = {
+    **{name: lambda folder, spoil=spoil: spoil(folder / "manifest.json")  # type: ignore[misc]
+       for name, spoil in DAMAGES.items()},
+    "files are a list": lambda folder: crafted(folder, files=[1]),
+    "sums are numbers": lambda folder: crafted(folder, files={"client_0.safetensors": 3}),
+    "no settings": lambda folder: crafted(folder, config=None),
+    "a step of its own": lambda folder: crafted(folder, step="4"),
+    "a file elsewhere": lambda folder: crafted(
+        folder, files={"../step_000002/server.json": {"bytes": 0, "sha256": ""}}),
+    "a device": lambda folder: crafted(folder, files={"/dev/zero": {"bytes": 0, "sha256": ""}}),
+    "a pipe for a file": lambda folder: DAMAGES["pipe"](folder / "client_0.safetensors"),
+    "a pipe for a folder": lambda folder: (shutil.rmtree(folder), os.mkfifo(folder)),
+    "a file for a folder": lambda folder: (shutil.rmtree(folder), folder.write_text(""))}
+
+
+@pytest.mark.timeout(60)
+def test_a_hostile_checkpoint_is_passed_over(whole: Outcome, tmp_path: Path) -> None:
+    for number, (name, spoil) in enumerate(HOSTILE.items()):
+        run_dir = tmp_path / f"hostile{number}"
+        shutil.copytree(whole.run_dir / "checkpoints", run_dir / "checkpoints")
+        spoil(run_dir / "checkpoints" / "step_000004")
+        (run_dir / "checkpoints" / ("step_" + "9" * 200)).mkdir()
+        said: list[str] = []
+        found = checkpoint.latest(run_dir, said.append)
+        assert found is not None, name
+        assert found.step == 2, name
+        assert len(said) == 1, name
+        assert "step_000004 is not whole" in said[0], name
+        assert len(said[0]) < 500, name
+        config = run_files.settings(run_dir)
+        assert config is not None, name
+        assert config["num_clients"] == 2, name
+        checkpoint.drop_after(run_dir, 2)
+        left = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+        assert left[0] == "step_000002", name
+        assert "step_000004" not in left, name

@@ -1,0 +1,141 @@
+"""A disk that is slow: rounds go on while the server's and the workers' files are being written."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedrun.federation.plan import Plan
+from fedrun.federation.server import PENDING, Server
+from fedrun.federation.worker import Worker
+from fedrun.records import checkpoint, run_dir
+from fedrun.records.track import Progress
+from tests.support.runs import Run, assert_equal
+
+SECONDS = 60.0  # that a write is held at most
+WRITERS = ("fedrun-writer", "fedrun-saver")
+
+
+class Disk:
+    """Holds every write of a background thread until it is let go, and keeps the order of what
+    happens."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[str] = []
+        self.held = threading.Semaphore(0)
+        self.free = threading.Event()
+        for module in (run_dir, checkpoint):
+            monkeypatch.setattr(module, "write_whole", self._slowly(module.write_whole))
+        self.note(monkeypatch, Worker, "train")
+        self.note(monkeypatch, Worker, "aggregate")
+
+    def _slowly(self, write: Callable[..., None]) -> Callable[..., None]:
+        def slow(path: Path, *content: Any, **how: Any) -> None:
+            if threading.current_thread().name.startswith(WRITERS):
+                self.held.release()
+                assert self.free.wait(SECONDS), "nobody went on without the disk"
+                self.seen.append("wrote")
+            elif self.seen:  # a round has begun, and this thread is one that it waits for
+                self.seen.append(f"{path.name} written in the round's own thread")
+            write(path, *content, **how)
+        return slow
+
+    def note(self, monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+        healthy = getattr(owner, name)
+
+        def noted(*args: Any) -> Any:
+            self.seen.append(name)
+            return healthy(*args)
+        monkeypatch.setattr(owner, name, noted)
+
+
+def test_all_rounds_pass_while_writes_are_held(run_here: Run,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluations, and a checkpoint that the workers' thread is held with."""
+    flags = ("--num_clients", 2, "--rounds", PENDING, "--val_freq", 1, "--checkpoint_freq", 1)
+    undisturbed = run_here("fed_avg", *flags, name="undisturbed")
+    disk = Disk(monkeypatch)
+    end = Worker.end
+
+    def end_when_held(worker: Worker, plan: Plan) -> Any:
+        """All rounds have passed: the server's first piece and the workers' first are held."""
+        assert disk.held.acquire(timeout=SECONDS)
+        assert disk.held.acquire(timeout=SECONDS)
+        disk.free.set()
+        return end(worker, plan)
+
+    monkeypatch.setattr(Worker, "end", end_when_held)
+    slow = run_here("fed_avg", *flags)
+    assert slow.code == 0, slow.output
+    assert disk.seen[:2 * PENDING] == ["train", "aggregate"] * PENDING
+    assert "slowly" not in slow.output
+    assert_equal(slow, undisturbed)
+
+
+def test_the_run_waits_when_the_disk_is_far_behind(run_here: Run,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one warning, and no more models in memory than are told."""
+    disk, rounds = Disk(monkeypatch), PENDING + 3
+    healthy, said = Progress.say, []
+
+    def say(progress: Progress, line: str) -> None:
+        if "written more slowly" in line:
+            said.append(disk.seen.count("train"))
+            disk.free.set()
+        healthy(progress, line)
+
+    monkeypatch.setattr(Progress, "say", say)
+    slow = run_here("fed_avg", "--num_clients", 2, "--rounds", rounds, "--val_freq", 1,
+                    "--checkpoint_freq", "none")
+    assert slow.code == 0, slow.output
+    assert said == [PENDING + 1]
+    assert "wrote" not in disk.seen[:2 * (PENDING + 1)]
+    assert [record["global_step"] for record in slow.history] == list(range(1, rounds + 1))
+    assert all(record["generated"] for record in slow.history)
+
+
+def test_an_error_of_the_writer_ends_the_run(run_here: Run, monkeypatch: pytest.MonkeyPatch
+                                             ) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("in the writer")
+    monkeypatch.setattr(Server, "_save", broken)
+    outcome = run_here("fed_avg", "--num_clients", 2, "--rounds", 2)
+    assert outcome.code == 1
+    assert "in the writer" in outcome.output
+
+
+def test_workers_of_other_processes_do_not_wait_either(run: Run, tmp_path: Path) -> None:
+    """The server's writes are held until a worker has trained in the last round."""
+    script, trained = tmp_path / "held.py", tmp_path / "trained"
+    script.write_text(f"""
+import os, sys, threading, time
+from fedrun.records import run_dir
+from fedrun.federation.worker import Worker
+
+write, train = run_dir.write_whole, Worker.train
+def held(*args, **how):
+    deadline = time.monotonic() + {SECONDS}
+    while threading.current_thread().name.startswith("fedrun-writer") and (
+            not os.path.exists({str(trained)!r})):
+        if time.monotonic() > deadline:
+            print("nobody went on without the disk", flush=True)
+            os._exit(1)
+        time.sleep(0.01)
+    write(*args, **how)
+def told(worker, plan):
+    report = train(worker, plan)
+    if plan.last:
+        open({str(trained)!r}, "w").close()
+    return report
+run_dir.write_whole, Worker.train = held, told
+from fedrun.__main__ import run
+run()
+""")
+    outcome = run("fed_avg", "--num_clients", 2, "--rounds", 4, "--val_freq", 1,
+                  "--checkpoint_freq", "none", processes=3, script=script)
+    assert outcome.code == 0, outcome.output
+    assert [record["global_step"] for record in outcome.history] == [1, 2, 3, 4]

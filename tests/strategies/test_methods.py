@@ -1,0 +1,338 @@
+"""Whole runs of every method: the same bits in any world, and what the history says of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedrun.data.batches import DrawnBatches, split_holdout
+from fedrun.data.tokens import TokenData
+from fedrun.federation.client import Client
+from fedrun.federation.plan import Schedule, Shards
+from fedrun.flags import resolve
+from fedrun.strategies import STRATEGIES
+from tests.support.every_method import METHODS
+from tests.support.runs import Outcome, Run, execute, torchrun, without_clocks
+
+
+@pytest.mark.timeout(400)
+def test_same_bits_in_1_3_and_5_processes_for_every_method(little_text: tuple[str, ...],
+                                                           tmp_path: Path) -> None:
+    flags = (*little_text, "--num_clients", "4", "--rounds", "3", "--local_updates", "2",
+             "--dtype", "fp32")
+    for processes in (1, 3, 5):
+        code, output = execute(
+            [*torchrun(processes), "-m", "tests.support.every_method",
+             str(tmp_path / f"p{processes}"), *flags], limit=300)
+        assert code == 0, output
+    seen = set()
+    for name in METHODS:
+        alone, three, five = (Outcome(0, "", tmp_path / f"p{n}" / name) for n in (1, 3, 5))
+        assert alone.bits == three.bits == five.bits, name
+        assert without_clocks(alone) == without_clocks(three) == without_clocks(five), name
+        assert alone.history[-1]["server_val_ppl"] < alone.history[0]["server_val_ppl"]
+        seen.add(alone.bits)
+    assert len(seen) == len(METHODS)  # and no method is another one
+    assert {flags[0] for flags in METHODS.values()} == set(STRATEGIES)
+
+
+@pytest.mark.parametrize(("dtype", "rounds", "tolerance"), [("fp64", 3, 1e-9), ("fp32", 1, 1e-5)])
+def test_fed_sgd_is_central_on_the_clients_batches(run_here: Run, dtype: str, rounds: int,
+                                                   tolerance: float) -> None:
+    flags = ("--rounds", rounds, "--num_clients", 3, "--dtype", dtype, "--lr", 5e-4)
+    federated = run_here("fed_sgd", *flags, name="fed")
+    central = run_here("central", *flags, "--batches", "clients", "--batch_size", 6, name="central")
+    assert federated.code == central.code == 0, federated.output + central.output
+    for name, value in federated.model.items():
+        torch.testing.assert_close(value, central.model[name], rtol=0, atol=tolerance)
+    assert federated.history[-1]["server_val_loss"] == pytest.approx(
+        central.history[-1]["val_loss"], abs=tolerance)
+
+
+def test_central_on_one_client_sees_its_shard_alone(run_here: Run) -> None:
+    one = run_here("central", "--rounds", 3, "--batches", "one_client", "--dtype", "fp64", name="1")
+    alone = run_here("fed_avg", "--rounds", 3, "--num_clients", 1, "--dtype", "fp64", name="2")
+    assert one.code == alone.code == 0, one.output
+    assert one.bits != alone.bits  # one client of four, not the only one
+    whole = run_here("central", "--rounds", 3, "--batches", "one_client", "--num_clients", 1,
+                     "--dtype", "fp64", name="3")
+    for name, value in whole.model.items():
+        torch.testing.assert_close(value, alone.model[name], rtol=0, atol=1e-12)
+
+
+def test_history_of_weights_entropies_and_norms(run_here: Run) -> None:
+    outcome = run_here("fed_entropy", "--num_clients", 3, "--rounds", 2, "--temperature", 0.05)
+    assert outcome.code == 0, outcome.output
+    record = outcome.history[-1]
+    entropies = record["client_entropies"]
+    assert all(0 < h < math.log(400) for h in entropies)
+    assert record["avg_client_entropy"] == pytest.approx(sum(entropies) / 3)
+    softmax = torch.softmax(-torch.tensor(entropies, dtype=torch.float64) / 0.05, 0)
+    assert record["client_weights"] == pytest.approx(softmax.tolist())
+    assert record["effective_clients"] == pytest.approx(1 / float((softmax**2).sum()))
+    assert record["effective_clients"] < 3
+    assert len(record["update_norms"]) == 3
+    assert 0 < record["update_cosine"] < 1
+    assert 0 < record["step_norm"] <= max(record["update_norms"])
+    assert len(record["val_loss_halves"]) == 2
+
+
+def test_mean_cosine_is_that_of_the_pairs() -> None:
+    from fedrun.records.history import mean_cosine
+    vectors = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).double() + 0.3
+    weights = [0.1, 0.2, 0.3, 0.4]
+    norms = [float(v.norm()) for v in vectors]
+    pairs = [(i, j) for i in range(4) for j in range(4) if i != j]
+    scale = [weights[i] * weights[j] * norms[i] * norms[j] for i, j in pairs]
+    cosines = [float(vectors[i] @ vectors[j]) / norms[i] / norms[j] for i, j in pairs]
+    expected = sum(s * c for s, c in zip(scale, cosines, strict=True)) / sum(scale)
+    mean_norm = float((torch.tensor(weights).double() @ vectors).norm())
+    assert mean_cosine(weights, norms, mean_norm) == pytest.approx(expected)
+    assert mean_cosine([1.0], [2.0], 2.0) is None
+
+
+def test_noise_ratio_of_gradients(run_here: Run) -> None:
+    record = run_here("fed_sgd", "--num_clients", 3, "--rounds", 1).history[-1]
+    assert record["noise_ratio"] > 1
+    assert -1 < record["gradient_cosine"] < 1
+    one = run_here("fed_sgd", "--num_clients", 1, "--rounds", 1, name="one").history[-1]
+    assert one["noise_ratio"] == pytest.approx(1, abs=1e-5)
+
+
+def test_prox_pulls_clients_back_and_does_nothing_at_one_step(run_here: Run) -> None:
+    free, pulled = (run_here("fed_avg", "--num_clients", 2, "--rounds", 1, "--local_updates", 4,
+                             "--prox_mu", mu, "--beta1", 0, name=f"mu{mu}") for mu in (0, 30))
+    norms = [sum(r.history[-1]["update_norms"]) for r in (free, pulled)]
+    assert norms[1] < 0.9 * norms[0]
+    one, same = (run_here("fed_avg", "--num_clients", 2, "--rounds", 2, "--prox_mu", mu,
+                          name=f"one{mu}") for mu in (0, 5))
+    assert one.bits == same.bits
+    assert "--prox_mu 5 has no effect" in same.output
+
+
+def test_averaged_moments_with_one_client_are_its_own(run_here: Run) -> None:
+    kept, averaged = (run_here("fed_avg", "--num_clients", 1, "--rounds", 4, "--client_state", s,
+                               "--dtype", "fp64", name=s) for s in ("keep", "average"))
+    for name, value in averaged.model.items():
+        torch.testing.assert_close(value, kept.model[name], rtol=0, atol=1e-5)  # the grid
+
+
+def test_schedule_and_clipping_by_hand(run_here: Run) -> None:
+    """AdamW's first step is lr times the sign: its length shows the learning rate of each step."""
+    flags = ("--num_clients", 1, "--client_state", "reset", "--val_freq", 1, "--rounds", 6,
+             "--weight_decay", 0, "--beta1", 0, "--beta2", 0.5)
+    outcome = run_here("fed_avg", *flags, "--warmup", 2, "--lr_schedule", "cosine")
+    steps = [r["step_norm"] for r in outcome.history]
+    expected = [0.5, 1, 1, *(0.5 * (1 + math.cos(math.pi * k / 4)) for k in (1, 2, 3))]
+    assert [s / steps[1] for s in steps] == pytest.approx(expected, rel=0.03)
+    # Shortened to 1e-12, gradients vanish beside AdamW's epsilon.
+    clipped = run_here("fed_avg", *flags, "--grad_clip", 1e-12, name="clipped")
+    assert clipped.history[0]["step_norm"] < 1e-3 * steps[1]
+
+
+def test_padded_vocabulary(run_here: Run, tmp_path: Path) -> None:
+    preset = tmp_path / "padded.yaml"
+    preset.write_text("model: {n_layer: 1, d_model: 16, d_state: 8, headdim: 8, "
+                      "pad_vocab_multiple: 64}\n")
+    outcome = run_here("fed_fisher", "--config", preset, "--rounds", 2, "--fisher_scope", "mixers")
+    assert outcome.code == 0, outcome.output
+    assert outcome.model["backbone.embedding.weight"].shape == (448, 16)
+
+
+# ---- shards, epochs, folders --------------------------------------------------------------------
+
+def test_the_holdout_is_never_trained_on() -> None:
+    config: Any = resolve("fed_entropy", {"entropy_holdout": 0.25, "num_clients": 3})
+    shards = Shards(config, of_sequences(100))
+    for train, held in zip(shards.train, shards.holdout, strict=True):
+        assert len(held) == (len(train) + len(held)) // 4
+        assert not set(train) & set(held)
+    assert sorted(i for part in (*shards.train, *shards.holdout) for i in part) == list(range(100))
+    assert [part.tolist() for part in split_holdout(np.arange(5, 9), 0.0)] == [[5, 6, 7, 8], []]
+    with pytest.raises(ValueError, match=r"--entropy_holdout 0\.25: nothing of client 0"):
+        Shards(config, of_sequences(9))
+
+
+def of_sequences(count: int) -> TokenData:
+    """As many sequences of two tokens, for what asks nothing else of the data."""
+    return TokenData(np.zeros((count, 2), np.uint16), np.zeros((1, 2), np.uint16), 1, {}, Path())
+
+
+def test_drawn_batches_repeat_and_depend_on_the_step_alone() -> None:
+    draws = DrawnBatches(20, 8, seed=1, client=2)
+    first = draws.indices(3)
+    assert np.array_equal(first, DrawnBatches(20, 8, seed=1, client=2).indices(3))
+    everything = np.concatenate([draws.indices(k) for k in range(200)])
+    assert everything.min() == 0
+    assert everything.max() == 19
+    assert any(len(set(draws.indices(k))) < 8 for k in range(10))
+    assert not np.array_equal(first, DrawnBatches(20, 8, seed=1, client=3).indices(3))
+
+
+@pytest.mark.parametrize("local_updates", [1, 8])
+@pytest.mark.parametrize("n", [2335, 101])
+def test_rounds_of_the_original_study(local_updates: int, n: int) -> None:
+    config: Any = resolve("fed_avg", {"epoch_passes": 2.5, "batch_size": 4,
+                                      "local_updates": local_updates})
+    assert Schedule(config, [n, n + 1]).rounds == math.ceil(10 * n / 4) // 4 // local_updates
+
+
+@pytest.mark.parametrize("method", sorted(STRATEGIES))
+def test_folder_names(method: str) -> None:
+    prefix = "federated" if method == "fed_avg" else method
+    assert resolve(method, {}).name == f"{prefix}_config_pure_ssm_1_layer_lu_1_seed_0"
+
+
+# ---- combinations that cannot work, or hardly do ------------------------------------------------
+
+@pytest.mark.parametrize(("method", "flags", "said"), [
+    ("fed_sgd", {"local_updates": 2}, "--local_updates 2: accepted is 1 for fed_sgd"),
+    ("fed_sgd", {"client_state": "average"}, "--client_state average: accepted is keep"),
+    ("fed_sgd", {"grad_clip": 1}, "--grad_clip"),
+    ("fed_avg", {"sync": "epoch", "client_state": "average"}, "--client_state average"),
+    ("fed_avg", {"sync": "epoch", "prox_mu": 1}, "--prox_mu"),
+    ("fed_avg", {"beta1": 0.99, "beta2": 0.98}, "--beta2 0.98"),
+    ("fed_avg", {"prox_mu": -1}, "--prox_mu -1"),
+    ("fed_avg", {"grad_clip": 0}, "--grad_clip 0"),
+    ("fed_fisher", {"fisher": "corrected", "fisher_microbatches": 1}, "--fisher_microbatches 1"),
+    ("fed_fisher", {"fisher": "corrected", "batch_size": 3}, "divisor of --batch_size 3"),
+    ("fed_fisher", {"fisher_floor": 0}, "--fisher_floor 0"),
+    ("fed_entropy", {"temperature": 0}, "--temperature 0"),
+    ("fed_entropy", {"entropy_holdout": 1}, "--entropy_holdout 1"),
+    ("fed_entropy", {"entropy_batches": 0}, "--entropy_batches 0"),
+    ("fed_momentum", {"server_momentum": 1}, "--server_momentum 1"),
+    ("fed_adam", {"server_beta2": 1}, "--server_beta2 1"),
+    ("fed_adam", {"tau": 0}, "--tau 0"),
+    ("central", {"batches": "clients", "batch_size": 6}, "--batch_size 6: accepted is a multiple"),
+])
+def test_wrong_combinations_name_the_flag(method: str, flags: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match="accepted is") as caught:
+        resolve(method, flags)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("method", "flags", "said"), [
+    ("diloco", {"local_updates": 7}, "steady steps 7 times as long"),
+    ("fed_momentum", {"momentum_form": "heavy_ball"}, "steady steps 10 times as long"),
+    ("fed_avg", {"client_state": "reset"}, "sign descent"),
+])
+def test_questionable_settings_warn(method: str, flags: dict[str, Any], said: str) -> None:
+    config: Any = resolve(method, flags)
+    (warning,) = config.warnings()
+    assert said in warning
+    usual: Any = resolve(method, flags | {"local_updates": 8, "client_state": "keep"})
+    assert usual.warnings() == []
+
+
+# ---- clients that are left out, and what is left of a run ---------------------------------------
+
+def fails(monkeypatch: pytest.MonkeyPatch, value: float, round_: int, clients: set[int]) -> None:
+    """In that round one element of these clients' updates, or gradients, is this far off."""
+    for name in ("train", "gradient"):
+        healthy = getattr(Client, name)
+
+        def faulty(client: Client, *args: Any, healthy: Any = healthy, name: str = name,
+                   **how: Any) -> Any:
+            losses = healthy(client, *args, **how)
+            seen[client.index] = seen.get(client.index, 0) + 1
+            if client.index in clients and seen[client.index] == round_:
+                vector = client.flat.vector if name == "train" else client.flat.grad
+                vector[-7] += value
+            return losses
+
+        monkeypatch.setattr(Client, name, faulty)
+    seen: dict[int, int] = {}
+
+
+@pytest.mark.parametrize(("method", "flags", "what", "bound"), [
+    ("fed_avg", (), "delta", r"0\.01\d+"), ("fed_avg", ("--wire", "int8"), "delta", r"0\.01\d+"),
+    ("fed_sgd", (), "gradient", "16")])
+def test_a_client_beyond_the_bound_is_left_out(
+        run_here: Run, monkeypatch: pytest.MonkeyPatch, method: str, flags: tuple[str, ...],
+        what: str, bound: str) -> None:
+    fails(monkeypatch, 45, 2, {1})
+    outcome = run_here(method, "--num_clients", 3, "--rounds", 3, *flags)
+    assert outcome.code == 0, outcome.output
+    last = outcome.history[-1]
+    assert last["left_out"] == [[2, 1]]
+    why, = last["left_out_why"]
+    assert re.fullmatch(rf"{what} beyond the bound: (45|44\.9\d*|45\.0\d*) > {bound}", why), why
+    assert f"round 2: client 1 is left out: {why}; its moments are reset" in outcome.output
+    events = [json.loads(line) for line in (outcome.run_dir / "events.jsonl").open()]
+    told = [(e["left_out"], e["left_out_why"]) for e in events if e["event"] == "round"]
+    assert told == [([], []), ([1], [why]), ([], [])]
+    assert all(bool(torch.isfinite(v).all()) for v in outcome.model.values())
+    if method == "fed_avg" and not flags:  # the same as with one that is not finite
+        monkeypatch.undo()
+        fails(monkeypatch, math.nan, 2, {1})
+        other = run_here(method, "--num_clients", 3, "--rounds", 3, name="nan")
+        assert other.bits == outcome.bits
+        assert other.history[-1]["left_out_why"] == ["delta not finite"]
+
+
+@pytest.mark.parametrize(("entropy", "why"), [
+    (math.nan, "entropy not finite"), (1.0, "--temperature 0.1: an entropy of 1 nats, ")])
+def test_a_client_whose_weight_cannot_be_summed_is_left_out(
+        run_here: Run, monkeypatch: pytest.MonkeyPatch, entropy: float, why: str) -> None:
+    drawn = iter([6.0, 6.0, 6.0, 6.0, entropy, 6.0])
+    monkeypatch.setattr("fedrun.federation.worker.mean_entropy", lambda *_: next(drawn))
+    outcome = run_here("fed_entropy", "--num_clients", 3, "--rounds", 2, "--temperature", 0.1)
+    assert outcome.code == 0, outcome.output
+    assert outcome.history[-1]["left_out"] == [[2, 1]]
+    assert outcome.history[-1]["left_out_why"][0].startswith(why)
+    assert outcome.history[-1]["client_weights"] == [0.5, 0.0, 0.5]
+
+
+@pytest.mark.parametrize(("clients", "cohort", "bad", "ends"), [
+    (4, None, {0, 1, 2}, True), (4, None, {0, 1}, False), (3, 1, {0, 1, 2}, True)])
+def test_a_round_ends_the_run_where_more_than_half_are_left_out(
+        run_here: Run, monkeypatch: pytest.MonkeyPatch, clients: int, cohort: int | None,
+        bad: set[int], ends: bool) -> None:
+    chosen = ("--num_clients", clients, "--cohort", "none" if cohort is None else cohort)
+    good = run_here("fed_avg", *chosen, "--rounds", 1, name="good")
+    fails(monkeypatch, 45, 1 if cohort else 2, bad)
+    outcome = run_here("fed_avg", *chosen, "--rounds", 3)
+    assert outcome.code == int(ends), outcome.output
+    if not ends:
+        assert outcome.history[-1]["left_out"] == [[2, 0], [2, 1]]
+        return
+    line, = (line for line in outcome.output.splitlines() if line.startswith("fedrun: round"))
+    assert "Traceback" not in outcome.output
+    counts = f"{len(bad) if cohort is None else 1} of {cohort or clients}"
+    assert re.search(counts + r" clients are left out, more than half \(client \d: delta beyond "
+                     r"the bound: 4\d[.\d]* > 0\.\d+"
+                     r"[^)]*\): --lr 0\.002 may be too large \(--reduce float has no bound\)", line)
+    if cohort is None:
+        assert outcome.bits == good.bits
+
+
+@pytest.mark.parametrize(("off", "val_freq", "checkpoint_freq", "said"), [
+    (3e38, 1, "none", r"round 2: the global model is no longer finite \(model\): "),
+    (3e38, 3, 2, r"round 2: the global model is no longer finite \(model\): "),
+    (3e38, 3, "none", r"round 3: 2 of 2 clients are left out, more than half \(client 0: delta not "
+                      r"finite; client 1: delta not finite\): "),
+    (1.5e38, 1, "none", r"round 2: the validation loss is not finite: ")])
+def test_a_ruined_model_is_not_kept_for_the_last_good_one(
+        run_here: Run, monkeypatch: pytest.MonkeyPatch, off: float, val_freq: int,
+        checkpoint_freq: int | str, said: str) -> None:
+    """Of floats that are finite each, while a server's momentum makes more of them."""
+    flags = ("--num_clients", 2, "--reduce", "float", "--server_lr", 1, "--val_freq", val_freq,
+             "--checkpoint_freq", checkpoint_freq)
+    good = run_here("diloco", *flags, "--rounds", 1, name="good")
+    fails(monkeypatch, off, 2, {0, 1})
+    outcome = run_here("diloco", *flags, "--rounds", 4)
+    assert outcome.code == 1, outcome.output
+    assert "Traceback" not in outcome.output
+    kept = re.escape(str(outcome.run_dir / "model.safetensors"))
+    assert re.search(rf"{said}--lr (0\.002 )?may be too large; the last good model is in {kept}",
+                     outcome.output), outcome.output
+    assert outcome.bits == good.bits
+    assert [r["global_step"] for r in outcome.history] == [1]
+    assert not (outcome.run_dir / "checkpoints" / "step_000002" / "manifest.json").exists()

@@ -1,0 +1,165 @@
+"""Whole runs in processes of their own, and what tests look at of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedrun.data.corpora import local_files
+from fedrun.data.pydocs import read_pydocs
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parents[2]
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+# Some of the documentation that comes with Python, for runs of seconds on real text.
+_folder = tempfile.TemporaryDirectory(prefix="fedrun-tests-")
+CORPUS = Path(_folder.name) / "corpus.txt"
+CORPUS.write_text("\n\n".join(read_pydocs(local_files("pydocs")[:40]).values()), encoding="utf-8")
+
+SMALL = ("--config", "tiny", "--dataset", str(CORPUS), "--tokenizer", "bpe:400",
+         "--sequence_length", "32", "--batch_size", "2", "--val_freq", "3", "--lr", "2e-3",
+         "--dtype", "fp32")
+
+
+@dataclass
+class Outcome:
+    """How a run ended, and what it left."""
+
+    code: int
+    output: str
+    run_dir: Path
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        history: list[dict[str, Any]] = json.loads(
+            (self.run_dir / "training_history.json").read_text())
+        return history
+
+    @property
+    def model(self) -> dict[str, Tensor]:
+        return load_file(self.run_dir / "model.safetensors")
+
+    @property
+    def bits(self) -> bytes:
+        return (self.run_dir / "model.safetensors").read_bytes()
+
+
+Run = Callable[..., Outcome]
+
+
+def execute(command: Sequence[str], limit: float = 100, env: dict[str, str] | None = None,
+            cwd: Path = ROOT) -> tuple[int, str]:
+    """Run a command; its exit code and all it printed. Past the limit (seconds) it and the
+    processes it started, which share its session, are killed, and the test fails."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               cwd=cwd, start_new_session=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+    try:
+        output, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"still running after {limit} s: {' '.join(command)}\n{output}")
+    return process.returncode, output
+
+
+def torchrun(processes: int, restarts: int = 0) -> list[str]:
+    """The command line's beginning: our torchrun, or plain Python for one process."""
+    if processes == 1:
+        return [sys.executable]
+    return [sys.executable, "-m", "fedrun.torchrun", "--nproc-per-node", str(processes),
+            "--max-restarts", str(restarts)]
+
+
+def alive(process: psutil.Process) -> bool:
+    """Whether a process still runs; one that has ended and not been waited for does not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def listening(root: psutil.Process) -> set[str]:
+    """The addresses at which a process and its descendants listen."""
+    processes = {root.pid, *(p.pid for p in root.children(recursive=True))}
+    return {c.laddr.ip for c in psutil.net_connections("inet")
+            if c.pid in processes and c.status == psutil.CONN_LISTEN}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], bool], timeout: float) -> None:
+    """Look every 50 ms until something holds; past the timeout (seconds) the test fails."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.05)
+
+
+CLOCKS = {"seconds", "local_training_seconds", "aggregation_seconds", "evaluation_seconds"}
+
+
+def without_clocks(outcome: Outcome) -> list[dict[str, object]]:
+    return [{k: v for k, v in r.items() if k not in CLOCKS} for r in outcome.history]
+
+
+FAULTY = "tests.support.faulty_fedrun"
+FLAGS = ("--num_clients", 3, "--rounds", 7, "--checkpoint_freq", 2)
+"""Of the run that those that are disturbed are compared with."""
+
+
+def fault(tmp_path: Path, kind: str, at: str, rank: int = 0) -> dict[str, str]:
+    return {"FAULT": kind, "FAULT_AT": at, "FAULT_RANK": str(rank),
+            "FAULT_ONCE": str(tmp_path / "struck")}
+
+
+def outcome_of(run: Outcome) -> str:
+    return str(json.loads((run.run_dir / "outcome.json").read_text())["outcome"])
+
+
+def assert_equal(disturbed: Outcome, undisturbed: Outcome) -> None:
+    """The same model, history and npz files, and an event for each round."""
+    assert outcome_of(disturbed) == "finished", disturbed.output
+    assert disturbed.bits == undisturbed.bits
+    assert without_clocks(disturbed) == without_clocks(undisturbed)
+    ours, theirs = ({p.relative_to(r.run_dir): p.read_bytes()
+                     for p in r.run_dir.glob("**/step_*.npz")} for r in (disturbed, undisturbed))
+    assert ours == theirs
+
+    def rounds(run: Outcome) -> list[int]:
+        lines = map(json.loads, (run.run_dir / "events.jsonl").read_text().splitlines())
+        return [line.get("round", line.get("step")) for line in lines
+                if line["event"] in ("round", "step")]
+    assert rounds(disturbed) == rounds(undisturbed)
+
+
+def numbers(run: Outcome) -> list[int]:
+    """The rounds or steps that events.jsonl tells of."""
+    lines = map(json.loads, (run.run_dir / "events.jsonl").read_text().splitlines())
+    return [line.get("round", line.get("step")) for line in lines
+            if line["event"] in ("round", "step")]
+
+
+def steps(run: Outcome) -> list[int]:
+    return [record.get("global_step", record.get("step")) for record in run.history]

@@ -1,0 +1,123 @@
+"""The report: a page that is complete in one file, opened in a real browser."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedrun import cli
+from fedrun.tools.report import clock, size
+from tests.support import folders
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which(
+    "google-chrome")
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync",
+         "--hide-scrollbars")  # as on a phone, they take no room
+
+# The page in a frame of a given width, and what a reader's browser makes of it.
+FRAME = """<!doctype html><iframe id="page" width="{width}" height="800" srcdoc="{page}"></iframe>
+<pre id="seen"></pre><script>
+const frame = document.getElementById("page");
+frame.addEventListener("load", () => {{
+  const page = frame.contentDocument, view = frame.contentWindow;
+  page.querySelectorAll("details").forEach(d => {{ d.open = true; }});
+  const images = [...page.images], table = page.querySelector("table.runs");
+  document.getElementById("seen").textContent = JSON.stringify({{
+    rows: [...table.tBodies[0].rows].map(row => [...row.cells].map(c => c.innerText.trim())),
+    head: [...table.tHead.rows[0].cells].map(c => c.textContent.trim()),
+    images: images.map(i => [i.alt, i.complete && i.naturalWidth > 0]),
+    fetched: view.performance.getEntriesByType("resource").map(r => r.name.slice(0, 80))
+      .filter(name => !name.startsWith("data:")),
+    scripts: page.scripts.length,
+    overflow: page.documentElement.scrollWidth - page.documentElement.clientWidth,
+    text: page.body.innerText}});
+}});</script>"""
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    data_dir = tmp_path / "results"
+    run = folders.ours(data_dir, "central", "tiny")
+    folders.save_steps(run)
+    for seed in (0, 1):
+        run = folders.ours(data_dir, "fed_avg", "tiny", local_updates=8, seed=seed)
+        folders.save_steps(run / "server", seed)
+    folders.study(data_dir, local_updates=1)
+    torn = folders.ours(data_dir, "fed_fisher", "tiny")
+    (torn / "training_history.json").write_text("[{")
+    return data_dir
+
+
+def seen_by_browser(page: Path, width: int, tmp_path: Path) -> dict[str, Any]:
+    frame = tmp_path / f"frame_{width}.html"
+    frame.write_text(FRAME.format(width=width, page=html.escape(page.read_text(encoding="utf-8"))),
+                     encoding="utf-8")
+    assert CHROMIUM is not None
+    done = subprocess.run(
+        [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / f'profile_{width}'}", "--dump-dom",
+         frame.as_uri()], capture_output=True, text=True, timeout=90, check=True)
+    found = re.search(r'<pre id="seen">(.+?)</pre>', done.stdout, re.DOTALL)
+    assert found, done.stderr
+    seen: dict[str, Any] = json.loads(html.unescape(found[1]))
+    return seen
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed (apt-get install chromium)")
+@pytest.mark.parametrize("width", [1200, 390])
+def test_page_in_a_browser(data_dir: Path, tmp_path: Path, width: int) -> None:
+    assert cli.main(["report", "--data_dir", str(data_dir)]) == 0
+    seen = seen_by_browser(data_dir / "report.html", width, tmp_path)
+    rows = {row[0].replace("\n", ""): dict(zip(seen["head"], row, strict=True))
+            for row in seen["rows"]}
+    assert set(rows) == {"central_config_tiny_seed_0", "federated_config_tiny_lu_8_seed_0",
+                         "federated_config_tiny_lu_8_seed_1",
+                         "federated_config_pure_ssm_1_layer_lu_1_seed_0"}
+    row = rows["federated_config_tiny_lu_8_seed_1"]
+    last = folders.perplexity_at(folders.STEPS[-1] * 8, 1, 1)
+    assert (row["final perplexity"], row["method"], row["seed"]) == (f"{last:,.2f}", "FedAvg", "1")
+    assert (row["local updates"], row["tokens"]) == ("8", f"{90 * 4 * 8 * 4 * 256:,}")
+    assert (row["wall-clock"], row["bytes"], row["devices"]) == ("0:00:45", "90 kB", "5 × x86_64")
+    assert "(inferred)" in rows["federated_config_pure_ssm_1_layer_lu_1_seed_0"]["tokens"]
+
+    names = [name for name, _ in seen["images"]]
+    assert {"1_central_vs_fed_tiny", "3_method_comparison_tiny", "4_multi_config_comparison",
+            "averaged_svd_evolution_tiny", "svd_spectrum_fed_avg_tiny_lu_8"} <= set(names)
+    assert names.count("perplexity") == 4
+    assert names.count("how in_proj changed") == 3
+    assert all(loaded for _, loaded in seen["images"])
+    assert seen["fetched"] == []
+    assert seen["overflow"] <= 0, "the page scrolls sideways"
+    assert "<b>Once & again</b> 90" in seen["text"], "sample text is text, not markup"
+    assert "num_clients" in seen["text"]
+    assert "fed_fisher_config_tiny_lu_1_seed_0: training_history.json is damaged" in seen["text"]
+
+
+def test_page_names_nothing_outside_itself(data_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "elsewhere" / "page.html"
+    assert cli.main(["report", "--data-dir", str(data_dir), "--out", str(out),
+                     "--skip-deltas"]) == 0
+    text = out.read_text(encoding="utf-8")
+    addresses = re.findall(r'(?:src|href)="([^"]{0,40})', text)
+    assert addresses
+    assert all(a.startswith(("data:", "#")) for a in addresses)
+    assert "@import" not in text
+    assert "averaged_svd" not in text
+
+
+def test_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", "--data_dir", str(tmp_path)]) == 1
+    assert "found 0 runs" in capsys.readouterr().out
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_units() -> None:
+    assert (clock(3725.4), clock(59.6), clock(float("nan"))) == ("1:02:05", "0:01:00", "")
+    assert (size(999), size(63e6), size(float("nan"))) == ("999 B", "63 MB", "")

@@ -1,0 +1,204 @@
+"""Studies: grids that grow, pruning, resuming, the table; one whole study of seconds."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedrun.config import RunConfig
+from fedrun.flags import resolve
+from fedrun.records import run_dir
+from fedrun.run import run
+from fedrun.tools import study, study_file
+from fedrun.tools.study_file import Setting, Study
+from tests.support.runs import ROOT, SMALL
+
+WHOLE = """
+reference: central
+report_seeds: [1, 2]
+prune: 1.1
+extensions: 1
+grid: {{lr: [0.001, 0.002]}}
+base: {base}
+settings:
+  central: {{method: central, rounds: 4}}
+  averaged: {{method: fed_avg, num_clients: 2, rounds: 4, client_state: average}}
+  slow: {{method: fed_avg, num_clients: 2, rounds: 4, grid: {{lr: [1e-6]}}}}
+"""
+
+
+def little_study(tmp_path: Path, cache_dir: Path) -> Path:
+    from pydoc_data.topics import topics
+    text = tmp_path / "little.txt"
+    text.write_text("\n\n".join(topics[name] for name in sorted(topics)[:25]), encoding="utf-8")
+    base = {k.removeprefix("--"): v for k, v in zip(SMALL[::2], SMALL[1::2], strict=True)}
+    base |= {"dataset": str(text), "cache_dir": str(cache_dir)}
+    del base["lr"]
+    path = tmp_path / "little.yaml"
+    path.write_text(WHOLE.format(base=json.dumps(base)))
+    return path
+
+
+def start_here(config: RunConfig) -> float:
+    """`study.start` without its process, whose start would take most of the test."""
+    assert run(config) == 0
+    return 0.0
+
+
+def test_a_whole_study_and_its_resumption(tmp_path: Path, cache_dir: Path,
+                                          monkeypatch: pytest.MonkeyPatch,
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(study, "start", start_here)
+    argv = [str(little_study(tmp_path, cache_dir)), "--results", str(tmp_path)]
+    assert study.main([*argv, "--dry_run"]) == 0
+    assert "5 runs on the grid (5 to do)" in capsys.readouterr().out
+    assert study.main(argv) == 0
+    rows = {r["setting"]: r for r in json.loads((tmp_path / "little" / "table.json").read_text())}
+    assert rows["central"]["ratios"] == [1, 1]
+    # The best of the two was the larger, so that the grid grew by one, once.
+    assert set(rows["averaged"]["tuned_ppl"]) == {"lr 0.001", "lr 0.002", "lr 0.004"}
+    assert rows["averaged"]["best"] == {"lr": 0.004}
+    assert len(rows["averaged"]["ratios"]) == 2
+    assert rows["averaged"]["ratio_mean"] == pytest.approx(sum(rows["averaged"]["ratios"]) / 2)
+    assert "ratios" not in rows["slow"]  # pruned
+    assert "not repeated" in (tmp_path / "little" / "table.md").read_text()
+
+    # The numbers are those of the halves: tuned on the first, reported on the second.
+    def halves(name: str) -> list[float]:
+        history = json.loads((tmp_path / "little" / "runs" / name / "training_history.json")
+                             .read_text())
+        found: list[float] = history[-1]["val_loss_halves"]
+        return found
+
+    assert rows["slow"]["tuned_ppl"]["lr 1e-06"] == pytest.approx(
+        math.exp(halves("slow_lr_1e-06_seed_0")[0]))
+    assert rows["averaged"]["ratios"][0] == pytest.approx(math.exp(
+        halves("averaged_lr_0.004_seed_1")[1] - halves("central_lr_0.004_seed_1")[1]))
+
+    table = (tmp_path / "little" / "table.json").read_bytes()
+    capsys.readouterr()
+    assert study.main(argv) == 0  # nothing is run a second time
+    assert " s  val ppl" not in capsys.readouterr().out
+    assert (tmp_path / "little" / "table.json").read_bytes() == table
+    with pytest.raises(ValueError, match="another sequence_length"):
+        study.main([*argv, "--sequence_length", "16"])
+
+
+def test_a_run_that_diverges_counts_as_infinitely_bad(tmp_path: Path, cache_dir: Path) -> None:
+    path = little_study(tmp_path, cache_dir)
+    wanted = yaml.safe_load(path.read_text())
+    wanted["settings"] = {"central": {"method": "central", "rounds": 3}}
+    wanted |= {"report_seeds": [], "extensions": 0, "grid": {"lr": [1e-3, 1e30]}}
+    path.write_text(yaml.safe_dump(wanted))
+    assert study.main([str(path), "--results", str(tmp_path)]) == 0
+    (row,) = json.loads((tmp_path / "little" / "table.json").read_text())
+    assert row["best"] == {"lr": 1e-3}
+    assert row["tuned_ppl"]["lr 1e+30"] is None  # JSON has no infinity
+    failed = tmp_path / "little" / "runs" / "central_lr_1e+30_seed_0" / "failed.txt"
+    assert "not finite: --lr 1e+30 may be too large" in failed.read_text()
+
+
+def test_grids_grow_at_their_edges_alone() -> None:
+    setting = Setting("s", {}, {"lr": [1.0, 2.0, 4.0], "mu": [0.1]}, extensions=2)
+    losses = {0.5: 3.5, 1.0: 3.0, 2.0: 2.0, 4.0: 1.0, 8.0: 0.5, 16.0: 0.7}
+
+    def score() -> None:
+        setting.tuned = {p: losses[dict(p)["lr"]] for p in setting.points()}
+
+    score()
+    assert setting.extend()
+    assert sorted(setting.grid["lr"]) == [1, 2, 4, 8]
+    score()
+    assert setting.extend()
+    score()
+    assert dict(setting.best) == {"lr": 8.0, "mu": 0.1}
+    assert not setting.extend()  # interior, and no extension is left
+    hopeless = Setting("h", {}, {"lr": [1.0, 2.0]}, extensions=2)
+    hopeless.tuned = dict.fromkeys(hopeless.points(), math.inf)
+    assert not hopeless.extend()
+
+
+@pytest.mark.parametrize("name", sorted(
+    path.stem for path in (ROOT / "configs" / "experiments").glob("*.yaml")))
+def test_shipped_studies_are_valid(name: str, tmp_path: Path) -> None:
+    read: Study = study_file.read(ROOT / "configs" / "experiments" / f"{name}.yaml", tmp_path, {})
+    for setting in read.settings.values():
+        for point in setting.points():
+            config = read.config(setting, point, 1)
+            assert config.seed == 1
+    if name == "methods":  # all at equal tokens
+        for setting in read.settings.values():
+            config = read.config(setting, setting.points()[0], 0)
+            steps = (config.rounds or 0) * getattr(config, "local_updates", 1)
+            assert steps == 240
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("{settings: {a: {method: central}}}", "reference"),
+    ("{reference: a, settings: {a: {lr: 1}}}", "settings.a"),
+    ("{reference: a, seeds: [1], settings: {a: {method: central}}}", "unknown key 'seeds'"),
+    ("{reference: a, settings: {a: {method: fed_avg, temperature: 1}}}", "temperature"),
+    ("{reference: a}", "settings"),
+    ("{reference: a, base: {seed: 1}, settings: {a: {method: central}}}", "base: seed: study does"),
+    ("{reference: a, settings: {a: {method: central, checkpoint_freq: 2}}}",
+     "settings.a: checkpoint_freq: study does not read it"),
+    ("{reference: a, settings: {a: null}}", "settings.a"),
+    ("{reference: a, jobs: 0, settings: {a: {method: central}}}", "jobs 0: accepted is"),
+    ("{reference: a, grid: {lr: fast}, settings: {a: {method: central}}}", "settings.a: grid"),
+    ("{reference: a, grid: 3, settings: {a: {method: central}}}", "grid 3: accepted is a mapping"),
+    ("[" * 1100, "cannot be read as YAML"),
+])
+def test_a_wrong_study_is_told_before_anything_runs(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        study_file.read(path, tmp_path, {})
+
+
+@pytest.mark.parametrize(("name", "content", "said"), [
+    ("config.json", b"null", "config.json does not hold an object"),
+    ("config.json", b"[" * 10**5, "config.json is not JSON"),
+    ("training_history.json", b"{}", "training_history.json does not hold an array"),
+    ("training_history.json", b"[]", "does not hold a list of records"),
+    ("training_history.json", b"[3]", "does not hold a list of records"),
+    ("training_history.json", b"\xff[]", "training_history.json is not JSON"),
+    ("training_history.json", b'[{"val_loss_halves": 3}]', "has no val_loss_halves at its end"),
+    ("training_history.json", None, "training_history.json is not a regular file"),
+])
+@pytest.mark.timeout(20)
+def test_a_damaged_run_is_named(name: str, content: bytes | None, said: str, tmp_path: Path
+                                ) -> None:
+    config = resolve("central", {"data_dir": tmp_path, "run_name": "run", "rounds": 2})
+    config.run_dir.mkdir()
+    (config.run_dir / "config.json").write_text(json.dumps(config.to_dict()))
+    (config.run_dir / "training_history.json").write_text(
+        '[{"val_loss_halves": [1.5, null]}]')
+    run_dir.write_outcome(config.run_dir, "finished", 2)
+    assert study.loss_halves(config) == [1.5, math.inf]
+    if content is None:
+        (config.run_dir / name).unlink()
+        os.mkfifo(config.run_dir / name)
+    else:
+        (config.run_dir / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said) as caught:
+        study.loss_halves(config)
+    assert str(config.run_dir) in str(caught.value)
+    assert "remove the run's folder" in str(caught.value)
+
+
+def test_the_same_text_by_another_path_is_the_same_run(tmp_path: Path, cache_dir: Path,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = {k.removeprefix("--"): v for k, v in zip(SMALL[::2], SMALL[1::2], strict=True)}
+    flags |= {"data_dir": tmp_path, "cache_dir": cache_dir, "run_name": "run", "rounds": 1}
+    assert run(resolve("central", flags)) == 0
+    monkeypatch.chdir(Path(flags["dataset"]).parent)
+    there = resolve("central", flags | {"dataset": Path(flags["dataset"]).name})
+    assert study.loss_halves(there) == study.loss_halves(resolve("central", flags))
+    (tmp_path / "other.txt").write_text(Path(flags["dataset"]).read_text() + "more\n")
+    with pytest.raises(ValueError, match="holds a run with another dataset"):
+        study.loss_halves(resolve("central", flags | {"dataset": str(tmp_path / "other.txt")}))

@@ -23,7 +23,7 @@ from fedrun.distributed.stopping import (
 )
 
 
-def run() -> None:
+def main() -> None:
     make_printable()
     outlive_terminal()
     threading.excepthook = _in_a_thread
@@ -53,8 +53,8 @@ def _in_a_thread(failed: threading.ExceptHookArgs) -> None:
 def command() -> int:
     try:
         require_memory()
-        from fedrun.cli import main
-        return main()
+        from fedrun import cli
+        return cli.main()
     except Exception as error:
         if why := str(error) if isinstance(error, TooLittle) else shortage(error):
             print(f"fedrun: error: {why}", file=sys.stderr, flush=True)
@@ -63,4 +63,4 @@ def command() -> int:
 
 
 if __name__ == "__main__":
-    run()
+    main()

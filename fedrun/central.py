@@ -23,14 +23,14 @@ from fedrun.records.best import BestModel
 from fedrun.records.checkpoint import (
     GLOBAL,
     Checkpoint,
-    Checkpoints,
-    Saver,
+    CheckpointCoordinator,
+    CheckpointWriter,
     client_file,
     folder_of,
 )
-from fedrun.records.history import Clocks, half_losses
+from fedrun.records.history import RunTotals, half_losses
 from fedrun.records.provenance import Length
-from fedrun.records.run_dir import StudiedSteps, save_model, studied, write_outcome
+from fedrun.records.run_dir import SnapshotWriter, save_model, studied, write_outcome
 from fedrun.records.track import Events, Progress
 from fedrun.training.evaluate import mean_loss, perplexity, sample_text, validation_pieces
 from fedrun.training.optimizer import LocalOptimizer, scheduled_lr
@@ -88,15 +88,15 @@ class Training:
     """A run in one process: the model, its client, and what is recorded of them."""
 
     def __init__(self, config: CentralConfig, data: TokenData, device: torch.device,
-                 made_with: dict[str, Any], checkpoint: Checkpoint | None) -> None:
+                 provenance: dict[str, Any], checkpoint: Checkpoint | None) -> None:
         self.config, self.data, self.device = config, data, device
         self.model = new_model(config, data.vocab_size, device)
         self.flat = FlatParams(self.model)
         self.client, self.steps = training_client(config, data, self.flat)
         self.start = studied(self.flat.views(self.flat.vector))
-        self.studied = StudiedSteps(config.run_dir, self.start)
+        self.studied = SnapshotWriter(config.run_dir, self.start)
         self.history: list[dict[str, Any]] = []
-        self.clocks = Clocks()
+        self.clocks = RunTotals()
         self.last_gradient: Tensor | None = None
         self.done = 0
         if checkpoint:
@@ -105,8 +105,8 @@ class Training:
         self.events = Events(config, "step", self.steps, self.done)
         losses = [(r["step"], r["val_loss"]) for r in self.history if r["val_loss"] is not None]
         self.best = BestModel(config, losses, self.progress.say) if config.keep == "best" else None
-        self.saver = Saver()
-        self.checkpoints = Checkpoints(config, made_with, 1, self.progress.say, self._write_rest)
+        self.saver = CheckpointWriter()
+        self.checkpoints = CheckpointCoordinator(config, provenance, 1, self.progress.say, self._write_rest)
 
     def step(self) -> None:
         """One optimizer step, evaluated and recorded where it is due."""
@@ -205,15 +205,15 @@ class Training:
         self.progress.close()
 
 
-def run(config: CentralConfig, data: TokenData, device: torch.device, stopping: StopRequest,
-        made_with: dict[str, Any], checkpoint: Checkpoint | None = None) -> str:
+def train_central(config: CentralConfig, data: TokenData, device: torch.device, stopping: StopRequest,
+        provenance: dict[str, Any], checkpoint: Checkpoint | None = None) -> str:
     """Train for all epochs or `rounds` optimizer steps, evaluating every `val_freq` of them.
 
     A record's `grad_cosine` is the cosine between the gradient of this step and the one of the
     record before; `delta_norms` are Frobenius norms of the change since the start. Returns who
     asked for an end before the last step; empty after it. Raises Diverged.
     """
-    training = Training(config, data, device, made_with, checkpoint)
+    training = Training(config, data, device, provenance, checkpoint)
     stop = ""
     while training.done < training.steps and not stop:
         try:

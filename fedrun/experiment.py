@@ -17,13 +17,13 @@ import torch
 
 from fedrun.config import Dtype, RunConfig
 from fedrun.data.tokens import TokenData, verify
-from fedrun.distributed.control_plane import Control
+from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.launch import Launch
 from fedrun.model.kernels import kernel_path
 from fedrun.model.precision import bf16_in_hardware
 from fedrun.model.pretrained import find_pretrained
 from fedrun.records.provenance import alike_on_all_ranks
-from fedrun.start import Refused
+from fedrun.start import RunRefused
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -83,15 +83,15 @@ class CorpusCheck:
         except (ValueError, OSError) as error:  # ConnectionError and TimeoutError are among them
             self._problem = str(error)
 
-    def agree(self, control: Control) -> TokenData:
-        """All ranks: the corpus, mapped from files that were compared; Refused, on all of them,
+    def agree(self, control: ControlPlane) -> TokenData:
+        """All ranks: the corpus, mapped from files that were compared; RunRefused, on all of them,
         where it is damaged on some machine and cannot be made again."""
         if self._thread:
             self._thread.join()
         problems = control.gather(self._problem)
         told = control.share(problems and next(filter(None, problems), ""))
         if told:
-            raise Refused(told)
+            raise RunRefused(told)
         return self.data.reopen()
 
 
@@ -133,13 +133,13 @@ def environment(launch: Launch, device: torch.device, data: TokenData) -> dict[s
 
 
 def identity(config: RunConfig, data: TokenData, device: torch.device,
-             made_with: dict[str, Any]) -> dict[str, str]:
+             provenance: dict[str, Any]) -> dict[str, str]:
     """What must be equal on all ranks for their sums to mean anything."""
     able = config.dtype != "bf16" or bf16_in_hardware(device)
     return ({f"--{k}": json.dumps(v) for k, v in alike_on_all_ranks(config).items()}
-            | {f"version of {k}": v for k, v in made_with["versions"].items()}
-            | {"the tokenised corpus": made_with["content"],
+            | {f"version of {k}": v for k, v in provenance["versions"].items()}
+            | {"the tokenised corpus": provenance["content"],
                "the tokens of the corpus": data.content,
-               "the weights of --init_from": str(made_with["init_from"]),
+               "the weights of --init_from": str(provenance["init_from"]),
                "worker kernels": kernel_path(device),
                "worker hardware for --dtype": config.dtype if able else "none"})

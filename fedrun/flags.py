@@ -30,7 +30,7 @@ from fedrun.strategies import STRATEGIES, Strategy, strategy_class
 
 
 @dataclass(frozen=True)
-class Setting:
+class Flag:
     """One field of a dataclass, seen as a flag."""
 
     name: str
@@ -59,7 +59,7 @@ class Setting:
             raise ValueError(f"{where}{value}: accepted is {what}") from None
 
 
-def settings(cls: type) -> dict[str, Setting]:
+def settings(cls: type) -> dict[str, Flag]:
     """The fields of a dataclass that can be set by flags and YAML keys, by name."""
     helps: dict[str, str] = {}
     for base in reversed(cls.__mro__):
@@ -75,7 +75,7 @@ def settings(cls: type) -> dict[str, Setting]:
         optional = isinstance(hint, types.UnionType) and type(None) in args
         choices = args if typing.get_origin(hint) is Literal else ()
         kind = str if choices else next(a for a in args if a is not type(None)) if args else hint
-        found[f.name] = Setting(f.name, kind, choices, optional, f.default, helps[f.name])
+        found[f.name] = Flag(f.name, kind, choices, optional, f.default, helps[f.name])
     return found
 
 
@@ -100,7 +100,7 @@ def config_classes(method: str) -> tuple[type[RunConfig], type[Strategy] | None]
 
 
 @functools.cache
-def method_settings(method: str) -> dict[str, Setting]:
+def method_settings(method: str) -> dict[str, Flag]:
     """All settings of a method, defaults as its YAML file leaves them."""
     run_class, strategy = config_classes(method)
     known = settings(run_class) | (settings(strategy) if strategy else {})
@@ -213,7 +213,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message.removeprefix("argument "))
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: Mapping[str, Setting],
+def add_flags(parser: argparse.ArgumentParser, settings: Mapping[str, Flag],
               hidden: bool = False) -> None:
     """A flag for each setting, its default in the help; what was not given is None.
 

@@ -16,9 +16,9 @@ from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
 from fedrun.distributed.runtime import Runtime
 from fedrun.distributed.stopping import StopRequest
-from fedrun.federation.plan import Plan, Verdict
+from fedrun.federation.plan import RoundDecision, RoundPlan
 from fedrun.federation.server import Server
-from fedrun.federation.worker import StoppedForPeer, Worker
+from fedrun.federation.worker import PeerFailed, Worker
 from fedrun.records.checkpoint import Checkpoint
 
 SECONDS_FOR_STORES = 5.0  # of a run that has failed, maybe since a disk does not answer
@@ -28,24 +28,24 @@ class RunEnded(RuntimeError):
     """All ranks have agreed to end, and the server has told why."""
 
 
-def run(config: FederatedConfig, data: TokenData, runtime: Runtime, stopping: StopRequest,
-        made_with: dict[str, Any], checkpoint: Checkpoint | None = None) -> str:
+def train_federated(config: FederatedConfig, data: TokenData, runtime: Runtime, stopping: StopRequest,
+        provenance: dict[str, Any], checkpoint: Checkpoint | None = None) -> str:
     """All ranks: train for all rounds, or for those that a checkpoint leaves to do.
 
-    made_with: what a checkpoint records beside the settings. Returns who asked for an end before
+    provenance: what a checkpoint records beside the settings. Returns who asked for an end before
     the last round; empty after it. Raises RunEnded on every rank where one rank fails.
     """
     control = runtime.control
-    server = Server(config, data, stopping, made_with, len(runtime.workers), checkpoint
+    server = Server(config, data, stopping, provenance, len(runtime.workers), checkpoint
                     ) if runtime.is_server else None
     worker = Worker(config, data, runtime, checkpoint) if runtime.worker is not None else None
     number, last = checkpoint.step if checkpoint else 0, False
     while not last:
         number += 1
-        plan = Plan(**control.share(server and server.plan(number)))       # server -> all
+        plan = RoundPlan(**control.share(server and server.plan(number)))       # server -> all
         report = _train(worker, plan, runtime) if worker else {}           # workers, each alone
         reports = control.gather(report | {"signal": stopping.signal})     # all -> server
-        verdict = Verdict(**control.share(server and server.judge(plan, reports or [])))
+        verdict = RoundDecision(**control.share(server and server.decide(plan, reports or [])))
         if verdict.error:                                                  # server -> all
             _end(verdict, server, worker, runtime)
         kept = plan.evaluate or plan.save or bool(verdict.stop)
@@ -61,7 +61,7 @@ def run(config: FederatedConfig, data: TokenData, runtime: Runtime, stopping: St
         model = _copy(server, worker, runtime) if plan.evaluate else None  # first worker -> server
         reports = control.gather(report)                                   # all -> server
         if kept:                                                           # server -> all
-            found = Verdict(**control.share(server and server.inspect(plan, reports or [], model)))
+            found = RoundDecision(**control.share(server and server.inspect(plan, reports or [], model)))
             if found.error:
                 _end(found, server, worker, runtime, good=False)
         if server:
@@ -77,11 +77,11 @@ def run(config: FederatedConfig, data: TokenData, runtime: Runtime, stopping: St
     return "" if plan.last else f"{verdict.stop}, after round {plan.round}"
 
 
-def _train(worker: Worker, plan: Plan, runtime: Runtime) -> dict[str, Any]:
+def _train(worker: Worker, plan: RoundPlan, runtime: Runtime) -> dict[str, Any]:
     """Workers: local training. What goes wrong is reported, so that all ranks end together."""
     try:
         return worker.train(plan)
-    except StoppedForPeer:
+    except PeerFailed:
         return {}
     except Exception as error:
         runtime.control.fail(error)
@@ -96,7 +96,7 @@ def _copy(server: Server | None, worker: Worker | None, runtime: Runtime) -> Any
     return server and runtime.control.receive_copy(server.size, server.dtype)
 
 
-def _end(verdict: Verdict, server: Server | None, worker: Worker | None, runtime: Runtime,
+def _end(verdict: RoundDecision, server: Server | None, worker: Worker | None, runtime: Runtime,
          good: bool = True) -> None:
     """All ranks: the end that the server has decided. Nobody leaves before it has told the reason
     and kept the model, if it is `good`, since a launcher ends all processes with the first."""

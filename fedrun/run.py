@@ -20,9 +20,9 @@ from fedrun.common.terminal import visible
 from fedrun.config import CentralConfig, FederatedConfig, RunConfig
 from fedrun.data.tokens import prepare
 from fedrun.distributed.connect import NotConnected, exposure
-from fedrun.distributed.control_plane import Control
+from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.launch import Launch, detect
-from fedrun.distributed.runtime import choose_device, connected, join
+from fedrun.distributed.runtime import build_runtime, choose_device, connect
 from fedrun.distributed.stopping import StopRequest
 from fedrun.experiment import (
     CorpusCheck,
@@ -38,13 +38,13 @@ from fedrun.federation.plan import Schedule, Shards
 from fedrun.model.kernels import kernel_path, on_gpu
 from fedrun.model.memory import TO_LOAD, TO_TRAIN, require_memory
 from fedrun.model.pretrained import find_pretrained
-from fedrun.records.checkpoint import newest
+from fedrun.records.checkpoint import latest_step
 from fedrun.records.provenance import Length, corpus_digests
 from fedrun.records.restore import complete, lost, set_aside
 from fedrun.records.run_dir import ENVIRONMENT, guard, lock_token, release, write_failure
 from fedrun.records.run_files import LOCK
 from fedrun.records.track import check_tracker
-from fedrun.start import Beginning, Refused, begin, make_ready
+from fedrun.start import RunRefused, StartDecision, decide_start, prepare_run_dir
 from fedrun.unused import idle
 
 SECONDS_TO_SEE_A_FILE = 30.0  # over a network file system
@@ -94,13 +94,13 @@ def run(config: RunConfig) -> int:
     else:
         assert isinstance(config, CentralConfig)
         length = central.length(config, sum(map(len, central.owned_shards(config, data))))
-    made_with = {**corpus_digests(data.fingerprint), "partition": partition,
+    provenance = {**corpus_digests(data.fingerprint), "partition": partition,
                  "versions": versions(), "kernels": kernel_path(workers_device(config, device)),
                  "init_from": config.init_from
                  and find_pretrained(config.init_from, "--init_from").digest()}
     try:
-        ended = _connect_and_train(config, length, check, launch, device, made_with, notes)
-    except (Refused, NotConnected, TooLittle):
+        ended = _connect_and_train(config, length, check, launch, device, provenance, notes)
+    except (RunRefused, NotConnected, TooLittle):
         raise
     except protocol.RunEnded:
         return 1
@@ -125,18 +125,18 @@ def run(config: RunConfig) -> int:
 
 
 def _connect_and_train(config: RunConfig, length: Length, check: CorpusCheck, launch: Launch,
-                       device: torch.device, made_with: dict[str, Any], notes: list[str]) -> str:
+                       device: torch.device, provenance: dict[str, Any], notes: list[str]) -> str:
     """All ranks: the run itself, as rank 0 says that it begins. The line to end with.
 
     notes: what to warn of, when it begins."""
-    with connected(launch, _dedicated(config), config.timeout) as control:
+    with connect(launch, _dedicated(config), config.timeout) as control:
         data = check.agree(control)
-        beginning = _agree(control, config, length, device, made_with)
+        beginning = _agree(control, config, length, device, provenance)
         config = dataclasses.replace(config, dtype=beginning.dtype)
         seen = "" if launch.alone else wait_for_token(config.run_dir, beginning.token)
         guard(config.run_dir, beginning.token)
-        runtime = join(launch, device, control, identity(config, data, device, made_with) | {
-            "the clients' shards": made_with["partition"],
+        runtime = build_runtime(launch, device, control, identity(config, data, device, provenance) | {
+            "the clients' shards": provenance["partition"],
             "the folder of the run (--data_dir has to be one that all machines share)": seen})
         if beginning.finished:
             return (f"finished already: {config.run_dir} (a larger --rounds or --n_epochs "
@@ -144,9 +144,9 @@ def _connect_and_train(config: RunConfig, length: Length, check: CorpusCheck, la
         found = beginning.open()
         if launch.rank == 0:
             said = set_aside(config.run_dir)
-            make_ready(config, found)
+            prepare_run_dir(config, found)
             write_json(config.run_dir / ENVIRONMENT,
-                       environment(launch, device, data) | {"made_with": made_with})
+                       environment(launch, device, data) | {"made_with": provenance})
             copy_files(data.tokenizer_path, config.run_dir / "tokenizer")
             for line in said + (lost(config, found) if found else []):
                 _say(line)
@@ -160,31 +160,31 @@ def _connect_and_train(config: RunConfig, length: Length, check: CorpusCheck, la
         with stopping.listening():
             _warn(config, launch, notes)
             if isinstance(config, FederatedConfig):
-                stopped = protocol.run(config, data, runtime, stopping, made_with, found)
+                stopped = protocol.train_federated(config, data, runtime, stopping, provenance, found)
             else:
                 assert isinstance(config, CentralConfig)
-                stopped = central.run(config, data, device, stopping, made_with, found)
+                stopped = central.train_central(config, data, device, stopping, provenance, found)
         if not stopped:
             return f"done: {config.run_dir}"
-        kept = newest(config.run_dir)
+        kept = latest_step(config.run_dir)
         then = f"goes on after step {kept}" if kept else "begins anew: no checkpoint was written"
         return f"stopped by {stopped}: {config.run_dir} (the same command {then})"
 
 
-def _agree(control: Control, config: RunConfig, length: Length, device: torch.device,
-           made_with: dict[str, Any]) -> Beginning:
+def _agree(control: ControlPlane, config: RunConfig, length: Length, device: torch.device,
+           provenance: dict[str, Any]) -> StartDecision:
     """All ranks: the beginning that rank 0 decides on, or its refusal."""
     message: dict[str, Any] = {}
     if control.rank == 0:
         try:
-            message = dataclasses.asdict(begin(
-                config, length, lambda c: resolve_dtype(c, device), made_with, _say))
-        except Refused as error:
+            message = dataclasses.asdict(decide_start(
+                config, length, lambda c: resolve_dtype(c, device), provenance, _say))
+        except RunRefused as error:
             message = {"refused": str(error)}
     message = control.share(message)
     if "refused" in message:
-        raise Refused(message["refused"])
-    return Beginning(**message)
+        raise RunRefused(message["refused"])
+    return StartDecision(**message)
 
 
 def _dedicated(config: RunConfig) -> bool:

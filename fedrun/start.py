@@ -21,16 +21,16 @@ from fedrun.config import Dtype, RunConfig
 from fedrun.records import checkpoint, run_files
 from fedrun.records import run_dir as run_folder
 from fedrun.records.checkpoint import Checkpoint
-from fedrun.records.provenance import Length, other_settings, refuse_other_makings, shown, told
+from fedrun.records.provenance import Length, check_provenance, other_settings, shown, told
 from fedrun.records.run_dir import ENVIRONMENT
 
 
-class Refused(ValueError):
+class RunRefused(ValueError):
     """The run cannot begin as it was asked to; all ranks say so."""
 
 
 @dataclass(frozen=True)
-class Beginning:
+class StartDecision:
     """What rank 0 found; travels as JSON."""
 
     dtype: Dtype
@@ -47,15 +47,15 @@ class Beginning:
 
     def open(self) -> Checkpoint | None:
         """Any rank: the checkpoint, which rank 0 has compared with its checksums."""
-        return None if self.checkpoint is None else checkpoint.trusted(Path(self.checkpoint))
+        return None if self.checkpoint is None else checkpoint.open_unverified(Path(self.checkpoint))
 
 
-def begin(config: RunConfig, length: Length, resolve_dtype: Callable[[RunConfig], Dtype],
-          made_with: dict[str, Any], say: Callable[[str], None]) -> Beginning:
+def decide_start(config: RunConfig, length: Length, resolve_dtype: Callable[[RunConfig], Dtype],
+          provenance: dict[str, Any], say: Callable[[str], None]) -> StartDecision:
     """Rank 0: take the run's folder and decide; nothing in it is changed yet.
 
-    made_with: what beside the settings decides the bits; what was read, shards and kernels have to
-    be as they were, `versions` should. Refused where the folder is another's, holds another run, or
+    provenance: what beside the settings decides the bits; what was read, shards and kernels have to
+    be as they were, `versions` should. RunRefused where the folder is another's, holds another run, or
     cannot be written.
     """
     path, token = config.run_dir, secrets.token_hex(8)
@@ -65,32 +65,32 @@ def begin(config: RunConfig, length: Length, resolve_dtype: Callable[[RunConfig]
         held = _held_config(config)
         named = _named_folder(config)
         if not _replaces(config):
-            _refuse_other(config, held, _makings(path), made_with, resolve_dtype)
+            _refuse_other(config, held, _makings(path), provenance, resolve_dtype)
         if _anew(config):
             held = None
         finished = _finished_after(path) if held else None
         if finished == length.steps:
-            return Beginning(_dtype(config, held, resolve_dtype), token, finished=True)
+            return StartDecision(_dtype(config, held, resolve_dtype), token, finished=True)
         found = _to_resume_from(config, held, named, say)
         if finished:
             _refuse_to_extend(config, length, finished, found)
         if found is None:
-            return Beginning(_dtype(config, None, resolve_dtype), token)
-        _refuse_other(config, found.config, found.made_with, made_with, resolve_dtype,
+            return StartDecision(_dtype(config, None, resolve_dtype), token)
+        _refuse_other(config, found.config, found.provenance, provenance, resolve_dtype,
                       str(found.folder))
-        refuse_other_makings(found.made_with, made_with, say)
+        check_provenance(found.provenance, provenance, say)
         complete = _compare_lengths(config, length, found, say)
         say(f"goes on after step {found.step}, from {found.folder}")
-        return Beginning(_dtype(config, found.config, resolve_dtype), token, str(found.folder),
+        return StartDecision(_dtype(config, found.config, resolve_dtype), token, str(found.folder),
                          complete=complete)
     except OSError as error:
-        raise Refused(f"--data_dir {config.data_dir}: the folder {path} cannot be used: "
+        raise RunRefused(f"--data_dir {config.data_dir}: the folder {path} cannot be used: "
                       f"{explain(error)}") from None
     except ValueError as error:
-        raise Refused(str(error)) from None
+        raise RunRefused(str(error)) from None
 
 
-def make_ready(config: RunConfig, found: Checkpoint | None) -> None:
+def prepare_run_dir(config: RunConfig, found: Checkpoint | None) -> None:
     """Rank 0, when all ranks have agreed: the folder as the beginning needs it, whatever it held.
 
     A kill between any two lines leaves a folder that the same command can begin from.
@@ -98,10 +98,10 @@ def make_ready(config: RunConfig, found: Checkpoint | None) -> None:
     path = config.run_dir
     inside = found is not None and found.folder.resolve().is_relative_to(path.resolve())
     if found and inside:
-        checkpoint.drop_after(path, found.step)
-        run_folder.cut_back(path, found.step)
+        checkpoint.delete_after(path, found.step)
+        run_folder.truncate_after(path, found.step)
     else:
-        run_folder.empty(path, lambda: _describe(config, 0))
+        run_folder.clear(path, lambda: _describe(config, 0))
     _describe(config, found.step if found else 0)
 
 
@@ -182,7 +182,7 @@ def _to_resume_from(config: RunConfig, held: dict[str, Any] | None, named: Path 
     if named and inside and not restarted:
         return _named(named, say)
     # Where another run is named, it is where this one began: it has its own checkpoints by now.
-    own = checkpoint.latest(config.run_dir, say) if held else None
+    own = checkpoint.latest_valid(config.run_dir, say) if held else None
     if own and named and not restarted:
         say(f"--resume {named} is not taken: {config.run_dir} has checkpoints of its own "
             "(--overwrite starts over from the one that is named)")
@@ -230,7 +230,7 @@ def _named(path: Path, say: Callable[[str], None]) -> Checkpoint:
     """What `--resume PATH` means: a checkpoint, or the newest one of a run."""
     if (path / checkpoint.MANIFEST).exists():
         return checkpoint.read(path)
-    if found := checkpoint.latest(path, say):
+    if found := checkpoint.latest_valid(path, say):
         return found
     raise ValueError(f"--resume {path}: no checkpoint there; accepted is auto, never, a run's "
                      "folder or one of its checkpoints")

@@ -28,7 +28,7 @@ from rich.console import Console
 from fedrun import cli
 from fedrun.common import terminal
 from fedrun.common.terminal import say_text, shortened, visible
-from fedrun.data.holdings import Holding
+from fedrun.data.holdings import ShardStats
 from fedrun.plots import fonts, style
 from fedrun.plots.partition import partition_figure
 from fedrun.plots.runs import find_runs
@@ -176,7 +176,7 @@ def test_pages_hold_the_text_of_others_as_text(run: Path) -> None:
 
 
 def test_topics_and_data_sets_are_text(strict: None) -> None:
-    held = [Holding(1, 10, 1, np.array([6, 4]), 0.1, 0.2)] * 2
+    held = [ShardStats(1, 10, 1, np.array([6, 4]), 0.1, 0.2)] * 2
     figure = partition_figure(held, [hostile.MATHEMATICS, "x" * 500], "$\\frac{" + "y" * 500)
     style.write(figure, io.BytesIO(), "png")
     told = [text.get_text() for text in figure.findobj(Text) if not text.get_parse_math()]

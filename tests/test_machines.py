@@ -18,11 +18,11 @@ import pytest
 from fedrun import cli
 from fedrun.common import locks
 from fedrun.common.errors import Diverged, explain, naming
-from fedrun.common.files import write_whole
+from fedrun.common.files import write_atomic
 from fedrun.data import tokens
 from fedrun.plots.runs import find_runs
 from fedrun.records import checkpoint, run_dir
-from fedrun.records.run_dir import StudiedSteps
+from fedrun.records.run_dir import SnapshotWriter
 from fedrun.records.track import Progress
 from tests.support.runs import Outcome, Run, assert_equal
 
@@ -258,7 +258,7 @@ def test_a_file_that_does_not_fit_is_named_with_what_it_needs(tmp_path: Path,
     def full(_: int) -> None:
         raise no_space()
     monkeypatch.setattr(os, "fsync", full)
-    error = raised(lambda: write_whole(tmp_path / "model", b"x" * 1_500_000, b"y" * 12_345))
+    error = raised(lambda: write_atomic(tmp_path / "model", b"x" * 1_500_000, b"y" * 12_345))
     assert (explain(error) or "").startswith(
         f"{tmp_path / 'model'}: No space left on device (1.5 MB needed, ")
     assert not list(tmp_path.iterdir())
@@ -270,7 +270,7 @@ class Disk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, match: str, writes: range) -> None:
         self.match, self.writes, self.count = match, writes, 0
         for module in (run_dir, checkpoint):
-            monkeypatch.setattr(module, "write_whole", self._limited(module.write_whole))
+            monkeypatch.setattr(module, "write_atomic", self._limited(module.write_atomic))
 
     def _limited(self, write: Callable[..., None]) -> Callable[..., None]:
         def limited(path: Path, *content: Any, **how: Any) -> None:
@@ -309,7 +309,7 @@ def test_a_disk_that_stays_full_ends_the_run_and_with_room_it_ends_in_the_same_b
     assert "deltas/step_000002.npz: No space left on device" in line
     assert "checkpoint" in full.output  # none was made: step 2 was never whole
     assert not list(full.run_dir.glob("checkpoints/*/manifest.json"))
-    assert 1 + StudiedSteps.AT_MOST < 6
+    assert 1 + SnapshotWriter.AT_MOST < 6
     again = run_here(method, *flags_of(method))
     assert again.code == 0, again.output
     assert_equal(again, whole(method))
@@ -326,7 +326,7 @@ def test_a_full_disk_ends_a_run_in_one_line(match: str, run_here: Run, whole: Wh
         count = 5 if match.startswith("clients") else 2 if match == "outcome.json" else 1
         disk = Disk(broken, match, range(count, 10**6))
         files = fedrun.common.files
-        broken.setattr(files, "write_whole", disk._limited(files.write_whole))
+        broken.setattr(files, "write_atomic", disk._limited(files.write_atomic))
         full = run_here("fed_avg", *flags)
     assert full.code in (1, 2)
     ended = [line for line in full.output.splitlines() if line.startswith("fedrun: ")

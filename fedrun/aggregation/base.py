@@ -18,7 +18,7 @@ from fedrun.strategies.base import ServerRound, Strategy
 _SLICE = {"cpu": 1 << 16, "cuda": 1 << 24}
 
 
-class CohortSum(ABC):
+class Aggregator(ABC):
     """A sum over a cohort, and the server update from it.
 
     Where workers share memory, each reads the others' buffers and updates a section of the model
@@ -38,11 +38,11 @@ class CohortSum(ABC):
         self._slices = [(a, min(a + self._width, size)) for a in range(0, size, self._width)]
         """As ranges of elements."""
         self._buffers = self.plane.allocate(length, kind, scratch.device)
-        self._buffer = self._buffers[self.plane.here]
+        self._buffer = self._buffers[self.plane.node_rank]
         self._total: tuple[Tensor, ...] = (self._buffer,)
         """Buffers that add up to the sum over all workers, after `reduce`."""
-        rows = ("mean_norm", "step_norm", *strategy.counted, *strategy.element_means)
-        table = self.plane.common(torch.zeros(len(rows) * len(self._slices), dtype=torch.float64))
+        rows = ("mean_norm", "step_norm", *strategy.diagnostics, *strategy.global_means)
+        table = self.plane.replicated(torch.zeros(len(rows) * len(self._slices), dtype=torch.float64))
         self._per_slice = dict(zip(rows, table.view(len(rows), -1), strict=True))
 
     @property
@@ -87,7 +87,7 @@ class CohortSum(ABC):
         """
         weight = self._total_weight()
         assert weight > 0, "the server stops a round in which no client is left"
-        context = self._with_element_means(context, weight)
+        context = self._with_global_means(context, weight)
         averaged = {"delta", "gradient"} & self.strategy.sums.keys()
         for number, a, b in self._section():
             mean = self._means(a, b, weight)
@@ -96,8 +96,8 @@ class CohortSum(ABC):
                 moments[name][a:b] = mean.pop(name)
             before = model[a:b].clone() if measure else model
             if measure:
-                counts = self.strategy.counts(mean, context)
-                assert counts.keys() == set(self.strategy.counted), "what counts is in `counted`"
+                counts = self.strategy.count_diagnostics(mean, context)
+                assert counts.keys() == set(self.strategy.diagnostics), "what counts is in `counted`"
                 for name, count in counts.items():
                     self._per_slice[name][number] = count
                 self._per_slice["mean_norm"][number] = sum(_squared(mean[n]) for n in averaged)
@@ -110,7 +110,7 @@ class CohortSum(ABC):
             return {}
         norms = {"step_norm"} | ({"mean_norm"} if averaged else set())
         return ({name: math.sqrt(self._over_slices(name)) for name in sorted(norms)}
-                | {name: self._over_slices(name) / self.size for name in self.strategy.counted})
+                | {name: self._over_slices(name) / self.size for name in self.strategy.diagnostics})
 
     @abstractmethod
     def _total_weight(self) -> float:
@@ -120,8 +120,8 @@ class CohortSum(ABC):
     def _means(self, a: int, b: int, weight: float) -> dict[str, Tensor]:
         """The cohort's weighted means, elements a to b, in memory that the next call reuses."""
 
-    def _with_element_means(self, context: ServerRound, weight: float) -> ServerRound:
-        assert not self.strategy.element_means
+    def _with_global_means(self, context: ServerRound, weight: float) -> ServerRound:
+        assert not self.strategy.global_means
         return context
 
     def _summed(self, a: int, b: int, out: Tensor) -> Tensor:
@@ -141,13 +141,13 @@ class CohortSum(ABC):
         return ((i, *self._slices[i]) for i in self.plane.section(len(self._slices)))
 
 
-def largest(vector: Tensor) -> float:
+def max_abs(vector: Tensor) -> float:
     """The size of the largest element, NaN where one is NaN."""
     # Both are NaN where one element is; together they are faster than torch.aminmax.
     return max(-vector.amin().item(), vector.amax().item())
 
 
-def refusal(name: str, peak: float, bound: float) -> str:
+def bound_exceeded(name: str, peak: float, bound: float) -> str:
     """Why a client is left out with a vector whose largest element has this size; empty where it is
     within the bound."""
     if not math.isfinite(peak):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fedrun.strategies.base import Strategy, Units
+from fedrun.strategies.base import BoundExponents, Strategy
 
 # Of gradients of a mean loss: norms are around one, and grow past this only in runs that diverge.
 LARGEST_GRADIENT = 16.0
@@ -18,7 +18,7 @@ class Bounds:
     update: float
     gradient: float = 1.0
 
-    def of(self, units: Units) -> float:
+    def of(self, units: BoundExponents) -> float:
         return self.update**units.update * self.gradient**units.gradient
 
 

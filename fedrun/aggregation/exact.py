@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fedrun.aggregation.base import CohortSum, largest, refusal, slice_width
+from fedrun.aggregation.base import Aggregator, bound_exceeded, max_abs, slice_width
 from fedrun.aggregation.bounds import Bounds
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.strategies.base import CLIENT_VECTORS, ServerRound, Strategy
@@ -29,7 +29,7 @@ _BITS = {torch.int32: 30, torch.int64: 62}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class TermSum(CohortSum):
+class ExactAggregator(Aggregator):
     """Client terms at full precision: integers on the round's grid, or floats.
 
     `buffer` is (number of sums * size + 1,): the strategy's vectors one after the other, then, with
@@ -94,7 +94,7 @@ class TermSum(CohortSum):
         client: the strategy's inputs, and the moments where they are averaged, (size,) each.
         """
         for number, slices in self._read(client, start):
-            if refused := self._refusal(slices):
+            if refused := self._bound_exceeded(slices):
                 if self.exact:
                     self._take_back(client, weight, start, number)
                 return refused
@@ -122,10 +122,10 @@ class TermSum(CohortSum):
                                             out=_as_long(self._rows[-1], trained))
             yield number, slices
 
-    def _refusal(self, slices: Mapping[str, Tensor]) -> str:
+    def _bound_exceeded(self, slices: Mapping[str, Tensor]) -> str:
         """Why these slices cannot be added: of the first vector with an element that is not finite
         or beyond its bound."""
-        found = (refusal(name, largest(vector), self._bounds[name])
+        found = (bound_exceeded(name, max_abs(vector), self._bounds[name])
                  for name, vector in slices.items())
         return next(filter(None, found), "")
 
@@ -166,8 +166,8 @@ class TermSum(CohortSum):
                 means[name].clamp_(min=step)
         return means
 
-    def _with_element_means(self, context: ServerRound, weight: float) -> ServerRound:
-        names = self.strategy.element_means
+    def _with_global_means(self, context: ServerRound, weight: float) -> ServerRound:
+        names = self.strategy.global_means
         if not names:
             return context
         for i, name in enumerate(self.sums):
@@ -175,7 +175,7 @@ class TermSum(CohortSum):
                 for number, a, b in self._section():
                     self._per_slice[name][number] = self._sum(i, a, b).sum(dtype=torch.float64)
         self.plane.barrier()
-        return context.with_element_mean({
+        return context.with_global_mean({
             name: self._over_slices(name) / self.size / (self._scales[name] * weight)
             for name in names})
 

@@ -32,7 +32,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fedrun.aggregation.base import CohortSum, largest, refusal, slice_width
+from fedrun.aggregation.base import Aggregator, bound_exceeded, max_abs, slice_width
 from fedrun.aggregation.bounds import Bounds
 from fedrun.config import INT8_COHORT
 from fedrun.distributed.data_plane import DataPlane
@@ -44,7 +44,7 @@ _SMALLEST_STEP = 1e-30  # of a block in which nothing moves
 _WEIGHT_BITS = 30
 
 
-class Int8Sum(CohortSum):
+class Int8Aggregator(Aggregator):
     """The sum of one vector, the updates, over a cohort of at most INT8_COHORT clients.
 
     `buffer` is int32: four elements in a word, each the sum of q_k + c_k; then the sum of weights,
@@ -82,8 +82,8 @@ class Int8Sum(CohortSum):
         """Add the client's `delta`, times its weight, to what it owes, `residual`; (size,) each.
         Returns why not, with nothing changed, where it is left out."""
         for a, b in self._slices:
-            found = largest(self._update(client, start, a, b))
-            if refused := refusal("delta", found, self._bound):
+            found = max_abs(self._update(client, start, a, b))
+            if refused := bound_exceeded("delta", found, self._bound):
                 return refused
         residual = client["residual"]
         levels = 1 + math.floor((LEVELS - self.cohort) * weight)

@@ -32,7 +32,7 @@ class DamagedFile(ValueError):
     """A file that is there and does not hold what it should; the message begins with its path."""
 
 
-def write_whole(path: Path, *content: bytes | memoryview, durable: bool = True) -> None:
+def write_atomic(path: Path, *content: bytes | memoryview, durable: bool = True) -> None:
     """Write a file whole or not at all: whoever opens it, or a crash, never meets half of it.
 
     content: in pieces, one after the other. Each time a new file, with the permissions that the
@@ -66,7 +66,7 @@ def copy_files(source: Path, target: Path) -> None:
     is read-only would keep a run from being started again."""
     for path in sorted(source.rglob("*")):
         if path.is_file():
-            write_whole(target / path.relative_to(source), path.read_bytes())
+            write_atomic(target / path.relative_to(source), path.read_bytes())
 
 
 def on_disk(error: OSError, path: Path, needed: int = 0) -> OSError:
@@ -115,7 +115,7 @@ def _umask() -> int:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON that every reader takes: numbers that are not finite become null."""
-    write_whole(path, (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode())
+    write_atomic(path, (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode())
 
 
 def finite(value: Any) -> Any:

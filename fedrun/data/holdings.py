@@ -13,7 +13,7 @@ SEQUENCES_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
-class Holding:
+class ShardStats:
     """The shard of one client."""
 
     sequences: int
@@ -28,7 +28,7 @@ class Holding:
     """The same for as many sequences drawn at random: small shards diverge by chance alone."""
 
 
-def holdings(data: TokenData, shards: Sequence[np.ndarray], seed: int = 0) -> list[Holding]:
+def holdings(data: TokenData, shards: Sequence[np.ndarray], seed: int = 0) -> list[ShardStats]:
     """Describe shards (indices of rows of data.train) that together hold every sequence."""
     document = data.load_documents().of_sequences(*data.train.shape)
     topic = data.load_topics().of_document[document]
@@ -39,7 +39,7 @@ def holdings(data: TokenData, shards: Sequence[np.ndarray], seed: int = 0) -> li
     found = []
     for shard, counts in zip(shards, unigrams, strict=True):
         drawn = np.sort(random.choice(len(data.train), size=len(shard), replace=False))
-        found.append(Holding(
+        found.append(ShardStats(
             len(shard), len(shard) * length, len(np.unique(document[shard])),
             length * np.bincount(topic[shard], minlength=topic.max() + 1),
             js_divergence(counts, whole), js_divergence(token_counts(data, drawn), whole)))

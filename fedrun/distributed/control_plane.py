@@ -29,11 +29,11 @@ HEAD = 4096  # bytes that a message takes at least; most fit, and need no second
 _LENGTH = 8
 
 
-class LostRanks(RuntimeError):
+class UnresponsiveRanks(RuntimeError):
     """Ranks that did not answer: dead, stuck or cut off."""
 
 
-class Control:
+class ControlPlane:
     """The control plane: the server's words to all, and everybody's to the server.
 
     Without a group it is the plane of one process, where nothing travels.
@@ -123,7 +123,7 @@ class Control:
     def fail(self, error: BaseException) -> None:
         """A failing rank: let the others know why, between two of their local steps or where they
         wait for it in vain. Only the first one's reason is kept; the others' follow from it."""
-        if self.beats and not isinstance(error, LostRanks):
+        if self.beats and not isinstance(error, UnresponsiveRanks):
             self.beats.tell(f"rank {self.rank} failed with {type(error).__name__}: "
                             f"{str(error).partition(chr(10))[0]}")
 
@@ -133,7 +133,7 @@ class Control:
 
     def lost_peers(self) -> list[int]:
         """Ranks that show no sign of life; takes some seconds. From any thread."""
-        return self.beats.silent() if self.beats else []
+        return self.beats.unresponsive() if self.beats else []
 
     def close(self) -> None:
         """After the last message of a run that has succeeded."""
@@ -148,20 +148,20 @@ class Control:
         except RuntimeError as error:
             raise self._lost({peer: str(error).splitlines()[0]}) from error
 
-    def _lost(self, unanswered: dict[int, str]) -> LostRanks:
+    def _lost(self, unanswered: dict[int, str]) -> UnresponsiveRanks:
         """The error for ranks that did not answer, naming first those that show no life."""
         names = ", ".join(map(str, unanswered))
         dead = self.lost_peers()
         life = f"no sign of life from rank {', '.join(map(str, dead))}, " if dead else ""
         why = f"{self.beats.reason}; " if self.beats and self.beats.reason else ""
-        return LostRanks(f"{why}{life}no word from rank {names} to rank {self.rank} (dead, stuck, "
+        return UnresponsiveRanks(f"{why}{life}no word from rank {names} to rank {self.rank} (dead, stuck, "
                          f"or slower than --timeout {self.timeout.total_seconds():g} s): "
                          f"{next(iter(unanswered.values()))}")
 
 
 class Heartbeat:
     """Every rank counts up a number in the store, so that the others can tell who is alive: ranks
-    that wait for a lost one are as silent on the wire as the lost one itself.
+    that wait for a lost one are as unresponsive on the wire as the lost one itself.
 
     The store's calls know no timeout, and whoever hosts it may be stopped or cut off: this thread
     alone touches it, the others look at what it has found.
@@ -211,7 +211,7 @@ class Heartbeat:
         self._own_reason = reason
         self._told.wait(SECONDS_FOR_STORE)
 
-    def silent(self) -> list[int]:
+    def unresponsive(self) -> list[int]:
         """Ranks whose count stands still for a few beats; takes as long. None where the store does
         not answer, or where this rank is at its end."""
         with self._lock:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fedrun.distributed.shared_memory import NOWHERE, Offer, attach
+from fedrun.distributed.shared_memory import NOWHERE, SharedBuffer, attach
 
 
 class DataPlane:
@@ -32,17 +32,17 @@ class DataPlane:
         """This worker and those that share its memory."""
         self.bytes_sent = 0
         """Payload bytes that this worker has sent in sums and maxima."""
-        self.senders = tuple(range(dist.get_world_size(self.group) if self.group else 1))
+        self.node_leaders = tuple(range(dist.get_world_size(self.group) if self.group else 1))
         """The first worker of each machine, and all that share no memory."""
-        self.between = self.group
+        self.inter_node_group = self.group
         """The group of the senders: to be set where it is neither all workers nor one alone."""
-        self.blind = False
+        self.cannot_map = False
         """Whether this worker failed to map the memory of others on its machine."""
         self._sharing = False  # do any workers?
         if self.group and machine is not None:
-            self._meet(machine)
+            self._discover_neighbours(machine)
 
-    def _meet(self, machine: int) -> None:
+    def _discover_neighbours(self, machine: int) -> None:
         """Find out who shares memory: those on one machine, if each can reach all the others."""
         machines = [number or -1 - worker
                     for worker, (number,) in enumerate(self._all_gather(machine))]
@@ -51,16 +51,16 @@ class DataPlane:
         try:
             self._allocate(1, torch.uint8, self.node)
         except OSError:
-            self.blind = True
-        everyone = nodes(machines, [not blind for blind, in self._all_gather(int(self.blind))])
+            self.cannot_map = True
+        everyone = nodes(machines, [not blind for blind, in self._all_gather(int(self.cannot_map))])
         self.node = everyone[self.worker]
-        self.senders = tuple(sorted({node[0] for node in everyone}))
-        self._sharing = len(self.senders) < len(machines)
-        if len(self.senders) == 1:
-            self.between = None
+        self.node_leaders = tuple(sorted({node[0] for node in everyone}))
+        self._sharing = len(self.node_leaders) < len(machines)
+        if len(self.node_leaders) == 1:
+            self.inter_node_group = None
 
     @property
-    def here(self) -> int:
+    def node_rank(self) -> int:
         """This worker's place among those of its machine."""
         return self.node.index(self.worker)
 
@@ -76,7 +76,7 @@ class DataPlane:
         make or map one; the others do not wait for it."""
         failure, offer = None, None
         try:
-            offer = Offer(size * dtype.itemsize) if len(self.node) > 1 else None
+            offer = SharedBuffer(size * dtype.itemsize) if len(self.node) > 1 else None
         except OSError as error:
             failure = error
         addresses = self._all_gather(*(offer.address if offer else NOWHERE))
@@ -91,7 +91,7 @@ class DataPlane:
             if offer:
                 offer.close()
 
-    def common(self, vector: Tensor) -> Tensor:
+    def replicated(self, vector: Tensor) -> Tensor:
         """A copy of a vector that is the same on all workers: one for all workers of a machine."""
         if not self._sharing:
             return vector.clone()
@@ -102,14 +102,14 @@ class DataPlane:
     def write(self, common: Tensor, vector: Tensor) -> None:
         """Replace a common vector by one that is the same on all workers."""
         self.barrier()  # nobody reads it any longer
-        if self.here == 0:
+        if self.node_rank == 0:
             common.copy_(vector)
         self.barrier()
 
     def section(self, count: int) -> range:
         """This worker's part of so many things that its machine has to do."""
         share = -(-count // len(self.node))
-        return range(count)[self.here * share:(self.here + 1) * share]
+        return range(count)[self.node_rank * share:(self.node_rank + 1) * share]
 
     def reduce(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The sum over all workers, of `parts` that come from `allocate`, each filled by its owner.
@@ -120,15 +120,15 @@ class DataPlane:
         if self.group is None:
             return tuple(parts)
         self.barrier()  # all are filled
-        if self.between is None:
+        if self.inter_node_group is None:
             return tuple(parts)
         first, *others = parts
         mine = self.section(first.numel())
         for other in others:
             first[mine.start:mine.stop].add_(other[mine.start:mine.stop])
         self.barrier()
-        if self.here == 0:
-            dist.all_reduce(first, group=self.between)
+        if self.node_rank == 0:
+            dist.all_reduce(first, group=self.inter_node_group)
             self.bytes_sent += first.nbytes
         self.barrier()
         return (first,)

@@ -31,7 +31,7 @@ from fedrun.distributed.connect import (
     serve,
     served_by_launcher,
 )
-from fedrun.distributed.control_plane import Control, Heartbeat
+from fedrun.distributed.control_plane import ControlPlane, Heartbeat
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.distributed.launch import Launch, rendezvous
 from fedrun.distributed.shared_memory import machine
@@ -124,7 +124,7 @@ class Runtime:
     device: torch.device
     workers: tuple[int, ...]
     """Ranks that host clients, in order."""
-    control: Control
+    control: ControlPlane
     data_plane: DataPlane
 
     @property
@@ -142,14 +142,14 @@ class Runtime:
 
 
 @contextmanager
-def connected(launch: Launch, dedicated_server: bool, timeout: float) -> Iterator[Control]:
+def connect(launch: Launch, dedicated_server: bool, timeout: float) -> Iterator[ControlPlane]:
     """Connect all ranks; inside, they can talk. `timeout` in seconds bounds every later wait.
 
     Groups are taken down only after success: on an error peers may be gone, and a destructor that
     waits for them would hide the message.
     """
     if launch.alone:
-        yield Control()
+        yield ControlPlane()
         return
     require_files(launch.world_size)
     os.environ.update(rendezvous(os.environ))
@@ -174,7 +174,7 @@ def connected(launch: Launch, dedicated_server: bool, timeout: float) -> Iterato
         # all ranks, in this order
         dist.init_process_group("gloo", store=PrefixStore(place, store), rank=launch.rank,
                                 world_size=launch.world_size, timeout=bound)
-        control = Control(dist.new_group(backend="gloo", timeout=wait), beats, wait,
+        control = ControlPlane(dist.new_group(backend="gloo", timeout=wait), beats, wait,
                           first_worker=int(dedicated_server))
     try:
         yield control
@@ -190,11 +190,11 @@ def connected(launch: Launch, dedicated_server: bool, timeout: float) -> Iterato
 def making_groups(beats: Heartbeat | None) -> Iterator[None]:
     """All ranks wait for each other inside; who is missed is named, at the end and while it lasts.
     """
-    def silent() -> list[int]:
-        return beats.silent() if beats else []
+    def unresponsive() -> list[int]:
+        return beats.unresponsive() if beats else []
 
     def what() -> str:
-        gone = silent()
+        gone = unresponsive()
         first = next((r for r in range(beats.world_size) if r not in gone), 0) if beats else 0
         return (f"for {named(gone)}, which shows no sign of life"
                 if gone and beats and beats.rank == first else "")
@@ -205,13 +205,13 @@ def making_groups(beats: Heartbeat | None) -> Iterator[None]:
     except RuntimeError as error:
         if why := shortage(error):
             raise NotConnected(why) from None
-        gone = silent()
+        gone = unresponsive()
         who = f"no sign of life from {named(gone)}" if gone else "some did not answer"
         raise NotConnected(f"the ranks could not be connected: {who} "
                            f"({str(error).splitlines()[0]})") from None
 
 
-def join(launch: Launch, device: torch.device, control: Control, identity: Mapping[str, str]
+def build_runtime(launch: Launch, device: torch.device, control: ControlPlane, identity: Mapping[str, str]
          ) -> Runtime:
     """All ranks: compare what has to be equal, and make the data plane.
 
@@ -228,19 +228,19 @@ def join(launch: Launch, device: torch.device, control: Control, identity: Mappi
                               timeout=control.timeout)
     plane = DataPlane(data, None if device.type == "cuda" else machine()
                       ) if launch.rank in workers else DataPlane()
-    known = control.gather({"senders": [workers[w] for w in plane.senders],
-                            "blind on": socket.gethostname() if plane.blind else ""})
+    known = control.gather({"senders": [workers[w] for w in plane.node_leaders],
+                            "blind on": socket.gethostname() if plane.cannot_map else ""})
     senders = control.share(known and known[control.first_worker]["senders"])
     for host in sorted({rank["blind on"] for rank in known or []} - {""}):
         print(f"fedrun: warning: workers on {host} cannot map each other's memory, and send, which "
               "is slower", flush=True)
     if 1 < len(senders) < len(workers):  # all ranks make it, members or not
         with making_groups(control.beats):
-            plane.between = dist.new_group(senders, control.timeout, "gloo")
+            plane.inter_node_group = dist.new_group(senders, control.timeout, "gloo")
     return Runtime(launch, device, workers, control, plane)
 
 
-def compare(control: Control, workers: tuple[int, ...], device: torch.device,
+def compare(control: ControlPlane, workers: tuple[int, ...], device: torch.device,
             identity: Mapping[str, str]) -> None:
     """All ranks: end with one message if they were not started alike, or share a GPU."""
     gpu = {"gpu": str(torch.cuda.get_device_properties(device).uuid),

@@ -41,7 +41,7 @@ def machine() -> int:
     return int.from_bytes(name[:8]) >> 1
 
 
-class Offer:
+class SharedBuffer:
     """A new vector of zeros that others may map until this is closed; the maps outlive it."""
 
     def __init__(self, nbytes: int) -> None:
@@ -60,7 +60,7 @@ class Offer:
 
 
 def attach(address: Sequence[int], size: int, dtype: torch.dtype) -> Tensor:
-    """The vector of an Offer's address, (size,): the same memory as its maker's.
+    """The vector of an SharedBuffer's address, (size,): the same memory as its maker's.
 
     OSError where it cannot be reached.
     """

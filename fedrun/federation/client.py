@@ -18,7 +18,7 @@ from fedrun.training.params import FlatParams
 
 ADAMW = "adamw."  # prefix of the optimizer's tensors among a client's
 STEPS_DONE = "steps_done"
-State = Mapping[str, Tensor]
+ClientState = Mapping[str, Tensor]
 
 
 @dataclass
@@ -35,11 +35,11 @@ class Client:
 
     The clients of a worker share its model and its optimizer. What a client has of its own is its
     state, which is loaded for its turn and released after it (client_store.py keeps it in between).
-    AdamW's moments belong to it unless `moments_are_own` is false.
+    AdamW's moments belong to it unless `keeps_moments` is false.
     """
 
     def __init__(self, index: int, shard: np.ndarray, sequences: np.ndarray, flat: FlatParams,
-                 config: RunConfig, optimizer: LocalOptimizer, moments_are_own: bool = True
+                 config: RunConfig, optimizer: LocalOptimizer, keeps_moments: bool = True
                  ) -> None:
         self.index = index
         self.shard = shard
@@ -47,7 +47,7 @@ class Client:
         self.flat = flat
         self.config = config
         self.optimizer = optimizer
-        self.moments_are_own = moments_are_own
+        self.keeps_moments = keeps_moments
         self.batches = make_batches(config.sampling, len(shard), config.batch_size, config.seed,
                                     index)
         self.steps_done = 0
@@ -73,27 +73,27 @@ class Client:
         self.vectors.pop("parameters", None)
         self.optimizer.reset()
 
-    def state(self) -> State:
+    def state(self) -> ClientState:
         """What the client needs to go on, by name: its place in its data, AdamW's state, and its
         own vectors where it has some. The tensors themselves, no copies."""
         state = {STEPS_DONE: torch.tensor(self.steps_done), **self.vectors}
-        if self.moments_are_own:
+        if self.keeps_moments:
             state |= {ADAMW + name: t for name, t in self.optimizer.state.items()}
         return state
 
-    def load_state(self, state: State) -> None:
+    def load_state(self, state: ClientState) -> None:
         """Go on from what `state` gave, in its memory where it lies on the device."""
         self.steps_done = int(state[STEPS_DONE])
         self.vectors = {name: t.to(self.flat.vector.device) for name, t in state.items()
                         if name != STEPS_DONE and not name.startswith(ADAMW)}
-        if self.moments_are_own:
+        if self.keeps_moments:
             self.optimizer.load_state({name.removeprefix(ADAMW): t for name, t in state.items()
                                        if name.startswith(ADAMW)})
 
-    def release_state(self) -> State:
+    def release_state(self) -> ClientState:
         """`state`, of which nothing is held here any longer."""
         state, self.vectors = self.state(), {}
-        if self.moments_are_own:
+        if self.keeps_moments:
             self.optimizer.load_state({})
         return state
 

@@ -3,7 +3,7 @@
 A state is a dict of named tensors, of which a store asks nothing but that integers stay on the
 host. Every client has one from the start; `put` replaces it by another, under any names.
 
-    Resident   it stays where training left it: on a CPU, and for a worker's only client
+    OnDevice   it stays where training left it: on a CPU, and for a worker's only client
     InMemory   pinned host memory, for the clients of a GPU            --client_store memory
     OnDisk     a file for each client, under clients/ in the run's folder             disk
 
@@ -32,11 +32,11 @@ from torch import Tensor
 from fedrun.common.errors import FolderLost
 from fedrun.common.files import check_claim
 from fedrun.config import FederatedConfig
-from fedrun.federation.client import State
+from fedrun.federation.client import ClientState
 from fedrun.records.checkpoint import (
     Checkpoint,
+    CheckpointWriter,
     Files,
-    Saver,
     Sums,
     client_file,
     read_tensors,
@@ -59,11 +59,11 @@ class ClientStore(ABC):
         """Begin to bring the state of the client whose turn is next. Not of the present one."""
 
     @abstractmethod
-    def take(self, client: int) -> State:
+    def checkout(self, client: int) -> ClientState:
         """The client's state on the device, the caller's until it is put again."""
 
     @abstractmethod
-    def put(self, client: int, state: State) -> None:
+    def checkin(self, client: int, state: ClientState) -> None:
         """Keep a state, whose tensors the caller gives up."""
 
     @abstractmethod
@@ -71,7 +71,7 @@ class ClientStore(ABC):
         """Replace all states by a checkpoint's; before the first turn."""
 
     @abstractmethod
-    def save(self, saver: Saver, folder: Path, step: int, files: Files) -> None:
+    def save(self, saver: CheckpointWriter, folder: Path, step: int, files: Files) -> None:
         """Have `saver` begin a checkpoint of `files` and of all states as they are now."""
 
     @abstractmethod
@@ -80,36 +80,36 @@ class ClientStore(ABC):
         goes on from. Waits so many seconds for what still moves."""
 
 
-def make_store(config: FederatedConfig, states: Mapping[int, State], device: torch.device
+def make_store(config: FederatedConfig, states: Mapping[int, ClientState], device: torch.device
                ) -> ClientStore:
     """The store of a worker on this device, by --client_store; `states`: of all its clients."""
     if len(states) == 1 or (config.client_store == "memory" and device.type == "cpu"):
-        return Resident(states)
+        return OnDevice(states)
     if config.client_store == "memory":
         return InMemory(states, device, config.timeout)
     return OnDisk(config.run_dir / CLIENTS, states, device, config.timeout)
 
 
-class Resident(ClientStore):
+class OnDevice(ClientStore):
     """States by reference: taking and putting cost nothing."""
 
-    def __init__(self, states: Mapping[int, State]) -> None:
+    def __init__(self, states: Mapping[int, ClientState]) -> None:
         self._states = dict(states)
 
     def prefetch(self, client: int) -> None:
         pass
 
-    def take(self, client: int) -> State:
+    def checkout(self, client: int) -> ClientState:
         return self._states[client]
 
-    def put(self, client: int, state: State) -> None:
+    def checkin(self, client: int, state: ClientState) -> None:
         self._states[client] = state
 
     def load(self, checkpoint: Checkpoint) -> None:
         for client in self._states:
             self._states[client] = checkpoint.tensors(client_file(client))
 
-    def save(self, saver: Saver, folder: Path, step: int, files: Files) -> None:
+    def save(self, saver: CheckpointWriter, folder: Path, step: int, files: Files) -> None:
         states = {client_file(client): state for client, state in self._states.items()}
         saver.begin(folder, step, {**files, **states})
 
@@ -126,7 +126,7 @@ class _Moving(ClientStore):
     def __init__(self, device: torch.device, timeout: float) -> None:
         self._device, self._timeout = device, timeout
         self._thread = ThreadPoolExecutor(1, "fedrun-store", initializer=self._begin_thread)
-        self._ahead: tuple[int, Future[State]] | None = None
+        self._ahead: tuple[int, Future[ClientState]] | None = None
         self._leaving: Future[None] | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -137,17 +137,17 @@ class _Moving(ClientStore):
             torch.cuda.set_stream(self._stream)  # beside the stream that trains
 
     @abstractmethod
-    def _read(self, client: int) -> State:
+    def _read(self, client: int) -> ClientState:
         """On the thread: a state from where it rests, on the host."""
 
     @abstractmethod
-    def _write(self, client: int, state: State) -> None:
+    def _write(self, client: int, state: ClientState) -> None:
         """On the thread: a state from the device to where it rests; its tensors are free then."""
 
     def prefetch(self, client: int) -> None:
         self._ahead = client, self._thread.submit(self._bring, client)
 
-    def take(self, client: int) -> State:
+    def checkout(self, client: int) -> ClientState:
         if self._leaving is not None and self._leaving.done():
             self._leaving.result()  # its error, if it has one
         if self._ahead is None or self._ahead[0] != client:
@@ -160,7 +160,7 @@ class _Moving(ClientStore):
                 tensor.record_stream(torch.cuda.current_stream())
         return state
 
-    def put(self, client: int, state: State) -> None:
+    def checkin(self, client: int, state: ClientState) -> None:
         assert self._ahead is None or self._ahead[0] != client, "what was brought is outdated"
         self._settle()
         trained = torch.cuda.current_stream().record_event() if self._stream else None
@@ -182,14 +182,14 @@ class _Moving(ClientStore):
                                f"{self._timeout:g} s")
         return work.result()
 
-    def _bring(self, client: int) -> State:
+    def _bring(self, client: int) -> ClientState:
         state = {name: tensor.to(self._device, non_blocking=True) if tensor.is_floating_point()
                  else tensor for name, tensor in self._read(client).items()}
         if self._stream is not None:
             self._stream.synchronize()
         return state
 
-    def _send(self, client: int, state: State, trained: torch.cuda.Event | None) -> None:
+    def _send(self, client: int, state: ClientState, trained: torch.cuda.Event | None) -> None:
         if trained is not None:
             trained.synchronize()
         self._write(client, state)
@@ -201,21 +201,21 @@ class InMemory(_Moving):
     states: every client's at the start.
     """
 
-    def __init__(self, states: Mapping[int, State], device: torch.device, timeout: float) -> None:
+    def __init__(self, states: Mapping[int, ClientState], device: torch.device, timeout: float) -> None:
         super().__init__(device, timeout)
         self._states: dict[int, dict[str, Tensor]] = {client: {} for client in states}
         for client, state in states.items():
             self._copy(client, state)
 
-    def _read(self, client: int) -> State:
+    def _read(self, client: int) -> ClientState:
         return self._states[client]
 
-    def _write(self, client: int, state: State) -> None:
+    def _write(self, client: int, state: ClientState) -> None:
         self._copy(client, state)
         if self._stream is not None:
             self._stream.synchronize()
 
-    def _copy(self, client: int, state: State) -> None:
+    def _copy(self, client: int, state: ClientState) -> None:
         """Into the memory that the client's last state had."""
         last = self._states[client]
         now = {name: last[name] if name in last else torch.empty_like(
@@ -229,7 +229,7 @@ class InMemory(_Moving):
         for client in self._states:
             self._copy(client, checkpoint.tensors(client_file(client)))
 
-    def save(self, saver: Saver, folder: Path, step: int, files: Files) -> None:
+    def save(self, saver: CheckpointWriter, folder: Path, step: int, files: Files) -> None:
         self._settle()
         states = {client_file(client): state for client, state in self._states.items()}
         saver.begin(folder, step, {**files, **states})
@@ -245,23 +245,23 @@ class OnDisk(_Moving):
     states: every client's at the start. Files of these clients that lie there are replaced.
     """
 
-    def __init__(self, folder: Path, states: Mapping[int, State], device: torch.device,
+    def __init__(self, folder: Path, states: Mapping[int, ClientState], device: torch.device,
                  timeout: float) -> None:
         super().__init__(device, timeout)
         self._folder = folder
         self._sums: Sums = {}
-        self._spare: State = {}
+        self._spare: ClientState = {}
         """Tensors of a state that was written, for the next one that is read: memory that is given
         back and asked for again hundreds of times in a round grows by the holes between."""
         for client, state in states.items():
             self._write(client, state)
 
-    def _read(self, client: int) -> State:
+    def _read(self, client: int) -> ClientState:
         spare, self._spare = self._spare, {}
         with self._naming("read"):
             return read_tensors(self._folder / client_file(client), spare)
 
-    def _write(self, client: int, state: State) -> None:
+    def _write(self, client: int, state: ClientState) -> None:
         here = {name: tensor.cpu() for name, tensor in state.items()}
         with self._naming("written"):
             self._sums |= write_tensors(self._folder, {client_file(client): here}, durable=False)
@@ -284,7 +284,7 @@ class OnDisk(_Moving):
             for name in self._sums:
                 _link(checkpoint.folder / name, self._folder / name)
 
-    def save(self, saver: Saver, folder: Path, step: int, files: Files) -> None:
+    def save(self, saver: CheckpointWriter, folder: Path, step: int, files: Files) -> None:
         linked = self._thread.submit(self._link_all, folder, self._leaving)
         saver.begin(folder, step, files, linked)
 

@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Sequence
 
 
-def place(sizes: Sequence[int], n_workers: int) -> list[list[int]]:
+def assign_clients(sizes: Sequence[int], n_workers: int) -> list[list[int]]:
     """The clients of every worker, balanced by work: longest first, to the least loaded.
 
     `sizes[k]` is the work of client k in a round (the sequences that it trains on, which a longer

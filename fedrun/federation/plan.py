@@ -15,11 +15,11 @@ from fedrun.data.batches import split_holdout
 from fedrun.data.partition import client_shards
 from fedrun.data.tokens import TokenData
 
-COHORTS = 1  # the stream of random numbers that cohorts are drawn from
+COHORT_STREAM = 1  # the stream of random numbers that cohorts are drawn from
 
 
 @dataclass(frozen=True)
-class Plan:
+class RoundPlan:
     """One round. JSON-able, since it travels over the control plane."""
 
     round: int
@@ -44,7 +44,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RoundDecision:
     """What the server decides after local training, when all ranks have reported; JSON-able."""
 
     error: str = ""
@@ -117,7 +117,7 @@ class Schedule:
                 f"{smallest // config.batch_size}")
         self.rounds = config.rounds or config.n_epochs * self.rounds_per_epoch
 
-    def plan(self, number: int, reference: float, save: bool = False) -> Plan:
+    def plan(self, number: int, reference: float, save: bool = False) -> RoundPlan:
         """The plan of round `number`, counted from 1."""
         config = self.config
         in_epoch = (number - 1) % max(self.rounds_per_epoch, 1)
@@ -130,7 +130,7 @@ class Schedule:
         weights = config.strategy.plan_weights(
             [self.shard_sizes[k] * length for k in cohort],
             config.local_updates * config.batch_size * (length - 1))
-        return Plan(number, cohort, weights,
+        return RoundPlan(number, cohort, weights,
                     bound=update_bound(ways * config.local_updates, config.lr, config.weight_decay,
                                        config.beta1, config.beta2),
                     gradient_bound=gradient_bound(config.strategy, config.batch_size, length),
@@ -145,6 +145,6 @@ class Schedule:
         clients, size = self.config.num_clients, self.config.cohort_size
         if size == clients:
             return list(range(clients))
-        entropy = np.random.SeedSequence(self.config.seed, spawn_key=(COHORTS, number))
+        entropy = np.random.SeedSequence(self.config.seed, spawn_key=(COHORT_STREAM, number))
         drawn = np.random.default_rng(entropy).choice(clients, size, replace=False)
         return sorted(int(k) for k in drawn)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedrun.aggregation.base import largest
+from fedrun.aggregation.base import max_abs
 
 _WORDS = 1 << 15  # in a row; the same everywhere, since the digest depends on it
 _ROWS = {"cpu": 1, "cuda": 256}  # at a time
@@ -54,7 +54,7 @@ def examine(vectors: Mapping[str, Tensor]) -> dict[str, Any]:
               for name, vector in vectors.items()}
     return {"replicas": {name: digest(vector) for name, vector in vectors.items()},
             "not_finite": [name for name, parts in slices.items()
-                           if not all(math.isfinite(largest(part)) for part in parts)]}
+                           if not all(math.isfinite(max_abs(part)) for part in parts)]}
 
 
 def compare(reports: Sequence[Mapping[str, Any]], model: Tensor | None = None) -> str:

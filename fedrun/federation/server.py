@@ -23,12 +23,12 @@ from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
 from fedrun.distributed.stopping import StopRequest
 from fedrun.federation import replicas
-from fedrun.federation.plan import Plan, Schedule, Shards, Verdict
+from fedrun.federation.plan import RoundDecision, RoundPlan, Schedule, Shards
 from fedrun.model.build import DTYPES, new_model
 from fedrun.records.best import BestModel
-from fedrun.records.checkpoint import Checkpoint, Checkpoints
-from fedrun.records.history import COHORT_NUMBERS, SECONDS, Clocks, cohort_record, half_losses
-from fedrun.records.run_dir import StudiedSteps, save_model, studied, write_failure, write_outcome
+from fedrun.records.checkpoint import Checkpoint, CheckpointCoordinator
+from fedrun.records.history import COHORT_NUMBERS, SECONDS, RunTotals, cohort_record, half_losses
+from fedrun.records.run_dir import SnapshotWriter, save_model, studied, write_failure, write_outcome
 from fedrun.records.track import Events, Progress, cohort_event
 from fedrun.training.evaluate import Piece, mean_loss, perplexity, sample_text
 from fedrun.training.optimizer import scheduled_lr
@@ -44,17 +44,17 @@ class Server:
     """Rank 0's part of the protocol."""
 
     def __init__(self, config: FederatedConfig, data: TokenData, stopping: StopRequest,
-                 made_with: dict[str, Any], workers: int, checkpoint: Checkpoint | None = None
+                 provenance: dict[str, Any], workers: int, checkpoint: Checkpoint | None = None
                  ) -> None:
         self.config = config
         self.data = data
         self.schedule = Schedule(config, Shards(config, data).sizes)
         self.model = new_model(config, data.vocab_size, torch.device("cpu"))
         self.flat = FlatParams(self.model)
-        self.steps = StudiedSteps(config.run_dir / "server",
+        self.steps = SnapshotWriter(config.run_dir / "server",
                                   studied(self.flat.views(self.flat.vector)))
         self.history: list[dict[str, Any]] = []
-        self.clocks = Clocks()
+        self.clocks = RunTotals()
         self.reference = config.strategy.first_reference(data.vocab_size, config.cohort_size)
         self._left_out: list[list[int]] = []  # round and client, since the last record
         self._left_out_why: list[str] = []
@@ -68,7 +68,7 @@ class Server:
         losses = [(r["global_step"], r["server_val_loss"]) for r in self.history
                   if r["server_val_loss"] is not None]
         self.best = BestModel(config, losses, self.progress.say) if config.keep == "best" else None
-        self.checkpoints = Checkpoints(config, made_with, workers, self.progress.say,
+        self.checkpoints = CheckpointCoordinator(config, provenance, workers, self.progress.say,
                                        self._write_rest)
         self._writer = ThreadPoolExecutor(1, "fedrun-writer",
                                           initializer=lambda: torch.set_num_threads(config.threads))
@@ -87,15 +87,15 @@ class Server:
         due = self.checkpoints.due(number, last=number >= self.schedule.rounds)
         return dataclasses.asdict(self.schedule.plan(number, self.reference, save=due))
 
-    def judge(self, plan: Plan, reports: list[dict[str, Any]]) -> dict[str, str]:
-        """A Verdict: what happens after local training. All go on, or all end, for one reason."""
+    def decide(self, plan: RoundPlan, reports: list[dict[str, Any]]) -> dict[str, str]:
+        """A RoundDecision: what happens after local training. All go on, or all end, for one reason."""
         stop = next((r["signal"] for r in reports if r["signal"]), "") or self.stopping.asked_by()
         if plan.last:
             stop = ""  # it ends anyway
         error, kind = self._error(plan, reports)
-        return dataclasses.asdict(Verdict(error, kind, stop))
+        return dataclasses.asdict(RoundDecision(error, kind, stop))
 
-    def _error(self, plan: Plan, reports: list[dict[str, Any]]) -> tuple[str, Failure]:
+    def _error(self, plan: RoundPlan, reports: list[dict[str, Any]]) -> tuple[str, Failure]:
         if lost := self.stopping.lost_folder():
             return lost, "error"
         for rank, report in enumerate(reports):
@@ -126,19 +126,19 @@ class Server:
         exact = "--wire exact " if self.config.wire == "int8" else ""
         return f"{said} ({exact}--reduce float has no bound)"
 
-    def inspect(self, plan: Plan, reports: list[dict[str, Any]], model: Tensor | None
+    def inspect(self, plan: RoundPlan, reports: list[dict[str, Any]], model: Tensor | None
                 ) -> dict[str, str]:
-        """A Verdict: why all ranks end, with this round lost, where the replicas of the global
+        """A RoundDecision: why all ranks end, with this round lost, where the replicas of the global
         model differ or the model is ruined; `model` (size,) is the copy that was sent here, if one
         was."""
         wrong = replicas.compare(reports, model)
         diverged = any(report.get("not_finite") for report in reports)
         if not wrong and model is not None and not math.isfinite(mean_loss(_pieces(reports))):
             wrong, diverged = "the validation loss is not finite: --lr may be too large", True
-        return dataclasses.asdict(Verdict(wrong and f"round {plan.round}: {wrong}",
+        return dataclasses.asdict(RoundDecision(wrong and f"round {plan.round}: {wrong}",
                                           "diverged" if diverged else "error"))
 
-    def record(self, plan: Plan, verdict: Verdict, reports: list[dict[str, Any]],
+    def record(self, plan: RoundPlan, verdict: RoundDecision, reports: list[dict[str, Any]],
                model: Tensor | None) -> None:
         """Take note of a round; `model` (size,) is the global model where it was evaluated."""
         clients = _clients(plan, reports)
@@ -194,7 +194,7 @@ class Server:
         self._left_out_why = state.get("left_out_why", ["not finite"] * len(self._left_out))
         write_json(self.config.run_dir / "training_history.json", self.history)
 
-    def _add_record(self, plan: Plan, reports: list[dict[str, Any]], model: Tensor
+    def _add_record(self, plan: RoundPlan, reports: list[dict[str, Any]], model: Tensor
                     ) -> dict[str, Any]:
         pieces = _pieces(reports)
         loss = mean_loss(pieces)
@@ -260,7 +260,7 @@ class Server:
             self._writing.popleft().result()
         self._writing.append(self._writer.submit(work))
 
-    def end_early(self, verdict: Verdict, model: Tensor | None, reports: list[dict[str, Any]]
+    def end_early(self, verdict: RoundDecision, model: Tensor | None, reports: list[dict[str, Any]]
                   ) -> None:
         """Keep the model of the last whole round, unless there is none, its replicas differ or it
         is not finite, and tell the reason; `reports`: of all ranks, on what they hold now."""
@@ -281,7 +281,7 @@ class Server:
             write_failure(self.config.run_dir, reason.splitlines()[-1], verdict.kind)
             print(f"fedrun: {reason}", file=sys.stderr, flush=True)
 
-    def finish(self, plan: Plan, verdict: Verdict, reports: list[dict[str, Any]]) -> None:
+    def finish(self, plan: RoundPlan, verdict: RoundDecision, reports: list[dict[str, Any]]) -> None:
         """Wait until all is written, and say how the run stands."""
         self._wait_for_writer()
         self._commit(reports)
@@ -304,7 +304,7 @@ class Server:
         self.progress.close()
 
 
-def _clients(plan: Plan, reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _clients(plan: RoundPlan, reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The clients' reports in the order of the cohort, wherever they were trained."""
     by_client = {c["client"]: c for report in reports for c in report.get("clients", [])}
     assert sorted(by_client) == sorted(plan.cohort)

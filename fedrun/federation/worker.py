@@ -16,21 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedrun.aggregation.base import CohortSum, norm
+from fedrun.aggregation.base import Aggregator, norm
 from fedrun.aggregation.bounds import Bounds
-from fedrun.aggregation.exact import MOMENTS, TermSum
-from fedrun.aggregation.int8 import Int8Sum
+from fedrun.aggregation.exact import MOMENTS, ExactAggregator
+from fedrun.aggregation.int8 import Int8Aggregator
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
 from fedrun.distributed.runtime import Runtime
 from fedrun.federation import replicas
 from fedrun.federation.client import Client, mean_entropy
 from fedrun.federation.client_store import make_store
-from fedrun.federation.placement import place
-from fedrun.federation.plan import Plan, Schedule, Shards
+from fedrun.federation.placement import assign_clients
+from fedrun.federation.plan import RoundPlan, Schedule, Shards
 from fedrun.model.build import new_model
-from fedrun.records.checkpoint import GLOBAL, Checkpoint, Saver, folder_of
-from fedrun.records.run_dir import save_studied, studied
+from fedrun.records.checkpoint import GLOBAL, Checkpoint, CheckpointWriter, folder_of
+from fedrun.records.run_dir import save_snapshot, studied
 from fedrun.strategies.base import ClientReport, ServerRound
 from fedrun.strategies.fed_fisher import FedFisher
 from fedrun.training.evaluate import Piece, validation_pieces
@@ -52,19 +52,19 @@ class Worker:
         self.model = new_model(config, data.vocab_size, runtime.device)
         self.flat = FlatParams(self.model)
         plane = runtime.data_plane
-        self.global_model = plane.common(self.flat.vector)
-        self.state = {name: plane.common(torch.full_like(self.flat.vector, value))
+        self.global_model = plane.replicated(self.flat.vector)
+        self.state = {name: plane.replicated(torch.full_like(self.flat.vector, value))
                       for name, value in self.strategy.state.items()}
         average = config.client_state == "average"
-        self.moments = {name: plane.common(torch.zeros_like(self.flat.vector)) for name in MOMENTS
+        self.moments = {name: plane.replicated(torch.zeros_like(self.flat.vector)) for name in MOMENTS
                         } if average else None
         """AdamW's moments, averaged over the last cohort, where clients share them."""
-        self.terms: CohortSum
+        self.terms: Aggregator
         if config.wire == "int8":
-            self.terms = Int8Sum(self.strategy, self.flat.size, self.flat.vector,
+            self.terms = Int8Aggregator(self.strategy, self.flat.size, self.flat.vector,
                                  config.cohort_size, plane)
         else:
-            self.terms = TermSum(self.strategy, self.flat.size, self.flat.vector,
+            self.terms = ExactAggregator(self.strategy, self.flat.size, self.flat.vector,
                                  config.reduce == "exact", average, plane)
         self.fisher = FisherEstimate(self.flat, self.strategy
                                      ) if isinstance(self.strategy, FedFisher) else None
@@ -74,7 +74,7 @@ class Worker:
         self.store = make_store(config, {k: c.state() for k, c in self.clients.items()},
                                 runtime.device)
         self.start = studied(self.flat.views(self.global_model))
-        self.saver = Saver()
+        self.saver = CheckpointWriter()
         self._added: list[int] = []  # clients whose terms are in this round's sum
         if checkpoint:
             self._load(checkpoint)
@@ -85,10 +85,10 @@ class Worker:
         work = [config.local_updates * config.batch_size] * config.num_clients  # of a round
         optimizer = LocalOptimizer(self.flat, config, self.schedule.rounds * config.local_updates)
         return {k: Client(k, self.shards.train[k], self.data.train, self.flat, config, optimizer,
-                          moments_are_own=config.client_state == "keep")
-                for k in place(work, len(self.runtime.workers))[self.runtime.worker or 0]}
+                          keeps_moments=config.client_state == "keep")
+                for k in assign_clients(work, len(self.runtime.workers))[self.runtime.worker or 0]}
 
-    def train(self, plan: Plan) -> dict[str, Any]:
+    def train(self, plan: RoundPlan) -> dict[str, Any]:
         """Train the hosted clients of the cohort, adding each one's term; nothing travels."""
         began = time.monotonic()
         self.terms.begin(Bounds(plan.bound, plan.gradient_bound))
@@ -97,11 +97,11 @@ class Worker:
         clients, client_pieces = [], {}
         for turn, index in enumerate(turns, 1):
             client = self.clients[index]
-            client.load_state(self.store.take(index))
+            client.load_state(self.store.checkout(index))
             if turn < len(turns):
                 self.store.prefetch(turns[turn])
             clients.append(self._turn(client, weights[index], plan))
-            self.store.put(index, client.release_state())
+            self.store.checkin(index, client.release_state())
             if plan.evaluate and self.config.eval_clients:
                 client_pieces[index] = clients[-1].pop("pieces")
         self._added = [client["client"] for client in clients if not client["left_out"]]
@@ -113,7 +113,7 @@ class Worker:
     def _hosted(self, cohort: list[int]) -> list[int]:
         return [k for k in cohort if k in self.clients]
 
-    def _turn(self, client: Client, planned: float, plan: Plan) -> dict[str, Any]:
+    def _turn(self, client: Client, planned: float, plan: RoundPlan) -> dict[str, Any]:
         """One client's part of a round: train, look at its model, add its term."""
         report: dict[str, Any] = {"client": client.index}
         own = None if plan.start_from_global else client.vectors.get("parameters")
@@ -141,7 +141,7 @@ class Worker:
         if plan.evaluate and self.config.eval_clients:
             report["pieces"] = self._pieces(0, 1)
         if plan.evaluate and self.config.save_client_deltas:
-            save_studied(self.config.run_dir / f"client_{client.index}", plan.round,
+            save_snapshot(self.config.run_dir / f"client_{client.index}", plan.round,
                          studied(self.flat.views(self.flat.vector)), self.start)
         vectors = self._vectors(client)
         left_out = self._add(vectors, planned, plan, report, losses.tokens)
@@ -153,7 +153,7 @@ class Worker:
         return report | {"loss_sum": losses.loss_sum.item(), "tokens": losses.tokens,
                          "left_out": left_out}
 
-    def _add(self, vectors: dict[str, Tensor], planned: float, plan: Plan, report: dict[str, Any],
+    def _add(self, vectors: dict[str, Tensor], planned: float, plan: RoundPlan, report: dict[str, Any],
              tokens: int) -> str:
         """Add a client's term, its weight into the report; why not, where it is left out."""
         entropy = report.get("entropy")
@@ -174,9 +174,9 @@ class Worker:
         vectors = {name: known[name] for name in self.strategy.inputs}
         if self.config.wire == "int8":
             vectors["residual"] = client.residual()
-        return vectors if self.moments is None else vectors | client.optimizer.take_moments()
+        return vectors if self.moments is None else vectors | client.optimizer.bias_corrected_moments()
 
-    def aggregate(self, plan: Plan) -> dict[str, Any]:
+    def aggregate(self, plan: RoundPlan) -> dict[str, Any]:
         """Workers: sum the terms and update the global model; seconds it took, and norms."""
         began = time.monotonic()
         self.terms.reduce(self._residuals())
@@ -193,11 +193,11 @@ class Worker:
     def _residuals(self) -> Iterator[Tensor]:
         """What each client owes whose term was added; kept again when the next one is asked for."""
         for turn, index in enumerate(self._added, 1):
-            state = self.store.take(index)
+            state = self.store.checkout(index)
             if turn < len(self._added):
                 self.store.prefetch(self._added[turn])
             yield state["residual"]
-            self.store.put(index, state)
+            self.store.checkin(index, state)
 
     def _global_state(self) -> dict[str, Tensor]:
         """What is the same on every worker, by name: the tensors themselves."""
@@ -208,10 +208,10 @@ class Worker:
     def examine(self) -> dict[str, Any]:
         """What this worker tells of the global model and all else that every worker has: see
         replicas.py. Nothing where it looks at a replica that another one tells of."""
-        first = self.runtime.data_plane.here == 0
+        first = self.runtime.data_plane.node_rank == 0
         return replicas.examine(self._global_state()) if first else {}
 
-    def save(self, plan: Plan) -> None:
+    def save(self, plan: RoundPlan) -> None:
         """Begin to write this worker's files of a checkpoint, as everything is here and now."""
         files = {GLOBAL: self._global_state()} if self.runtime.worker == 0 else {}
         self.store.save(self.saver, folder_of(self.config.run_dir, plan.round), plan.round, files)
@@ -222,9 +222,9 @@ class Worker:
             self.runtime.data_plane.write(tensor, held[name])
         self.store.load(checkpoint)
 
-    def end(self, plan: Plan) -> list[dict[str, Any]]:
+    def end(self, plan: RoundPlan) -> list[dict[str, Any]]:
         """After the last round: save it, where that is planned, and wait until all is written.
-        What `Saver.written` tells."""
+        What `CheckpointWriter.written` tells."""
         if plan.save and plan.last:
             self.save(plan)
         written = self.saver.written(wait=True)
@@ -244,8 +244,8 @@ class Worker:
 
     def _look_at_peers(self) -> None:
         if self.runtime.control.peer_failed():
-            raise StoppedForPeer
+            raise PeerFailed
 
 
-class StoppedForPeer(Exception):
+class PeerFailed(Exception):
     """Local work was broken off because another rank has failed."""

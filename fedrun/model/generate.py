@@ -10,15 +10,15 @@ from fedrun.model.conv import causal_conv_silu
 from fedrun.model.mamba2 import Block, LayerState, Mamba2LM
 from fedrun.model.ssd import ssd_step
 
-State = list[LayerState]
+ModelState = list[LayerState]
 """One entry a layer."""
 
 
 @torch.no_grad()
-def prefill(model: Mamba2LM, input_ids: Tensor) -> tuple[Tensor, State]:
+def prefill(model: Mamba2LM, input_ids: Tensor) -> tuple[Tensor, ModelState]:
     """Read a prompt (b, l) in one pass: the logits of its last token (b, vocab) and the state."""
     residual = F.embedding(input_ids, model.backbone.embedding.weight)
-    state: State = []
+    state: ModelState = []
     for block in model.backbone.layers:
         assert isinstance(block, Block)
         mixed, layer_state = block.mixer(block.norm(residual))
@@ -28,7 +28,7 @@ def prefill(model: Mamba2LM, input_ids: Tensor) -> tuple[Tensor, State]:
 
 
 @torch.no_grad()
-def step(model: Mamba2LM, tokens: Tensor, state: State) -> Tensor:
+def step(model: Mamba2LM, tokens: Tensor, state: ModelState) -> Tensor:
     """Read one token a sequence, (b,) -> logits (b, vocab); `state` is updated in place."""
     residual = F.embedding(tokens, model.backbone.embedding.weight)  # (b, d)
     for layer, block in enumerate(model.backbone.layers):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 CHUNK_SIZE = 256  # of mamba-ssm's scan, as its Mamba2 module has it
-Path = Literal["split_conv1d_scan", "conv1d_and_chunk_scan", "own"]
+KernelPath = Literal["split_conv1d_scan", "conv1d_and_chunk_scan", "own"]
 
 
 def ssd_kernels() -> Any:
@@ -35,7 +35,7 @@ def ssd_kernels() -> Any:
 
 
 @functools.cache
-def on_gpu() -> Path:
+def on_gpu() -> KernelPath:
     """The best path for CUDA tensors that this installation has."""
     try:
         ssd_kernels()
@@ -48,7 +48,7 @@ def on_gpu() -> Path:
     return "split_conv1d_scan"
 
 
-def path_for(x: Tensor) -> Path:
+def path_for(x: Tensor) -> KernelPath:
     """How a tensor's sequence is mixed. fp64 is for reference, and the kernels have none."""
     return on_gpu() if x.is_cuda and x.dtype != torch.float64 else "own"
 

@@ -109,7 +109,7 @@ LayerState = tuple[Tensor, Tensor]
 """The last d_conv - 1 inputs of the convolution (b, d_conv - 1, i + 2 g n) and H (b, h, p, n)."""
 
 
-def mix_with_kernels(mixer: Mamba2Mixer, u: Tensor, path: kernels.Path,
+def mix_with_kernels(mixer: Mamba2Mixer, u: Tensor, path: kernels.KernelPath,
                      product_dtype: torch.dtype) -> Tensor:
     """A block's mixer by the official kernels, without states: (b, l, d) -> (b, l, d)."""
     combined = kernels.ssd_kernels()

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from fedrun.data.holdings import Holding
+from fedrun.data.holdings import ShardStats
 from fedrun.plots import style
 
 # Tol's muted scheme, ordered so that neighbours in a bar differ in lightness too; letters on the
@@ -29,7 +29,7 @@ def letter(topic: int) -> str:
     return string.ascii_uppercase[topic]
 
 
-def partition_figure(held: Sequence[Holding], topics: Sequence[str], title: str) -> Figure:
+def partition_figure(held: Sequence[ShardStats], topics: Sequence[str], title: str) -> Figure:
     """Stacked bars of the topics of each client, over its divergence from the whole.
 
     topics: the name of each, for the legend.
@@ -59,7 +59,7 @@ def partition_figure(held: Sequence[Holding], topics: Sequence[str], title: str)
     return fig
 
 
-def _stack(ax: Axes, held: Sequence[Holding]) -> None:
+def _stack(ax: Axes, held: Sequence[ShardStats]) -> None:
     """One bar a client, as high as its tokens, the largest topic of the corpus at the bottom."""
     tallest = max(h.tokens for h in held)
     lettered = len(held) <= LETTERED_CLIENTS

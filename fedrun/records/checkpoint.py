@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedrun.common.errors import one_line
-from fedrun.common.files import finite, open_regular, read_json, write_json, write_whole
+from fedrun.common.files import finite, open_regular, read_json, write_atomic, write_json
 from fedrun.config import RunConfig
 from fedrun.records import run_files
 from fedrun.records.run_files import manifest_sum, remove_checkpoint
@@ -67,7 +67,7 @@ class Checkpoint:
     step: int
     config: dict[str, Any]
     """The settings of the run that decide its results."""
-    made_with: dict[str, Any]
+    provenance: dict[str, Any]
     """What else decides the bits: corpus, versions, kernels."""
 
     @property
@@ -87,7 +87,7 @@ class Checkpoint:
 
 # ---- writing -------------------------------------------------------------------------------------
 
-class Saver:
+class CheckpointWriter:
     """A worker's files of one checkpoint at a time, written beside its training.
 
     A snapshot is copied before the next round begins; the disk is left to a thread.
@@ -137,11 +137,11 @@ def _write(folder: Path, step: int, files: Files, linked: Future[Sums] | None) -
 
 
 def write_tensors(folder: Path, files: Files, durable: bool = True) -> Sums:
-    """Write files of tensors, each whole or not at all (`write_whole`)."""
+    """Write files of tensors, each whole or not at all (`write_atomic`)."""
     sums = {}
     for name, tensors in files.items():
         content = _pieces(tensors)
-        write_whole(folder / name, *content, durable=durable)
+        write_atomic(folder / name, *content, durable=durable)
         sums[name] = _sum(*content)
     return sums
 
@@ -173,12 +173,12 @@ def read_tensors(path: Path, into: Mapping[str, Tensor] | None = None) -> dict[s
     return {name: own(name, tensor) for name, tensor in load_file(path).items()}
 
 
-def commit(folder: Path, step: int, config: dict[str, Any], made_with: dict[str, Any],
+def commit(folder: Path, step: int, config: dict[str, Any], provenance: dict[str, Any],
            server: dict[str, Any], sums: Sums) -> None:
     """Make a checkpoint of the files that all workers have written, and drop the oldest."""
     content = json.dumps(finite(server), allow_nan=False).encode()
-    write_whole(folder / SERVER, content)
-    body = {"step": step, "config": config, "made_with": made_with,
+    write_atomic(folder / SERVER, content)
+    body = {"step": step, "config": config, "made_with": provenance,
             "files": sums | {SERVER: _sum(content)}}
     write_json(folder / MANIFEST, body | {"sha256": manifest_sum(body)})
     whole = [old for old in _folders(folder.parent) if (old / MANIFEST).exists()]
@@ -193,14 +193,14 @@ def _sum(*content: bytes | memoryview) -> dict[str, Any]:
     return {"bytes": sum(map(len, content)), "sha256": digest.hexdigest()}
 
 
-class Checkpoints:
+class CheckpointCoordinator:
     """The server's part: when a checkpoint is due, and which of them all workers have written."""
 
-    def __init__(self, config: RunConfig, made_with: dict[str, Any], workers: int,
+    def __init__(self, config: RunConfig, provenance: dict[str, Any], workers: int,
                  say: Callable[[str], None], before: Callable[[], None]) -> None:
         """before: called before a checkpoint is made one, to write what the steps until then have
         left to be written, which a run that goes on from there does not make again."""
-        self.config, self.made_with, self.workers, self.say = config, made_with, workers, say
+        self.config, self.provenance, self.workers, self.say = config, provenance, workers, say
         self.before = before
         self._begun: dict[int, dict[str, Any]] = {}  # step -> what the server remembered then
         self._answers: dict[int, list[dict[str, Any]]] = {}
@@ -241,7 +241,7 @@ class Checkpoints:
     def _commit(self, folder: Path, step: int, server: dict[str, Any], sums: Sums) -> None:
         try:
             self.before()
-            commit(folder, step, self.config.results_dict(), self.made_with, server, sums)
+            commit(folder, step, self.config.results_dict(), self.provenance, server, sums)
         except OSError as error:
             self._give_up(folder, f"{error.filename}: {error.strerror}")
 
@@ -253,7 +253,7 @@ class Checkpoints:
 
 # ---- reading -------------------------------------------------------------------------------------
 
-def latest(run_dir: Path, say: Callable[[str], None]) -> Checkpoint | None:
+def latest_valid(run_dir: Path, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint of a run that is whole; those that are not are told by name.
 
     None where there is none yet. ValueError where there are some and none is whole: to begin anew
@@ -286,7 +286,7 @@ def read(folder: Path) -> Checkpoint:
                 raise ValueError(f"{name} has {size} bytes instead of {sums['bytes']}")
             if digest != sums["sha256"]:
                 raise ValueError(f"{name} is damaged: its checksum is not the manifest's")
-        found = trusted(folder)
+        found = open_unverified(folder)
         if not isinstance(found.server.get("history", []), list):
             raise ValueError(f"{SERVER} has no list of records")
         return found
@@ -297,7 +297,7 @@ def read(folder: Path) -> Checkpoint:
         raise ValueError(f"checkpoint {folder} is not whole: {one_line(error)}") from None
 
 
-def trusted(folder: Path) -> Checkpoint:
+def open_unverified(folder: Path) -> Checkpoint:
     """The checkpoint in a folder that rank 0 has read and compared."""
     manifest = _manifest(folder)
     return Checkpoint(folder, _step(folder), manifest["config"], manifest["made_with"])
@@ -313,13 +313,13 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def newest(run_dir: Path) -> int | None:
+def latest_step(run_dir: Path) -> int | None:
     """The step of the newest checkpoint that has a manifest, unread; None where there is none."""
     return max((_step(f) for f in _folders(run_dir / "checkpoints") if (f / MANIFEST).exists()),
                default=None)
 
 
-def drop_after(run_dir: Path, step: int) -> None:
+def delete_after(run_dir: Path, step: int) -> None:
     """Remove what lies there of checkpoints after a step, which a resumed run makes again."""
     for folder in _folders(run_dir / "checkpoints"):
         if _step(folder) > step:

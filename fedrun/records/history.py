@@ -15,7 +15,7 @@ COHORT_NUMBERS = ("step_norm", "update_cosine", "gradient_cosine", "noise_ratio"
 """What `cohort_record` says of a round in one number each."""
 
 
-class Clocks:
+class RunTotals:
     """Seconds since the start, and those spent in each kind of work; tokens, bytes exchanged and
     losses so far."""
 
@@ -71,7 +71,7 @@ def cohort_record(clients: Sequence[Mapping[str, Any]], server: Mapping[str, flo
                   gradients: bool) -> dict[str, Any]:
     """Weights, entropies, norms and cosines of one round.
 
-    clients: reports in the order of the cohort; server: what `TermSum.apply` measured; gradients:
+    clients: reports in the order of the cohort; server: what `ExactAggregator.apply` measured; gradients:
     whether clients sent gradients, not updates.
     """
     total = math.fsum(c["weight"] for c in clients if not c["left_out"])

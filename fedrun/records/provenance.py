@@ -72,7 +72,7 @@ def corpus_digests(fingerprint: Mapping[str, Any]) -> dict[str, str]:
             "corpus": digest(read + _NAMES)}
 
 
-def refuse_other_makings(then: Mapping[str, Any], now: Mapping[str, Any],
+def check_provenance(then: Mapping[str, Any], now: Mapping[str, Any],
                          say: Callable[[str], None]) -> None:
     """ValueError where the text, the shards or the kernels are not those that a checkpoint was made
     with; a word where a version is not."""

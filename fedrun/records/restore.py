@@ -21,12 +21,12 @@ from fedrun.config import FederatedConfig, RunConfig
 from fedrun.data.tokens import TokenData
 from fedrun.model.build import new_model
 from fedrun.records.checkpoint import GLOBAL, Checkpoint
-from fedrun.records.history import Clocks
+from fedrun.records.history import RunTotals
 from fedrun.records.run_dir import (
     ENVIRONMENT,
     LARGEST_EVENTS,
     save_model,
-    save_studied,
+    save_snapshot,
     studied,
     write_outcome,
 )
@@ -82,7 +82,7 @@ def _events(path: Path) -> list[Mapping[str, Any]]:
 
 def complete(config: RunConfig, data: TokenData, found: Checkpoint) -> None:
     """Rank 0: finish the folder of a run whose last step a checkpoint holds, and that was ended
-    before it could say so. `make_ready` has been here."""
+    before it could say so. `prepare_run_dir` has been here."""
     federated = isinstance(config, FederatedConfig)
     run_dir, state = config.run_dir, found.server
     flat = FlatParams(new_model(config, data.vocab_size, torch.device("cpu")))
@@ -90,9 +90,9 @@ def complete(config: RunConfig, data: TokenData, found: Checkpoint) -> None:
     flat.vector.copy_(found.tensors(GLOBAL)["model"])
     save_model(run_dir / "model.safetensors", flat.views(flat.vector))
     write_json(run_dir / "training_history.json", state["history"])
-    save_studied(run_dir / "server" if federated else run_dir, found.step,
+    save_snapshot(run_dir / "server" if federated else run_dir, found.step,
                  studied(flat.views(flat.vector)), start)
-    clocks = Clocks()
+    clocks = RunTotals()
     clocks.load_state(state["clocks"])
     events = Events(dataclasses.replace(config, track="none"), "round" if federated else "step",
                     found.step, found.step)

@@ -34,7 +34,14 @@ from torch import Tensor
 
 from fedrun.common import locks
 from fedrun.common.errors import Failure, FolderLost
-from fedrun.common.files import DamagedFile, claim, read_json, read_regular, write_json, write_whole
+from fedrun.common.files import (
+    DamagedFile,
+    claim,
+    read_json,
+    read_regular,
+    write_atomic,
+    write_json,
+)
 from fedrun.records.run_files import CLIENTS, LOCK, MANIFEST, OUTCOME, foreign, is_partial, remove
 
 # The parameters of a Mamba-2 block whose change is studied, as the model names them.
@@ -48,7 +55,7 @@ LARGEST_EVENTS = 1 << 40  # bytes
 def save_model(path: Path, tensors: Iterable[tuple[str, Tensor]],
                metadata: dict[str, str] | None = None) -> None:
     """The model as safetensors, names and shapes as `tensors` gives them."""
-    write_whole(path, save({name: t.contiguous().cpu() for name, t in tensors}, metadata))
+    write_atomic(path, save({name: t.contiguous().cpu() for name, t in tensors}, metadata))
 
 
 def studied(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, np.ndarray]:
@@ -63,17 +70,17 @@ def studied(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, np.ndarray]:
     return found
 
 
-def save_studied(folder: Path, step: int, now: Mapping[str, np.ndarray],
+def save_snapshot(folder: Path, step: int, now: Mapping[str, np.ndarray],
                  start: Mapping[str, np.ndarray]) -> None:
     """`folder`/params/step_000030.npz and the change since the start, `folder`/deltas/..."""
     deltas = {f"delta_{name}": now[name] - start[name] for name in now}
     for kind, arrays in (("params", now), ("deltas", deltas)):
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
-        write_whole(folder / kind / f"step_{step:06d}.npz", buffer.getvalue())
+        write_atomic(folder / kind / f"step_{step:06d}.npz", buffer.getvalue())
 
 
-class StudiedSteps:
+class SnapshotWriter:
     """What is kept of the evaluated steps of one model. Those that a full disk cannot take wait in
     memory for the next, or for a checkpoint, which is none without them."""
 
@@ -95,11 +102,11 @@ class StudiedSteps:
     def write(self) -> None:
         """Write those that wait, oldest first. OSError where the disk does not take them."""
         while self._waiting:
-            save_studied(self._folder, *self._waiting[0], self._start)
+            save_snapshot(self._folder, *self._waiting[0], self._start)
             self._waiting.pop(0)
 
 
-def cut_back(run_dir: Path, step: int) -> None:
+def truncate_after(run_dir: Path, step: int) -> None:
     """Remove what a run wrote after a step, which it will make again, and what a kill left half."""
     def outdated(name: str) -> bool:
         saved = re.search(r"/step_(\d+)\.npz$", name)
@@ -110,7 +117,7 @@ def cut_back(run_dir: Path, step: int) -> None:
     events = run_dir / "events.jsonl"
     with suppress(FileNotFoundError):
         lines = read_regular(events, largest=LARGEST_EVENTS).split(b"\n")
-        write_whole(events, b"".join(line + b"\n" for line in lines if _until(line, step)))
+        write_atomic(events, b"".join(line + b"\n" for line in lines if _until(line, step)))
 
 
 def _until(line: bytes, step: int) -> bool:
@@ -123,7 +130,7 @@ def _until(line: bytes, step: int) -> bool:
     return False
 
 
-def empty(run_dir: Path, describe: Callable[[], None]) -> None:
+def clear(run_dir: Path, describe: Callable[[], None]) -> None:
     """Remove the run that a folder holds, all but the lock and what `describe` writes: what the
     folder holds from now on. Nothing of the old run can be taken for the new one in between."""
     checkpoints = run_dir / "checkpoints"
@@ -142,7 +149,7 @@ SECONDS_TO_DIE = 3.0  # that a killed run may take to let go of its folder
 Standing = Literal["running", "finished", "stopped", "failed"]
 
 
-class InUse(ValueError):
+class RunDirLocked(ValueError):
     """Another run holds the folder."""
 
 
@@ -153,12 +160,12 @@ def lock(run_dir: Path, token: str) -> None:
     """Hold the folder until `release`, or until this process ends, however it does.
 
     `token` is written into the lock's file, by which the run's other processes, on other machines
-    too, see that they look at the same folder. InUse, naming the holder, where another run has it.
+    too, see that they look at the same folder. RunDirLocked, naming the holder, where another run has it.
     """
     try:
         held = locks.acquire(run_dir / LOCK, SECONDS_TO_DIE)
     except locks.Busy as holder:
-        raise InUse(f"the folder {run_dir} is in use by {holder}; wait for it, or choose another "
+        raise RunDirLocked(f"the folder {run_dir} is in use by {holder}; wait for it, or choose another "
                     "--run_name") from None
     try:
         held.write(token)

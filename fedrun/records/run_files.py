@@ -43,7 +43,7 @@ _FOLDERS = re.compile("|".join((
     r"server|client_\d+", rf"{_ENTITY}(params|deltas)", CLIENTS,
     rf"\.checkpoints-\d+-\d+|checkpoints|{_CHECKPOINT}",
     rf"{BEST}|({BEST}/)?tokenizer(/additional_chat_templates)?|tensorboard")))
-_PARTIAL = re.compile(r"((?:.*/)?)\.(.+)\.\w{8}", re.ASCII)  # as files.write_whole names them
+_PARTIAL = re.compile(r"((?:.*/)?)\.(.+)\.\w{8}", re.ASCII)  # as files.write_atomic names them
 
 # What config.json has had since the first version, which wrote no mark; and files beside it.
 _OLD_KEYS = frozenset({
@@ -126,7 +126,7 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def is_partial(name: str) -> bool:
-    """Whether a name is one that `write_whole` gives a file that is not whole yet."""
+    """Whether a name is one that `write_atomic` gives a file that is not whole yet."""
     return bool(_PARTIAL.fullmatch(name))
 
 

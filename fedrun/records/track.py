@@ -162,7 +162,7 @@ class TensorBoard:
         self.writer.close()
 
 
-class Hosted:
+class WandbLikeTracker:
     """Weights & Biases, or Trackio, whose interface is the same where we use it.
 
     A resumed run goes on in the run that its earlier starts have told: tracker.json in the run's
@@ -209,7 +209,7 @@ def open_tracker(config: RunConfig, done: int) -> Tracker | None:
     if config.track == "none":
         return None
     return (TensorBoard(config, done) if config.track == "tensorboard"
-            else Hosted(config.track, config))
+            else WandbLikeTracker(config.track, config))
 
 
 _NAMES = {"train_ppl": "perplexity/train", "val_ppl": "perplexity/validation",

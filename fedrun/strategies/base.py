@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Units:
+class BoundExponents:
     """The largest element of a summed vector, in powers of what is known before training:
     the furthest that local steps move a parameter, and the largest element of a gradient."""
 
@@ -30,9 +30,9 @@ class Units:
 
 # What a client can report, each as long as the model: its update d_k = w_k - w; the gradient of its
 # mean loss; its Fisher diagonal; AdamW's two moments, corrected for their bias.
-CLIENT_VECTORS: dict[str, Units] = {
-    "delta": Units(update=1), "gradient": Units(gradient=1), "fisher": Units(gradient=2),
-    "exp_avg": Units(gradient=1), "exp_avg_sq": Units(gradient=2)}
+CLIENT_VECTORS: dict[str, BoundExponents] = {
+    "delta": BoundExponents(update=1), "gradient": BoundExponents(gradient=1), "fisher": BoundExponents(gradient=2),
+    "exp_avg": BoundExponents(gradient=1), "exp_avg_sq": BoundExponents(gradient=2)}
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class ServerRound:
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.0
-    element_mean: Mapping[str, float] | None = None
-    """Means over all elements of the vectors that the method asks for in `element_means`."""
+    global_mean: Mapping[str, float] | None = None
+    """Means over all elements of the vectors that the method asks for in `global_means`."""
 
-    def with_element_mean(self, means: Mapping[str, float]) -> ServerRound:
-        return dataclasses.replace(self, element_mean=means)
+    def with_global_mean(self, means: Mapping[str, float]) -> ServerRound:
+        return dataclasses.replace(self, global_mean=means)
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,17 @@ class Strategy:
 
     inputs: ClassVar[tuple[str, ...]] = ("delta",)
     """The client vectors that the terms are made of: names in CLIENT_VECTORS."""
-    element_means: ClassVar[tuple[str, ...]] = ()
+    global_means: ClassVar[tuple[str, ...]] = ()
     """Summed vectors whose mean over all elements the server update needs."""
-    counted: ClassVar[tuple[str, ...]] = ()
+    diagnostics: ClassVar[tuple[str, ...]] = ()
     """Names of what `counts` counts."""
     weight_headroom: ClassVar[int] = 0
     """The weights of a cohort sum to at most 2 to this power (one, where they are known ahead)."""
 
     @property
-    def sums(self) -> Mapping[str, Units]:
+    def sums(self) -> Mapping[str, BoundExponents]:
         """The vectors that are summed over the cohort, each as long as the model."""
-        return {"delta": Units(update=1)}
+        return {"delta": BoundExponents(update=1)}
 
     @property
     def state(self) -> Mapping[str, float]:
@@ -142,7 +142,7 @@ class Strategy:
         """
         raise NotImplementedError(f"{type(self).__name__} has no server_update")
 
-    def counts(self, mean: Mapping[str, Tensor], context: ServerRound) -> Mapping[str, Tensor]:
+    def count_diagnostics(self, mean: Mapping[str, Tensor], context: ServerRound) -> Mapping[str, Tensor]:
         """Numbers of elements (0-dim) with a property that the history shows as a share of all, by
         the names in `counted`; called before `server_update`, with the same arguments."""
         return {}

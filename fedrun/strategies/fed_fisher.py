@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from fedrun.common.errors import require
-from fedrun.strategies.base import ServerRound, Units
+from fedrun.strategies.base import BoundExponents, ServerRound
 from fedrun.strategies.fed_avg import FedAvg
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class FedFisher(FedAvg):
     embedding and head and the norms between are averaged plainly."""
 
     inputs: ClassVar[tuple[str, ...]] = ("delta", "fisher")
-    counted: ClassVar[tuple[str, ...]] = ("under_floor",)
+    diagnostics: ClassVar[tuple[str, ...]] = ("under_floor",)
 
     def __post_init__(self) -> None:
         require(0 < self.fisher_floor <= 1, "--fisher_floor", self.fisher_floor,
@@ -59,12 +59,12 @@ class FedFisher(FedAvg):
         return self.fisher_floor_mode == "relative"
 
     @property
-    def sums(self) -> Mapping[str, Units]:
-        sums = {"fisher_delta": Units(update=1, gradient=2), "fisher": Units(gradient=2)}
-        return sums | ({"delta": Units(update=1)} if self.relative else {})
+    def sums(self) -> Mapping[str, BoundExponents]:
+        sums = {"fisher_delta": BoundExponents(update=1, gradient=2), "fisher": BoundExponents(gradient=2)}
+        return sums | ({"delta": BoundExponents(update=1)} if self.relative else {})
 
     @property
-    def element_means(self) -> tuple[str, ...]:  # type: ignore[override]
+    def global_means(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("fisher",) if self.relative else ()
 
     def gradient_scale(self, batch_size: int, sequence_length: int) -> float:
@@ -85,18 +85,18 @@ class FedFisher(FedAvg):
                       context: ServerRound) -> None:
         numerator, denominator = mean["fisher_delta"], mean["fisher"]
         if self.relative:
-            assert context.element_mean is not None
+            assert context.global_mean is not None
             # Where all of F is zero, any floor makes it the plain average.
-            floor = self.fisher_floor * context.element_mean["fisher"] or 1.0
+            floor = self.fisher_floor * context.global_mean["fisher"] or 1.0
             numerator.add_(mean["delta"], alpha=floor)
             denominator.add_(floor)
         model.addcdiv_(numerator, denominator)
 
-    def counts(self, mean: Mapping[str, Tensor], context: ServerRound) -> Mapping[str, Tensor]:
+    def count_diagnostics(self, mean: Mapping[str, Tensor], context: ServerRound) -> Mapping[str, Tensor]:
         """Elements whose F is under the floor, the cohort's mean taken: the plain average there."""
         if self.relative:
-            assert context.element_mean is not None
-            limit = self.fisher_floor * context.element_mean["fisher"]
+            assert context.global_mean is not None
+            limit = self.fisher_floor * context.global_mean["fisher"]
         else:
             limit = 2 * self.fisher_floor  # which is in the sum once
         return {"under_floor": (mean["fisher"] < limit).sum()}

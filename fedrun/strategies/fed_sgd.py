@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fedrun.strategies.base import ClientReport, ServerRound, Strategy, Units
+from fedrun.strategies.base import BoundExponents, ClientReport, ServerRound, Strategy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,8 +29,8 @@ class FedSGD(Strategy):
     inputs: ClassVar[tuple[str, ...]] = ("gradient",)
 
     @property
-    def sums(self) -> Mapping[str, Units]:
-        return {"gradient": Units(gradient=1)}
+    def sums(self) -> Mapping[str, BoundExponents]:
+        return {"gradient": BoundExponents(gradient=1)}
 
     @property
     def state(self) -> Mapping[str, float]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedrun.common.errors import naming
-from fedrun.common.files import write_whole
+from fedrun.common.files import write_atomic
 from fedrun.common.terminal import say, visible
 from fedrun.tools.common import model_parser, need_tokenizer, parse
 
@@ -75,7 +75,7 @@ def export(found: Pretrained, form: str, out: Path) -> None:
         # The library loads strictly, and its state dict has a tied head a second time.
         content = io.BytesIO()
         torch.save({**weights, HEAD: weights.get(HEAD, weights[EMBEDDING])}, content)
-        write_whole(out / "pytorch_model.bin", content.getbuffer())
+        write_atomic(out / "pytorch_model.bin", content.getbuffer())
     for file in tokenizer.iterdir():
         if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "added_tokens")):
             shutil.copyfile(file, out / file.name)
@@ -96,7 +96,7 @@ def _write_hf(found: Pretrained, weights: dict[str, Any], tokenizer: Path, out: 
     config.dtype = "float32"
     config.save_pretrained(out)
     # By the library's own writer nobody but its owner could read it.
-    write_whole(out / "model.safetensors", save(to_transformers(weights), {"format": "pt"}))
+    write_atomic(out / "model.safetensors", save(to_transformers(weights), {"format": "pt"}))
 
 
 # ---- the card ------------------------------------------------------------------------------------

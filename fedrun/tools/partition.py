@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fedrun.config import FederatedConfig
-    from fedrun.data.holdings import Holding
+    from fedrun.data.holdings import ShardStats
     from fedrun.data.tokens import TokenData
 
 # The settings of a federated run that decide its partition.
@@ -105,7 +105,7 @@ def topic_names(data: TokenData) -> list[str]:
     return names
 
 
-def holdings_table(held: Sequence[Holding], topics: Sequence[str], heading: str) -> Table:
+def holdings_table(held: Sequence[ShardStats], topics: Sequence[str], heading: str) -> Table:
     """A line a client: what it holds, and how far that is from the whole."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -130,7 +130,7 @@ def holdings_table(held: Sequence[Holding], topics: Sequence[str], heading: str)
     return table
 
 
-def topics_table(held: Sequence[Holding], topics: Sequence[str]) -> Table:
+def topics_table(held: Sequence[ShardStats], topics: Sequence[str]) -> Table:
     """A line a topic: its letter, its words, and its share of the whole."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table

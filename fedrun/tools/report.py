@@ -20,7 +20,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from fedrun.common.errors import naming
-from fedrun.common.files import write_whole
+from fedrun.common.files import write_atomic
 from fedrun.common.terminal import say, visible
 from fedrun.flags import Parser
 from fedrun.plots import deltas, perplexity, saved, style
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     out = args.out or args.data_dir / "report.html"
     content = page(found, args.data_dir, args.x, not args.skip_deltas)
     with naming("--out", out):
-        write_whole(out, content.encode())
+        write_atomic(out, content.encode())
     say(f"wrote {out}")
     return 0
 

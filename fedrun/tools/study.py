@@ -41,12 +41,12 @@ from pathlib import Path
 from typing import Any
 
 from fedrun.common.errors import one_line
-from fedrun.common.files import DamagedFile, Kind, finite, read_json, write_json, write_whole
+from fedrun.common.files import DamagedFile, Kind, finite, read_json, write_atomic, write_json
 from fedrun.config import RunConfig
 from fedrun.flags import METHODS, Parser, add_flags, method_settings
 from fedrun.records.provenance import READ, corpus_digests, differing
 from fedrun.records.run_dir import ENVIRONMENT, START, read_outcome
-from fedrun.tools.study_file import Point, Setting, Study, notes, read
+from fedrun.tools.study_file import Point, Study, StudySetting, notes, read
 from fedrun.unused import NEVER_READ
 
 # ---- runs ---------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def repeat(study: Study) -> None:
             study.jobs)
 
 
-def tuned_ratio(study: Study, setting: Setting) -> float:
+def tuned_ratio(study: Study, setting: StudySetting) -> float:
     """Perplexity of the best point over that of the reference, both with the tuning seed."""
     reference = study.settings[study.reference]
     return _ppl(setting.tuned[setting.best] - reference.tuned[reference.best])
@@ -242,9 +242,9 @@ def write(study: Study) -> None:
                 curves[config.name] = [{k: v for k, v in record.items() if k != "generated"}
                                        for record in history(config)]
     write_json(study.folder / "table.json", json.loads(json.dumps(rows, default=str)))
-    write_whole(study.folder / "histories.json",
+    write_atomic(study.folder / "histories.json",
                 (json.dumps(finite(curves), allow_nan=False) + "\n").encode())
-    write_whole(study.folder / "table.md", markdown(study, rows).encode())
+    write_atomic(study.folder / "table.md", markdown(study, rows).encode())
 
 
 def _ppl(loss: float) -> float:

@@ -25,7 +25,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 @dataclass
-class Setting:
+class StudySetting:
     """One line of the table: a method with its flags, and the grid that it is tuned on."""
 
     name: str
@@ -71,9 +71,9 @@ class Study:
     prune: float
     always: list[str]
     """Settings that are repeated whatever their tuned ratio."""
-    settings: dict[str, Setting]
+    settings: dict[str, StudySetting]
 
-    def config(self, setting: Setting, point: Point, seed: int) -> RunConfig:
+    def config(self, setting: StudySetting, point: Point, seed: int) -> RunConfig:
         """The config of one run. ValueError for flags that its method does not take."""
         flags = setting.flags | dict(point) | {"seed": seed}
         place = "".join(f"_{name}_{value:g}" for name, value in point)
@@ -137,7 +137,7 @@ def read(path: Path, results: Path, overrides: Mapping[str, Any]) -> Study:
         except (AttributeError, TypeError, ValueError):
             raise ValueError(f"{where}: grid {grid}: accepted is a list of numbers for each "
                              "flag") from None
-        settings[name] = Setting(name, flags, grid, number("extensions", int, 0))
+        settings[name] = StudySetting(name, flags, grid, number("extensions", int, 0))
     study = Study(results / str(values["name"]), number("jobs", int, 1), values["reference"],
                   number("tune_seed", int, 0), [int(s) for s in values["report_seeds"]],
                   number("prune", float, 0), list(values["repeat"]), settings)

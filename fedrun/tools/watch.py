@@ -90,7 +90,7 @@ def _event(line: bytes) -> dict[str, Any] | None:
 
 
 @dataclass
-class State:
+class RunState:
     """What is known of a run from its events so far."""
 
     name: str
@@ -159,13 +159,13 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"RUN {args.run}: it has no events.jsonl to follow")
     console = Console(markup=False, emoji=False)
     try:
-        follow(Follower(path), State(visible(folder.resolve().name)), console, once=args.once)
+        follow(Follower(path), RunState(visible(folder.resolve().name)), console, once=args.once)
     except OSError as error:
         raise ValueError(f"RUN {args.run}: {path} cannot be read: {error.strerror}") from None
     return 0
 
 
-def follow(follower: Follower, state: State, console: Console, once: bool) -> None:
+def follow(follower: Follower, state: RunState, console: Console, once: bool) -> None:
     """Show the state again and again until the run has ended; where there is no terminal, at the
     end only.
 
@@ -203,7 +203,7 @@ def _outcome(run_dir: Path) -> str:
     return ""
 
 
-def screen(state: State) -> RenderableType:
+def screen(state: RunState) -> RenderableType:
     """All that is shown of a state."""
     parts: list[RenderableType] = [_head(state)]
     if state.train or state.validation:
@@ -215,7 +215,7 @@ def screen(state: State) -> RenderableType:
     return Group(*parts)
 
 
-def _head(state: State) -> RenderableType:
+def _head(state: RunState) -> RenderableType:
     progress = f"{state.unit} {state.number}" + (f" of {state.total}" if state.total else "")
     word = "ended" if state.ended else "running" if state.number else "waiting for its first round"
     grid = Table.grid(padding=(0, 2))
@@ -227,7 +227,7 @@ def _head(state: State) -> RenderableType:
     return grid
 
 
-def _perplexities(state: State) -> RenderableType:
+def _perplexities(state: RunState) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     for name, series in (("train", state.train), ("validation", state.validation)):
         if series:
@@ -242,7 +242,7 @@ def _short(perplexity: float) -> str:
     return f"{perplexity:,.1f}" if perplexity < 1e9 else f"{perplexity:.3g}"
 
 
-def _work(state: State) -> RenderableType:
+def _work(state: RunState) -> RenderableType:
     last = state.last
     rate = last.get("tokens_per_second")
     told = [f"{last.get('tokens', 0):,} tokens"]
@@ -260,7 +260,7 @@ def _work(state: State) -> RenderableType:
     return Text("  ".join(told) + "\n" + "  ".join(seconds), style="dim")
 
 
-def _clients(state: State) -> RenderableType:
+def _clients(state: RunState) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     shown = sorted(state.clients)[:CLIENTS_SHOWN]
     columns = ["client", "train ppl", "weight"]

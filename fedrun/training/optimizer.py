@@ -74,7 +74,7 @@ class LocalOptimizer:
         device = self.flat.vector.device
         self.state = {name: tensor.to(device) for name, tensor in state.items()}
 
-    def take_moments(self) -> dict[str, Tensor]:
+    def bias_corrected_moments(self) -> dict[str, Tensor]:
         """AdamW's moments, corrected for their bias in place: to be loaded before the next step.
 
         Corrected, since the second moment of a first step is a thousandth of the squared gradient,

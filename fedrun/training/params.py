@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Slot:
+class ParamSlice:
     """Where one parameter lies in the vector."""
 
     name: str
@@ -33,10 +33,10 @@ class FlatParams:
 
     def __init__(self, module: nn.Module) -> None:
         parameters = sorted(module.named_parameters())  # each tied weight once
-        self.slots: list[Slot] = []
+        self.slots: list[ParamSlice] = []
         start = 0
         for name, p in parameters:
-            self.slots.append(Slot(name, start, start + p.numel(), p.shape))
+            self.slots.append(ParamSlice(name, start, start + p.numel(), p.shape))
             start += p.numel()
         self.size = start
         first = parameters[0][1]

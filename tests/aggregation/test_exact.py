@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedrun.aggregation.bounds import Bounds, adamw_step_bound
-from fedrun.aggregation.exact import TermSum
+from fedrun.aggregation.exact import ExactAggregator
 from fedrun.strategies import FedAvg, FedEntropy, FedFisher, FedSGD
 from fedrun.strategies.base import CLIENT_VECTORS, ServerRound, Strategy
 
@@ -29,7 +29,7 @@ def summed(groups: list[list[int]], deltas: list[torch.Tensor], weights: list[fl
     """(model after one round, buffer) with the clients of each group on a worker of its own."""
     total = None
     for group in groups:
-        terms = TermSum(FedAvg(), SIZE, deltas[0], exact=exact)
+        terms = ExactAggregator(FedAvg(), SIZE, deltas[0], exact=exact)
         terms.begin(Bounds(bound))
         for k in group:
             assert not terms.add({"delta": deltas[k]}, weights[k])
@@ -87,7 +87,7 @@ def test_leaving_a_client_out_leaves_nothing_of_it(case: str, fault: str, first:
                              else "not finite")
 
     def buffer(clients: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        terms = TermSum(strategy, SIZE, deltas[0], exact=exact, average_moments=average)
+        terms = ExactAggregator(strategy, SIZE, deltas[0], exact=exact, average_moments=average)
         terms.begin(Bounds(1e-3, 2.0))
         for client in clients:
             refused = terms.add({n: v.clone() for n, v in client.items()}, 0.3)
@@ -100,7 +100,7 @@ def test_leaving_a_client_out_leaves_nothing_of_it(case: str, fault: str, first:
 
 def test_the_mean_is_over_those_who_took_part() -> None:
     deltas = updates(3, 1e-3)
-    terms = TermSum(FedAvg(), SIZE, deltas[0], exact=True)
+    terms = ExactAggregator(FedAvg(), SIZE, deltas[0], exact=True)
     terms.begin(Bounds(1e-3))
     bad = deltas[1].clone()
     bad[SIZE - 1] = math.nan
@@ -114,7 +114,7 @@ def test_the_mean_is_over_those_who_took_part() -> None:
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
 def test_every_kind_of_not_finite_is_seen(value: float) -> None:
-    terms = TermSum(FedAvg(), 10, torch.zeros(10), exact=True)
+    terms = ExactAggregator(FedAvg(), 10, torch.zeros(10), exact=True)
     terms.begin(Bounds(1.0))
     for place in (0, 9):
         delta = torch.zeros(10)
@@ -124,7 +124,7 @@ def test_every_kind_of_not_finite_is_seen(value: float) -> None:
 
 
 def test_floats_have_no_bound() -> None:
-    terms = TermSum(FedAvg(), 10, torch.zeros(10), exact=False)
+    terms = ExactAggregator(FedAvg(), 10, torch.zeros(10), exact=False)
     terms.begin(Bounds(1e-3))
     assert terms.add({"delta": torch.full((10,), 1e38)}, 1.0) == ""
 
@@ -132,7 +132,7 @@ def test_floats_have_no_bound() -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.floats(1e-9, 1e6), st.integers(1, 300))
 def test_the_grid_holds_any_cohort_at_its_bound(bound: float, clients: int) -> None:
-    terms = TermSum(FedAvg(), 2, torch.zeros(2), exact=True)
+    terms = ExactAggregator(FedAvg(), 2, torch.zeros(2), exact=True)
     terms.begin(Bounds(bound))
     largest = torch.tensor([bound, -bound])
     if float(largest[0]) > bound:  # fp32 rounds some bounds up
@@ -173,7 +173,7 @@ def test_a_second_moment_too_small_for_the_grid_is_not_zero() -> None:
     """AdamW would divide by its root: a first moment that the finer grid still holds, over zero."""
     size, bounds = 8, Bounds(update=1e-2, gradient=16.0)
     like = torch.zeros(size)
-    terms = TermSum(FedEntropy(), size, like, exact=True, average_moments=True)
+    terms = ExactAggregator(FedEntropy(), size, like, exact=True, average_moments=True)
     terms.begin(bounds)
     tiny = {"delta": torch.zeros(size), "exp_avg": torch.full((size,), 3e-10),
             "exp_avg_sq": torch.full((size,), 1e-19)}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from fedrun.aggregation.bounds import Bounds
-from fedrun.aggregation.int8 import BLOCK, Int8Sum
+from fedrun.aggregation.int8 import BLOCK, Int8Aggregator
 from fedrun.config import INT8_COHORT
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.federation.client import Client
@@ -30,7 +30,7 @@ SIZE = 70_001  # more than one slice, a part of a block at the end
 class Wire(DataPlane):
     """Between workers that are all in this process; `workers` is complete when one reduces."""
 
-    def __init__(self, workers: list[Int8Sum]) -> None:
+    def __init__(self, workers: list[Int8Aggregator]) -> None:
         super().__init__()
         self.workers = workers
 
@@ -51,9 +51,9 @@ def drawn(clients: int, size: int = SIZE, seed: int = 0) -> list[torch.Tensor]:
 def one_round(groups: list[list[int]], deltas: list[torch.Tensor], weights: list[float],
               residuals: list[torch.Tensor]) -> torch.Tensor:
     """The global model after a round from zero, each group of clients on a worker of its own."""
-    workers: list[Int8Sum] = []
+    workers: list[Int8Aggregator] = []
     for group in groups:
-        terms = Int8Sum(FedAvg(), len(deltas[0]), deltas[0], len(weights), Wire(workers))
+        terms = Int8Aggregator(FedAvg(), len(deltas[0]), deltas[0], len(weights), Wire(workers))
         terms.begin(Bounds(1.0))
         for k in group:
             assert not terms.add({"delta": deltas[k], "residual": residuals[k]}, weights[k])
@@ -137,7 +137,7 @@ def test_a_client_that_is_left_out_adds_nothing_and_owes_as_before(last: float, 
     deltas = drawn(3)
     bad = deltas[1].clone()
     bad[SIZE - 1] = last
-    terms = Int8Sum(FedAvg(), SIZE, deltas[0], 3)
+    terms = Int8Aggregator(FedAvg(), SIZE, deltas[0], 3)
     terms.begin(Bounds(1.0))
     residuals = [torch.zeros(SIZE), torch.full((SIZE,), 1e-6), torch.zeros(SIZE)]
     taken = [terms.add({"delta": d, "residual": r}, w) for d, r, w in
@@ -192,7 +192,7 @@ def test_what_is_counted_is_what_the_collectives_carry() -> None:
             return super().reduce(parts)
 
     plane = Counting()
-    terms = Int8Sum(FedAvg(), SIZE, torch.zeros(SIZE), 1, plane)
+    terms = Int8Aggregator(FedAvg(), SIZE, torch.zeros(SIZE), 1, plane)
     terms.begin(Bounds(1.0))
     residual = torch.zeros(SIZE)
     assert not terms.add({"delta": drawn(1)[0], "residual": residual}, 1.0)

@@ -3,7 +3,7 @@
     RANK=... python -m tests.benchmarks.fedrun_rounds --params 27 --clients 4     without training
     RANK=... python -m tests.benchmarks.fedrun_rounds --train pure_ssm_1_layer --clients 4
 
-Without training (--params), in: all that fedrun does in a round of `protocol.run`, from one plan of
+Without training (--params), in: all that fedrun does in a round of `protocol.train_federated`, from one plan of
 the server to the next: the plan, a worker loads the global model for each of its clients, takes the
 difference, checks, scales, rounds and adds it, reports; verdict, sum over the workers, server
 update, reports and the run's event line. Out: the batch, the gradient and the optimizer's step. In
@@ -41,12 +41,12 @@ from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
 from fedrun.distributed import runtime
 from fedrun.distributed.launch import detect
-from fedrun.distributed.runtime import Runtime, connected, join
+from fedrun.distributed.runtime import Runtime, connect
 from fedrun.distributed.stopping import StopRequest
 from fedrun.experiment import resolve_dtype
 from fedrun.federation import server, worker
 from fedrun.federation.client import Client, LocalLosses
-from fedrun.federation.plan import Plan, Verdict
+from fedrun.federation.plan import RoundDecision, RoundPlan
 from fedrun.flags import resolve
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
@@ -144,7 +144,7 @@ class KeepingWorker(worker.Worker):
 
     out: str
 
-    def train(self, plan: Plan) -> dict[str, Any]:
+    def train(self, plan: RoundPlan) -> dict[str, Any]:
         if plan.last and self.runtime.worker == 0:
             np.save(self.out, self.global_model.numpy())
         return super().train(plan)
@@ -165,7 +165,7 @@ class FloorWorker(worker.Worker):
         self.floor = Floor(self)
         self.at_start = self.global_model[MOVED].clone()
 
-    def train(self, plan: Plan) -> dict[str, Any]:
+    def train(self, plan: RoundPlan) -> dict[str, Any]:
         if plan.round % (self.block + 1):
             return super().train(plan)
         moved = self.global_model[MOVED] - self.at_start
@@ -208,7 +208,7 @@ class TimedServer(server.Server):
         self.began = time.monotonic()
         return super().plan(number) | {"evaluate": False, "save": False, "last": last}
 
-    def record(self, plan: Plan, verdict: Verdict, reports: list[dict[str, Any]],
+    def record(self, plan: RoundPlan, verdict: RoundDecision, reports: list[dict[str, Any]],
                model: Tensor | None) -> None:
         self.floors += [report["floor"] for report in reports if "floor" in report]
         super().record(plan, verdict, reports, model)
@@ -301,11 +301,11 @@ def main() -> None:
         torch.set_num_threads(config.threads)
         config.run_dir.mkdir(parents=True)
         (config.run_dir / LOCK).touch()
-        control = stack.enter_context(connected(launch, True, config.timeout))
-        joined = join(launch, torch.device("cpu"), control, {})
+        control = stack.enter_context(connect(launch, True, config.timeout))
+        joined = build_runtime(launch, torch.device("cpu"), control, {})
         stopping = StopRequest(config.run_dir, config.run_dir / LOCK, control.lost_peers,
                                quiet=True)
-        protocol.run(config, data, joined, stopping, {})
+        protocol.train_federated(config, data, joined, stopping, {})
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import pytest
 
 from fedrun.common import locks
 from fedrun.common.errors import FolderLost
-from fedrun.common.files import write_whole
+from fedrun.common.files import write_atomic
 from fedrun.distributed.stopping import StopRequest
 from fedrun.records import run_dir as run_folder
 from fedrun.records.run_files import LOCK
@@ -233,12 +233,12 @@ def test_what_is_written_last_is_checked_too(tmp_path: Path) -> None:
         run_folder.write_outcome(run_dir, "finished", 3)
     run_folder.write_failure(run_dir, "why")
     with pytest.raises(FolderLost):
-        write_whole(run_dir / "server" / "params" / "step_000001.npz", b"")
+        write_atomic(run_dir / "server" / "params" / "step_000001.npz", b"")
     assert sorted(p.name for p in run_dir.rglob("*")) == ["lock", "model.safetensors",
                                                           "outcome.json"]
     assert run_folder.read_outcome(run_dir) == {"outcome": "running", "step": 3}
     run_folder.release(run_dir)
-    write_whole(run_dir / "x", b"")  # a folder that nobody claims
+    write_atomic(run_dir / "x", b"")  # a folder that nobody claims
 
 
 # ---- STOP ---------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from fedrun.data.tokens import TokenData, prepare
 from fedrun.federation.plan import Schedule, Shards
 from fedrun.flags import resolve
 from fedrun.model.build import new_model
-from fedrun.records.provenance import refuse_other_makings
+from fedrun.records.provenance import check_provenance
 from fedrun.training.params import FlatParams
 from fedrun.unused import idle
 from tests.support.made_data import made
@@ -290,10 +290,10 @@ def test_the_holdout_of_a_shard_that_is_no_range() -> None:
 
 def test_a_checkpoint_of_other_shards_is_refused() -> None:
     """As where another scikit-learn has found other topics in the same text."""
-    made_with = {"corpus": "c", "partition": "one", "kernels": "own", "versions": {}}
-    refuse_other_makings(made_with, made_with, pytest.fail)
+    provenance = {"corpus": "c", "partition": "one", "kernels": "own", "versions": {}}
+    check_provenance(provenance, provenance, pytest.fail)
     with pytest.raises(ValueError, match=r"--partition: .* was one and is two now"):
-        refuse_other_makings(made_with, made_with | {"partition": "two"}, pytest.fail)
+        check_provenance(provenance, provenance | {"partition": "two"}, pytest.fail)
 
 
 def test_an_epoch_is_the_smallest_shards() -> None:

@@ -218,7 +218,7 @@ def test_a_run_mends_its_cache_and_needs_it_no_more_or_ends_in_a_line(
     for entry in entries(tmp_path / "cache"):
         overwrite(entry / "train.bin", bytes(2000), 0)
         overwrite(entry / "validation.bin", b"\xff\xff", 100)
-    begin = fedrun.central.run
+    begin = fedrun.central.train_central
 
     def without_cache(*args: Any) -> str:
         (tmp_path / "cache").rename(tmp_path / "away")
@@ -226,7 +226,7 @@ def test_a_run_mends_its_cache_and_needs_it_no_more_or_ends_in_a_line(
 
     capfd.readouterr()
     with monkeypatch.context() as patch:
-        patch.setattr(fedrun.central, "run", without_cache)
+        patch.setattr(fedrun.central, "train_central", without_cache)
         assert run("mended") == 0
     assert "train.bin is damaged" in capfd.readouterr().err
     assert records("mended") == records("clean")
@@ -254,8 +254,8 @@ def test_machines_with_other_tokens_do_not_train_together(whole: Path) -> None:
     data = prepare(str(whole / "tale.txt"), "bpe:300", 16, whole / "cache", lambda line: None)
     config, cpu = parse(["fed_avg", *SMALL]), torch.device("cpu")
     assert config is not None
-    made_with = {"content": "1", "versions": {}, "init_from": None}
-    told = [identity(config, d, cpu, made_with) | {"host": "a"}
+    provenance = {"content": "1", "versions": {}, "init_from": None}
+    told = [identity(config, d, cpu, provenance) | {"host": "a"}
             for d in (data, data, replace(data, content="other"))]
     assert difference(told[:2], (1,)) == ""
     assert "ranks differ in the tokens of the corpus" in difference(told, (1, 2))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedrun.distributed.data_plane import nodes
-from fedrun.distributed.shared_memory import Offer, attach, machine
+from fedrun.distributed.shared_memory import SharedBuffer, attach, machine
 from tests.support.runs import (
     FAULTY,
     Run,
@@ -42,7 +42,7 @@ def test_nodes_are_the_machines_whose_workers_reach_each_other(drawn: list[tuple
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float64])
 def test_a_vector_outlives_its_offer(dtype: torch.dtype) -> None:
-    offer = Offer(1000 * dtype.itemsize)
+    offer = SharedBuffer(1000 * dtype.itemsize)
     first, second = (attach(offer.address, 1000, dtype) for _ in range(2))
     offer.close()
     assert first.dtype == dtype
@@ -55,7 +55,7 @@ def test_a_vector_outlives_its_offer(dtype: torch.dtype) -> None:
 
 def test_what_is_not_there_is_not_taken_for_something_else(tmp_path: Path) -> None:
     """A wrong process would have other things under a descriptor's number; to open a pipe waits."""
-    offer = Offer(8)
+    offer = SharedBuffer(8)
     me, descriptor, stamp = offer.address
     os.mkfifo(tmp_path / "pipe")
     pipe = os.open(tmp_path / "pipe", os.O_RDWR)

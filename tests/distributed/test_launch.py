@@ -355,7 +355,7 @@ def test_run_survives_a_killed_rank_and_stops_in_order(cache_dir: Path, tmp_path
                 child.kill()
             process.wait(timeout=30)
     assert "stopped by SIGHUP, after round" in log.read_text()
-    found = checkpoint.latest(tmp_path / "run", print)
+    found = checkpoint.latest_valid(tmp_path / "run", print)
     assert found
     assert found.step == run_folder.read_outcome(tmp_path / "run")["step"] >= 8
 

@@ -111,7 +111,7 @@ def test_scancel_leaves_a_checkpoint_and_no_process(
     assert job.until_over() == "CANCELLED"
     until(lambda: not cluster.processes(), "processes are left", 5,
           lambda: str(cluster.processes()))
-    found = checkpoint.latest(tmp_path / "run", print)
+    found = checkpoint.latest_valid(tmp_path / "run", print)
     assert found
     outcome = run_dir.read_outcome(tmp_path / "run")
     assert (outcome["outcome"], outcome["step"]) == ("stopped", found.step)

@@ -64,7 +64,7 @@ def test_a_stop_file_ends_the_run_in_order(endless: subprocess.Popen[str], tmp_p
     assert "stopped by the STOP file, after round" in output
     assert not (folder / "STOP").exists()
     assert json.loads((folder / "outcome.json").read_text())["outcome"] == "stopped"
-    assert checkpoint.latest(folder, print) is not None
+    assert checkpoint.latest_valid(folder, print) is not None
 
 
 @pytest.mark.parametrize("endless", [1_000_000], indirect=True)

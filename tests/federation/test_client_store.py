@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedrun.aggregation.exact import TermSum
+from fedrun.aggregation.exact import ExactAggregator
 from fedrun.federation import client_store
 from fedrun.federation.client import Client
-from fedrun.federation.client_store import ClientStore, InMemory, OnDisk, Resident
+from fedrun.federation.client_store import ClientStore, InMemory, OnDevice, OnDisk
 from fedrun.records import checkpoint
-from fedrun.records.checkpoint import GLOBAL, Saver, client_file
+from fedrun.records.checkpoint import GLOBAL, CheckpointWriter, client_file
 from fedrun.strategies.base import ServerRound
 from tests.support.every_store import RUNS
 from tests.support.runs import (
@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 SECONDS = 20.0  # that an event of another thread may take
 Make = Callable[[Path, dict[int, dict[str, Tensor]]], ClientStore]
 STORES: dict[str, Make] = {
-    "resident": lambda folder, states: Resident(states),
+    "resident": lambda folder, states: OnDevice(states),
     "memory": lambda folder, states: InMemory(states, CPU, SECONDS),
     "disk": lambda folder, states: OnDisk(folder / "clients", states, CPU, SECONDS)}
 
@@ -58,7 +58,7 @@ def assert_same(ours: Any, theirs: Any) -> None:
         assert torch.equal(ours[name], theirs[name])
 
 
-def written(saver: Saver) -> dict[str, Any]:
+def written(saver: CheckpointWriter) -> dict[str, Any]:
     (answer,) = saver.written(wait=True)
     return answer
 
@@ -70,15 +70,15 @@ def test_what_is_put_is_taken_whatever_its_names(kind: str, tmp_path: Path) -> N
     states = STORES[kind](tmp_path, {k: state(0) for k in range(3)})
     for turn in range(1, 7):
         client = turn % 3
-        taken = states.take(client)
+        taken = states.checkout(client)
         assert int(taken["steps_done"]) == (turn - 3 if turn > 3 else 0)
         if turn < 6:
             states.prefetch((turn + 1) % 3)
         # A residual comes, then goes again.
-        states.put(client, state(turn, "adamw.exp_avg", *(["residual"] if turn <= 3 else [])))
+        states.checkin(client, state(turn, "adamw.exp_avg", *(["residual"] if turn <= 3 else [])))
     for client, turn in ((1, 4), (2, 5), (0, 6)):
-        assert_same(states.take(client), state(turn, "adamw.exp_avg"))
-        states.put(client, state(9))
+        assert_same(states.checkout(client), state(turn, "adamw.exp_avg"))
+        states.checkin(client, state(9))
     states.close(SECONDS)
 
 
@@ -90,13 +90,13 @@ def test_a_snapshot_is_of_its_moment_and_is_gone_on_from_in_any_store(
         monkeypatch.setattr(os, "link", refused)
     states = STORES[kind](tmp_path, {k: state(0) for k in range(3)})
     for client in (1, 2):
-        states.take(client)
-        states.put(client, state(client, "parameters"))
-    saver, folder = Saver(), tmp_path / "checkpoints" / "step_000004"
+        states.checkout(client)
+        states.checkin(client, state(client, "parameters"))
+    saver, folder = CheckpointWriter(), tmp_path / "checkpoints" / "step_000004"
     states.save(saver, folder, 4, {GLOBAL: {"model": torch.ones(2)}})
     for client in (1, 2):
-        states.take(client)
-        states.put(client, state(7, "parameters"))
+        states.checkout(client)
+        states.checkin(client, state(7, "parameters"))
     answer = written(saver)
     states.close(SECONDS)
     checkpoint.commit(folder, 4, {}, {}, {}, answer["files"])
@@ -107,9 +107,9 @@ def test_a_snapshot_is_of_its_moment_and_is_gone_on_from_in_any_store(
         again.load(found)
         for client in range(3):
             expected = state(client, "parameters") if client else state(0)
-            assert_same(again.take(client), expected)
-            again.put(client, expected)
-        saver = Saver()  # and on from there
+            assert_same(again.checkout(client), expected)
+            again.checkin(client, expected)
+        saver = CheckpointWriter()  # and on from there
         again.save(saver, tmp_path / "next" / "step_000005", 5, {})
         files = written(saver)["files"]
         assert files == {name: found.sums[name] for name in map(client_file, range(3))}
@@ -123,12 +123,12 @@ def refused(*_: Any) -> None:
 
 def test_a_snapshot_of_files_is_links_to_them(tmp_path: Path) -> None:
     states = STORES["disk"](tmp_path, {k: state(k) for k in range(2)})
-    saver, folder = Saver(), tmp_path / "step_000001"
+    saver, folder = CheckpointWriter(), tmp_path / "step_000001"
     states.save(saver, folder, 1, {})
     written(saver)
     files = [tmp_path / "clients" / client_file(k) for k in range(2)]
     assert all(file.samefile(folder / file.name) for file in files)
-    states.put(1, state(5))
+    states.checkin(1, state(5))
     later = tmp_path / "step_000002"
     states.save(saver, later, 2, {})
     written(saver)
@@ -163,13 +163,13 @@ def test_a_disk_that_is_full_is_told_at_the_next_call(tmp_path: Path,
 
     def full(path: Path, *_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-    monkeypatch.setattr(checkpoint, "write_whole", full)
-    states.put(0, state(1))
-    saver = Saver()
+    monkeypatch.setattr(checkpoint, "write_atomic", full)
+    states.checkin(0, state(1))
+    saver = CheckpointWriter()
     states.save(saver, tmp_path / "step_000001", 1, {})
     assert "No space left on device" in written(saver)["error"]  # and no older state of client 0
     told = rf"--client_store disk: .* cannot be written \(No space left.*{tmp_path}/clients"
-    for call in (lambda: states.take(1), lambda: states.put(1, state(1))):
+    for call in (lambda: states.checkout(1), lambda: states.checkin(1, state(1))):
         with pytest.raises(OSError, match=told):
             call()
     states.close(SECONDS)
@@ -181,7 +181,7 @@ def test_a_disk_that_does_not_answer_is_not_waited_for_for_ever(
     answers = threading.Event()
     monkeypatch.setattr(client_store, "read_tensors", lambda *_: answers.wait(SECONDS))
     with pytest.raises(TimeoutError, match=r"--timeout 0\.1"):
-        states.take(0)
+        states.checkout(0)
     answers.set()
     states.close(SECONDS)
 
@@ -212,14 +212,14 @@ def test_the_next_state_is_read_while_a_client_trains(run_here: Run,
             came_early.append(reads[client.index + 1].acquire(timeout=SECONDS))
         return healthy_train(client, *args, **kwargs)
 
-    def apply(terms: TermSum, model: Tensor, state: Any, context: ServerRound, *args: Any,
+    def apply(terms: ExactAggregator, model: Tensor, state: Any, context: ServerRound, *args: Any,
               **kwargs: Any) -> Any:
         if context.number < 4:  # the first client of the next round
             came_early.append(reads[0].acquire(timeout=SECONDS))
         return healthy_apply(terms, model, state, context, *args, **kwargs)
 
-    healthy_apply = TermSum.apply
-    monkeypatch.setattr(TermSum, "apply", apply)
+    healthy_apply = ExactAggregator.apply
+    monkeypatch.setattr(ExactAggregator, "apply", apply)
     monkeypatch.setattr(client_store, "read_tensors", read)
     monkeypatch.setattr(Client, "train", train)
     outcome = run_here("fed_avg", "--num_clients", 4, "--rounds", 4, "--client_store", "disk",
@@ -289,7 +289,7 @@ def test_a_run_ends_when_the_disk_is_full(run: Run, tmp_path: Path) -> None:
     size = (model.run_dir / "model.safetensors").stat().st_size * 3 // 2
     script = tmp_path / "limited.py"
     script.write_text(f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size},) * 2)\n"
-                      "from fedrun.__main__ import run\nrun()\n")
+                      "from fedrun.__main__ import main\nmain()\n")
     full = run("fed_avg", "--num_clients", 4, "--rounds", 3, "--client_store", "disk",
                script=script, processes=3, name="full")
     assert full.code == 1

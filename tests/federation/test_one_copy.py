@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedrun.config import FederatedConfig
-from fedrun.distributed.control_plane import Control
+from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.distributed.launch import detect
 from fedrun.distributed.runtime import Runtime
@@ -63,7 +63,7 @@ def worker_of(method: str, flags: dict[str, str], plane: DataPlane | None = None
                               "batch_size": "2", "sequence_length": "4", "val_freq": "1",
                               "dtype": "fp32", "device": "cpu", **flags})
     assert isinstance(config, FederatedConfig)
-    runtime = Runtime(detect({}), torch.device("cpu"), (0,), Control(), plane or DataPlane())
+    runtime = Runtime(detect({}), torch.device("cpu"), (0,), ControlPlane(), plane or DataPlane())
     return Worker(config, DATA, runtime)
 
 

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedrun.config import FederatedConfig
-from fedrun.distributed.control_plane import Control
+from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.distributed.launch import detect
 from fedrun.distributed.runtime import Runtime
-from fedrun.federation.placement import place
+from fedrun.federation.placement import assign_clients
 from fedrun.federation.worker import Worker
 from fedrun.flags import resolve
 from tests.support.made_data import made
@@ -19,7 +19,7 @@ from tests.support.made_data import made
 
 @given(st.lists(st.integers(1, 10_000), min_size=1, max_size=60), st.integers(1, 12))
 def test_properties(sizes: list[int], workers: int) -> None:
-    hosted = place(sizes, workers)
+    hosted = assign_clients(sizes, workers)
     assert len(hosted) == workers
     assert sorted(k for clients in hosted for k in clients) == list(range(len(sizes)))
     loads = [sum(sizes[k] for k in clients) for clients in hosted]
@@ -30,9 +30,9 @@ def test_properties(sizes: list[int], workers: int) -> None:
 
 
 def test_equal_clients_are_spread_evenly() -> None:
-    assert sorted(len(c) for c in place([5] * 7, 3)) == [2, 2, 3]
-    assert place([5] * 4, 4) == [[0], [1], [2], [3]]
-    assert place([5, 5], 4) == [[0], [1], [], []]
+    assert sorted(len(c) for c in assign_clients([5] * 7, 3)) == [2, 2, 3]
+    assert assign_clients([5] * 4, 4) == [[0], [1], [2], [3]]
+    assert assign_clients([5, 5], 4) == [[0], [1], [], []]
 
 
 def test_a_client_with_a_long_shard_does_not_train_longer() -> None:
@@ -41,7 +41,7 @@ def test_a_client_with_a_long_shard_does_not_train_longer() -> None:
                                  "rounds": "1", "batch_size": "1", "sequence_length": "4",
                                  "seed": "0", "dtype": "fp32", "device": "cpu"})
     assert isinstance(config, FederatedConfig)
-    runtime = Runtime(detect({}), torch.device("cpu"), (0, 1), Control(), DataPlane())
+    runtime = Runtime(detect({}), torch.device("cpu"), (0, 1), ControlPlane(), DataPlane())
     worker = Worker(config, made([8000]), runtime)
-    assert len(place(worker.shards.sizes, 2)[0]) != 4, "these shards would do either way"
+    assert len(assign_clients(worker.shards.sizes, 2)[0]) != 4, "these shards would do either way"
     assert len(worker.clients) == 4

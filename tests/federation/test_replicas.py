@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedrun.distributed.control_plane import Control
+from fedrun.distributed.control_plane import ControlPlane
 from fedrun.federation import replicas
 from fedrun.federation.worker import Worker
 from fedrun.records import checkpoint
@@ -77,22 +77,22 @@ def test_the_copy_that_is_written_is_compared_too() -> None:
 
 def test_a_copy_that_differs_is_not_written(run_here: Run, monkeypatch: pytest.MonkeyPatch
                                             ) -> None:
-    healthy = Control.receive_copy
+    healthy = ControlPlane.receive_copy
 
-    def faulty(control: Control, size: int, dtype: torch.dtype) -> torch.Tensor:
+    def faulty(control: ControlPlane, size: int, dtype: torch.dtype) -> torch.Tensor:
         copy = healthy(control, size, dtype)
         if round_of[0] == 3:
             copy.view(torch.int32)[1000] ^= 1 << 20
         return copy
 
     round_of = seen_rounds(monkeypatch)
-    monkeypatch.setattr(Control, "receive_copy", faulty)
+    monkeypatch.setattr(ControlPlane, "receive_copy", faulty)
     ended = run_here("fed_avg", *FLAGS)
     assert ended.code == 1
     assert re.search(r"round 3: the copy of the global model that rank 0 received differs",
                      ended.output)
     assert [record["global_step"] for record in ended.history] == [1]
-    monkeypatch.setattr(Control, "receive_copy", healthy)
+    monkeypatch.setattr(ControlPlane, "receive_copy", healthy)
     assert ended.bits == run_here("fed_avg", *FLAGS, "--rounds", 1, name="first").bits
 
 

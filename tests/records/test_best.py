@@ -150,11 +150,11 @@ def test_a_run_that_is_killed_between_best_model_and_history(
     whole = run_here("fed_avg", *flags, name="whole")
     script = tmp_path / "killed.py"
     script.write_text(
-        "import os\nfrom fedrun.__main__ import run\nfrom fedrun.records.best import BestModel\n"
+        "import os\nfrom fedrun.__main__ import main\nfrom fedrun.records.best import BestModel\n"
         "healthy = BestModel.offer\n"
         "def killed(best, step, *rest):\n    healthy(best, step, *rest)\n"
         "    if step == 5:\n        os._exit(9)\n"
-        "BestModel.offer = killed\nrun()\n")
+        "BestModel.offer = killed\nmain()\n")
     killed = run("fed_avg", *flags, script=script)
     assert killed.code == 9
     assert killed.history[-1]["global_step"] == 4

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedrun.records import checkpoint, run_dir
-from fedrun.tools.watch import Follower, State
+from fedrun.tools.watch import Follower, RunState
 from tests.support.runs import Outcome, Run, numbers, outcome_of, steps
 
 VAL_FREQ = ("--val_freq", 5)
@@ -18,7 +18,7 @@ FEDERATED = ("--num_clients", 3, *VAL_FREQ)
 
 def states(run: Outcome) -> dict[str, Any]:
     """Checksums of all that the last checkpoint holds but for the server's clocks and history."""
-    found = checkpoint.latest(run.run_dir, pytest.fail)
+    found = checkpoint.latest_valid(run.run_dir, pytest.fail)
     assert found is not None
     return {name: sums for name, sums in found.sums.items() if name != checkpoint.SERVER}
 
@@ -49,7 +49,7 @@ def test_six_rounds_and_six_more_are_twelve(run_small_here: Run, method: str,
     assert steps(further) == [1, 5, 6, 10, 12]  # the sixth was the last one then
     assert further.history[-1]["val_loss_halves"] == whole.history[-1]["val_loss_halves"]
     assert numbers(further) == list(range(1, 13))
-    followed = State("run")
+    followed = RunState("run")
     for event in Follower(further.run_dir / "events.jsonl").new():
         followed.take(event)
     assert (followed.number, followed.total, followed.ended) == (12, 12, True)

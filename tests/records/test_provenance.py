@@ -10,7 +10,7 @@ import pytest
 
 from fedrun.config import RunConfig
 from fedrun.flags import resolve
-from fedrun.records.provenance import corpus_digests, differing, refuse_other_makings, told
+from fedrun.records.provenance import check_provenance, corpus_digests, differing, told
 
 
 def held_by(config: RunConfig) -> dict[str, Any]:
@@ -66,14 +66,14 @@ def test_a_corpus_is_known_by_what_was_read() -> None:
     now = {**mine, "partition": "p", "kernels": "own", "init_from": None,
            "versions": {"torch": "2"}}
     old = {"corpus": whole, "partition": "p", "kernels": "own", "versions": {"torch": "1"}}
-    refuse_other_makings(old, now, said.append)
+    check_provenance(old, now, said.append)
     assert said == ["warning: the last bits may differ: this run was begun with torch 1, now 2"]
     renamed = now | corpus_digests(FINGERPRINT | {"dataset": "/c/a/b.txt", "tokenizer": "x"})
-    refuse_other_makings(now, renamed, pytest.fail)
+    check_provenance(now, renamed, pytest.fail)
     with pytest.raises(ValueError, match="--dataset: the corpus of this run was"):
-        refuse_other_makings(old, renamed, said.append)
+        check_provenance(old, renamed, said.append)
     for change, flag in (({"dataset_sha256": "e"}, "--dataset: the text"),
                          ({"tokenizer_sha256": "e"}, "--tokenizer: the tokenizer"),
                          ({"train_tokens": 91}, "--dataset: the corpus")):
         with pytest.raises(ValueError, match=flag):
-            refuse_other_makings(now, now | corpus_digests(FINGERPRINT | change), pytest.fail)
+            check_provenance(now, now | corpus_digests(FINGERPRINT | change), pytest.fail)

@@ -17,7 +17,7 @@ import pytest
 
 from fedrun.flags import resolve
 from fedrun.records import checkpoint, run_dir
-from fedrun.start import make_ready
+from fedrun.start import prepare_run_dir
 from tests.support.runs import (
     FAULTY,
     FLAGS,
@@ -136,7 +136,7 @@ def test_a_damaged_checkpoint_is_not_taken(stopped: Outcome, damage: str) -> Non
     break_it(folder, damage)
     with pytest.raises(ValueError, match="is not whole"):
         checkpoint.read(folder)
-    found = checkpoint.latest(stopped.run_dir, said.append)
+    found = checkpoint.latest_valid(stopped.run_dir, said.append)
     assert found is not None
     assert found.step == 4
     assert "step_000006 is not whole" in said[0]
@@ -189,12 +189,12 @@ def test_a_kill_while_the_folder_is_emptied(stopped: Outcome, monkeypatch: pytes
     while not ready:
         removals = 0
         try:
-            make_ready(config, None)
+            prepare_run_dir(config, None)
             ready = True
         except KeyboardInterrupt:
             assert json.loads((stopped.run_dir / "config.json").read_text()) != held
             assert run_dir.read_outcome(stopped.run_dir)["outcome"] == "running"
-            assert checkpoint.latest(stopped.run_dir, print) is None
+            assert checkpoint.latest_valid(stopped.run_dir, print) is None
             limit += 1
     assert limit > 3
     left = {path.name for path in stopped.run_dir.iterdir()}
@@ -205,15 +205,15 @@ def test_a_disk_that_is_full_for_a_while(run: Run, tmp_path: Path, undisturbed: 
     """What cannot be written at one evaluation is there after the next."""
     script = tmp_path / "full.py"
     script.write_text(
-        "import errno, os\nfrom fedrun.records import run_dir\nfrom fedrun.__main__ import run\n"
-        "whole, calls = run_dir.write_whole, 0\n"
+        "import errno, os\nfrom fedrun.records import run_dir\nfrom fedrun.__main__ import main\n"
+        "whole, calls = run_dir.write_atomic, 0\n"
         "def full(path, *content, **how):\n"
         "    global calls\n"
         "    calls += path.name == 'model.safetensors'\n"
         "    if 2 <= calls <= 3:\n"
         "        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))\n"
         "    whole(path, *content, **how)\n"
-        "run_dir.write_whole = full\nrun()\n")
+        "run_dir.write_atomic = full\nmain()\n")
     full = run("fed_avg", *FLAGS, script=script)
     assert full.code == 0, full.output
     assert "round 3 could not be written" in full.output
@@ -273,7 +273,7 @@ def test_a_full_disk_costs_the_checkpoint_and_nothing_else(run: Run, tmp_path: P
     size = (undisturbed.run_dir / "model.safetensors").stat().st_size * 3 // 2
     script = tmp_path / "limited.py"
     script.write_text(f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size},) * 2)\n"
-                      "from fedrun.__main__ import run\nrun()\n")
+                      "from fedrun.__main__ import main\nmain()\n")
     full = run("fed_avg", *FLAGS, script=script)
     assert full.code == 0, full.output
     assert "step_000002 could not be written" in full.output
@@ -284,10 +284,10 @@ def test_a_full_disk_costs_the_checkpoint_and_nothing_else(run: Run, tmp_path: P
 
 def test_a_folder_that_not_all_ranks_share_is_refused(run: Run, tmp_path: Path) -> None:
     script = tmp_path / "elsewhere.py"
-    script.write_text("import os, sys\nimport fedrun.run\nfrom fedrun.__main__ import run\n"
+    script.write_text("import os, sys\nimport fedrun.run\nfrom fedrun.__main__ import main\n"
                       "fedrun.run.SECONDS_TO_SEE_A_FILE = 0.5\n"
                       "if os.environ['RANK'] == '2':\n"
-                      f"    sys.argv += ['--data_dir', {str(tmp_path / 'local')!r}]\nrun()\n")
+                      f"    sys.argv += ['--data_dir', {str(tmp_path / 'local')!r}]\nmain()\n")
     apart = run("fed_avg", *FLAGS, processes=3, script=script)
     assert apart.code == 1
     assert "--data_dir has to be one that all machines share" in apart.output
@@ -298,18 +298,18 @@ def test_the_type_of_products_is_the_servers_and_stays(run: Run, tmp_path: Path)
     """By --dtype auto: what rank 0's hardware has, an error on a rank that has it not; and what a
     run began with, whatever the hardware has when it goes on."""
     script = tmp_path / "hardware.py"
-    script.write_text("import os\nimport fedrun.experiment\nfrom fedrun.__main__ import run\n"
+    script.write_text("import os\nimport fedrun.experiment\nfrom fedrun.__main__ import main\n"
                       "has = os.environ['HAS_BF16'].split()\n"
                       "fedrun.experiment.bf16_in_hardware = (\n"
                       "    lambda _: os.environ.get('RANK', '0') in has)\n"
-                      "run()\n")
+                      "main()\n")
     mixed = run("fed_avg", *FLAGS, "--dtype", "auto", processes=3, script=script, name="mixed",
                 env={"HAS_BF16": "0 1"})
     assert mixed.code == 1
     assert "worker hardware for --dtype" in mixed.output
     env = fault(tmp_path, "term", "record:4") | {"HAS_BF16": "none"}
     script.write_text(script.read_text().replace(
-        "run()\n", "from tests.support import faulty_fedrun\nfaulty_fedrun.__main__.run()\n"))
+        "main()\n", "from tests.support import faulty_fedrun\nfaulty_fedrun.__main__.main()\n"))
     begun = run("fed_avg", *FLAGS, "--dtype", "auto", script=script, env=env)
     assert outcome_of(begun) == "stopped", begun.output
     resumed = run("fed_avg", *FLAGS, "--dtype", "auto", script=script, env={**env, "HAS_BF16": "0"})

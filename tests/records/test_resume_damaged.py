@@ -239,7 +239,7 @@ def test_a_hostile_checkpoint_is_passed_over(whole: Outcome, tmp_path: Path) -> 
         spoil(run_dir / "checkpoints" / "step_000004")
         (run_dir / "checkpoints" / ("step_" + "9" * 200)).mkdir()
         said: list[str] = []
-        found = checkpoint.latest(run_dir, said.append)
+        found = checkpoint.latest_valid(run_dir, said.append)
         assert found is not None, name
         assert found.step == 2, name
         assert len(said) == 1, name
@@ -248,7 +248,7 @@ def test_a_hostile_checkpoint_is_passed_over(whole: Outcome, tmp_path: Path) -> 
         config = run_files.settings(run_dir)
         assert config is not None, name
         assert config["num_clients"] == 2, name
-        checkpoint.drop_after(run_dir, 2)
+        checkpoint.delete_after(run_dir, 2)
         left = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
         assert left[0] == "step_000002", name
         assert "step_000004" not in left, name

@@ -60,8 +60,8 @@ def test_what_is_no_run_is_refused_and_left_alone(tmp_path: Path, held: dict[str
     for overwrite in (False, True):
         config = resolve("fed_avg", {"data_dir": tmp_path, "run_name": "run",
                                      "overwrite": overwrite})
-        with pytest.raises(start.Refused, match="exists and is no run's folder"):
-            start.begin(config, Length(config, 1), lambda c: "fp32", {}, print)
+        with pytest.raises(start.RunRefused, match="exists and is no run's folder"):
+            start.decide_start(config, Length(config, 1), lambda c: "fp32", {}, print)
     assert contents(tmp_path) == before
 
 
@@ -119,13 +119,13 @@ def test_cutting_back_and_emptying_leave_files_of_the_user(tmp_path: Path) -> No
         write(tmp_path / name)
     elsewhere = write(tmp_path.parent / "elsewhere" / "params" / "step_000009.npz")
     (tmp_path / "client_1").symlink_to(elsewhere.parent.parent)
-    run_folder.cut_back(tmp_path, 3)
-    checkpoint.drop_after(tmp_path, 3)
+    run_folder.truncate_after(tmp_path, 3)
+    checkpoint.delete_after(tmp_path, 3)
     left = contents(tmp_path)
     assert set(MINE) < set(left)
     assert not set(RUNS) & set(left)
     assert {"params/step_000003.npz", "checkpoints/step_000002/manifest.json"} < set(left)
     assert "checkpoints/step_000006/manifest.json" not in left
-    run_folder.empty(tmp_path, lambda: None)
+    run_folder.clear(tmp_path, lambda: None)
     assert set(contents(tmp_path)) == set(MINE)
     assert elsewhere.exists()

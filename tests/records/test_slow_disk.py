@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedrun.federation.plan import Plan
+from fedrun.federation.plan import RoundPlan
 from fedrun.federation.server import PENDING, Server
 from fedrun.federation.worker import Worker
 from fedrun.records import checkpoint, run_dir
@@ -29,7 +29,7 @@ class Disk:
         self.held = threading.Semaphore(0)
         self.free = threading.Event()
         for module in (run_dir, checkpoint):
-            monkeypatch.setattr(module, "write_whole", self._slowly(module.write_whole))
+            monkeypatch.setattr(module, "write_atomic", self._slowly(module.write_atomic))
         self.note(monkeypatch, Worker, "train")
         self.note(monkeypatch, Worker, "aggregate")
 
@@ -61,7 +61,7 @@ def test_all_rounds_pass_while_writes_are_held(run_here: Run,
     disk = Disk(monkeypatch)
     end = Worker.end
 
-    def end_when_held(worker: Worker, plan: Plan) -> Any:
+    def end_when_held(worker: Worker, plan: RoundPlan) -> Any:
         """All rounds have passed: the server's first piece and the workers' first are held."""
         assert disk.held.acquire(timeout=SECONDS)
         assert disk.held.acquire(timeout=SECONDS)
@@ -116,7 +116,7 @@ import os, sys, threading, time
 from fedrun.records import run_dir
 from fedrun.federation.worker import Worker
 
-write, train = run_dir.write_whole, Worker.train
+write, train = run_dir.write_atomic, Worker.train
 def held(*args, **how):
     deadline = time.monotonic() + {SECONDS}
     while threading.current_thread().name.startswith("fedrun-writer") and (
@@ -131,9 +131,9 @@ def told(worker, plan):
     if plan.last:
         open({str(trained)!r}, "w").close()
     return report
-run_dir.write_whole, Worker.train = held, told
-from fedrun.__main__ import run
-run()
+run_dir.write_atomic, Worker.train = held, told
+from fedrun.__main__ import main
+main()
 """)
     outcome = run("fed_avg", "--num_clients", 2, "--rounds", 4, "--val_freq", 1,
                   "--checkpoint_freq", "none", processes=3, script=script)

@@ -105,9 +105,9 @@ def test_a_resumed_run_is_one_run_for_its_tracker(
     config = resolve("fed_avg", {"track": package, "data_dir": str(tmp_path), "run_name": "mine"})
     config.run_dir.mkdir()
     Events(config, "round", total=4).close()
-    run_dir.cut_back(config.run_dir, 2)
+    run_dir.truncate_after(config.run_dir, 2)
     Events(config, "round", total=4, done=2).close()
-    run_dir.empty(config.run_dir, lambda: None)  # --overwrite
+    run_dir.clear(config.run_dir, lambda: None)  # --overwrite
     Events(config, "round", total=4).close()
     (_, name, identifier, *_), resumed, other = (what for call, what in calls if call == "init")
     assert resumed[1:4] == (name, identifier, "allow")

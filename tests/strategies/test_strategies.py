@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedrun.aggregation.bounds import Bounds
-from fedrun.aggregation.exact import TermSum
+from fedrun.aggregation.exact import ExactAggregator
 from fedrun.strategies import STRATEGIES
 from fedrun.strategies.base import ClientReport, ServerRound
 from fedrun.strategies.fed_avg import FedAvg
@@ -200,17 +200,17 @@ def test_soft_minimum_makes_the_next_weights_sum_to_one() -> None:
 
 def test_only_updates_alone_fit_the_narrow_grid() -> None:
     like = torch.zeros(10)
-    kinds = {name: TermSum(cls(), 10, like, exact=True).buffer.dtype
+    kinds = {name: ExactAggregator(cls(), 10, like, exact=True).buffer.dtype
              for name, cls in STRATEGIES.items()}
     wide = {name for name, kind in kinds.items() if kind == torch.int64}
     assert wide == {"fed_entropy", "fed_fisher", "fed_sgd"}
-    moments = TermSum(FedAvg(), 10, like, exact=True, average_moments=True).buffer
+    moments = ExactAggregator(FedAvg(), 10, like, exact=True, average_moments=True).buffer
     assert moments.dtype == torch.int64
     assert moments.numel() == 31
 
 
 def test_a_gradient_beyond_its_bound_is_left_out() -> None:
-    terms = TermSum(FedSGD(), 4, torch.zeros(4), exact=True)
+    terms = ExactAggregator(FedSGD(), 4, torch.zeros(4), exact=True)
     terms.begin(Bounds(1.0, 16.0))
     refused = terms.add({"gradient": torch.full((4,), -17.0)}, 1.0)
     assert refused == "gradient beyond the bound: 17 > 16"

@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fedrun.aggregation.base import CohortSum
+from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.bounds import Bounds
-from fedrun.aggregation.exact import MOMENTS, TermSum
-from fedrun.aggregation.int8 import Int8Sum
+from fedrun.aggregation.exact import MOMENTS, ExactAggregator
+from fedrun.aggregation.int8 import Int8Aggregator
 from fedrun.distributed import data_plane
-from fedrun.distributed.control_plane import HEAD, Control
+from fedrun.distributed.control_plane import HEAD, ControlPlane
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.strategies import FedAdam, FedAvg, FedFisher
 from fedrun.strategies.base import ServerRound, Strategy
@@ -32,11 +32,11 @@ MACHINES: dict[str, list[int] | None] = {
     "one": [7] * CLIENTS, "two": [7, 7, 8, 8, 8], "mixed": [7, 8, 7, 9, 7],
     "each its own": [5, 6, 7, 8, 9], "no memory": [0] * CLIENTS, "some memory": [7, 0, 7, 0, 0],
     "not asked": None}
-Made = Callable[[Strategy, DataPlane], CohortSum]
+Made = Callable[[Strategy, DataPlane], Aggregator]
 
 
 def full(exact: bool, average: bool = False) -> Made:
-    return lambda strategy, plane: TermSum(strategy, SIZE, torch.zeros(()), exact, average, plane)
+    return lambda strategy, plane: ExactAggregator(strategy, SIZE, torch.zeros(()), exact, average, plane)
 
 
 CASES: dict[str, tuple[Strategy, Made]] = {
@@ -44,7 +44,7 @@ CASES: dict[str, tuple[Strategy, Made]] = {
     "fed_adam": (FedAdam(), full(True)), "relative": (
         FedFisher(fisher_floor_mode="relative"), full(True)),
     "float": (FedAvg(), full(False)),
-    "int8": (FedAvg(), lambda strategy, plane: Int8Sum(strategy, SIZE, torch.zeros(()), CLIENTS,
+    "int8": (FedAvg(), lambda strategy, plane: Int8Aggregator(strategy, SIZE, torch.zeros(()), CLIENTS,
                                                        plane))}
 BOUND, WEIGHT = 1e-3, 1 / CLIENTS
 
@@ -60,9 +60,9 @@ def result(case: str, plane: DataPlane, mine: range) -> dict[str, Tensor]:
     """The model and all else after some rounds, the clients in `mine` on this worker."""
     strategy, made = CASES[case]
     terms = made(strategy, plane)
-    model = plane.common(torch.linspace(-1, 1, SIZE))
-    state = {n: plane.common(torch.full((SIZE,), v)) for n, v in strategy.state.items()}
-    moments = {name: plane.common(torch.zeros(SIZE)) for name in MOMENTS}
+    model = plane.replicated(torch.linspace(-1, 1, SIZE))
+    state = {n: plane.replicated(torch.full((SIZE,), v)) for n, v in strategy.state.items()}
+    moments = {name: plane.replicated(torch.zeros(SIZE)) for name in MOMENTS}
     measured: dict[str, float] = {}
     for number in range(ROUNDS):
         terms.begin(Bounds(BOUND))
@@ -80,34 +80,34 @@ def result(case: str, plane: DataPlane, mine: range) -> dict[str, Tensor]:
             "measured": torch.tensor(list(measured.values()), dtype=torch.float64)}
 
 
-def connected(group: dist.ProcessGroup, workers: int, machines: list[int] | None) -> DataPlane:
+def connect(group: dist.ProcessGroup, workers: int, machines: list[int] | None) -> DataPlane:
     """All ranks; those that are no workers get a plane of their own."""
     rank = dist.get_rank()
     plane = DataPlane(group, machines and machines[rank]) if rank < workers else DataPlane()
-    senders = [plane.senders]
+    senders = [plane.node_leaders]
     dist.broadcast_object_list(senders)
     if 1 < len(senders[0]) < workers:
-        plane.between = dist.new_group(senders[0])
+        plane.inter_node_group = dist.new_group(senders[0])
     return plane
 
 
 def compare(workers: int, group: dist.ProcessGroup, expected: dict[str, dict[str, Tensor]]) -> None:
     rank = dist.get_rank()
     for name, machines in MACHINES.items():
-        plane = connected(group, workers, machines)
+        plane = connect(group, workers, machines)
         if rank >= workers:
             continue
         machine = machines[rank] if machines else 0
         here = [w for w in range(workers) if machines and machine and machines[w] == machine]
         assert plane.node == (tuple(here) or (rank,)), (name, plane.node)
-        assert (rank in plane.senders) == (plane.node[0] == rank), (name, plane.senders)
+        assert (rank in plane.node_leaders) == (plane.node[0] == rank), (name, plane.node_leaders)
         mine = range(CLIENTS)[rank::workers]
         for case, whole in expected.items():
             if case != "fed_avg" and name not in ("one", "mixed"):
                 continue
             before = plane.bytes_sent
             found = result(case, plane, mine)
-            sends = len(plane.senders) > 1 and rank in plane.senders
+            sends = len(plane.node_leaders) > 1 and rank in plane.node_leaders
             assert (plane.bytes_sent > before) == (sends or (case == "int8" and workers > 1)), case
             for what, tensor in whole.items():
                 same = (torch.allclose(found[what], tensor, rtol=1e-6, atol=1e-9)
@@ -120,14 +120,14 @@ def unreachable(group: dist.ProcessGroup, expected: dict[str, Tensor], fault: st
     healthy, rank = getattr(data_plane, fault), dist.get_rank(group)
 
     def faulty(*arguments: Any) -> Any:
-        if rank == 3 and (fault == "Offer" or arguments[0][0] != os.getpid()):
+        if rank == 3 and (fault == "SharedBuffer" or arguments[0][0] != os.getpid()):
             raise PermissionError
         return healthy(*arguments)
 
     setattr(data_plane, fault, faulty)
-    plane = connected(group, CLIENTS, [7, 7, 8, 8, 8])
+    plane = connect(group, CLIENTS, [7, 7, 8, 8, 8])
     assert plane.node == ((0, 1) if rank < 2 else (rank,)), plane.node
-    assert plane.blind == (rank in ((3,) if fault == "attach" else (2, 3, 4)))
+    assert plane.cannot_map == (rank in ((3,) if fault == "attach" else (2, 3, 4)))
     found = result("fed_avg", plane, range(CLIENTS)[rank::CLIENTS])
     setattr(data_plane, fault, healthy)
     assert all(torch.equal(found[what], tensor) for what, tensor in expected.items())
@@ -135,7 +135,7 @@ def unreachable(group: dist.ProcessGroup, expected: dict[str, Tensor], fault: st
 
 def messages() -> None:
     """Of lengths around what one carries, all in one gather; the server's own as well."""
-    control = Control(dist.new_group(), timeout=timedelta(seconds=60))
+    control = ControlPlane(dist.new_group(), timeout=timedelta(seconds=60))
     for length in (0, HEAD - 12, HEAD - 10, HEAD - 9, HEAD, 3 * HEAD):
         sent = [{"rank": rank, "text": "é" * (length * (rank % 2))} for rank in range(CLIENTS)]
         assert control.share(sent if control.rank == 0 else None) == sent
@@ -149,7 +149,7 @@ def main() -> None:
     expected = {case: result(case, DataPlane(), range(CLIENTS)) for case in CASES}
     for workers in (1, 2, 3, CLIENTS):
         compare(workers, dist.new_group(list(range(workers))), expected)
-    for fault in ("attach", "Offer"):
+    for fault in ("attach", "SharedBuffer"):
         unreachable(dist.group.WORLD, expected["fed_avg"], fault)
     messages()
     dist.barrier()

@@ -87,7 +87,7 @@ def first_files(folder: Any, files: Any) -> Any:
     return sums | whole_files(folder, {name: files[name] for name in names[len(names) // 2:]})
 
 
-def due(checkpoints: checkpoint.Checkpoints, number: int, last: bool) -> bool:
+def due(checkpoints: checkpoint.CheckpointCoordinator, number: int, last: bool) -> bool:
     """A checkpoint by the round's number alone, however slowly the one before is written: a fault
     at a round is to find its round on a busy machine too."""
     every = checkpoints.config.checkpoint_freq
@@ -111,10 +111,10 @@ else:
     before(worker.Worker, "aggregate", "reduce", remembered)
     after(worker.Worker, "aggregate", "reduced", of_plan)
     before(worker.Worker, "evaluate", "evaluate", lambda _: current["round"])
-    checkpoint.Checkpoints.due = due  # type: ignore[method-assign]
+    checkpoint.CheckpointCoordinator.due = due  # type: ignore[method-assign]
     whole_files = checkpoint.write_tensors
     checkpoint.write_tensors = first_files
-    before(server.Server, "judge", "judge", of_plan)
+    before(server.Server, "decide", "judge", of_plan)
     before(server.Server, "record", "record", of_plan)
     before(checkpoint, "commit", "before-manifest", of_folder)
     after(checkpoint, "commit", "after-manifest", of_folder)
@@ -122,4 +122,4 @@ else:
     after(central.Training, "step", "step", lambda training: training.done)
 
 if __name__ == "__main__":
-    __main__.run()
+    __main__.main()

@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from fedrun import __main__
-from fedrun.aggregation.base import CohortSum
+from fedrun.aggregation.base import Aggregator
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.federation import worker
 
@@ -34,8 +34,8 @@ def late(owner: Any, name: str, after: bool = False) -> None:
 if os.environ["RANK"] == os.environ["LATE_RANK"]:
     late(DataPlane, "barrier", after=True)
     late(worker, "studied")  # copies the model at the start
-    late(CohortSum, "apply")
+    late(Aggregator, "apply")
     late(worker.Worker, "evaluate")
 
 if __name__ == "__main__":
-    __main__.run()
+    __main__.main()

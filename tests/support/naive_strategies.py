@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedrun.aggregation.bounds import Bounds
-from fedrun.aggregation.exact import TermSum
+from fedrun.aggregation.exact import ExactAggregator
 from fedrun.strategies import Strategy
 from fedrun.strategies.base import ClientReport, ServerRound
 from fedrun.strategies.fed_avg import FedAvg
@@ -75,9 +75,9 @@ class Server:
         self.reference = self.strategy.first_reference(400, self.clients)
 
     def round(self, outputs: Sequence[Output], left_out: Sequence[int] = (),
-              zeroed: Sequence[int] = ()) -> TermSum:
+              zeroed: Sequence[int] = ()) -> ExactAggregator:
         self.number += 1
-        terms = TermSum(self.strategy, SIZE, self.model, self.exact, self.moments)
+        terms = ExactAggregator(self.strategy, SIZE, self.model, self.exact, self.moments)
         terms.begin(Bounds(UPDATE, GRADIENT))
         planned = self.strategy.plan_weights([o.shard_tokens for o in outputs], ROUND_TOKENS)
         names = (*self.strategy.inputs, *(("exp_avg", "exp_avg_sq") if self.moments else ()))

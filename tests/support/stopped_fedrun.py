@@ -28,4 +28,4 @@ if __name__ == "__main__":
     if os.environ["RANK"] == os.environ["STOPPED_RANK"]:
         at = os.environ["STOPPED_AT"]
         stopped(runtime if hasattr(runtime, at) else runtime.dist, at)
-    __main__.run()
+    __main__.main()

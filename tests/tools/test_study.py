@@ -15,7 +15,7 @@ from fedrun.flags import resolve
 from fedrun.records import run_dir
 from fedrun.run import run
 from fedrun.tools import study, study_file
-from fedrun.tools.study_file import Setting, Study
+from fedrun.tools.study_file import Study, StudySetting
 from tests.support.runs import ROOT, SMALL
 
 WHOLE = """
@@ -104,7 +104,7 @@ def test_a_run_that_diverges_counts_as_infinitely_bad(tmp_path: Path, cache_dir:
 
 
 def test_grids_grow_at_their_edges_alone() -> None:
-    setting = Setting("s", {}, {"lr": [1.0, 2.0, 4.0], "mu": [0.1]}, extensions=2)
+    setting = StudySetting("s", {}, {"lr": [1.0, 2.0, 4.0], "mu": [0.1]}, extensions=2)
     losses = {0.5: 3.5, 1.0: 3.0, 2.0: 2.0, 4.0: 1.0, 8.0: 0.5, 16.0: 0.7}
 
     def score() -> None:
@@ -118,7 +118,7 @@ def test_grids_grow_at_their_edges_alone() -> None:
     score()
     assert dict(setting.best) == {"lr": 8.0, "mu": 0.1}
     assert not setting.extend()  # interior, and no extension is left
-    hopeless = Setting("h", {}, {"lr": [1.0, 2.0]}, extensions=2)
+    hopeless = StudySetting("h", {}, {"lr": [1.0, 2.0]}, extensions=2)
     hopeless.tuned = dict.fromkeys(hopeless.points(), math.inf)
     assert not hopeless.extend()
 

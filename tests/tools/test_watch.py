@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from fedrun import cli
-from fedrun.tools.watch import Follower, State, follow, screen, sparkline
+from fedrun.tools.watch import Follower, RunState, follow, screen, sparkline
 
 
 def line(**values: Any) -> str:
@@ -32,7 +32,7 @@ def events(rounds: int) -> list[str]:
     return lines
 
 
-def shown(state: State) -> str:
+def shown(state: RunState) -> str:
     console = Console(file=io.StringIO(), width=100)
     console.print(screen(state))
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
@@ -54,7 +54,7 @@ def test_finished_run_is_shown_whole(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_round_that_a_resumed_run_repeats_counts_once() -> None:
-    state = State("run")
+    state = RunState("run")
     for text in [*events(3), *events(3)[2:]]:  # stopped after round 3, gone on from round 1
         state.take(json.loads(text))
     assert state.number == 3
@@ -63,7 +63,7 @@ def test_a_round_that_a_resumed_run_repeats_counts_once() -> None:
 
 def test_lines_are_taken_whole_and_once(tmp_path: Path) -> None:
     path = tmp_path / "events.jsonl"
-    follower, state = Follower(path), State("run")
+    follower, state = Follower(path), RunState("run")
     assert list(follower.new()) == []
     lines = events(3)
     path.write_text("".join(lines[:2]) + lines[2][:20])
@@ -90,7 +90,7 @@ def test_a_running_run_is_followed_to_its_end(tmp_path: Path) -> None:
 
     writer = threading.Thread(target=write)
     writer.start()
-    state = State("run")
+    state = RunState("run")
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
     follow(Follower(path), state, console, once=False)
     writer.join()
@@ -100,7 +100,7 @@ def test_a_running_run_is_followed_to_its_end(tmp_path: Path) -> None:
 
 
 def test_a_run_that_waits_and_central_runs(tmp_path: Path) -> None:
-    state = State("run")
+    state = RunState("run")
     assert "waiting" in shown(state)
     state.take({"event": "step", "step": 7, "train_ppl": 3.0})  # no start event: no total
     assert "step 7" in shown(state)
@@ -108,7 +108,7 @@ def test_a_run_that_waits_and_central_runs(tmp_path: Path) -> None:
 
 
 def test_many_clients_are_cut(tmp_path: Path) -> None:
-    state = State("run")
+    state = RunState("run")
     state.take({"event": "round", "round": 1, "train_ppl": 2.0,
                 "clients": [{"client": k, "loss": None, "weight": 0.0} for k in range(40)]})
     assert "and 24 more" in shown(state)

@@ -71,14 +71,14 @@ class Between(TrainingProcessCallback):
         self.distributed = pytorch_ops.distributed
 
     def on_train_begin(self, *, model: Any) -> Metrics:
-        self._meet()
+        self._discover_neighbours()
         return Metrics()
 
     def after_central_iteration(self, aggregate_metrics: Any, model: Any, *,
                                 central_iteration: int) -> Any:
-        return self._meet(), Metrics()
+        return self._discover_neighbours(), Metrics()
 
-    def _meet(self) -> bool:
+    def _discover_neighbours(self) -> bool:
         """All ranks: whether to stop, as rank 0 says."""
         stop = torch.zeros(1)
         if self.distributed.global_rank == 0:

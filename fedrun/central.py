@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedrun.common.errors import Diverged, FolderLost
+from fedrun.common.errors import Diverged, FolderLost, InputError
 from fedrun.common.files import write_json
 from fedrun.config import CentralConfig
 from fedrun.data.batches import Batches, make_batches
@@ -68,7 +68,7 @@ def length(config: CentralConfig, owned: int) -> Length:
     ValueError where that makes no step."""
     found = Length(config, int(owned * config.epoch_passes) // config.batch_size)
     if found.steps == 0:
-        raise ValueError(f"--batch_size {config.batch_size}: there are {owned} sequences to "
+        raise InputError(f"--batch_size {config.batch_size}: there are {owned} sequences to "
                          "train on; it must be at most that")
     return found
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 
 from fedrun import __version__
-from fedrun.common.errors import explain, one_line
+from fedrun.common.errors import InputError, explain, one_line
 from fedrun.common.terminal import say, shortened, visible
 from fedrun.config import RunConfig
 from fedrun.distributed.launch import detect
@@ -98,7 +98,7 @@ def parse(argv: Sequence[str]) -> RunConfig | None:
     method = argv[0].replace("-", "_")
     if method not in METHODS:
         known = [*METHODS, *TOOLS]
-        raise ValueError(f"unknown command {argv[0]!r}{closest(method, known)}; "
+        raise InputError(f"unknown command {argv[0]!r}{closest(method, known)}; "
                          f"known are {', '.join(known)}")
     flags = vars(method_parser(method).parse_args([with_underscores(a) for a in argv[1:]]))
     only_print, only_print_folder = flags.pop("print_config"), flags.pop("print_run_dir")

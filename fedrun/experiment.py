@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from fedrun.common.errors import InputError
 from fedrun.config import Dtype, RunConfig
 from fedrun.data.tokens import TokenData, verify
 from fedrun.distributed.control_plane import ControlPlane
@@ -36,7 +37,7 @@ def start_from(config: Config) -> Config:
     assert config.init_from is not None
     found = find_pretrained(config.init_from, "--init_from")
     if found.folder.resolve().is_relative_to(config.run_dir.resolve()):
-        raise ValueError(f"--init_from {config.init_from}: this run would replace it; choose "
+        raise InputError(f"--init_from {config.init_from}: this run would replace it; choose "
                          "another --run_name or --data_dir")
     tokenizer = config.tokenizer if found.tokenizer is None else str(found.tokenizer)
     # The name of what is meant, since `.` and `..` have none.
@@ -49,7 +50,7 @@ def fit_vocabulary(config: RunConfig, data: TokenData) -> TokenData:
     assert config.init_from is not None
     found = find_pretrained(config.init_from, "--init_from")
     if data.vocab_size > found.vocab_size:
-        raise ValueError(f"--tokenizer {config.tokenizer}: its {data.vocab_size} tokens are more "
+        raise InputError(f"--tokenizer {config.tokenizer}: its {data.vocab_size} tokens are more "
                          f"than the {found.vocab_size} of --init_from {config.init_from}; give the "
                          "tokenizer that the model was trained with")
     return dataclasses.replace(data, vocab_size=found.vocab_size)
@@ -111,7 +112,7 @@ def resolve_dtype(config: RunConfig, device: torch.device) -> Dtype:
     """
     has_bf16 = bf16_in_hardware(workers_device(config, device))
     if config.dtype == "bf16" and not has_bf16:
-        raise ValueError(f"--dtype bf16: no hardware for it on {platform.node()}, where it would "
+        raise InputError(f"--dtype bf16: no hardware for it on {platform.node()}, where it would "
                          "be emulated, many times slower than fp32; accepted is auto, fp32 or fp64")
     if config.dtype == "auto":
         return "bf16" if has_bf16 else "fp32"

@@ -23,7 +23,7 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 
-from fedrun.common.errors import require
+from fedrun.common.errors import InputError, require
 from fedrun.config import CentralConfig, FederatedConfig, RunConfig
 from fedrun.model.config import ModelConfig
 from fedrun.strategies import STRATEGIES, Strategy, strategy_class
@@ -56,7 +56,7 @@ class Flag:
         except (KeyError, ValueError, TypeError, OverflowError):
             what = " or ".join(self.choices) or {bool: "true or false", int: "a whole number",
                                                  float: "a number"}.get(self.kind, "a text")
-            raise ValueError(f"{where}{value}: accepted is {what}") from None
+            raise InputError(f"{where}{value}: accepted is {what}") from None
 
 
 def settings(cls: type) -> dict[str, Flag]:
@@ -120,7 +120,7 @@ def resolve(method: str, flags: Mapping[str, Any]) -> RunConfig:
     known = method_settings(method)
     for name in flags:
         if name not in known:
-            raise ValueError(f"unknown flag --{name}{closest(name, known)} for {method}")
+            raise InputError(f"unknown flag --{name}{closest(name, known)} for {method}")
     values = {name: s.default for name, s in known.items()}
     if "config" in flags:
         values["config"] = flags["config"]
@@ -129,18 +129,18 @@ def resolve(method: str, flags: Mapping[str, Any]) -> RunConfig:
     model = chosen.pop("model", {})
     for name, value in chosen.items():
         if name == "config" or name not in known:
-            raise ValueError(f"--config {path}: unknown key {name!r}{closest(name, known)}")
+            raise InputError(f"--config {path}: unknown key {name!r}{closest(name, known)}")
         values[name] = known[name].parse(value, f"--config {path}: {name} ")
     values |= {name: known[name].parse(value, f"--{name} ") for name, value in flags.items()}
 
     shapes = settings(ModelConfig)
     if not isinstance(model, dict) or set(model) - set(shapes):
-        raise ValueError(f"--config {path}: the section `model` accepts "
+        raise InputError(f"--config {path}: the section `model` accepts "
                          + ", ".join(shapes))
     try:
         shape = ModelConfig(**{k: shapes[k].parse(v, f"model.{k} ") for k, v in model.items()})
     except ValueError as error:
-        raise ValueError(f"--config {path}: {error}") from None
+        raise InputError(f"--config {path}: {error}") from None
     rest: dict[str, Any] = {}
     if strategy:
         rest["strategy"] = strategy(
@@ -162,7 +162,7 @@ def find_config(config: str) -> Path:
         return path
     presets = {p.stem: p for p in sorted((configs_dir() / "models").glob("*.yaml"))}
     if config not in presets:
-        raise ValueError(f"--config {config}: unknown preset{closest(config, presets)}; known are "
+        raise InputError(f"--config {config}: unknown preset{closest(config, presets)}; known are "
                          f"{', '.join(presets)}, or give the path of a .yaml file")
     return presets[config]
 
@@ -179,10 +179,10 @@ def _read_yaml(path: Path, optional: bool = False) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"--config {path}: cannot be read as YAML: "
+        raise InputError(f"--config {path}: cannot be read as YAML: "
                          + " ".join(str(error).split())) from None
     if content is not None and not isinstance(content, dict):
-        raise ValueError(f"--config {path}: a mapping of settings is expected")
+        raise InputError(f"--config {path}: a mapping of settings is expected")
     return content or {}
 
 
@@ -210,7 +210,7 @@ class Parser(argparse.ArgumentParser):
             known = [s for a in self._actions for s in a.option_strings]
             message = (f"unknown flag {words[0]}{closest(words[0].split('=')[0], known)} "
                        f"({self.prog} --help lists them)")
-        raise ValueError(message.removeprefix("argument "))
+        raise InputError(message.removeprefix("argument "))
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: Mapping[str, Flag],

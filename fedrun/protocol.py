@@ -10,7 +10,7 @@ from __future__ import annotations
 import traceback
 from typing import Any
 
-from fedrun.common.errors import explain
+from fedrun.common.errors import FedrunError, explain
 from fedrun.common.limits import shortage
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
@@ -24,7 +24,7 @@ from fedrun.records.checkpoint import Checkpoint
 SECONDS_FOR_STORES = 5.0  # of a run that has failed, maybe since a disk does not answer
 
 
-class RunEnded(RuntimeError):
+class RunEnded(FedrunError, RuntimeError):
     """All ranks have agreed to end, and the server has told why."""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fedrun import central, protocol
-from fedrun.common.errors import Diverged, explain
+from fedrun.common.errors import Diverged, InputError, explain
 from fedrun.common.files import copy_files, write_json
 from fedrun.common.limits import TooLittle, shortage
 from fedrun.common.terminal import visible
@@ -58,7 +58,7 @@ def run(config: RunConfig) -> int:
     launch = detect(os.environ)
     federated = isinstance(config, FederatedConfig)
     if not federated and not launch.alone:
-        raise ValueError(f"central runs in one process, but {launch.world_size} were started: "
+        raise InputError(f"central runs in one process, but {launch.world_size} were started: "
                          f"use `python -m fedrun central`")
     if warning := exposure(launch):
         _say(f"warning: {warning}")

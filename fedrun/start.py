@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from fedrun import __version__
-from fedrun.common.errors import explain
+from fedrun.common.errors import InputError, explain
 from fedrun.common.files import DamagedFile, read_json, write_json
 from fedrun.config import Dtype, RunConfig
 from fedrun.records import checkpoint, run_files
@@ -25,7 +25,7 @@ from fedrun.records.provenance import Length, check_provenance, other_settings, 
 from fedrun.records.run_dir import ENVIRONMENT
 
 
-class RunRefused(ValueError):
+class RunRefused(InputError):
     """The run cannot begin as it was asked to; all ranks say so."""
 
 
@@ -139,10 +139,10 @@ def _held_config(config: RunConfig) -> dict[str, Any] | None:
         return None
     held = run_files.settings(path)
     if held is None and not run_files.just_begun(path):
-        raise ValueError(f"--run_name {config.name}: {path} exists and is no run's folder; "
+        raise InputError(f"--run_name {config.name}: {path} exists and is no run's folder; "
                          "choose another --run_name or --data_dir")
     if _replaces(config) and (other := run_files.foreign(path)):
-        raise ValueError(f"--overwrite: {other} is not written by a run; move it out of the run's "
+        raise InputError(f"--overwrite: {other} is not written by a run; move it out of the run's "
                          "folder, or choose another --run_name")
     return held
 
@@ -169,7 +169,7 @@ def _named_folder(config: RunConfig) -> Path | None:
         return None
     path = Path(config.resume).expanduser()
     if not path.is_dir() and not _restarted(config.run_dir):
-        raise ValueError(f"--resume {config.resume}: there is no such folder; accepted is auto, "
+        raise InputError(f"--resume {config.resume}: there is no such folder; accepted is auto, "
                          "never, a run's folder or one of its checkpoints")
     return path
 
@@ -193,11 +193,11 @@ def _refuse_to_extend(config: RunConfig, length: Length, finished: int, found: C
                       ) -> None:
     """ValueError where a finished run cannot become one of `length`."""
     if length.steps < finished:
-        raise ValueError(f"{length.flag}: {config.run_dir} is finished after {shown(finished)} "
+        raise InputError(f"{length.flag}: {config.run_dir} is finished after {shown(finished)} "
                          f"steps, more than {length.steps}; choose another --run_name, or "
                          "--overwrite to start over")
     if found is None:
-        raise ValueError(f"{length.flag}: {config.run_dir} is finished after {finished} steps and "
+        raise InputError(f"{length.flag}: {config.run_dir} is finished after {finished} steps and "
                          "kept no checkpoint (--checkpoint_freq) to train it further from; "
                          "--overwrite starts over")
 
@@ -208,11 +208,11 @@ def _compare_lengths(config: RunConfig, length: Length, found: Checkpoint,
     where another length would change what was done already."""
     before, now = length.of(found.config), length.steps
     if found.step > now:
-        raise ValueError(f"{length.flag}: {found.folder} is {found.step} steps into its run, more "
+        raise InputError(f"{length.flag}: {found.folder} is {found.step} steps into its run, more "
                          f"than {now}; choose another --run_name, or --overwrite to start over")
     if before != now and config.lr_schedule != "constant":
         if not config.extend:
-            raise ValueError(f"{length.flag}: this run was one of {before} steps, on which its "
+            raise InputError(f"{length.flag}: this run was one of {before} steps, on which its "
                              f"learning rates depend (--lr_schedule {config.lr_schedule}): trained "
                              f"further, it is not one long run of {now}; --extend does so anyway")
         say(f"warning: trained further from step {found.step}, with the learning rates of a run of "
@@ -221,7 +221,7 @@ def _compare_lengths(config: RunConfig, length: Length, found: Checkpoint,
         return False
     last = found.server["history"][-1:]
     if not last or last[0].get("global_step", last[0].get("step")) != now:
-        raise ValueError(f"{length.flag}: the run has done {now} steps already, and was stopped "
+        raise InputError(f"{length.flag}: the run has done {now} steps already, and was stopped "
                          "there without an evaluation; accepted is more")
     return True
 
@@ -232,7 +232,7 @@ def _named(path: Path, say: Callable[[str], None]) -> Checkpoint:
         return checkpoint.read(path)
     if found := checkpoint.latest_valid(path, say):
         return found
-    raise ValueError(f"--resume {path}: no checkpoint there; accepted is auto, never, a run's "
+    raise InputError(f"--resume {path}: no checkpoint there; accepted is auto, never, a run's "
                      "folder or one of its checkpoints")
 
 
@@ -255,6 +255,6 @@ def _refuse_other(config: RunConfig, held: dict[str, Any] | None, then: dict[str
         return
     config = dataclasses.replace(config, dtype=_dtype(config, held, resolve_dtype))
     if differences := other_settings(config, held, then, now):
-        raise ValueError(f"--run_name {config.name}: {where or config.run_dir} holds a run with "
+        raise InputError(f"--run_name {config.name}: {where or config.run_dir} holds a run with "
                          f"other settings ({told(differences)}); choose another --run_name, or "
                          "--overwrite to replace it")

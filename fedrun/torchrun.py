@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import signal
 
+from fedrun.common.errors import InputError
+
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the imports that follow
 
@@ -107,14 +109,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                            if f"PET_{name.upper()}" not in os.environ})
     args = parser.parse_args(argv)
     if args.standalone or args.rdzv_backend != "static" or args.rdzv_endpoint:
-        raise ValueError("--standalone, --rdzv-backend and --rdzv-endpoint choose a rendezvous, "
+        raise InputError("--standalone, --rdzv-backend and --rdzv-endpoint choose a rendezvous, "
                          "and this launcher has its own: leave them out")
     fewest, args.machines = torchrun.parse_min_max_nnodes(args.nnodes)
     if fewest != args.machines:
-        raise ValueError(f"--nnodes {args.nnodes}: accepted is one number")
+        raise InputError(f"--nnodes {args.nnodes}: accepted is one number")
     for name in ("master_addr", "master_port") if args.machines > 1 else ():
         if getattr(args, name) is None:
-            raise ValueError(f"--{name.replace('_', '-')}: not set, though there are "
+            raise InputError(f"--{name.replace('_', '-')}: not set, though there are "
                              f"{args.machines} machines: each has to be told where the first is")
     return args
 

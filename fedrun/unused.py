@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
+from fedrun.common.errors import InputError
 from fedrun.config import RunConfig
 from fedrun.flags import method_settings
 
@@ -22,7 +23,7 @@ def refuse_unread(command: str, flags: Collection[str], where: str = "--") -> No
     """ValueError for flags that `command` takes from nobody; `where` stands before their names."""
     for name, why in NEVER_READ.get(command, {}).items():
         if name in flags:
-            raise ValueError(f"{where}{name}: {command} does not read it ({why}); leave it out")
+            raise InputError(f"{where}{name}: {command} does not read it ({why}); leave it out")
 
 
 def _batches_all(config: Any) -> str:

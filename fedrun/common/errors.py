@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
-import dis
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Literal
+
+
+class FedrunError(Exception):
+    """Raised on purpose, with a message for the user: one line, printed without a traceback."""
+
+
+class InputError(FedrunError, ValueError):
+    """The user has to change something: a flag, a file, a folder. The message names it."""
+
+
+class Diverged(FedrunError, RuntimeError):
+    """Training has left the finite numbers."""
+
+
+class FolderLost(FedrunError, RuntimeError):
+    """The run's folder is no longer this run's: it was removed, renamed, or another run has it."""
+
 
 Failure = Literal["error", "diverged"]  # kinds of a failed run, in its outcome.json
 
@@ -16,7 +31,7 @@ Failure = Literal["error", "diverged"]  # kinds of a failed run, in its outcome.
 def require(condition: bool, flag: str, value: object, accepted: str) -> None:
     """Raise the ValueError of a wrong setting: which flag, what it got, what it accepts."""
     if not condition:
-        raise ValueError(f"{flag} {value}: accepted is {accepted}")
+        raise InputError(f"{flag} {value}: accepted is {accepted}")
 
 
 def is_component(name: str) -> bool:
@@ -29,14 +44,6 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-class Diverged(RuntimeError):
-    """Training has left the finite numbers."""
-
-
-class FolderLost(RuntimeError):
-    """The run's folder is no longer this run's: it was removed, renamed, or another run has it."""
-
-
 @contextmanager
 def naming(flag: str, path: object) -> Iterator[None]:
     """Turn the disk's errors inside into a ValueError that names the flag which chose the path."""
@@ -44,17 +51,17 @@ def naming(flag: str, path: object) -> Iterator[None]:
         yield
     except OSError as error:
         said = (explain(error) or "").removeprefix(f"{path}: ")
-        raise ValueError(f"{flag} {path}: {said}") from error
+        raise InputError(f"{flag} {path}: {said}") from error
 
 
 def explain(error: BaseException) -> str | None:
-    """The one line for an error that the user or the machine has caused; None for a fault of ours,
-    which only its traceback explains.
+    """One line for an error that the user or the machine caused; None for a bug of ours, which
+    needs its traceback.
 
-    What this package raises on purpose is worded for users. Of other errors, and of those that they
-    were raised from, the operating system's count, and those for want of memory.
+    A FedrunError says it itself. Otherwise the error, or one that it was raised from, must come
+    from the operating system or from a lack of memory.
     """
-    if _raised_on_purpose(error) and not isinstance(error, OSError):
+    if isinstance(error, FedrunError):
         return one_line(error)
     cause: BaseException | None = error
     while cause is not None:
@@ -80,15 +87,3 @@ def _of_the_machine(error: BaseException) -> str | None:
     if re.search(r"\(os error \d+\)", text):  # of a library in Rust, which knows no OSError
         return text
     return None
-
-
-def _raised_on_purpose(error: BaseException) -> bool:
-    """Whether a `raise` in this package has raised it, and not something called from there."""
-    if isinstance(error, AssertionError) or error.__traceback__ is None:
-        return False
-    last: TracebackType = error.__traceback__
-    while last.tb_next is not None:
-        last = last.tb_next
-    code = last.tb_frame.f_code
-    ours = code.co_filename.startswith(os.path.dirname(os.path.dirname(__file__)) + os.sep)
-    return ours and dis.opname[code.co_code[last.tb_lasti]] == "RAISE_VARARGS"

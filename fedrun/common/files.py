@@ -19,6 +19,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fedrun.common.errors import InputError
+
 LARGEST_JSON = 1 << 28  # bytes; a history of a million records has less
 DEEPEST_JSON = 50  # brackets within brackets; ours have five
 Kind = TypeVar("Kind", dict[str, Any], list[Any])
@@ -28,7 +30,7 @@ Kind = TypeVar("Kind", dict[str, Any], list[Any])
 _claims: dict[Path, Callable[[], None]] = {}
 
 
-class DamagedFile(ValueError):
+class DamagedFile(InputError):
     """A file that is there and does not hold what it should; the message begins with its path."""
 
 

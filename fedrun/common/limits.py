@@ -8,14 +8,14 @@ from __future__ import annotations
 import errno
 import resource
 
-from fedrun.common.errors import one_line
+from fedrun.common.errors import InputError, one_line
 
 LEAST_MEMORY = 700 << 20  # bytes of addresses; torch aborts where it is not loaded into less
 _MEMORY = ("allocate memory", "bad_alloc", "failed to map segment", "out of memory")
 _THREADS = ("start new thread", "resource temporarily unavailable")
 
 
-class TooLittle(ValueError):
+class TooLittle(InputError):
     """A limit below what is needed; the message names it, and how to raise it."""
 
 

@@ -14,6 +14,8 @@ import sys
 import unicodedata
 from typing import TextIO
 
+from fedrun.common.errors import InputError
+
 # Controls (C0, delete, C1), separators of lines, marks that turn the direction of writing, and
 # halves of surrogate pairs, which no encoding takes.
 _OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
@@ -47,7 +49,7 @@ def argument_text(given: str, flag: str) -> str:
     try:
         return given.encode(errors="surrogateescape").decode()
     except UnicodeError:
-        raise ValueError(f"{flag}: the text is not UTF-8") from None
+        raise InputError(f"{flag}: the text is not UTF-8") from None
 
 
 def shortened(text: str, longest: int) -> str:

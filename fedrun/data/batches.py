@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedrun.common.errors import InputError
+
 
 class Batches:
     """The batches of one client: permutations of its shard, end to end, without an end.
@@ -19,7 +21,7 @@ class Batches:
     def __init__(self, n_sequences: int, batch_size: int, seed: int, client: int) -> None:
         assert batch_size > 0
         if n_sequences < batch_size:
-            raise ValueError(
+            raise InputError(
                 f"client {client}: its shard has {n_sequences} sequences, fewer than a batch of "
                 f"{batch_size}; give a smaller --batch_size, --num_clients or --size_skew"
             )

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedrun.common.errors import InputError
 from fedrun.data.documents import Documents, TextFile
 from fedrun.data.files import (
     SPLIT_OF,
@@ -110,10 +111,10 @@ def load_corpus(dataset: str, reading: Reading = Reading()) -> Corpus:  # noqa: 
             for end in (": ", ", "):  # a file that was given itself is not named twice
                 told = told.removeprefix(f"{shown(dataset)}{end}")
             told = f"--dataset {shown(dataset)}: {told}"
-        raise ValueError(told) from error
+        raise InputError(told) from error
     for split, text in (("train", rows), ("validation", validation)):
         if not has_text(text):
-            raise ValueError(f"--dataset {shown(dataset)}: the corpus has no text in its {split} "
+            raise InputError(f"--dataset {shown(dataset)}: the corpus has no text in its {split} "
                              "split")
     return Corpus(name, rows, validation, validation_from, documents, read)
 
@@ -142,15 +143,15 @@ def local_files(dataset: str) -> list[Path]:
         if located := folder_of(dataset):
             files = visible_files(located[0])
             if not files:
-                raise ValueError(f"--dataset {shown(dataset)}: the folder holds no file")
+                raise InputError(f"--dataset {shown(dataset)}: the folder holds no file")
             return files
         files = matching_files(dataset)
     except OSError as error:
-        raise ValueError(f"--dataset {shown(dataset)}: {shown(error.filename or '')}: "
+        raise InputError(f"--dataset {shown(dataset)}: {shown(error.filename or '')}: "
                          f"{error.strerror}") from error
     is_path = Path(dataset).suffix.lower() in {*KINDS, *TEXT_ENDINGS, *COMPRESSED, ".zip"}
     if not files and (is_path or not HUB_ID.fullmatch(dataset)):
-        raise ValueError(f"--dataset {shown(dataset)}: no such file, folder or name; give "
+        raise InputError(f"--dataset {shown(dataset)}: no such file, folder or name; give "
                          f"{ACCEPTED}")
     return files
 
@@ -166,7 +167,7 @@ def file_signature(files: Iterable[Path]) -> list[list[object]]:
     try:
         stats = [(file, file.stat()) for file in files]
     except OSError as error:
-        raise ValueError(f"{shown(error.filename)}: {error.strerror}") from error
+        raise InputError(f"{shown(error.filename)}: {error.strerror}") from error
     return [[str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns] for f, s in stats]
 
 
@@ -184,14 +185,14 @@ def _validation_split(there: list[str], reading: Reading) -> str | None:
         for split in (asked, wanted):
             if split in there and split != "train":
                 return split
-        raise ValueError(f"--validation_split {asked}: there is no such split beside train; there "
+        raise InputError(f"--validation_split {asked}: there is no such split beside train; there "
                          f"is {', '.join(there)}")
     return "validation" if "validation" in there and reading.val_fraction is None else None
 
 
 def _require_train(splits: Iterable[str], validation: str | None, reading: Reading) -> None:
     if "train" not in splits and (validation is None or reading.hold_out):
-        raise ValueError(f"there is no train split, only {', '.join(splits)}; a pattern of its "
+        raise InputError(f"there is no train split, only {', '.join(splits)}; a pattern of its "
                          "files, or one file, is read whatever its name")
 
 
@@ -217,7 +218,7 @@ def _local_splits(dataset: str, reading: Reading) -> tuple[Splits, str]:
         try:
             columns = _columns([table for part in tables.values() for _, table in part], reading)
         except ValueError as error:
-            raise ValueError(f"{error}{found.beside()}") from error
+            raise InputError(f"{error}{found.beside()}") from error
         for split, part in tables.items():
             lacking = [file for file, table in part if not set(columns) & set(table.columns)]
             found.leave_out(f"without the column {columns[0]}",
@@ -238,7 +239,7 @@ def _require_no_columns(reading: Reading) -> None:
     for flag, value in (("--text_column", reading.text_column),
                         ("--partition", reading.source_column and reading.partition)):
         if value:
-            raise ValueError(f"{flag} {value}: these are text files, which have no columns")
+            raise InputError(f"{flag} {value}: these are text files, which have no columns")
 
 
 def _lines(files: list[DataFile], encoding: str | None, folder: bool) -> Rows:
@@ -258,7 +259,7 @@ def _columns(tables: Iterable[Table], reading: Reading) -> list[str]:
     tables = list(tables)
     known = {name: None for table in tables for name in table.columns}
     if reading.source_column and reading.source_column not in known:
-        raise ValueError(f"--partition {reading.partition}: there is no column "
+        raise InputError(f"--partition {reading.partition}: there is no column "
                          f"{reading.source_column}; the columns are {', '.join(known)}")
     return text_columns(tables, reading.text_column, reading.columns, reading.source_column)
 
@@ -278,7 +279,7 @@ def _pydocs(reading: Reading) -> Corpus:
     if reading.source_column or reading.text_column:
         _require_no_columns(reading)
     if reading.validation_split not in (None, "validation"):
-        raise ValueError(f"--validation_split {reading.validation_split}: pydocs has train and "
+        raise InputError(f"--validation_split {reading.validation_split}: pydocs has train and "
                          "validation only")
     share = PYDOCS_HELD_OUT if reading.val_fraction is None else reading.val_fraction
     ours, held = split_by_hash(read_pydocs(local_files("pydocs")), share)

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from fedrun.common.errors import one_line
+from fedrun.common.errors import InputError, one_line
 from fedrun.common.files import DamagedFile, read_json, read_regular
 from fedrun.data.textfiles import shown
 
@@ -35,7 +35,7 @@ def configured(folder: Path, asked: str | None) -> tuple[str, dict[str, list[str
         if (folder / asked).is_dir():
             return asked, None
         there = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        raise ValueError(f"no configuration {asked}: no README.md tells of it, and the folders "
+        raise InputError(f"no configuration {asked}: no README.md tells of it, and the folders "
                          f"there are {', '.join(map(shown, there)) or 'none'}")
     defaults = [name for name, config in configs.items() if config.get(DEFAULT) is True]
     if asked is None and len(configs) == 1:
@@ -44,13 +44,13 @@ def configured(folder: Path, asked: str | None) -> tuple[str, dict[str, list[str
         chosen = asked or next((name for name in (*defaults, DEFAULT) if name in configs), None)
     if chosen not in configs:
         known = ", ".join(map(shown, configs))
-        raise ValueError(
+        raise InputError(
             f"no configuration {asked}; there are {known}" if asked else
             f"it has several configurations ({known}); give one: FOLDER:{next(iter(configs))}")
     config = configs[chosen]
     inside = str(config.get("data_dir") or "")
     if not (folder / inside).resolve().is_relative_to(folder):
-        raise ValueError(f"{shown(folder / 'README.md')}: the data_dir {inside} of {chosen} is not "
+        raise InputError(f"{shown(folder / 'README.md')}: the data_dir {inside} of {chosen} is not "
                          "in the folder")
     return inside, _patterns(config.get("data_files"))
 
@@ -63,7 +63,7 @@ def _configs(readme: Path) -> list[dict[str, Any]]:
     except (OSError, DamagedFile):
         return []
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{shown(readme)}: its head cannot be read: {one_line(error)}") from None
+        raise InputError(f"{shown(readme)}: its head cannot be read: {one_line(error)}") from None
     configs = told.get("configs") if isinstance(told, dict) else None
     return [config for config in configs if isinstance(config, dict)
             and ("data_files" in config or "data_dir" in config)] \
@@ -101,6 +101,6 @@ def saved_files(state: Path) -> list[str]:
     try:
         listed = read_json(state, dict).get("_data_files")
     except (OSError, DamagedFile) as error:
-        raise ValueError(f"{shown(state)}: {error}") from None
+        raise InputError(f"{shown(state)}: {error}") from None
     return [str(file.get("filename")) for file in listed if isinstance(file, dict)] \
         if isinstance(listed, list) else []

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrun.common import locks
-from fedrun.common.errors import explain
+from fedrun.common.errors import InputError, explain
 from fedrun.common.files import DamagedFile, on_disk, read_json, write_json
 from fedrun.data import corpora
 from fedrun.data.reading import Reading
@@ -41,7 +41,7 @@ def entry_name(dataset: str, tokenizer: str, reading: Reading = Reading()) -> st
     elif size is None and path.is_dir():
         tokenizer_files = sorted(f for f in path.rglob("*") if f.is_file())
     elif size is None and not HUB_NAME.fullmatch(tokenizer):
-        raise ValueError(f"--tokenizer {tokenizer}: no such folder or file; give {ACCEPTED}")
+        raise InputError(f"--tokenizer {tokenizer}: no such folder or file; give {ACCEPTED}")
     asked = [
         LAYOUT,
         importlib.metadata.version("tokenizers"),
@@ -111,7 +111,7 @@ def naming_cache_dir(entry: Path, damage: str = "") -> Iterator[None]:
         if error.errno is None or theirs:
             raise
         told = f"{damage}, and cannot be replaced: " if damage else ""
-        raise ValueError(f"--cache_dir {cache_dir}: {told}{explain(on_disk(error, entry))}; give a "
+        raise InputError(f"--cache_dir {cache_dir}: {told}{explain(on_disk(error, entry))}; give a "
                          "--cache_dir that can be written") from error
 
 

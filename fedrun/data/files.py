@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
+from fedrun.common.errors import InputError
 from fedrun.data.datasetcard import configured, matches, saved_files
 from fedrun.data.tables import KINDS
 from fedrun.data.textfiles import UNREADABLE, DataFile, is_text, shown
@@ -165,7 +166,7 @@ def _members(path: Path, name: PurePath) -> Iterator[DataFile]:
         with zipfile.ZipFile(path) as archive:
             members = [info.filename for info in archive.infolist() if not info.is_dir()]
     except UNREADABLE as error:
-        raise ValueError(f"{shown(path)}: cannot be read: {error}") from error
+        raise InputError(f"{shown(path)}: cannot be read: {error}") from error
     def files_first(member: str) -> list[tuple[bool, str]]:
         *folders, last = PurePath(member).parts
         return [*((True, folder) for folder in folders), (False, last)]
@@ -202,7 +203,7 @@ def discover(dataset: str, encoding: str | None, tables_only: bool, extra_split:
         try:
             paths = visible_files(folder, passed_over)
         except OSError as error:
-            raise ValueError(f"{shown(error.filename or folder)}: {error.strerror}") from error
+            raise InputError(f"{shown(error.filename or folder)}: {error.strerror}") from error
         found.leave_out("no files, or folders of runs or environments", passed_over)
         files = [member for path in paths for member in _members(path, path.relative_to(folder))]
         if patterns is None:
@@ -218,7 +219,7 @@ def discover(dataset: str, encoding: str | None, tables_only: bool, extra_split:
     files = _of_one_kind(files, found, encoding, tables_only)
     if not files:
         there = [name for names in found.left_out.values() for name in names]
-        raise ValueError(
+        raise InputError(
             "nothing there can be read: text (UTF-8, or see --encoding) and .jsonl, .json, .csv, "
             ".tsv, .parquet, .arrow files are looked for, also as .gz, .bz2, .xz, .zst or in .zip; "
             + (f"there is {some(there)}" if there else "there is no file"))

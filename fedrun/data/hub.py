@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from fedrun.common.errors import one_line
+from fedrun.common.errors import InputError, one_line
 from fedrun.data.tables import Table, is_text_type
 
 HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
@@ -39,7 +39,7 @@ def hub_tables(dataset: str, hub_id: str) -> dict[str, Table]:
     except Exception as error:  # the library raises many kinds for what a user got wrong
         refused = isinstance(error, datasets.exceptions.DatasetsError)
         if hub_answers() and (refused or not isinstance(error, OSError)):
-            raise ValueError(f"--dataset {dataset}: {one_line(error)}") from error
+            raise InputError(f"--dataset {dataset}: {one_line(error)}") from error
         raise hub_out_of_reach("--dataset", dataset, error) from error
     return {split: _table(f"{dataset}, split {split}", rows) for split, rows in splits.items()}
 

@@ -10,6 +10,7 @@ import heapq
 
 import numpy as np
 
+from fedrun.common.errors import InputError
 from fedrun.data.reading import COLUMN
 from fedrun.data.tokens import TokenData
 
@@ -47,7 +48,7 @@ def client_shards(data: TokenData, n_clients: int, partition: str, alpha: float,
         else:
             assert partition == "by_source" or partition.startswith(COLUMN)
             if not documents.sources:
-                raise ValueError(
+                raise InputError(
                     f"--partition by_source: {data.fingerprint['dataset']} has no sources (a "
                     f"document there is {documents.kind}); accepted is contiguous, shuffled, "
                     "dirichlet or documents; or make sources: a folder of text files for each, or "
@@ -164,7 +165,7 @@ def _take(size: int, mix: np.ndarray, left: np.ndarray) -> np.ndarray:
 
 def _require_enough(what: str, there: int, n_clients: int, partition: str) -> None:
     if there < n_clients:
-        raise ValueError(
+        raise InputError(
             f"--num_clients {n_clients}: --partition {partition} gives every client a {what}, and "
             f"the train split has only {there}; accepted is up to {there}")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from fedrun.common.errors import require
+from fedrun.common.errors import InputError, require
 
 HELD_OUT = Fraction(1, 20)  # of the train rows, where a dataset has no validation split
 COLUMN = "column:"  # begins a --partition whose sources are the values of a column
@@ -81,7 +81,7 @@ def reading_of(settings: Mapping[str, Any]) -> Reading:
 def require_dataset(dataset: str) -> None:
     """Refuse an empty --dataset, as an unset shell variable leaves it: it is not this folder."""
     if not dataset.strip():
-        raise ValueError("--dataset is empty (an unset variable?): give a dataset's name, a file "
+        raise InputError("--dataset is empty (an unset variable?): give a dataset's name, a file "
                          "or a folder; '.' is the current one")
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from fedrun.common.errors import InputError
 from fedrun.data.textfiles import DataFile, open_bytes, open_text
 
 KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
@@ -80,16 +81,16 @@ def text_columns(tables: Iterable[Table], text_column: str | None, asked: Sequen
     if columns and text_column is not None:
         wanted = [text_column] if text_column in columns else list(asked)
         if missing := [name for name in wanted if name not in columns]:
-            raise ValueError(f"--text_column {text_column}: there is no column {missing[0]}; "
+            raise InputError(f"--text_column {text_column}: there is no column {missing[0]}; "
                              f"{_told(columns)}")
         return wanted
     if not columns:
-        raise ValueError("there are no records")
+        raise InputError("there are no records")
     texts = [name for name, is_text in columns.items() if is_text and name != source_column]
     if "text" in texts or (not texts and "text" in columns):
         return ["text"]
     if len(texts) != 1:
-        raise ValueError("the text is looked for in the column text, or in the only column of "
+        raise InputError("the text is looked for in the column text, or in the only column of "
                          f"texts; {_told(columns)}; name it with --text_column NAME, or several, "
                          "joined by a blank line, with --text_column title,body")
     return texts
@@ -115,7 +116,7 @@ def _text(value: Any, column: str, table: Table) -> str:
     if value is None:
         return ""
     if isinstance(value, list | dict | bytes):
-        raise ValueError(f"{table.name}: the column {column} holds {type(value).__name__} values, "
+        raise InputError(f"{table.name}: the column {column} holds {type(value).__name__} values, "
                          "no texts; name another one")
     text = value if isinstance(value, str) else str(value)
     # JSON may hold halves of characters, which no encoding can write.
@@ -146,7 +147,7 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
+        raise InputError(f"{where}: not JSON: {error}") from None
 
 
 def _values(text: str, where: str) -> list[Any]:
@@ -157,7 +158,7 @@ def _values(text: str, where: str) -> list[Any]:
         try:
             value, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: not JSON: {error}") from None
+            raise InputError(f"{where}: not JSON: {error}") from None
         found.append(value)
         while at < len(text) and text[at].isspace():
             at += 1
@@ -181,7 +182,7 @@ def _records_of(values: list[Any], file: DataFile) -> Iterator[Record]:
 
 def _record(value: Any, file: DataFile) -> Record:
     if not isinstance(value, dict):
-        raise ValueError(f"{file}: objects with named values are expected, or a list of texts; "
+        raise InputError(f"{file}: objects with named values are expected, or a list of texts; "
                          f"there is a {type(value).__name__}")
     return value
 
@@ -195,14 +196,14 @@ def _csv_records(file: DataFile, encoding: str | None) -> Iterator[Record]:
             for part in pandas.read_csv(stream, sep="\t" if file.suffix == ".tsv" else ",",
                                         dtype=str, na_filter=False, chunksize=RECORDS_AT_ONCE):
                 if not isinstance(part.index, pandas.RangeIndex):
-                    raise ValueError("its lines have more values than the first has names")
+                    raise InputError("its lines have more values than the first has names")
                 names = [str(name) for name in part.columns]
                 for values in zip(*(part[name].tolist() for name in part.columns), strict=True):
                     yield dict(zip(names, values, strict=True))
         except UnicodeError:
             raise  # open_text says where
         except ValueError as error:
-            raise ValueError(f"{file}: not a table: {error}") from None
+            raise InputError(f"{file}: not a table: {error}") from None
 
 
 # ---- Parquet and Arrow --------------------------------------------------------------------------
@@ -232,7 +233,7 @@ def _arrow(file: DataFile) -> Iterator[tuple[Any, Callable[[Sequence[str]], Iter
                 return
             yield batches.schema, lambda _: batches
         except pyarrow.ArrowException as error:
-            raise ValueError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
+            raise InputError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
 
 
 def _arrow_rows(file: DataFile, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import IO, Any, cast
 
+from fedrun.common.errors import InputError
+
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 BYTE_ORDER_MARKS = [  # UTF-32 first: its little-endian mark begins with that of UTF-16
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
@@ -75,7 +77,7 @@ def open_bytes(file: DataFile) -> Iterator[IO[bytes]]:
             yield stream
     except UNREADABLE as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ValueError(f"{file}: cannot be read: {reason}") from error
+        raise InputError(f"{file}: cannot be read: {reason}") from error
 
 
 @contextmanager
@@ -120,13 +122,13 @@ def open_text(file: DataFile, encoding: str | None) -> Iterator[IO[str]]:
         head = buffered.peek(HEAD)[:HEAD]
         used = _encoding(head, encoding)
         if used == "utf-8-sig" and head.count(0) > len(head) // 5:
-            raise ValueError(f"{file}: not UTF-8 text (byte 0x00 at position {head.index(0)}, and "
+            raise InputError(f"{file}: not UTF-8 text (byte 0x00 at position {head.index(0)}, and "
                              "many more: UTF-16 without its mark?); --encoding utf-16-le or "
                              "utf-16-be reads the files so")
         try:
             yield io.TextIOWrapper(buffered, encoding=used)
         except UnicodeError as error:
-            raise ValueError(f"{file}: {_not_text(file, used, error)}") from error
+            raise InputError(f"{file}: {_not_text(file, used, error)}") from error
 
 
 def is_text(file: DataFile, encoding: str | None) -> bool:

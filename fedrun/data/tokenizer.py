@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedrun.common.errors import one_line
+from fedrun.common.errors import InputError, one_line
 from fedrun.common.files import read_regular
 from fedrun.data import corpora, hub
 
@@ -44,7 +44,7 @@ def bpe_size(tokenizer: str) -> int | None:
         return None
     size = tokenizer.removeprefix("bpe:")
     if not size.isascii() or not size.isdigit() or int(size) < BPE_SMALLEST:
-        raise ValueError(f"--tokenizer {tokenizer}: give {ACCEPTED}")
+        raise InputError(f"--tokenizer {tokenizer}: give {ACCEPTED}")
     return int(size)
 
 
@@ -67,7 +67,7 @@ def save_tokenizer(tokenizer: str, corpus: corpora.Corpus, folder: Path) -> Toke
         _fetch_tokenizer(tokenizer).save_pretrained(folder)
     tokeniser = Tokenizer.from_file(str(folder / "tokenizer.json"))
     if not tokeniser.get_vocab_size():
-        raise ValueError(f"--tokenizer {tokenizer}: it has no tokens")
+        raise InputError(f"--tokenizer {tokenizer}: it has no tokens")
     tokeniser.no_truncation()
     tokeniser.no_padding()
     return tokeniser
@@ -142,18 +142,18 @@ def _fetch_tokenizer(tokenizer: str) -> PreTrainedTokenizerBase:
             local_files_only=local or not hub.hub_answers(),
         )
     except CustomCodeError as error:
-        raise ValueError(f"--tokenizer {tokenizer}: {error}") from None
+        raise InputError(f"--tokenizer {tokenizer}: {error}") from None
     except Exception as error:  # the library raises many kinds for what a user got wrong
         refused = isinstance(error.__cause__, RepositoryNotFoundError)
         if local or (hub.hub_answers() and (refused or not isinstance(error, OSError))):
-            raise ValueError(f"--tokenizer {tokenizer}: {one_line(error)}") from error
+            raise InputError(f"--tokenizer {tokenizer}: {one_line(error)}") from error
         raise hub.hub_out_of_reach("--tokenizer", tokenizer, error) from error
     if not loaded.is_fast:
-        raise ValueError(f"--tokenizer {tokenizer}: has no fast form (tokenizer.json)")
+        raise InputError(f"--tokenizer {tokenizer}: has no fast form (tokenizer.json)")
     return loaded
 
 
-class CustomCodeError(ValueError):
+class CustomCodeError(InputError):
     """A tokenizer that only code of its own can load."""
 
 
@@ -186,7 +186,7 @@ def read_tokenizer(file: Path, flag: str) -> Tokenizer:
     try:
         return Tokenizer.from_buffer(read_regular(file))
     except Exception as error:  # the library raises nothing more precise
-        raise ValueError(f"{flag} {file}: not a tokenizer.json: {one_line(error)}") from None
+        raise InputError(f"{flag} {file}: not a tokenizer.json: {one_line(error)}") from None
 
 
 def encode(tokeniser: Tokenizer, texts: list[str], flag: str) -> list[Encoding]:
@@ -195,7 +195,7 @@ def encode(tokeniser: Tokenizer, texts: list[str], flag: str) -> list[Encoding]:
     try:
         return tokeniser.encode_batch_fast(texts, add_special_tokens=False)
     except Exception as error:  # the library raises nothing more precise
-        raise ValueError(
+        raise InputError(
             f"{flag}: it cannot encode {_unknown(tokeniser, texts)!r} ({one_line(error)}); give a "
             "tokenizer with an unknown token, or one that knows every byte"
         ) from None

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedrun.common.errors import InputError
 from fedrun.common.files import DamagedFile
 from fedrun.common.terminal import visible
 from fedrun.data import corpora
@@ -91,7 +92,7 @@ class TokenData:
         entry = self.tokenizer_path.parent
         body = read_manifest(entry, large=False)
         if body is None or not body["fingerprint"].items() <= self.fingerprint.items():
-            raise ValueError(f"--dataset {self.fingerprint['dataset']}: it is no longer the text "
+            raise InputError(f"--dataset {self.fingerprint['dataset']}: it is no longer the text "
                              f"that {entry} was made from; start again")
         length = self.fingerprint["sequence_length"]
         return replace(self, train=_sequences(entry, body, "train", length),
@@ -239,7 +240,7 @@ def _require_tokens(
         there = sum(meta["fingerprint"][f"{each}_tokens"] for each in ("train", "validation"))
         share = math.ceil(200 * sequence_length / max(there, 1)) / 100
         other = f", or --val_fraction {share:g}" * (split == "validation" and share <= 0.5)
-        raise ValueError(
+        raise InputError(
             f"--sequence_length {sequence_length}: the {split} split of --dataset {dataset} has "
             f"only {tokens} tokens, {sequence_length - tokens} too few for one sequence; take "
             f"shorter sequences or a larger dataset{other}"

@@ -22,6 +22,7 @@ from typing import TypeVar
 import psutil
 from torch._C._distributed_c10d import Store, TCPStore
 
+from fedrun.common.errors import FedrunError
 from fedrun.distributed.launch import Launch
 
 LOOPBACK = "127.0.0.1"
@@ -32,7 +33,7 @@ _HERE = "here"
 Result = TypeVar("Result")
 
 
-class NotConnected(ConnectionError):
+class NotConnected(FedrunError, ConnectionError):
     """The ranks did not find each other; the message says why and what to do."""
 
 

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 
+from fedrun.common.errors import FedrunError
 from fedrun.distributed.stopping import HEARTBEAT
 
 _FAILED = "failed"  # store key under which the first rank that fails says why
@@ -29,7 +30,7 @@ HEAD = 4096  # bytes that a message takes at least; most fit, and need no second
 _LENGTH = 8
 
 
-class UnresponsiveRanks(RuntimeError):
+class UnresponsiveRanks(FedrunError, RuntimeError):
     """Ranks that did not answer: dead, stuck or cut off."""
 
 

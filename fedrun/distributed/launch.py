@@ -8,6 +8,8 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fedrun.common.errors import InputError
+
 # Below the ports that Linux hands out to outgoing connections (32768 and up).
 FIRST_PORT, PORTS = 20000, 10000
 
@@ -76,7 +78,7 @@ def rendezvous(env: Mapping[str, str]) -> dict[str, str]:
     """
     names = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
     if names and not in_slurm_step(env):
-        raise ValueError(f"{names[0]}: not set, though {env.get('WORLD_SIZE')} processes were "
+        raise InputError(f"{names[0]}: not set, though {env.get('WORLD_SIZE')} processes were "
                          "started; torchrun sets it, or set it to rank 0's host name (MASTER_ADDR) "
                          "and a free port there (MASTER_PORT)")
     found = {}
@@ -95,6 +97,6 @@ def first_host(nodelist: str) -> str:
                               capture_output=True, timeout=60)
         return told.stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError) as error:
-        raise ValueError(f"MASTER_ADDR: not set, and `scontrol show hostnames {nodelist}` does not "
+        raise InputError(f"MASTER_ADDR: not set, and `scontrol show hostnames {nodelist}` does not "
                          f"tell the first host of this step ({error}); set it to that host's name"
                          ) from None

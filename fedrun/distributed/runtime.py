@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
+from fedrun.common.errors import FedrunError
+from fedrun.common.errors import InputError
 from fedrun.common.limits import require_files, shortage
 from fedrun.distributed.connect import (
     LOOPBACK,
@@ -59,7 +61,7 @@ def device_index(launch: Launch, dedicated_server: bool, gpus: int) -> int | Non
         return 0
     if index >= gpus:
         extra = int(server_here)
-        raise ValueError(
+        raise InputError(
             f"--device cuda: {workers} workers but {gpus} GPUs on {socket.gethostname()}; start "
             f"{gpus + extra} processes here (--nproc-per-node {gpus + extra}): fewer workers host "
             "more clients each")
@@ -70,7 +72,7 @@ def choose_device(wanted: str, launch: Launch, dedicated_server: bool) -> torch.
     """The device of this process; ValueError where --device asks for one that is not there."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cuda" and gpus == 0:
-        raise ValueError("--device cuda: no CUDA device is available here; accepted is cpu or auto")
+        raise InputError("--device cuda: no CUDA device is available here; accepted is cpu or auto")
     if wanted == "cpu" or gpus == 0:
         return torch.device("cpu")
     index = device_index(launch, dedicated_server, gpus)
@@ -101,7 +103,7 @@ def choose_interfaces(launch: Launch, env: Mapping[str, str]) -> dict[str, str]:
     interface = interface_to(address)
     if interface is None or (not one_machine and address_is_local_only(address)):
         if "GLOO_SOCKET_IFNAME" in names:
-            raise ValueError(f"GLOO_SOCKET_IFNAME: no network interface routes from "
+            raise InputError(f"GLOO_SOCKET_IFNAME: no network interface routes from "
                              f"{socket.gethostname()} to MASTER_ADDR={address}; set it to the "
                              "interface that connects the machines (`ip route` shows them)")
         return {}
@@ -250,7 +252,7 @@ def compare(control: ControlPlane, workers: tuple[int, ...], device: torch.devic
     message = "" if everyone is None else difference(everyone, workers)
     message = control.share(message)
     if message:
-        raise RuntimeError(message)
+        raise FedrunError(message)
     if everyone is not None:
         for warning in idle_gpus(everyone):
             print(f"fedrun: warning: {warning}", flush=True)

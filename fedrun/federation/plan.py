@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedrun.aggregation.bounds import gradient_bound, update_bound
-from fedrun.common.errors import Failure
+from fedrun.common.errors import Failure, InputError
 from fedrun.config import FederatedConfig
 from fedrun.data.batches import split_holdout
 from fedrun.data.partition import client_shards
@@ -71,13 +71,13 @@ class Shards:
         for client, (train, held) in enumerate(parts):
             size = len(train) + len(held)
             if fraction and size and not len(held):
-                raise ValueError(f"--entropy_holdout {fraction:g}: nothing of client {client}'s "
+                raise InputError(f"--entropy_holdout {fraction:g}: nothing of client {client}'s "
                                  f"shard of {size} sequences is held out; accepted here is "
                                  f"{1 / size:.2g} or more")
             if len(train) < config.batch_size:
                 accepted = [f"--batch_size up to {len(train)}"] if len(train) else []
                 accepted += ["a smaller --size_skew"] if config.size_skew else []
-                raise ValueError(f"--partition {config.partition}: client {client} would train on "
+                raise InputError(f"--partition {config.partition}: client {client} would train on "
                                  f"{len(train)} sequences, fewer than a batch of "
                                  f"{config.batch_size}; accepted is "
                                  f"{', '.join([*accepted, 'fewer --num_clients'])}")
@@ -110,7 +110,7 @@ class Schedule:
         # A round may be longer than an epoch where nothing counts in epochs.
         needs_epochs = config.rounds is None or config.sync == "epoch"
         if (needs_epochs and self.rounds_per_epoch == 0) or smallest < config.batch_size:
-            raise ValueError(
+            raise InputError(
                 f"--local_updates {config.local_updates}: a round takes {each} sequences of every "
                 f"client (--batch_size {config.batch_size} each update), but client "
                 f"{shard_sizes.index(smallest)} has {smallest}; accepted is up to "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from fedrun.common.errors import InputError
 from fedrun.model.config import LARGEST_VOCABULARY, NORM_EPS, ModelConfig
 from fedrun.model.mamba2 import CHUNK_SIZE
 
@@ -74,7 +75,7 @@ def from_transformers_config(config: Mapping[str, Any]) -> tuple[ModelConfig, in
                 "num_heads": model.expand * model.d_model // model.headdim}
     for name, accepted in required.items():
         if value(name) != accepted:
-            raise ValueError(f"{name} {value(name)}: accepted is {accepted}")
+            raise InputError(f"{name} {value(name)}: accepted is {accepted}")
     return model, whole_rows(value("vocab_size"))
 
 
@@ -87,7 +88,7 @@ def dt_limits(pair: Any) -> tuple[float, float | None]:
             return float(lower), None
         return float(lower), float(upper)
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"limits of step sizes {pair}: accepted are two numbers") from None
+        raise InputError(f"limits of step sizes {pair}: accepted are two numbers") from None
 
 
 def whole_rows(vocab_size: Any, multiple: Any = 1) -> int:
@@ -95,7 +96,7 @@ def whole_rows(vocab_size: Any, multiple: Any = 1) -> int:
     number of rows."""
     for name, value in (("vocab_size", vocab_size), ("pad_vocab_size_multiple", multiple)):
         if type(value) is not int or not 1 <= value <= LARGEST_VOCABULARY:
-            raise ValueError(f"{name} {value}: accepted is a whole number from 1 to "
+            raise InputError(f"{name} {value}: accepted is a whole number from 1 to "
                              f"{LARGEST_VOCABULARY}")
     return int(-(-vocab_size // multiple) * multiple)
 
@@ -106,7 +107,7 @@ def to_mamba_ssm_config(config: ModelConfig, vocab_size: int) -> dict[str, Any]:
     ValueError where the library has no such model.
     """
     if config.norm_eps != NORM_EPS:
-        raise ValueError(f"--to mamba_ssm: norms with an epsilon of {config.norm_eps:g} cannot be "
+        raise InputError(f"--to mamba_ssm: norms with an epsilon of {config.norm_eps:g} cannot be "
                          f"expressed there, where it is {NORM_EPS:g}; accepted is hf")
     upper = UNLIMITED if config.dt_upper is None else config.dt_upper  # JSON has no infinity
     unusual = ({"bias": True} if config.proj_bias else {}) | (

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import psutil
 
+from fedrun.common.errors import InputError
 from fedrun.model.config import ModelConfig
 
 TO_LOAD = 4  # bytes a parameter: float32
@@ -18,7 +19,7 @@ def require_memory(config: ModelConfig, rows: int, each: int, where: str) -> Non
     count = config.parameters(rows)
     have = machine_memory()
     if count * each > have:
-        raise ValueError(f"{where}: a model of {count:,} parameters takes at least "
+        raise InputError(f"{where}: a model of {count:,} parameters takes at least "
                          f"{count * each / 1e9:,.1f} GB, and this machine has {have / 1e9:,.1f} GB")
 
 

@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedrun.common.errors import explain, one_line
+from fedrun.common.errors import InputError, explain, one_line
 from fedrun.common.files import open_regular, plain_name, read_json
 from fedrun.common.terminal import shortened
 from fedrun.data import hub
@@ -79,14 +79,14 @@ class Pretrained:
                 with open_regular(self.folder / "pytorch_model.bin") as content:
                     found = torch.load(content, map_location="cpu", weights_only=True)
         except Exception as error:  # both libraries raise many kinds for a damaged file
-            raise ValueError(f"{self.folder}: no weights can be read: "
+            raise InputError(f"{self.folder}: no weights can be read: "
                              f"{one_line(error)}") from error
         found = from_transformers(found)
         if self.model.tie_embeddings:
             head = found.pop(HEAD, None)
             own = found.get(EMBEDDING)
             if head is not None and own is not None and not torch.equal(head, own):
-                raise ValueError(f"{self.folder}: its head is not its embedding, though its config "
+                raise InputError(f"{self.folder}: its head is not its embedding, though its config "
                                  "says that the two are tied")
         return found
 
@@ -104,7 +104,7 @@ class Pretrained:
             tied = {HEAD: weights[EMBEDDING]} if self.model.tie_embeddings else {}
             model.load_state_dict({**weights, **tied})
         except (KeyError, RuntimeError) as error:
-            raise ValueError(f"{self.folder}: weights and config.json do not belong together: "
+            raise InputError(f"{self.folder}: weights and config.json do not belong together: "
                              f"{one_line(error)}") from error
 
     def build(self, compute_dtype: torch.dtype = torch.float32) -> Mamba2LM:
@@ -135,14 +135,14 @@ def find_pretrained(name: str, flag: str) -> Pretrained:
         if "ssm_cfg" in held:
             return Pretrained(folder, *from_mamba_ssm_config(held), {})
     except FileNotFoundError as missing:
-        raise ValueError(f"{flag} {name}: there is no {missing.filename}") from None
+        raise InputError(f"{flag} {name}: there is no {missing.filename}") from None
     except KeyError as error:
-        raise ValueError(f"{flag} {name}: config.json has no {error}") from None
+        raise InputError(f"{flag} {name}: config.json has no {error}") from None
     except OSError as error:
-        raise ValueError(f"{flag} {name}: {explain(error)}") from None
+        raise InputError(f"{flag} {name}: {explain(error)}") from None
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{flag} {name}: {one_line(error)}") from error
-    raise ValueError(f"{flag} {name}: config.json is not one of a run, of a transformers Mamba2 "
+        raise InputError(f"{flag} {name}: {one_line(error)}") from error
+    raise InputError(f"{flag} {name}: config.json is not one of a run, of a transformers Mamba2 "
                      "model or of a mamba_ssm model")
 
 
@@ -150,7 +150,7 @@ def _typed(settings: dict[str, Any]) -> dict[str, Any]:
     """A run's settings; ValueError where those that are used of a trained model are no settings."""
     for name, kind in (("method", str), ("dataset", str), ("sequence_length", int)):
         if name in settings and type(settings[name]) is not kind:
-            raise ValueError(f"config.json: {name} is {shortened(repr(settings[name]), 60)}, not "
+            raise InputError(f"config.json: {name} is {shortened(repr(settings[name]), 60)}, not "
                              f"of type {kind.__name__}")
     return settings
 
@@ -164,9 +164,9 @@ def _of_run(folder: Path, settings: dict[str, Any]) -> Pretrained:
         with plain_name(path) as name, safe_open(name, framework="pt") as file:
             shape = file.get_slice(EMBEDDING).get_shape()
     except SafetensorError as error:
-        raise ValueError(f"{path.name} cannot be read: {error}") from error
+        raise InputError(f"{path.name} cannot be read: {error}") from error
     if len(shape) != 2:
-        raise ValueError(f"{path.name}: {EMBEDDING} has {len(shape)} dimensions instead of 2")
+        raise InputError(f"{path.name}: {EMBEDDING} has {len(shape)} dimensions instead of 2")
     return Pretrained(folder, ModelConfig(**settings["model"]), whole_rows(shape[0]), settings)
 
 
@@ -179,7 +179,7 @@ def from_mamba_ssm_config(config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
         "d_intermediate": (0, 0), "attn_layer_idx": ([], []), "rms_norm": (True, True),
         "residual_in_fp32": (True, True)}
     if not isinstance(config["ssm_cfg"], dict):
-        raise ValueError(f"ssm_cfg {config['ssm_cfg']}: accepted is an object")
+        raise InputError(f"ssm_cfg {config['ssm_cfg']}: accepted is an object")
     ssm = dict(config["ssm_cfg"])
     lower, upper = dt_limits(ssm.pop("dt_limit", (0.0, math.inf)))
     shape = {name: ssm.pop(name, default) for name, default in
@@ -193,7 +193,7 @@ def from_mamba_ssm_config(config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
     wrong |= {f"ssm_cfg.{name}": value for name, value in ssm.items()
               if name not in _OF_NO_EFFECT and (name not in usual or value != usual[name])}
     if wrong:
-        raise ValueError("not a model of this project: " + ", ".join(
+        raise InputError("not a model of this project: " + ", ".join(
             f"{name} {value}" for name, value in wrong.items()))
     model = ModelConfig(n_layer=config["n_layer"], d_model=config["d_model"], **shape, **biases,
                         tie_embeddings=config.get("tie_embeddings", True), dt_lower=lower,
@@ -204,7 +204,7 @@ def from_mamba_ssm_config(config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
 def _download(name: str, flag: str) -> Path:
     """The hub's model in its cache."""
     if not HUB_NAME.fullmatch(name):
-        raise ValueError(f"{flag} {name}: no such folder; accepted is a run's folder, an exported "
+        raise InputError(f"{flag} {name}: no such folder; accepted is a run's folder, an exported "
                          "one, or a model of the hub (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -212,6 +212,6 @@ def _download(name: str, flag: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=FILES,
                                       local_files_only=not hub.hub_answers()))
     except RepositoryNotFoundError as error:
-        raise ValueError(f"{flag} {name}: neither a folder nor a model of the hub") from error
+        raise InputError(f"{flag} {name}: neither a folder nor a model of the hub") from error
     except Exception as error:  # the library raises many kinds
         raise hub.hub_out_of_reach(flag, name, error) from error

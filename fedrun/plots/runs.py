@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from fedrun.common.errors import naming
+from fedrun.common.errors import InputError, naming
 from fedrun.common.files import DamagedFile, Kind, number, read_json, whole
 from fedrun.common.terminal import shortened, visible
 from fedrun.config import FederatedConfig
@@ -151,7 +151,7 @@ def run_folders(data_dir: Path) -> list[Path]:
     Raises ValueError where `data_dir` is no folder, or cannot be read.
     """
     if not os.path.isdir(data_dir):
-        raise ValueError(f"--data_dir {data_dir}: no such folder; accepted is one with run folders")
+        raise InputError(f"--data_dir {data_dir}: no such folder; accepted is one with run folders")
     with naming("--data_dir", data_dir):
         found = sorted(path for path in data_dir.iterdir() if os.path.isdir(path))
     return [path for path in found if NAME.fullmatch(path.name)

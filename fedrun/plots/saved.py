@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedrun.common.errors import one_line
+from fedrun.common.errors import InputError, one_line
 from fedrun.common.files import open_regular
 from fedrun.common.terminal import visible
 from fedrun.plots.runs import Damaged, Run, identify, run_folders
@@ -138,7 +138,7 @@ def _in_proj(path: Path) -> dict[int, np.ndarray]:
             for name in file.files:
                 key = IN_PROJ.fullmatch(name)
                 if key and file.zip.getinfo(f"{name}.npy").file_size > LARGEST_ARRAY:
-                    raise ValueError(f"{name} has more than {LARGEST_ARRAY} bytes")
+                    raise InputError(f"{name} has more than {LARGEST_ARRAY} bytes")
                 if key:
                     found[int(key["layer"] or 0)] = file[name]
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged file

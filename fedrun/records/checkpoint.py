@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedrun.common.errors import one_line
+from fedrun.common.errors import InputError, one_line
 from fedrun.common.files import finite, open_regular, read_json, write_atomic, write_json
 from fedrun.config import RunConfig
 from fedrun.records import run_files
@@ -266,7 +266,7 @@ def latest_valid(run_dir: Path, say: Callable[[str], None]) -> Checkpoint | None
         except ValueError as error:
             say(str(error))
     if any((folder / MANIFEST).exists() for folder in folders):
-        raise ValueError(f"--resume: none of the checkpoints in {run_dir / 'checkpoints'} is whole;"
+        raise InputError(f"--resume: none of the checkpoints in {run_dir / 'checkpoints'} is whole;"
                          " --overwrite begins anew")
     return None
 
@@ -278,23 +278,23 @@ def read(folder: Path) -> Checkpoint:
         manifest = _manifest(folder)
         for name, sums in manifest["files"].items():
             if not _FILE.fullmatch(name):
-                raise ValueError(f"its manifest names a file {name!r}")
+                raise InputError(f"its manifest names a file {name!r}")
             with open_regular(folder / name) as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
                 size = file.tell()
             if size != sums["bytes"]:
-                raise ValueError(f"{name} has {size} bytes instead of {sums['bytes']}")
+                raise InputError(f"{name} has {size} bytes instead of {sums['bytes']}")
             if digest != sums["sha256"]:
-                raise ValueError(f"{name} is damaged: its checksum is not the manifest's")
+                raise InputError(f"{name} is damaged: its checksum is not the manifest's")
         found = open_unverified(folder)
         if not isinstance(found.server.get("history", []), list):
-            raise ValueError(f"{SERVER} has no list of records")
+            raise InputError(f"{SERVER} has no list of records")
         return found
     except (FileNotFoundError, NotADirectoryError) as error:
         missing = Path(error.filename).name
-        raise ValueError(f"checkpoint {folder} is not whole: {missing} is missing") from None
+        raise InputError(f"checkpoint {folder} is not whole: {missing} is missing") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint {folder} is not whole: {one_line(error)}") from None
+        raise InputError(f"checkpoint {folder} is not whole: {one_line(error)}") from None
 
 
 def open_unverified(folder: Path) -> Checkpoint:
@@ -307,9 +307,9 @@ def _manifest(folder: Path) -> dict[str, Any]:
     """A manifest whose own checksum is right; ValueError where it is anything else."""
     manifest = read_json(folder / MANIFEST, dict)
     if manifest.get("sha256") != manifest_sum(manifest) or manifest.get("step") != _step(folder):
-        raise ValueError("its manifest is damaged")
+        raise InputError("its manifest is damaged")
     if not all(isinstance(manifest.get(name), dict) for name in ("config", "made_with", "files")):
-        raise ValueError("its manifest lacks settings or files")
+        raise InputError("its manifest lacks settings or files")
     return manifest
 
 

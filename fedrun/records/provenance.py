@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fedrun.common.errors import InputError
 from fedrun.config import RunConfig
 
 LONGEST_SHOWN = 60  # characters of a value in a message: a damaged file may hold anything
@@ -84,7 +85,7 @@ def check_provenance(then: Mapping[str, Any], now: Mapping[str, Any],
                              ("kernels", "kernels", "--device"),
                              ("init_from", "first model", "--init_from")):
         if name in then and then[name] != now[name]:
-            raise ValueError(f"{flag}: the {what} of this run was {shown(then[name])} and is "
+            raise InputError(f"{flag}: the {what} of this run was {shown(then[name])} and is "
                              f"{now[name]} now; --overwrite starts over")
     before = then.get("versions")
     before = before if isinstance(before, dict) else {}

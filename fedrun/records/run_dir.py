@@ -33,7 +33,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedrun.common import locks
-from fedrun.common.errors import Failure, FolderLost
+from fedrun.common.errors import Failure, FolderLost, InputError
 from fedrun.common.files import (
     DamagedFile,
     claim,
@@ -149,7 +149,7 @@ SECONDS_TO_DIE = 3.0  # that a killed run may take to let go of its folder
 Standing = Literal["running", "finished", "stopped", "failed"]
 
 
-class RunDirLocked(ValueError):
+class RunDirLocked(InputError):
     """Another run holds the folder."""
 
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from fedrun.common.errors import FolderLost
+from fedrun.common.errors import FolderLost, InputError
 from fedrun.common.files import DamagedFile, check_claim, finite, on_disk, read_json, write_json
 from fedrun.common.terminal import visible
 from fedrun.config import RunConfig
@@ -200,7 +200,7 @@ class WandbLikeTracker:
 def check_tracker(config: RunConfig) -> None:
     """ValueError, saying what to install, where the package behind --track is missing."""
     if config.track != "none" and importlib.util.find_spec(config.track) is None:
-        raise ValueError(f"--track {config.track}: the package {config.track} is not installed: "
+        raise InputError(f"--track {config.track}: the package {config.track} is not installed: "
                          f"pip install 'fedrun[{config.track}]' (or pip install {config.track})")
 
 

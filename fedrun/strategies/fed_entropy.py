@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fedrun.common.errors import require
+from fedrun.common.errors import InputError, require
 from fedrun.strategies.base import ClientReport, ServerRound, Strategy
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class FedEntropy(Strategy):
         assert report.entropy is not None
         exponent = (reference - report.entropy) / self.temperature
         if exponent > math.log(planned):
-            raise ValueError(
+            raise InputError(
                 f"--temperature {self.temperature:g}: an entropy of {report.entropy:.4g} nats, "
                 f"{reference:.4g} in the round before, makes a weight of e^{exponent:.4g}, beyond "
                 f"the grid of the exact sum; accepted here is about "

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from fedrun.common.errors import InputError
 from fedrun.flags import Parser
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def need_tokenizer(found: Pretrained, given: str | None = None) -> Path:
     if folder is not None and folder.is_file():
         return folder
     if folder is None or not (folder / "tokenizer.json").is_file():
-        raise ValueError(f"--tokenizer {given}: accepted is a folder with tokenizer.json, or that "
+        raise InputError(f"--tokenizer {given}: accepted is a folder with tokenizer.json, or that "
                          f"file; {found.folder} has none" if given else
                          f"{found.folder}: it has no tokenizer.json; give --tokenizer FOLDER")
     return folder

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedrun.common.errors import InputError
 from fedrun.common.files import finite
 from fedrun.data.reading import Reading, reading_of
 from fedrun.tools.common import model_parser, need_tokenizer, parse
@@ -54,20 +55,20 @@ def main(argv: Sequence[str]) -> int:
         device = torch.device(args.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {args.device}: {error}") from None
+        raise InputError(f"--device {args.device}: {error}") from None
     found = find_pretrained(args.model, "RUN")
     length = found.settings.get("sequence_length", 256) if args.sequence_length is None \
         else args.sequence_length
     if length < 2:
-        raise ValueError(f"--sequence_length {length}: accepted is a whole number of at least 2")
+        raise InputError(f"--sequence_length {length}: accepted is a whole number of at least 2")
     dataset, reading = _asked(args, found.settings)
     try:
         data = prepare(dataset, str(need_tokenizer(found, args.tokenizer)), length, args.cache_dir,
                        say=lambda line: print(line, file=sys.stderr, flush=True), reading=reading)
     except ValueError as error:
-        raise ValueError(str(error).replace("--validation_split", "--split")) from error
+        raise InputError(str(error).replace("--validation_split", "--split")) from error
     if data.vocab_size > found.vocab_size:
-        raise ValueError(f"--tokenizer {args.tokenizer}: not the tokenizer of {args.model}, which "
+        raise InputError(f"--tokenizer {args.tokenizer}: not the tokenizer of {args.model}, which "
                          f"knows {found.vocab_size} tokens")
     model = found.build(torch.bfloat16 if args.dtype == "bf16" else torch.float32).to(device)
     whole = data.fingerprint["validation_from"] == ALL_OF_IT

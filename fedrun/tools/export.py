@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedrun.common.errors import naming
+from fedrun.common.errors import InputError, naming
 from fedrun.common.files import write_atomic
 from fedrun.common.terminal import say, visible
 from fedrun.tools.common import model_parser, need_tokenizer, parse
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
                              "(default: hf)")
     args = parse(parser, argv)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise ValueError(f"OUT {args.out}: it is there already; accepted is a new or empty folder")
+        raise InputError(f"OUT {args.out}: it is there already; accepted is a new or empty folder")
 
     from fedrun.model.pretrained import find_pretrained
     found = find_pretrained(args.model, "RUN")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from fedrun.common.errors import InputError
 from fedrun.common.terminal import argument_text, say_text
 from fedrun.tools.common import model_parser, need_tokenizer, parse
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     for flag, value, low in (("max_new_tokens", args.max_new_tokens, 1), ("top_k", args.top_k, 0),
                              ("temperature", args.temperature, 0), ("seed", args.seed, 0)):
         if not value >= low:
-            raise ValueError(f"--{flag} {value}: accepted is a number of at least {low}")
+            raise InputError(f"--{flag} {value}: accepted is a number of at least {low}")
     for flag, value in (("top_k", args.top_k), ("seed", args.seed)):
         if value and not args.temperature:
             print(f"fedrun: warning: --{flag} {value} has no effect at --temperature 0, which "
@@ -48,9 +49,9 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = read_tokenizer(path if path.is_file() else path / "tokenizer.json", "--tokenizer")
     prompt = encode(tokenizer, [args.prompt], "--prompt")[0].ids
     if not prompt:
-        raise ValueError("--prompt: accepted is a text of at least one token")
+        raise InputError("--prompt: accepted is a text of at least one token")
     if max(prompt) >= found.vocab_size:
-        raise ValueError(f"--tokenizer {args.tokenizer}: not the tokenizer of {args.model}, which "
+        raise InputError(f"--tokenizer {args.tokenizer}: not the tokenizer of {args.model}, which "
                          f"knows {found.vocab_size} tokens")
     model = found.build()
     try:
@@ -59,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         new = generate(model, torch.tensor([prompt]), args.max_new_tokens, args.temperature,
                        args.top_k, torch.Generator().manual_seed(args.seed))
     except FloatingPointError as error:
-        raise ValueError(f"RUN {args.model}: {error}: the model has diverged, and can make no "
+        raise InputError(f"RUN {args.model}: {error}: the model has diverged, and can make no "
                          "text") from None
     say_text(args.prompt + str(tokenizer.decode(new[0].tolist())))
     return 0

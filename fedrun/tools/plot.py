@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedrun.common.errors import naming
+from fedrun.common.errors import InputError, naming
 from fedrun.common.terminal import say
 from fedrun.flags import Parser, closest
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     kind = argv[0].replace("_", "-")
     if kind not in commands:
-        raise ValueError(f"unknown kind of plot {argv[0]!r}{closest(kind, commands)}; known are "
+        raise InputError(f"unknown kind of plot {argv[0]!r}{closest(kind, commands)}; known are "
                          f"{', '.join(commands)}")
     text, command = commands[kind]
     return command(text, argv[1:])
@@ -85,7 +85,7 @@ def _delta_figures(parser: argparse.ArgumentParser, argv: Sequence[str], federat
                         help="which layer, counted from 0 (default: 0)")
     args = parser.parse_args(argv)
     if args.layer != "all" and not args.layer.isdigit():
-        raise ValueError(f"--layer {args.layer}: accepted is a whole number from 0, or all")
+        raise InputError(f"--layer {args.layer}: accepted is a whole number from 0, or all")
     from fedrun.plots import deltas, saved
     from fedrun.plots.perplexity import save_all
     layer = None if args.layer == "all" else int(args.layer)

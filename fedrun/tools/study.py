@@ -40,7 +40,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fedrun.common.errors import one_line
+from fedrun.common.errors import InputError, one_line
 from fedrun.common.files import DamagedFile, Kind, finite, read_json, write_atomic, write_json
 from fedrun.config import RunConfig
 from fedrun.flags import METHODS, Parser, add_flags, method_settings
@@ -65,7 +65,7 @@ def loss_halves(config: RunConfig) -> list[float] | None:
     if differences.keys() <= READ.keys() and differences and _same_corpus(config):
         differences = {}
     if differences:
-        raise ValueError(f"study: {folder} holds a run with another {', '.join(differences)}; "
+        raise InputError(f"study: {folder} holds a run with another {', '.join(differences)}; "
                          "remove it, or give the study another name")
     if (folder / "failed.txt").exists():
         return [math.inf, math.inf]
@@ -133,9 +133,9 @@ def start(config: RunConfig) -> float:
     if done.returncode and (end.get("start"), end.get("kind")) == (token, "diverged"):
         (config.run_dir / "failed.txt").write_text(last_words, encoding="utf-8")
     elif done.returncode:
-        raise ValueError(f"study: {config.name}: {last_words}")
+        raise InputError(f"study: {config.name}: {last_words}")
     elif loss_halves(config) is None:
-        raise ValueError(f"study: {config.name} was stopped; the same command goes on from there")
+        raise InputError(f"study: {config.name} was stopped; the same command goes on from there")
     return time.monotonic() - began
 
 

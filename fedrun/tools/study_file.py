@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from fedrun.common.errors import is_component, one_line, require
+from fedrun.common.errors import InputError, is_component, one_line, require
 from fedrun.config import RunConfig
 from fedrun.flags import closest, resolve
 from fedrun.unused import idle, refuse_unread
@@ -91,11 +91,11 @@ def read(path: Path, results: Path, overrides: Mapping[str, Any]) -> Study:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"study {path}: cannot be read as YAML: {one_line(error)}") from None
+        raise InputError(f"study {path}: cannot be read as YAML: {one_line(error)}") from None
     require(isinstance(found, dict), "study", path, "a mapping with " + ", ".join(DEFAULTS))
     for key in found:
         if key not in DEFAULTS:
-            raise ValueError(f"study {path}: unknown key {key!r}{closest(str(key), DEFAULTS)}")
+            raise InputError(f"study {path}: unknown key {key!r}{closest(str(key), DEFAULTS)}")
     refuse_unread("study", overrides)
     values = DEFAULTS | {"name": path.stem} | found
     overrides = dict(overrides)
@@ -135,7 +135,7 @@ def read(path: Path, results: Path, overrides: Mapping[str, Any]) -> Study:
         try:
             grid = {flag: [float(v) for v in grid_values] for flag, grid_values in grid.items()}
         except (AttributeError, TypeError, ValueError):
-            raise ValueError(f"{where}: grid {grid}: accepted is a list of numbers for each "
+            raise InputError(f"{where}: grid {grid}: accepted is a list of numbers for each "
                              "flag") from None
         settings[name] = StudySetting(name, flags, grid, number("extensions", int, 0))
     study = Study(results / str(values["name"]), number("jobs", int, 1), values["reference"],
@@ -151,7 +151,7 @@ def _refuse_gridded(path: Path, study: Study, overrides: Collection[str]) -> Non
     """ValueError for a flag from the command line that the grid of every setting replaces."""
     for flag in overrides:
         if all(flag in setting.grid for setting in study.settings.values()):
-            raise ValueError(f"--{flag}: every setting of {path} has a grid of it, which replaces "
+            raise InputError(f"--{flag}: every setting of {path} has a grid of it, which replaces "
                              "it; change the grid in the file")
 
 

@@ -22,6 +22,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from fedrun.common.errors import InputError
 from fedrun.common.files import DamagedFile, number, open_regular, read_json, whole
 from fedrun.common.terminal import visible
 from fedrun.flags import Parser
@@ -152,16 +153,16 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(args.run).expanduser()
     folder = folder if os.path.isdir(folder) else Path("results") / args.run
     if not os.path.isdir(folder):
-        raise ValueError(f"RUN {args.run}: no such folder, nor one of that name under results/")
+        raise InputError(f"RUN {args.run}: no such folder, nor one of that name under results/")
     path = folder / "events.jsonl"
     if not os.path.exists(path) and (args.once
                                      or os.path.exists(folder / "training_history.json")):
-        raise ValueError(f"RUN {args.run}: it has no events.jsonl to follow")
+        raise InputError(f"RUN {args.run}: it has no events.jsonl to follow")
     console = Console(markup=False, emoji=False)
     try:
         follow(Follower(path), RunState(visible(folder.resolve().name)), console, once=args.once)
     except OSError as error:
-        raise ValueError(f"RUN {args.run}: {path} cannot be read: {error.strerror}") from None
+        raise InputError(f"RUN {args.run}: {path} cannot be read: {error.strerror}") from None
     return 0
 
 
@@ -188,7 +189,7 @@ def follow(follower: Follower, state: RunState, console: Console, once: bool) ->
                                   f"the run ended; its outcome: {ended}", soft_wrap=True)
                     break
                 if not os.path.isdir(follower.path.parent):
-                    raise ValueError(f"RUN {follower.path.parent}: the folder has been deleted or "
+                    raise InputError(f"RUN {follower.path.parent}: the folder has been deleted or "
                                      "renamed")
                 time.sleep(POLL_SECONDS)
     if not live:

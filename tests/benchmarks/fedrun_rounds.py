@@ -41,7 +41,7 @@ from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
 from fedrun.distributed import runtime
 from fedrun.distributed.launch import detect
-from fedrun.distributed.runtime import Runtime, connect
+from fedrun.distributed.runtime import Runtime, build_runtime, connect
 from fedrun.distributed.stopping import StopRequest
 from fedrun.experiment import resolve_dtype
 from fedrun.federation import server, worker

@@ -10,15 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedrun.common.errors import Diverged, FolderLost, InputError
+from fedrun.common.errors import Diverged, FolderLost
 from fedrun.common.files import write_json
-from fedrun.config import CentralConfig
 from fedrun.data.batches import Batches, make_batches
-from fedrun.data.partition import client_shards
-from fedrun.data.tokens import TokenData
 from fedrun.distributed.stopping import StopRequest
+from fedrun.experiment import Experiment
 from fedrun.federation.client import Client, LocalLosses, to_device
-from fedrun.model.build import new_model
 from fedrun.records.best import BestModel
 from fedrun.records.checkpoint import (
     GLOBAL,
@@ -29,7 +26,6 @@ from fedrun.records.checkpoint import (
     folder_of,
 )
 from fedrun.records.history import RunTotals, half_losses
-from fedrun.records.provenance import Length
 from fedrun.records.run_dir import SnapshotWriter, save_model, studied, write_outcome
 from fedrun.records.track import Events, Progress
 from fedrun.training.evaluate import mean_loss, perplexity, sample_text, validation_pieces
@@ -54,59 +50,41 @@ class PooledClients(Client):
         return to_device(torch.cat(rows), self.flat.vector.device)
 
 
-def owned_shards(config: CentralConfig, data: TokenData) -> list[np.ndarray]:
-    """What is trained on, by --batches: one shard, or those of the clients of a federated run."""
-    if config.batches == "all":
-        return [np.arange(len(data.train))]
-    shards = client_shards(data, config.num_clients, config.partition, config.alpha,
-                           config.size_skew, config.seed)
-    return shards if config.batches == "clients" else shards[:1]
-
-
-def length(config: CentralConfig, owned: int) -> Length:
-    """The optimizer steps of the run and of an epoch, where a client owns `owned` sequences.
-    ValueError where that makes no step."""
-    found = Length(config, int(owned * config.epoch_passes) // config.batch_size)
-    if found.steps == 0:
-        raise InputError(f"--batch_size {config.batch_size}: there are {owned} sequences to "
-                         "train on; it must be at most that")
-    return found
-
-
-def training_client(config: CentralConfig, data: TokenData, flat: FlatParams) -> tuple[Client, int]:
-    """Who trains, by --batches, and for how many steps."""
-    shards = owned_shards(config, data)
+def training_client(experiment: Experiment, flat: FlatParams) -> Client:
+    """Who trains, by --batches."""
+    config, shards, sequences = experiment.central, experiment.shards.train, experiment.data.train
     owned = np.concatenate(shards)
-    steps = length(config, len(owned)).steps
-    optimizer = LocalOptimizer(flat, config, steps)
+    optimizer = LocalOptimizer(flat, config, experiment.length.steps)
     if config.batches == "clients":
-        return PooledClients(shards, owned, data.train, flat, config, optimizer), steps
-    return Client(0, owned, data.train, flat, config, optimizer), steps
+        return PooledClients(shards, owned, sequences, flat, config, optimizer)
+    return Client(0, owned, sequences, flat, config, optimizer)
 
 
 class Training:
     """A run in one process: the model, its client, and what is recorded of them."""
 
-    def __init__(self, config: CentralConfig, data: TokenData, device: torch.device,
-                 provenance: dict[str, Any], checkpoint: Checkpoint | None) -> None:
-        self.config, self.data, self.device = config, data, device
-        self.model = new_model(config, data.vocab_size, device)
+    def __init__(self, experiment: Experiment, device: torch.device,
+                 checkpoint: Checkpoint | None) -> None:
+        config = experiment.central
+        self.config, self.data, self.device = config, experiment.data, device
+        self.model = experiment.new_model(device)
         self.flat = FlatParams(self.model)
-        self.client, self.steps = training_client(config, data, self.flat)
+        self.client, self.steps = training_client(experiment, self.flat), experiment.length.steps
         self.start = studied(self.flat.views(self.flat.vector))
         self.studied = SnapshotWriter(config.run_dir, self.start)
         self.history: list[dict[str, Any]] = []
         self.clocks = RunTotals()
         self.last_gradient: Tensor | None = None
         self.done = 0
-        if checkpoint:
+        if checkpoint is not None:
             self._load(checkpoint)
         self.progress = Progress("step", self.steps, self.done, self.clocks.tokens)
         self.events = Events(config, "step", self.steps, self.done)
         losses = [(r["step"], r["val_loss"]) for r in self.history if r["val_loss"] is not None]
         self.best = BestModel(config, losses, self.progress.say) if config.keep == "best" else None
         self.saver = CheckpointWriter()
-        self.checkpoints = CheckpointCoordinator(config, provenance, 1, self.progress.say, self._write_rest)
+        self.checkpoints = CheckpointCoordinator(config, experiment.provenance, 1, self.progress.say,
+                                                 self._write_rest)
 
     def step(self) -> None:
         """One optimizer step, evaluated and recorded where it is due."""
@@ -179,7 +157,7 @@ class Training:
 
     def commit(self, wait: bool = False) -> None:
         """Finish the checkpoint whose tensors are written, if there is one."""
-        for commit in self.checkpoints.collect([{"saved": self.saver.written(wait)}]):
+        for commit in self.checkpoints.collect([self.saver.written(wait)]):
             commit()
 
     def _load(self, checkpoint: Checkpoint) -> None:
@@ -205,15 +183,15 @@ class Training:
         self.progress.close()
 
 
-def train_central(config: CentralConfig, data: TokenData, device: torch.device, stopping: StopRequest,
-        provenance: dict[str, Any], checkpoint: Checkpoint | None = None) -> str:
+def train_central(experiment: Experiment, device: torch.device, stopping: StopRequest,
+                  checkpoint: Checkpoint | None = None) -> str:
     """Train for all epochs or `rounds` optimizer steps, evaluating every `val_freq` of them.
 
     A record's `grad_cosine` is the cosine between the gradient of this step and the one of the
     record before; `delta_norms` are Frobenius norms of the change since the start. Returns who
     asked for an end before the last step; empty after it. Raises Diverged.
     """
-    training = Training(config, data, device, provenance, checkpoint)
+    training = Training(experiment, device, checkpoint)
     stop = ""
     while training.done < training.steps and not stop:
         try:

@@ -17,8 +17,6 @@ from fedrun.common.errors import is_component, require
 from fedrun.data.reading import COLUMN, Reading, reading_of, require_dataset
 from fedrun.model.config import ModelConfig
 from fedrun.strategies import FedAvg, Strategy
-from fedrun.strategies.fed_fisher import FedFisher
-from fedrun.strategies.fed_sgd import FedSGD
 
 INT8_COHORT = 126  # clients whose sum fits eight bits with a level to either side of zero each
 
@@ -300,14 +298,7 @@ class FederatedConfig(RunConfig):
                 self.client_state, "keep or reset with --sync epoch")
         if self.wire == "int8":
             self._check_int8()
-        if isinstance(self.strategy, FedSGD):
-            # A client makes no step of its own: settings of local training would do nothing.
-            self._accept_only("for fed_sgd", local_updates=1, client_state="keep", sync="round",
-                              prox_mu=0, grad_clip=None)
-        if isinstance(self.strategy, FedFisher) and self.strategy.fisher == "corrected":
-            parts = self.strategy.fisher_microbatches
-            require(self.batch_size % parts == 0, "--fisher_microbatches", parts,
-                    f"a divisor of --batch_size {self.batch_size}")
+        self.strategy.check(self)
 
     @property
     def cohort_size(self) -> int:

@@ -1,4 +1,4 @@
-"""What a run is made of, and whether all ranks have the same: weights, text, type, versions."""
+"""What a run is made of, built once and handed down: config, text, shards, weights, provenance."""
 
 from __future__ import annotations
 
@@ -7,113 +7,201 @@ import json
 import os
 import platform
 import re
-import sys
 import threading
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from fedrun.common.errors import InputError
-from fedrun.config import Dtype, RunConfig
-from fedrun.data.tokens import TokenData, verify
+from fedrun.common.log import log
+from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
+from fedrun.data.partition import Shards, client_shards
+from fedrun.data.tokens import TokenData, prepare, verify
 from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.launch import Launch
+from fedrun.federation.schedule import rounds_per_epoch
+from fedrun.model.build import new_model
 from fedrun.model.kernels import kernel_path
+from fedrun.model.mamba2 import Mamba2LM
+from fedrun.model.memory import TO_LOAD, TO_TRAIN, require_memory
 from fedrun.model.precision import bf16_in_hardware
-from fedrun.model.pretrained import find_pretrained
-from fedrun.records.provenance import alike_on_all_ranks
+from fedrun.model.pretrained import Pretrained, find_pretrained
+from fedrun.records.provenance import Length, alike_on_all_ranks, corpus_digests
 from fedrun.start import RunRefused
 
 Config = TypeVar("Config", bound=RunConfig)
 
 
-# ---- first weights -------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Experiment:
+    """What every rank builds from the flags before it connects, to the same content on all ranks.
 
-def start_from(config: Config) -> Config:
-    """The config of a run under --init_from: the model's shape, its tokenizer where it has one, and
-    its name as the config's in the run folder's name."""
+    After connecting, `decided` makes it final: the type of the matrix products is rank 0's.
+    """
+
+    config: RunConfig
+    data: TokenData
+    shards: Shards
+    """Who owns which sequences; of a central run, what it trains on."""
+    pretrained: Pretrained | None
+    """The model of --init_from."""
+    provenance: dict[str, Any]
+    """What a checkpoint records besides the settings."""
+
+    @property
+    def federated(self) -> FederatedConfig:
+        assert isinstance(self.config, FederatedConfig)
+        return self.config
+
+    @property
+    def central(self) -> CentralConfig:
+        assert isinstance(self.config, CentralConfig)
+        return self.config
+
+    @property
+    def length(self) -> Length:
+        """The global steps of the run. InputError if it would make none."""
+        if isinstance(self.config, FederatedConfig):
+            return Length(self.config, rounds_per_epoch(self.config, self.shards.sizes))
+        owned, batch = sum(self.shards.sizes), self.config.batch_size
+        length = Length(self.config, int(owned * self.config.epoch_passes) // batch)
+        if length.steps == 0:
+            raise InputError(f"--batch_size {batch}: must be at most {owned}, the number of "
+                             "sequences to train on")
+        return length
+
+    def decided(self, dtype: Dtype, data: TokenData) -> Experiment:
+        """The same with the decided type of the matrix products, and text that was verified."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, dtype=dtype),
+                                   data=data)
+
+    def new_model(self, device: torch.device | str) -> Mamba2LM:
+        """The model at the start of the run: the same weights on every rank and every device."""
+        return new_model(self.config, self.data.vocab_size, torch.device(device), self.pretrained)
+
+
+def prepare_experiment(config: RunConfig, device: torch.device) -> Experiment:
+    """Read the weights and the text and deal the text out.
+
+    device: where this rank computes. InputError for what only the text or the weights can refuse.
+    """
+    pretrained = None
+    if config.init_from is not None:
+        pretrained = find_pretrained(config.init_from, "--init_from")
+        config = with_pretrained(config, pretrained)
+    data = prepare(config.dataset, config.tokenizer, config.sequence_length,
+                   config.cache_dir.expanduser(), say=log,
+                   check=config.partition == "dirichlet",  # whose topics are made of the tokens
+                   reading=config.reading)
+    if pretrained is not None:
+        data = with_vocabulary(data, pretrained, config)
+    require_memory(config.model, config.model.rows(data.vocab_size),
+                   TO_TRAIN if device.type == "cpu" else TO_LOAD,
+                   f"--init_from {config.init_from}" if pretrained is not None else
+                   f"--config {config.config}")
+    shards = deal(config, data)
+    provenance = {
+        **corpus_digests(data.fingerprint),
+        "partition": shards.digest() if isinstance(config, FederatedConfig) else "",
+        "versions": versions(), "kernels": kernel_path(workers_device(config, device)),
+        "init_from": None if pretrained is None else pretrained.digest()}
+    return Experiment(config, data, shards, pretrained, provenance)
+
+
+def with_pretrained(config: Config, pretrained: Pretrained) -> Config:
+    """The config under --init_from: the shape of that model, its tokenizer if it has one, and its
+    name in place of the config's in the name of the run's folder."""
     assert config.init_from is not None
-    found = find_pretrained(config.init_from, "--init_from")
-    if found.folder.resolve().is_relative_to(config.run_dir.resolve()):
-        raise InputError(f"--init_from {config.init_from}: this run would replace it; choose "
+    if pretrained.folder.resolve().is_relative_to(config.run_dir.resolve()):
+        raise InputError(f"--init_from {config.init_from}: this run would overwrite it; choose "
                          "another --run_name or --data_dir")
-    tokenizer = config.tokenizer if found.tokenizer is None else str(found.tokenizer)
-    # The name of what is meant, since `.` and `..` have none.
+    tokenizer = config.tokenizer if pretrained.tokenizer is None else str(pretrained.tokenizer)
+    # The name of the folder that is meant, because `.` and `..` are none.
     name = re.sub(r"[^\w-]", "_", Path(os.path.abspath(Path(config.init_from).expanduser())).name)
-    return dataclasses.replace(config, config=name, model=found.model, tokenizer=tokenizer)
+    return dataclasses.replace(config, config=name, model=pretrained.model, tokenizer=tokenizer)
 
 
-def fit_vocabulary(config: RunConfig, data: TokenData) -> TokenData:
-    """`data` with the vocabulary of the --init_from model, which may have rows to spare."""
-    assert config.init_from is not None
-    found = find_pretrained(config.init_from, "--init_from")
-    if data.vocab_size > found.vocab_size:
-        raise InputError(f"--tokenizer {config.tokenizer}: its {data.vocab_size} tokens are more "
-                         f"than the {found.vocab_size} of --init_from {config.init_from}; give the "
+def with_vocabulary(data: TokenData, pretrained: Pretrained, config: RunConfig) -> TokenData:
+    """`data` with the vocabulary size of the --init_from model, which may have rows to spare."""
+    if data.vocab_size > pretrained.vocab_size:
+        raise InputError(f"--tokenizer {config.tokenizer}: has {data.vocab_size} tokens, more than "
+                         f"the {pretrained.vocab_size} of --init_from {config.init_from}; give the "
                          "tokenizer that the model was trained with")
-    return dataclasses.replace(data, vocab_size=found.vocab_size)
+    return dataclasses.replace(data, vocab_size=pretrained.vocab_size)
+
+
+def deal(config: RunConfig, data: TokenData) -> Shards:
+    """The clients' shards of a federated run; what a central run trains on, by --batches."""
+    if isinstance(config, FederatedConfig):
+        return Shards.deal(data, num_clients=config.num_clients, partition=config.partition,
+                           alpha=config.alpha, size_skew=config.size_skew, seed=config.seed,
+                           holdout=config.strategy.holdout, batch_size=config.batch_size)
+    assert isinstance(config, CentralConfig)
+    if config.batches == "all":
+        return Shards([np.arange(len(data.train))])
+    shards = client_shards(data, config.num_clients, config.partition, config.alpha,
+                           config.size_skew, config.seed)
+    return Shards(shards if config.batches == "clients" else shards[:1])
 
 
 # ---- text ----------------------------------------------------------------------------------------
 
 class CorpusCheck:
-    """One rank a machine compares the cached files of the corpus with their checksums, in a thread
-    beside sharding and connecting; what is damaged is named and made again."""
+    """One rank on each machine verifies the checksums of the corpus's cached files, in a thread
+    beside connecting; what is damaged is named and made again."""
 
-    def __init__(self, config: RunConfig, launch: Launch, data: TokenData) -> None:
-        self.config, self.data = config, data
+    def __init__(self, experiment: Experiment, launch: Launch) -> None:
+        self.config, self.data = experiment.config, experiment.data
         self._problem = ""
         self._thread: threading.Thread | None = None
         if launch.local_rank == 0:
-            self._thread = threading.Thread(target=self._check, name="fedrun-corpus", daemon=True)
+            self._thread = threading.Thread(target=self._verify, name="fedrun-corpus", daemon=True)
             self._thread.start()
 
-    def _check(self) -> None:
-        def say(line: str) -> None:
-            print(line, file=sys.stderr, flush=True)
-
+    def _verify(self) -> None:
         config = self.config
         try:
-            self._problem = "the corpus could not be checked (see above)"  # an error of our own
-            verify(config.dataset, config.tokenizer, config.cache_dir, say,
-                   config.reading)
+            self._problem = "the corpus could not be verified (see above)"  # a bug of ours
+            verify(config.dataset, config.tokenizer, config.cache_dir, log, config.reading)
             self.data.reopen()
             self._problem = ""
         except (ValueError, OSError) as error:  # ConnectionError and TimeoutError are among them
             self._problem = str(error)
 
     def agree(self, control: ControlPlane) -> TokenData:
-        """All ranks: the corpus, mapped from files that were compared; RunRefused, on all of them,
-        where it is damaged on some machine and cannot be made again."""
-        if self._thread:
+        """All ranks: the corpus, mapped from verified files. RunRefused on all of them if it is
+        damaged on some machine and cannot be made again."""
+        if self._thread is not None:
             self._thread.join()
         problems = control.gather(self._problem)
-        told = control.share(problems and next(filter(None, problems), ""))
-        if told:
-            raise RunRefused(told)
+        problem = control.share(problems and next(filter(None, problems), ""))
+        if problem:
+            raise RunRefused(problem)
         return self.data.reopen()
 
 
 # ---- type and provenance -------------------------------------------------------------------------
 
 def workers_device(config: RunConfig, device: torch.device) -> torch.device:
-    """A device like the workers': a dedicated server computes on the CPU but answers for the GPUs
-    beside it. Ranks that come to different answers do not train together (see `identity`)."""
+    """A device like the workers': a dedicated server computes on the CPU, but answers for the GPUs
+    of its machine. Ranks that answer differently do not train together (see `identity`)."""
     on_gpu = config.device != "cpu" and torch.cuda.is_available()
     return torch.device("cuda", 0) if on_gpu else device
 
 
 def resolve_dtype(config: RunConfig, device: torch.device) -> Dtype:
-    """What --dtype amounts to here: by what the hardware can do, never by a timing.
+    """What --dtype means on this machine: by what the hardware can do, never by a timing.
 
-    ValueError for bf16 without hardware.
+    InputError for bf16 without hardware.
     """
     has_bf16 = bf16_in_hardware(workers_device(config, device))
     if config.dtype == "bf16" and not has_bf16:
-        raise InputError(f"--dtype bf16: no hardware for it on {platform.node()}, where it would "
-                         "be emulated, many times slower than fp32; accepted is auto, fp32 or fp64")
+        raise InputError(f"--dtype bf16: {platform.node()} has no hardware for it and would emulate "
+                         "it, many times slower than fp32; must be auto, fp32 or fp64")
     if config.dtype == "auto":
         return "bf16" if has_bf16 else "fp32"
     return config.dtype
@@ -133,14 +221,15 @@ def environment(launch: Launch, device: torch.device, data: TokenData) -> dict[s
             "kernels": kernel_path(device), "corpus": data.fingerprint}
 
 
-def identity(config: RunConfig, data: TokenData, device: torch.device,
-             provenance: dict[str, Any]) -> dict[str, str]:
+def identity(experiment: Experiment, device: torch.device) -> dict[str, str]:
     """What must be equal on all ranks for their sums to mean anything."""
+    config, provenance = experiment.config, experiment.provenance
     able = config.dtype != "bf16" or bf16_in_hardware(device)
     return ({f"--{k}": json.dumps(v) for k, v in alike_on_all_ranks(config).items()}
             | {f"version of {k}": v for k, v in provenance["versions"].items()}
             | {"the tokenised corpus": provenance["content"],
-               "the tokens of the corpus": data.content,
+               "the tokens of the corpus": experiment.data.content,
+               "the clients' shards": provenance["partition"],
                "the weights of --init_from": str(provenance["init_from"]),
                "worker kernels": kernel_path(device),
                "worker hardware for --dtype": config.dtype if able else "none"})

@@ -1,120 +1,184 @@
 """The protocol: one loop that every rank runs. Read this file first.
 
-The server (rank 0) plans a round, the workers train their clients on their own shards, sum the
-clients' terms among themselves, and update the global model from the sum, to the same bits on all.
-Alone, one process is the server and the only worker, and the loop is the same.
+The server (rank 0) plans a round. The workers train their clients on their own shards, sum the
+clients' terms among themselves, and update the global model from the sum, to the same bits on all
+of them. In a world of one process, that process is the server and the only worker, and the loop is
+the same.
 """
 
 from __future__ import annotations
 
 import traceback
-from typing import Any
+from dataclasses import replace
+from typing import NoReturn, TypeVar
+
+from torch import Tensor
 
 from fedrun.common.errors import FedrunError, explain
 from fedrun.common.limits import shortage
-from fedrun.config import FederatedConfig
-from fedrun.data.tokens import TokenData
+from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.runtime import Runtime
 from fedrun.distributed.stopping import StopRequest
-from fedrun.federation.plan import RoundDecision, RoundPlan
+from fedrun.experiment import Experiment
+from fedrun.federation.messages import (
+    RoundDecision,
+    RoundPlan,
+    RoundReport,
+    WorkerReport,
+    decode,
+    encode,
+)
+from fedrun.federation.schedule import Schedule
 from fedrun.federation.server import Server
 from fedrun.federation.worker import PeerFailed, Worker
 from fedrun.records.checkpoint import Checkpoint
 
-SECONDS_FOR_STORES = 5.0  # of a run that has failed, maybe since a disk does not answer
+Message = TypeVar("Message")
+Report = TypeVar("Report", WorkerReport, RoundReport)
+
+STORE_SECONDS = 5.0  # to close the client store of a failed run, whose disk may not answer
 
 
 class RunEnded(FedrunError, RuntimeError):
-    """All ranks have agreed to end, and the server has told why."""
+    """All ranks have agreed to end, and the server has printed the reason."""
 
 
-def train_federated(config: FederatedConfig, data: TokenData, runtime: Runtime, stopping: StopRequest,
-        provenance: dict[str, Any], checkpoint: Checkpoint | None = None) -> str:
-    """All ranks: train for all rounds, or for those that a checkpoint leaves to do.
+def train_federated(experiment: Experiment, runtime: Runtime, stopping: StopRequest,
+                    checkpoint: Checkpoint | None = None) -> str:
+    """All ranks: train all rounds, or those that are left after a checkpoint.
 
-    provenance: what a checkpoint records beside the settings. Returns who asked for an end before
-    the last round; empty after it. Raises RunEnded on every rank where one rank fails.
+    Returns who asked to stop before the last round, or "" after it. Raises RunEnded on every rank
+    if one rank fails.
     """
     control = runtime.control
-    server = Server(config, data, stopping, provenance, len(runtime.workers), checkpoint
-                    ) if runtime.is_server else None
-    worker = Worker(config, data, runtime, checkpoint) if runtime.worker is not None else None
-    number, last = checkpoint.step if checkpoint else 0, False
+    schedule = Schedule(experiment.federated, experiment.shards.sizes)
+    server = make_server(experiment, schedule, runtime, stopping, checkpoint)
+    worker = make_worker(experiment, schedule, runtime, checkpoint)
+    number, last = checkpoint.step if checkpoint is not None else 0, False
     while not last:
         number += 1
-        plan = RoundPlan(**control.share(server and server.plan(number)))       # server -> all
-        report = _train(worker, plan, runtime) if worker else {}           # workers, each alone
-        reports = control.gather(report | {"signal": stopping.signal})     # all -> server
-        verdict = RoundDecision(**control.share(server and server.decide(plan, reports or [])))
-        if verdict.error:                                                  # server -> all
-            _end(verdict, server, worker, runtime)
-        kept = plan.evaluate or plan.save or bool(verdict.stop)
-        if worker:
-            report |= worker.aggregate(plan)                               # workers <-> workers
+
+        # 1. Plan: cohort, weights, grid; evaluate? save?                    server -> all
+        plan = share(control, RoundPlan, None if server is None else server.plan(number))
+
+        # 2. Local training.                                                 workers, each alone
+        trained = gather(control, train(worker, plan, runtime, stopping))  # all -> server
+
+        # 3. Continue, stop after this round, or end here.                   server -> all
+        decision = share(control, RoundDecision,
+                         None if server is None else server.decide(plan, trained))
+        if decision.error:
+            end(decision, server, worker, runtime)
+        writes = plan.evaluate or plan.save or bool(decision.stop)
+
+        # 4. Sum the terms and update the global model; evaluate it.         workers <-> workers
+        report = RoundReport()
+        if worker is not None:
+            report = worker.aggregate(plan)
             if plan.evaluate:
-                report["pieces"], report["evaluation_seconds"] = worker.evaluate()
-            if kept:
-                report |= worker.examine()
-            if verdict.stop or (plan.save and not plan.last):
-                worker.save(plan)                                          # workers, each alone
-            report["saved"] = worker.saver.written()
-        model = _copy(server, worker, runtime) if plan.evaluate else None  # first worker -> server
-        reports = control.gather(report)                                   # all -> server
-        if kept:                                                           # server -> all
-            found = RoundDecision(**control.share(server and server.inspect(plan, reports or [], model)))
-            if found.error:
-                _end(found, server, worker, runtime, good=False)
-        if server:
-            server.record(plan, verdict, reports or [], model)
-        last = plan.last or bool(verdict.stop)
+                report = worker.evaluate(report)
+            if writes:
+                report = worker.check_replicas(report)
+            if decision.stop or (plan.save and not plan.last):
+                worker.save(plan)
+            report = replace(report, written=worker.written())
+        model = copy_model(server, worker, runtime) if plan.evaluate else None
+        reports = gather(control, report)                                  # all -> server
+
+        # 5. Check the replicas of what is to be written.                    server -> all
+        if writes:
+            check = share(control, RoundDecision,
+                          None if server is None else server.check(plan, reports, model))
+            if check.error:
+                end(check, server, worker, runtime, model_is_good=False)
+
+        # 6. Record the round.                                               server
+        if server is not None:
+            server.record(plan, decision, trained, reports, model)
+        last = plan.last or bool(decision.stop)
+
     control.wait_for_copy()
-    saved = {"saved": worker.end(plan)} if worker else {}              # workers, each alone
-    reports = control.gather(saved)                                        # all -> server
-    if server:
-        server.finish(plan, verdict, reports or [])
-    control.share()                                       # nobody leaves before all is written
-    control.close()                                       # from here on peers may be gone
-    return "" if plan.last else f"{verdict.stop}, after round {plan.round}"
+    reports = gather(control, worker.finish(plan) if worker is not None else RoundReport())
+    if server is not None:
+        server.finish(plan, decision, reports)
+    control.share()  # all ranks: nobody leaves before everything is written
+    control.close()  # from here on a peer may be gone
+    return "" if plan.last else f"{decision.stop}, after round {plan.round}"
 
 
-def _train(worker: Worker, plan: RoundPlan, runtime: Runtime) -> dict[str, Any]:
-    """Workers: local training. What goes wrong is reported, so that all ranks end together."""
+def make_server(experiment: Experiment, schedule: Schedule, runtime: Runtime,
+                stopping: StopRequest, checkpoint: Checkpoint | None) -> Server | None:
+    """The server on rank 0, None elsewhere."""
+    if not runtime.is_server:
+        return None
+    return Server(experiment.federated, experiment.data, schedule, experiment.new_model("cpu"),
+                  stopping, experiment.provenance, len(runtime.workers), checkpoint)
+
+
+def make_worker(experiment: Experiment, schedule: Schedule, runtime: Runtime,
+                checkpoint: Checkpoint | None) -> Worker | None:
+    """This rank's worker; None on a rank that only serves."""
+    if runtime.worker is None:
+        return None
+    return Worker(experiment.federated, experiment.data, experiment.shards, schedule,
+                  experiment.new_model(runtime.device), runtime, checkpoint)
+
+
+def share(control: ControlPlane, kind: type[Message], message: Message | None) -> Message:
+    """All ranks: the server's message; the others pass None."""
+    return decode(kind, control.share(None if message is None else encode(message)))
+
+
+def gather(control: ControlPlane, report: Report) -> list[Report]:
+    """All ranks: the reports of all of them in order on the server, an empty list elsewhere."""
+    received = control.gather(encode(report))
+    return [] if received is None else [decode(type(report), values) for values in received]
+
+
+def train(worker: Worker | None, plan: RoundPlan, runtime: Runtime, stopping: StopRequest
+          ) -> WorkerReport:
+    """Workers: local training. An error is reported, so that all ranks end together."""
+    report = WorkerReport()
     try:
-        return worker.train(plan)
+        if worker is not None:
+            report = worker.train(plan)
     except PeerFailed:
-        return {}
+        pass
     except Exception as error:
         runtime.control.fail(error)
         line = shortage(error) or explain(error)
-        return {"failure": line} if line else {"traceback": traceback.format_exc()}
+        report = (WorkerReport(failure=line) if line
+                  else WorkerReport(traceback=traceback.format_exc()))
+    return replace(report, signal=stopping.signal)
 
 
-def _copy(server: Server | None, worker: Worker | None, runtime: Runtime) -> Any:
-    """The global model, from the first worker to the server: a vector there, None elsewhere."""
-    if worker and runtime.worker == 0:
+def copy_model(server: Server | None, worker: Worker | None, runtime: Runtime) -> Tensor | None:
+    """First worker -> server: the global model, (size,) on the server, None elsewhere."""
+    if worker is not None and runtime.worker == 0:
         runtime.control.copy_to_server(worker.global_model)
-    return server and runtime.control.receive_copy(server.size, server.dtype)
+    return None if server is None else runtime.control.receive_copy(server.size, server.dtype)
 
 
-def _end(verdict: RoundDecision, server: Server | None, worker: Worker | None, runtime: Runtime,
-         good: bool = True) -> None:
-    """All ranks: the end that the server has decided. Nobody leaves before it has told the reason
-    and kept the model, if it is `good`, since a launcher ends all processes with the first."""
-    model, reports = None, None
-    if good:
-        model = _copy(server, worker, runtime)                             # first worker -> server
-        reports = runtime.control.gather(_examine(worker) if worker else {})   # all -> server
-    if server:
-        server.end_early(verdict, model, reports or [])
-    if worker:
-        worker.store.close(SECONDS_FOR_STORES)
+def end(decision: RoundDecision, server: Server | None, worker: Worker | None, runtime: Runtime,
+        model_is_good: bool = True) -> NoReturn:
+    """All ranks: end as the server has decided. Nobody leaves before it has printed the reason and
+    saved the model if it is good, because a launcher kills all ranks as soon as one exits."""
+    model, reports = None, list[RoundReport]()
+    if model_is_good:
+        model = copy_model(server, worker, runtime)
+        reports = gather(runtime.control, check_replicas(worker))
+    if server is not None:
+        server.end_early(decision, model, reports)
+    if worker is not None:
+        worker.store.close(STORE_SECONDS)
     runtime.control.share()
-    raise RunEnded(verdict.error)
+    raise RunEnded(decision.error)
 
 
-def _examine(worker: Worker) -> dict[str, Any]:
-    """Workers: `Worker.examine`; nothing from a device that has failed, maybe why the run ends."""
+def check_replicas(worker: Worker | None) -> RoundReport:
+    """Workers: `Worker.check_replicas`; nothing from a device that has failed, which may be why the
+    run ends."""
     try:
-        return worker.examine()
+        return RoundReport() if worker is None else worker.check_replicas(RoundReport())
     except RuntimeError:
-        return {}
+        return RoundReport()

@@ -1,4 +1,4 @@
-"""How large an element of what a client reports can be: what a round's grid is made for."""
+"""How large an element of a client's vectors can be, which fixes the grid of a round."""
 
 from __future__ import annotations
 
@@ -7,19 +7,28 @@ from dataclasses import dataclass
 
 from fedrun.strategies.base import BoundExponents, Strategy
 
-# Of gradients of a mean loss: norms are around one, and grow past this only in runs that diverge.
+# Of a mean loss: its gradients have norms around one, and exceed this only in runs that diverge.
 LARGEST_GRADIENT = 16.0
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """No element of what a client reports is larger: the grids of a round."""
+    """No element of a client's update or gradient is larger in a round."""
 
     update: float
     gradient: float = 1.0
 
-    def of(self, units: BoundExponents) -> float:
-        return self.update**units.update * self.gradient**units.gradient
+    def of(self, exponents: BoundExponents) -> float:
+        """The bound of a vector with these exponents."""
+        return self.update**exponents.update * self.gradient**exponents.gradient
+
+
+def bound_exceeded(name: str, peak: float, bound: float) -> str:
+    """Why a client is left out whose vector `name` has an element of this size; empty if it is
+    within the bound."""
+    if not math.isfinite(peak):
+        return f"{name} not finite"
+    return f"{name} exceeds its bound: {peak:g} > {bound:g}" if peak > bound else ""
 
 
 def update_bound(steps: int, lr: float, weight_decay: float, beta1: float, beta2: float) -> float:
@@ -33,7 +42,7 @@ def gradient_bound(strategy: Strategy, batch_size: int, sequence_length: int) ->
 
 
 def adamw_step_bound(lr: float, weight_decay: float, beta1: float, beta2: float) -> float:
-    """The furthest that one AdamW step moves an element whose size is at most 64.
+    """How far one AdamW step can move an element whose size is at most 64.
 
     By Cauchy-Schwarz |m_t| <= (1 - b1) sqrt(sum_j b2^j g_(t-j)^2) sqrt(sum_j (b1^2 / b2)^j), so
     |m_t| / sqrt(v_t) <= (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)), 7.3 at the usual betas; early

@@ -1,14 +1,15 @@
 """Exact sums of client terms: integers on a fixed-point grid.
 
-Floating-point sums depend on their order, and the order on the number of processes. Here every
-term is rounded once to an integer multiple of a grid step that the plan of the round fixes, and
-integers are summed, first over the clients of a worker and then over the workers: the result has
-the same bits whatever the placement. An update is at most the round's bound in size (AdamW cannot
-move further), gradients have a fixed bound, and the weights of a cohort sum to one (or to a power
-of two that the strategy declares), so the sum cannot overflow; a client beyond a bound is left out.
+The result of a floating-point sum depends on its order, and the order on the number of processes.
+Here every term is rounded once, to an integer multiple of a grid step that the plan of the round
+fixes, and integers are summed, first over the clients of a worker and then over the workers: the
+sum has the same bits whatever the placement. It cannot overflow: an update is at most the round's
+bound in size (AdamW cannot move further), gradients have a fixed bound, and the weights of a cohort
+sum to at most one (or to a power of two that the method declares). A client beyond a bound is left
+out.
 
 Updates alone fit int32. Squared gradients span too many powers of ten for it, and weights that are
-known only after training need room: their sums are int64, twice the bytes for each vector.
+known only after training need headroom: their sums are int64, twice the bytes for each vector.
 """
 
 from __future__ import annotations
@@ -19,90 +20,90 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from fedrun.aggregation.base import Aggregator, bound_exceeded, max_abs, slice_width
-from fedrun.aggregation.bounds import Bounds
+from fedrun.aggregation.base import Aggregator
+from fedrun.aggregation.bounds import Bounds, bound_exceeded
+from fedrun.aggregation.slices import max_abs, slice_width
 from fedrun.distributed.data_plane import DataPlane
-from fedrun.strategies.base import CLIENT_VECTORS, ServerRound, Strategy
+from fedrun.strategies.base import CLIENT_VECTORS, Strategy
 
-# Bits below the sign, one spare.
+# Bits below the sign, one of them spare.
 _BITS = {torch.int32: 30, torch.int64: 62}
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ExactAggregator(Aggregator):
-    """Client terms at full precision: integers on the round's grid, or floats.
+    """Client terms at full precision: integers on the round's grid, or (`exact` false) floats.
 
-    `buffer` is (number of sums * size + 1,): the strategy's vectors one after the other, then, with
-    `average_moments`, AdamW's two, and the sum of the weights of the clients that took part.
+    `buffer` is (number of sums * size + 1,): the method's vectors one after the other, then, with
+    `average_moments`, AdamW's two, and last the sum of the weights of the clients that took part.
 
-    What a round costs besides the collective is traffic to memory. So a client's vectors are read
-    once, slice by slice, and all that is to be done with a slice is done while it is in the cache;
-    and the first term overwrites what the last round has left, which only a look at an empty sum
-    sets to zero.
+    Besides the collective, the cost of a round is memory traffic. So a client's vectors are read
+    once, slice by slice, and everything that is done with a slice is done while it is in the cache.
+    The first term of a round overwrites the old contents of the buffer. If there is none, reading
+    `buffer` zeroes it.
     """
 
     def __init__(self, strategy: Strategy, size: int, like: Tensor, exact: bool,
                  average_moments: bool = False, plane: DataPlane | None = None) -> None:
-        moments = MOMENTS if average_moments else ()
-        self.sums = {**strategy.sums, **{name: CLIENT_VECTORS[name] for name in moments}}
+        """like: a tensor with the model's type and device."""
+        self.strategy = strategy
+        self.moments = MOMENTS if average_moments else ()
+        self._names = (*strategy.sums, *self.moments)
+        self._exponents = (*strategy.sums.values(), *(CLIENT_VECTORS[m] for m in self.moments))
         narrow = (like.dtype == torch.float32 and not strategy.weight_headroom
-                  and not any(units.gradient for units in self.sums.values()))
-        kind = (torch.int32 if narrow else torch.int64) if exact else like.dtype
+                  and not any(exponents.gradient for exponents in self._exponents))
+        dtype = (torch.int32 if narrow else torch.int64) if exact else like.dtype
         self.exact = exact
-        self._bits = _BITS[kind] - strategy.weight_headroom if exact else 0
-        width = slice_width(size, like.device)
+        self._bits = _BITS[dtype] - strategy.weight_headroom if exact else 0
+        width, count = slice_width(size, like.device), len(self._names)
         super().__init__(
-            strategy, size, plane, len(self.sums) * size + 1, kind,
-            # A row for each sum, and one for the update; a single term takes its place.
-            torch.empty(len(self.sums) + (len(self.sums) > 1), width, dtype=like.dtype,
-                        device=like.device), moments)
+            size, plane, count * size + 1, dtype,
+            # A row for each sum and one for the update; a single term can use the update's row.
+            torch.empty(count + (count > 1), width, dtype=like.dtype, device=like.device))
+        self._width = width
         self._rows = self._scratch.unbind()
-        self._own = [one.split(width) for one in self._buffer[:-1].split(size)]  # slices, by sum
-        self._stale = True  # nothing was added in this round: the buffer holds another's
-        self._rounded = torch.empty(width, dtype=kind, device=like.device)
+        self._own = [one.split(width) for one in self._buffer[:-1].split(size)]  # [sum][slice]
+        self._stale = True  # the buffer still holds the previous round's sum
+        self._rounded = torch.empty(width, dtype=dtype, device=like.device)
         self._bounds = dict.fromkeys(CLIENT_VECTORS, torch.finfo(like.dtype).max)
-        self._scales = dict.fromkeys(self.sums, 1.0)
+        self._scales = [1.0] * count
+        self._table = self.slices.table(strategy.global_means) if strategy.global_means else None
 
     @property
     def buffer(self) -> Tensor:
-        self._fill()
+        self._zero_if_stale()
         return self._buffer
 
-    def _fill(self) -> None:
-        """Before the sum is read: make it zeros where no client has been added."""
+    def _zero_if_stale(self) -> None:
         if self._stale:
             self._buffer.zero_()
             self._stale = False
 
     def reduce(self, residuals: Iterable[Tensor] = ()) -> None:
-        """Workers: sum over all of them; a worker of which no client took part adds zeros."""
-        self._fill()
+        """Workers: sum over all of them; a worker without a client in the sum adds zeros."""
+        self._zero_if_stale()
         super().reduce(residuals)
 
     def begin(self, bounds: Bounds) -> None:
         self._stale = True
         if self.exact:
-            self._bounds = {name: bounds.of(units) for name, units in CLIENT_VECTORS.items()}
-            # Powers of two: scaling is exact, and rounding to the grid the only loss.
-            self._scales = {name: 2.0 ** (self._bits - math.ceil(math.log2(bounds.of(units))))
-                            for name, units in self.sums.items()}
+            self._bounds = {name: bounds.of(exponents)
+                            for name, exponents in CLIENT_VECTORS.items()}
+            # Powers of two: scaling is exact, so rounding to the grid is the only loss.
+            self._scales = [2.0 ** (self._bits - math.ceil(math.log2(bounds.of(exponents))))
+                            for exponents in self._exponents]
 
     def add(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None = None) -> str:
-        """Add a client's terms, times its weight; why not, with nothing added, where it is left
-        out.
-
-        client: the strategy's inputs, and the moments where they are averaged, (size,) each.
-        """
-        for number, slices in self._read(client, start):
-            if refused := self._bound_exceeded(slices):
+        for index, slices in self._read(client, start):
+            if left_out := self._bound_exceeded(slices):
                 if self.exact:
-                    self._take_back(client, weight, start, number)
-                return refused
+                    self._subtract(client, weight, start, index)
+                return left_out
             if self.exact:
-                self._add_slice(slices, weight, number)
-        if not self.exact:  # floats cannot be taken back: all was looked at before
-            for number, slices in self._read(client, start):
-                self._add_slice(slices, weight, number)
+                self._add_slice(slices, weight, index)
+        if not self.exact:  # floats cannot be subtracted exactly, so everything was checked first
+            for index, slices in self._read(client, start):
+                self._add_slice(slices, weight, index)
         if self._stale:
             self._buffer[-1] = 0
             self._stale = False
@@ -111,80 +112,83 @@ class ExactAggregator(Aggregator):
 
     def _read(self, client: Mapping[str, Tensor], start: Tensor | None
               ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """A client's vectors slice by slice, its update in place of its parameters."""
+        """A client's vectors slice by slice, with its update `delta` made from `parameters`."""
         columns = [vector.split(self._width) for vector in client.values()]
-        starts = start.split(self._width) if start is not None and "delta" in client else ()
-        for number, column in enumerate(zip(*columns, strict=True)):
-            slices = dict(zip(client, column, strict=True))
+        starts = start.split(self._width) if start is not None and "parameters" in client else ()
+        names = ["delta" if starts and name == "parameters" else name for name in client]
+        for index, column in enumerate(zip(*columns, strict=True)):
+            slices = dict(zip(names, column, strict=True))
             if starts:
                 trained = slices["delta"]
-                slices["delta"] = torch.sub(trained, starts[number],
-                                            out=_as_long(self._rows[-1], trained))
-            yield number, slices
+                slices["delta"] = torch.sub(trained, starts[index],
+                                            out=_fitting(self._rows[-1], trained))
+            yield index, slices
 
     def _bound_exceeded(self, slices: Mapping[str, Tensor]) -> str:
-        """Why these slices cannot be added: of the first vector with an element that is not finite
-        or beyond its bound."""
+        """Why these slices cannot be added: the first vector with an element that is not finite or
+        exceeds its bound. Empty if they can."""
         found = (bound_exceeded(name, max_abs(vector), self._bounds[name])
                  for name, vector in slices.items())
         return next(filter(None, found), "")
 
-    def _add_slice(self, slices: Mapping[str, Tensor], weight: float, number: int) -> None:
+    def _add_slice(self, slices: Mapping[str, Tensor], weight: float, index: int) -> None:
         terms = (*self.strategy.client_term(slices), *(slices[name] for name in self.moments))
-        for i, (term, scale) in enumerate(zip(terms, self._scales.values(), strict=True)):
-            scaled = torch.mul(term, weight * scale, out=_as_long(self._rows[i], term))
-            own = self._own[i][number]
+        for i, (term, scale) in enumerate(zip(terms, self._scales, strict=True)):
+            scaled = torch.mul(term, weight * scale, out=_fitting(self._rows[i], term))
+            own = self._own[i][index]
             if self.exact:
                 scaled.round_()
             if self._stale:
                 own.copy_(scaled)
-            elif self.exact:  # torch adds floats to integers much slower than it converts them
-                own.add_(_as_long(self._rounded, scaled).copy_(scaled))
+            elif self.exact:  # torch converts floats to integers much faster than it adds them
+                own.add_(_fitting(self._rounded, scaled).copy_(scaled))
             else:
                 own.add_(scaled)
 
-    def _take_back(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None,
-                   stop: int) -> None:
+    def _subtract(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None,
+                  stop: int) -> None:
         """Undo what a client has added to integers before slice `stop`."""
         if self._stale:
             return
-        for number, slices in self._read(client, start):
-            if number == stop:
+        for index, slices in self._read(client, start):
+            if index == stop:
                 return
-            self._add_slice(slices, -weight, number)
+            self._add_slice(slices, -weight, index)
 
-    def _total_weight(self) -> float:
-        return float(sum(part[-1].item() for part in self._total)) / 2.0**self._bits
+    def total_weight(self) -> float:
+        return float(sum(part[-1].item() for part in self._reduced)) / 2.0**self._bits
 
-    def _means(self, a: int, b: int, weight: float) -> dict[str, Tensor]:
-        means = {}
-        for i, name in enumerate(self.sums):
-            step = 1.0 / (self._scales[name] * weight)
-            means[name] = self._scratch[i, :b - a].copy_(self._sum(i, a, b)).mul_(step)
-            if name == "exp_avg_sq" and self.exact:
-                # Not less than the grid can tell from zero: AdamW divides by its root.
-                means[name].clamp_(min=step)
-        return means
+    def means(self, a: int, b: int, weight: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        means = []
+        for i, name in enumerate(self._names):
+            step = 1.0 / (self._scales[i] * weight)
+            mean = self._scratch[i, :b - a].copy_(self._sum(i, a, b)).mul_(step)
+            if name == "exp_avg_sq" and i >= len(self.strategy.sums) and self.exact:
+                # At least the smallest step of the grid: AdamW divides by its root.
+                mean.clamp_(min=step)
+            means.append(mean)
+        count = len(self.strategy.sums)
+        return (dict(zip(self._names[:count], means[:count], strict=True)),
+                dict(zip(self.moments, means[count:], strict=True)))
 
-    def _with_global_means(self, context: ServerRound, weight: float) -> ServerRound:
-        names = self.strategy.global_means
-        if not names:
-            return context
-        for i, name in enumerate(self.sums):
-            if name in names:
-                for number, a, b in self._section():
-                    self._per_slice[name][number] = self._sum(i, a, b).sum(dtype=torch.float64)
+    def global_means(self, weight: float) -> dict[str, float]:
+        table = self._table
+        if table is None:
+            return {}
+        rows = {name: self._names.index(name) for name in self.strategy.global_means}
+        for name, i in rows.items():
+            for index, a, b in self.slices.own():
+                table.write(name, index, self._sum(i, a, b).sum(dtype=torch.float64))
         self.plane.barrier()
-        return context.with_global_mean({
-            name: self._over_slices(name) / self.size / (self._scales[name] * weight)
-            for name in names})
+        return {name: table.sum(name) / self.size / (self._scales[i] * weight)
+                for name, i in rows.items()}
 
     def _sum(self, index: int, a: int, b: int) -> Tensor:
-        """A slice of one of the sums over all workers."""
-        return self._summed(index * self.size + a, index * self.size + b, self._rounded)
+        """Elements a to b of one of the sums over all workers, still scaled."""
+        return self._sum_over_workers(index * self.size + a, index * self.size + b, self._rounded)
 
 
-def _as_long(memory: Tensor, vector: Tensor) -> Tensor:
-    """As much of it as the vector takes: all but for the last slice."""
+def _fitting(memory: Tensor, vector: Tensor) -> Tensor:
+    """As much of `memory` as the vector has elements: all of it but for the last slice."""
     size = vector.numel()
     return memory if memory.numel() == size else memory[:size]

@@ -6,13 +6,71 @@ own settings: of no rank, and of no number of processes.
 
 from __future__ import annotations
 
+import hashlib
 import heapq
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from fedrun.common.errors import InputError
 from fedrun.data.reading import COLUMN
 from fedrun.data.tokens import TokenData
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Which sequences of the train split each client owns: what it trains on, what it holds out.
+
+    One array for each client: indices of rows of `data.train`, int64, ascending.
+    """
+
+    train: list[np.ndarray]
+    holdout: list[np.ndarray] = field(default_factory=list)
+
+    @classmethod
+    def deal(cls, data: TokenData, *, num_clients: int, partition: str, alpha: float,
+             size_skew: float, seed: int, holdout: float, batch_size: int) -> Shards:
+        """Deal the sequences out as `client_shards` does, then hold out the end of each shard.
+
+        holdout: fraction of each shard that is not trained on; 0 for none. batch_size: sequences
+        that every client must have to train on. InputError as `client_shards`, and for a shard of
+        which nothing can be held out or too little is left to train on.
+        """
+        parts = [split_holdout(shard, holdout) for shard in client_shards(
+            data, num_clients, partition, alpha, size_skew, seed)]
+        for client, (train, held) in enumerate(parts):
+            size = len(train) + len(held)
+            if holdout and size and not len(held):
+                raise InputError(
+                    f"--entropy_holdout {holdout:g}: must be >= {1 / size:.2g} here, or nothing of "
+                    f"client {client}'s shard of {size} sequences is held out")
+            if len(train) < batch_size:
+                remedies = [f"--batch_size <= {len(train)}"] if len(train) else []
+                remedies += ["a smaller --size_skew"] if size_skew else []
+                raise InputError(
+                    f"--partition {partition}: client {client} would train on {len(train)} "
+                    f"sequences, fewer than a batch of {batch_size}; use "
+                    f"{' or '.join([*remedies, 'fewer --num_clients'])}")
+        return cls([train for train, _ in parts], [held for _, held in parts])
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of sequences that each client trains on."""
+        return [len(shard) for shard in self.train]
+
+    def digest(self) -> str:
+        """16 hex digits of a SHA-256 over all shards, for comparing ranks and resumed runs."""
+        hashed = hashlib.sha256()
+        for part in (*self.train, *self.holdout):
+            hashed.update(b"%d sequences\n" % len(part))
+            hashed.update(part.tobytes())
+        return hashed.hexdigest()[:16]
+
+
+def split_holdout(shard: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Split off the last `fraction` of a shard: (what to train on, what to hold out)."""
+    held = int(len(shard) * fraction)
+    return shard[:len(shard) - held], shard[len(shard) - held:]
 
 
 def client_shards(data: TokenData, n_clients: int, partition: str, alpha: float, size_skew: float,

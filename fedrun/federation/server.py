@@ -1,12 +1,11 @@
-"""The server: the plans of the rounds, the verdict on each, the run's history and models.
+"""The server: the plan of each round, the decision on it, the run's history and models.
 
-It keeps no clients and sums nothing. What it writes, it writes on a thread of its own, beside the
-next rounds' training: nobody waits for a disk, unless it falls behind by PENDING writes.
+It hosts no clients and sums nothing. It writes on a thread of its own, beside the training of the
+next rounds: nobody waits for a disk, unless the writer falls behind by PENDING writes.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 from collections import deque
@@ -17,19 +16,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedrun.common.errors import Failure, FolderLost, explain
+from fedrun.common.errors import FolderLost, explain
 from fedrun.common.files import write_json
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
 from fedrun.distributed.stopping import StopRequest
 from fedrun.federation import replicas
-from fedrun.federation.plan import RoundDecision, RoundPlan, Schedule, Shards
-from fedrun.model.build import DTYPES, new_model
+from fedrun.federation.messages import (
+    RoundDecision,
+    RoundPlan,
+    RoundReport,
+    WorkerReport,
+    clients_of,
+)
+from fedrun.federation.schedule import Schedule
+from fedrun.model.build import DTYPES
+from fedrun.model.mamba2 import Mamba2LM
 from fedrun.records.best import BestModel
 from fedrun.records.checkpoint import Checkpoint, CheckpointCoordinator
-from fedrun.records.history import COHORT_NUMBERS, SECONDS, RunTotals, cohort_record, half_losses
+from fedrun.records.history import COHORT_NUMBERS, RunTotals, cohort_record, half_losses
 from fedrun.records.run_dir import SnapshotWriter, save_model, studied, write_failure, write_outcome
 from fedrun.records.track import Events, Progress, cohort_event
+from fedrun.strategies.base import ClientReport
 from fedrun.training.evaluate import Piece, mean_loss, perplexity, sample_text
 from fedrun.training.optimizer import scheduled_lr
 from fedrun.training.params import FlatParams
@@ -43,23 +51,22 @@ PENDING = 4
 class Server:
     """Rank 0's part of the protocol."""
 
-    def __init__(self, config: FederatedConfig, data: TokenData, stopping: StopRequest,
-                 provenance: dict[str, Any], workers: int, checkpoint: Checkpoint | None = None
-                 ) -> None:
-        self.config = config
-        self.data = data
-        self.schedule = Schedule(config, Shards(config, data).sizes)
-        self.model = new_model(config, data.vocab_size, torch.device("cpu"))
+    def __init__(self, config: FederatedConfig, data: TokenData, schedule: Schedule,
+                 model: Mamba2LM, stopping: StopRequest, provenance: dict[str, Any], workers: int,
+                 checkpoint: Checkpoint | None = None) -> None:
+        """model: the run's model at its start, on the CPU; workers: how many there are."""
+        self.config, self.data, self.schedule, self.model = config, data, schedule, model
         self.flat = FlatParams(self.model)
         self.steps = SnapshotWriter(config.run_dir / "server",
                                   studied(self.flat.views(self.flat.vector)))
         self.history: list[dict[str, Any]] = []
         self.clocks = RunTotals()
-        self.reference = config.strategy.first_reference(data.vocab_size, config.cohort_size)
+        self.entropy_reference = config.strategy.first_entropy_reference(data.vocab_size,
+                                                                         config.cohort_size)
         self._left_out: list[list[int]] = []  # round and client, since the last record
         self._left_out_why: list[str] = []
         done = 0
-        if checkpoint:
+        if checkpoint is not None:
             done = checkpoint.step
             self._load(checkpoint)
         self.events = Events(config, "round", self.schedule.rounds, done)
@@ -83,134 +90,144 @@ class Server:
     def dtype(self) -> torch.dtype:
         return DTYPES[self.config.dtype]
 
-    def plan(self, number: int) -> dict[str, Any]:
+    def plan(self, number: int) -> RoundPlan:
+        """The plan of round `number`, counted from 1."""
         due = self.checkpoints.due(number, last=number >= self.schedule.rounds)
-        return dataclasses.asdict(self.schedule.plan(number, self.reference, save=due))
+        return self.schedule.plan(number, self.entropy_reference, save=due)
 
-    def decide(self, plan: RoundPlan, reports: list[dict[str, Any]]) -> dict[str, str]:
-        """A RoundDecision: what happens after local training. All go on, or all end, for one reason."""
-        stop = next((r["signal"] for r in reports if r["signal"]), "") or self.stopping.asked_by()
-        if plan.last:
-            stop = ""  # it ends anyway
-        error, kind = self._error(plan, reports)
-        return dataclasses.asdict(RoundDecision(error, kind, stop))
+    def decide(self, plan: RoundPlan, trained: list[WorkerReport]) -> RoundDecision:
+        """What happens after local training: all ranks continue, or all end for one reason.
 
-    def _error(self, plan: RoundPlan, reports: list[dict[str, Any]]) -> tuple[str, Failure]:
+        trained: the reports of all ranks, in order.
+        """
         if lost := self.stopping.lost_folder():
-            return lost, "error"
-        for rank, report in enumerate(reports):
-            if report.get("failure"):
-                return (f"round {plan.round}: rank {rank} failed: {report['failure']}; all ranks "
-                        "end"), "error"
-            if report.get("traceback"):
-                return (f"{report['traceback']}round {plan.round}: rank {rank} failed with the "
-                        "error above; all ranks end"), "error"
-        clients = _clients(plan, reports)
-        left_out = [c for c in clients if c["left_out"]]
+            return RoundDecision(lost)
+        for rank, report in enumerate(trained):
+            if report.failure:
+                return RoundDecision(f"round {plan.round}: rank {rank} failed: {report.failure}; "
+                                     "all ranks end")
+            if report.traceback:
+                return RoundDecision(f"{report.traceback}round {plan.round}: rank {rank} failed "
+                                     "with the error above; all ranks end")
+        clients = clients_of(plan, trained)
+        left_out = [c for c in clients if c.left_out]
         if 2 * len(left_out) > len(clients):
-            why = "; ".join(f"client {c['client']}: {c['left_out']}" for c in left_out[:3])
-            more = f"; and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-            return (f"round {plan.round}: {len(left_out)} of {len(clients)} clients are left out, "
-                    f"more than half ({why}{more}){self._way_out(why)}"), "diverged"
-        refused = self.config.strategy.refuse_total(math.fsum(
-            c["weight"] for c in clients if not c["left_out"]))
-        return f"round {plan.round}: {refused}" if refused else "", "error"
+            return RoundDecision(f"round {plan.round}: {len(left_out)} of {len(clients)} clients "
+                                 f"are left out, more than half ({self._reasons(left_out)}",
+                                 "diverged")
+        refused = self.config.strategy.refuse_total(math.fsum(c.weight for c in clients))
+        if refused:
+            return RoundDecision(f"round {plan.round}: {refused}")
+        if plan.last:
+            return RoundDecision()  # it ends anyway
+        signals = [report.signal for report in trained if report.signal]
+        return RoundDecision(stop=signals[0] if signals else self.stopping.asked_by())
 
-    def _way_out(self, why: str) -> str:
-        """What to do where so many are left out, unless the reason says it itself."""
+    def _reasons(self, left_out: list[ClientReport]) -> str:
+        """Why these clients are left out, a closing parenthesis, and what to do about it unless a
+        reason names a flag itself."""
+        why = "; ".join(f"client {c.client}: {c.left_out}" for c in left_out[:3])
+        more = f"; and {len(left_out) - 3} more" if len(left_out) > 3 else ""
         if "--" in why:
-            return ""
-        said = f": --lr {self.config.lr:g} may be too large"
-        if "beyond the bound" not in why:
-            return said
-        exact = "--wire exact " if self.config.wire == "int8" else ""
-        return f"{said} ({exact}--reduce float has no bound)"
+            return f"{why}{more})"
+        advice = f"--lr {self.config.lr:g} may be too large"
+        if "exceeds its bound" in why:
+            exact = "--wire exact " if self.config.wire == "int8" else ""
+            advice += f" ({exact}--reduce float has no bound)"
+        return f"{why}{more}): {advice}"
 
-    def inspect(self, plan: RoundPlan, reports: list[dict[str, Any]], model: Tensor | None
-                ) -> dict[str, str]:
-        """A RoundDecision: why all ranks end, with this round lost, where the replicas of the global
-        model differ or the model is ruined; `model` (size,) is the copy that was sent here, if one
-        was."""
-        wrong = replicas.compare(reports, model)
-        diverged = any(report.get("not_finite") for report in reports)
-        if not wrong and model is not None and not math.isfinite(mean_loss(_pieces(reports))):
-            wrong, diverged = "the validation loss is not finite: --lr may be too large", True
-        return dataclasses.asdict(RoundDecision(wrong and f"round {plan.round}: {wrong}",
-                                          "diverged" if diverged else "error"))
+    def check(self, plan: RoundPlan, reports: list[RoundReport], model: Tensor | None
+              ) -> RoundDecision:
+        """Whether what is about to be written is right: all ranks end, and this round is lost, if
+        the replicas of the global model differ or the model is not finite.
 
-    def record(self, plan: RoundPlan, verdict: RoundDecision, reports: list[dict[str, Any]],
-               model: Tensor | None) -> None:
-        """Take note of a round; `model` (size,) is the global model where it was evaluated."""
-        clients = _clients(plan, reports)
-        taken = [c for c in clients if not c["left_out"]]
-        left_out = [c for c in clients if c["left_out"]]
-        loss_sum = math.fsum(c["loss_sum"] for c in taken)
-        tokens = sum(c["tokens"] for c in taken)
-        trained = self.config.local_updates * self.config.batch_size * self.config.sequence_length
-        self.clocks.add(len(clients) * trained, loss_sum, tokens, **{
-            name: max(report.get(name, 0.0) for report in reports) for name in SECONDS})
-        self.clocks.bytes += sum(report.get("bytes", 0) for report in reports)
-        if "entropy" in taken[0]:
-            self.reference = self.config.strategy.next_reference([c["entropy"] for c in taken])
+        reports: of all ranks, in order; model: the copy that was sent here, (size,), if one was.
+        """
+        error = replicas.compare(reports, model)
+        diverged = any(report.not_finite for report in reports)
+        if not error and model is not None and not math.isfinite(mean_loss(_validation(reports))):
+            error, diverged = "the validation loss is not finite: --lr may be too large", True
+        if not error:
+            return RoundDecision()
+        return RoundDecision(f"round {plan.round}: {error}", "diverged" if diverged else "error")
+
+    def record(self, plan: RoundPlan, decision: RoundDecision, trained: list[WorkerReport],
+               reports: list[RoundReport], model: Tensor | None) -> None:
+        """Record a round; `model` (size,) is the global model if it was evaluated."""
+        clients = clients_of(plan, trained)
+        taken = [c for c in clients if not c.left_out]
+        left_out = [c for c in clients if c.left_out]
+        loss_sum = math.fsum(c.loss_sum for c in taken)
+        tokens = sum(c.tokens for c in taken)
+        per_client = (self.config.local_updates * self.config.batch_size
+                      * self.config.sequence_length)
+        self.clocks.add(
+            len(clients) * per_client, loss_sum, tokens,
+            local_training_seconds=max(r.local_training_seconds for r in trained),
+            aggregation_seconds=max(r.aggregation_seconds for r in reports),
+            evaluation_seconds=max(r.evaluation_seconds for r in reports))
+        self.clocks.bytes += sum(report.bytes for report in trained)
+        entropies = [c.entropy for c in taken if c.entropy is not None]
+        if entropies:
+            self.entropy_reference = self.config.strategy.next_entropy_reference(entropies)
         for client in left_out:
-            self._left_out.append([plan.round, client["client"]])
-            self._left_out_why.append(client["left_out"])
-            self.progress.say(f"round {plan.round}: client {client['client']} is left out: "
-                              f"{client['left_out']}; its moments are reset")
+            self._left_out.append([plan.round, client.client])
+            self._left_out_why.append(client.left_out)
+            self.progress.say(f"round {plan.round}: client {client.client} is left out: "
+                              f"{client.left_out}; its moments are reset")
         train_ppl = perplexity(loss_sum / tokens)
         steps = self.config.local_updates
-        seen = {"train_ppl": train_ppl, "left_out": [c["client"] for c in left_out],
-                "left_out_why": [c["left_out"] for c in left_out], "clients": cohort_event(clients),
+        seen = {"train_ppl": train_ppl, "left_out": [c.client for c in left_out],
+                "left_out_why": [c.left_out for c in left_out], "clients": cohort_event(clients),
                 "lr": scheduled_lr(self.config, (plan.round - 1) * steps,
                                    self.schedule.rounds * steps), **self.clocks.now()}
         val_ppl = None
         if model is not None:
-            record = self._add_record(plan, reports, model)
+            record = self._add_record(plan, clients, reports, model)
             val_ppl = record["server_val_ppl"]
             seen |= {"val_ppl": val_ppl} | {n: record[n] for n in COHORT_NUMBERS if n in record}
         self.events.add("round", round=plan.round, **seen)
         self.progress.step(plan.round, train_ppl, self.clocks.tokens, val_ppl)
-        if plan.save or verdict.stop:
+        if plan.save or decision.stop:
             self.checkpoints.begin(plan.round, self._state())
         self._commit(reports)
 
-    def _commit(self, reports: list[dict[str, Any]]) -> None:
-        for commit in self.checkpoints.collect(reports):
+    def _commit(self, reports: list[RoundReport]) -> None:
+        for commit in self.checkpoints.collect([report.written for report in reports]):
             self._write(commit)
 
     def _state(self) -> dict[str, Any]:
         """What a checkpoint keeps of the server; the records' sample text may still be made."""
         return {"history": self.history.copy(), "clocks": self.clocks.state(),
-                "reference": self.reference, "left_out": list(self._left_out),
+                "reference": self.entropy_reference, "left_out": list(self._left_out),
                 "left_out_why": list(self._left_out_why)}
 
     def _load(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.server
         self.history = state["history"]
         self.clocks.load_state(state["clocks"])
-        self.reference = state["reference"]
+        self.entropy_reference = state["reference"]
         self._left_out = state["left_out"]
         # Checkpoints did not always have the reasons, of which there was only one.
         self._left_out_why = state.get("left_out_why", ["not finite"] * len(self._left_out))
         write_json(self.config.run_dir / "training_history.json", self.history)
 
-    def _add_record(self, plan: RoundPlan, reports: list[dict[str, Any]], model: Tensor
-                    ) -> dict[str, Any]:
-        pieces = _pieces(reports)
-        loss = mean_loss(pieces)
-        measured = next(r["server"] for r in reports if "server" in r)
+    def _add_record(self, plan: RoundPlan, clients: list[ClientReport], reports: list[RoundReport],
+                    model: Tensor) -> dict[str, Any]:
+        losses = _validation(reports)
+        loss = mean_loss(losses)
+        measured = next(report.measured for report in reports if report.measured)
         record = {
             "global_step": plan.round, **self.clocks.take_train_loss(),
             "server_val_loss": loss, "server_val_ppl": perplexity(loss),
-            "val_loss_halves": half_losses(pieces), "generated": None, **self.clocks.now(),
-            **cohort_record(_clients(plan, reports), measured,
-                            gradients="gradient" in self.config.strategy.inputs),
+            "val_loss_halves": half_losses(losses), "generated": None, **self.clocks.now(),
+            **cohort_record(clients, measured, gradients=not self.config.strategy.trains),
             "left_out": self._left_out, "left_out_why": self._left_out_why}
         if self.config.cohort is not None:
             record["cohort"] = plan.cohort
         if self.config.eval_clients:
-            by_client = {int(k): v for r in reports for k, v in r.get("client_pieces", {}).items()}
-            record["client_val_ppls"] = [perplexity(mean_loss(by_client[k])) for k in plan.cohort]
+            record["client_val_ppls"] = [perplexity(mean_loss(client.validation))
+                                         for client in clients]
         self._left_out, self._left_out_why = [], []
         self.history.append(record)
         self._write(lambda: self._save(plan.round, model, record))
@@ -260,11 +277,11 @@ class Server:
             self._writing.popleft().result()
         self._writing.append(self._writer.submit(work))
 
-    def end_early(self, verdict: RoundDecision, model: Tensor | None, reports: list[dict[str, Any]]
+    def end_early(self, decision: RoundDecision, model: Tensor | None, reports: list[RoundReport]
                   ) -> None:
         """Keep the model of the last whole round, unless there is none, its replicas differ or it
         is not finite, and tell the reason; `reports`: of all ranks, on what they hold now."""
-        reason = verdict.error
+        reason = decision.error
         try:
             self._close()
             if model is not None and not replicas.compare(reports, model):
@@ -278,10 +295,10 @@ class Server:
             path = self.config.run_dir / "model.safetensors"
             if path.exists():
                 reason += f"; the last good model is in {path}"
-            write_failure(self.config.run_dir, reason.splitlines()[-1], verdict.kind)
+            write_failure(self.config.run_dir, reason.splitlines()[-1], decision.kind)
             print(f"fedrun: {reason}", file=sys.stderr, flush=True)
 
-    def finish(self, plan: RoundPlan, verdict: RoundDecision, reports: list[dict[str, Any]]) -> None:
+    def finish(self, plan: RoundPlan, decision: RoundDecision, reports: list[RoundReport]) -> None:
         """Wait until all is written, and say how the run stands."""
         self._wait_for_writer()
         self._commit(reports)
@@ -289,7 +306,7 @@ class Server:
         if plan.last:
             write_outcome(self.config.run_dir, "finished", plan.round)
             return
-        write_outcome(self.config.run_dir, "stopped", plan.round, verdict.stop)
+        write_outcome(self.config.run_dir, "stopped", plan.round, decision.stop)
         self.stopping.obeyed()
 
     def _wait_for_writer(self) -> None:
@@ -304,13 +321,7 @@ class Server:
         self.progress.close()
 
 
-def _clients(plan: RoundPlan, reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The clients' reports in the order of the cohort, wherever they were trained."""
-    by_client = {c["client"]: c for report in reports for c in report.get("clients", [])}
-    assert sorted(by_client) == sorted(plan.cohort)
-    return [by_client[k] for k in plan.cohort]
-
-
-def _pieces(reports: list[dict[str, Any]]) -> list[Piece]:
+def _validation(reports: list[RoundReport]) -> list[Piece]:
+    """The losses of all workers' parts of the validation split."""
     return [(number, loss, tokens) for report in reports
-            for number, loss, tokens in report.get("pieces", [])]
+            for number, loss, tokens in report.validation]

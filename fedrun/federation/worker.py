@@ -1,9 +1,9 @@
 """A worker: the clients of one process on one device.
 
-It holds one model, whose parameters every hosted client trains in its turn, the global model as a
-second vector (one for all workers on the CPUs of a machine), and one buffer that the clients' terms
-are added to: hundreds of clients cost little more memory than one, but for their states, which rest
-in a store between their turns.
+It holds one model, whose parameters each hosted client trains in turn, the global model as a second
+vector (one for all workers on the CPUs of a machine), and one buffer to which the clients' terms
+are added. Hundreds of clients cost little more memory than one, except for their states, which are
+kept in a store between their turns.
 """
 
 from __future__ import annotations
@@ -11,187 +11,228 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedrun.aggregation.base import Aggregator, norm
+from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.exact import MOMENTS, ExactAggregator
 from fedrun.aggregation.int8 import Int8Aggregator
+from fedrun.aggregation.slices import norm
+from fedrun.aggregation.update import ServerUpdate
 from fedrun.config import FederatedConfig
+from fedrun.data.partition import Shards
 from fedrun.data.tokens import TokenData
 from fedrun.distributed.runtime import Runtime
 from fedrun.federation import replicas
 from fedrun.federation.client import Client, mean_entropy
 from fedrun.federation.client_store import make_store
+from fedrun.federation.messages import RoundPlan, RoundReport, WorkerReport
 from fedrun.federation.placement import assign_clients
-from fedrun.federation.plan import RoundPlan, Schedule, Shards
-from fedrun.model.build import new_model
+from fedrun.federation.schedule import Schedule
+from fedrun.model.mamba2 import Mamba2LM
 from fedrun.records.checkpoint import GLOBAL, Checkpoint, CheckpointWriter, folder_of
 from fedrun.records.run_dir import save_snapshot, studied
 from fedrun.strategies.base import ClientReport, ServerRound
-from fedrun.strategies.fed_fisher import FedFisher
 from fedrun.training.evaluate import Piece, validation_pieces
 from fedrun.training.fisher import FisherEstimate
 from fedrun.training.optimizer import LocalOptimizer, scheduled_lr
 from fedrun.training.params import FlatParams
 
 
-class Worker:
-    """Local training, aggregation and a part of the evaluation; communicates only to aggregate."""
+class PeerFailed(Exception):
+    """Local training was interrupted because another rank has failed."""
 
-    def __init__(self, config: FederatedConfig, data: TokenData, runtime: Runtime,
-                 checkpoint: Checkpoint | None = None) -> None:
+
+class Worker:
+    """Local training, aggregation and a part of the evaluation. It communicates only to aggregate.
+    """
+
+    def __init__(self, config: FederatedConfig, data: TokenData, shards: Shards, schedule: Schedule,
+                 model: Mamba2LM, runtime: Runtime, checkpoint: Checkpoint | None = None) -> None:
+        """model: the run's model at its start, on this worker's device."""
         assert runtime.worker is not None
-        self.config = config
-        self.data = data
+        self.config, self.data, self.shards, self.schedule = config, data, shards, schedule
         self.runtime = runtime
         self.strategy = config.strategy
-        self.model = new_model(config, data.vocab_size, runtime.device)
-        self.flat = FlatParams(self.model)
-        plane = runtime.data_plane
-        self.global_model = plane.replicated(self.flat.vector)
-        self.state = {name: plane.replicated(torch.full_like(self.flat.vector, value))
+        self.model = model
+        self.flat = FlatParams(model)
+        plane, vector = runtime.data_plane, self.flat.vector
+        self.global_model = plane.replicated(vector)
+        self.state = {name: plane.replicated(torch.full_like(vector, value))
                       for name, value in self.strategy.state.items()}
         average = config.client_state == "average"
-        self.moments = {name: plane.replicated(torch.zeros_like(self.flat.vector)) for name in MOMENTS
+        self.moments = {name: plane.replicated(torch.zeros_like(vector)) for name in MOMENTS
                         } if average else None
-        """AdamW's moments, averaged over the last cohort, where clients share them."""
-        self.terms: Aggregator
+        """AdamW's moments averaged over the last cohort, if clients share them."""
+        self.aggregator: Aggregator
         if config.wire == "int8":
-            self.terms = Int8Aggregator(self.strategy, self.flat.size, self.flat.vector,
-                                 config.cohort_size, plane)
+            self.aggregator = Int8Aggregator(self.strategy, self.flat.size, vector,
+                                             config.cohort_size, plane)
         else:
-            self.terms = ExactAggregator(self.strategy, self.flat.size, self.flat.vector,
-                                 config.reduce == "exact", average, plane)
-        self.fisher = FisherEstimate(self.flat, self.strategy
-                                     ) if isinstance(self.strategy, FedFisher) else None
-        self.shards = Shards(config, data)
-        self.schedule = Schedule(config, self.shards.sizes)
+            self.aggregator = ExactAggregator(self.strategy, self.flat.size, vector,
+                                              config.reduce == "exact", average, plane)
+        self.server_update = ServerUpdate(self.strategy, self.aggregator)
+        self.fisher = FisherEstimate(self.flat, self.strategy.fisher_settings
+                                     ) if "fisher" in self.strategy.inputs else None
         self.clients = self._host_clients()
         self.store = make_store(config, {k: c.state() for k, c in self.clients.items()},
                                 runtime.device)
         self.start = studied(self.flat.views(self.global_model))
-        self.saver = CheckpointWriter()
+        self.checkpoint_writer = CheckpointWriter()
         self._added: list[int] = []  # clients whose terms are in this round's sum
-        if checkpoint:
+        if checkpoint is not None:
             self._load(checkpoint)
 
     def _host_clients(self) -> dict[int, Client]:
         """This worker's clients, which share its model and its optimizer."""
         config = self.config
-        work = [config.local_updates * config.batch_size] * config.num_clients  # of a round
+        work = [config.local_updates * config.batch_size] * config.num_clients  # in a round
         optimizer = LocalOptimizer(self.flat, config, self.schedule.rounds * config.local_updates)
+        hosted = assign_clients(work, len(self.runtime.workers))[self._index]
         return {k: Client(k, self.shards.train[k], self.data.train, self.flat, config, optimizer,
-                          keeps_moments=config.client_state == "keep")
-                for k in assign_clients(work, len(self.runtime.workers))[self.runtime.worker or 0]}
+                          keeps_moments=config.client_state == "keep") for k in hosted}
 
-    def train(self, plan: RoundPlan) -> dict[str, Any]:
-        """Train the hosted clients of the cohort, adding each one's term; nothing travels."""
+    @property
+    def _index(self) -> int:
+        """This worker's place among the workers."""
+        assert self.runtime.worker is not None
+        return self.runtime.worker
+
+    # ---- local training --------------------------------------------------------------------------
+
+    def train(self, plan: RoundPlan) -> WorkerReport:
+        """Train the hosted clients of the cohort and add each one's term; nothing is sent."""
         began = time.monotonic()
-        self.terms.begin(Bounds(plan.bound, plan.gradient_bound))
+        self.aggregator.begin(Bounds(plan.bound, plan.gradient_bound))
         weights = dict(zip(plan.cohort, plan.weights, strict=True))
         turns = self._hosted(plan.cohort)
-        clients, client_pieces = [], {}
+        reports = []
         for turn, index in enumerate(turns, 1):
             client = self.clients[index]
             client.load_state(self.store.checkout(index))
             if turn < len(turns):
                 self.store.prefetch(turns[turn])
-            clients.append(self._turn(client, weights[index], plan))
+            reports.append(self._train_client(client, weights[index], plan))
             self.store.checkin(index, client.release_state())
-            if plan.evaluate and self.config.eval_clients:
-                client_pieces[index] = clients[-1].pop("pieces")
-        self._added = [client["client"] for client in clients if not client["left_out"]]
-        # Bytes as if every client were a worker of its own: its term there, and the sum back.
-        return {"clients": clients, "client_pieces": client_pieces,
-                "bytes": 2 * len(clients) * self.terms.wire_bytes,
-                "local_training_seconds": time.monotonic() - began}
+        self._added = [report.client for report in reports if not report.left_out]
+        return WorkerReport(reports, bytes=2 * len(reports) * self.aggregator.bytes_sent,
+                            local_training_seconds=time.monotonic() - began)
 
     def _hosted(self, cohort: list[int]) -> list[int]:
         return [k for k in cohort if k in self.clients]
 
-    def _turn(self, client: Client, planned: float, plan: RoundPlan) -> dict[str, Any]:
-        """One client's part of a round: train, look at its model, add its term."""
-        report: dict[str, Any] = {"client": client.index}
+    def _train_client(self, client: Client, planned: float, plan: RoundPlan) -> ClientReport:
+        """One client's part of a round: train, measure its model, add its term."""
         own = None if plan.start_from_global else client.vectors.get("parameters")
         self.flat.vector.copy_(self.global_model if own is None else own)
         steps = self.config.local_updates
-        if "gradient" in self.strategy.inputs:
-            self._look_at_peers()
-            losses = client.gradient(self.model)
-        else:
+        first_step = (plan.round - 1) * steps
+        if self.strategy.trains:
             if self.config.client_state == "reset":
                 client.optimizer.reset()
             if self.moments is not None:
-                client.optimizer.load_moments(self.moments, (plan.round - 1) * steps)
-            if self.fisher:
+                client.optimizer.load_moments(self.moments, first_step)
+            if self.fisher is not None:
                 self.fisher.begin()
-            losses = client.train(self.model, steps, (plan.round - 1) * steps, self._look_at_peers,
+            losses = client.train(self.model, steps, first_step, self._check_peers,
                                   anchor=self.global_model, prox_mu=self.config.prox_mu,
                                   fisher=self.fisher)
+        else:
+            self._check_peers()
+            losses = client.gradient(self.model)
         if self.config.sync == "epoch":
             client.keep_parameters()
-        if self.strategy.holdout:
-            report["entropy"] = mean_entropy(self.model, self.data.train,
-                                             self.shards.holdout[client.index],
-                                             self.config.batch_size, self.strategy.holdout_batches)
-        if plan.evaluate and self.config.eval_clients:
-            report["pieces"] = self._pieces(0, 1)
-        if plan.evaluate and self.config.save_client_deltas:
-            save_snapshot(self.config.run_dir / f"client_{client.index}", plan.round,
-                         studied(self.flat.views(self.flat.vector)), self.start)
-        vectors = self._vectors(client)
-        left_out = self._add(vectors, planned, plan, report, losses.tokens)
-        if left_out:
+        report = ClientReport(client.index, losses.tokens, losses.loss_sum.item(),
+                              self._entropy(client))
+        if plan.evaluate:
+            report = self._measure(client, report, plan.round)
+        report = self._add(client, planned, plan, report)
+        if report.left_out:
             client.forget()
-        elif plan.evaluate:
-            first = self.strategy.inputs[0]
-            report["norm"] = norm(vectors[first], self.global_model if first == "delta" else None)
-        return report | {"loss_sum": losses.loss_sum.item(), "tokens": losses.tokens,
-                         "left_out": left_out}
+        return report
 
-    def _add(self, vectors: dict[str, Tensor], planned: float, plan: RoundPlan, report: dict[str, Any],
-             tokens: int) -> str:
-        """Add a client's term, its weight into the report; why not, where it is left out."""
-        entropy = report.get("entropy")
-        if entropy is not None and not math.isfinite(entropy):
-            return "entropy not finite"
+    def _entropy(self, client: Client) -> float | None:
+        """The mean entropy of its trained model on its holdout, if the method has one."""
+        if not self.strategy.holdout:
+            return None
+        return mean_entropy(self.model, self.data.train, self.shards.holdout[client.index],
+                            self.config.batch_size, self.strategy.holdout_batches)
+
+    def _measure(self, client: Client, report: ClientReport, number: int) -> ClientReport:
+        """In rounds that are evaluated: what the flags ask for of a client's own model."""
+        if self.config.save_client_deltas:
+            save_snapshot(self.config.run_dir / f"client_{client.index}", number,
+                          studied(self.flat.views(self.flat.vector)), self.start)
+        if self.config.eval_clients:
+            return replace(report, validation=self._validate(0, 1))
+        return report
+
+    def _add(self, client: Client, planned: float, plan: RoundPlan, report: ClientReport
+             ) -> ClientReport:
+        """Add a client's term; returns its report with its weight and norm, or with the reason why
+        it is left out."""
+        if report.entropy is not None and not math.isfinite(report.entropy):
+            return replace(report, entropy=None, left_out="entropy not finite")
         try:
-            report["weight"] = self.strategy.client_weight(planned, ClientReport(tokens, entropy),
-                                                           plan.reference)
+            weight = self.strategy.client_weight(planned, report, plan.entropy_reference)
         except ValueError as error:
-            return str(error)
-        return self.terms.add(vectors, report["weight"], start=self.global_model)
+            return replace(report, left_out=str(error))
+        vectors = self._vectors(client)
+        if left_out := self.aggregator.add(vectors, weight, start=self.global_model):
+            return replace(report, left_out=left_out)
+        report = replace(report, weight=weight)
+        if not plan.evaluate:
+            return report
+        first = next(iter(vectors))
+        origin = self.global_model if first == "parameters" else None
+        return replace(report, norm=norm(vectors[first], origin))
 
     def _vectors(self, client: Client) -> dict[str, Tensor]:
-        """What the method's terms are made of, for the client that has just trained."""
-        known = {"delta": self.flat.vector, "gradient": self.flat.grad}  # its update, not yet taken
-        if self.fisher:
-            known["fisher"] = self.fisher.finish()
-        vectors = {name: known[name] for name in self.strategy.inputs}
+        """What the client that has just trained reports, by name, (size,) each; its trained
+        `parameters` stand for its update `delta`."""
+        vectors: dict[str, Tensor] = {}
+        moments: dict[str, Tensor] = {}
+        if self.moments is not None:
+            moments = client.optimizer.bias_corrected_moments()
+        elif set(MOMENTS) & set(self.strategy.inputs):  # the client's own, which it keeps using
+            moments = client.optimizer.bias_corrected_moments(copy=True)
+        for name in self.strategy.inputs:
+            if name == "delta":
+                vectors["parameters"] = self.flat.vector
+            elif name == "gradient":
+                vectors[name] = self.flat.grad
+            elif name == "fisher":
+                assert self.fisher is not None
+                vectors[name] = self.fisher.finish()
+            else:
+                vectors[name] = moments[name]
         if self.config.wire == "int8":
             vectors["residual"] = client.residual()
-        return vectors if self.moments is None else vectors | client.optimizer.bias_corrected_moments()
+        return vectors if self.moments is None else vectors | moments
 
-    def aggregate(self, plan: RoundPlan) -> dict[str, Any]:
-        """Workers: sum the terms and update the global model; seconds it took, and norms."""
+    # ---- aggregation -----------------------------------------------------------------------------
+
+    def aggregate(self, plan: RoundPlan) -> RoundReport:
+        """Workers: sum the terms and update the global model."""
         began = time.monotonic()
-        self.terms.reduce(self._residuals())
+        self.aggregator.reduce(self._residuals())
         if not plan.last and (turns := self._hosted(self.schedule.cohort(plan.round + 1))):
             self.store.prefetch(turns[0])
         config = self.config
         context = ServerRound(plan.round, scheduled_lr(config, plan.round - 1,
                                                        self.schedule.rounds),
                               config.beta1, config.beta2, config.weight_decay)
-        norms = self.terms.apply(self.global_model, self.state, context, self.moments,
-                                 measure=plan.evaluate)
-        return {"aggregation_seconds": time.monotonic() - began, "server": norms}
+        measured = self.server_update.apply(self.global_model, self.state, context, self.moments,
+                                            measure=plan.evaluate)
+        return RoundReport(aggregation_seconds=time.monotonic() - began, measured=measured)
 
     def _residuals(self) -> Iterator[Tensor]:
-        """What each client owes whose term was added; kept again when the next one is asked for."""
+        """Yield the residual of each client in the sum in turn. Its state goes back to the store
+        when the generator advances."""
         for turn, index in enumerate(self._added, 1):
             state = self.store.checkout(index)
             if turn < len(self._added):
@@ -199,53 +240,58 @@ class Worker:
             yield state["residual"]
             self.store.checkin(index, state)
 
+    # ---- evaluation and checkpoints --------------------------------------------------------------
+
+    def evaluate(self, report: RoundReport) -> RoundReport:
+        """Evaluate the global model on this worker's part of the validation split."""
+        began = time.monotonic()
+        self.flat.vector.copy_(self.global_model)
+        losses = self._validate(self._index, len(self.runtime.workers))
+        return replace(report, validation=losses, evaluation_seconds=time.monotonic() - began)
+
+    def _validate(self, part: int, parts: int) -> list[Piece]:
+        return validation_pieces(self.model, self.data.validation, self.runtime.device, part, parts,
+                                 self._check_peers)
+
+    def check_replicas(self, report: RoundReport) -> RoundReport:
+        """Digests of all that every worker holds (see replicas.py), from the workers that hold a
+        replica of their own."""
+        if self.runtime.data_plane.node_rank > 0:
+            return report
+        state = self._global_state()
+        return replace(report, replicas=replicas.digests(state),
+                       not_finite=replicas.not_finite(state))
+
     def _global_state(self) -> dict[str, Tensor]:
         """What is the same on every worker, by name: the tensors themselves."""
         return {"model": self.global_model} | {
             f"server.{name}": t for name, t in self.state.items()} | {
             f"moments.{name}": t for name, t in (self.moments or {}).items()}
 
-    def examine(self) -> dict[str, Any]:
-        """What this worker tells of the global model and all else that every worker has: see
-        replicas.py. Nothing where it looks at a replica that another one tells of."""
-        first = self.runtime.data_plane.node_rank == 0
-        return replicas.examine(self._global_state()) if first else {}
-
     def save(self, plan: RoundPlan) -> None:
-        """Begin to write this worker's files of a checkpoint, as everything is here and now."""
-        files = {GLOBAL: self._global_state()} if self.runtime.worker == 0 else {}
-        self.store.save(self.saver, folder_of(self.config.run_dir, plan.round), plan.round, files)
+        """Start to write this worker's files of a checkpoint, with everything as it is now."""
+        files = {GLOBAL: self._global_state()} if self._index == 0 else {}
+        self.store.save(self.checkpoint_writer, folder_of(self.config.run_dir, plan.round),
+                        plan.round, files)
+
+    def written(self, wait: bool = False) -> list[dict[str, Any]]:
+        """What `CheckpointWriter.written` returns."""
+        return self.checkpoint_writer.written(wait)
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        held = checkpoint.tensors(GLOBAL)
+        tensors = checkpoint.tensors(GLOBAL)
         for name, tensor in self._global_state().items():
-            self.runtime.data_plane.write(tensor, held[name])
+            self.runtime.data_plane.write(tensor, tensors[name])
         self.store.load(checkpoint)
 
-    def end(self, plan: RoundPlan) -> list[dict[str, Any]]:
-        """After the last round: save it, where that is planned, and wait until all is written.
-        What `CheckpointWriter.written` tells."""
+    def finish(self, plan: RoundPlan) -> RoundReport:
+        """After the last round: save it, if that is planned, and wait until all is written."""
         if plan.save and plan.last:
             self.save(plan)
-        written = self.saver.written(wait=True)
+        report = RoundReport(written=self.written(wait=True))
         self.store.close(self.config.timeout)
-        return written
+        return report
 
-    def evaluate(self) -> tuple[list[Piece], float]:
-        """This worker's part of the validation split under the global model; seconds it took."""
-        began = time.monotonic()
-        self.flat.vector.copy_(self.global_model)
-        return self._pieces(self.runtime.worker or 0, len(self.runtime.workers)), \
-            time.monotonic() - began
-
-    def _pieces(self, part: int, parts: int) -> list[Piece]:
-        return validation_pieces(self.model, self.data.validation, self.runtime.device, part, parts,
-                                 self._look_at_peers)
-
-    def _look_at_peers(self) -> None:
+    def _check_peers(self) -> None:
         if self.runtime.control.peer_failed():
             raise PeerFailed
-
-
-class PeerFailed(Exception):
-    """Local work was broken off because another rank has failed."""

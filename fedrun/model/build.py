@@ -8,7 +8,7 @@ import torch
 
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
-from fedrun.model.pretrained import find_pretrained
+from fedrun.model.pretrained import Pretrained
 
 DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
 """The type of the parameters, by --dtype."""
@@ -23,18 +23,18 @@ class ModelSettings(Protocol):
     def dtype(self) -> str: ...
     @property
     def seed(self) -> int: ...
-    @property
-    def init_from(self) -> str | None: ...
 
 
-def new_model(settings: ModelSettings, vocab_size: int, device: torch.device) -> Mamba2LM:
-    """The model of a run at its start: the same weights on every rank and every device."""
+def new_model(settings: ModelSettings, vocab_size: int, device: torch.device,
+              pretrained: Pretrained | None = None) -> Mamba2LM:
+    """The model of a run at its start, from scratch or with the weights of `pretrained`: the same
+    on every rank and every device."""
     assert settings.dtype in DTYPES, "resolved before anything is built: it decides the bits"
     products = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
     shape = settings.model
     model = Mamba2LM(shape, shape.rows(vocab_size), compute_dtype=products)
-    if settings.init_from is None:
+    if pretrained is None:
         model.init_weights(settings.seed)
     else:
-        find_pretrained(settings.init_from, "--init_from").load_into(model)
+        pretrained.load_into(model)
     return model.to(device=device, dtype=DTYPES[settings.dtype])

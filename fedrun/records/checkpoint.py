@@ -17,7 +17,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -222,11 +222,12 @@ class CheckpointCoordinator:
         """The workers have begun to write; `server` is what the server has to keep."""
         self._begun[step], self._answers[step] = server, []
 
-    def collect(self, reports: Iterable[Mapping[str, Any]]) -> Iterator[Callable[[], None]]:
-        """From the workers' reports: what is left to write of each checkpoint that they have all
-        written. One that somebody could not write is told, and removed."""
+    def collect(self, reports: Iterable[Sequence[dict[str, Any]]]) -> Iterator[Callable[[], None]]:
+        """From what each worker has written (`CheckpointWriter.written`): what is left to write of
+        each checkpoint that they have all written. One that somebody could not write is told, and
+        removed."""
         for report in reports:
-            for written in report.get("saved", ()):
+            for written in report:
                 self._answers[written["step"]].append(written)
         for step in [s for s, answers in self._answers.items() if len(answers) == self.workers]:
             server, answers = self._begun.pop(step), self._answers.pop(step)

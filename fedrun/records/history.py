@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedrun.strategies.base import ClientReport
 from fedrun.training.evaluate import Piece, mean_loss, perplexity
 
 SECONDS = ("local_training_seconds", "aggregation_seconds", "evaluation_seconds")
@@ -67,33 +68,39 @@ def half_losses(pieces: Sequence[Piece]) -> list[float]:
             for half in halves]
 
 
-def cohort_record(clients: Sequence[Mapping[str, Any]], server: Mapping[str, float],
-                  gradients: bool) -> dict[str, Any]:
+def normalised_weights(clients: Sequence[ClientReport]) -> list[float]:
+    """The clients' shares of the total weight, in their order; 0 for those that are left out."""
+    total = math.fsum(c.weight for c in clients)
+    return [c.weight / total for c in clients]
+
+
+def cohort_record(clients: Sequence[ClientReport], measured: Mapping[str, float], gradients: bool
+                  ) -> dict[str, Any]:
     """Weights, entropies, norms and cosines of one round.
 
-    clients: reports in the order of the cohort; server: what `ExactAggregator.apply` measured; gradients:
-    whether clients sent gradients, not updates.
+    clients: in the order of the cohort; measured: what the server update measured (see
+    aggregation/update.py); gradients: whether clients sent gradients instead of updates.
     """
-    total = math.fsum(c["weight"] for c in clients if not c["left_out"])
-    weights = [0.0 if c["left_out"] else c["weight"] / total for c in clients]
+    weights = normalised_weights(clients)
     record: dict[str, Any] = {
         "client_weights": weights, "effective_clients": 1 / math.fsum(p * p for p in weights),
-        "step_norm": server["step_norm"]}
-    if "entropy" in clients[0]:
-        entropies = [None if c["left_out"] else c["entropy"] for c in clients]
+        "step_norm": measured["step_norm"]}
+    if any(c.entropy is not None for c in clients):
+        entropies = [None if c.left_out else c.entropy for c in clients]
         known = [h for h in entropies if h is not None]
         record |= {"client_entropies": entropies,
                    "avg_client_entropy": math.fsum(known) / len(known)}
-    if "under_floor" in server:
-        record["share_under_floor"] = server["under_floor"]
-    norms = [0.0 if c["left_out"] else c["norm"] for c in clients]
+    if "under_floor" in measured:
+        record["share_under_floor"] = measured["under_floor"]
+    norms = [c.norm or 0.0 for c in clients]
     record["gradient_norms" if gradients else "update_norms"] = norms
-    if "mean_norm" in server:
+    if "mean_norm" in measured:
+        mean_norm = measured["mean_norm"]
         record["gradient_cosine" if gradients else "update_cosine"] = mean_cosine(
-            weights, norms, server["mean_norm"])
-        if gradients and server["mean_norm"] > 0:
+            weights, norms, mean_norm)
+        if gradients and mean_norm > 0:
             record["noise_ratio"] = math.fsum(
-                p * n * n for p, n in zip(weights, norms, strict=True)) / server["mean_norm"] ** 2
+                p * n * n for p, n in zip(weights, norms, strict=True)) / mean_norm**2
     return record
 
 

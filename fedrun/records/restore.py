@@ -14,12 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedrun.common.files import DamagedFile, read_regular, write_json
 from fedrun.config import FederatedConfig, RunConfig
-from fedrun.data.tokens import TokenData
-from fedrun.model.build import new_model
+from fedrun.model.mamba2 import Mamba2LM
 from fedrun.records.checkpoint import GLOBAL, Checkpoint
 from fedrun.records.history import RunTotals
 from fedrun.records.run_dir import (
@@ -80,12 +77,12 @@ def _events(path: Path) -> list[Mapping[str, Any]]:
     return found
 
 
-def complete(config: RunConfig, data: TokenData, found: Checkpoint) -> None:
+def complete(config: RunConfig, found: Checkpoint, model: Mamba2LM) -> None:
     """Rank 0: finish the folder of a run whose last step a checkpoint holds, and that was ended
     before it could say so. `prepare_run_dir` has been here."""
     federated = isinstance(config, FederatedConfig)
     run_dir, state = config.run_dir, found.server
-    flat = FlatParams(new_model(config, data.vocab_size, torch.device("cpu")))
+    flat = FlatParams(model)
     start = studied(flat.views(flat.vector))
     flat.vector.copy_(found.tensors(GLOBAL)["model"])
     save_model(run_dir / "model.safetensors", flat.views(flat.vector))

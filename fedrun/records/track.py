@@ -22,6 +22,8 @@ from fedrun.common.errors import FolderLost, InputError
 from fedrun.common.files import DamagedFile, check_claim, finite, on_disk, read_json, write_json
 from fedrun.common.terminal import visible
 from fedrun.config import RunConfig
+from fedrun.records.history import normalised_weights
+from fedrun.strategies.base import ClientReport
 
 PROJECT = "fedrun"
 
@@ -125,14 +127,17 @@ class Events:
                 self.tracker.close()
 
 
-def cohort_event(clients: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What an event says of each client of a round: loss in nats a token, its part of the weight,
-    and, where they were measured, the norm of its update and its entropy."""
-    total = math.fsum(c["weight"] for c in clients if not c["left_out"])
-    return [{"client": c["client"], "loss": None if c["left_out"] else c["loss_sum"] / c["tokens"],
-             "weight": 0.0 if c["left_out"] else c["weight"] / total}
-            | {name: c[name] for name in ("norm", "entropy") if name in c and not c["left_out"]}
-            for c in clients]
+def cohort_event(clients: Sequence[ClientReport]) -> list[dict[str, Any]]:
+    """What an event records of each client of a round: its loss in nats a token, its share of the
+    weight, and, if they were measured, the norm of its update and its entropy."""
+    def measured(client: ClientReport) -> dict[str, float]:
+        values = {"norm": client.norm, "entropy": client.entropy}
+        return {} if client.left_out else {n: v for n, v in values.items() if v is not None}
+
+    return [{"client": client.client,
+             "loss": None if client.left_out else client.loss_sum / client.tokens,
+             "weight": weight} | measured(client)
+            for client, weight in zip(clients, normalised_weights(clients), strict=True)]
 
 
 # ---- trackers ------------------------------------------------------------------------------------

@@ -1,19 +1,21 @@
 """What an aggregation method is: a sum of client terms, then a server update.
 
-The terms of one round are summed over the cohort; the update runs on the workers, from the same sum
-to the same bits, so that nothing is sent back. A method is a frozen
-dataclass: its fields are its flags (the docstring under a field is the flag's help), its two
-functions `client_term` and `server_update` are its algebra. Both are **elementwise**: they are
-called on matching slices of the flat vectors, small enough to stay in the cache. Nothing here knows
-of processes, and nothing imports torch: tensors bring their own operations.
+The terms of one round are summed over the cohort. The update runs on the workers, from the same sum
+to the same bits, so nothing has to be sent back. A method is a frozen dataclass. Its fields are its
+flags (the docstring under a field is the flag's help). Its two functions `client_term` and
+`server_update` are its algebra, and both are **elementwise**: they are called on matching slices of
+the flat vectors, small enough to stay in the cache. Nothing here knows of processes, and nothing
+imports torch: tensors bring their own operations.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from fedrun.common.errors import require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,60 +23,94 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BoundExponents:
-    """The largest element of a summed vector, in powers of what is known before training:
-    the furthest that local steps move a parameter, and the largest element of a gradient."""
+    """The largest element of a vector, as powers of two numbers known before training: how far
+    local steps can move a parameter, and the largest element of a gradient."""
 
     update: int = 0
     gradient: int = 0
 
 
-# What a client can report, each as long as the model: its update d_k = w_k - w; the gradient of its
-# mean loss; its Fisher diagonal; AdamW's two moments, corrected for their bias.
 CLIENT_VECTORS: dict[str, BoundExponents] = {
-    "delta": BoundExponents(update=1), "gradient": BoundExponents(gradient=1), "fisher": BoundExponents(gradient=2),
-    "exp_avg": BoundExponents(gradient=1), "exp_avg_sq": BoundExponents(gradient=2)}
+    "delta": BoundExponents(update=1),
+    "gradient": BoundExponents(gradient=1),
+    "fisher": BoundExponents(gradient=2),
+    "exp_avg": BoundExponents(gradient=1),
+    "exp_avg_sq": BoundExponents(gradient=2)}
+"""What a client can report, each as long as the model: its update d_k = w_k - w; the gradient of
+its mean loss; its Fisher diagonal; AdamW's two moments, corrected for their bias."""
 
 
 @dataclass(frozen=True)
 class ClientReport:
-    """What a client's weight may depend on, besides its shard."""
+    """What one client reports of a round besides its vectors."""
 
+    client: int
     tokens: int
     """Tokens in this round's losses."""
+    loss_sum: float
+    """Sum of their losses, in nats."""
     entropy: float | None = None
-    """Mean predictive entropy of the trained model on the client's holdout, in nats a token."""
+    """Mean predictive entropy of the trained model on the client's holdout, in nats a token; for
+    methods with a holdout."""
+    weight: float = 0.0
+    """The client's weight p_k, not normalised; 0 if it is left out."""
+    norm: float | None = None
+    """Norm of its update or gradient; in rounds that are evaluated."""
+    left_out: str = ""
+    """Why nothing of this client is in the sum; empty if it is."""
+    validation: Sequence[tuple[int, float, int]] = ()
+    """Losses of the client's own model on the validation split (see training/evaluate.py)."""
+
+
+@dataclass(frozen=True)
+class FisherSettings:
+    """How clients estimate their Fisher diagonal; the estimators are in training/fisher.py."""
+
+    estimate: Literal["batch", "sequence", "corrected"] = "batch"
+    microbatches: int = 2
+    """Parts of a batch, for `corrected`; they must divide the batch."""
+    scope: Literal["all", "mixers"] = "all"
+    """Parameters outside the scope have a Fisher diagonal of zero."""
+
+    def gradient_scale(self, batch_size: int, sequence_length: int) -> float:
+        """How many times as large as an element of a batch's mean gradient the square root of an
+        estimate can be."""
+        if self.estimate == "sequence":  # gradients of a sequence's summed loss
+            return float(sequence_length - 1)
+        if self.estimate == "corrected":
+            return math.sqrt(2 * batch_size / self.microbatches)
+        return 1.0
 
 
 @dataclass(frozen=True)
 class ServerRound:
-    """What a server update may depend on, besides the vectors."""
+    """What a server update may depend on besides the vectors."""
 
     number: int
     """The round, counted from 1."""
     lr: float = 0.0
-    """--lr by its schedule, and the other settings of AdamW, for methods that run it here."""
+    """--lr by its schedule; this and the next three are for methods that run AdamW here."""
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.0
     global_mean: Mapping[str, float] | None = None
-    """Means over all elements of the vectors that the method asks for in `global_means`."""
-
-    def with_global_mean(self, means: Mapping[str, float]) -> ServerRound:
-        return dataclasses.replace(self, global_mean=means)
+    """Means over all elements of the vectors that the method lists in `global_means`."""
 
 
 @dataclass(frozen=True)
 class Strategy:
-    """A method of aggregation: what is summed over the clients, and what the sum does."""
+    """A method of aggregation: what is summed over the clients, and what is made of the sum."""
 
     inputs: ClassVar[tuple[str, ...]] = ("delta",)
-    """The client vectors that the terms are made of: names in CLIENT_VECTORS."""
+    """The client vectors that the terms are made of, by their names in CLIENT_VECTORS. With
+    `gradient`, which stands alone, a client computes one gradient at the global model and does not
+    train."""
     global_means: ClassVar[tuple[str, ...]] = ()
     """Summed vectors whose mean over all elements the server update needs."""
     diagnostics: ClassVar[tuple[str, ...]] = ()
-    """Names of what `counts` counts."""
+    """Names of the counts that `count_diagnostics` returns."""
     weight_headroom: ClassVar[int] = 0
-    """The weights of a cohort sum to at most 2 to this power (one, where they are known ahead)."""
+    """The weights of a cohort sum to at most 2 to this power (0: to one, known before training)."""
 
     @property
     def sums(self) -> Mapping[str, BoundExponents]:
@@ -83,48 +119,81 @@ class Strategy:
 
     @property
     def state(self) -> Mapping[str, float]:
-        """The server's own vectors, which live on from round to round, and their first values."""
+        """The server's own vectors, which persist from round to round, and their first values."""
         return {}
 
     @property
+    def trains(self) -> bool:
+        """Whether clients train; otherwise they compute one gradient at the global model."""
+        return "gradient" not in self.inputs
+
+    @property
+    def fisher_settings(self) -> FisherSettings:
+        """How clients estimate `fisher`, for methods that have it among their inputs."""
+        return FisherSettings()
+
+    @property
     def holdout(self) -> float:
-        """Fraction of a client's shard that is kept for its entropy and never trained on."""
+        """Fraction of a client's shard that is held out to measure its entropy."""
         return 0.0
 
     @property
     def holdout_batches(self) -> int:
-        """At most so many batches of it are evaluated for the client's entropy."""
+        """The entropy is measured on at most this many batches of the holdout."""
         return 0
+
+    def check(self, config: Any) -> None:
+        """Raise InputError, naming the flag, for settings of a run that this method cannot have.
+
+        config: the run's FederatedConfig, complete but for this check.
+        """
+        require(self.trains or self.inputs == ("gradient",), "inputs", self.inputs,
+                "gradient alone, or vectors of a client that trains")
+        if not self.trains:
+            # A client makes no local step, so settings of local training would do nothing.
+            for flag, value in {"local_updates": 1, "client_state": "keep", "sync": "round",
+                                "prox_mu": 0, "grad_clip": None}.items():
+                require(getattr(config, flag) == value, f"--{flag}", getattr(config, flag),
+                        f"{value} for {config.method}".lower())
+        if "fisher" in self.inputs and self.fisher_settings.estimate == "corrected":
+            parts = self.fisher_settings.microbatches
+            require(config.batch_size % parts == 0, "--fisher_microbatches", parts,
+                    f"a divisor of --batch_size {config.batch_size}")
 
     def plan_weights(self, shard_tokens: Sequence[int], round_tokens: int) -> list[float]:
         """The part of the cohort's weights p_k that is known before training.
 
         shard_tokens: of each client of the cohort; round_tokens: the most that a client can train
-        on in a round. `client_weight` of all clients must sum to at most 2**weight_headroom.
+        on in a round. The cohort's `client_weight`s must sum to at most 2**weight_headroom.
         """
         raise NotImplementedError(f"{type(self).__name__} has no plan_weights")
 
-    def client_weight(self, planned: float, report: ClientReport, reference: float) -> float:
-        """A client's weight after its training. Weights need not sum to one: the sum is divided by
-        their sum. `reference` is what `next_reference` made of the round before. A client for
-        which this raises a ValueError is left out."""
+    def client_weight(self, planned: float, report: ClientReport, entropy_reference: float
+                      ) -> float:
+        """A client's weight after its training. Weights need not sum to one: the sum of the terms
+        is divided by theirs. If this raises a ValueError, the client is left out.
+
+        entropy_reference: what `next_entropy_reference` made of the round before.
+        """
         return planned
 
-    def next_reference(self, entropies: Sequence[float]) -> float:
+    def next_entropy_reference(self, entropies: Sequence[float]) -> float:
         """A number for the next round's `client_weight`, from this round's entropies."""
         return 0.0
 
-    def first_reference(self, vocab_size: int, clients: int) -> float:
+    def first_entropy_reference(self, vocab_size: int, clients: int) -> float:
         """The same for the first round."""
         return 0.0
 
     def refuse_total(self, total: float) -> str:
-        """Why a round whose weights sum to `total` cannot be used; empty where it can."""
+        """Why a round whose weights sum to `total` cannot be used; empty if it can."""
         return ""
 
     def gradient_scale(self, batch_size: int, sequence_length: int) -> float:
-        """How many times as large as an element of a batch's mean gradient one may be that the
-        method squares or sums; for gradients of other losses than the mean."""
+        """How many times as large as an element of a batch's mean gradient an element of the
+        gradients can be that the method's inputs are made of."""
+        if "fisher" in self.inputs:
+            return self.fisher_settings.gradient_scale(batch_size, sequence_length)
         return 1.0
 
     def client_term(self, client: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
@@ -142,11 +211,13 @@ class Strategy:
         """
         raise NotImplementedError(f"{type(self).__name__} has no server_update")
 
-    def count_diagnostics(self, mean: Mapping[str, Tensor], context: ServerRound) -> Mapping[str, Tensor]:
-        """Numbers of elements (0-dim) with a property that the history shows as a share of all, by
-        the names in `counted`; called before `server_update`, with the same arguments."""
+    def count_diagnostics(self, mean: Mapping[str, Tensor], context: ServerRound
+                          ) -> Mapping[str, Tensor]:
+        """Numbers of elements (0-dim) with some property, by the names in `diagnostics`; the
+        history shows them as shares of all elements. Called before `server_update`, with the same
+        arguments."""
         return {}
 
     def warnings(self, local_updates: int) -> list[str]:
-        """Settings that work but hardly do what was meant."""
+        """Settings that are accepted but hardly do what was meant, a line each."""
         return []

@@ -35,13 +35,13 @@ class FedMomentum(FedAvg):
     server_lr: float = 1.0
     """Server learning rate eta."""
     momentum_form: Literal["ema", "heavy_ball", "nesterov"] = "ema"
-    """v <- b v + (1-b) S (ema), or torch.optim.SGD's momentum on -S, plain (heavy_ball) or
-    Nesterov's: their steady step is 1/(1-b) times as long."""
+    """v <- b v + (1-b) S (ema), or the momentum of torch.optim.SGD on -S, plain (heavy_ball) or
+    Nesterov's (nesterov), whose steady step is 1/(1-b) times as long."""
 
     def __post_init__(self) -> None:
         require(0 <= self.server_momentum < 1, "--server_momentum", self.server_momentum,
-                "a number of at least 0 and below 1")
-        require(self.server_lr > 0, "--server_lr", self.server_lr, "a number above 0")
+                "in [0, 1)")
+        require(self.server_lr > 0, "--server_lr", self.server_lr, "> 0")
 
     @property
     def state(self) -> Mapping[str, float]:

@@ -30,18 +30,18 @@ class FedAdagrad(FedAvg):
     """Adagrad on the server, fed with the mean update (Reddi et al. 2021)."""
 
     server_lr: float = 1e-2
-    """Server learning rate eta: about how far an element moves in a round."""
+    """Server learning rate eta: roughly how far an element moves in a round."""
     server_beta1: float = 0.0
     """Decay of the server's first moment, in [0, 1)."""
     tau: float = 1e-5
-    """Degree of adaptivity: added to the denominator; its square is where the second moment
-    starts."""
+    """Degree of adaptivity: added to the denominator; its square is the second moment's first
+    value."""
 
     def __post_init__(self) -> None:
-        require(self.server_lr > 0, "--server_lr", self.server_lr, "a number above 0")
+        require(self.server_lr > 0, "--server_lr", self.server_lr, "> 0")
         require(0 <= self.server_beta1 < 1, "--server_beta1", self.server_beta1,
-                "a number of at least 0 and below 1")
-        require(self.tau > 0, "--tau", self.tau, "a number above 0")
+                "in [0, 1)")
+        require(self.tau > 0, "--tau", self.tau, "> 0")
 
     @property
     def state(self) -> Mapping[str, float]:
@@ -64,7 +64,7 @@ class FedAdam(FedAdagrad):
     """Adam on the server, fed with the mean update (Reddi et al. 2021)."""
 
     server_lr: float = 3e-3
-    """Server learning rate eta: about how far an element moves in a round."""
+    """Server learning rate eta: roughly how far an element moves in a round."""
     server_beta1: float = 0.9
     """Decay of the server's first moment, in [0, 1)."""
     server_beta2: float = 0.99
@@ -73,7 +73,7 @@ class FedAdam(FedAdagrad):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.server_beta2 < 1, "--server_beta2", self.server_beta2,
-                "a number of at least 0 and below 1")
+                "in [0, 1)")
 
     def second_moment(self, v: Tensor, s: Tensor) -> None:
         v.mul_(self.server_beta2).addcmul_(s, s, value=1 - self.server_beta2)

@@ -1,10 +1,10 @@
-"""FedSGD: a client sends one gradient at the global model, and the server makes an AdamW step.
+"""FedSGD: a client sends one gradient at the global model, and the server takes an AdamW step.
 
     g = sum_k n_k g_k / sum_k n_k,   w <- AdamW(w, g)
 
-n_k is the number of tokens in client k's loss, so that g is the gradient of the mean loss over the
-batches of the whole cohort, and the run that of `central` on these batches. McMahan et al. (2017),
-section 2, with AdamW (Loshchilov & Hutter 2019, Algorithm 2, as torch.optim.AdamW) for SGD.
+n_k is the number of tokens in client k's loss, so g is the gradient of the mean loss over the
+batches of the whole cohort, and the run equals `central` on these batches. McMahan et al. (2017),
+section 2, with AdamW (Loshchilov & Hutter 2019, Algorithm 2, as in torch.optim.AdamW) for SGD.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class FedSGD(Strategy):
     def plan_weights(self, shard_tokens: Sequence[int], round_tokens: int) -> list[float]:
         return [1 / (len(shard_tokens) * round_tokens)] * len(shard_tokens)
 
-    def client_weight(self, planned: float, report: ClientReport, reference: float) -> float:
+    def client_weight(self, planned: float, report: ClientReport, entropy_reference: float
+                      ) -> float:
         return planned * report.tokens
 
     def client_term(self, client: Mapping[str, Tensor]) -> tuple[Tensor, ...]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedrun.model.mamba2 import Mamba2LM
-from fedrun.strategies.fed_fisher import FedFisher
+from fedrun.strategies.base import FisherSettings
 from fedrun.training.params import FlatParams
 
 
@@ -34,13 +34,13 @@ def batch_gradient(model: Mamba2LM, flat: FlatParams, batch: Tensor) -> tuple[Te
 class FisherEstimate:
     """The mean of a round's estimates, one for each batch, in `diagonal` (size,)."""
 
-    def __init__(self, flat: FlatParams, settings: FedFisher) -> None:
+    def __init__(self, flat: FlatParams, settings: FisherSettings) -> None:
         self.flat = flat
         self.settings = settings
         self.diagonal = torch.zeros_like(flat.vector)
         self._batches = 0
-        corrected = settings.fisher == "corrected"
-        self._mean = torch.zeros_like(flat.vector) if settings.fisher != "batch" else None
+        corrected = settings.estimate == "corrected"
+        self._mean = torch.zeros_like(flat.vector) if settings.estimate != "batch" else None
         self._spread = torch.zeros_like(flat.vector) if corrected else None
 
     def begin(self) -> None:
@@ -51,11 +51,11 @@ class FisherEstimate:
     def gradient(self, model: Mamba2LM, batch: Tensor) -> tuple[Tensor, int]:
         """What `batch_gradient` does, and an estimate for this batch beside it."""
         self._batches += 1
-        if self.settings.fisher == "batch":
+        if self.settings.estimate == "batch":
             loss, tokens = batch_gradient(model, self.flat, batch)
             self.diagonal.addcmul_(self.flat.grad, self.flat.grad)
             return loss, tokens
-        if self.settings.fisher == "sequence":
+        if self.settings.estimate == "sequence":
             return self._sequences(model, batch)
         return self._microbatches(model, batch)
 
@@ -74,7 +74,7 @@ class FisherEstimate:
     def _microbatches(self, model: Mamba2LM, batch: Tensor) -> tuple[Tensor, int]:
         assert self._mean is not None
         assert self._spread is not None
-        count = self.settings.fisher_microbatches
+        count = self.settings.microbatches
         mean, spread = self._mean.zero_(), self._spread.zero_()
         losses, tokens = [], 0
         for seen, part in enumerate(batch.chunk(count), start=1):
@@ -95,7 +95,7 @@ class FisherEstimate:
         """The round's estimate (size,); zero outside of --fisher_scope, where the floor of the
         method then makes the average a plain one."""
         self.diagonal.div_(self._batches)
-        if self.settings.fisher_scope == "mixers":
+        if self.settings.scope == "mixers":
             for name, view in self.flat.views(self.diagonal):
                 if ".mixer." not in name:
                     view.zero_()

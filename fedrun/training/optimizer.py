@@ -74,15 +74,19 @@ class LocalOptimizer:
         device = self.flat.vector.device
         self.state = {name: tensor.to(device) for name, tensor in state.items()}
 
-    def bias_corrected_moments(self) -> dict[str, Tensor]:
-        """AdamW's moments, corrected for their bias in place: to be loaded before the next step.
+    def bias_corrected_moments(self, copy: bool = False) -> dict[str, Tensor]:
+        """AdamW's moments, (size,) each, corrected for their bias: in place, so that they have to
+        be loaded again before the next step, or as copies.
 
-        Corrected, since the second moment of a first step is a thousandth of the squared gradient,
-        too small for the grid that squared gradients are summed on.
+        Corrected because the second moment of a first step is a thousandth of the squared gradient,
+        too small for the grid on which squared gradients are summed.
         """
         steps = int(self.state["step"])
-        return {"exp_avg": self.state["exp_avg"].div_(1 - self.config.beta1**steps),
-                "exp_avg_sq": self.state["exp_avg_sq"].div_(1 - self.config.beta2**steps)}
+        moments = {name: self.state[name] for name in ("exp_avg", "exp_avg_sq")}
+        if copy:
+            moments = {name: tensor.clone() for name, tensor in moments.items()}
+        return {"exp_avg": moments["exp_avg"].div_(1 - self.config.beta1**steps),
+                "exp_avg_sq": moments["exp_avg_sq"].div_(1 - self.config.beta2**steps)}
 
     def load_moments(self, moments: dict[str, Tensor], steps: int) -> None:
         """Go on from moments corrected for their bias, (size,) each, after so many steps."""

@@ -46,7 +46,7 @@ from fedrun.distributed.stopping import StopRequest
 from fedrun.experiment import resolve_dtype
 from fedrun.federation import server, worker
 from fedrun.federation.client import Client, LocalLosses
-from fedrun.federation.plan import RoundDecision, RoundPlan
+from fedrun.federation.schedule import RoundDecision, RoundPlan
 from fedrun.flags import resolve
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM

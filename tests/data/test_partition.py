@@ -20,7 +20,7 @@ from fedrun.data.holdings import holdings
 from fedrun.data.partition import apportion, client_shards, deal_topics, deal_whole, shard_sizes
 from fedrun.data.reading import Reading
 from fedrun.data.tokens import TokenData, prepare
-from fedrun.federation.plan import Schedule, Shards
+from fedrun.federation.schedule import Schedule, Shards
 from fedrun.flags import resolve
 from fedrun.model.build import new_model
 from fedrun.records.provenance import check_provenance

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedrun.config import FederatedConfig
-from fedrun.federation.plan import Schedule
+from fedrun.federation.schedule import Schedule
 from fedrun.flags import resolve
 from tests.support.runs import FAULTY, Run, fault, without_clocks
 

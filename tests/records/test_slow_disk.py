@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedrun.federation.plan import RoundPlan
+from fedrun.federation.schedule import RoundPlan
 from fedrun.federation.server import PENDING, Server
 from fedrun.federation.worker import Worker
 from fedrun.records import checkpoint, run_dir

@@ -15,7 +15,7 @@ import torch
 from fedrun.data.batches import DrawnBatches, split_holdout
 from fedrun.data.tokens import TokenData
 from fedrun.federation.client import Client
-from fedrun.federation.plan import Schedule, Shards
+from fedrun.federation.schedule import Schedule, Shards
 from fedrun.flags import resolve
 from fedrun.strategies import STRATEGIES
 from tests.support.every_method import METHODS

@@ -1,0 +1,79 @@
+"""Flat vectors in slices that stay in the processor's cache, and norms taken over them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fedrun.distributed.data_plane import DataPlane
+
+# Elements of a slice. On a GPU, where kernel launches cost more than memory, a slice is large.
+_SLICE = {"cpu": 1 << 16, "cuda": 1 << 24}
+
+
+def slice_width(size: int, device: torch.device) -> int:
+    """Elements in a slice of a vector of `size` elements on this device."""
+    return min(size, _SLICE[device.type])
+
+
+class Slices:
+    """A vector of `size` elements cut into slices of `width`.
+
+    Where workers share memory, each of them updates its own section of the slices.
+    """
+
+    def __init__(self, size: int, width: int, plane: DataPlane) -> None:
+        self.ranges = [(a, min(a + width, size)) for a in range(0, size, width)]
+        """First element and end of each slice."""
+        self._plane = plane
+
+    def own(self) -> Iterator[tuple[int, int, int]]:
+        """Index, first element and end of each slice in this worker's section."""
+        return ((i, *self.ranges[i]) for i in self._plane.section(len(self.ranges)))
+
+    def table(self, names: Sequence[str]) -> SliceTable:
+        return SliceTable(names, len(self.ranges), self._plane)
+
+
+class SliceTable:
+    """One number for each slice, under several names.
+
+    The worker that owns a slice writes its number; all read them after the next `barrier`.
+    """
+
+    def __init__(self, names: Sequence[str], slices: int, plane: DataPlane) -> None:
+        memory = plane.replicated(torch.zeros(len(names) * slices, dtype=torch.float64))
+        self._rows = dict(zip(names, memory.view(len(names), -1), strict=True))
+
+    def write(self, name: str, index: int, value: float | Tensor) -> None:
+        """The number of slice `index`; a tensor is 0-dim."""
+        self._rows[name][index] = value
+
+    def sum(self, name: str) -> float:
+        """Sum over all workers' slices, exact (fsum), hence independent of who owns which slice."""
+        return math.fsum(self._rows[name].tolist())
+
+
+def max_abs(vector: Tensor) -> float:
+    """The largest absolute value; NaN if an element is NaN."""
+    # Both are NaN where one element is; together they are faster than torch.aminmax.
+    return max(-vector.amin().item(), vector.amax().item())
+
+
+def norm(vector: Tensor, origin: Tensor | None = None) -> float:
+    """Euclidean norm in double precision; with `origin`, the distance from there.
+
+    Slice by slice, because torch copies the whole vector to convert it.
+    """
+    width = _SLICE[vector.device.type]
+    slices: Iterable[Tensor] = vector.split(width)
+    if origin is not None:
+        slices = map(torch.sub, slices, origin.split(width))
+    return math.sqrt(math.fsum(map(squared_norm, slices)))
+
+
+def squared_norm(vector: Tensor) -> float:
+    return float(torch.linalg.vector_norm(vector, dtype=torch.float64)) ** 2

@@ -1,0 +1,64 @@
+"""The server update: what a method makes of the means over a cohort, slice by slice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
+
+from fedrun.aggregation.base import Aggregator
+from fedrun.aggregation.slices import squared_norm
+from fedrun.strategies.base import ServerRound, Strategy
+
+
+class ServerUpdate:
+    """Applies a method's server update to the global model.
+
+    It runs on the workers, from the same sum to the same bits on all of them. A slice is summed,
+    averaged, used and measured while it is in the cache, so memory is passed over once.
+    """
+
+    def __init__(self, strategy: Strategy, aggregator: Aggregator) -> None:
+        self.strategy = strategy
+        self.aggregator = aggregator
+        self._table = aggregator.slices.table(("mean_norm", "step_norm", *strategy.diagnostics))
+
+    def apply(self, model: Tensor, state: Mapping[str, Tensor], context: ServerRound,
+              moments: Mapping[str, Tensor] | None = None, measure: bool = False
+              ) -> dict[str, float]:
+        """Update `model` (size,), the method's `state` and the averaged `moments` in place.
+
+        This worker updates its section; the others' sections are done when this returns. With
+        `measure`, returns the norm of the model's step (`step_norm`), that of the mean update or
+        gradient (`mean_norm`, if the method sums one), and the method's diagnostics as shares of
+        all elements.
+        """
+        aggregator, strategy, table = self.aggregator, self.strategy, self._table
+        weight = aggregator.total_weight()
+        assert weight > 0, "the server ends a round in which no client is left"
+        if strategy.global_means:
+            context = replace(context, global_mean=aggregator.global_means(weight))
+        measured = {"delta", "gradient"} & strategy.sums.keys()
+        for index, a, b in aggregator.slices.own():
+            mean, mean_moments = aggregator.means(a, b, weight)
+            for name, tensor in mean_moments.items():
+                assert moments is not None
+                moments[name][a:b] = tensor
+            before = model[a:b].clone() if measure else model
+            if measure:
+                counts = strategy.count_diagnostics(mean, context)
+                assert counts.keys() == set(strategy.diagnostics)
+                for name, count in counts.items():
+                    table.write(name, index, count)
+                table.write("mean_norm", index, sum(squared_norm(mean[n]) for n in measured))
+            strategy.server_update(model[a:b], {k: v[a:b] for k, v in state.items()}, mean, context)
+            if measure:
+                table.write("step_norm", index, squared_norm(before.sub_(model[a:b])))
+        aggregator.plane.barrier()
+        if not measure:
+            return {}
+        norms = {"step_norm"} | ({"mean_norm"} if measured else set())
+        return ({name: math.sqrt(table.sum(name)) for name in sorted(norms)}
+                | {name: table.sum(name) / aggregator.size for name in strategy.diagnostics})

@@ -1,0 +1,120 @@
+"""The messages of a round, as JSON over the control plane.
+
+    RoundPlan      server -> all    before local training
+    WorkerReport   all -> server    after local training
+    RoundDecision  server -> all    continue, stop after this round, or end here
+    RoundReport    all -> server    at the end of the round
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fedrun.common.errors import Failure
+from fedrun.strategies.base import ClientReport
+from fedrun.training.evaluate import Piece
+
+Message = TypeVar("Message")
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """What the server decides before a round, and every rank acts on."""
+
+    round: int
+    """Counted from 1: the global step."""
+    cohort: list[int]
+    """The clients that train in this round."""
+    weights: list[float]
+    """The part of each one's weight p_k that is known before training."""
+    bound: float
+    """No element of an update is larger: the grid of the exact sum."""
+    gradient_bound: float
+    """No element of a gradient is larger, for methods that sum gradients or their squares."""
+    entropy_reference: float
+    """What the method made of the clients' entropies in the round before."""
+    start_from_global: bool
+    """Whether clients receive the global model first (always, except under --sync epoch)."""
+    evaluate: bool
+    """Whether to evaluate and save the global model at the end."""
+    save: bool
+    """Whether to write a checkpoint at the end."""
+    last: bool
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """What a rank reports after local training; a rank that only serves has trained nothing."""
+
+    clients: list[ClientReport] = field(default_factory=list)
+    """The clients of the cohort that it hosts."""
+    bytes: int = 0
+    """Payload of the round if every client were a worker of its own: its term up, the sum down."""
+    local_training_seconds: float = 0.0
+    failure: str = ""
+    """One line for an error that the user or the machine caused."""
+    traceback: str = ""
+    """The traceback of any other error."""
+    signal: str = ""
+    """Name of a signal that asks this rank to stop."""
+
+
+@dataclass(frozen=True)
+class RoundDecision:
+    """What the server decides from the reports of all ranks."""
+
+    error: str = ""
+    """Why all ranks end here, and this round is lost; empty if they continue."""
+    kind: Failure = "error"
+    """The kind of failure, if there is one."""
+    stop: str = ""
+    """Who asked to stop: this round is the last, and a checkpoint is made of it."""
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What a rank reports at the end of a round."""
+
+    aggregation_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    measured: dict[str, float] = field(default_factory=dict)
+    """What `ServerUpdate.apply` measured."""
+    validation: list[Piece] = field(default_factory=list)
+    """Losses of this worker's part of the validation split under the global model."""
+    replicas: dict[str, str] = field(default_factory=dict)
+    """Digests of the replicated vectors, by name (see replicas.py)."""
+    not_finite: list[str] = field(default_factory=list)
+    """Names of replicated vectors with an element that is NaN or infinite."""
+    written: list[dict[str, Any]] = field(default_factory=list)
+    """Checkpoint files that were written since the last report (`CheckpointWriter.written`)."""
+
+
+def encode(message: Any) -> dict[str, Any]:
+    """A message as JSON-able values."""
+    return dataclasses.asdict(message)
+
+
+def decode(kind: type[Message], values: Mapping[str, Any]) -> Message:
+    """The message of this dataclass that `encode` made `values` of; TypeError for other fields."""
+    hints = typing.get_type_hints(kind)
+
+    def field_of(name: str, value: Any) -> Any:
+        inner = next(iter(typing.get_args(hints.get(name))), None)
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
+            return [decode(inner, one) for one in value]
+        return value
+
+    return kind(**{name: field_of(name, value) for name, value in values.items()})
+
+
+def clients_of(plan: RoundPlan, reports: Sequence[WorkerReport]) -> list[ClientReport]:
+    """The clients' reports in the order of the cohort, whoever hosted them."""
+    by_client = {c.client: c for report in reports for c in report.clients}
+    assert sorted(by_client) == sorted(plan.cohort)
+    return [by_client[k] for k in plan.cohort]
+
+

@@ -200,8 +200,8 @@ def resolve_dtype(config: RunConfig, device: torch.device) -> Dtype:
     """
     has_bf16 = bf16_in_hardware(workers_device(config, device))
     if config.dtype == "bf16" and not has_bf16:
-        raise InputError(f"--dtype bf16: {platform.node()} has no hardware for it and would emulate "
-                         "it, many times slower than fp32; must be auto, fp32 or fp64")
+        raise InputError(f"--dtype bf16: {platform.node()} has no hardware for it and would "
+                         "emulate it, many times slower than fp32; must be auto, fp32 or fp64")
     if config.dtype == "auto":
         return "bf16" if has_bf16 else "fp32"
     return config.dtype

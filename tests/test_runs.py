@@ -169,7 +169,7 @@ def test_the_outcome_names_a_worker_that_fails_after_the_verdict(run: Run, tmp_p
 
 @pytest.mark.parametrize(("fault", "why"), [
     ("nan", "delta not finite"),
-    pytest.param("beyond", "delta beyond the bound: 4", marks=pytest.mark.slow)])
+    pytest.param("beyond", "delta exceeds its bound: 4", marks=pytest.mark.slow)])
 def test_an_update_that_cannot_be_used_is_left_out(run: Run, fault: str, why: str) -> None:
     env = {"FAULT": fault, "FAULT_CLIENT": "1", "FAULT_STEP": "1"}  # its second round
     runs = [run("fed_avg", "--num_clients", 3, "--rounds", 3, processes=n, script=FAULTY, env=env,

@@ -90,11 +90,12 @@ def _difference(held: Mapping[int, Mapping[str, str]], differing: Sequence[str])
     which = ", ".join(differing)
     if len(few[-1]) == len(most):
         everyone = " and ".join(map(_ranks, [*few, most]))
-        return (f"the replicas of the global model ({which}) on {everyone} differ, and nothing shows "
-                "which one is right: faulty memory or processors, or processors of different kinds")
-    return (f"the replica of the global model ({which}) on {' and '.join(map(_ranks, few))} differs "
-            f"from that on {_ranks(most)}: faulty memory or a faulty processor there, or one of "
-            "another kind")
+        return (f"the replicas of the global model ({which}) on {everyone} differ, and nothing "
+                "shows which one is right: faulty memory or processors, or processors of different "
+                "kinds")
+    return (f"the replica of the global model ({which}) on {' and '.join(map(_ranks, few))} "
+            f"differs from that on {_ranks(most)}: faulty memory or a faulty processor there, or "
+            "one of another kind")
 
 
 def _ranks(ranks: Sequence[int]) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fedrun.common.errors import require
@@ -58,7 +58,7 @@ class ClientReport:
     """Norm of its update or gradient; in rounds that are evaluated."""
     left_out: str = ""
     """Why nothing of this client is in the sum; empty if it is."""
-    validation: Sequence[tuple[int, float, int]] = ()
+    validation: Sequence[tuple[int, float, int]] = field(default_factory=list)
     """Losses of the client's own model on the validation split (see training/evaluate.py)."""
 
 

@@ -31,8 +31,8 @@ class FedAvg(Strategy):
         clients = len(shard_tokens)
         if self.weighting == "samples":
             return [n / sum(shard_tokens) for n in shard_tokens]
-        # `trained` is a weight per token. No client trains on more than round_tokens, so weights that
-        # are known only after training still sum to at most one.
+        # `trained` is a weight per token. No client trains on more than round_tokens, so weights
+        # that are known only after training still sum to at most one.
         each = 1 / clients if self.weighting == "uniform" else 1 / (clients * round_tokens)
         return [each] * clients
 

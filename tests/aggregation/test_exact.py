@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from fedrun.aggregation.bounds import Bounds, adamw_step_bound
 from fedrun.aggregation.exact import ExactAggregator
+from fedrun.aggregation.update import ServerUpdate
 from fedrun.strategies import FedAvg, FedEntropy, FedFisher, FedSGD
 from fedrun.strategies.base import CLIENT_VECTORS, ServerRound, Strategy
 
@@ -39,7 +40,7 @@ def summed(groups: list[list[int]], deltas: list[torch.Tensor], weights: list[fl
             total.buffer.add_(terms.buffer)  # what all_reduce does
     assert total is not None
     model = torch.zeros(SIZE, dtype=deltas[0].dtype)
-    total.apply(model, {}, ServerRound(1))
+    ServerUpdate(FedAvg(), total).apply(model, {}, ServerRound(1))
     return model, total.buffer
 
 
@@ -83,7 +84,7 @@ def test_leaving_a_client_out_leaves_nothing_of_it(case: str, fault: str, first:
     bad[names[-1]] = bad[names[-1]].clone()
     bad[names[-1]][SIZE - 1] = 45.0 if fault == "beyond" else math.nan
     bound = Bounds(1e-3, 2.0).of(CLIENT_VECTORS[names[-1]])
-    why = f"{names[-1]} " + (f"beyond the bound: 45 > {bound:g}" if fault == "beyond"
+    why = f"{names[-1]} " + (f"exceeds its bound: 45 > {bound:g}" if fault == "beyond"
                              else "not finite")
 
     def buffer(clients: list[dict[str, torch.Tensor]]) -> torch.Tensor:
@@ -107,7 +108,7 @@ def test_the_mean_is_over_those_who_took_part() -> None:
     clients = ((deltas[0], 0.2), (bad, 0.5), (deltas[2], 0.3))
     assert [terms.add({"delta": d}, w) for d, w in clients] == ["", "delta not finite", ""]
     model = torch.zeros(SIZE)
-    terms.apply(model, {}, ServerRound(1))
+    ServerUpdate(FedAvg(), terms).apply(model, {}, ServerRound(1))
     expected = (0.2 * deltas[0].double() + 0.3 * deltas[2].double()) / 0.5
     assert (model.double() - expected).abs().max() < 1e-9
 
@@ -140,7 +141,7 @@ def test_the_grid_holds_any_cohort_at_its_bound(bound: float, clients: int) -> N
     for _ in range(clients):
         assert not terms.add({"delta": largest}, 1 / clients)
     model = torch.zeros(2)
-    terms.apply(model, {}, ServerRound(1))
+    ServerUpdate(FedAvg(), terms).apply(model, {}, ServerRound(1))
     assert torch.allclose(model, largest, rtol=1e-5)
     grid = Fraction(bound) / 2**29
     assert abs(Fraction(float(model[0])) - Fraction(float(largest[0]))) <= (
@@ -180,7 +181,7 @@ def test_a_second_moment_too_small_for_the_grid_is_not_zero() -> None:
     for _ in range(3):
         assert not terms.add(tiny, 0.5)
     moments = {name: torch.zeros(size) for name in ("exp_avg", "exp_avg_sq")}
-    terms.apply(torch.zeros(size), {}, ServerRound(1), moments)
+    ServerUpdate(FedEntropy(), terms).apply(torch.zeros(size), {}, ServerRound(1), moments)
     direction = moments["exp_avg"] / moments["exp_avg_sq"].sqrt()
     assert bool((moments["exp_avg_sq"] > 0).all())
     assert bool((direction.abs() <= 1).all())

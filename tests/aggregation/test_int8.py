@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.int8 import BLOCK, Int8Aggregator
+from fedrun.aggregation.update import ServerUpdate
 from fedrun.config import INT8_COHORT
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.federation.client import Client
@@ -61,7 +62,7 @@ def one_round(groups: list[list[int]], deltas: list[torch.Tensor], weights: list
     for worker, group in reversed([*zip(workers, groups, strict=True)]):  # the first reads them all
         worker.reduce(residuals[k] for k in group)
     model = torch.zeros_like(deltas[0])
-    workers[0].apply(model, {}, ServerRound(1))
+    ServerUpdate(FedAvg(), workers[0]).apply(model, {}, ServerRound(1))
     return model
 
 
@@ -132,7 +133,7 @@ def test_nothing_is_lost_only_late() -> None:
 
 
 @pytest.mark.parametrize(("last", "why"), [
-    (math.nan, "delta not finite"), (-45.0, "delta beyond the bound: 45 > 1")])
+    (math.nan, "delta not finite"), (-45.0, "delta exceeds its bound: 45 > 1")])
 def test_a_client_that_is_left_out_adds_nothing_and_owes_as_before(last: float, why: str) -> None:
     deltas = drawn(3)
     bad = deltas[1].clone()
@@ -146,7 +147,7 @@ def test_a_client_that_is_left_out_adds_nothing_and_owes_as_before(last: float, 
     assert torch.equal(residuals[1], torch.full((SIZE,), 1e-6))
     terms.reduce(residuals[::2])
     model = torch.zeros(SIZE)
-    terms.apply(model, {}, ServerRound(1))
+    ServerUpdate(FedAvg(), terms).apply(model, {}, ServerRound(1))
     expected = (0.2 * deltas[0].double() + 0.3 * deltas[2].double()) / 0.5
     assert float((model - expected).norm() / expected.norm()) < 0.05
 
@@ -197,7 +198,7 @@ def test_what_is_counted_is_what_the_collectives_carry() -> None:
     residual = torch.zeros(SIZE)
     assert not terms.add({"delta": drawn(1)[0], "residual": residual}, 1.0)
     terms.reduce([residual])
-    assert plane.carried == terms.wire_bytes < 1.02 * SIZE
+    assert plane.carried == terms.bytes_sent < 1.02 * SIZE
 
 
 @settings(max_examples=60, deadline=None)

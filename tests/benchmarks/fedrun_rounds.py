@@ -3,9 +3,9 @@
     RANK=... python -m tests.benchmarks.fedrun_rounds --params 27 --clients 4     without training
     RANK=... python -m tests.benchmarks.fedrun_rounds --train pure_ssm_1_layer --clients 4
 
-Without training (--params), in: all that fedrun does in a round of `protocol.train_federated`, from one plan of
-the server to the next: the plan, a worker loads the global model for each of its clients, takes the
-difference, checks, scales, rounds and adds it, reports; verdict, sum over the workers, server
+Without training (--params), in: all that fedrun does in a round of `protocol.train_federated`,
+from one plan of the server to the next: the plan, a worker loads the global model for each of its
+clients, takes the difference, checks, scales, rounds and adds it, reports; verdict, sum over the workers, server
 update, reports and the run's event line. Out: the batch, the gradient and the optimizer's step. In
 their place a client moves one element in a thousand by a fixed step, which takes no time and shows
 at the end that the updates have arrived; Fisher diagonals are fixed and dense. Kernels take as long
@@ -41,17 +41,18 @@ from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
 from fedrun.distributed import runtime
 from fedrun.distributed.launch import detect
-from fedrun.distributed.runtime import Runtime, build_runtime, connect
+from fedrun.distributed.runtime import build_runtime, connect
 from fedrun.distributed.stopping import StopRequest
 from fedrun.experiment import resolve_dtype
 from fedrun.federation import server, worker
 from fedrun.federation.client import Client, LocalLosses
-from fedrun.federation.schedule import RoundDecision, RoundPlan
+from fedrun.federation.messages import RoundDecision, RoundPlan, RoundReport, WorkerReport
 from fedrun.flags import resolve
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.records.run_files import LOCK
 from tests.benchmarks.sgd import Task
+from tests.support.experiments import experiment_of
 
 MOVED = slice(0, None, 1009)  # the elements that a client moves
 STEP = 2.0**-12
@@ -93,13 +94,12 @@ class Floor:
     def __init__(self, side: worker.Worker) -> None:
         self.side = side
         self.group = side.runtime.data_plane.group
-        size, terms = side.flat.size, side.terms
-        kind = torch.float32 if terms.buffer.element_size() == 4 else torch.float64
-        sums = terms.buffer[:-1].view(kind)
-        self.sums = [sums[i * size:(i + 1) * size] for i in range(len(terms.sums))]
+        size, buffer = side.flat.size, side.aggregator.buffer
+        dtype = torch.float32 if buffer.element_size() == 4 else torch.float64
+        self.sums = list(buffer[:-1].view(dtype).split(size))
 
-    def measure(self) -> dict[str, list[float]]:
-        """Beginning and end of each part on this worker."""
+    def measure(self) -> dict[str, float]:
+        """When each part began and ended on this worker."""
         spans = {}
         parts = {"local": self.local, "all_reduce": self.all_reduce, "apply": self.apply}
         if not self.group:
@@ -111,21 +111,21 @@ class Floor:
                 dist.barrier(self.group)
             began = time.monotonic()
             part()
-            spans[name] = [began, time.monotonic()]
+            spans |= {f"{name} began": began, f"{name} ended": time.monotonic()}
         return spans
 
     def local(self) -> None:
         client, model = self.side.flat.vector, self.side.global_model
         for _ in self.side.clients:
             client.sub_(model)
-            if self.side.fisher:
+            if self.side.fisher is not None:
                 client.mul_(self.side.fisher.diagonal)
             for i, one in enumerate(self.sums):
                 # Of sums of 64 bits the other is as wide as the term.
                 one.add_(client if one.dtype == client.dtype else self.sums[i - 1], alpha=0.25)
 
     def all_reduce(self) -> None:
-        dist.all_reduce(self.side.terms.buffer, group=self.group)
+        dist.all_reduce(self.side.aggregator.buffer, group=self.group)
 
     def apply(self) -> None:
         for vector in self.side.state.values():
@@ -144,7 +144,7 @@ class KeepingWorker(worker.Worker):
 
     out: str
 
-    def train(self, plan: RoundPlan) -> dict[str, Any]:
+    def train(self, plan: RoundPlan) -> WorkerReport:
         if plan.last and self.runtime.worker == 0:
             np.save(self.out, self.global_model.numpy())
         return super().train(plan)
@@ -155,23 +155,27 @@ class FloorWorker(worker.Worker):
 
     block: int
 
-    def __init__(self, config: FederatedConfig, data: TokenData, runtime: Runtime,
-                 checkpoint: None = None) -> None:
-        super().__init__(config, data, runtime, checkpoint)
-        if self.fisher:
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        if self.fisher is not None:
             diagonal = self.fisher.diagonal.uniform_(1e-6, 1e-4)
             self.fisher = SimpleNamespace(diagonal=diagonal, begin=lambda: None,  # type: ignore
                                           finish=lambda: diagonal)
         self.floor = Floor(self)
         self.at_start = self.global_model[MOVED].clone()
 
-    def train(self, plan: RoundPlan) -> dict[str, Any]:
+    def train(self, plan: RoundPlan) -> WorkerReport:
+        self.measured: dict[str, float] = {}
         if plan.round % (self.block + 1):
             return super().train(plan)
         moved = self.global_model[MOVED] - self.at_start
         assert bool((moved != 0).all()), "no update has arrived"
         assert bool(moved.isfinite().all()), "the model is not finite"
-        return {"floor": self.floor.measure()} | super().train(plan)
+        self.measured = self.floor.measure()
+        return super().train(plan)
+
+    def aggregate(self, plan: RoundPlan) -> RoundReport:
+        return dataclasses.replace(super().aggregate(plan), measured=self.measured)
 
 
 def move(self: Client, *_: Any, **__: Any) -> LocalLosses:
@@ -194,7 +198,7 @@ class TimedServer(server.Server):
     """Rounds at the end of a block that measure something else."""
     commands: Commands
 
-    def plan(self, number: int) -> dict[str, Any]:
+    def plan(self, number: int) -> RoundPlan:
         now, place = time.monotonic(), (number - 1) % (self.block + self.uncounted)
         last = False
         if number > 1 and (place or not self.uncounted):
@@ -203,21 +207,22 @@ class TimedServer(server.Server):
             if number > 1:
                 self._answer()
             self.times: list[float] = []
-            self.floors: list[dict[str, Any]] = []
+            self.floors: list[dict[str, float]] = []
             last = self.commands.next() is None
         self.began = time.monotonic()
-        return super().plan(number) | {"evaluate": False, "save": False, "last": last}
+        return dataclasses.replace(super().plan(number), evaluate=False, save=False, last=last)
 
-    def record(self, plan: RoundPlan, verdict: RoundDecision, reports: list[dict[str, Any]],
-               model: Tensor | None) -> None:
-        self.floors += [report["floor"] for report in reports if "floor" in report]
-        super().record(plan, verdict, reports, model)
+    def record(self, plan: RoundPlan, decision: RoundDecision, trained: list[WorkerReport],
+               reports: list[RoundReport], model: Tensor | None) -> None:
+        self.floors += [report.measured for report in reports if report.measured]
+        super().record(plan, decision, trained, reports, model)
 
     def _answer(self) -> None:
         answer: dict[str, Any] = {"rounds": self.times}
         if self.floors:
-            spans = {name: max(f[name][1] for f in self.floors)
-                     - min(f[name][0] for f in self.floors) for name in self.floors[0]}
+            parts = [key.removesuffix(" began") for key in self.floors[0] if "began" in key]
+            spans = {name: max(f[f"{name} ended"] for f in self.floors)
+                     - min(f[f"{name} began"] for f in self.floors) for name in parts}
             answer |= {"all_reduce": spans.get("all_reduce", 0.0),
                        "passes": spans["local"] + spans["apply"]}
         self.commands.answer(answer)
@@ -305,7 +310,7 @@ def main() -> None:
         joined = build_runtime(launch, torch.device("cpu"), control, {})
         stopping = StopRequest(config.run_dir, config.run_dir / LOCK, control.lost_peers,
                                quiet=True)
-        protocol.train_federated(config, data, joined, stopping, {})
+        protocol.train_federated(experiment_of(config, data), joined, stopping)
 
 
 if __name__ == "__main__":

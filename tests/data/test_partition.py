@@ -20,12 +20,14 @@ from fedrun.data.holdings import holdings
 from fedrun.data.partition import apportion, client_shards, deal_topics, deal_whole, shard_sizes
 from fedrun.data.reading import Reading
 from fedrun.data.tokens import TokenData, prepare
+from fedrun.experiment import deal
 from fedrun.federation.schedule import Schedule, Shards
 from fedrun.flags import resolve
 from fedrun.model.build import new_model
 from fedrun.records.provenance import check_provenance
 from fedrun.training.params import FlatParams
 from fedrun.unused import idle
+from tests.support.experiments import experiment_of
 from tests.support.made_data import made
 from tests.support.runs import Run
 
@@ -194,7 +196,7 @@ def test_units_go_to_whoever_lacks_most() -> None:
 
 def shards_of(data: TokenData, **flags: object) -> Shards:
     config: Any = resolve("fed_avg", flags)
-    return Shards(config, data)
+    return deal(config, data)
 
 
 def test_a_shard_that_is_too_small_is_named_with_what_is_accepted() -> None:
@@ -278,14 +280,14 @@ def test_alpha_without_dirichlet_warns() -> None:
 def test_the_holdout_of_a_shard_that_is_no_range() -> None:
     data = made([30] * 40)
     config: Any = resolve("fed_entropy", {"partition": "documents", "entropy_holdout": 0.25})
-    shards = Shards(config, data)
+    shards = deal(config, data)
     whole = client_shards(data, 4, "documents", 1.0, 0.0, 0)
     for train, held, shard in zip(shards.train, shards.holdout, whole, strict=True):
         np.testing.assert_array_equal(np.concatenate([train, held]), shard)
         assert len(held) == len(shard) // 4
     other: Any = resolve("fed_entropy", {"partition": "documents", "seed": 1})
-    assert shards.digest() != Shards(other, data).digest()
-    assert shards.digest() == Shards(config, data).digest()
+    assert shards.digest() != deal(other, data).digest()
+    assert shards.digest() == deal(config, data).digest()
 
 
 def test_a_checkpoint_of_other_shards_is_refused() -> None:
@@ -299,7 +301,7 @@ def test_a_checkpoint_of_other_shards_is_refused() -> None:
 def test_an_epoch_is_the_smallest_shards() -> None:
     data = made([40] * 90)
     config: Any = resolve("fed_avg", {"partition": "shuffled", "size_skew": 1.0, "n_epochs": 2})
-    sizes = Shards(config, data).sizes
+    sizes = deal(config, data).sizes
     assert max(sizes) > 2 * min(sizes)
     assert Schedule(config, sizes).rounds == 2 * (min(sizes) // 4)
 
@@ -310,9 +312,9 @@ def test_central_takes_the_batches_of_the_same_clients(pydocs_tokens: TokenData)
                                       "dtype": "fp32", **dealt})
     federated: Any = resolve("fed_avg", dealt)
     flat = FlatParams(new_model(config, pydocs_tokens.vocab_size, torch.device("cpu")))
-    client, _ = training_client(config, pydocs_tokens, flat)
+    client = training_client(experiment_of(config, pydocs_tokens), flat)
     assert isinstance(client, PooledClients)
-    shards = Shards(federated, pydocs_tokens).train
+    shards = deal(federated, pydocs_tokens).train
     for (shard, _), theirs in zip(client.parts, shards, strict=True):
         np.testing.assert_array_equal(shard, theirs)
 

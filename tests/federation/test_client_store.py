@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedrun.aggregation.exact import ExactAggregator
+from fedrun.aggregation.update import ServerUpdate
 from fedrun.federation import client_store
 from fedrun.federation.client import Client
 from fedrun.federation.client_store import ClientStore, InMemory, OnDevice, OnDisk
@@ -212,14 +212,14 @@ def test_the_next_state_is_read_while_a_client_trains(run_here: Run,
             came_early.append(reads[client.index + 1].acquire(timeout=SECONDS))
         return healthy_train(client, *args, **kwargs)
 
-    def apply(terms: ExactAggregator, model: Tensor, state: Any, context: ServerRound, *args: Any,
+    def apply(update: ServerUpdate, model: Tensor, state: Any, context: ServerRound, *args: Any,
               **kwargs: Any) -> Any:
         if context.number < 4:  # the first client of the next round
             came_early.append(reads[0].acquire(timeout=SECONDS))
-        return healthy_apply(terms, model, state, context, *args, **kwargs)
+        return healthy_apply(update, model, state, context, *args, **kwargs)
 
-    healthy_apply = ExactAggregator.apply
-    monkeypatch.setattr(ExactAggregator, "apply", apply)
+    healthy_apply = ServerUpdate.apply
+    monkeypatch.setattr(ServerUpdate, "apply", apply)
     monkeypatch.setattr(client_store, "read_tensors", read)
     monkeypatch.setattr(Client, "train", train)
     outcome = run_here("fed_avg", "--num_clients", 4, "--rounds", 4, "--client_store", "disk",

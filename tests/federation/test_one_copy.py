@@ -25,8 +25,10 @@ from fedrun.distributed.launch import detect
 from fedrun.distributed.runtime import Runtime
 from fedrun.federation import worker as worker_module
 from fedrun.federation.client import Client, LocalLosses
+from fedrun.federation.schedule import Schedule
 from fedrun.federation.worker import Worker
 from fedrun.flags import resolve
+from tests.support.experiments import experiment_of
 from tests.support.made_data import made
 
 CLIENTS = 3
@@ -64,13 +66,15 @@ def worker_of(method: str, flags: dict[str, str], plane: DataPlane | None = None
                               "dtype": "fp32", "device": "cpu", **flags})
     assert isinstance(config, FederatedConfig)
     runtime = Runtime(detect({}), torch.device("cpu"), (0,), ControlPlane(), plane or DataPlane())
-    return Worker(config, DATA, runtime)
+    experiment = experiment_of(config, DATA)
+    return Worker(config, DATA, experiment.shards, Schedule(config, experiment.shards.sizes),
+                  experiment.new_model("cpu"), runtime)
 
 
 def go_round(worker: Worker, number: int) -> None:
-    plan = worker.schedule.plan(number, worker.strategy.first_reference(3000, CLIENTS))
-    clients = worker.train(plan)["clients"]
-    assert all(not client["left_out"] and client["weight"] > 0 for client in clients)
+    plan = worker.schedule.plan(number, worker.strategy.first_entropy_reference(3000, CLIENTS))
+    clients = worker.train(plan).clients
+    assert all(not client.left_out and client.weight > 0 for client in clients)
     worker.aggregate(plan)
 
 
@@ -117,8 +121,8 @@ def test_a_round_copies_a_vector_once_a_client_and_allocates_none(
         method: str, flags: dict[str, str], copies: int, no_training: None) -> None:
     worker = worker_of(method, flags)
     size = worker.flat.size
-    assert size > 3 * worker.terms._scratch.shape[1]
-    buffer = worker.terms.buffer.data_ptr()
+    assert size > 3 * worker.aggregator._scratch.shape[1]
+    buffer = worker.aggregator.buffer.data_ptr()
     for number in (1, 2):
         go_round(worker, number)
     before = worker.global_model.clone()
@@ -129,7 +133,7 @@ def test_a_round_copies_a_vector_once_a_client_and_allocates_none(
     with Copies(size) as copied:
         go_round(worker, 4)
     assert copied.count == copies * CLIENTS
-    assert worker.terms.buffer.data_ptr() == buffer
+    assert worker.aggregator.buffer.data_ptr() == buffer
     assert not torch.equal(worker.global_model, before)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from fedrun.distributed.control_plane import ControlPlane
 from fedrun.federation import replicas
+from fedrun.federation.messages import RoundReport
 from fedrun.federation.worker import Worker
 from fedrun.records import checkpoint
 from tests.support.runs import Outcome, Run, execute, torchrun
@@ -25,7 +26,7 @@ def test_a_digest_sees_every_bit_and_depends_on_no_split(
         dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     vector = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=dtype)
     told = replicas.digest(vector)
-    monkeypatch.setitem(replicas._ROWS, "cpu", 256)  # as on a GPU
+    monkeypatch.setitem(replicas._ROWS_AT_ONCE, "cpu", 256)  # as on a GPU
     assert replicas.digest(vector.clone()) == told
     monkeypatch.undo()
     bits = vector.view(torch.int32)
@@ -46,32 +47,36 @@ def test_a_digest_depends_on_the_place() -> None:
     assert len(told) == 4
 
 
-def report(model: str, state: str = "s") -> dict[str, Any]:
-    return {"replicas": {"model": model, "server.v": state}, "not_finite": []}
+NONE = RoundReport()  # of a rank without a replica of its own
+
+
+def report(model: str, state: str = "s", not_finite: str = "") -> RoundReport:
+    return RoundReport(replicas={"model": model, "server.v": state},
+                       not_finite=[not_finite] if not_finite else [])
 
 
 @pytest.mark.parametrize(("reports", "said"), [
-    ([{}, report("a"), report("a"), {}], ""),
-    ([{}, {}], ""),
-    ([{}, report("a"), report("b"), report("a")],
+    ([NONE, report("a"), report("a"), NONE], ""),
+    ([NONE, NONE], ""),
+    ([NONE, report("a"), report("b"), report("a")],
      r"\(model\) on rank 2 differs from that on ranks 1, 3: "),
-    ([{}, report("a"), report("a"), report("a", "t"), report("b"), report("a")],
+    ([NONE, report("a"), report("a"), report("a", "t"), report("b"), report("a")],
      r"\(model, server\.v\) on rank 3 and rank 4 differs from that on ranks 1, 2, 5: "),
-    ([report("a"), report("b")], r"on rank 0 and rank 1 differ, and nothing tells which is right"),
-    ([report("a"), report("a") | {"not_finite": ["model"]}], r"no longer finite \(model\)"),
+    ([report("a"), report("b")], r"on rank 0 and rank 1 differ, and nothing shows which one is right"),
+    ([report("a"), report("a", not_finite="model")], r"no longer finite \(model\)"),
 ])
-def test_who_is_named(reports: list[dict[str, Any]], said: str) -> None:
+def test_who_is_named(reports: list[RoundReport], said: str) -> None:
     wrong = replicas.compare(reports)
     assert bool(re.search(said, wrong)) if said else not wrong
 
 
 def test_the_copy_that_is_written_is_compared_too() -> None:
     model = torch.randn(1000)
-    told = [{}, replicas.examine({"model": model})]
+    told = [NONE, RoundReport(replicas=replicas.digests({"model": model}))]
     assert replicas.compare(told, model) == ""
     copy = model.clone()
     copy[5] = -copy[5]
-    assert "the copy of the global model that rank 0 received differs from rank 1's" in (
+    assert "the copy of the global model that rank 0 received differs from that of rank 1" in (
         replicas.compare(told, copy))
 
 

@@ -45,7 +45,7 @@ def test_training_fisher_and_entropy_touch_no_value(
     if fisher:
         strategy = dataclasses.replace(config.strategy, fisher=fisher)
         assert isinstance(strategy, FedFisher)
-        estimate = FisherEstimate(flat, strategy)
+        estimate = FisherEstimate(flat, strategy.fisher_settings)
     losses = client.train(model, 2, 0, anchor=torch.empty_like(flat.vector), prox_mu=0.1,
                           fisher=estimate)
     assert losses.loss_sum.is_meta

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from fedrun.data.batches import DrawnBatches, split_holdout
+from fedrun.data.batches import DrawnBatches
+from fedrun.data.partition import split_holdout
 from fedrun.data.tokens import TokenData
+from fedrun.experiment import deal
 from fedrun.federation.client import Client
-from fedrun.federation.schedule import Schedule, Shards
+from fedrun.federation.schedule import Schedule
 from fedrun.flags import resolve
 from fedrun.strategies import STRATEGIES
 from tests.support.every_method import METHODS
@@ -150,14 +152,14 @@ def test_padded_vocabulary(run_here: Run, tmp_path: Path) -> None:
 
 def test_the_holdout_is_never_trained_on() -> None:
     config: Any = resolve("fed_entropy", {"entropy_holdout": 0.25, "num_clients": 3})
-    shards = Shards(config, of_sequences(100))
+    shards = deal(config, of_sequences(100))
     for train, held in zip(shards.train, shards.holdout, strict=True):
         assert len(held) == (len(train) + len(held)) // 4
         assert not set(train) & set(held)
     assert sorted(i for part in (*shards.train, *shards.holdout) for i in part) == list(range(100))
     assert [part.tolist() for part in split_holdout(np.arange(5, 9), 0.0)] == [[5, 6, 7, 8], []]
-    with pytest.raises(ValueError, match=r"--entropy_holdout 0\.25: nothing of client 0"):
-        Shards(config, of_sequences(9))
+    with pytest.raises(ValueError, match=r"--entropy_holdout 0\.25: must be .* of client 0"):
+        deal(config, of_sequences(9))
 
 
 def of_sequences(count: int) -> TokenData:
@@ -263,7 +265,7 @@ def test_a_client_beyond_the_bound_is_left_out(
     last = outcome.history[-1]
     assert last["left_out"] == [[2, 1]]
     why, = last["left_out_why"]
-    assert re.fullmatch(rf"{what} beyond the bound: (45|44\.9\d*|45\.0\d*) > {bound}", why), why
+    assert re.fullmatch(rf"{what} exceeds its bound: (45|44\.9\d*|45\.0\d*) > {bound}", why), why
     assert f"round 2: client 1 is left out: {why}; its moments are reset" in outcome.output
     events = [json.loads(line) for line in (outcome.run_dir / "events.jsonl").open()]
     told = [(e["left_out"], e["left_out_why"]) for e in events if e["event"] == "round"]
@@ -306,8 +308,8 @@ def test_a_round_ends_the_run_where_more_than_half_are_left_out(
     line, = (line for line in outcome.output.splitlines() if line.startswith("fedrun: round"))
     assert "Traceback" not in outcome.output
     counts = f"{len(bad) if cohort is None else 1} of {cohort or clients}"
-    assert re.search(counts + r" clients are left out, more than half \(client \d: delta beyond "
-                     r"the bound: 4\d[.\d]* > 0\.\d+"
+    assert re.search(counts + r" clients are left out, more than half \(client \d: delta exceeds "
+                     r"its bound: 4\d[.\d]* > 0\.\d+"
                      r"[^)]*\): --lr 0\.002 may be too large \(--reduce float has no bound\)", line)
     if cohort is None:
         assert outcome.bits == good.bits

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.exact import ExactAggregator
+from fedrun.aggregation.update import ServerUpdate
 from fedrun.strategies import STRATEGIES
 from fedrun.strategies.base import ClientReport, ServerRound
 from fedrun.strategies.fed_avg import FedAvg
@@ -170,9 +171,10 @@ def test_fisher_with_a_relative_floor_ignores_a_common_factor(seed: int, clients
 def test_entropy_weights_beyond_the_grid_name_the_temperature() -> None:
     cold = FedEntropy(temperature=0.01)
     planned = cold.plan_weights([1, 1], 10)[0]
-    assert cold.client_weight(planned, ClientReport(10, 5.0), 5.1) == pytest.approx(math.exp(10))
+    report = ClientReport(0, 10, 0.0, entropy=5.0)
+    assert cold.client_weight(planned, report, 5.1) == pytest.approx(math.exp(10))
     with pytest.raises(ValueError, match=r"--temperature 0\.01"):
-        cold.client_weight(planned, ClientReport(10, 5.0), 5.5)
+        cold.client_weight(planned, report, 5.5)
     assert "--temperature 0.01" in cold.refuse_total(math.exp(-30))
     assert cold.refuse_total(1.0) == ""
 
@@ -191,8 +193,9 @@ def test_a_client_far_less_sure_than_the_others_weighs_nothing() -> None:
 def test_soft_minimum_makes_the_next_weights_sum_to_one() -> None:
     strategy = FedEntropy(temperature=0.3)
     entropies = [4.0, 4.2, 5.0]
-    reference = strategy.next_reference(entropies)
-    weights = [strategy.client_weight(1e9, ClientReport(1, h), reference) for h in entropies]
+    reference = strategy.next_entropy_reference(entropies)
+    weights = [strategy.client_weight(1e9, ClientReport(0, 1, 0.0, entropy), reference)
+               for entropy in entropies]
     assert sum(weights) == pytest.approx(1)
     softmax = torch.softmax(-torch.tensor(entropies) / 0.3, 0)
     assert weights == pytest.approx(softmax.tolist(), rel=1e-5)
@@ -213,7 +216,7 @@ def test_a_gradient_beyond_its_bound_is_left_out() -> None:
     terms = ExactAggregator(FedSGD(), 4, torch.zeros(4), exact=True)
     terms.begin(Bounds(1.0, 16.0))
     refused = terms.add({"gradient": torch.full((4,), -17.0)}, 1.0)
-    assert refused == "gradient beyond the bound: 17 > 16"
+    assert refused == "gradient exceeds its bound: 17 > 16"
     assert not terms.buffer.any()
 
 
@@ -224,7 +227,7 @@ def test_measured_norms_and_shares() -> None:
     terms = server.round(outputs)
     state: dict[str, Tensor] = {}
     model = torch.zeros(SIZE, dtype=torch.float64)
-    measured = terms.apply(model, state, ServerRound(1), measure=True)
+    measured = ServerUpdate(terms.strategy, terms).apply(model, state, ServerRound(1), measure=True)
     assert measured["step_norm"] == pytest.approx(float(model.norm()))
     weights = [o.shard_tokens / sum(by_samples(outputs)) for o in outputs]
     cohort = sum(p * o.vectors["fisher"] for p, o in zip(weights, outputs, strict=True))

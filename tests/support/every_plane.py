@@ -20,6 +20,7 @@ from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.exact import MOMENTS, ExactAggregator
 from fedrun.aggregation.int8 import Int8Aggregator
+from fedrun.aggregation.update import ServerUpdate
 from fedrun.distributed import data_plane
 from fedrun.distributed.control_plane import HEAD, ControlPlane
 from fedrun.distributed.data_plane import DataPlane
@@ -36,7 +37,8 @@ Made = Callable[[Strategy, DataPlane], Aggregator]
 
 
 def full(exact: bool, average: bool = False) -> Made:
-    return lambda strategy, plane: ExactAggregator(strategy, SIZE, torch.zeros(()), exact, average, plane)
+    return lambda strategy, plane: ExactAggregator(strategy, SIZE, torch.zeros(()), exact, average,
+                                                   plane)
 
 
 CASES: dict[str, tuple[Strategy, Made]] = {
@@ -44,8 +46,8 @@ CASES: dict[str, tuple[Strategy, Made]] = {
     "fed_adam": (FedAdam(), full(True)), "relative": (
         FedFisher(fisher_floor_mode="relative"), full(True)),
     "float": (FedAvg(), full(False)),
-    "int8": (FedAvg(), lambda strategy, plane: Int8Aggregator(strategy, SIZE, torch.zeros(()), CLIENTS,
-                                                       plane))}
+    "int8": (FedAvg(), lambda strategy, plane: Int8Aggregator(strategy, SIZE, torch.zeros(()),
+                                                              CLIENTS, plane))}
 BOUND, WEIGHT = 1e-3, 1 / CLIENTS
 
 
@@ -60,6 +62,7 @@ def result(case: str, plane: DataPlane, mine: range) -> dict[str, Tensor]:
     """The model and all else after some rounds, the clients in `mine` on this worker."""
     strategy, made = CASES[case]
     terms = made(strategy, plane)
+    update = ServerUpdate(strategy, terms)
     model = plane.replicated(torch.linspace(-1, 1, SIZE))
     state = {n: plane.replicated(torch.full((SIZE,), v)) for n, v in strategy.state.items()}
     moments = {name: plane.replicated(torch.zeros(SIZE)) for name in MOMENTS}
@@ -70,11 +73,12 @@ def result(case: str, plane: DataPlane, mine: range) -> dict[str, Tensor]:
         for client in mine:
             reported = vectors(client, number)
             owed.append(reported["residual"])
-            wanted = (*strategy.inputs, *terms.moments, *(["residual"] if case == "int8" else []))
-            reported["delta"] += model
+            inputs = ["parameters" if name == "delta" else name for name in strategy.inputs]
+            wanted = (*inputs, *terms.moments, *(["residual"] if case == "int8" else []))
+            reported["parameters"] = reported.pop("delta").add_(model)
             assert not terms.add({n: reported[n] for n in wanted}, WEIGHT, start=model)
         terms.reduce(owed)
-        measured |= terms.apply(model, state, ServerRound(number + 1, 1e-3), moments, measure=True)
+        measured |= update.apply(model, state, ServerRound(number + 1, 1e-3), moments, measure=True)
         # As after a round of messages: a fast worker is already at the next.
     return {"model": model.clone(), **{n: v.clone() for n, v in (state | moments).items()},
             "measured": torch.tensor(list(measured.values()), dtype=torch.float64)}

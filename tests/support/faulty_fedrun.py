@@ -110,7 +110,7 @@ else:
     after(Client, "next_batch", "train", lambda client: client.steps_done)
     before(worker.Worker, "aggregate", "reduce", remembered)
     after(worker.Worker, "aggregate", "reduced", of_plan)
-    before(worker.Worker, "evaluate", "evaluate", lambda _: current["round"])
+    before(worker.Worker, "evaluate", "evaluate", lambda *_: current["round"])
     checkpoint.CheckpointCoordinator.due = due  # type: ignore[method-assign]
     whole_files = checkpoint.write_tensors
     checkpoint.write_tensors = first_files

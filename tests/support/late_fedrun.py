@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from fedrun import __main__
-from fedrun.aggregation.base import Aggregator
+from fedrun.aggregation.update import ServerUpdate
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.federation import worker
 
@@ -34,7 +34,7 @@ def late(owner: Any, name: str, after: bool = False) -> None:
 if os.environ["RANK"] == os.environ["LATE_RANK"]:
     late(DataPlane, "barrier", after=True)
     late(worker, "studied")  # copies the model at the start
-    late(Aggregator, "apply")
+    late(ServerUpdate, "apply")
     late(worker.Worker, "evaluate")
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.exact import ExactAggregator
+from fedrun.aggregation.update import ServerUpdate
 from fedrun.strategies import Strategy
 from fedrun.strategies.base import ClientReport, ServerRound
 from fedrun.strategies.fed_avg import FedAvg
@@ -72,7 +73,7 @@ class Server:
         self.state = {name: torch.full_like(self.model, value)
                       for name, value in self.strategy.state.items()}
         self.averaged = {n: torch.zeros_like(self.model) for n in ("exp_avg", "exp_avg_sq")}
-        self.reference = self.strategy.first_reference(400, self.clients)
+        self.reference = self.strategy.first_entropy_reference(400, self.clients)
 
     def round(self, outputs: Sequence[Output], left_out: Sequence[int] = (),
               zeroed: Sequence[int] = ()) -> ExactAggregator:
@@ -85,11 +86,11 @@ class Server:
             if k in left_out:
                 continue
             weight = self.strategy.client_weight(
-                plan, ClientReport(output.tokens, output.entropy), self.reference)
+                plan, ClientReport(0, output.tokens, 0.0, output.entropy), self.reference)
             vectors = {n: output.vectors[n].to(self.dtype) for n in names}
             assert not terms.add(vectors, 0.0 if k in zeroed else weight)
-        self.reference = self.strategy.next_reference([o.entropy for o in outputs])
-        terms.apply(self.model, self.state,
+        self.reference = self.strategy.next_entropy_reference([o.entropy for o in outputs])
+        ServerUpdate(self.strategy, terms).apply(self.model, self.state,
                     ServerRound(self.number, LR, BETA1, BETA2, WEIGHT_DECAY), self.averaged)
         return terms
 

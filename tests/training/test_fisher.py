@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
-from fedrun.strategies.fed_fisher import FedFisher
+from fedrun.strategies.base import FisherSettings
 from fedrun.training.fisher import FisherEstimate, batch_gradient
 from fedrun.training.params import FlatParams
 
@@ -60,7 +60,7 @@ def gradients(model: nn.Module, groups: Tensor, mean: bool) -> Tensor:
     return torch.cat([found[name].flatten(1) for name in sorted(found)], dim=1)
 
 
-def estimate(model: Bigram, settings: FedFisher) -> Tensor:
+def estimate(model: Bigram, settings: FisherSettings) -> Tensor:
     flat = FlatParams(model)
     fisher = FisherEstimate(flat, settings)
     fisher.begin()
@@ -75,13 +75,14 @@ def estimate(model: Bigram, settings: FedFisher) -> Tensor:
 
 def test_batch(model: Bigram) -> None:
     expected = torch.stack([gradients(model, b[None], mean=True)[0] ** 2 for b in batches()])
-    torch.testing.assert_close(estimate(model, FedFisher()), expected.mean(0), rtol=1e-9, atol=0)
+    found = estimate(model, FisherSettings())
+    torch.testing.assert_close(found, expected.mean(0), rtol=1e-9, atol=0)
 
 
 def test_sequence(model: Bigram) -> None:
     single = torch.cat(batches())[:, None]
     expected = (gradients(model, single, mean=False) ** 2).mean(0)
-    torch.testing.assert_close(estimate(model, FedFisher(fisher="sequence")), expected,
+    torch.testing.assert_close(estimate(model, FisherSettings("sequence")), expected,
                                rtol=1e-9, atol=0)
 
 
@@ -92,7 +93,7 @@ def test_corrected(model: Bigram, microbatches: int) -> None:
     for batch in batches():
         g = gradients(model, batch.unflatten(0, (microbatches, size)), mean=True)
         expected.append((g**2).mean(0) + (size - 1) * g.var(0, correction=1))
-    found = estimate(model, FedFisher(fisher="corrected", fisher_microbatches=microbatches))
+    found = estimate(model, FisherSettings("corrected", microbatches))
     torch.testing.assert_close(found, torch.stack(expected).mean(0), rtol=1e-9, atol=0)
 
 
@@ -103,7 +104,7 @@ def test_corrected_estimates_what_single_sequences_have(model: Bigram) -> None:
     pool = torch.randint(VOCAB, (40, LENGTH), generator=generator)
     exact = (gradients(model, pool[:, None], mean=True) ** 2).mean(0)
     flat = FlatParams(model)
-    corrected, batch = (FisherEstimate(flat, FedFisher(fisher=kind))  # type: ignore[arg-type]
+    corrected, batch = (FisherEstimate(flat, FisherSettings(kind))  # type: ignore[arg-type]
                         for kind in ("corrected", "batch"))
     for _ in range(300):
         rows = pool[torch.randint(len(pool), (BATCH,), generator=generator)]
@@ -125,7 +126,7 @@ def test_scope_is_zero_outside_the_mixers(model: Bigram) -> None:
 
     named = Named()
     flat = FlatParams(named)
-    fisher = FisherEstimate(flat, FedFisher(fisher_scope="mixers"))
+    fisher = FisherEstimate(flat, FisherSettings(scope="mixers"))
     fisher.gradient(named, batches()[0])  # type: ignore[arg-type]
     values = dict(flat.views(fisher.finish()))
     assert not values["layers.embedding.weight"].any()
@@ -136,7 +137,7 @@ def test_the_embedding_and_head_of_mamba_count_once() -> None:
     language_model = Mamba2LM(ModelConfig(d_model=16, d_state=4, headdim=8), VOCAB)
     language_model.init_weights(0)
     flat = FlatParams(language_model.double())
-    fisher = FisherEstimate(flat, FedFisher())
+    fisher = FisherEstimate(flat, FisherSettings())
     fisher.gradient(language_model, batches()[0])
     diagonal = fisher.finish().clone()
     batch_gradient(language_model, flat, batches()[0])

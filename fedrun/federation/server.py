@@ -1,7 +1,7 @@
 """The server: the plans of the rounds, the verdict on each, the run's history and models.
 
-It keeps no clients and sums nothing. What it writes, it writes on a thread of its own, beside the
-next rounds' training: nobody waits for a disk, unless it falls behind by PENDING writes.
+It keeps no clients and sums nothing. What it writes, a `Recorder` writes beside the next rounds'
+training.
 """
 
 from __future__ import annotations
@@ -9,35 +9,28 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections import deque
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedrun.common.errors import Failure, FolderLost, explain
-from fedrun.common.files import write_json
+from fedrun.common.log import WARNING, log
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
 from fedrun.distributed.stopping import StopRequest
 from fedrun.federation import replicas
 from fedrun.federation.plan import RoundDecision, RoundPlan, Schedule, Shards
 from fedrun.model.build import DTYPES, new_model
-from fedrun.records.best import BestModel
-from fedrun.records.checkpoint import Checkpoint, CheckpointCoordinator
-from fedrun.records.history import COHORT_NUMBERS, SECONDS, RunTotals, cohort_record, half_losses
-from fedrun.records.run_dir import SnapshotWriter, save_model, studied, write_failure, write_outcome
-from fedrun.records.track import Events, Progress, cohort_event
+from fedrun.records.checkpoint import Checkpoint
+from fedrun.records.history import SECONDS, cohort_record
+from fedrun.records.recorder import Recorder
+from fedrun.records.run_dir import write_failure
+from fedrun.records.schema import FEDERATED
+from fedrun.records.track import cohort_event
 from fedrun.training.evaluate import Piece, mean_loss, perplexity, sample_text
 from fedrun.training.optimizer import scheduled_lr
 from fedrun.training.params import FlatParams
-
-# Pieces of work that wait for the writer or are under way. A piece of an evaluated round holds a
-# copy of the model, as does one that waits for a place: of 100 million parameters in fp32, 2 GB in
-# all at the most.
-PENDING = 4
 
 
 class Server:
@@ -51,29 +44,15 @@ class Server:
         self.schedule = Schedule(config, Shards(config, data).sizes)
         self.model = new_model(config, data.vocab_size, torch.device("cpu"))
         self.flat = FlatParams(self.model)
-        self.steps = SnapshotWriter(config.run_dir / "server",
-                                  studied(self.flat.views(self.flat.vector)))
-        self.history: list[dict[str, Any]] = []
-        self.clocks = RunTotals()
         self.reference = config.strategy.first_reference(data.vocab_size, config.cohort_size)
         self._left_out: list[list[int]] = []  # round and client, since the last record
         self._left_out_why: list[str] = []
-        done = 0
-        if checkpoint:
-            done = checkpoint.step
-            self._load(checkpoint)
-        self.events = Events(config, "round", self.schedule.rounds, done)
-        self.progress = Progress("round", self.schedule.rounds, done, self.clocks.tokens)
+        state = checkpoint.server if checkpoint else None
+        if state is not None:
+            self._load(state)
+        self.recorder = Recorder(config, FEDERATED, self.schedule.rounds, self.flat, provenance,
+                                 workers, checkpoint.step if checkpoint else 0, state)
         self.stopping = stopping
-        losses = [(r["global_step"], r["server_val_loss"]) for r in self.history
-                  if r["server_val_loss"] is not None]
-        self.best = BestModel(config, losses, self.progress.say) if config.keep == "best" else None
-        self.checkpoints = CheckpointCoordinator(config, provenance, workers, self.progress.say,
-                                       self._write_rest)
-        self._writer = ThreadPoolExecutor(1, "fedrun-writer",
-                                          initializer=lambda: torch.set_num_threads(config.threads))
-        self._writing: deque[Future[None]] = deque()
-        self._waited = False
 
     @property
     def size(self) -> int:
@@ -84,7 +63,7 @@ class Server:
         return DTYPES[self.config.dtype]
 
     def plan(self, number: int) -> dict[str, Any]:
-        due = self.checkpoints.due(number, last=number >= self.schedule.rounds)
+        due = self.recorder.checkpoint_due(number)
         return dataclasses.asdict(self.schedule.plan(number, self.reference, save=due))
 
     def decide(self, plan: RoundPlan, reports: list[dict[str, Any]]) -> dict[str, str]:
@@ -147,118 +126,54 @@ class Server:
         loss_sum = math.fsum(c["loss_sum"] for c in taken)
         tokens = sum(c["tokens"] for c in taken)
         trained = self.config.local_updates * self.config.batch_size * self.config.sequence_length
-        self.clocks.add(len(clients) * trained, loss_sum, tokens, **{
+        self.recorder.totals.add(len(clients) * trained, loss_sum, tokens, **{
             name: max(report.get(name, 0.0) for report in reports) for name in SECONDS})
-        self.clocks.bytes += sum(report.get("bytes", 0) for report in reports)
+        self.recorder.totals.bytes += sum(report.get("bytes", 0) for report in reports)
         if "entropy" in taken[0]:
             self.reference = self.config.strategy.next_reference([c["entropy"] for c in taken])
         for client in left_out:
             self._left_out.append([plan.round, client["client"]])
             self._left_out_why.append(client["left_out"])
-            self.progress.say(f"round {plan.round}: client {client['client']} is left out: "
-                              f"{client['left_out']}; its moments are reset")
-        train_ppl = perplexity(loss_sum / tokens)
+            log(f"round {plan.round}: client {client['client']} is left out: "
+                f"{client['left_out']}; its moments are reset", WARNING)
         steps = self.config.local_updates
-        seen = {"train_ppl": train_ppl, "left_out": [c["client"] for c in left_out],
-                "left_out_why": [c["left_out"] for c in left_out], "clients": cohort_event(clients),
-                "lr": scheduled_lr(self.config, (plan.round - 1) * steps,
-                                   self.schedule.rounds * steps), **self.clocks.now()}
-        val_ppl = None
-        if model is not None:
-            record = self._add_record(plan, reports, model)
-            val_ppl = record["server_val_ppl"]
-            seen |= {"val_ppl": val_ppl} | {n: record[n] for n in COHORT_NUMBERS if n in record}
-        self.events.add("round", round=plan.round, **seen)
-        self.progress.step(plan.round, train_ppl, self.clocks.tokens, val_ppl)
+        lr = scheduled_lr(self.config, (plan.round - 1) * steps, self.schedule.rounds * steps)
+        record = None if model is None else self._add_record(plan, reports, model)
+        self.recorder.step(plan.round, perplexity(loss_sum / tokens), lr, record,
+                           left_out=[c["client"] for c in left_out],
+                           left_out_why=[c["left_out"] for c in left_out],
+                           clients=cohort_event(clients))
         if plan.save or verdict.stop:
-            self.checkpoints.begin(plan.round, self._state())
-        self._commit(reports)
+            self.recorder.begin_checkpoint(plan.round, reference=self.reference,
+                                           left_out=list(self._left_out),
+                                           left_out_why=list(self._left_out_why))
+        self.recorder.commit_checkpoints(reports)
 
-    def _commit(self, reports: list[dict[str, Any]]) -> None:
-        for commit in self.checkpoints.collect(reports):
-            self._write(commit)
-
-    def _state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the server; the records' sample text may still be made."""
-        return {"history": self.history.copy(), "clocks": self.clocks.state(),
-                "reference": self.reference, "left_out": list(self._left_out),
-                "left_out_why": list(self._left_out_why)}
-
-    def _load(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.server
-        self.history = state["history"]
-        self.clocks.load_state(state["clocks"])
+    def _load(self, state: dict[str, Any]) -> None:
         self.reference = state["reference"]
         self._left_out = state["left_out"]
         # Checkpoints did not always have the reasons, of which there was only one.
         self._left_out_why = state.get("left_out_why", ["not finite"] * len(self._left_out))
-        write_json(self.config.run_dir / "training_history.json", self.history)
 
     def _add_record(self, plan: RoundPlan, reports: list[dict[str, Any]], model: Tensor
                     ) -> dict[str, Any]:
-        pieces = _pieces(reports)
-        loss = mean_loss(pieces)
         measured = next(r["server"] for r in reports if "server" in r)
-        record = {
-            "global_step": plan.round, **self.clocks.take_train_loss(),
-            "server_val_loss": loss, "server_val_ppl": perplexity(loss),
-            "val_loss_halves": half_losses(pieces), "generated": None, **self.clocks.now(),
-            **cohort_record(_clients(plan, reports), measured,
-                            gradients="gradient" in self.config.strategy.inputs),
-            "left_out": self._left_out, "left_out_why": self._left_out_why}
+        fields = cohort_record(_clients(plan, reports), measured,
+                               gradients="gradient" in self.config.strategy.inputs)
+        fields |= {"left_out": self._left_out, "left_out_why": self._left_out_why}
         if self.config.cohort is not None:
-            record["cohort"] = plan.cohort
+            fields["cohort"] = plan.cohort
         if self.config.eval_clients:
             by_client = {int(k): v for r in reports for k, v in r.get("client_pieces", {}).items()}
-            record["client_val_ppls"] = [perplexity(mean_loss(by_client[k])) for k in plan.cohort]
+            fields["client_val_ppls"] = [perplexity(mean_loss(by_client[k])) for k in plan.cohort]
         self._left_out, self._left_out_why = [], []
-        self.history.append(record)
-        self._write(lambda: self._save(plan.round, model, record))
-        return record
+        return self.recorder.evaluated(plan.round, _pieces(reports), model,
+                                       lambda: self._sample(model), **fields)
 
-    def _save(self, number: int, model: Tensor, record: dict[str, Any]) -> None:
-        """On the writer's thread: the model, its studied parameters, sample text, the history.
-
-        On a disk that is full the run goes on, and the next evaluation tries again; the last one
-        has to succeed, and so has one for which too many wait.
-        """
-        run_dir = self.config.run_dir
-        last_try = number == self.schedule.rounds or self.steps.full
+    def _sample(self, model: Tensor) -> str:
+        """Sample text of a global model (size,); on the recorder's thread."""
         self.flat.vector.copy_(model)
-        self.steps.add(number, studied(self.flat.views(model)))
-        record["generated"] = sample_text(self.model, self.data, torch.device("cpu"))
-        try:
-            self._save_model()
-            if self.best:
-                self.best.offer(number, record["server_val_loss"], self.flat.views(model))
-            write_json(run_dir / "training_history.json",
-                       [r for r in self.history if r["global_step"] <= number])
-            self.steps.write()
-        except OSError as error:
-            if last_try:
-                raise
-            self.progress.say(f"fedrun: warning: round {number} could not be written to {run_dir} "
-                              f"({error.strerror}); the run goes on")
-
-    def _write_rest(self) -> None:
-        self.steps.write()
-        self.events.write()
-
-    def _save_model(self) -> None:
-        save_model(self.config.run_dir / "model.safetensors", self.flat.views(self.flat.vector))
-
-    def _write(self, work: Callable[[], None]) -> None:
-        """Hand work to the writer, which does it in this order. Its errors surface here."""
-        while self._writing and self._writing[0].done():
-            self._writing.popleft().result()
-        if len(self._writing) == PENDING:
-            if not self._waited:
-                self.progress.say(f"fedrun: warning: {self.config.run_dir} is written more slowly "
-                                  "than rounds go by: the run waits for its disk (a larger "
-                                  "--val_freq writes less)")
-            self._waited = True
-            self._writing.popleft().result()
-        self._writing.append(self._writer.submit(work))
+        return sample_text(self.model, self.data, torch.device("cpu"))
 
     def end_early(self, verdict: RoundDecision, model: Tensor | None, reports: list[dict[str, Any]]
                   ) -> None:
@@ -266,10 +181,9 @@ class Server:
         is not finite, and tell the reason; `reports`: of all ranks, on what they hold now."""
         reason = verdict.error
         try:
-            self._close()
+            self.recorder.close()
             if model is not None and not replicas.compare(reports, model):
-                self.flat.vector.copy_(model)
-                self._save_model()
+                self.recorder.save_model(model)
         except FolderLost as lost:
             reason = str(lost)
         except OSError as error:
@@ -283,25 +197,9 @@ class Server:
 
     def finish(self, plan: RoundPlan, verdict: RoundDecision, reports: list[dict[str, Any]]) -> None:
         """Wait until all is written, and say how the run stands."""
-        self._wait_for_writer()
-        self._commit(reports)
-        self._close()
-        if plan.last:
-            write_outcome(self.config.run_dir, "finished", plan.round)
-            return
-        write_outcome(self.config.run_dir, "stopped", plan.round, verdict.stop)
-        self.stopping.obeyed()
-
-    def _wait_for_writer(self) -> None:
-        while self._writing:
-            self._writing.popleft().result()
-
-    def _close(self) -> None:
-        self._wait_for_writer()
-        self._writer.shutdown()
-        self.events.add("end", **self.clocks.now())
-        self.events.close()
-        self.progress.close()
+        self.recorder.finish(plan.round, verdict.stop, reports)
+        if not plan.last:
+            self.stopping.obeyed()
 
 
 def _clients(plan: RoundPlan, reports: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -11,23 +11,20 @@ import torch
 from torch import Tensor
 
 from fedrun.common.errors import Diverged, FolderLost
-from fedrun.common.files import write_json
 from fedrun.data.batches import Batches, make_batches
 from fedrun.distributed.stopping import StopRequest
 from fedrun.experiment import Experiment
 from fedrun.federation.client import Client, LocalLosses, to_device
-from fedrun.records.best import BestModel
 from fedrun.records.checkpoint import (
     GLOBAL,
     Checkpoint,
-    CheckpointCoordinator,
     CheckpointWriter,
     client_file,
     folder_of,
 )
-from fedrun.records.history import RunTotals, half_losses
-from fedrun.records.run_dir import SnapshotWriter, save_model, studied, write_outcome
-from fedrun.records.track import Events, Progress
+from fedrun.records.recorder import Recorder
+from fedrun.records.run_dir import studied
+from fedrun.records.schema import CENTRAL
 from fedrun.training.evaluate import mean_loss, perplexity, sample_text, validation_pieces
 from fedrun.training.optimizer import LocalOptimizer, scheduled_lr
 from fedrun.training.params import FlatParams
@@ -61,7 +58,7 @@ def training_client(experiment: Experiment, flat: FlatParams) -> Client:
 
 
 class Training:
-    """A run in one process: the model, its client, and what is recorded of them."""
+    """A central run: its model, its one client, and its recorder."""
 
     def __init__(self, experiment: Experiment, device: torch.device,
                  checkpoint: Checkpoint | None) -> None:
@@ -70,143 +67,104 @@ class Training:
         self.model = experiment.new_model(device)
         self.flat = FlatParams(self.model)
         self.client, self.steps = training_client(experiment, self.flat), experiment.length.steps
-        self.start = studied(self.flat.views(self.flat.vector))
-        self.studied = SnapshotWriter(config.run_dir, self.start)
-        self.history: list[dict[str, Any]] = []
-        self.clocks = RunTotals()
         self.last_gradient: Tensor | None = None
-        self.done = 0
+        self.done, state = (0, None) if checkpoint is None else (checkpoint.step, checkpoint.server)
+        self.recorder = Recorder(config, CENTRAL, self.steps, self.flat, experiment.provenance, 1,
+                                 self.done, state)
         if checkpoint is not None:
             self._load(checkpoint)
-        self.progress = Progress("step", self.steps, self.done, self.clocks.tokens)
-        self.events = Events(config, "step", self.steps, self.done)
-        losses = [(r["step"], r["val_loss"]) for r in self.history if r["val_loss"] is not None]
-        self.best = BestModel(config, losses, self.progress.say) if config.keep == "best" else None
-        self.saver = CheckpointWriter()
-        self.checkpoints = CheckpointCoordinator(config, experiment.provenance, 1, self.progress.say,
-                                                 self._write_rest)
+        self.checkpoint_writer = CheckpointWriter()
 
     def step(self) -> None:
-        """One optimizer step, evaluated and recorded where it is due."""
+        """One optimizer step, recorded, and evaluated if that is due."""
         config, before = self.config, time.monotonic()
         losses: LocalLosses = self.client.train(self.model, 1, self.done)
         loss_sum = losses.loss_sum.item()
-        self.clocks.add(config.batch_size * config.sequence_length, loss_sum, losses.tokens,
-                        local_training_seconds=time.monotonic() - before)
+        self.recorder.totals.add(config.batch_size * config.sequence_length, loss_sum,
+                                 losses.tokens, local_training_seconds=time.monotonic() - before)
         self.done += 1
         if not torch.isfinite(self.flat.vector.sum()):
             raise self._diverged("the model is no longer finite")
-        train_ppl, seen = perplexity(loss_sum / losses.tokens), {}
+        record = None
         if self.done == 1 or self.done % config.val_freq == 0 or self.done == self.steps:
-            seen = {"val_ppl": self._record()}
-        self.events.add("step", step=self.done, train_ppl=train_ppl,
-                        lr=scheduled_lr(config, self.done - 1, self.steps), **self.clocks.now(),
-                        **seen)
-        self.progress.step(self.done, train_ppl, self.clocks.tokens, seen.get("val_ppl"))
+            record = self._evaluate()
+        self.recorder.step(self.done, perplexity(loss_sum / losses.tokens),
+                           scheduled_lr(config, self.done - 1, self.steps), record)
 
-    def _record(self) -> float:
-        """Evaluate, and write what is to be kept of this step; the validation perplexity."""
-        config, before = self.config, time.monotonic()
+    def _evaluate(self) -> dict[str, Any]:
+        """Evaluate the model and record it; returns the record."""
+        before = time.monotonic()
         pieces = validation_pieces(self.model, self.data.validation, self.device)
-        val_loss = mean_loss(pieces)
-        if not math.isfinite(val_loss):
+        if not math.isfinite(mean_loss(pieces)):
             raise self._diverged("the validation loss is not finite")
-        self.clocks.add(0, 0.0, 0, evaluation_seconds=time.monotonic() - before)
-        now = studied(self.flat.views(self.flat.vector))
+        self.recorder.totals.add(0, 0.0, 0, evaluation_seconds=time.monotonic() - before)
+        model = self.flat.vector.to("cpu", copy=True)
+        start, now = self.recorder.start, studied(self.flat.views(model))
         cosine = None if self.last_gradient is None else float(
             torch.nn.functional.cosine_similarity(self.flat.grad, self.last_gradient, dim=0))
         self.last_gradient = self.flat.grad.clone()
-        self.history.append({
-            "step": self.done, "val_loss": val_loss, "val_ppl": perplexity(val_loss),
-            "val_loss_halves": half_losses(pieces), **self.clocks.take_train_loss(),
-            "generated": sample_text(self.model, self.data, self.device), "grad_cosine": cosine,
-            "delta_norms": {k: float(((now[k] - self.start[k]) ** 2).sum() ** 0.5) for k in now},
-            **self.clocks.now()})
-        last_try = self.done == self.steps or self.studied.full
-        self.studied.add(self.done, now)
-        try:
-            save_model(config.run_dir / "model.safetensors", self.flat.views(self.flat.vector))
-            if self.best:
-                self.best.offer(self.done, val_loss, self.flat.views(self.flat.vector))
-            write_json(config.run_dir / "training_history.json", self.history)
-            self.studied.write()
-        except OSError as error:  # a full disk: the next evaluation tries again
-            if last_try:
-                raise
-            self.progress.say(f"fedrun: warning: step {self.done} could not be written to "
-                              f"{config.run_dir} ({error.strerror}); the run goes on")
-        return perplexity(val_loss)
+        return self.recorder.evaluated(
+            self.done, pieces, model, sample_text(self.model, self.data, self.device),
+            grad_cosine=cosine,
+            delta_norms={k: float(((now[k] - start[k]) ** 2).sum() ** 0.5) for k in now})
 
     def _diverged(self, what: str) -> Diverged:
+        self.recorder.wait()  # for the last good model, if it is still being written
         path = self.config.run_dir / "model.safetensors"
         kept = f"; the last good model is in {path}" if path.exists() else ""
         return Diverged(f"step {self.done}: {what}: --lr {self.config.lr:g} may be too large{kept}")
 
-    def _write_rest(self) -> None:
-        self.studied.write()
-        self.events.write()
-
     def save(self) -> None:
-        """Begin a checkpoint of this step."""
+        """Start to write a checkpoint of this step."""
         gradient = {} if self.last_gradient is None else {"last_gradient": self.last_gradient}
         folder = folder_of(self.config.run_dir, self.done)
-        self.checkpoints.begin(self.done, {"history": self.history.copy(),
-                                           "clocks": self.clocks.state()})
-        self.saver.begin(folder, self.done, {GLOBAL: {"model": self.flat.vector} | gradient,
-                                             client_file(0): self.client.state()})
+        self.recorder.begin_checkpoint(self.done)
+        self.checkpoint_writer.begin(
+            folder, self.done, {GLOBAL: {"model": self.flat.vector} | gradient,
+                                client_file(0): self.client.state()})
 
-    def commit(self, wait: bool = False) -> None:
-        """Finish the checkpoint whose tensors are written, if there is one."""
-        for commit in self.checkpoints.collect([self.saver.written(wait)]):
-            commit()
+    def commit(self) -> None:
+        """Complete the checkpoint whose tensors are written, if there is one."""
+        self.recorder.commit_checkpoints([self.checkpoint_writer.written()])
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        state, tensors = checkpoint.server, checkpoint.tensors(GLOBAL)
-        self.done, self.history = checkpoint.step, state["history"]
-        self.clocks.load_state(state["clocks"])
+        tensors = checkpoint.tensors(GLOBAL)
         self.flat.vector.copy_(tensors["model"])
         if "last_gradient" in tensors:
             self.last_gradient = tensors["last_gradient"].to(self.device)
         self.client.load_state(checkpoint.tensors(client_file(0)))
-        write_json(self.config.run_dir / "training_history.json", self.history)
 
     def close(self, stop: str) -> None:
-        """Wait until all is written, and say how the run stands."""
-        self.commit(wait=True)
-        self.close_records()
-        write_outcome(self.config.run_dir, "stopped" if stop else "finished", self.done, stop)
-
-    def close_records(self) -> None:
-        """What is told of the run ends here."""
-        self.events.add("end", **self.clocks.now())
-        self.events.close()
-        self.progress.close()
+        """Wait until everything is written, and record how the run ended."""
+        self.recorder.finish(self.done, stop, [self.checkpoint_writer.written(wait=True)])
 
 
 def train_central(experiment: Experiment, device: torch.device, stopping: StopRequest,
                   checkpoint: Checkpoint | None = None) -> str:
     """Train for all epochs or `rounds` optimizer steps, evaluating every `val_freq` of them.
 
-    A record's `grad_cosine` is the cosine between the gradient of this step and the one of the
-    record before; `delta_norms` are Frobenius norms of the change since the start. Returns who
-    asked for an end before the last step; empty after it. Raises Diverged.
+    In a record, `grad_cosine` is the cosine between the gradient of this step and that of the
+    record before, and `delta_norms` are Frobenius norms of the change since the start. Returns who
+    asked to stop before the last step, or "" after it. Raises Diverged.
     """
     training = Training(experiment, device, checkpoint)
     stop = ""
-    while training.done < training.steps and not stop:
-        try:
+    try:
+        while training.done < training.steps and not stop:
             training.step()
-        except Diverged:
-            training.close_records()
-            raise
-        training.commit()
-        if lost := stopping.lost_folder():
-            raise FolderLost(lost)
-        if training.done < training.steps:
-            stop = stopping.asked_by()
-        if stop or training.checkpoints.due(training.done, last=training.done >= training.steps):
-            training.save()
-    training.close(stop)
+            training.commit()
+            if lost := stopping.lost_folder():
+                raise FolderLost(lost)
+            if training.done < training.steps:
+                stop = stopping.asked_by()
+            if stop or training.recorder.checkpoint_due(training.done):
+                training.save()
+        training.close(stop)
+    except Diverged:
+        training.recorder.close()
+        raise
+    finally:
+        training.recorder.end_thread()  # the caller releases the run's folder
     if stop:
         stopping.obeyed()
     return stop and f"{stop}, after step {training.done}"

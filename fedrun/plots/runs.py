@@ -24,6 +24,7 @@ from fedrun.common.files import DamagedFile, Kind, number, read_json, whole
 from fedrun.common.terminal import shortened, visible
 from fedrun.config import FederatedConfig
 from fedrun.records.run_files import MARK
+from fedrun.records.schema import read_field
 
 Axis = Literal["tokens", "steps", "rounds", "seconds", "bytes"]
 AXES: tuple[Axis, ...] = get_args(Axis)
@@ -244,28 +245,27 @@ def _record(raw: Any, tokens_a_step: float) -> Record | None:
     """A record from any of the forms that histories have; None where it has no step."""
     if not isinstance(raw, dict):
         return None
-    step = whole(raw.get("global_step", raw.get("step")))
+    step = whole(read_field(raw, "step"))
     if step is None:
         return None
     tokens = number(raw["tokens"]) if "tokens" in raw else step * tokens_a_step
     seconds, sent = number(raw.get("seconds")), number(raw.get("bytes"))
     tokens, seconds, sent = (value if abs(value) < LARGEST else math.nan
                              for value in (tokens, seconds, sent))
-    return Record(step, _perplexity(raw, "train"), _perplexity(raw, "server_val", "val"), tokens,
+    return Record(step, _perplexity(raw.get("train_ppl"), raw.get("train_loss")),
+                  _perplexity(read_field(raw, "val_ppl"), read_field(raw, "val_loss")), tokens,
                   seconds, sent,
                   raw.get("generated") if isinstance(raw.get("generated"), str) else None)
 
 
-def _perplexity(raw: dict[str, Any], *prefixes: str) -> float:
-    """The perplexity under the first prefix that has one, or has a loss in nats; nan where there
-    is none, infinite where it has diverged."""
-    for prefix in prefixes:
-        found = number(raw.get(f"{prefix}_ppl"))
-        loss = number(raw.get(f"{prefix}_loss"))
-        if math.isnan(found) and not math.isnan(loss):
-            found = math.exp(loss) if loss < 700 else math.inf
-        if found > 0:
-            return found if found < DIVERGED else math.inf
+def _perplexity(ppl: Any, loss: Any) -> float:
+    """A record's perplexity, or that of its loss in nats per token if it has none; nan if it has
+    neither, infinite if the run has diverged."""
+    found, loss = number(ppl), number(loss)
+    if math.isnan(found) and not math.isnan(loss):
+        found = math.exp(loss) if loss < 700 else math.inf
+    if found > 0:
+        return found if found < DIVERGED else math.inf
     return math.nan
 
 

@@ -46,6 +46,7 @@ from fedrun.config import RunConfig
 from fedrun.flags import METHODS, Parser, add_flags, method_settings
 from fedrun.records.provenance import READ, corpus_digests, differing
 from fedrun.records.run_dir import ENVIRONMENT, START, read_outcome
+from fedrun.records.schema import read_field
 from fedrun.tools.study_file import Point, Study, StudySetting, notes, read
 from fedrun.unused import NEVER_READ
 
@@ -201,7 +202,7 @@ def table(study: Study) -> list[dict[str, Any]]:
             ratios.append(_ppl(mine[1] - theirs[1]))
             if not math.isfinite(mine[1]):
                 continue
-            curve = [_number(r.get("server_val_ppl", r.get("val_ppl"))) for r in history(config)]
+            curve = [_number(read_field(r, "val_ppl")) for r in history(config)]
             final.append(curve[-1])
             best.append(min(curve))
         if ratios:

@@ -62,7 +62,8 @@ def report(model: str, state: str = "s", not_finite: str = "") -> RoundReport:
      r"\(model\) on rank 2 differs from that on ranks 1, 3: "),
     ([NONE, report("a"), report("a"), report("a", "t"), report("b"), report("a")],
      r"\(model, server\.v\) on rank 3 and rank 4 differs from that on ranks 1, 2, 5: "),
-    ([report("a"), report("b")], r"on rank 0 and rank 1 differ, and nothing shows which one is right"),
+    ([report("a"), report("b")],
+     r"on rank 0 and rank 1 differ, and nothing shows which one is right"),
     ([report("a"), report("a", not_finite="model")], r"no longer finite \(model\)"),
 ])
 def test_who_is_named(reports: list[RoundReport], said: str) -> None:

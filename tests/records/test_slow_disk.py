@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from fedrun.federation.schedule import RoundPlan
-from fedrun.federation.server import PENDING, Server
+from fedrun.federation.messages import RoundPlan
 from fedrun.federation.worker import Worker
 from fedrun.records import checkpoint, run_dir
-from fedrun.records.track import Progress
+from fedrun.records.recorder import MAX_PENDING, Recorder
 from tests.support.runs import Run, assert_equal
 
 SECONDS = 60.0  # that a write is held at most
@@ -56,7 +55,7 @@ class Disk:
 def test_all_rounds_pass_while_writes_are_held(run_here: Run,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluations, and a checkpoint that the workers' thread is held with."""
-    flags = ("--num_clients", 2, "--rounds", PENDING, "--val_freq", 1, "--checkpoint_freq", 1)
+    flags = ("--num_clients", 2, "--rounds", MAX_PENDING, "--val_freq", 1, "--checkpoint_freq", 1)
     undisturbed = run_here("fed_avg", *flags, name="undisturbed")
     disk = Disk(monkeypatch)
     end = Worker.end
@@ -71,38 +70,16 @@ def test_all_rounds_pass_while_writes_are_held(run_here: Run,
     monkeypatch.setattr(Worker, "end", end_when_held)
     slow = run_here("fed_avg", *flags)
     assert slow.code == 0, slow.output
-    assert disk.seen[:2 * PENDING] == ["train", "aggregate"] * PENDING
-    assert "slowly" not in slow.output
+    assert disk.seen[:2 * MAX_PENDING] == ["train", "aggregate"] * MAX_PENDING
+    assert "more slowly" not in slow.output
     assert_equal(slow, undisturbed)
-
-
-def test_the_run_waits_when_the_disk_is_far_behind(run_here: Run,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one warning, and no more models in memory than are told."""
-    disk, rounds = Disk(monkeypatch), PENDING + 3
-    healthy, said = Progress.say, []
-
-    def say(progress: Progress, line: str) -> None:
-        if "written more slowly" in line:
-            said.append(disk.seen.count("train"))
-            disk.free.set()
-        healthy(progress, line)
-
-    monkeypatch.setattr(Progress, "say", say)
-    slow = run_here("fed_avg", "--num_clients", 2, "--rounds", rounds, "--val_freq", 1,
-                    "--checkpoint_freq", "none")
-    assert slow.code == 0, slow.output
-    assert said == [PENDING + 1]
-    assert "wrote" not in disk.seen[:2 * (PENDING + 1)]
-    assert [record["global_step"] for record in slow.history] == list(range(1, rounds + 1))
-    assert all(record["generated"] for record in slow.history)
 
 
 def test_an_error_of_the_writer_ends_the_run(run_here: Run, monkeypatch: pytest.MonkeyPatch
                                              ) -> None:
     def broken(*_: Any) -> None:
         raise ZeroDivisionError("in the writer")
-    monkeypatch.setattr(Server, "_save", broken)
+    monkeypatch.setattr(Recorder, "_save", broken)
     outcome = run_here("fed_avg", "--num_clients", 2, "--rounds", 2)
     assert outcome.code == 1
     assert "in the writer" in outcome.output

@@ -1,0 +1,214 @@
+"""Writes a run's history, events, models, snapshots and checkpoints.
+
+Federated and central runs write the same files; a `Schema` holds the names in which they differ.
+Files of models, snapshots, history and checkpoints are written by a thread, in the order of the
+calls, so that training does not wait for a disk unless it falls behind by MAX_PENDING tasks.
+
+    recorder = Recorder(config, FEDERATED, rounds, flat, provenance, workers)
+    for each round:
+        recorder.totals.add(...)
+        record = recorder.evaluated(number, pieces, model, generated, ...)   # only some rounds
+        recorder.step(number, train_ppl, lr, record, ...)
+        if recorder.checkpoint_due(number):
+            recorder.begin_checkpoint(number, ...)       # and the workers write their files
+        recorder.commit_checkpoints(written)
+    recorder.finish(number, stop, written)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedrun.common.files import write_json
+from fedrun.common.log import WARNING, log
+from fedrun.config import RunConfig
+from fedrun.records.best import BestModel
+from fedrun.records.checkpoint import CheckpointCoordinator
+from fedrun.records.history import COHORT_NUMBERS, RunTotals, half_losses
+from fedrun.records.run_dir import SnapshotWriter, save_model, studied, write_outcome
+from fedrun.records.schema import Schema
+from fedrun.records.track import Events, Progress
+from fedrun.training.evaluate import Piece, mean_loss, perplexity
+from fedrun.training.params import FlatParams
+
+MAX_PENDING = 4
+"""Tasks that are queued or running. The task of an evaluation holds a copy of the model, and so
+does one more that waits for a place: 2 GB in all for 100 million parameters in fp32."""
+
+
+class Recorder:
+    """Writes what a run leaves in its folder. All methods are for the thread that trains.
+
+    An error of the writer's thread is raised by a later call that hands it a task, or at the latest
+    by `wait`, `finish` or `close`. `FolderLost` is such an error: the thread writes nothing into a
+    folder that no longer belongs to this run.
+
+    If the disk is full, training continues: an evaluation that could not be written is written with
+    the next one. The last evaluation has to succeed, and so has one that finds the snapshots' queue
+    full.
+    """
+
+    def __init__(self, config: RunConfig, schema: Schema, total: int, flat: FlatParams,
+                 provenance: dict[str, Any], workers: int, done: int = 0,
+                 state: Mapping[str, Any] | None = None) -> None:
+        """
+        total: the rounds or steps of the run.
+        flat: the model as it is before the first of them, also in a run that resumes: snapshots
+            hold the change since then. Later only its layout is used.
+        provenance, workers: what checkpoints record beside the settings, and how many processes
+            write files of them.
+        done, state: number and content of the checkpoint that the run resumes from.
+        """
+        self.config, self.schema, self.total = config, schema, total
+        self.totals = RunTotals()
+        self.history: list[dict[str, Any]] = []
+        self.start = studied(flat.views(flat.vector))
+        if state is not None:
+            self.history = state["history"]
+            self.totals.load_state(state["clocks"])
+            write_json(config.run_dir / "training_history.json", self.history)
+        self.events = Events(config, schema.unit, total, done)
+        self.progress = Progress(schema.unit, total, done, self.totals.tokens)
+        self.checkpoints = CheckpointCoordinator(config, provenance, workers, self.progress.say,
+                                                 self._write_unwritten)
+        losses = [(record[schema.step], record[schema.val_loss]) for record in self.history
+                  if record[schema.val_loss] is not None]
+        self._best = BestModel(config, losses, self.progress.say) if config.keep == "best" else None
+        self._views = flat.views
+        self._snapshots = SnapshotWriter(config.run_dir / schema.snapshots, self.start)
+        self._writer = ThreadPoolExecutor(1, "fedrun-writer",
+                                          initializer=lambda: torch.set_num_threads(config.threads))
+        self._pending: deque[Future[None]] = deque()
+        self._warned = False
+
+    def step(self, number: int, train_ppl: float, lr: float,
+             record: Mapping[str, Any] | None = None, **fields: Any) -> None:
+        """Record a finished round or step in events.jsonl, the tracker and the progress line.
+
+        record: what `evaluated` returned, if this step was evaluated. fields: more of the event.
+        """
+        values = {self.schema.unit: number, "train_ppl": train_ppl, **fields, "lr": lr,
+                  **self.totals.now()}
+        val_ppl = None
+        if record is not None:
+            val_ppl = record[self.schema.val_ppl]
+            values |= {"val_ppl": val_ppl} | {name: record[name] for name in COHORT_NUMBERS
+                                              if name in record}
+        self.events.add(self.schema.unit, **values)
+        self.progress.step(number, train_ppl, self.totals.tokens, val_ppl)
+
+    def evaluated(self, number: int, pieces: Sequence[Piece], model: Tensor,
+                  generated: str | Callable[[], str], **fields: Any) -> dict[str, Any]:
+        """Record an evaluation: in the history, as the last model, as a snapshot and, if it is the
+        best so far, as the best model.
+
+        pieces: the losses of all validation batches. model: (size,) on the CPU, from now on the
+        recorder's. generated: sample text, or a function that makes it on the writer's thread.
+        fields: more of the record. Returns the record; a sample that is still to be made is None.
+        """
+        loss = mean_loss(pieces)
+        record = {self.schema.step: number, **self.totals.take_train_loss(),
+                  self.schema.val_loss: loss, self.schema.val_ppl: perplexity(loss),
+                  "val_loss_halves": half_losses(pieces),
+                  "generated": None if callable(generated) else generated,
+                  **self.totals.now(), **fields}
+        self.history.append(record)
+        self._submit(lambda: self._save(number, model, record,
+                                        generated if callable(generated) else None))
+        return record
+
+    def checkpoint_due(self, number: int) -> bool:
+        """Whether the run is to be saved after this round or step."""
+        return self.checkpoints.due(number, last=number >= self.total)
+
+    def begin_checkpoint(self, number: int, **state: Any) -> None:
+        """Keep the history up to this round or step for a checkpoint whose files the workers have
+        begun to write; `state`: what else it has to hold, as JSON-able values."""
+        # The records' sample texts may still be missing: the thread makes them before it commits.
+        self.checkpoints.begin(number, {"history": self.history.copy(),
+                                        "clocks": self.totals.state(), **state})
+
+    def commit_checkpoints(self, written: Iterable[Sequence[dict[str, Any]]]) -> None:
+        """Complete the checkpoints whose files all workers have written; `written`: what
+        `CheckpointWriter.written` returned on each worker."""
+        for commit in self.checkpoints.collect(written):
+            self._submit(commit)
+
+    def save_model(self, model: Tensor) -> None:
+        """Write a vector (size,) as the last model, in the calling thread."""
+        save_model(self.config.run_dir / "model.safetensors", self._views(model))
+
+    def wait(self) -> None:
+        """Wait until everything so far is written. Raises the first error of the writing."""
+        while self._pending:
+            self._pending.popleft().result()
+
+    def finish(self, number: int, stop: str, written: Iterable[Sequence[dict[str, Any]]]
+               ) -> None:
+        """End the record of a run that succeeded.
+
+        number: the last round or step. stop: who asked for an end before the run's last; else
+        empty. written: as for `commit_checkpoints`.
+        """
+        self.wait()
+        self.commit_checkpoints(written)
+        self.close()
+        write_outcome(self.config.run_dir, "stopped" if stop else "finished", number, stop)
+
+    def close(self) -> None:
+        """Wait until everything is written, and end events and progress."""
+        self.wait()
+        self.end_thread()
+        self.events.add("end", **self.totals.now())
+        self.events.close()
+        self.progress.close()
+
+    def end_thread(self) -> None:
+        """Wait until nothing is written any more, without raising the errors of the writing."""
+        self._writer.shutdown()
+
+    def _submit(self, task: Callable[[], None]) -> None:
+        """Hand the thread a task, after waiting for a place in the queue. Raises its errors."""
+        while self._pending and self._pending[0].done():
+            self._pending.popleft().result()
+        if len(self._pending) == MAX_PENDING:
+            if not self._warned:
+                log(f"{self.config.run_dir} is written more slowly than {self.schema.unit}s finish:"
+                    " training waits for the disk (a larger --val_freq writes less)", WARNING)
+            self._warned = True
+            self._pending.popleft().result()
+        self._pending.append(self._writer.submit(task))
+
+    # ---- on the writer's thread ------------------------------------------------------------------
+
+    def _save(self, number: int, model: Tensor, record: dict[str, Any],
+              generate: Callable[[], str] | None) -> None:
+        run_dir = self.config.run_dir
+        must_succeed = number == self.total or self._snapshots.full
+        self._snapshots.add(number, studied(self._views(model)))
+        if generate is not None:
+            record["generated"] = generate()
+        try:
+            self.save_model(model)
+            if self._best:
+                self._best.offer(number, record[self.schema.val_loss], self._views(model))
+            write_json(run_dir / "training_history.json",
+                       [r for r in self.history if r[self.schema.step] <= number])
+            self._snapshots.write()
+        except OSError as error:
+            if must_succeed:
+                raise
+            log(f"{self.schema.unit} {number} could not be written to {run_dir} "
+                f"({error.strerror}); the next evaluation tries again", WARNING)
+
+    def _write_unwritten(self) -> None:
+        """Before a checkpoint is committed: what a full disk has not taken yet. A run that resumes
+        from the checkpoint does not repeat the steps that it belongs to."""
+        self._snapshots.write()
+        self.events.write()

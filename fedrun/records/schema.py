@@ -1,0 +1,34 @@
+"""The names under which a run's files hold its evaluations. Federated and central runs differ in
+them, and readers of run folders take both. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The names of one kind of run."""
+
+    unit: Literal["round", "step"]
+    """What events.jsonl counts: the kind of a line, and the key of its number."""
+    step: str
+    """The key of the same number in a record of training_history.json."""
+    val_loss: str
+    """Key of a record: the validation loss in nats per token."""
+    val_ppl: str
+    """Key of a record: exp(validation loss)."""
+    snapshots: str
+    """The parent of params/ and deltas/, relative to the run's folder."""
+
+
+FEDERATED = Schema("round", "global_step", "server_val_loss", "server_val_ppl", "server")
+CENTRAL = Schema("step", "step", "val_loss", "val_ppl", ".")
+
+
+def read_field(record: Mapping[str, Any], field: Literal["step", "val_loss", "val_ppl"]) -> Any:
+    """The value of a field in a history record of either schema; None if the record has none."""
+    federated, central = getattr(FEDERATED, field), getattr(CENTRAL, field)
+    return record.get(federated, record.get(central))

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import torch
 
 from fedrun.common.errors import InputError
-from fedrun.config import Dtype, RunConfig
+from fedrun.config import Dtype, FederatedConfig, RunConfig
+from fedrun.data.partition import Shards
 from fedrun.data.tokens import TokenData, verify
 from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.launch import Launch
@@ -54,6 +55,13 @@ def fit_vocabulary(config: RunConfig, data: TokenData) -> TokenData:
                          f"than the {found.vocab_size} of --init_from {config.init_from}; give the "
                          "tokenizer that the model was trained with")
     return dataclasses.replace(data, vocab_size=found.vocab_size)
+
+
+def shards_of(config: FederatedConfig, data: TokenData) -> Shards:
+    """The clients' shards of a federated run."""
+    return Shards(data, num_clients=config.num_clients, partition=config.partition,
+                  alpha=config.alpha, size_skew=config.size_skew, seed=config.seed,
+                  holdout=config.strategy.holdout, batch_size=config.batch_size)
 
 
 # ---- text ----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 from fedrun.common.errors import FedrunError, explain
 from fedrun.common.limits import shortage
 from fedrun.config import FederatedConfig
+from fedrun.data.partition import Shards
 from fedrun.data.tokens import TokenData
 from fedrun.distributed.runtime import Runtime
 from fedrun.distributed.stopping import StopRequest
@@ -28,17 +29,19 @@ class RunEnded(FedrunError, RuntimeError):
     """All ranks have agreed to end, and the server has told why."""
 
 
-def train_federated(config: FederatedConfig, data: TokenData, runtime: Runtime, stopping: StopRequest,
-        provenance: dict[str, Any], checkpoint: Checkpoint | None = None) -> str:
+def train_federated(config: FederatedConfig, data: TokenData, shards: Shards, runtime: Runtime,
+                    stopping: StopRequest, provenance: dict[str, Any],
+                    checkpoint: Checkpoint | None = None) -> str:
     """All ranks: train for all rounds, or for those that a checkpoint leaves to do.
 
     provenance: what a checkpoint records beside the settings. Returns who asked for an end before
     the last round; empty after it. Raises RunEnded on every rank where one rank fails.
     """
     control = runtime.control
-    server = Server(config, data, stopping, provenance, len(runtime.workers), checkpoint
+    server = Server(config, data, shards, stopping, provenance, len(runtime.workers), checkpoint
                     ) if runtime.is_server else None
-    worker = Worker(config, data, runtime, checkpoint) if runtime.worker is not None else None
+    worker = Worker(config, data, shards, runtime, checkpoint
+                    ) if runtime.worker is not None else None
     number, last = checkpoint.step if checkpoint else 0, False
     while not last:
         number += 1

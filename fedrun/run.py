@@ -18,6 +18,7 @@ from fedrun.common.files import copy_files, write_json
 from fedrun.common.limits import TooLittle, shortage
 from fedrun.common.terminal import visible
 from fedrun.config import CentralConfig, FederatedConfig, RunConfig
+from fedrun.data.partition import Shards
 from fedrun.data.tokens import prepare
 from fedrun.distributed.connect import NotConnected, exposure
 from fedrun.distributed.control_plane import ControlPlane
@@ -30,11 +31,12 @@ from fedrun.experiment import (
     fit_vocabulary,
     identity,
     resolve_dtype,
+    shards_of,
     start_from,
     versions,
     workers_device,
 )
-from fedrun.federation.plan import Schedule, Shards
+from fedrun.federation.plan import Schedule
 from fedrun.model.kernels import kernel_path, on_gpu
 from fedrun.model.memory import TO_LOAD, TO_TRAIN, require_memory
 from fedrun.model.pretrained import find_pretrained
@@ -86,9 +88,9 @@ def run(config: RunConfig) -> int:
                    f"--init_from {config.init_from}" if config.init_from else
                    f"--config {config.config}")
     check = CorpusCheck(config, launch, data)
-    partition = ""
+    partition, shards = "", None
     if isinstance(config, FederatedConfig):  # what only the data can refuse, before connecting
-        shards = Shards(config, data)
+        shards = shards_of(config, data)
         length = Length(config, Schedule(config, shards.sizes).rounds_per_epoch)
         partition = shards.digest()
     else:
@@ -99,7 +101,8 @@ def run(config: RunConfig) -> int:
                  "init_from": config.init_from
                  and find_pretrained(config.init_from, "--init_from").digest()}
     try:
-        ended = _connect_and_train(config, length, check, launch, device, provenance, notes)
+        ended = _connect_and_train(config, length, shards, check, launch, device, provenance,
+                                   notes)
     except (RunRefused, NotConnected, TooLittle):
         raise
     except protocol.RunEnded:
@@ -124,8 +127,9 @@ def run(config: RunConfig) -> int:
     return 0
 
 
-def _connect_and_train(config: RunConfig, length: Length, check: CorpusCheck, launch: Launch,
-                       device: torch.device, provenance: dict[str, Any], notes: list[str]) -> str:
+def _connect_and_train(config: RunConfig, length: Length, shards: Shards | None,
+                       check: CorpusCheck, launch: Launch, device: torch.device,
+                       provenance: dict[str, Any], notes: list[str]) -> str:
     """All ranks: the run itself, as rank 0 says that it begins. The line to end with.
 
     notes: what to warn of, when it begins."""
@@ -160,7 +164,9 @@ def _connect_and_train(config: RunConfig, length: Length, check: CorpusCheck, la
         with stopping.listening():
             _warn(config, launch, notes)
             if isinstance(config, FederatedConfig):
-                stopped = protocol.train_federated(config, data, runtime, stopping, provenance, found)
+                assert shards is not None
+                stopped = protocol.train_federated(config, data, shards, runtime, stopping,
+                                                   provenance, found)
             else:
                 assert isinstance(config, CentralConfig)
                 stopped = central.train_central(config, data, device, stopping, provenance, found)

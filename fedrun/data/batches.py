@@ -80,9 +80,3 @@ def make_batches(sampling: str, n_sequences: int, batch_size: int, seed: int, cl
     """The batches of a client by the name of --sampling."""
     kind = {"shuffle": Batches, "replacement": DrawnBatches}[sampling]
     return kind(n_sequences, batch_size, seed, client)
-
-
-def split_holdout(shard: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """(what a client trains on, what it keeps for evaluation): the last part of its shard."""
-    held = int(len(shard) * fraction)
-    return shard[:len(shard) - held], shard[len(shard) - held:]

@@ -6,6 +6,7 @@ own settings: of no rank, and of no number of processes.
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 
 import numpy as np
@@ -13,6 +14,62 @@ import numpy as np
 from fedrun.common.errors import InputError
 from fedrun.data.reading import COLUMN
 from fedrun.data.tokens import TokenData
+
+
+class Shards:
+    """Which sequences of the train split each client owns: what it trains on, what it holds out.
+
+    `train` and `holdout` have one array for each client: indices of rows of data.train, int64,
+    ascending.
+    """
+
+    def __init__(self, data: TokenData, *, num_clients: int, partition: str, alpha: float,
+                 size_skew: float, seed: int, holdout: float, batch_size: int) -> None:
+        """Deal the sequences out by `client_shards`, then hold out the end of each shard.
+
+        Args:
+            holdout: share of each shard that is not trained on; 0 for none.
+            batch_size: sequences that every client must at least have to train on.
+        Raises:
+            InputError: as `client_shards`; a shard of which nothing can be held out, or that leaves
+                fewer than `batch_size` sequences to train on.
+        """
+        shards = client_shards(data, num_clients, partition, alpha, size_skew, seed)
+        parts = [split_holdout(shard, holdout) for shard in shards]
+        self.train = [train for train, _ in parts]
+        self.holdout = [held for _, held in parts]
+        for client, (train, held) in enumerate(parts):
+            size = len(train) + len(held)
+            if holdout and size and not len(held):
+                raise InputError(
+                    f"--entropy_holdout {holdout:g}: must be >= {1 / size:.2g}, or nothing of "
+                    f"client {client}'s shard of {size} sequences is held out")
+            if len(train) < batch_size:
+                remedies = [f"--batch_size <= {len(train)}"] if len(train) else []
+                remedies += ["a smaller --size_skew"] if size_skew else []
+                raise InputError(
+                    f"--partition {partition}: client {client} would train on {len(train)} "
+                    f"sequences, fewer than a batch of {batch_size}; use "
+                    f"{' or '.join([*remedies, 'fewer --num_clients'])}")
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of sequences that each client trains on."""
+        return [len(shard) for shard in self.train]
+
+    def digest(self) -> str:
+        """16 hex digits of a SHA-256 over all shards, for comparing ranks and resumed runs."""
+        hashed = hashlib.sha256()
+        for part in (*self.train, *self.holdout):
+            hashed.update(b"%d sequences\n" % len(part))
+            hashed.update(part.tobytes())
+        return hashed.hexdigest()[:16]
+
+
+def split_holdout(shard: np.ndarray, fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Split off the last `fraction` of a shard: (what to train on, what to hold out)."""
+    held = int(len(shard) * fraction)
+    return shard[:len(shard) - held], shard[len(shard) - held:]
 
 
 def client_shards(data: TokenData, n_clients: int, partition: str, alpha: float, size_skew: float,

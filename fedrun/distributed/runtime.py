@@ -19,8 +19,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
-from fedrun.common.errors import FedrunError
-from fedrun.common.errors import InputError
+from fedrun.common.errors import FedrunError, InputError
 from fedrun.common.limits import require_files, shortage
 from fedrun.distributed.connect import (
     LOOPBACK,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 
@@ -11,9 +10,6 @@ import numpy as np
 from fedrun.aggregation.bounds import gradient_bound, update_bound
 from fedrun.common.errors import Failure, InputError
 from fedrun.config import FederatedConfig
-from fedrun.data.batches import split_holdout
-from fedrun.data.partition import client_shards
-from fedrun.data.tokens import TokenData
 
 COHORT_STREAM = 1  # the stream of random numbers that cohorts are drawn from
 
@@ -53,47 +49,6 @@ class RoundDecision:
     """What kind of an end that is."""
     stop: str = ""
     """Who asked for an end: this round is the last, and a checkpoint is made of it."""
-
-
-class Shards:
-    """Who owns which sequences of the train split: what a client trains on, what it holds out.
-
-    Both are ascending indices of rows of `data.train`, int64, for each client.
-    """
-
-    def __init__(self, config: FederatedConfig, data: TokenData) -> None:
-        whole = client_shards(data, config.num_clients, config.partition, config.alpha,
-                              config.size_skew, config.seed)
-        fraction = config.strategy.holdout
-        parts = [split_holdout(shard, fraction) for shard in whole]
-        self.train = [train for train, _ in parts]
-        self.holdout = [held for _, held in parts]
-        for client, (train, held) in enumerate(parts):
-            size = len(train) + len(held)
-            if fraction and size and not len(held):
-                raise InputError(f"--entropy_holdout {fraction:g}: nothing of client {client}'s "
-                                 f"shard of {size} sequences is held out; accepted here is "
-                                 f"{1 / size:.2g} or more")
-            if len(train) < config.batch_size:
-                accepted = [f"--batch_size up to {len(train)}"] if len(train) else []
-                accepted += ["a smaller --size_skew"] if config.size_skew else []
-                raise InputError(f"--partition {config.partition}: client {client} would train on "
-                                 f"{len(train)} sequences, fewer than a batch of "
-                                 f"{config.batch_size}; accepted is "
-                                 f"{', '.join([*accepted, 'fewer --num_clients'])}")
-
-    @property
-    def sizes(self) -> list[int]:
-        """Sequences that each client trains on."""
-        return [len(shard) for shard in self.train]
-
-    def digest(self) -> str:
-        """Hex digits that are equal on two ranks where all their shards are."""
-        hashed = hashlib.sha256()
-        for part in (*self.train, *self.holdout):
-            hashed.update(b"%d sequences\n" % len(part))
-            hashed.update(part.tobytes())
-        return hashed.hexdigest()[:16]
 
 
 class Schedule:

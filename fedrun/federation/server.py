@@ -20,10 +20,11 @@ from torch import Tensor
 from fedrun.common.errors import Failure, FolderLost, explain
 from fedrun.common.files import write_json
 from fedrun.config import FederatedConfig
+from fedrun.data.partition import Shards
 from fedrun.data.tokens import TokenData
 from fedrun.distributed.stopping import StopRequest
 from fedrun.federation import replicas
-from fedrun.federation.plan import RoundDecision, RoundPlan, Schedule, Shards
+from fedrun.federation.plan import RoundDecision, RoundPlan, Schedule
 from fedrun.model.build import DTYPES, new_model
 from fedrun.records.best import BestModel
 from fedrun.records.checkpoint import Checkpoint, CheckpointCoordinator
@@ -43,12 +44,12 @@ PENDING = 4
 class Server:
     """Rank 0's part of the protocol."""
 
-    def __init__(self, config: FederatedConfig, data: TokenData, stopping: StopRequest,
-                 provenance: dict[str, Any], workers: int, checkpoint: Checkpoint | None = None
-                 ) -> None:
+    def __init__(self, config: FederatedConfig, data: TokenData, shards: Shards,
+                 stopping: StopRequest, provenance: dict[str, Any], workers: int,
+                 checkpoint: Checkpoint | None = None) -> None:
         self.config = config
         self.data = data
-        self.schedule = Schedule(config, Shards(config, data).sizes)
+        self.schedule = Schedule(config, shards.sizes)
         self.model = new_model(config, data.vocab_size, torch.device("cpu"))
         self.flat = FlatParams(self.model)
         self.steps = SnapshotWriter(config.run_dir / "server",

@@ -21,13 +21,14 @@ from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.exact import MOMENTS, ExactAggregator
 from fedrun.aggregation.int8 import Int8Aggregator
 from fedrun.config import FederatedConfig
+from fedrun.data.partition import Shards
 from fedrun.data.tokens import TokenData
 from fedrun.distributed.runtime import Runtime
 from fedrun.federation import replicas
 from fedrun.federation.client import Client, mean_entropy
 from fedrun.federation.client_store import make_store
 from fedrun.federation.placement import assign_clients
-from fedrun.federation.plan import RoundPlan, Schedule, Shards
+from fedrun.federation.plan import RoundPlan, Schedule
 from fedrun.model.build import new_model
 from fedrun.records.checkpoint import GLOBAL, Checkpoint, CheckpointWriter, folder_of
 from fedrun.records.run_dir import save_snapshot, studied
@@ -42,8 +43,8 @@ from fedrun.training.params import FlatParams
 class Worker:
     """Local training, aggregation and a part of the evaluation; communicates only to aggregate."""
 
-    def __init__(self, config: FederatedConfig, data: TokenData, runtime: Runtime,
-                 checkpoint: Checkpoint | None = None) -> None:
+    def __init__(self, config: FederatedConfig, data: TokenData, shards: Shards,
+                 runtime: Runtime, checkpoint: Checkpoint | None = None) -> None:
         assert runtime.worker is not None
         self.config = config
         self.data = data
@@ -68,8 +69,8 @@ class Worker:
                                  config.reduce == "exact", average, plane)
         self.fisher = FisherEstimate(self.flat, self.strategy
                                      ) if isinstance(self.strategy, FedFisher) else None
-        self.shards = Shards(config, data)
-        self.schedule = Schedule(config, self.shards.sizes)
+        self.shards = shards
+        self.schedule = Schedule(config, shards.sizes)
         self.clients = self._host_clients()
         self.store = make_store(config, {k: c.state() for k, c in self.clients.items()},
                                 runtime.device)

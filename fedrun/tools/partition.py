@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     from fedrun.config import FederatedConfig
     from fedrun.data.holdings import holdings
     from fedrun.data.tokens import prepare
-    from fedrun.federation.plan import Shards
+    from fedrun.experiment import shards_of
     from fedrun.plots import style
     from fedrun.plots.partition import partition_figure
 
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     data = prepare(config.dataset, config.tokenizer, config.sequence_length, config.cache_dir,
                    say=lambda line: print(line, file=sys.stderr, flush=True),
                    reading=config.reading)
-    held = holdings(data, Shards(config, data).train, config.seed)
+    held = holdings(data, shards_of(config, data).train, config.seed)
     topics = topic_names(data)
     console = Console(markup=False, emoji=False)
     console.print(holdings_table(held, topics, title(config, data)))

@@ -43,7 +43,7 @@ from fedrun.distributed import runtime
 from fedrun.distributed.launch import detect
 from fedrun.distributed.runtime import Runtime, build_runtime, connect
 from fedrun.distributed.stopping import StopRequest
-from fedrun.experiment import resolve_dtype
+from fedrun.experiment import resolve_dtype, shards_of
 from fedrun.federation import server, worker
 from fedrun.federation.client import Client, LocalLosses
 from fedrun.federation.plan import RoundDecision, RoundPlan
@@ -305,7 +305,7 @@ def main() -> None:
         joined = build_runtime(launch, torch.device("cpu"), control, {})
         stopping = StopRequest(config.run_dir, config.run_dir / LOCK, control.lost_peers,
                                quiet=True)
-        protocol.train_federated(config, data, joined, stopping, {})
+        protocol.train_federated(config, data, shards_of(config, data), joined, stopping, {})
 
 
 if __name__ == "__main__":

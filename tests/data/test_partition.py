@@ -17,10 +17,18 @@ from hypothesis import strategies as st
 from fedrun.central import PooledClients, training_client
 from fedrun.config import Partition
 from fedrun.data.holdings import holdings
-from fedrun.data.partition import apportion, client_shards, deal_topics, deal_whole, shard_sizes
+from fedrun.data.partition import (
+    Shards,
+    apportion,
+    client_shards,
+    deal_topics,
+    deal_whole,
+    shard_sizes,
+)
 from fedrun.data.reading import Reading
 from fedrun.data.tokens import TokenData, prepare
-from fedrun.federation.plan import Schedule, Shards
+from fedrun.experiment import shards_of
+from fedrun.federation.plan import Schedule
 from fedrun.flags import resolve
 from fedrun.model.build import new_model
 from fedrun.records.provenance import check_provenance
@@ -192,9 +200,9 @@ def test_units_go_to_whoever_lacks_most() -> None:
 
 # ---- what cannot be -----------------------------------------------------------------------------
 
-def shards_of(data: TokenData, **flags: object) -> Shards:
+def dealt(data: TokenData, **flags: object) -> Shards:
     config: Any = resolve("fed_avg", flags)
-    return Shards(config, data)
+    return shards_of(config, data)
 
 
 def test_a_shard_that_is_too_small_is_named_with_what_is_accepted() -> None:
@@ -205,16 +213,16 @@ def test_a_shard_that_is_too_small_is_named_with_what_is_accepted() -> None:
     smallest = min(sizes)
     with pytest.raises(ValueError, match=(
             f"--partition dirichlet: client {sizes.index(smallest)} would train on {smallest} "
-            f"sequences, fewer than a batch of {smallest + 1}; accepted is --batch_size up to "
-            f"{smallest}, a smaller --size_skew, fewer --num_clients")):
-        shards_of(data, batch_size=smallest + 1, **flags)
-    assert shards_of(data, batch_size=smallest, **flags).sizes == sizes
+            f"sequences, fewer than a batch of {smallest + 1}; use --batch_size <= {smallest} "
+            "or a smaller --size_skew or fewer --num_clients")):
+        dealt(data, batch_size=smallest + 1, **flags)
+    assert dealt(data, batch_size=smallest, **flags).sizes == sizes
 
 
 def test_an_empty_shard_is_named() -> None:
-    with pytest.raises(ValueError, match=r"client \d+ would train on 0 sequences, .* accepted is "
-                                         r"a smaller --size_skew, fewer --num_clients"):
-        shards_of(made([40] * 9), partition="shuffled", size_skew=5, num_clients=12, batch_size=1)
+    with pytest.raises(ValueError, match=r"client \d+ would train on 0 sequences, .*; use a "
+                                         r"smaller --size_skew or fewer --num_clients"):
+        dealt(made([40] * 9), partition="shuffled", size_skew=5, num_clients=12, batch_size=1)
 
 
 @pytest.mark.parametrize(("partition", "what", "there"), [
@@ -224,8 +232,8 @@ def test_more_clients_than_there_is_to_deal_out(partition: str, what: str, there
     with pytest.raises(ValueError, match=(
             f"--num_clients 43: --partition {partition} gives every client a {what}, and the train "
             f"split has only {there}; accepted is up to {there}")):
-        shards_of(data, partition=partition, num_clients=43, batch_size=1)
-    assert len(shards_of(data, partition=partition, num_clients=there, batch_size=1).sizes) == there
+        dealt(data, partition=partition, num_clients=43, batch_size=1)
+    assert len(dealt(data, partition=partition, num_clients=there, batch_size=1).sizes) == there
 
 
 def test_a_corpus_without_sources_names_the_flag(tmp_path: Path) -> None:
@@ -234,8 +242,8 @@ def test_a_corpus_without_sources_names_the_flag(tmp_path: Path) -> None:
     data = prepare(str(file), "bpe:300", 16, tmp_path, lambda line: None)
     with pytest.raises(ValueError, match=r"--partition by_source: .*one.txt has no sources .a "
                                          r"document there is a paragraph.; accepted is contiguous"):
-        shards_of(data, partition="by_source")
-    assert len(shards_of(data, partition="documents").sizes) == 4
+        dealt(data, partition="by_source")
+    assert len(dealt(data, partition="documents").sizes) == 4
 
 
 def test_the_values_of_a_column_are_sources_and_no_client_has_anothers(tmp_path: Path) -> None:
@@ -278,14 +286,14 @@ def test_alpha_without_dirichlet_warns() -> None:
 def test_the_holdout_of_a_shard_that_is_no_range() -> None:
     data = made([30] * 40)
     config: Any = resolve("fed_entropy", {"partition": "documents", "entropy_holdout": 0.25})
-    shards = Shards(config, data)
+    shards = shards_of(config, data)
     whole = client_shards(data, 4, "documents", 1.0, 0.0, 0)
     for train, held, shard in zip(shards.train, shards.holdout, whole, strict=True):
         np.testing.assert_array_equal(np.concatenate([train, held]), shard)
         assert len(held) == len(shard) // 4
     other: Any = resolve("fed_entropy", {"partition": "documents", "seed": 1})
-    assert shards.digest() != Shards(other, data).digest()
-    assert shards.digest() == Shards(config, data).digest()
+    assert shards.digest() != shards_of(other, data).digest()
+    assert shards.digest() == shards_of(config, data).digest()
 
 
 def test_a_checkpoint_of_other_shards_is_refused() -> None:
@@ -299,20 +307,20 @@ def test_a_checkpoint_of_other_shards_is_refused() -> None:
 def test_an_epoch_is_the_smallest_shards() -> None:
     data = made([40] * 90)
     config: Any = resolve("fed_avg", {"partition": "shuffled", "size_skew": 1.0, "n_epochs": 2})
-    sizes = Shards(config, data).sizes
+    sizes = shards_of(config, data).sizes
     assert max(sizes) > 2 * min(sizes)
     assert Schedule(config, sizes).rounds == 2 * (min(sizes) // 4)
 
 
 def test_central_takes_the_batches_of_the_same_clients(pydocs_tokens: TokenData) -> None:
-    dealt = {"partition": "dirichlet", "alpha": 0.2, "num_clients": 3}
+    partition = {"partition": "dirichlet", "alpha": 0.2, "num_clients": 3}
     config: Any = resolve("central", {"config": "tiny", "batches": "clients", "batch_size": 6,
-                                      "dtype": "fp32", **dealt})
-    federated: Any = resolve("fed_avg", dealt)
+                                      "dtype": "fp32", **partition})
+    federated: Any = resolve("fed_avg", partition)
     flat = FlatParams(new_model(config, pydocs_tokens.vocab_size, torch.device("cpu")))
     client, _ = training_client(config, pydocs_tokens, flat)
     assert isinstance(client, PooledClients)
-    shards = Shards(federated, pydocs_tokens).train
+    shards = shards_of(federated, pydocs_tokens).train
     for (shard, _), theirs in zip(client.parts, shards, strict=True):
         np.testing.assert_array_equal(shard, theirs)
 

@@ -23,6 +23,7 @@ from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.distributed.launch import detect
 from fedrun.distributed.runtime import Runtime
+from fedrun.experiment import shards_of
 from fedrun.federation import worker as worker_module
 from fedrun.federation.client import Client, LocalLosses
 from fedrun.federation.worker import Worker
@@ -64,7 +65,7 @@ def worker_of(method: str, flags: dict[str, str], plane: DataPlane | None = None
                               "dtype": "fp32", "device": "cpu", **flags})
     assert isinstance(config, FederatedConfig)
     runtime = Runtime(detect({}), torch.device("cpu"), (0,), ControlPlane(), plane or DataPlane())
-    return Worker(config, DATA, runtime)
+    return Worker(config, DATA, shards_of(config, DATA), runtime)
 
 
 def go_round(worker: Worker, number: int) -> None:

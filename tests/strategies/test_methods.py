@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from fedrun.data.batches import DrawnBatches, split_holdout
+from fedrun.data.batches import DrawnBatches
+from fedrun.data.partition import split_holdout
 from fedrun.data.tokens import TokenData
+from fedrun.experiment import shards_of
 from fedrun.federation.client import Client
-from fedrun.federation.plan import Schedule, Shards
+from fedrun.federation.plan import Schedule
 from fedrun.flags import resolve
 from fedrun.strategies import STRATEGIES
 from tests.support.every_method import METHODS
@@ -150,14 +152,14 @@ def test_padded_vocabulary(run_here: Run, tmp_path: Path) -> None:
 
 def test_the_holdout_is_never_trained_on() -> None:
     config: Any = resolve("fed_entropy", {"entropy_holdout": 0.25, "num_clients": 3})
-    shards = Shards(config, of_sequences(100))
+    shards = shards_of(config, of_sequences(100))
     for train, held in zip(shards.train, shards.holdout, strict=True):
         assert len(held) == (len(train) + len(held)) // 4
         assert not set(train) & set(held)
     assert sorted(i for part in (*shards.train, *shards.holdout) for i in part) == list(range(100))
     assert [part.tolist() for part in split_holdout(np.arange(5, 9), 0.0)] == [[5, 6, 7, 8], []]
-    with pytest.raises(ValueError, match=r"--entropy_holdout 0\.25: nothing of client 0"):
-        Shards(config, of_sequences(9))
+    with pytest.raises(ValueError, match=r"--entropy_holdout 0\.25: must be .* client 0"):
+        shards_of(config, of_sequences(9))
 
 
 def of_sequences(count: int) -> TokenData:

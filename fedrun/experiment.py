@@ -86,7 +86,7 @@ class CorpusCheck:
         try:
             self._problem = "the corpus could not be checked (see above)"  # an error of our own
             verify(config.dataset, config.tokenizer, config.cache_dir, say,
-                   config.reading)
+                   config.text_options)
             self.data.reopen()
             self._problem = ""
         except (ValueError, OSError) as error:  # ConnectionError and TimeoutError are among them

@@ -80,7 +80,7 @@ def run(config: RunConfig) -> int:
     data = prepare(config.dataset, config.tokenizer, config.sequence_length,
                    config.cache_dir.expanduser(), say=_say_from(launch),
                    check=config.partition == "dirichlet",  # whose topics are made of the tokens
-                   reading=config.reading)
+                   options=config.text_options)
     if config.init_from:
         data = fit_vocabulary(config, data)
     require_memory(config.model, config.model.rows(data.vocab_size),

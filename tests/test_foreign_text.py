@@ -28,7 +28,7 @@ from rich.console import Console
 from fedrun import cli
 from fedrun.common import terminal
 from fedrun.common.terminal import say_text, shortened, visible
-from fedrun.data.holdings import ShardStats
+from fedrun.data.shard_stats import ShardStats
 from fedrun.plots import fonts, style
 from fedrun.plots.partition import partition_figure
 from fedrun.plots.runs import find_runs

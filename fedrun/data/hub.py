@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from fedrun.common.errors import InputError, one_line
-from fedrun.data.tables import Table, is_text_type
+from fedrun.data.table_files import Table, is_text_type
 
 HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
 HUB_SECONDS = 5.0  # how long the hub may take to answer before it counts as out of reach
@@ -34,13 +34,13 @@ def hub_tables(dataset: str, hub_id: str) -> dict[str, Table]:
     asked = HUB_ID.fullmatch(hub_id)
     assert asked is not None, "local_files() has refused it"
     try:
-        with nullcontext() if hub_answers() else _answer_from_caches():
+        with nullcontext() if hub_answers() else _offline():
             splits = datasets.load_dataset(asked["name"], asked["config"])
     except Exception as error:  # the library raises many kinds for what a user got wrong
         refused = isinstance(error, datasets.exceptions.DatasetsError)
         if hub_answers() and (refused or not isinstance(error, OSError)):
             raise InputError(f"--dataset {dataset}: {one_line(error)}") from error
-        raise hub_out_of_reach("--dataset", dataset, error) from error
+        raise hub_unreachable("--dataset", dataset, error) from error
     return {split: _table(f"{dataset}, split {split}", rows) for split, rows in splits.items()}
 
 
@@ -87,7 +87,7 @@ def hub_answers() -> bool:
     return answers == [True]
 
 
-def hub_out_of_reach(flag: str, asked: str, error: Exception) -> ConnectionError:
+def hub_unreachable(flag: str, asked: str, error: Exception) -> ConnectionError:
     """The error for `flag asked` where neither the hub nor its cache on this machine has it."""
     from huggingface_hub import constants
 
@@ -102,7 +102,7 @@ def hub_out_of_reach(flag: str, asked: str, error: Exception) -> ConnectionError
 
 
 @contextmanager
-def _answer_from_caches() -> Iterator[None]:
+def _offline() -> Iterator[None]:
     """As if HF_HUB_OFFLINE were set, which the libraries read only when they are imported."""
     import datasets.config
     from huggingface_hub import constants

@@ -12,7 +12,7 @@ import heapq
 import numpy as np
 
 from fedrun.common.errors import InputError
-from fedrun.data.reading import COLUMN
+from fedrun.data.text_options import COLUMN
 from fedrun.data.tokens import TokenData
 
 

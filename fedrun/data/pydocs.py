@@ -18,7 +18,7 @@ PYDOCS_SKIPPED = {
     "tkinter", "turtledemo",
 }  # fmt: skip
 PYDOCS_HELD_OUT = 0.07  # share of the text in pydocs' validation split
-REPEATABLE = 60  # characters: paragraphs this short ("See also ...") may occur twice
+SHORTEST_REPEAT = 60  # characters: paragraphs this short ("See also ...") may occur twice
 
 
 def stdlib_files(folder: Path) -> Iterator[Path]:
@@ -95,7 +95,7 @@ def _without_repeats(text: str, said: set[str]) -> str:
     kept = []
     for paragraph in re.split(r"\n[^\S\n]*\n", text):
         words = " ".join(paragraph.split())
-        if len(words) < REPEATABLE or words not in said:
+        if len(words) < SHORTEST_REPEAT or words not in said:
             kept.append(paragraph)
             said.add(words)
     return "\n\n".join(kept).strip()

@@ -137,7 +137,7 @@ def _fetch_tokenizer(tokenizer: str) -> PreTrainedTokenizerBase:
         )
         return from_file
     try:
-        loaded = without_custom_code(
+        loaded = load_without_custom_code(
             str(path) if local else tokenizer,
             local_files_only=local or not hub.hub_answers(),
         )
@@ -147,7 +147,7 @@ def _fetch_tokenizer(tokenizer: str) -> PreTrainedTokenizerBase:
         refused = isinstance(error.__cause__, RepositoryNotFoundError)
         if local or (hub.hub_answers() and (refused or not isinstance(error, OSError))):
             raise InputError(f"--tokenizer {tokenizer}: {one_line(error)}") from error
-        raise hub.hub_out_of_reach("--tokenizer", tokenizer, error) from error
+        raise hub.hub_unreachable("--tokenizer", tokenizer, error) from error
     if not loaded.is_fast:
         raise InputError(f"--tokenizer {tokenizer}: has no fast form (tokenizer.json)")
     return loaded
@@ -157,7 +157,7 @@ class CustomCodeError(InputError):
     """A tokenizer that only code of its own can load."""
 
 
-def without_custom_code(name: str | Path, local_files_only: bool = True) -> PreTrainedTokenizerBase:
+def load_without_custom_code(name: str | Path, local_files_only: bool = True) -> PreTrainedTokenizerBase:
     """AutoTokenizer.from_pretrained, which neither runs code from the tokenizer's files nor asks on
     the terminal whether to.
 

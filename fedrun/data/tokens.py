@@ -6,7 +6,7 @@
         validation.bin
         documents.npz       where the documents of the train split begin, and their sources
         topics-<key>.npz    the documents' topics, made when they are first asked for
-        entry.json          what the entry holds, with checksums (entry.py); written last, but for
+        entry.json          what the entry holds, with checksums (cache_entry.py); written last, but for
                             topics, which carry their own
 
 The key is a digest of what was asked for: names, and for local files their sizes and times, so
@@ -39,20 +39,20 @@ from fedrun.common.errors import InputError
 from fedrun.common.files import DamagedFile
 from fedrun.common.terminal import visible
 from fedrun.data import corpora
-from fedrun.data.documents import Documents
-from fedrun.data.entry import (
-    content_sum,
+from fedrun.data.cache_entry import (
+    content_digest,
     entry_name,
+    lock_entry,
     naming_cache_dir,
-    only_one,
     read_manifest,
-    seal,
+    write_manifest,
 )
-from fedrun.data.reading import Reading
+from fedrun.data.documents import Documents
+from fedrun.data.text_options import TextOptions
 from fedrun.data.tokenizer import (
+    load_without_custom_code,
     save_tokenizer,
     tokenizer_name,
-    without_custom_code,
     write_ids,
 )
 from fedrun.data.topics import Topics, find_topics
@@ -97,7 +97,7 @@ class TokenData:
         length = self.fingerprint["sequence_length"]
         return replace(self, train=_sequences(entry, body, "train", length),
                        validation=_sequences(entry, body, "validation", length),
-                       content=content_sum(body))
+                       content=content_digest(body))
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -108,7 +108,7 @@ class TokenData:
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The fast tokenizer that made the tokens, from the cache."""
-        return without_custom_code(self.tokenizer_path)
+        return load_without_custom_code(self.tokenizer_path)
 
     def load_documents(self) -> Documents:
         """The documents of the train split, by tokens (the part that is cut off included)."""
@@ -129,7 +129,7 @@ class TokenData:
         if held is None:
             with naming_cache_dir(entry):
                 try:
-                    with only_one(entry, "the topics of its documents", _to_stderr):
+                    with lock_entry(entry, "the topics of its documents", _to_stderr):
                         held = _read_topics(file, say=lambda line: None)
                         if held is None:
                             partial = entry / "topics.partial.npz"
@@ -178,7 +178,7 @@ def prepare(
     sequence_length: int,
     cache_dir: Path,
     say: Callable[[str], None] = print,
-    reading: Reading = Reading(),  # noqa: B008
+    options: TextOptions = TextOptions(),  # noqa: B008
     check: bool = True,
 ) -> TokenData:
     """Token sequences of `dataset`, tokenised now or by an earlier or concurrent process.
@@ -186,7 +186,7 @@ def prepare(
     Every split is tokenised row by row, without special tokens, each row ending in a newline;
     concatenated, and cut into sequences of `sequence_length` tokens that do not overlap. The
     remainder is dropped. Any number of processes of a machine may call this at once; without
-    `check` token ids are not compared with their checksums, which `verify` does. `reading` says
+    `check` token ids are not compared with their checksums, which `verify` does. `options` says
     which text the dataset's name stands for, as far as the user has a say in it.
 
     Raises:
@@ -196,8 +196,8 @@ def prepare(
     """
     assert sequence_length > 0
     say = _visibly(say)
-    entry = cache_dir.expanduser() / "tokens" / entry_name(dataset, tokenizer, reading)
-    meta = _whole_entry(entry, dataset, tokenizer, reading, say, check)
+    entry = cache_dir.expanduser() / "tokens" / entry_name(dataset, tokenizer, options)
+    meta = _load_or_build(entry, dataset, tokenizer, options, say, check)
     if meta["read"]:
         say(meta["read"])
     for split in ("train", "validation"):
@@ -219,17 +219,17 @@ def prepare(
     )
     return TokenData(
         train, validation, vocab_size, fingerprint, entry / "tokenizer",
-        content=content_sum(meta),
+        content=content_digest(meta),
         tokenizer_json=(entry / "tokenizer" / "tokenizer.json").read_bytes(),
     )
 
 
 def verify(dataset: str, tokenizer: str, cache_dir: Path, say: Callable[[str], None],
-           reading: Reading = Reading()) -> None:  # noqa: B008
+           options: TextOptions = TextOptions()) -> None:  # noqa: B008
     """Compare every cached file of a corpus with its checksum (about 1 GB/s); what is damaged is
     named and made again. Raises what `prepare` does; maps of the files before keep the damage."""
-    entry = cache_dir.expanduser() / "tokens" / entry_name(dataset, tokenizer, reading)
-    _whole_entry(entry, dataset, tokenizer, reading, say, check=True)
+    entry = cache_dir.expanduser() / "tokens" / entry_name(dataset, tokenizer, options)
+    _load_or_build(entry, dataset, tokenizer, options, say, check=True)
 
 
 def _require_tokens(
@@ -265,8 +265,8 @@ def _sequences(
 # Cache entries
 
 
-def _whole_entry(
-    entry: Path, dataset: str, tokenizer: str, reading: Reading, say: Callable[[str], None],
+def _load_or_build(
+    entry: Path, dataset: str, tokenizer: str, options: TextOptions, say: Callable[[str], None],
     check: bool,
 ) -> dict[str, Any]:
     """What `entry` holds, made now where it is absent or damaged."""
@@ -279,18 +279,18 @@ def _whole_entry(
         say(f"{damage}; it is made again")
     with naming_cache_dir(entry, damage):
         entry.parent.mkdir(parents=True, exist_ok=True)
-        with only_one(entry, f"{dataset} with {tokenizer}", say):
+        with lock_entry(entry, f"{dataset} with {tokenizer}", say):
             with suppress(DamagedFile):
                 if (meta := read_manifest(entry, check)) is not None:
                     return meta  # another process has made it
-            return _build(entry, dataset, tokenizer, say, reading)
+            return _build(entry, dataset, tokenizer, say, options)
 
 
-def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None], reading: Reading
+def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None], options: TextOptions
            ) -> dict[str, Any]:
     """Write `entry` beside its place, then move it there whole. Under its lock."""
     started = time.perf_counter()
-    corpus = corpora.load_corpus(dataset, reading)
+    corpus = corpora.load_corpus(dataset, options)
     work, damaged = Path(f"{entry}.partial"), Path(f"{entry}.damaged")
     for leftover in (work, damaged):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -328,7 +328,7 @@ def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None]
     }
     if dataset == "pydocs":
         fingerprint["python_version"] = platform.python_version()
-    meta = seal(work, {"dtype": dtype.str, "fingerprint": fingerprint, "read": corpus.read})
+    meta = write_manifest(work, {"dtype": dtype.str, "fingerprint": fingerprint, "read": corpus.read})
     if entry.exists():  # other processes may read of it what is not damaged
         entry.rename(damaged)
     work.rename(entry)

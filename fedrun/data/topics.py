@@ -85,7 +85,7 @@ def find_topics(stream: np.ndarray, starts: np.ndarray, vocab_size: int) -> Topi
     with threadpool_limits(1), np.errstate(invalid="ignore"):
         counts = sparse.vstack([part[chosen[span]] for span, part in
                                 _counts(stream, starts, vocab_size)], format="csr")
-        words = _telling(counts)
+        words = _distinguishing_tokens(counts)
         if len(words) < 2:  # a text of one token
             return Topics(np.zeros(n_documents, dtype=np.int64), words[None, :TYPICAL])
         tfidf = TfidfTransformer(sublinear_tf=True)
@@ -129,7 +129,7 @@ def _counts(stream: np.ndarray, starts: np.ndarray, vocab_size: int
         first = last
 
 
-def _telling(counts: Any) -> np.ndarray:
+def _distinguishing_tokens(counts: Any) -> np.ndarray:
     """Tokens that tell documents apart: in two or more, and in at most half of them; all tokens
     where there is no pair of such."""
     n_documents, vocab_size = counts.shape

@@ -16,8 +16,8 @@ import pytest
 
 from fedrun.data import corpora
 from fedrun.data.corpora import load_corpus
-from fedrun.data.pydocs import REPEATABLE, read_pydocs
-from fedrun.data.reading import Reading
+from fedrun.data.pydocs import SHORTEST_REPEAT, read_pydocs
+from fedrun.data.text_options import TextOptions
 from fedrun.data.tokens import prepare
 from tests.support.runs import SHARED_DATA
 
@@ -99,7 +99,7 @@ def test_pydocs_holds_out_topics_and_modules_and_nothing_that_train_says(
 
     def long_paragraphs(rows: list[str]) -> set[str]:
         paragraphs = (" ".join(p.split()) for row in rows for p in row.split("\n\n"))
-        return {p for p in paragraphs if len(p) >= REPEATABLE}
+        return {p for p in paragraphs if len(p) >= SHORTEST_REPEAT}
 
     assert not long_paragraphs(corpus.train) & long_paragraphs(corpus.validation)
 
@@ -276,6 +276,6 @@ def test_too_few_validation_tokens_name_both_flags(tmp_path: Path) -> None:
     assert found
     assert int(found[1]) + int(found[2]) == 256
     data = prepare(file, "bpe:300", 256, tmp_path, lambda line: None,
-                   Reading(val_fraction=float(found[3])))
+                   TextOptions(val_fraction=float(found[3])))
     assert len(data.validation) >= 1
     assert len(data.train) >= 1

@@ -16,9 +16,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fedrun.data import entry, tokens
+from fedrun.data import cache_entry, tokens
 from fedrun.data.corpora import Corpus, load_corpus
-from fedrun.data.reading import Reading
+from fedrun.data.text_options import TextOptions
 from fedrun.flags import resolve
 
 # ---- making datasets ----------------------------------------------------------------------------
@@ -44,7 +44,7 @@ def files_in(rows: list[str]) -> list[str]:
 
 
 def load(path: Path | str, **reading: object) -> Corpus:
-    return load_corpus(str(path), Reading(**reading))  # type: ignore[arg-type]
+    return load_corpus(str(path), TextOptions(**reading))  # type: ignore[arg-type]
 
 
 # ---- which files --------------------------------------------------------------------------------
@@ -352,7 +352,7 @@ def test_how_text_is_read_is_part_of_the_caches_key_and_said_at_every_start(tmp_
     choices: list[dict[str, object]] = [
         {}, {"text_column": "text"}, {"encoding": "latin-1"}, {"val_fraction": 0.1},
         {"validation_split": "test"}, {"partition": "column:user"}, {"hold_out": False}]
-    names = {entry.entry_name("pydocs", "bpe:400", Reading(**choice))  # type: ignore[arg-type]
+    names = {cache_entry.entry_name("pydocs", "bpe:400", TextOptions(**choice))  # type: ignore[arg-type]
              for choice in choices}
     assert len(names) == len(choices)
     folder = write(tmp_path / "set", "a.txt", "b.txt", "c.json")
@@ -463,8 +463,8 @@ def test_flags_say_what_is_validated_on(tmp_path: Path) -> None:
 
 def test_documents_without_a_row_are_left_out() -> None:
     from fedrun.data.documents import Documents
-    from fedrun.data.holdout import _restricted
+    from fedrun.data.validation import _with_rows_removed
 
     documents = Documents("a test", np.array([0, 2, 3, 5]), np.array([0, 1, 0]), ["x", "y"])
-    left = _restricted(documents, np.array([True, False, False, True, True]))
+    left = _with_rows_removed(documents, np.array([True, False, False, True, True]))
     assert (left.starts.tolist(), left.source.tolist()) == ([0, 1, 3], [0, 0])

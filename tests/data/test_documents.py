@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedrun.config import Partition
-from fedrun.data import entry, tokens, topics
+from fedrun.data import cache_entry, tokens, topics
 from fedrun.data.corpora import load_corpus
 from fedrun.data.documents import Documents, find_documents
 from fedrun.data.partition import client_shards
@@ -127,9 +127,9 @@ def test_files_that_lie_together_have_no_sources_and_a_lone_one_has_paragraphs(t
 
 
 def test_a_cache_of_another_layout_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = entry.entry_name("pydocs", "bpe:400")
-    monkeypatch.setattr(entry, "LAYOUT", 1)
-    assert entry.entry_name("pydocs", "bpe:400") != now
+    now = cache_entry.entry_name("pydocs", "bpe:400")
+    monkeypatch.setattr(cache_entry, "LAYOUT", 1)
+    assert cache_entry.entry_name("pydocs", "bpe:400") != now
 
 
 # ---- topics -------------------------------------------------------------------------------------

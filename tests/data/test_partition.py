@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from fedrun.central import PooledClients, training_client
 from fedrun.config import Partition
-from fedrun.data.holdings import holdings
 from fedrun.data.partition import (
     Shards,
     apportion,
@@ -25,7 +24,8 @@ from fedrun.data.partition import (
     deal_whole,
     shard_sizes,
 )
-from fedrun.data.reading import Reading
+from fedrun.data.shard_stats import describe_shards
+from fedrun.data.text_options import TextOptions
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.experiment import shards_of
 from fedrun.federation.plan import Schedule
@@ -169,7 +169,7 @@ def test_a_large_alpha_gives_all_clients_the_mix_of_the_whole() -> None:
 
 def test_a_smaller_alpha_diverges_more_on_real_text(pydocs_tokens: TokenData) -> None:
     def mean_divergence(partition: str, alpha: float = 1.0) -> float:
-        found = [held.divergence for seed in range(3) for held in holdings(
+        found = [held.divergence for seed in range(3) for held in describe_shards(
             pydocs_tokens, client_shards(pydocs_tokens, 6, partition, alpha, 0.0, seed))]
         return float(np.mean(found))
 
@@ -251,7 +251,7 @@ def test_the_values_of_a_column_are_sources_and_no_client_has_anothers(tmp_path:
     file.write_text("".join(json.dumps({"text": f"{'abc'[n % 3]} " * 20, "user": f"user {n % 3}"})
                             + "\n" for n in range(120)))
     data = prepare(str(file), "bpe:300", 16, tmp_path, lambda line: None,
-                   Reading(partition="column:user"))
+                   TextOptions(partition="column:user"))
     shards = client_shards(data, 3, "column:user", 1.0, 0.0, 0)
     tokenizer = data.load_tokenizer()
     texts = [tokenizer.decode(data.train[shard[1:-1]].ravel().tolist()) for shard in shards]

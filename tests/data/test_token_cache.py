@@ -23,8 +23,8 @@ from filelock import FileLock
 import fedrun.central
 from fedrun import cli
 from fedrun.cli import parse
+from fedrun.data import cache_entry as cache_entry
 from fedrun.data import corpora, tokens
-from fedrun.data import entry as cache_entry
 from fedrun.data.tokens import TokenData, prepare, verify
 from fedrun.distributed.runtime import difference
 from fedrun.run import identity

@@ -15,7 +15,7 @@ COLUMN = "column:"  # begins a --partition whose sources are the values of a col
 
 
 @dataclass(frozen=True)
-class Reading:
+class TextOptions:
     """The choices that decide which text a dataset's name stands for; part of the cache's key."""
 
     text_column: str | None = None
@@ -61,7 +61,7 @@ class Reading:
         return HELD_OUT if self.val_fraction is None else Fraction(str(self.val_fraction))
 
 
-def reading_of(settings: Mapping[str, Any]) -> Reading:
+def text_options_of(settings: Mapping[str, Any]) -> TextOptions:
     """The part of a run's settings that says how its text is read.
 
     Raises:
@@ -73,7 +73,7 @@ def reading_of(settings: Mapping[str, Any]) -> Reading:
 
     fraction = settings.get("val_fraction")
     partition = text("partition") or ""
-    return Reading(text("text_column"), text("encoding"),
+    return TextOptions(text("text_column"), text("encoding"),
                    fraction if isinstance(fraction, float) else None, text("validation_split"),
                    partition if partition == "by_source" or partition.startswith(COLUMN) else "")
 

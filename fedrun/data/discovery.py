@@ -3,7 +3,7 @@
 What lies in a folder, at any depth and behind links, is read but for
 
     hidden files, __pycache__ and the like, virtual environments, folders of runs
-    what is no text (see textfiles.py) and no table (see tables.py)
+    what is no text (see text_files.py) and no table (see table_files.py)
     the smaller kinds, where text and tables of several kinds lie together
     README.md and what `datasets` writes beside its files, where they are no text among others
     where files are named after train and other splits: those that are named after none
@@ -25,25 +25,25 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from fedrun.common.errors import InputError
-from fedrun.data.datasetcard import configured, matches, saved_files
-from fedrun.data.tables import KINDS
-from fedrun.data.textfiles import UNREADABLE, DataFile, is_text, shown
+from fedrun.data.dataset_card import find_configuration, listed_data_files, matches_pattern
+from fedrun.data.table_files import KINDS
+from fedrun.data.text_files import UNREADABLE, DataFile, is_text, printable
 
-PREFERRED = ["parquet", "arrow", "json", "csv", "text"]  # of kinds with equally many files
-DESCRIPTIONS = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json",
+KIND_PREFERENCE = ["parquet", "arrow", "json", "csv", "text"]  # of kinds with equally many files
+DESCRIPTION_FILES = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json",
                 "state.json"}  # fmt: skip
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"),
           "test": ("test", "testing", "eval", "evaluation")}  # fmt: skip
 SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
-WORD = re.compile(rf"(?<![^-._ ])({'|'.join(SPLIT_OF)})(?![^-._ \d])")
-SHARD = re.compile(r"(.+?)[-._ ]?\d+([-._ ]of[-._ ]\d+)?(-[0-9a-f]{6,})?")
-NAMED_SPLITS = {*KINDS, "", ".txt", ".text", ".raw", ".tokens"}  # train.py is a program
+SPLIT_WORD = re.compile(rf"(?<![^-._ ])({'|'.join(SPLIT_OF)})(?![^-._ \d])")
+SHARD_NAME = re.compile(r"(.+?)[-._ ]?\d+([-._ ]of[-._ ]\d+)?(-[0-9a-f]{6,})?")
+SPLIT_NAME_ENDINGS = {*KINDS, "", ".txt", ".text", ".raw", ".tokens"}  # train.py is a program
 RUN_FILES = {"config.json", "events.jsonl"}  # in the folder of a run
-SHOWN = 3  # names in a list that may be long
+NAMES_IN_MESSAGES = 3  # names in a list that may be long
 
 
 @dataclass
-class Found:
+class FoundFiles:
     """The files of a dataset that are read, and those that are not."""
 
     folder: bool
@@ -60,7 +60,7 @@ class Found:
     def told(self, used: Iterable[str]) -> str:
         """What is read from the splits in use and what is left out, in a line."""
         used = list(used)
-        parts = [f"{split}: {_counted(files)}" for split, files in self.splits.items()
+        parts = [f"{split}: {_counts_by_ending(files)}" for split, files in self.splits.items()
                  if split in used]
         parts += [f"not read: {len(files)} in the split {split} ({some(files)})"
                   for split, files in self.splits.items() if split not in used]
@@ -71,7 +71,7 @@ class Found:
                          f"{some(self.doubtful)}")
         return "; ".join(parts)
 
-    def beside(self) -> str:
+    def other_kinds(self) -> str:
         """The files of other kinds, for the message that those of the chosen kind do not do."""
         return "".join(f"; not read: {len(names)} {reason} ({some(names)})"
                        for reason, names in self.left_out.items() if reason.startswith("of "))
@@ -80,11 +80,11 @@ class Found:
 def some(names: Iterable[object]) -> str:
     """The first of many names."""
     listed = [n.name.as_posix() if isinstance(n, DataFile) else str(n) for n in names]
-    rest = f", and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
-    return ", ".join(map(shown, listed[:SHOWN])) + rest
+    rest = f", and {len(listed) - NAMES_IN_MESSAGES} more" if len(listed) > NAMES_IN_MESSAGES else ""
+    return ", ".join(map(printable, listed[:NAMES_IN_MESSAGES])) + rest
 
 
-def _counted(files: list[DataFile]) -> str:
+def _counts_by_ending(files: list[DataFile]) -> str:
     endings = Counter("".join(file.name.suffixes[-2:]) if file.plain_name != file.name
                       else file.name.suffix for file in files)
     kinds = [f"{count} {ending or 'without an ending'}" for ending, count in endings.most_common()]
@@ -121,7 +121,7 @@ def matching_files(pattern: str) -> list[Path]:
     return [file for file in found if file.is_file()]
 
 
-def visible_files(folder: Path, passed_over: list[str] | None = None) -> list[Path]:
+def files_below(folder: Path, passed_over: list[str] | None = None) -> list[Path]:
     """The files below a folder, sorted by their paths as texts. Links are followed, but for those
     that lead up, and no folder is entered twice.
 
@@ -166,7 +166,7 @@ def _members(path: Path, name: PurePath) -> Iterator[DataFile]:
         with zipfile.ZipFile(path) as archive:
             members = [info.filename for info in archive.infolist() if not info.is_dir()]
     except UNREADABLE as error:
-        raise InputError(f"{shown(path)}: cannot be read: {error}") from error
+        raise InputError(f"{printable(path)}: cannot be read: {error}") from error
     def files_first(member: str) -> list[tuple[bool, str]]:
         *folders, last = PurePath(member).parts
         return [*((True, folder) for folder in folders), (False, last)]
@@ -179,7 +179,7 @@ def _members(path: Path, name: PurePath) -> Iterator[DataFile]:
 # ---- what is read -------------------------------------------------------------------------------
 
 def discover(dataset: str, encoding: str | None, tables_only: bool, extra_split: str | None
-             ) -> Found:
+             ) -> FoundFiles:
     """The files of a folder, a pattern or a path, by splits.
 
     Args:
@@ -190,27 +190,27 @@ def discover(dataset: str, encoding: str | None, tables_only: bool, extra_split:
         ValueError: a file cannot be read, or there is nothing that is text.
     """
     located = folder_of(dataset)
-    found = Found(located is not None)
+    found = FoundFiles(located is not None)
     explicit: dict[str, list[DataFile]] | None = None
     if located is None:
         files = [member for path in matching_files(dataset)
                  for member in _members(path, Path(path.name))]
     else:
         folder, configuration = located
-        inside, patterns = configured(folder, configuration)
+        inside, patterns = find_configuration(folder, configuration)
         folder /= inside
         passed_over: list[str] = []
         try:
-            paths = visible_files(folder, passed_over)
+            paths = files_below(folder, passed_over)
         except OSError as error:
-            raise InputError(f"{shown(error.filename or folder)}: {error.strerror}") from error
+            raise InputError(f"{printable(error.filename or folder)}: {error.strerror}") from error
         found.leave_out("no files, or folders of runs or environments", passed_over)
         files = [member for path in paths for member in _members(path, path.relative_to(folder))]
         if patterns is None:
             files = _without_descriptions(files, found)
         else:
             explicit = {split: [file for pattern in some for file in files
-                                if matches(file.name.as_posix(), pattern)]
+                                if matches_pattern(file.name.as_posix(), pattern)]
                         for split, some in patterns.items()}
             named = {file for part in explicit.values() for file in part}
             found.leave_out("not named by the configuration",
@@ -230,14 +230,14 @@ def discover(dataset: str, encoding: str | None, tables_only: bool, extra_split:
     elif located is None:
         found.splits = {"train": files}
     else:
-        _by_split(files, found, extra_split)
+        _assign_splits(files, found, extra_split)
     return found
 
 
-def _without_descriptions(files: list[DataFile], found: Found) -> list[DataFile]:
+def _without_descriptions(files: list[DataFile], found: FoundFiles) -> list[DataFile]:
     """Without what describes a dataset, and without leftovers in what save_to_disk has written."""
-    described = [file for file in files if file.name.name in DESCRIPTIONS]
-    rest = [file for file in files if file.name.name not in DESCRIPTIONS]
+    described = [file for file in files if file.name.name in DESCRIPTION_FILES]
+    rest = [file for file in files if file.name.name not in DESCRIPTION_FILES]
     readmes = [file for file in rest if file.name.name == "README.md"]
     others = [file for file in rest if file not in readmes]
     if others and not any(file.suffix == ".md" for file in others):
@@ -247,12 +247,12 @@ def _without_descriptions(files: list[DataFile], found: Found) -> list[DataFile]
     found.leave_out("describing the dataset", (file.name.as_posix() for file in described))
     stray = {file for state in described if state.name.name == "state.json"
              for file in rest if file.suffix == ".arrow" and file.path.parent == state.path.parent
-             and file.path.name not in saved_files(state.path)}
+             and file.path.name not in listed_data_files(state.path)}
     found.leave_out("no part of the saved dataset", (f.name.as_posix() for f in stray))
     return [file for file in rest if file not in stray]
 
 
-def _of_one_kind(files: list[DataFile], found: Found, encoding: str | None, tables_only: bool
+def _of_one_kind(files: list[DataFile], found: FoundFiles, encoding: str | None, tables_only: bool
                  ) -> list[DataFile]:
     """The files of the kind whose ending most of them have; `datasets` chooses so."""
     kinds: dict[DataFile, str] = {}
@@ -268,7 +268,7 @@ def _of_one_kind(files: list[DataFile], found: Found, encoding: str | None, tabl
     ranked = tables if tables_only and tables else counts
     if not ranked:
         return []
-    best = max(ranked, key=lambda key: (ranked[key], -PREFERRED.index(key[1])))[1]
+    best = max(ranked, key=lambda key: (ranked[key], -KIND_PREFERENCE.index(key[1])))[1]
     for kind in sorted(set(kinds.values()) - {best}):
         found.leave_out(f"of {kind}, beside more of {best} (name them to read them)",
                         (file.name.as_posix() for file, other in kinds.items() if other == kind))
@@ -277,9 +277,9 @@ def _of_one_kind(files: list[DataFile], found: Found, encoding: str | None, tabl
 
 # ---- splits -------------------------------------------------------------------------------------
 
-def _by_split(files: list[DataFile], found: Found, extra_split: str | None) -> None:
+def _assign_splits(files: list[DataFile], found: FoundFiles, extra_split: str | None) -> None:
     """Put the files into their splits; see the top of this file."""
-    named = _named_splits(files, extra_split)
+    named = _splits_by_name(files, extra_split)
     splits: dict[str, list[DataFile]] = {}
     for file in files:
         splits.setdefault(named.get(file, ""), []).append(file)
@@ -288,8 +288,8 @@ def _by_split(files: list[DataFile], found: Found, extra_split: str | None) -> N
         found.leave_out("in no split, beside train and others",
                         (file.name.as_posix() for file in rest))
     elif rest:
-        found.doubtful = [file for file in rest for _, name in [*_names(file)][-1:]
-                          if {SPLIT_OF[word] for word in WORD.findall(name)} - {"train"}]
+        found.doubtful = [file for file in rest for _, name in [*_path_names(file)][-1:]
+                          if {SPLIT_OF[word] for word in SPLIT_WORD.findall(name)} - {"train"}]
         order = {file: number for number, file in enumerate(files)}
         splits["train"] = sorted([*splits.get("train", []), *rest], key=order.__getitem__)
     found.splits = {split: splits[split] for split in
@@ -297,21 +297,21 @@ def _by_split(files: list[DataFile], found: Found, extra_split: str | None) -> N
                                                   if s in SPLITS else 0, s))}
 
 
-def _named_splits(files: list[DataFile], extra_split: str | None) -> dict[DataFile, str]:
+def _splits_by_name(files: list[DataFile], extra_split: str | None) -> dict[DataFile, str]:
     """The split of every file that a name gives one, the outermost folder's first."""
     pairs: dict[tuple[PurePath, str], set[str]] = {}  # names that differ by a split's word alone
     shards: set[tuple[PurePath, str]] = set()
     for file in files:
-        for parent, name in _names(file):
-            for word in WORD.finditer(name):
+        for parent, name in _path_names(file):
+            for word in SPLIT_WORD.finditer(name):
                 pairs.setdefault((parent, name[:word.start()] + "*" + name[word.end():]),
                                  set()).add(SPLIT_OF[word[1]])
-            if shard := SHARD.fullmatch(name):
+            if shard := SHARD_NAME.fullmatch(name):
                 shards.add((parent, shard[1]))
     named: dict[DataFile, str] = {}
     for file in files:
-        for parent, name in _names(file):
-            shard = SHARD.fullmatch(name)
+        for parent, name in _path_names(file):
+            shard = SHARD_NAME.fullmatch(name)
             whole = shard[1] if shard else name
             if extra_split and extra_split in (name, whole):
                 named[file] = extra_split
@@ -320,7 +320,7 @@ def _named_splits(files: list[DataFile], extra_split: str | None) -> dict[DataFi
             elif shard and shard[2] and (parent, "train") in shards:
                 named[file] = whole  # random-00000-of-00003 beside train-00000-of-00010
             else:
-                for word in WORD.finditer(name):
+                for word in SPLIT_WORD.finditer(name):
                     if len(pairs[parent, name[:word.start()] + "*" + name[word.end():]]) > 1:
                         named.setdefault(file, SPLIT_OF[word[1]])
             if file in named:
@@ -328,9 +328,9 @@ def _named_splits(files: list[DataFile], extra_split: str | None) -> dict[DataFi
     return named
 
 
-def _names(file: DataFile) -> Iterator[tuple[PurePath, str]]:
+def _path_names(file: DataFile) -> Iterator[tuple[PurePath, str]]:
     """The folders of a file and itself, outermost first: where each lies, and its name."""
     for folder in [*file.name.parents][-2::-1]:
         yield folder.parent, folder.name.lower()
-    if file.suffix in NAMED_SPLITS:
+    if file.suffix in SPLIT_NAME_ENDINGS:
         yield file.name.parent, file.plain_name.stem.lower()

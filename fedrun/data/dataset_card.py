@@ -10,13 +10,13 @@ import yaml
 
 from fedrun.common.errors import InputError, one_line
 from fedrun.common.files import DamagedFile, read_json, read_regular
-from fedrun.data.textfiles import shown
+from fedrun.data.text_files import printable
 
 FRONT_MATTER = re.compile(r"\s*---\s*\n(.*?)\n---\s*(\n|$)", re.S)
 DEFAULT = "default"
 
 
-def configured(folder: Path, asked: str | None) -> tuple[str, dict[str, list[str]] | None]:
+def find_configuration(folder: Path, asked: str | None) -> tuple[str, dict[str, list[str]] | None]:
     """What a configuration of a dataset's folder is: one that its README.md tells, or a folder.
 
     Args:
@@ -28,7 +28,7 @@ def configured(folder: Path, asked: str | None) -> tuple[str, dict[str, list[str
         ValueError: there is no such configuration, or there are several and none is asked for.
     """
     configs = {str(config.get("config_name", DEFAULT)): config
-               for config in _configs(folder / "README.md")}
+               for config in _listed_configurations(folder / "README.md")}
     if not configs:
         if asked is None:
             return "", None
@@ -36,26 +36,26 @@ def configured(folder: Path, asked: str | None) -> tuple[str, dict[str, list[str
             return asked, None
         there = sorted(path.name for path in folder.iterdir() if path.is_dir())
         raise InputError(f"no configuration {asked}: no README.md tells of it, and the folders "
-                         f"there are {', '.join(map(shown, there)) or 'none'}")
+                         f"there are {', '.join(map(printable, there)) or 'none'}")
     defaults = [name for name, config in configs.items() if config.get(DEFAULT) is True]
     if asked is None and len(configs) == 1:
         chosen: str | None = next(iter(configs))
     else:
         chosen = asked or next((name for name in (*defaults, DEFAULT) if name in configs), None)
     if chosen not in configs:
-        known = ", ".join(map(shown, configs))
+        known = ", ".join(map(printable, configs))
         raise InputError(
             f"no configuration {asked}; there are {known}" if asked else
             f"it has several configurations ({known}); give one: FOLDER:{next(iter(configs))}")
     config = configs[chosen]
     inside = str(config.get("data_dir") or "")
     if not (folder / inside).resolve().is_relative_to(folder):
-        raise InputError(f"{shown(folder / 'README.md')}: the data_dir {inside} of {chosen} is not "
+        raise InputError(f"{printable(folder / 'README.md')}: the data_dir {inside} of {chosen} is not "
                          "in the folder")
     return inside, _patterns(config.get("data_files"))
 
 
-def _configs(readme: Path) -> list[dict[str, Any]]:
+def _listed_configurations(readme: Path) -> list[dict[str, Any]]:
     try:
         text = read_regular(readme).decode("utf-8-sig", "replace")
         matter = FRONT_MATTER.match(text)
@@ -63,7 +63,7 @@ def _configs(readme: Path) -> list[dict[str, Any]]:
     except (OSError, DamagedFile):
         return []
     except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{shown(readme)}: its head cannot be read: {one_line(error)}") from None
+        raise InputError(f"{printable(readme)}: its head cannot be read: {one_line(error)}") from None
     configs = told.get("configs") if isinstance(told, dict) else None
     return [config for config in configs if isinstance(config, dict)
             and ("data_files" in config or "data_dir" in config)] \
@@ -86,7 +86,7 @@ def _patterns(given: Any) -> dict[str, list[str]] | None:
     return patterns
 
 
-def matches(name: str, pattern: str) -> bool:
+def matches_pattern(name: str, pattern: str) -> bool:
     """Whether a path is one of a pattern's, where * stays in a folder and ** does not."""
     pattern = pattern.removeprefix("./")
     if name == pattern:
@@ -96,11 +96,11 @@ def matches(name: str, pattern: str) -> bool:
     return re.fullmatch("".join(parts), name) is not None
 
 
-def saved_files(state: Path) -> list[str]:
+def listed_data_files(state: Path) -> list[str]:
     """The files that `state.json`, as save_to_disk writes it, names as the dataset's."""
     try:
         listed = read_json(state, dict).get("_data_files")
     except (OSError, DamagedFile) as error:
-        raise InputError(f"{shown(state)}: {error}") from None
+        raise InputError(f"{printable(state)}: {error}") from None
     return [str(file.get("filename")) for file in listed if isinstance(file, dict)] \
         if isinstance(listed, list) else []

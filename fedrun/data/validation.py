@@ -10,7 +10,7 @@ import numpy as np
 from fedrun.data.documents import Documents, TextFile, find_documents, named_documents
 
 BREAKS = ("\n\n", "\n", ". ", " ")  # where a text is best cut, best first
-NEAR = 0.5  # of what is held out: how far from its place a cut may be for the sake of a break
+LARGEST_CUT_SHIFT = 0.5  # of what is held out: how far from its place a cut may be for the sake of a break
 
 
 @dataclass
@@ -60,23 +60,23 @@ def hold_out(train: Rows, share: Fraction, of_sources: bool
     told = "twentieth" if share == Fraction(1, 20) else f"{float(share):.3g}"
     documents = train.documents() if of_sources else None
     if documents is not None and documents.sources:
-        kept = _kept(documents, share)
+        kept = _rows_to_keep(documents, share)
         rows = [row for row, keep in zip(train.rows, kept, strict=True) if keep]
         held = [row for row, keep in zip(train.rows, kept, strict=True) if not keep]
         if has_text(rows) and has_text(held):
-            return rows, held, _restricted(documents, kept), \
+            return rows, held, _with_rows_removed(documents, kept), \
                 f"the last {told} of every source's train rows"
     n_held = -(-len(train.rows) * share.numerator // share.denominator)
     rows, held = train.rows[:len(train.rows) - n_held], train.rows[len(train.rows) - n_held:]
     words = f"the last {told} of the train rows"
     if not (has_text(rows) and has_text(held)) and has_text(train.rows):
-        rows, held = _cut(train.rows, float(share))
+        rows, held = _split_text(train.rows, float(share))
         words = f"the last {told} of the text"
     shorter = Rows(rows, train.files, train.sources, train.source_column)
     return rows, held, shorter.documents(), words
 
 
-def _kept(documents: Documents, share: Fraction) -> np.ndarray:
+def _rows_to_keep(documents: Documents, share: Fraction) -> np.ndarray:
     """Whether each row stays in the train split; bool, (n_rows,).
 
     A source of few rows holds out none or one, so that all together hold out their share.
@@ -94,7 +94,7 @@ def _kept(documents: Documents, share: Fraction) -> np.ndarray:
     return kept
 
 
-def _restricted(documents: Documents, kept: np.ndarray) -> Documents:
+def _with_rows_removed(documents: Documents, kept: np.ndarray) -> Documents:
     """Documents of the rows that are kept; those without any are left out."""
     before = np.concatenate([[0], np.cumsum(kept)])
     starts = before[documents.starts]
@@ -103,7 +103,7 @@ def _restricted(documents: Documents, kept: np.ndarray) -> Documents:
                      documents.source[there], documents.sources)
 
 
-def _cut(rows: list[str], share: float) -> tuple[list[str], list[str]]:
+def _split_text(rows: list[str], share: float) -> tuple[list[str], list[str]]:
     """Rows before and after a cut that leaves about `share` of the characters behind it."""
     sizes = [len(row.strip()) for row in rows]
     total = sum(sizes)
@@ -111,11 +111,11 @@ def _cut(rows: list[str], share: float) -> tuple[list[str], list[str]]:
     while behind < share * total:
         number -= 1
         behind += sizes[number]
-    if behind <= (1 + NEAR) * share * total and has_text(rows[:number]):
+    if behind <= (1 + LARGEST_CUT_SHIFT) * share * total and has_text(rows[:number]):
         return rows[:number], rows[number:]
     row = rows[number]
     at = len(row.rstrip()) - max(1, round(share * total) - (behind - sizes[number]))
-    reach = round(NEAR * share * total)
+    reach = round(LARGEST_CUT_SHIFT * share * total)
     for mark in BREAKS:
         nearest = [cut for cut in (row.rfind(mark, max(0, at - reach), at) + len(mark),
                                    row.find(mark, at, at + reach) + len(mark))

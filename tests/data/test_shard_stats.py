@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from scipy.spatial.distance import jensenshannon
 
 from fedrun import cli
-from fedrun.data.holdings import holdings, js_divergence, token_counts
 from fedrun.data.partition import client_shards
+from fedrun.data.shard_stats import describe_shards, js_divergence, token_counts
 from fedrun.data.tokens import TokenData
 from fedrun.plots.partition import partition_figure
 from tests.support.made_data import made
@@ -35,7 +35,7 @@ def test_holdings_are_what_the_sequences_say() -> None:
     data = made([30] * 40)
     document = data.documents.of_sequences(*data.train.shape)
     shards = client_shards(data, 3, "dirichlet", 0.5, 0.5, 0)
-    for shard, held in zip(shards, holdings(data, shards), strict=True):
+    for shard, held in zip(shards, describe_shards(data, shards), strict=True):
         there = data.train[shard].ravel().tolist()
         assert token_counts(data, shard).tolist() == [there.count(t) for t in range(50)]
         assert (held.sequences, held.tokens) == (len(shard), 4 * len(shard))
@@ -46,7 +46,7 @@ def test_holdings_are_what_the_sequences_say() -> None:
         assert abs(held.divergence - jensenshannon(np.bincount(there, minlength=50), whole, base=2)
                    ** 2) < 1e-9
         assert 0 < held.divergence_at_random < 1
-    everything = holdings(data, [np.arange(len(data.train))])[0]
+    everything = describe_shards(data, [np.arange(len(data.train))])[0]
     assert everything.divergence == everything.divergence_at_random == pytest.approx(0, abs=1e-12)
 
 
@@ -61,7 +61,7 @@ def test_the_tool_prints_and_plots_who_holds_what(cache_dir: Path, tmp_path: Pat
     assert cli.main(["partition", *flags]) == 0
     out = capsys.readouterr().out
     shards = client_shards(pydocs_tokens, 5, "dirichlet", 0.1, 0.5, 0)
-    found = holdings(pydocs_tokens, shards)
+    found = describe_shards(pydocs_tokens, shards)
     for client, (shard, held) in enumerate(zip(shards, found, strict=True)):
         line = next(line for line in out.splitlines() if line.strip().startswith(f"{client} "))
         for number in (f"{len(shard):,}", f"{len(shard) * 128:,}", f"{held.divergence:.3f}"):
@@ -75,7 +75,7 @@ def test_the_tool_prints_and_plots_who_holds_what(cache_dir: Path, tmp_path: Pat
 
 def test_the_figure_draws_the_holdings() -> None:
     data = made([30] * 40)
-    held = holdings(data, client_shards(data, 4, "dirichlet", 0.5, 0.5, 0))
+    held = describe_shards(data, client_shards(data, 4, "dirichlet", 0.5, 0.5, 0))
     figure = partition_figure(held, ["one", "two", "three"], "a title")
     assert isinstance(figure, Figure)
     bars, points = figure.axes

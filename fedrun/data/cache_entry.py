@@ -22,7 +22,7 @@ from fedrun.common import locks
 from fedrun.common.errors import InputError, explain
 from fedrun.common.files import DamagedFile, on_disk, read_json, write_json
 from fedrun.data import corpora
-from fedrun.data.reading import Reading
+from fedrun.data.text_options import TextOptions
 from fedrun.data.tokenizer import ACCEPTED, HUB_NAME, bpe_size, tokenizer_name
 
 MANIFEST = "entry.json"
@@ -31,7 +31,7 @@ LOCK_SECONDS = 3600.0  # how long to wait for another process that prepares the 
 LARGE = ("train.bin", "validation.bin")
 
 
-def entry_name(dataset: str, tokenizer: str, reading: Reading = Reading()) -> str:  # noqa: B008
+def entry_name(dataset: str, tokenizer: str, options: TextOptions = TextOptions()) -> str:  # noqa: B008
     """A folder name that changes with everything that decides the tokens."""
     size = bpe_size(tokenizer)
     path = Path(tokenizer).expanduser()
@@ -47,7 +47,7 @@ def entry_name(dataset: str, tokenizer: str, reading: Reading = Reading()) -> st
         importlib.metadata.version("tokenizers"),
         dataset,
         corpora.file_signature(corpora.local_files(dataset)),
-        dataclasses.astuple(reading),
+        dataclasses.astuple(options),
         tokenizer,
         corpora.file_signature(tokenizer_files),
     ]
@@ -56,12 +56,12 @@ def entry_name(dataset: str, tokenizer: str, reading: Reading = Reading()) -> st
     return f"{re.sub(r'[^A-Za-z0-9.]+', '-', names).strip('-.')[-80:]}-{key}"
 
 
-def seal(entry: Path, content: dict[str, Any]) -> dict[str, Any]:
+def write_manifest(entry: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Write the manifest of a folder that is complete otherwise; what `read_manifest` returns."""
     files = {str(file.relative_to(entry)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
              for file in sorted(entry.rglob("*")) if file.is_file()}
     body = content | {"files": files}
-    write_json(entry / MANIFEST, body | {"sha256": _body_sum(body)})
+    write_json(entry / MANIFEST, body | {"sha256": _manifest_checksum(body)})
     return body
 
 
@@ -75,7 +75,7 @@ def read_manifest(entry: Path, large: bool) -> dict[str, Any] | None:
         body = read_json(entry / MANIFEST, dict)
     except OSError:
         return None
-    if body.pop("sha256", None) != _body_sum(body):
+    if body.pop("sha256", None) != _manifest_checksum(body):
         raise DamagedFile(f"{entry / MANIFEST} is damaged: it does not match its own checksum")
     for name, held in body["files"].items():
         file = entry / name
@@ -92,7 +92,7 @@ def read_manifest(entry: Path, large: bool) -> dict[str, Any] | None:
     return body
 
 
-def content_sum(body: dict[str, Any]) -> str:
+def content_digest(body: dict[str, Any]) -> str:
     """A digest of the token ids themselves, to compare machines by (hex)."""
     told = [body["dtype"], *(body["files"][name]["sha256"] for name in LARGE)]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
@@ -116,7 +116,7 @@ def naming_cache_dir(entry: Path, damage: str = "") -> Iterator[None]:
 
 
 @contextmanager
-def only_one(entry: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
+def lock_entry(entry: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock of `entry`; one process of the machine at a time gets past this.
 
     TimeoutError where another process has held it for an hour.
@@ -146,5 +146,5 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _body_sum(body: dict[str, Any]) -> str:
+def _manifest_checksum(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -56,10 +56,10 @@ class DataFile:
         return self.plain_name.suffix.lower()
 
     def __str__(self) -> str:
-        return shown(self.path if self.member is None else self.path / self.member)
+        return printable(self.path if self.member is None else self.path / self.member)
 
 
-def shown(path: PurePath | str) -> str:
+def printable(path: PurePath | str) -> str:
     """A path for a message: what is no text in it, or would not stay in its line, is replaced."""
     text = os.fsencode(path).decode("utf-8", "replace")
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -19,13 +19,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from fedrun.common.errors import InputError
-from fedrun.data.textfiles import DataFile, open_bytes, open_text
+from fedrun.data.text_files import DataFile, open_bytes, open_text
 
 KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
          ".parquet": "parquet", ".arrow": "arrow"}  # fmt: skip
-LOOKED_AT = 1000  # records of a file without a schema, to tell its columns
+SCHEMA_RECORDS = 1000  # records of a file without a schema, to tell its columns
 RECORDS_AT_ONCE = 10_000
-NO_PROSE = re.compile(  # numbers, truth values, dates: strings that are no text to train on
+NOT_PROSE = re.compile(  # numbers, truth values, dates: strings that are no text to train on
     r"\s*([-+]?(\d[\d_.,]*|\.\d+)([eE][-+]?\d+)?%?|true|false|nan|none|null|inf"
     r"|\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d([.,]\d+)?)?\s*(Z|[-+]\d\d:?\d\d)?)?)?\s*", re.I)
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -54,19 +54,19 @@ def open_table(file: DataFile, encoding: str | None) -> Table:
             columns = {field.name: is_text_type(field.type) for field in schema}
         return Table(str(file), columns, lambda names: _arrow_rows(file, names))
     read = _json_records if kind == "json" else _csv_records
-    head = list(itertools.islice(read(file, encoding), LOOKED_AT))
+    head = list(itertools.islice(read(file, encoding), SCHEMA_RECORDS))
     columns = {}
     for record in head:
         for name, value in record.items():
             columns[name] = columns.get(name, False) or (
-                isinstance(value, str) and not NO_PROSE.fullmatch(value))
+                isinstance(value, str) and not NOT_PROSE.fullmatch(value))
     return Table(str(file), columns, lambda names: (
         tuple(record.get(name) for name in names) for record in read(file, encoding)))
 
 
 # ---- which column -------------------------------------------------------------------------------
 
-def text_columns(tables: Iterable[Table], text_column: str | None, asked: Sequence[str],
+def choose_text_columns(tables: Iterable[Table], text_column: str | None, asked: Sequence[str],
                  source_column: str | None) -> list[str]:
     """The columns whose values are the text: those asked for, or the obvious one, which the column
     that tells the sources is not.

@@ -28,7 +28,7 @@ class ShardStats:
     """The same for as many sequences drawn at random: small shards diverge by chance alone."""
 
 
-def holdings(data: TokenData, shards: Sequence[np.ndarray], seed: int = 0) -> list[ShardStats]:
+def describe_shards(data: TokenData, shards: Sequence[np.ndarray], seed: int = 0) -> list[ShardStats]:
     """Describe shards (indices of rows of data.train) that together hold every sequence."""
     document = data.load_documents().of_sequences(*data.train.shape)
     topic = data.load_topics().of_document[document]

@@ -56,7 +56,7 @@ class Flag:
         except (KeyError, ValueError, TypeError, OverflowError):
             what = " or ".join(self.choices) or {bool: "true or false", int: "a whole number",
                                                  float: "a number"}.get(self.kind, "a text")
-            raise InputError(f"{where}{value}: accepted is {what}") from None
+            raise InputError(f"{where}{value}: must be {what}") from None
 
 
 def settings(cls: type) -> dict[str, Flag]:

@@ -260,13 +260,13 @@ def test_what_is_owed_is_part_of_a_checkpoint(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("method", "flags", "message"), [
-    ("fed_fisher", {}, "--wire int8: accepted is exact for fed_fisher"),
-    ("fed_entropy", {}, "--wire int8: accepted is exact for fed_entropy"),
-    ("fed_sgd", {}, "--wire int8: accepted is exact for fed_sgd"),
-    ("fed_avg", {"client_state": "average"}, "--client_state average: accepted is keep or reset"),
-    ("fed_avg", {"sync": "epoch"}, "--sync epoch: accepted is round with --wire int8"),
-    ("fed_avg", {"reduce": "float"}, "--reduce float: accepted is exact with --wire int8"),
-    ("fed_avg", {"num_clients": "127"}, "--cohort 127: accepted is up to 126 clients"),
+    ("fed_fisher", {}, "--wire int8: must be exact for fed_fisher"),
+    ("fed_entropy", {}, "--wire int8: must be exact for fed_entropy"),
+    ("fed_sgd", {}, "--wire int8: must be exact for fed_sgd"),
+    ("fed_avg", {"client_state": "average"}, "--client_state average: must be keep or reset"),
+    ("fed_avg", {"sync": "epoch"}, "--sync epoch: must be round with --wire int8"),
+    ("fed_avg", {"reduce": "float"}, "--reduce float: must be exact with --wire int8"),
+    ("fed_avg", {"num_clients": "127"}, "--cohort 127: must be up to 126 clients"),
 ])
 def test_what_eight_bits_cannot_carry_is_refused(method: str, flags: dict[str, str], message: str
                                                  ) -> None:

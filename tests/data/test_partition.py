@@ -270,7 +270,7 @@ def test_the_values_of_a_column_are_sources_and_no_client_has_anothers(tmp_path:
     ({"alpha": 0}, "--alpha 0"), ({"size_skew": -1}, "--size_skew -1"),
     ({"size_skew": "inf"}, "--size_skew inf")])
 def test_wrong_values_name_the_flag(flags: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match="accepted is") as caught:
+    with pytest.raises(ValueError, match="must be") as caught:
         resolve("fed_avg", flags)
     assert said in str(caught.value)
 

@@ -28,11 +28,8 @@ from fedrun.data import entry as cache_entry
 from fedrun.data.tokens import TokenData, prepare, verify
 from fedrun.distributed.runtime import difference
 from fedrun.run import identity
-from tests.data.test_data import (
-    python,
-    text_file,
-)
-from tests.support.runs import CORPUS, SMALL
+from tests.support.runs import CORPUS, SMALL, fresh_python
+from tests.support.texts import text_file
 
 
 def entries(cache_dir: Path) -> list[Path]:
@@ -66,8 +63,9 @@ def test_a_warm_start_imports_no_library_for_text(tmp_path: Path) -> None:
         f"prepare({asked}, lambda line: None); print(*sys.modules)"
     )
     libraries = {"torch", "transformers", "datasets", "tokenizers"}
-    assert libraries & set(python(code).split()) == {"tokenizers"}  # cold: it trains a tokenizer
-    assert libraries & set(python(code).split()) == set()
+    cold, warm = (libraries & set(fresh_python(code).split()) for _ in range(2))
+    assert cold == {"tokenizers"}  # which trains a tokenizer
+    assert warm == set()
 
 
 def test_a_changed_file_is_never_served_stale(tmp_path: Path) -> None:

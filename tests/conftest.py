@@ -5,9 +5,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from fedrun import cli
 from fedrun.data.tokens import TokenData, prepare
@@ -91,3 +94,24 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Ou
                     "--data_dir", str(folder), "--cache_dir", str(cache_dir), "--run_name", "run"],
                    check=True, cwd=ROOT, timeout=100, capture_output=True)
     return Outcome(0, "", folder / "run")
+
+
+@pytest.fixture
+def warnings_are_errors() -> Iterator[None]:
+    """As the warning of a character that no font has."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # Of objects that earlier tests have left to the collector.
+        warnings.simplefilter("ignore", pytest.PytestUnraisableExceptionWarning)
+        yield
+
+
+@pytest.fixture(scope="session")
+def official_python() -> Path:
+    """A Python that has mamba-ssm's own kernels, in an environment that is made once."""
+    folder = ROOT / ".venv-official"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / ".ready").exists():
+            subprocess.run([ROOT / "tests/official/make_venv.sh", sys.executable, folder],
+                           check=True, timeout=300)
+    return folder / "bin" / "python"

@@ -45,24 +45,6 @@ def run(cache_dir: Path, tmp_path: Path) -> Run:
     return run_it
 
 
-@pytest.fixture
-def run_small_here(cache_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
-    """A run in the process of the test, in a copy of another one's folder (`after`): whoever has
-    held a folder holds it to the end of its process."""
-
-    def run_it(method: str, *flags: object, name: str = "", after: Outcome | None = None
-               ) -> Outcome:
-        name = name or f"run{len(list(tmp_path.iterdir()))}"
-        if after:
-            shutil.copytree(after.run_dir, tmp_path / name)
-        code = cli.main([method, *SMALL, "--data_dir", str(tmp_path), "--cache_dir",
-                         str(cache_dir), "--run_name", name, *map(str, flags)])
-        out, err = capfd.readouterr()
-        return Outcome(code, out + err, tmp_path / name)
-
-    return run_it
-
-
 @pytest.fixture(scope="session")
 def little_text(cache_dir: Path) -> tuple[str, ...]:
     """Flags for runs on so little text that evaluating it takes no time."""
@@ -75,9 +57,18 @@ def little_text(cache_dir: Path) -> tuple[str, ...]:
 @pytest.fixture
 def run_here(little_text: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
              ) -> Run:
-    """run_here("fed_avg", "--rounds", 3): a whole run in the process of the test."""
+    """run_here("fed_avg", "--rounds", 3): a whole run in the process of the test.
 
-    def run_it(method: str, *flags: object, name: str = "run") -> Outcome:
+    `after`: in a copy of that run's folder, since a process keeps the lock of a run's folder to its
+    end, and another run in the folder itself would be the first one's restart.
+    """
+
+    def run_it(method: str, *flags: object, name: str | None = None,
+               after: Outcome | None = None) -> Outcome:
+        if after:
+            name = name or f"{after.run_dir.name}_and_{len(list(tmp_path.iterdir()))}"
+            shutil.copytree(after.run_dir, tmp_path / name)
+        name = name or "run"
         code = cli.main([method, *little_text, "--data_dir", str(tmp_path), "--run_name", name,
                          *map(str, flags)])
         out, err = capfd.readouterr()

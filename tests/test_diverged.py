@@ -76,7 +76,7 @@ def test_numbers_that_are_not_finite_are_null_and_readers_take_them(
                                  "rounds": 4, "reduce": "float", "val_freq": 1})
     history[-1]["val_loss_halves"] = [None, 3.0]
     (outcome.run_dir / "training_history.json").write_text(json.dumps(history))
-    held = json.loads((outcome.run_dir / "config.json").read_text())
+    held = outcome.config
     (outcome.run_dir / "config.json").write_text(json.dumps(held | config.to_dict() | {
         "dtype": "fp32"}, default=str))
     assert study.loss_halves(config) == [math.inf, 3.0]

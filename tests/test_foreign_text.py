@@ -23,7 +23,7 @@ from fedrun.tools import partition
 from fedrun.tools.watch import RunState, screen
 from tests.support import folders, hostile
 from tests.support.hostile import NAMES, SHOWN, obeyed
-from tests.support.runs import ROOT
+from tests.support.runs import ROOT, read_history, read_json
 
 # ---- in a terminal -------------------------------------------------------------------------------
 
@@ -43,7 +43,7 @@ def run(tmp_path: Path) -> Path:
     """A run whose name, settings, text and model's words are all hostile."""
     path = folders.ours(tmp_path, "fed_avg", hostile.ESCAPES, name=hostile.ESCAPES,
                         dataset=hostile.ESCAPES)
-    history = json.loads((path / "training_history.json").read_text())
+    history = read_history(path)
     folders.write(path / "training_history.json",
                   [record | {"generated": f"<i>{hostile.ESCAPES}\n2"} for record in history])
     folders.write(path / "environment.json", {"processes": hostile.ESCAPES,
@@ -94,7 +94,7 @@ def test_markup_is_not_interpreted(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_model_card_holds_one_line_a_setting(run: Path, tmp_path: Path) -> None:
-    held = json.loads((run / "config.json").read_text())
+    held = read_json(run / "config.json")
     folders.write(run / "config.json", held | {"dataset": "a/b\n---\n# \ud800"})
     folders.write(run / "environment.json", {"corpus": ["pydocs"]})
     assert cli.main(["export", str(run), str(tmp_path / "out")]) == 0
@@ -221,7 +221,7 @@ def test_histories_with_numbers_that_are_not_finite(tmp_path: Path,
     run = folders.ours(tmp_path, "central", "tiny")
     for seed, spelt in ((1, "NaN"), (2, "Infinity"), (3, "null"), (4, "1e400")):
         other = folders.ours(tmp_path, "central", "tiny", seed=seed)
-        history = json.loads((other / "training_history.json").read_text())
+        history = read_history(other)
         for record in history[1:]:
             record |= dict.fromkeys(("val_ppl", "val_loss", "train_ppl", "seconds"), "@")
         (other / "training_history.json").write_text(json.dumps(history).replace('"@"', spelt))

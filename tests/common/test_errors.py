@@ -48,8 +48,13 @@ def test_a_library_that_tells_the_system_s_error_in_words() -> None:
     assert explain(Exception("No space left on device (os error 28)")) == (
         "No space left on device (os error 28)")
     assert explain(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate "
-                                "9 bytes")).startswith("not enough memory: Default")  # type: ignore
-    assert explain(Diverged("made here, not in the package")) is None
+                                "9 bytes")) == (
+        "not enough memory: DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 "
+        "bytes")
+
+
+def test_an_error_worded_for_users_is_one_line() -> None:
+    assert explain(Diverged("the model is\nno longer finite")) == "the model is no longer finite"
 
 
 def test_the_line_of_a_disk_names_the_flag_once() -> None:

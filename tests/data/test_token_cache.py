@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import subprocess
@@ -28,7 +27,7 @@ from fedrun.data import entry as cache_entry
 from fedrun.data.tokens import TokenData, prepare, verify
 from fedrun.distributed.runtime import difference
 from fedrun.run import identity
-from tests.support.runs import CORPUS, SMALL, fresh_python
+from tests.support.runs import CORPUS, SMALL, fresh_python, read_history
 from tests.support.texts import text_file
 
 
@@ -206,7 +205,7 @@ def test_a_run_mends_its_cache_and_needs_it_no_more_or_ends_in_a_line(
                          str(tmp_path), "--cache_dir", str(tmp_path / "cache"), "--run_name", name])
 
     def records(name: str) -> list[tuple[float, str]]:
-        history = json.loads((tmp_path / name / "training_history.json").read_text())
+        history = read_history(tmp_path / name)
         return [(record["val_loss"], record["generated"]) for record in history]
 
     prepare(str(CORPUS), "bpe:400", 32, cache_dir, lambda line: None)

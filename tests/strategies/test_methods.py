@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -247,7 +246,7 @@ def test_a_client_beyond_the_bound_is_left_out(
     why, = last["left_out_why"]
     assert re.fullmatch(rf"{what} beyond the bound: (45|44\.9\d*|45\.0\d*) > {bound}", why), why
     assert f"round 2: client 1 is left out: {why}; its moments are reset" in outcome.output
-    events = [json.loads(line) for line in (outcome.run_dir / "events.jsonl").open()]
+    events = outcome.events
     told = [(e["left_out"], e["left_out_why"]) for e in events if e["event"] == "round"]
     assert told == [([], []), ([1], [why]), ([], [])]
     assert all(bool(torch.isfinite(v).all()) for v in outcome.model.values())

@@ -9,8 +9,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,32 @@ def alive(process: psutil.Process) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+@contextmanager
+def children_of(launcher: subprocess.Popen[bytes]) -> Iterator[Callable[[], list[psutil.Process]]]:
+    """A function that returns the processes a launcher has started, also after its end: a thread
+    looks every 20 ms while it runs. All of them and the launcher are killed in the end."""
+    children: list[psutil.Process] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while launcher.poll() is None and not over.wait(0.02):
+            with suppress(psutil.NoSuchProcess):
+                children[:] = psutil.Process(launcher.pid).children() or children
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield lambda: list(children)
+    finally:
+        over.set()
+        watcher.join()
+        for child in filter(alive, children):
+            child.kill()
+        if launcher.poll() is None:
+            launcher.kill()
+            launcher.wait()
 
 
 def listening(root: psutil.Process) -> set[str]:

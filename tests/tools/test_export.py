@@ -17,7 +17,7 @@ from fedrun.common.terminal import visible
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.model.pretrained import find_pretrained
-from tests.support.runs import CORPUS, ROOT, SMALL, Outcome, execute, torchrun
+from tests.support.runs import CORPUS, ROOT, SMALL, Outcome, execute, read_json, torchrun
 
 IDS = torch.randint(0, 400, (2, 37), generator=torch.Generator().manual_seed(0))
 
@@ -59,7 +59,7 @@ def test_mamba_ssm_folder_has_what_its_loader_reads(trained: Outcome, tmp_path: 
     pytorch_model.bin strictly, the tied head included."""
     out = tmp_path / "original"
     assert cli.main(["export", str(trained.run_dir), "--to=mamba_ssm", str(out)]) == 0
-    config = json.loads((out / "config.json").read_text())
+    config = read_json(out / "config.json")
     assert set(config) <= {"d_model", "d_intermediate", "n_layer", "vocab_size", "ssm_cfg",
                            "attn_layer_idx", "attn_cfg", "rms_norm", "residual_in_fp32",
                            "fused_add_norm", "pad_vocab_size_multiple", "tie_embeddings"}
@@ -117,8 +117,8 @@ def test_training_starts_from_a_model(trained: Outcome, tmp_path: Path, cache_di
         torch.testing.assert_close(outcome.model[name], tensor, rtol=0, atol=1e-9)
     assert outcome.history[0]["server_val_ppl"] == pytest.approx(
         trained.history[-1]["server_val_ppl"], rel=1e-6)
-    held = json.loads((outcome.run_dir / "config.json").read_text())
-    assert held["model"] == json.loads((trained.run_dir / "config.json").read_text())["model"]
+    held = outcome.config
+    assert held["model"] == trained.config["model"]
     text = "def once(upon): a time,\n"
     new, old = (Tokenizer.from_file(str(o.run_dir / "tokenizer" / "tokenizer.json"))
                 for o in (outcome, trained))
@@ -277,7 +277,7 @@ def test_an_unusual_model_has_the_same_bits_in_every_world(
 def test_a_shape_that_cannot_be_is_a_line(trained: Outcome, tmp_path: Path, change: dict[str, int],
                                           said: str, capsys: pytest.CaptureFixture[str]) -> None:
     run = Path(shutil.copytree(trained.run_dir, tmp_path / "run"))
-    settings = json.loads((run / "config.json").read_text())
+    settings = read_json(run / "config.json")
     settings["model"] |= change
     (run / "config.json").write_text(json.dumps(settings))
     assert cli.main(["generate", str(run)]) == 2

@@ -23,10 +23,7 @@ from fedrun.data.documents import Documents, find_documents
 from fedrun.data.partition import client_shards
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.data.topics import find_topics
-from tests.support.runs import SHARED_DATA
-
-WIKITEXT, GPT2 = SHARED_DATA / "wikitext-2-heldout", SHARED_DATA / "gpt2"
-
+from tests.support.texts import GPT2, WIKITEXT, needs_shared_data
 
 # ---- documents ----------------------------------------------------------------------------------
 
@@ -56,8 +53,7 @@ def test_rows_without_headings_are_documents() -> None:
     assert (found.kind, len(found), found.sources) == ("a row", 3, [])
 
 
-@pytest.mark.skipif(not WIKITEXT.is_dir() or not GPT2.is_dir(),
-                    reason="no real text and tokenizer in ../shared/data")
+@needs_shared_data
 def test_real_wikitext_has_its_articles_and_tells_their_topics(tmp_path: Path) -> None:
     data = prepare(str(WIKITEXT), str(GPT2), 256, tmp_path, lambda line: None)
     documents, tokenizer = data.load_documents(), data.load_tokenizer()

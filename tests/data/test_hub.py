@@ -17,11 +17,10 @@ from fedrun.data import corpora, hub
 from fedrun.data.corpora import load_corpus
 from fedrun.data.documents import find_documents
 from fedrun.data.tokens import prepare
-from tests.data.test_data import (
-    WITHOUT_NETWORK,
-    python,
-    text_file,
-)
+from tests.support.runs import fresh_python
+from tests.support.texts import text_file
+
+WITHOUT_NETWORK = "--dataset pydocs --tokenizer bpe:8192"
 
 PREPARE = """
 import sys, time
@@ -40,8 +39,7 @@ def prepare_with_hub(dataset: str, tokenizer: str, cache: Path, **env: str) -> s
     """What comes of it in a fresh process, since the hub's libraries read `env` at import."""
     values = {"DATASET": dataset, "TOKENIZER": tokenizer, "CACHE": str(cache)}
     code = "".join(f"{name} = {value!r}\n" for name, value in values.items()) + PREPARE
-    env = {"HF_HOME": str(cache / "hf"), **env}
-    return python(code, **env)
+    return fresh_python(code, env={"HF_HOME": str(cache / "hf"), **env})
 
 
 @pytest.mark.parametrize(
@@ -113,8 +111,8 @@ def test_a_name_that_the_hub_does_not_know_is_the_users_error(tmp_path: Path) ->
             str(text_file(tmp_path)), "owner/name", tmp_path, HF_ENDPOINT=endpoint
         )
         server.shutdown()
-    assert "ValueError --dataset owner/name: " in dataset
-    assert "ValueError --tokenizer owner/name: " in tokenizer
+    assert "InputError --dataset owner/name: " in dataset
+    assert "InputError --tokenizer owner/name: " in tokenizer
 
 
 def test_what_the_hubs_cache_holds_works_without_a_network(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import subprocess
@@ -28,11 +27,8 @@ from fedrun.data import corpora, tokens
 from fedrun.data.tokens import TokenData, prepare, verify
 from fedrun.distributed.runtime import difference
 from fedrun.run import identity
-from tests.data.test_data import (
-    python,
-    text_file,
-)
-from tests.support.runs import CORPUS, SMALL
+from tests.support.runs import CORPUS, SMALL, fresh_python, read_history
+from tests.support.texts import text_file
 
 
 def entries(cache_dir: Path) -> list[Path]:
@@ -66,8 +62,9 @@ def test_a_warm_start_imports_no_library_for_text(tmp_path: Path) -> None:
         f"prepare({asked}, lambda line: None); print(*sys.modules)"
     )
     libraries = {"torch", "transformers", "datasets", "tokenizers"}
-    assert libraries & set(python(code).split()) == {"tokenizers"}  # cold: it trains a tokenizer
-    assert libraries & set(python(code).split()) == set()
+    cold, warm = (libraries & set(fresh_python(code).split()) for _ in range(2))
+    assert cold == {"tokenizers"}  # which trains a tokenizer
+    assert warm == set()
 
 
 def test_a_changed_file_is_never_served_stale(tmp_path: Path) -> None:
@@ -208,7 +205,7 @@ def test_a_run_mends_its_cache_and_needs_it_no_more_or_ends_in_a_line(
                          str(tmp_path), "--cache_dir", str(tmp_path / "cache"), "--run_name", name])
 
     def records(name: str) -> list[tuple[float, str]]:
-        history = json.loads((tmp_path / name / "training_history.json").read_text())
+        history = read_history(tmp_path / name)
         return [(record["val_loss"], record["generated"]) for record in history]
 
     prepare(str(CORPUS), "bpe:400", 32, cache_dir, lambda line: None)

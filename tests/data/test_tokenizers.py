@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from fedrun import cli
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.model.pretrained import find_pretrained
-from tests.support.runs import ROOT, SMALL
+from tests.support.runs import ROOT, SMALL, read_history, read_json
 
 
 def tokens(folder: Path, tokenizer: Path | str, name: str = "tale.txt") -> TokenData:
@@ -131,12 +131,12 @@ def test_a_run_with_a_tokenizer_that_has_neither_end_nor_unknown_token(
     assert cli.main(["central", *SMALL, "--dataset", str(tmp_path / "tale.txt"), "--tokenizer",
                      str(file), "--cache_dir", str(tmp_path / "cache"), "--data_dir", str(tmp_path),
                      "--run_name", "run", "--rounds", "1"]) == 0
-    (record,) = json.loads((tmp_path / "run" / "training_history.json").read_text())
+    (record,) = read_history(tmp_path / "run")
     assert len(record["generated"].split()) == 100
     assert set(record["generated"].split()) <= set(known)
     run, out = str(tmp_path / "run"), tmp_path / "out"
     assert cli.main(["export", run, str(out)]) == 0
-    assert json.loads((out / "config.json").read_text()).get("eos_token_id") is None
+    assert read_json(out / "config.json").get("eos_token_id") is None
     assert find_pretrained(str(out), "RUN").vocab_size == len(known)
     capsys.readouterr()
     assert cli.main(["generate", run, "--prompt", "of 3 whales", "--tokenizer", str(file)]) == 2

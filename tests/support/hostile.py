@@ -13,6 +13,14 @@ from typing import Any
 MATHEMATICS = "a$b_$c^{[red]\\frac"  # which is none: it cannot be parsed
 ESCAPES = "e\x1b[31m\x1b]52;c;QUJD\x07\u202e\x9b\x85_"
 OBEYED = tuple("\x1b\x07\u202e\x9b\x85")
+NAMES = (MATHEMATICS, ESCAPES)
+SHOWN = (MATHEMATICS, r"e\x1b[31m\x1b]52;c;QUJD\x07\u202e\x9b\x85_")
+"""What is shown of the names."""
+
+
+def obeyed(text: str) -> list[str]:
+    """The characters in a text that a terminal would obey."""
+    return [character for character in OBEYED if character in text]
 
 
 def damaged(kind: type = dict) -> dict[str, bytes | str]:

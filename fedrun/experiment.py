@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import re
-import sys
 import threading
 from importlib.metadata import version
 from pathlib import Path
@@ -79,13 +78,10 @@ class CorpusCheck:
             self._thread.start()
 
     def _check(self) -> None:
-        def say(line: str) -> None:
-            print(line, file=sys.stderr, flush=True)
-
         config = self.config
         try:
             self._problem = "the corpus could not be checked (see above)"  # an error of our own
-            verify(config.dataset, config.tokenizer, config.cache_dir, say,
+            verify(config.dataset, config.tokenizer, config.cache_dir,
                    config.text_options)
             self.data.reopen()
             self._problem = ""

@@ -78,7 +78,7 @@ def run(config: RunConfig) -> int:
             notes.append(f"--tokenizer {given.tokenizer} has no effect with --init_from "
                          f"{config.init_from}, which brings its own")
     data = prepare(config.dataset, config.tokenizer, config.sequence_length,
-                   config.cache_dir.expanduser(), say=_say_from(launch),
+                   config.cache_dir.expanduser(),
                    check=config.partition == "dirichlet",  # whose topics are made of the tokens
                    options=config.text_options)
     if config.init_from:
@@ -231,10 +231,3 @@ def _warn(config: RunConfig, launch: Launch, found: list[str]) -> None:
 
 def _say(line: str) -> None:
     print(visible(f"fedrun: {line}"), flush=True)
-
-
-def _say_from(launch: Launch):  # type: ignore[no-untyped-def]
-    def say(line: str) -> None:
-        if launch.local_rank == 0:
-            print(line, file=sys.stderr, flush=True)
-    return say

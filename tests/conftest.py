@@ -26,7 +26,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pydocs_tokens(cache_dir: Path) -> TokenData:
     """Real text with documents, sources and topics: about 4,000 sequences of 128 tokens."""
-    return prepare("pydocs", "bpe:4096", 128, cache_dir, lambda line: None)
+    return prepare("pydocs", "bpe:4096", 128, cache_dir)
 
 
 @pytest.fixture

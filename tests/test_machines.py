@@ -92,16 +92,16 @@ def test_a_cache_that_may_only_be_read_is_read(shared: Path, tmp_path: Path) -> 
     text = shared / "tale.txt"
     text.write_text("A ship sailed over the sea to find a new land. " * 200 + "\n\n" + "End. " * 99)
     cache = shared / "cache"
-    whole = tokens.prepare(str(text), "bpe:300", 8, cache, lambda line: None).train
+    whole = tokens.prepare(str(text), "bpe:300", 8, cache).train
     for path in (cache, *cache.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
     try:
         with another_user():
-            data = tokens.prepare(str(text), "bpe:300", 8, cache, lambda line: None)
+            data = tokens.prepare(str(text), "bpe:300", 8, cache)
             assert (data.train == whole).all()
             if os.geteuid() == 65534:
                 with pytest.raises(ValueError, match=rf"^--cache_dir {cache}: .*Permission denied"):
-                    tokens.prepare(str(text), "bpe:301", 8, cache, lambda line: None)
+                    tokens.prepare(str(text), "bpe:301", 8, cache)
     finally:
         for path in (cache, *cache.rglob("*")):
             if path.is_dir():

@@ -1,8 +1,8 @@
-"""An entry of the token cache: a folder whose entry.json has size and SHA-256 of every other file.
+"""An entry of the token cache: a folder with a manifest, entry.json, of its files' checksums.
 
-Small files are compared with their checksums whenever an entry is read. The token ids are too large
-for that: one process a machine compares them at every start. Nothing records that they were, since
-files are damaged after they were checked too, and a cache may be read-only.
+Small files are compared with their SHA-256 whenever an entry is read. The files of token ids are
+too large for that: one process per machine compares them at every start. That they matched is not
+recorded, since files can be damaged later, and the cache may be read-only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,24 @@ from typing import Any
 from fedrun.common import locks
 from fedrun.common.errors import InputError, explain
 from fedrun.common.files import DamagedFile, on_disk, read_json, write_json
+from fedrun.common.log import log
+from fedrun.common.terminal import visible
 from fedrun.data import corpora
 from fedrun.data.text_options import TextOptions
 from fedrun.data.tokenizer import ACCEPTED, HUB_NAME, bpe_size, tokenizer_name
 
 MANIFEST = "entry.json"
-LAYOUT = 3  # raise it when the same text would become other files: old entries are then ignored
+LAYOUT = 3  # raise it when the same text would give different files; old entries are then ignored
 LOCK_SECONDS = 3600.0  # how long to wait for another process that prepares the same tokens
-LARGE = ("train.bin", "validation.bin")
+TOKEN_FILES = ("train.bin", "validation.bin")
 
 
 def entry_name(dataset: str, tokenizer: str, options: TextOptions = TextOptions()) -> str:  # noqa: B008
-    """A folder name that changes with everything that decides the tokens."""
+    """The name of the entry's folder, which depends on everything that decides the tokens.
+
+    Raises:
+        InputError: there is no such tokenizer, or no such dataset.
+    """
     size = bpe_size(tokenizer)
     path = Path(tokenizer).expanduser()
     tokenizer_files: list[Path] = []
@@ -42,7 +48,7 @@ def entry_name(dataset: str, tokenizer: str, options: TextOptions = TextOptions(
         tokenizer_files = sorted(f for f in path.rglob("*") if f.is_file())
     elif size is None and not HUB_NAME.fullmatch(tokenizer):
         raise InputError(f"--tokenizer {tokenizer}: no such folder or file; give {ACCEPTED}")
-    asked = [
+    request = [
         LAYOUT,
         importlib.metadata.version("tokenizers"),
         dataset,
@@ -51,13 +57,13 @@ def entry_name(dataset: str, tokenizer: str, options: TextOptions = TextOptions(
         tokenizer,
         corpora.file_signature(tokenizer_files),
     ]
-    key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
     names = f"{corpora.dataset_name(dataset)}-{tokenizer_name(tokenizer)}"
     return f"{re.sub(r'[^A-Za-z0-9.]+', '-', names).strip('-.')[-80:]}-{key}"
 
 
 def write_manifest(entry: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Write the manifest of a folder that is complete otherwise; what `read_manifest` returns."""
+    """Write the manifest of a folder whose other files are complete; return it."""
     files = {str(file.relative_to(entry)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
              for file in sorted(entry.rglob("*")) if file.is_file()}
     body = content | {"files": files}
@@ -65,11 +71,13 @@ def write_manifest(entry: Path, content: dict[str, Any]) -> dict[str, Any]:
     return body
 
 
-def read_manifest(entry: Path, large: bool) -> dict[str, Any] | None:
-    """What an entry holds, None where there is none; of token ids the size is compared, and with
-    `large` the checksum.
+def read_manifest(entry: Path, check_tokens: bool) -> dict[str, Any] | None:
+    """The manifest of an entry, after comparing the entry's files with it; None if it has none.
 
-    Raises DamagedFile, with path and reason, where a file is not what was written.
+    Of the files of token ids only the size is compared, unless `check_tokens`.
+
+    Raises:
+        DamagedFile: a file differs from what was written; the message has its path.
     """
     try:
         body = read_json(entry / MANIFEST, dict)
@@ -84,7 +92,7 @@ def read_manifest(entry: Path, large: bool) -> dict[str, Any] | None:
             if not file.is_file() or size != held["bytes"]:
                 raise DamagedFile(f"{file} is damaged: it has {size} bytes instead of "
                                   f"{held['bytes']}")
-            if (large or name not in LARGE) and _sha256(file) != held["sha256"]:
+            if (check_tokens or name not in TOKEN_FILES) and _sha256(file) != held["sha256"]:
                 raise DamagedFile(f"{file} is damaged: it does not match its checksum in "
                                   f"{MANIFEST}")
         except OSError as error:
@@ -93,49 +101,56 @@ def read_manifest(entry: Path, large: bool) -> dict[str, Any] | None:
 
 
 def content_digest(body: dict[str, Any]) -> str:
-    """A digest of the token ids themselves, to compare machines by (hex)."""
-    told = [body["dtype"], *(body["files"][name]["sha256"] for name in LARGE)]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    """16 hex digits of a SHA-256 over the token ids, for comparing machines."""
+    sums = [body["dtype"], *(body["files"][name]["sha256"] for name in TOKEN_FILES)]
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
 
 
 @contextmanager
 def naming_cache_dir(entry: Path, damage: str = "") -> Iterator[None]:
-    """Errors of the disk as errors of --cache_dir."""
+    """Turn the disk's errors about the cache into an InputError that names --cache_dir.
+
+    damage: why the entry is being rebuilt, for the message.
+    """
     try:
         yield
     except (ConnectionError, TimeoutError):
         raise
     except OSError as error:
         cache_dir = entry.parents[1]
-        theirs = error.filename is not None and not str(error.filename).startswith(str(cache_dir))
-        if error.errno is None or theirs:
+        elsewhere = error.filename is not None and not str(error.filename).startswith(
+            str(cache_dir))
+        if error.errno is None or elsewhere:
             raise
-        told = f"{damage}, and cannot be replaced: " if damage else ""
-        raise InputError(f"--cache_dir {cache_dir}: {told}{explain(on_disk(error, entry))}; give a "
-                         "--cache_dir that can be written") from error
+        reason = f"{damage}, and cannot be replaced: " if damage else ""
+        raise InputError(f"--cache_dir {cache_dir}: {reason}{explain(on_disk(error, entry))}; "
+                         "use a --cache_dir that can be written") from error
 
 
 @contextmanager
-def lock_entry(entry: Path, what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Hold the lock of `entry`; one process of the machine at a time gets past this.
+def lock_entry(entry: Path, what: str) -> Iterator[None]:
+    """Hold the lock of `entry`, which one process of the machine can have at a time.
 
-    TimeoutError where another process has held it for an hour.
+    what: what is prepared under it, for messages.
+
+    Raises:
+        TimeoutError: another process has held it for an hour.
     """
     try:
         lock = locks.acquire(
             Path(f"{entry}.lock"), LOCK_SECONDS,
-            lambda holder: say(f"waiting for {holder}, which prepares {what}"), say)
+            lambda holder: log(visible(f"waiting for {holder}, which prepares {what}")))
     except locks.Busy as holder:
         raise TimeoutError(
-            f"waited {LOCK_SECONDS:.0f} s for {holder}, which prepares {what}; end "
-            "it if it hangs, or give another --cache_dir"
+            f"waited {LOCK_SECONDS:.0f} s for {holder}, which prepares {what}; end it if it hangs, "
+            "or use another --cache_dir"
         ) from None
     try:
-        with suppress(OSError):  # the lock's file of another user
+        with suppress(OSError):  # another user's lock file
             lock.write()
         yield
     except OSError:
-        shutil.rmtree(f"{entry}.partial", ignore_errors=True)  # and make room
+        shutil.rmtree(f"{entry}.partial", ignore_errors=True)  # frees the space it took
         raise
     finally:
         lock.release()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from fedrun.common.errors import InputError
 from fedrun.common.files import finite
+from fedrun.common.log import print_log
 from fedrun.data.text_options import TextOptions, text_options_of
 from fedrun.tools.common import model_parser, need_tokenizer, parse
 
@@ -62,9 +62,10 @@ def main(argv: Sequence[str]) -> int:
     if length < 2:
         raise InputError(f"--sequence_length {length}: accepted is a whole number of at least 2")
     dataset, options = _asked(args, found.settings)
+    print_log(to_stderr=True)
     try:
         data = prepare(dataset, str(need_tokenizer(found, args.tokenizer)), length, args.cache_dir,
-                       say=lambda line: print(line, file=sys.stderr, flush=True), options=options)
+                       options=options)
     except ValueError as error:
         raise InputError(str(error).replace("--validation_split", "--split")) from error
     if data.vocab_size > found.vocab_size:

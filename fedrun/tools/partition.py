@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedrun.common.errors import naming
+from fedrun.common.log import print_log
 from fedrun.common.terminal import say, visible
 from fedrun.flags import Parser, add_flags, method_settings, resolve
 from fedrun.unused import idle
@@ -59,8 +60,8 @@ def main(argv: Sequence[str]) -> int:
     from fedrun.plots.partition import partition_figure
 
     assert isinstance(config, FederatedConfig)
+    print_log(to_stderr=True)
     data = prepare(config.dataset, config.tokenizer, config.sequence_length, config.cache_dir,
-                   say=lambda line: print(line, file=sys.stderr, flush=True),
                    options=config.text_options)
     held = describe_shards(data, shards_of(config, data).train, config.seed)
     topics = topic_names(data)

@@ -84,14 +84,15 @@ def test_a_folder_is_read_as_the_hub_would_serve_it() -> None:
         assert rows == table["text"].to_pylist()
 
 
-def test_the_last_twentieth_is_held_out_where_there_is_no_validation_split(tmp_path: Path) -> None:
-    said: list[str] = []
+def test_the_last_twentieth_is_held_out_where_there_is_no_validation_split(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "fedrun")
     file = text_file(tmp_path)
     corpus = load_corpus(str(tmp_path / "*.txt"))
     lines = file.read_text().splitlines(keepends=True)
     assert (corpus.train, corpus.validation) == (lines[:380], lines[380:])
-    prepare(str(file), "bpe:300", 16, tmp_path / "cache", said.append)
-    assert "validation is the last twentieth of the train rows" in said[-1]
+    prepare(str(file), "bpe:300", 16, tmp_path / "cache")
+    assert "validation is the last twentieth of the train rows" in caplog.messages[-1]
 
 
 def test_text_files_follow_each_other_in_the_order_of_their_names(tmp_path: Path) -> None:
@@ -126,13 +127,13 @@ def test_an_empty_corpus_names_the_flag(tmp_path: Path, text: str) -> None:
     file = tmp_path / "empty.txt"
     file.write_text(text)
     with pytest.raises(ValueError, match=r"--dataset .*empty.txt: the corpus has no text"):
-        prepare(str(file), "bpe:300", 16, tmp_path / "cache", lambda line: None)
+        prepare(str(file), "bpe:300", 16, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("dataset", ["wikitext-3", "./missing", "../a/b", "missing/*.txt"])
 def test_an_unknown_dataset_lists_what_there_is(dataset: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"--dataset .*wikitext-2, wikitext-103, pydocs"):
-        prepare(dataset, "bpe:300", 16, tmp_path, lambda line: None)
+        prepare(dataset, "bpe:300", 16, tmp_path)
 
 
 def test_a_file_that_is_not_text_names_the_flag(tmp_path: Path) -> None:

@@ -168,7 +168,9 @@ def test_configurations_are_named_after_the_folder(tmp_path: Path) -> None:
     assert len(files_in(load(folder).train)) == 3
 
 
-def test_how_text_is_read_is_part_of_the_caches_key_and_said_at_every_start(tmp_path: Path) -> None:
+def test_how_text_is_read_is_part_of_the_caches_key_and_logged_at_every_start(
+        tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "fedrun")
     choices: list[dict[str, object]] = [
         {}, {"text_column": "text"}, {"encoding": "latin-1"}, {"val_fraction": 0.1},
         {"validation_split": "test"}, {"partition": "column:user"}, {"hold_out": False}]
@@ -177,9 +179,9 @@ def test_how_text_is_read_is_part_of_the_caches_key_and_said_at_every_start(tmp_
     assert len(names) == len(choices)
     folder = write(tmp_path / "set", "a.txt", "b.txt", "c.json")
     for _ in ("cold", "warm"):
-        said: list[str] = []
-        tokens.prepare(str(folder), "bpe:300", 16, tmp_path, said.append)
-        assert said[-2].startswith("read from set: train: 2 files (2 .txt); not read: 1 of json")
+        caplog.clear()
+        tokens.prepare(str(folder), "bpe:300", 16, tmp_path)
+        assert caplog.messages[-2].startswith("read from set: train: 2 files (2 .txt); not read: 1 of json")
 
 
 # ---- encodings ----------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_rows_without_headings_are_documents() -> None:
 
 @needs_shared_data
 def test_real_wikitext_has_its_articles_and_tells_their_topics(tmp_path: Path) -> None:
-    data = prepare(str(WIKITEXT), str(GPT2), 256, tmp_path, lambda line: None)
+    data = prepare(str(WIKITEXT), str(GPT2), 256, tmp_path)
     documents, tokenizer = data.load_documents(), data.load_tokenizer()
     assert len(documents) == 60  # as many as WikiText's test split is known to have
     assert {"Du Fu", "Kiss You ( One Direction song )"} <= set(documents.sources)
@@ -168,19 +168,20 @@ def test_few_or_equal_documents_have_fewer_topics(n_documents: int) -> None:
 
 
 def test_topics_are_found_once_and_alike_whatever_the_threads(
-        tmp_path: Path, pydocs_tokens: TokenData, capsys: pytest.CaptureFixture[str],
+        tmp_path: Path, pydocs_tokens: TokenData, caplog: pytest.LogCaptureFixture,
         monkeypatch: pytest.MonkeyPatch) -> None:
-    code = ("import sys; from pathlib import Path; from fedrun.data.tokens import prepare\n"
-            f"data = prepare('pydocs', 'bpe:4096', 64, Path({str(tmp_path)!r}), lambda line: 0)\n"
+    code = ("from pathlib import Path; from fedrun.common.log import print_log\n"
+            "from fedrun.data.tokens import prepare\nprint_log(to_stderr=True)\n"
+            f"data = prepare('pydocs', 'bpe:4096', 64, Path({str(tmp_path)!r}))\n"
             "print(data.load_topics().of_document.tolist())")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
                           env={"PATH": "", "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"})
     assert "found topics among" in done.stderr
     assert json.loads(done.stdout) == pydocs_tokens.load_topics().of_document.tolist()
-    capsys.readouterr()
+    caplog.set_level("INFO", "fedrun")
     monkeypatch.setattr(tokens, "find_topics", None)
     assert pydocs_tokens.load_topics().of_document.max() == topics.TOPICS - 1
-    assert capsys.readouterr().err == ""
+    assert not caplog.messages
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -202,7 +203,7 @@ def test_topics_are_found_beside_a_cache_that_may_only_be_read(
     def read_only(path: Path, *_: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
     write_files(tmp_path / "texts")
-    data = prepare(str(tmp_path / "texts"), "bpe:300", 16, tmp_path, lambda line: None)
+    data = prepare(str(tmp_path / "texts"), "bpe:300", 16, tmp_path)
     with monkeypatch.context() as mounted:
         mounted.setattr("fedrun.common.locks.acquire", read_only)
         found = data.load_topics()
@@ -213,7 +214,7 @@ def test_topics_are_found_beside_a_cache_that_may_only_be_read(
 
 def test_topics_that_cannot_be_written_name_the_flag(tmp_path: Path) -> None:
     write_files(tmp_path / "texts")
-    data = prepare(str(tmp_path / "texts"), "bpe:300", 16, tmp_path, lambda line: None)
+    data = prepare(str(tmp_path / "texts"), "bpe:300", 16, tmp_path)
     entry = data.tokenizer_path.parent
     Path(f"{entry}.lock").unlink(missing_ok=True)
     Path(f"{entry}.lock").mkdir()

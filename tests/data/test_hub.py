@@ -28,7 +28,7 @@ from pathlib import Path
 from fedrun.data.tokens import prepare
 start = time.perf_counter()
 try:
-    data = prepare(DATASET, TOKENIZER, 16, Path(CACHE), lambda line: None)
+    data = prepare(DATASET, TOKENIZER, 16, Path(CACHE))
     print(len(data.train), data.fingerprint)
 except (ValueError, ConnectionError) as error:
     print(f"{time.perf_counter() - start:.0f} {type(error).__name__} {error}")
@@ -134,7 +134,7 @@ def test_what_the_hubs_cache_holds_works_without_a_network(tmp_path: Path) -> No
     info["config_name"] = config
     (cached / "dataset_info.json").write_text(json.dumps(info))
 
-    bpe = prepare(str(text_file(tmp_path)), "bpe:300", 16, tmp_path, lambda line: None)
+    bpe = prepare(str(text_file(tmp_path)), "bpe:300", 16, tmp_path)
     repository = tmp_path / "hf" / "hub" / "models--gpt2"
     shutil.copytree(bpe.tokenizer_path, repository / "snapshots" / ("a" * 40))
     (repository / "snapshots" / ("a" * 40) / "config.json").write_text('{"model_type": "gpt2"}')

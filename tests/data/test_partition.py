@@ -239,7 +239,7 @@ def test_more_clients_than_there_is_to_deal_out(partition: str, what: str, there
 def test_a_corpus_without_sources_names_the_flag(tmp_path: Path) -> None:
     file = tmp_path / "one.txt"
     file.write_text("".join(f"Paragraph {n} says a thing.\nAnd another.\n\n" for n in range(200)))
-    data = prepare(str(file), "bpe:300", 16, tmp_path, lambda line: None)
+    data = prepare(str(file), "bpe:300", 16, tmp_path)
     with pytest.raises(ValueError, match=r"--partition by_source: .*one.txt has no sources .a "
                                          r"document there is a paragraph.; accepted is contiguous"):
         dealt(data, partition="by_source")
@@ -250,7 +250,7 @@ def test_the_values_of_a_column_are_sources_and_no_client_has_anothers(tmp_path:
     file = tmp_path / "posts.jsonl"
     file.write_text("".join(json.dumps({"text": f"{'abc'[n % 3]} " * 20, "user": f"user {n % 3}"})
                             + "\n" for n in range(120)))
-    data = prepare(str(file), "bpe:300", 16, tmp_path, lambda line: None,
+    data = prepare(str(file), "bpe:300", 16, tmp_path,
                    TextOptions(partition="column:user"))
     shards = client_shards(data, 3, "column:user", 1.0, 0.0, 0)
     tokenizer = data.load_tokenizer()
@@ -259,7 +259,7 @@ def test_the_values_of_a_column_are_sources_and_no_client_has_anothers(tmp_path:
     with pytest.raises(ValueError, match="--num_clients 4: --partition column:user gives every "
                                          "client a source, and the train split has only 3"):
         client_shards(data, 4, "column:user", 1.0, 0.0, 0)
-    by_source = prepare(str(file), "bpe:300", 16, tmp_path, lambda line: None)
+    by_source = prepare(str(file), "bpe:300", 16, tmp_path)
     with pytest.raises(ValueError, match=r"no sources \(a document there is a row\).*column:NAME"):
         client_shards(by_source, 3, "by_source", 1.0, 0.0, 0)
 

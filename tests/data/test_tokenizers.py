@@ -19,7 +19,7 @@ from tests.support.runs import ROOT, SMALL, read_history, read_json
 
 
 def tokens(folder: Path, tokenizer: Path | str, name: str = "tale.txt") -> TokenData:
-    return prepare(str(folder / name), str(tokenizer), 16, folder / "cache", lambda line: None)
+    return prepare(str(folder / name), str(tokenizer), 16, folder / "cache")
 
 
 def words(folder: Path, *known: str) -> Path:

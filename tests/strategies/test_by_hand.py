@@ -26,7 +26,7 @@ ROUNDS, CLIENTS, LOCAL_UPDATES, BATCH, LENGTH, LR = 3, 3, 2, 2, 32, 2e-3
 
 @pytest.fixture(scope="module")
 def data(cache_dir: Path) -> TokenData:
-    return prepare(str(CORPUS), "bpe:400", LENGTH, cache_dir, say=lambda line: None)
+    return prepare(str(CORPUS), "bpe:400", LENGTH, cache_dir)
 
 
 def by_hand(data: TokenData) -> dict[str, torch.Tensor]:

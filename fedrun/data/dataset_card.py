@@ -1,4 +1,4 @@
-"""What a dataset's own folder says of its files: configurations in README.md, and state.json."""
+"""What a dataset's folder declares about its files: configurations in README.md, and state.json."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ DEFAULT = "default"
 
 
 def find_configuration(folder: Path, asked: str | None) -> tuple[str, dict[str, list[str]] | None]:
-    """What a configuration of a dataset's folder is: one that its README.md tells, or a folder.
+    """Find a configuration of a dataset: one listed in its README.md, or else a subfolder.
 
     Args:
-        asked: its name; None: the only one, or the one that is marked as the default.
+        asked: its name; None: the only one, or the default.
     Returns:
-        the folder below `folder` that it is read from, and the patterns of each split's files;
-        None where names tell the splits
+        the folder below `folder` to read, and the file patterns of each split; None instead of
+        patterns if the files' names decide their splits
     Raises:
-        ValueError: there is no such configuration, or there are several and none is asked for.
+        InputError: there is no such configuration, or there are several and none is asked for.
     """
     configs = {str(config.get("config_name", DEFAULT)): config
                for config in _listed_configurations(folder / "README.md")}
@@ -35,8 +35,8 @@ def find_configuration(folder: Path, asked: str | None) -> tuple[str, dict[str, 
         if (folder / asked).is_dir():
             return asked, None
         there = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        raise InputError(f"no configuration {asked}: no README.md tells of it, and the folders "
-                         f"there are {', '.join(map(printable, there)) or 'none'}")
+        raise InputError(f"no configuration {asked}: no README.md lists it, and the folders are "
+                         f"{', '.join(map(printable, there)) or 'none'}")
     defaults = [name for name, config in configs.items() if config.get(DEFAULT) is True]
     if asked is None and len(configs) == 1:
         chosen: str | None = next(iter(configs))
@@ -45,13 +45,13 @@ def find_configuration(folder: Path, asked: str | None) -> tuple[str, dict[str, 
     if chosen not in configs:
         known = ", ".join(map(printable, configs))
         raise InputError(
-            f"no configuration {asked}; there are {known}" if asked else
-            f"it has several configurations ({known}); give one: FOLDER:{next(iter(configs))}")
+            f"no configuration {asked}; the configurations are {known}" if asked else
+            f"it has several configurations ({known}); choose one: FOLDER:{next(iter(configs))}")
     config = configs[chosen]
     inside = str(config.get("data_dir") or "")
     if not (folder / inside).resolve().is_relative_to(folder):
-        raise InputError(f"{printable(folder / 'README.md')}: the data_dir {inside} of {chosen} is not "
-                         "in the folder")
+        raise InputError(f"{printable(folder / 'README.md')}: the data_dir {inside} of {chosen} "
+                         "is outside the folder")
     return inside, _patterns(config.get("data_files"))
 
 
@@ -59,19 +59,21 @@ def _listed_configurations(readme: Path) -> list[dict[str, Any]]:
     try:
         text = read_regular(readme).decode("utf-8-sig", "replace")
         matter = FRONT_MATTER.match(text)
-        told = yaml.safe_load(matter[1]) if matter and "configs:" in matter[1] else None
+        front_matter = yaml.safe_load(matter[1]) if matter and "configs:" in matter[1] \
+            else None
     except (OSError, DamagedFile):
         return []
     except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{printable(readme)}: its head cannot be read: {one_line(error)}") from None
-    configs = told.get("configs") if isinstance(told, dict) else None
+        raise InputError(f"{printable(readme)}: its YAML block cannot be read: "
+                         f"{one_line(error)}") from None
+    configs = front_matter.get("configs") if isinstance(front_matter, dict) else None
     return [config for config in configs if isinstance(config, dict)
             and ("data_files" in config or "data_dir" in config)] \
         if isinstance(configs, list) else []
 
 
 def _patterns(given: Any) -> dict[str, list[str]] | None:
-    """A configuration's data_files: a pattern, several, or those of each split."""
+    """The patterns of each split in a configuration's data_files, which has several forms."""
     if not given:
         return None
     patterns: dict[str, list[str]] = {}
@@ -87,7 +89,7 @@ def _patterns(given: Any) -> dict[str, list[str]] | None:
 
 
 def matches_pattern(name: str, pattern: str) -> bool:
-    """Whether a path is one of a pattern's, where * stays in a folder and ** does not."""
+    """Whether a path matches a pattern, in which * stays within a folder and ** does not."""
     pattern = pattern.removeprefix("./")
     if name == pattern:
         return True
@@ -97,7 +99,7 @@ def matches_pattern(name: str, pattern: str) -> bool:
 
 
 def listed_data_files(state: Path) -> list[str]:
-    """The files that `state.json`, as save_to_disk writes it, names as the dataset's."""
+    """The names of the dataset's files in `state.json`, which `datasets` writes (save_to_disk)."""
     try:
         listed = read_json(state, dict).get("_data_files")
     except (OSError, DamagedFile) as error:

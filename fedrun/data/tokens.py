@@ -278,13 +278,13 @@ def _build(entry: Path, dataset: str, tokenizer: str, options: TextOptions) -> d
         shutil.rmtree(leftover, ignore_errors=True)
     work.mkdir()
     log(visible(f"tokenising {corpus.name} with {tokenizer}, once on this machine"))
-    tokeniser = save_tokenizer(tokenizer, corpus, work / "tokenizer")
-    vocab_size = max(tokeniser.get_vocab().values()) + 1
+    loaded = save_tokenizer(tokenizer, corpus, work / "tokenizer")
+    vocab_size = max(loaded.get_vocab().values()) + 1
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
     rows = {"train": corpus.train, "validation": corpus.validation}
     row_tokens = {
         split: write_ids(
-            work / f"{split}.bin", rows[split], tokeniser, dtype, f"--tokenizer {tokenizer}"
+            work / f"{split}.bin", rows[split], loaded, dtype, f"--tokenizer {tokenizer}"
         )
         for split in rows
     }
@@ -310,7 +310,8 @@ def _build(entry: Path, dataset: str, tokenizer: str, options: TextOptions) -> d
     }
     if dataset == "pydocs":
         fingerprint["python_version"] = platform.python_version()
-    meta = write_manifest(work, {"dtype": dtype.str, "fingerprint": fingerprint, "read": corpus.read})
+    meta = write_manifest(
+        work, {"dtype": dtype.str, "fingerprint": fingerprint, "read": corpus.read})
     if entry.exists():  # other processes may be reading its undamaged files
         entry.rename(damaged)
     work.rename(entry)

@@ -56,7 +56,7 @@ def test_a_column_tells_the_sources(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^--partition column:author: there is no column author; "
                                          r"the columns are title"):
         load(file, partition="column:author", text_column="body")
-    with pytest.raises(ValueError, match="--partition column:user: these are text files"):
+    with pytest.raises(ValueError, match="--partition column:user: the dataset is text"):
         load(write(tmp_path / "texts", "a.txt"), partition="column:user")
 
 
@@ -73,8 +73,8 @@ def test_flags_say_what_is_validated_on(tmp_path: Path) -> None:
     assert load(folder).validation == lines("validation.txt")
     assert load(folder / "train.txt", hold_out=False).validation == \
         [f"{line}\n" for line in lines("train.txt")]
-    with pytest.raises(ValueError, match="--validation_split dve: there is no such split beside "
-                                         "train; there is train, validation, test"):
+    with pytest.raises(ValueError, match=r"--validation_split dve: must be one of .* other "
+                                         r"than train; it has train, validation, test"):
         load(folder, validation_split="dve")
     with pytest.raises(ValueError, match=r"--val_fraction 1\.5: must be"):
         resolve("fed_avg", {"val_fraction": 1.5})

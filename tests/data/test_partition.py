@@ -230,8 +230,8 @@ def test_an_empty_shard_is_named() -> None:
 def test_more_clients_than_there_is_to_deal_out(partition: str, what: str, there: int) -> None:
     data = made([14] * 12)
     with pytest.raises(ValueError, match=(
-            f"--num_clients 43: --partition {partition} gives every client a {what}, and the train "
-            f"split has only {there}; accepted is up to {there}")):
+            f"--num_clients 43: must be <= {there}: --partition {partition} gives every client a "
+            f"{what}, and the train split has only {there}")):
         dealt(data, partition=partition, num_clients=43, batch_size=1)
     assert len(dealt(data, partition=partition, num_clients=there, batch_size=1).sizes) == there
 
@@ -240,8 +240,8 @@ def test_a_corpus_without_sources_names_the_flag(tmp_path: Path) -> None:
     file = tmp_path / "one.txt"
     file.write_text("".join(f"Paragraph {n} says a thing.\nAnd another.\n\n" for n in range(200)))
     data = prepare(str(file), "bpe:300", 16, tmp_path)
-    with pytest.raises(ValueError, match=r"--partition by_source: .*one.txt has no sources .a "
-                                         r"document there is a paragraph.; accepted is contiguous"):
+    with pytest.raises(ValueError, match=r"--partition by_source: .*one.txt has no sources .each "
+                                         r"document is a paragraph.; must be contiguous"):
         dealt(data, partition="by_source")
     assert len(dealt(data, partition="documents").sizes) == 4
 
@@ -256,11 +256,11 @@ def test_the_values_of_a_column_are_sources_and_no_client_has_anothers(tmp_path:
     tokenizer = data.load_tokenizer()
     texts = [tokenizer.decode(data.train[shard[1:-1]].ravel().tolist()) for shard in shards]
     assert sorted("".join(set(text) - {" ", "\n"}) for text in texts) == ["a", "b", "c"]
-    with pytest.raises(ValueError, match="--num_clients 4: --partition column:user gives every "
-                                         "client a source, and the train split has only 3"):
+    with pytest.raises(ValueError, match="--num_clients 4: must be <= 3: --partition column:user "
+                                         "gives every client a source"):
         client_shards(data, 4, "column:user", 1.0, 0.0, 0)
     by_source = prepare(str(file), "bpe:300", 16, tmp_path)
-    with pytest.raises(ValueError, match=r"no sources \(a document there is a row\).*column:NAME"):
+    with pytest.raises(ValueError, match=r"no sources \(each document is a row\).*column:NAME"):
         client_shards(by_source, 3, "by_source", 1.0, 0.0, 0)
 
 

@@ -93,7 +93,7 @@ def test_records_are_read_as_they_are(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "content", "said"), [
     ("a.jsonl", '{"text": "a"}\n{"text": "b"}\n{"text"\n', r"line 3: not JSON: "),
-    ("a.json", "[1, 2]", "objects with named values are expected"),
+    ("a.json", "[1, 2]", "must contain objects with named values"),
     ("a.json", "[" * 100_000, "not JSON: .*recursion"),
     ("a.json", "", "there are no records"),
     ("a.csv", 'id,text\n1,"open\n2,x\n', "not a table: .*EOF inside string"),
@@ -111,7 +111,7 @@ def test_a_damaged_table_is_named_with_the_place(tmp_path: Path, name: str, cont
 
 def test_text_columns_are_named_by_a_flag_that_the_error_names(tmp_path: Path) -> None:
     file = records(tmp_path / "a.jsonl")
-    with pytest.raises(ValueError, match=r"--dataset .*the columns are title, body, n \(no texts\),"
+    with pytest.raises(ValueError, match=r"--dataset .*the columns are title, body, n \(not text\),"
                                          r" user; name it with --text_column"):
         load(file)
     assert load(file, text_column="body").train[:2] == ["Body 0", "Body 1"]
@@ -119,7 +119,7 @@ def test_text_columns_are_named_by_a_flag_that_the_error_names(tmp_path: Path) -
     with pytest.raises(ValueError, match=r"^--text_column tilte: there is no column tilte; the "
                                          r"columns are title"):
         load(file, text_column="tilte")
-    with pytest.raises(ValueError, match="--text_column body: these are text files"):
+    with pytest.raises(ValueError, match="--text_column body: the dataset is text"):
         load(write(tmp_path / "texts", "a.txt"), text_column="body")
 
 
@@ -127,8 +127,8 @@ def test_tables_that_do_not_do_are_no_reason_to_hide_the_text_beside_them(tmp_pa
     folder = write(tmp_path / "set", "a.txt")
     for name in ("one.json", "two.json"):
         (folder / name).write_text(json.dumps({"lr": 0.1, "seed": 3}))
-    with pytest.raises(ValueError, match=r"the columns are lr \(no texts\), .*; not read: 1 of "
-                                         r"text, beside more of json \(name .*\) \(a\.txt\)"):
+    with pytest.raises(ValueError, match=r"the columns are lr \(not text\), .*; not read: 1 of "
+                                         r"text, fewer than of json \(name .*\) \(a\.txt\)"):
         load(folder)
 
 

@@ -169,7 +169,7 @@ def test_evaluate_scores_all_of_the_text_that_is_given(
     assert (result["split"], result["tokens"]) == ("test", tokens // 32 * 31)
     code, _, said = evaluate("--split", "test")
     assert code == 2
-    assert "--split test: there is no such split beside train; there is train" in said
+    assert "--split test: must be one of the dataset's splits other than train; it has train" in said
     code, _, said = evaluate("--dataset", "")
     assert (code, "--dataset is empty" in said) == (2, True)
 

@@ -1,4 +1,4 @@
-"""Text of others: never obeyed by a terminal or a page, in any script and any locale."""
+"""Text from others: no terminal or page obeys it, in any script and any locale."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run(tmp_path: Path) -> Path:
     return folders.with_model(path, [hostile.ESCAPES, "\x1bc", "\r"])
 
 
-def test_commands_print_nothing_that_is_obeyed(run: Path, capsys: pytest.CaptureFixture[str]
+def test_commands_print_nothing_that_a_terminal_obeys(run: Path, capsys: pytest.CaptureFixture[str]
                                                ) -> None:
     (run / "events.jsonl").write_text(json.dumps(
         {"event": "round", "round": 1, "unit": hostile.ESCAPES, "lr": hostile.ESCAPES}) + "\n")

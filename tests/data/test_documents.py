@@ -1,4 +1,4 @@
-"""Documents and their topics: what belongs together, on real text and on made."""
+"""Documents and their topics, on real and on generated text."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_a_cache_of_another_layout_is_not_read(monkeypatch: pytest.MonkeyPatch) 
 # ---- topics -------------------------------------------------------------------------------------
 
 def planted(n_documents: int = 120, n_topics: int = 4) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A stream of documents whose tokens are half their topic's own; starts; each one's topic."""
+    """Documents of which half the tokens occur in their topic only: stream, starts, topics."""
     random = np.random.default_rng(5)
     topic = random.choice(n_topics, size=n_documents, p=[0.4, 0.3, 0.2, 0.1])
     lengths = random.integers(60, 120, size=n_documents)

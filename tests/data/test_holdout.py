@@ -1,4 +1,4 @@
-"""What is held out for validation, and from which rows, sources and splits."""
+"""Rows that are held out for validation: from which rows, sources and splits."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ except (ValueError, ConnectionError) as error:
 
 
 def prepare_with_hub(dataset: str, tokenizer: str, cache: Path, **env: str) -> str:
-    """What comes of it in a fresh process, since the hub's libraries read `env` at import."""
+    """The output of PREPARE in a new process, since the hub's libraries read `env` at import."""
     values = {"DATASET": dataset, "TOKENIZER": tokenizer, "CACHE": str(cache)}
     code = "".join(f"{name} = {value!r}\n" for name, value in values.items()) + PREPARE
     return fresh_python(code, env={"HF_HOME": str(cache / "hf"), **env})
@@ -66,7 +66,7 @@ def test_without_a_network_the_error_comes_at_once_and_says_what_works(
 
 @pytest.fixture
 def silent_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A hub that takes calls and never says a word, as behind some firewalls."""
+    """A hub that accepts connections and never answers, as behind some firewalls."""
     from huggingface_hub import constants
 
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -86,7 +86,7 @@ def test_a_hub_that_never_answers_is_not_waited_for() -> None:
 
 
 class NoSuchRepository(http.server.BaseHTTPRequestHandler):
-    """A hub that is there and has nothing of what is asked for."""
+    """A hub that answers but has no repository."""
 
     def do_HEAD(self) -> None:
         found = self.path in ("", "/")
@@ -116,7 +116,7 @@ def test_a_name_that_the_hub_does_not_know_is_the_users_error(tmp_path: Path) ->
 
 
 def test_what_the_hubs_cache_holds_works_without_a_network(tmp_path: Path) -> None:
-    """The caches are laid out here as the hub's libraries leave them after a download."""
+    """Lays out the caches as the hub's libraries leave them after a download."""
     import datasets
 
     rows = [f"line {n} of a text that was downloaded\n" for n in range(100)]

@@ -1,4 +1,4 @@
-"""Partitions: every sequence has one owner, and who it is is a matter of the seed alone."""
+"""Partitions: every sequence has one owner, which depends on the seed alone."""
 
 from __future__ import annotations
 
@@ -192,13 +192,13 @@ def test_as_many_sources_as_clients_is_one_each() -> None:
     assert np.argmax(sizes) == np.argmax([len(shard) for shard in shards])
 
 
-def test_units_go_to_whoever_lacks_most() -> None:
+def test_units_go_to_the_client_furthest_below_its_size() -> None:
     unit = np.repeat([10, 11, 12, 13], [6, 5, 4, 3])
     owner = deal_whole(unit, np.array([9, 9]), "by_source", None)
     assert owner.tolist() == [0] * 6 + [1] * 5 + [1] * 4 + [0] * 3
 
 
-# ---- what cannot be -----------------------------------------------------------------------------
+# ---- errors -------------------------------------------------------------------------------------
 
 def dealt(data: TokenData, **flags: object) -> Shards:
     config: Any = resolve("fed_avg", flags)
@@ -297,7 +297,7 @@ def test_the_holdout_of_a_shard_that_is_no_range() -> None:
 
 
 def test_a_checkpoint_of_other_shards_is_refused() -> None:
-    """As where another scikit-learn has found other topics in the same text."""
+    """For example if another version of scikit-learn finds other topics in the same text."""
     provenance = {"corpus": "c", "partition": "one", "kernels": "own", "versions": {}}
     check_provenance(provenance, provenance, pytest.fail)
     with pytest.raises(ValueError, match=r"--partition: .* was one and is two now"):

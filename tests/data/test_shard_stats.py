@@ -1,4 +1,4 @@
-"""Who holds what: divergence, the table and the figure of `fedrun partition`."""
+"""Statistics of shards: divergence, the table and the figure of `fedrun partition`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_divergence_is_scipys_distance_squared(p: list[int], q: list[int]) -> No
     assert abs(ours - jensenshannon(p, q, base=2) ** 2) < 1e-9
 
 
-def test_holdings_are_what_the_sequences_say() -> None:
+def test_the_statistics_follow_from_the_sequences() -> None:
     data = made([30] * 40)
     document = data.documents.of_sequences(*data.train.shape)
     shards = client_shards(data, 3, "dirichlet", 0.5, 0.5, 0)
@@ -52,7 +52,7 @@ def test_holdings_are_what_the_sequences_say() -> None:
 
 # ---- the tool -----------------------------------------------------------------------------------
 
-def test_the_tool_prints_and_plots_who_holds_what(cache_dir: Path, tmp_path: Path,
+def test_the_tool_prints_and_plots_the_statistics(cache_dir: Path, tmp_path: Path,
                                                   pydocs_tokens: TokenData,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--dataset", "pydocs", "--tokenizer", "bpe:4096", "--sequence-length", "128",
@@ -73,7 +73,7 @@ def test_the_tool_prints_and_plots_who_holds_what(cache_dir: Path, tmp_path: Pat
     assert re.search(r"^fedrun: error: --num_clients 9000: .*\n\Z", capsys.readouterr().err, re.M)
 
 
-def test_the_figure_draws_the_holdings() -> None:
+def test_the_figure_draws_the_statistics() -> None:
     data = made([30] * 40)
     held = describe_shards(data, client_shards(data, 4, "dirichlet", 0.5, 0.5, 0))
     figure = partition_figure(held, ["one", "two", "three"], "a title")

@@ -18,7 +18,7 @@ from tests.support.texts import files_in, lines, load, records, write
 
 
 def table_file(path: Path) -> Path:
-    """Forty records with the columns text and n, in the format that the name says."""
+    """Forty records with the columns text and n, in the format of the file's ending."""
     texts = [f'{line} It is "quoted", and\nbroken.' for line in lines("it")]
     records = [{"text": text, "n": n} for n, text in enumerate(texts)]
     table = pyarrow.table({"text": texts, "n": list(range(40))})
@@ -97,7 +97,7 @@ def test_records_are_read_as_they_are(tmp_path: Path) -> None:
     ("a.json", "[" * 100_000, "not JSON: .*recursion"),
     ("a.json", "", "there are no records"),
     ("a.csv", 'id,text\n1,"open\n2,x\n', "not a table: .*EOF inside string"),
-    ("a.csv", "text\n" + "a,b,c\n" * 9, "not a table: its lines have more values than the first"),
+    ("a.csv", "text\n" + "a,b,c\n" * 9, "not a table: its lines have more values than the header"),
     ("a.parquet", "PAR1 and no more", "cannot be read: "), ("a.arrow", "no" * 40, "cannot be read"),
 ])
 def test_a_damaged_table_is_named_with_the_place(tmp_path: Path, name: str, content: str, said: str
@@ -112,7 +112,7 @@ def test_a_damaged_table_is_named_with_the_place(tmp_path: Path, name: str, cont
 def test_text_columns_are_named_by_a_flag_that_the_error_names(tmp_path: Path) -> None:
     file = records(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"--dataset .*the columns are title, body, n \(not text\),"
-                                         r" user; name it with --text_column"):
+                                         r" user; use --text_column"):
         load(file)
     assert load(file, text_column="body").train[:2] == ["Body 0", "Body 1"]
     assert load(file, text_column="title,body").train[1] == "Title 1\n\nBody 1"

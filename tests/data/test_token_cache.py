@@ -1,4 +1,4 @@
-"""The cache of tokenised text, which many processes share: built once, never stale, never torn."""
+"""The token cache, shared by many processes: built once, never stale, never half written."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from filelock import FileLock
 import fedrun.central
 from fedrun import cli
 from fedrun.cli import parse
-from fedrun.data import cache_entry as cache_entry
-from fedrun.data import corpora, tokens
+from fedrun.data import cache_entry, corpora, tokens
 from fedrun.data.tokens import TokenData, prepare, verify
 from fedrun.distributed.runtime import difference
 from fedrun.run import identity
@@ -116,7 +115,7 @@ def pipe_instead(file: Path) -> None:
     ("entry.json", lambda entry: (entry / "entry.json").write_text("[1]"))],
     ids=["train", "validation", "documents", "tokenizer", "vocab_size", "short", "missing", "pipe",
          "pipe for JSON", "a list"])
-def test_what_is_damaged_is_named_and_made_again(
+def test_damage_is_reported_and_repaired(
     named: str, harm: Callable[[Path], None], whole: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def prepared() -> TokenData:
@@ -140,7 +139,7 @@ def test_what_is_damaged_is_named_and_made_again(
     assert after.tokenizer_json == before.tokenizer_json
     caplog.clear()
     prepared()
-    assert not any("rebuilding" in line for line in caplog.messages), "and is whole from then on"
+    assert not any("rebuilding" in line for line in caplog.messages), "it is repaired now"
 
 
 def test_token_ids_are_checked_beside_the_start(whole: Path) -> None:
@@ -159,7 +158,7 @@ def test_token_ids_are_checked_beside_the_start(whole: Path) -> None:
         unchecked.reopen()
 
 
-def test_damage_that_cannot_be_mended_names_file_and_flag(
+def test_damage_that_cannot_be_repaired_names_file_and_flag(
     whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = str(whole / "tale.txt"), "bpe:300", 16, whole / "cache"
@@ -198,7 +197,7 @@ def test_damaged_topics_are_found_again(
     assert not caplog.messages
 
 
-def test_a_run_mends_its_cache_and_needs_it_no_more_or_ends_in_a_line(
+def test_a_run_repairs_its_cache_and_then_works_without_it_or_ends_with_one_line(
     tmp_path: Path, cache_dir: Path, capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,7 +248,7 @@ def test_a_run_mends_its_cache_and_needs_it_no_more_or_ends_in_a_line(
 
 
 def test_machines_with_other_tokens_do_not_train_together(whole: Path) -> None:
-    """The text and all that is recorded of it are the same; the token ids are not."""
+    """The text and its fingerprint are the same; the token ids differ."""
     data = prepare(str(whole / "tale.txt"), "bpe:300", 16, whole / "cache")
     config, cpu = parse(["fed_avg", *SMALL]), torch.device("cpu")
     assert config is not None

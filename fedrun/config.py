@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from fedrun.common.errors import is_component, require
-from fedrun.data.reading import COLUMN, Reading, reading_of, require_dataset
+from fedrun.data.text_options import COLUMN, TextOptions, require_dataset, text_options_of
 from fedrun.model.config import ModelConfig
 from fedrun.strategies import FedAvg, Strategy
 
@@ -166,7 +166,7 @@ class RunConfig:
               "a number of at least 0")
         check(0 <= self.seed < 2**63, "--seed", self.seed, "a whole number from 0 to 2^63 - 1")
         require_dataset(self.dataset)
-        _ = self.reading  # refuses what no text could be read with
+        _ = self.text_options  # refuses what no text could be read with
         check(self.partition in get_args(Partition) or (self.partition.startswith(COLUMN)
               and self.partition != COLUMN), "--partition", self.partition,
               f"{' or '.join(get_args(Partition))} or {COLUMN}NAME")
@@ -179,9 +179,9 @@ class RunConfig:
               "a folder's name without slashes, not . or ..")
 
     @property
-    def reading(self) -> Reading:
-        """How the dataset's text is read."""
-        return reading_of({name: getattr(self, name) for name in (
+    def text_options(self) -> TextOptions:
+        """The flags that decide which text is read."""
+        return text_options_of({name: getattr(self, name) for name in (
             "text_column", "encoding", "val_fraction", "validation_split", "partition")})
 
     @property

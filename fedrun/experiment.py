@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from fedrun.common.errors import InputError
-from fedrun.common.log import log
 from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
 from fedrun.data.partition import Shards, client_shards
 from fedrun.data.tokens import TokenData, prepare, verify
@@ -94,16 +93,16 @@ def prepare_experiment(config: RunConfig, device: torch.device) -> Experiment:
         pretrained = find_pretrained(config.init_from, "--init_from")
         config = with_pretrained(config, pretrained)
     data = prepare(config.dataset, config.tokenizer, config.sequence_length,
-                   config.cache_dir.expanduser(), say=log,
+                   config.cache_dir.expanduser(),
                    check=config.partition == "dirichlet",  # whose topics are made of the tokens
-                   reading=config.reading)
+                   options=config.text_options)
     if pretrained is not None:
         data = with_vocabulary(data, pretrained, config)
     require_memory(config.model, config.model.rows(data.vocab_size),
                    TO_TRAIN if device.type == "cpu" else TO_LOAD,
                    f"--init_from {config.init_from}" if pretrained is not None else
                    f"--config {config.config}")
-    shards = deal(config, data)
+    shards = shards_of(config, data)
     provenance = {
         **corpus_digests(data.fingerprint),
         "partition": shards.digest() if isinstance(config, FederatedConfig) else "",
@@ -134,7 +133,7 @@ def with_vocabulary(data: TokenData, pretrained: Pretrained, config: RunConfig) 
     return dataclasses.replace(data, vocab_size=pretrained.vocab_size)
 
 
-def deal(config: RunConfig, data: TokenData) -> Shards:
+def shards_of(config: RunConfig, data: TokenData) -> Shards:
     """The clients' shards of a federated run; what a central run trains on, by --batches."""
     if isinstance(config, FederatedConfig):
         return Shards.deal(data, num_clients=config.num_clients, partition=config.partition,
@@ -166,7 +165,7 @@ class CorpusCheck:
         config = self.config
         try:
             self._problem = "the corpus could not be verified (see above)"  # a bug of ours
-            verify(config.dataset, config.tokenizer, config.cache_dir, log, config.reading)
+            verify(config.dataset, config.tokenizer, config.cache_dir, config.text_options)
             self.data.reopen()
             self._problem = ""
         except (ValueError, OSError) as error:  # ConnectionError and TimeoutError are among them

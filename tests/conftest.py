@@ -5,9 +5,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from fedrun import cli
 from fedrun.data.tokens import TokenData, prepare
@@ -23,7 +26,7 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pydocs_tokens(cache_dir: Path) -> TokenData:
     """Real text with documents, sources and topics: about 4,000 sequences of 128 tokens."""
-    return prepare("pydocs", "bpe:4096", 128, cache_dir, lambda line: None)
+    return prepare("pydocs", "bpe:4096", 128, cache_dir)
 
 
 @pytest.fixture
@@ -42,24 +45,6 @@ def run(cache_dir: Path, tmp_path: Path) -> Run:
     return run_it
 
 
-@pytest.fixture
-def run_small_here(cache_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Run:
-    """A run in the process of the test, in a copy of another one's folder (`after`): whoever has
-    held a folder holds it to the end of its process."""
-
-    def run_it(method: str, *flags: object, name: str = "", after: Outcome | None = None
-               ) -> Outcome:
-        name = name or f"run{len(list(tmp_path.iterdir()))}"
-        if after:
-            shutil.copytree(after.run_dir, tmp_path / name)
-        code = cli.main([method, *SMALL, "--data_dir", str(tmp_path), "--cache_dir",
-                         str(cache_dir), "--run_name", name, *map(str, flags)])
-        out, err = capfd.readouterr()
-        return Outcome(code, out + err, tmp_path / name)
-
-    return run_it
-
-
 @pytest.fixture(scope="session")
 def little_text(cache_dir: Path) -> tuple[str, ...]:
     """Flags for runs on so little text that evaluating it takes no time."""
@@ -72,9 +57,18 @@ def little_text(cache_dir: Path) -> tuple[str, ...]:
 @pytest.fixture
 def run_here(little_text: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
              ) -> Run:
-    """run_here("fed_avg", "--rounds", 3): a whole run in the process of the test."""
+    """run_here("fed_avg", "--rounds", 3): a whole run in the process of the test.
 
-    def run_it(method: str, *flags: object, name: str = "run") -> Outcome:
+    `after`: in a copy of that run's folder, since a process keeps the lock of a run's folder to its
+    end, and another run in the folder itself would be the first one's restart.
+    """
+
+    def run_it(method: str, *flags: object, name: str | None = None,
+               after: Outcome | None = None) -> Outcome:
+        if after:
+            name = name or f"{after.run_dir.name}_and_{len(list(tmp_path.iterdir()))}"
+            shutil.copytree(after.run_dir, tmp_path / name)
+        name = name or "run"
         code = cli.main([method, *little_text, "--data_dir", str(tmp_path), "--run_name", name,
                          *map(str, flags)])
         out, err = capfd.readouterr()
@@ -91,3 +85,24 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Ou
                     "--data_dir", str(folder), "--cache_dir", str(cache_dir), "--run_name", "run"],
                    check=True, cwd=ROOT, timeout=100, capture_output=True)
     return Outcome(0, "", folder / "run")
+
+
+@pytest.fixture
+def warnings_are_errors() -> Iterator[None]:
+    """As the warning of a character that no font has."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # Of objects that earlier tests have left to the collector.
+        warnings.simplefilter("ignore", pytest.PytestUnraisableExceptionWarning)
+        yield
+
+
+@pytest.fixture(scope="session")
+def official_python() -> Path:
+    """A Python that has mamba-ssm's own kernels, in an environment that is made once."""
+    folder = ROOT / ".venv-official"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / ".ready").exists():
+            subprocess.run([ROOT / "tests/official/make_venv.sh", sys.executable, folder],
+                           check=True, timeout=300)
+    return folder / "bin" / "python"

@@ -13,8 +13,8 @@ from fedrun.federation.client import Client
 from fedrun.flags import resolve
 from fedrun.plots import runs
 from fedrun.tools import study, watch
-from tests.strategies.test_methods import fails
 from tests.support.runs import Run
+from tests.support.spoiled import spoil_updates
 
 
 def refuse(constant: str) -> NoReturn:
@@ -55,7 +55,7 @@ def test_numbers_that_are_not_finite_are_null_and_readers_take_them(
         run_here: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
         capfd: pytest.CaptureFixture[str]) -> None:
     """A perplexity that no float can hold, of a model that is finite."""
-    fails(monkeypatch, 1e20, 2, {0, 1})
+    spoil_updates(monkeypatch, 1e20, 2, {0, 1})
     outcome = run_here("fed_avg", "--num_clients", 2, "--reduce", "float", "--val_freq", 1,
                        "--rounds", 4, "--checkpoint_freq", 2)
     assert outcome.code == 0, outcome.output
@@ -64,7 +64,7 @@ def test_numbers_that_are_not_finite_are_null_and_readers_take_them(
     history = strictly((outcome.run_dir / "training_history.json").read_text())
     assert [r["server_val_ppl"] is None for r in history] == [False, True, True, True]
     assert math.isfinite(history[-1]["server_val_loss"])
-    state = watch.State("run")
+    state = watch.RunState("run")
     for line in (outcome.run_dir / "events.jsonl").read_text().splitlines():
         state.take(strictly(line))
     assert [math.isinf(state.validation[n]) for n in (1, 2, 3, 4)] == [False, True, True, True]
@@ -76,7 +76,7 @@ def test_numbers_that_are_not_finite_are_null_and_readers_take_them(
                                  "rounds": 4, "reduce": "float", "val_freq": 1})
     history[-1]["val_loss_halves"] = [None, 3.0]
     (outcome.run_dir / "training_history.json").write_text(json.dumps(history))
-    held = json.loads((outcome.run_dir / "config.json").read_text())
+    held = outcome.config
     (outcome.run_dir / "config.json").write_text(json.dumps(held | config.to_dict() | {
         "dtype": "fp32"}, default=str))
     assert study.loss_halves(config) == [math.inf, 3.0]

@@ -12,7 +12,7 @@ import pytest
 from tests.benchmarks.fedrun_rounds import shapes
 from tests.benchmarks.overhead import numbers
 from tests.benchmarks.overhead_figure import draw
-from tests.conftest import ROOT
+from tests.support.runs import ROOT
 
 
 def test_medians_and_ratios_of_hand_made_samples() -> None:

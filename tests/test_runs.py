@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import sys
@@ -14,7 +13,16 @@ import pytest
 import torch
 
 from fedrun.model.precision import bf16_in_hardware
-from tests.support.runs import FAULTY, SMALL, Outcome, Run, execute, free_port, without_clocks
+from tests.support.runs import (
+    FAULTY,
+    SMALL,
+    Outcome,
+    Run,
+    execute,
+    free_port,
+    read_json,
+    without_clocks,
+)
 
 # What differs between runs of the same experiment: clocks.
 
@@ -109,10 +117,10 @@ def test_what_a_federated_run_writes(run: Run) -> None:
     assert len(record["client_val_ppls"]) == 3
     assert len(record["generated"]) >= 100  # tokens, each a character or more
     assert min(r["server_val_ppl"] for r in outcome.history) == record["server_val_ppl"]
-    config = json.loads((outcome.run_dir / "config.json").read_text())
+    config = outcome.config
     assert config["num_clients"] == 3
     assert config["model"]["n_layer"] == 2
-    environment = json.loads((outcome.run_dir / "environment.json").read_text())
+    environment = read_json(outcome.run_dir / "environment.json")
     assert environment["corpus"]
     assert "torch" in environment["versions"]
     for owner in ("server", "client_0", "client_1", "client_2"):
@@ -125,7 +133,7 @@ def test_what_a_federated_run_writes(run: Run) -> None:
     model = outcome.model["backbone.layers.1.mixer.in_proj.weight"].numpy()
     server = np.load(outcome.run_dir / "server" / "params" / "step_000004.npz")
     assert np.array_equal(server["layers.1.in_proj"], model)
-    events = [json.loads(line) for line in (outcome.run_dir / "events.jsonl").open()]
+    events = outcome.events
     assert [e["round"] for e in events if e["event"] == "round"] == [1, 2, 3, 4]
 
 
@@ -162,7 +170,7 @@ def test_the_outcome_names_a_worker_that_fails_after_the_verdict(run: Run, tmp_p
                   env={"FAULT": "disk", "FAULT_AT": "reduce:2", "FAULT_RANK": "2",
                        "FAULT_ONCE": str(tmp_path / "once")}, limit=60)
     assert outcome.code == 1
-    told = json.loads((outcome.run_dir / "outcome.json").read_text())
+    told = outcome.outcome
     assert (told["outcome"], told["kind"]) == ("failed", "error")
     assert "rank 2 failed with OSError: [Errno 28] No space left" in told["reason"]
 
@@ -189,7 +197,7 @@ def test_when_no_client_is_left_the_last_good_model_is_kept(run: Run) -> None:
     assert outcome.code == 1
     assert "round 3: 2 of 2 clients are left out, more than half (client 0: delta not finite" in (
         outcome.output)
-    end = json.loads((outcome.run_dir / "outcome.json").read_text())
+    end = outcome.outcome
     assert (end["outcome"], end["kind"]) == ("failed", "diverged")
     assert outcome.bits == good.bits
 
@@ -219,7 +227,7 @@ def test_bf16_has_the_same_bits_in_1_and_3_processes(run: Run) -> None:
     alone, three = run("fed_avg", *flags, name="p1"), run("fed_avg", *flags, processes=3, name="p3")
     assert alone.code == three.code == 0, three.output
     assert alone.bits == three.bits
-    chosen = json.loads((alone.run_dir / "config.json").read_text())["dtype"]
+    chosen = alone.config["dtype"]
     assert chosen == ("bf16" if bf16_in_hardware("cpu") else "fp32")
     fp32 = run("fed_avg", *flags[:-1], "fp32", name="fp32")
     assert (fp32.bits == alone.bits) == (chosen == "fp32")

@@ -13,7 +13,7 @@ import yaml
 
 from fedrun import cli
 from fedrun.config import RunConfig
-from fedrun.data.reading import Reading
+from fedrun.data.text_options import TextOptions
 from fedrun.flags import method_settings, resolve
 from fedrun.run import run
 from fedrun.strategies import STRATEGIES
@@ -125,9 +125,9 @@ def test_whatever_a_run_does_not_read_is_in_the_tables(
     flags: dict[str, Any] = {k[2:]: v for k, v in zip(SMALL[::2], SMALL[1::2], strict=True)}
     flags |= {"rounds": 2, "data_dir": tmp_path, "cache_dir": cache_dir, "num_clients": 2}
     assert run(resolve(method, flags)) == 0
-    assert read["reading"], "which is made of the settings that say how text is read"
+    assert read["text_options"], "which is made of the flags that decide which text is read"
     unread = set(method_settings(method)) - set(read) - WORDS - {
-        field.name for field in dataclasses.fields(Reading)}
+        field.name for field in dataclasses.fields(TextOptions)}
     never = {"grad_clip"} if method == "fed_sgd" else set()  # whatever is not none is refused
     assert unread - set(IDLE) - set(NEVER_READ.get(method, ())) == never
 

@@ -22,11 +22,16 @@ def log(line: str, level: int = INFO, trace: str = "") -> None:
     LOGGER.log(level, "%s", line, extra={"trace": trace})
 
 
-def print_log(quiet: bool = False) -> None:
+def print_log(quiet: bool = False, to_stderr: bool = False) -> None:
     """For the command: print what is said. With `quiet`, warnings and errors alone, since one
-    process a machine is enough for the rest."""
-    if not any(isinstance(handler, _Terminal) for handler in LOGGER.handlers):
-        LOGGER.addHandler(_Terminal())
+    process a machine is enough for the rest. `to_stderr`: all of it to standard error, for commands
+    whose result goes to standard output."""
+    for handler in LOGGER.handlers:
+        if isinstance(handler, _Terminal):
+            handler.to_stderr = to_stderr
+            break
+    else:
+        LOGGER.addHandler(_Terminal(to_stderr))
     LOGGER.setLevel(WARNING if quiet else INFO)
 
 
@@ -34,10 +39,15 @@ class _Terminal(logging.Handler):
     """Prints above a progress bar, if there is one. An error of the stream is the caller's, as
     with `print`: whoever reads may have seen enough."""
 
+    def __init__(self, to_stderr: bool) -> None:
+        super().__init__()
+        self.to_stderr = to_stderr
+
     def emit(self, record: logging.LogRecord) -> None:
         line = visible(record.getMessage(), keep="\n\t")
         text = f"{getattr(record, 'trace', '')}{_PREFIXES[record.levelno]}{line}\n"
-        stream = sys.stdout if record.levelno < WARNING else sys.stderr
+        to_stdout = record.levelno < WARNING and not self.to_stderr
+        stream = sys.stdout if to_stdout else sys.stderr
         if tqdm := getattr(sys.modules.get("tqdm"), "tqdm", None):  # None while it is imported
             with tqdm.external_write_mode(file=stream):
                 stream.write(text)

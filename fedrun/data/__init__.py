@@ -1,1 +1,1 @@
-"""Text in, batches of token ids out. Nothing here knows of ranks or imports torch."""
+"""From text to batches of token ids. Nothing here knows about ranks or imports torch."""

@@ -1,4 +1,4 @@
-"""In which order a client trains on its shard: batches. partition.py says who owns which shard."""
+"""Batches: the order in which a client trains on its shard (partition.py makes the shards)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from fedrun.common.errors import InputError
 
 
 class Batches:
-    """The batches of one client: permutations of its shard, end to end, without an end.
+    """The batches of one client: an endless concatenation of permutations of its shard.
 
-    Pass p over the shard is permuted by a generator seeded with (seed, client, p), so that a
-    batch is a function of (seed, client, step) alone: of no rank, and of no earlier batch. A
-    batch may straddle two passes; no sequence of a pass is left out or visited twice.
+    The permutation of pass p is seeded with (seed, client, p), so that a batch depends on (seed,
+    client, step) alone, not on the rank or on earlier batches. Each pass visits every sequence
+    exactly once; a batch may contain the end of one pass and the beginning of the next.
 
     Raises:
-        ValueError: the shard has fewer sequences than a batch.
+        InputError: the shard has fewer sequences than a batch.
     """
 
     def __init__(self, n_sequences: int, batch_size: int, seed: int, client: int) -> None:
@@ -23,31 +23,35 @@ class Batches:
         if n_sequences < batch_size:
             raise InputError(
                 f"client {client}: its shard has {n_sequences} sequences, fewer than a batch of "
-                f"{batch_size}; give a smaller --batch_size, --num_clients or --size_skew"
+                f"{batch_size}; use a smaller --batch_size, --num_clients or --size_skew"
             )
         self.n_sequences = n_sequences
         self.batch_size = batch_size
         self.seed = seed
         self.client = client
-        self._permutations: dict[int, np.ndarray] = {}  # by pass; of the last batch
+        self._permutations: dict[int, np.ndarray] = {}  # by pass, for the last batch
 
     def indices(self, step: int) -> np.ndarray:
-        """Positions in the shard of the sequences of batch `step` (0, 1, ...).
+        """The positions within the shard of the sequences of batch `step` (0, 1, ...).
 
         Returns:
             int64, (batch_size,)
         """
         assert step >= 0
-        n, begin = self.n_sequences, step * self.batch_size  # begin: a place in the endless stream
+        n, begin = self.n_sequences, step * self.batch_size  # in the endless stream
         end = begin + self.batch_size
-        passes = range(begin // n, (end - 1) // n + 1)  # one, or two that the batch straddles
+        passes = range(begin // n, (end - 1) // n + 1)  # one or two
         self._permutations = {p: self._permutation(p) for p in passes}
         return np.concatenate(
             [self._permutations[p][max(begin - p * n, 0) : end - p * n] for p in passes]
         )
 
     def read(self, step: int, sequences: np.ndarray, shard: np.ndarray) -> np.ndarray:
-        """Batch `step` of `shard`, indices of rows of `sequences` (n, sequence_length).
+        """The sequences of batch `step`.
+
+        Args:
+            sequences: all sequences, (n, sequence_length)
+            shard: indices of rows of `sequences`, those of this client
 
         Returns:
             int64, (batch_size, sequence_length): a copy
@@ -64,9 +68,9 @@ class Batches:
 
 
 class DrawnBatches(Batches):
-    """The batches of one client, drawn with replacement: a sequence may come twice, or never.
+    """The batches of one client, drawn with replacement.
 
-    Batch `step` is drawn by a generator seeded with (seed, client, step).
+    The draw of batch `step` is seeded with (seed, client, step).
     """
 
     def indices(self, step: int) -> np.ndarray:
@@ -77,6 +81,6 @@ class DrawnBatches(Batches):
 
 def make_batches(sampling: str, n_sequences: int, batch_size: int, seed: int, client: int
                  ) -> Batches:
-    """The batches of a client by the name of --sampling."""
+    """The batches of a client, for a value of --sampling: shuffle or replacement."""
     kind = {"shuffle": Batches, "replacement": DrawnBatches}[sampling]
     return kind(n_sequences, batch_size, seed, client)

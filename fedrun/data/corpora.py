@@ -1,7 +1,7 @@
-"""Where the text comes from: the hub, local files, or the documentation of the running Python.
+"""Loads the text of a dataset: from the hub, local files, or the running Python's documentation.
 
-A corpus is two lists of rows. A row is what the source calls one: a record of a table (for WikiText
-a line), a line of a text file, a whole document for `pydocs`.
+A corpus is two lists of rows, for training and for validation. A row is a record of a table (for
+WikiText a line), a line of a text file, or a whole document of `pydocs`.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedrun.common.errors import InputError
-from fedrun.data.documents import Documents, TextFile
-from fedrun.data.files import (
+from fedrun.data.discovery import (
     SPLIT_OF,
     discover,
+    files_below,
     folder_of,
     matching_files,
-    visible_files,
 )
-from fedrun.data.holdout import Rows, has_text, hold_out
+from fedrun.data.documents import Documents, TextFile
 from fedrun.data.hub import HUB_ID, hub_tables
 from fedrun.data.pydocs import (
     PYDOCS_HELD_OUT,
@@ -31,9 +30,10 @@ from fedrun.data.pydocs import (
     split_by_hash,
     stdlib_files,
 )
-from fedrun.data.reading import Reading, require_dataset
-from fedrun.data.tables import KINDS, Table, open_table, table_rows, text_columns
-from fedrun.data.textfiles import COMPRESSED, TEXT_ENDINGS, DataFile, open_text, shown
+from fedrun.data.table_files import KINDS, Table, choose_text_columns, open_table, table_rows
+from fedrun.data.text_files import COMPRESSED, TEXT_ENDINGS, DataFile, open_text, printable
+from fedrun.data.text_options import TextOptions, require_dataset
+from fedrun.data.validation import Rows, has_text, hold_out
 
 ALIASES = {
     "wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1",
@@ -41,27 +41,28 @@ ALIASES = {
 }
 ACCEPTED = (
     f"{', '.join(ALIASES)}, pydocs, a hub id (owner/name or owner/name:config), a folder "
-    "(or FOLDER:CONFIG), a file, or files ('path/*.txt')"
+    "(or FOLDER:CONFIG), a file, or a pattern ('path/*.txt')"
 )
-ALL_OF_IT = "all of the text"  # what validation text is where nothing is held out
+ALL_OF_THE_TEXT = "all of the text"  # `validation_from` when nothing is held out
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The rows of one dataset, and where its validation split comes from."""
+    """The rows of one dataset."""
 
     name: str
     train: list[str]
     validation: list[str]
     validation_from: str
+    """Where the validation rows come from, for reports; part of the fingerprint."""
     documents: Documents
-    """Of the train rows."""
+    """The documents of the train rows."""
     read: str = ""
-    """Which files were read and which were not, in a line; empty where none were local."""
+    """One line about the files that were read or left out; empty without local files."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of all rows in their order, split by split."""
+        """SHA-256 (hex) of all rows in order, train before validation."""
         digest = hashlib.sha256()
         for rows in (self.train, self.validation):
             digest.update(b"%d rows\n" % len(rows))
@@ -72,67 +73,67 @@ class Corpus:
         return digest.hexdigest()
 
 
-def load_corpus(dataset: str, reading: Reading = Reading()) -> Corpus:  # noqa: B008
+def load_corpus(dataset: str, options: TextOptions = TextOptions()) -> Corpus:  # noqa: B008
     """Read all text of `dataset` (the value of `--dataset`).
 
-    A source without a validation split has the last twentieth of its train rows held out; see
-    holdout.py for few rows, and for partitions by source.
+    If there is no validation split, the last twentieth of the train rows is held out; see
+    validation.py for exceptions.
 
     Raises:
-        ValueError: an unknown dataset, a file that cannot be read, no text, or no column that is
+        InputError: an unknown dataset, a file that cannot be read, no text, or no column that is
             clearly the text.
         ConnectionError: the hub cannot be reached and the dataset is not in its local cache.
     """
     if dataset == "pydocs":
-        return _pydocs(reading)
+        return _pydocs(options)
     local = bool(local_files(dataset))
     name = dataset_name(dataset)
     try:
-        splits, read = _local_splits(dataset, reading) if local else _hub_splits(dataset, reading)
-        wanted = _validation_split(list(splits), reading)
-        # Where an evaluation asks for a split and there is no other, that is all there is to read.
+        splits, read = _local_splits(dataset, options) if local else _hub_splits(dataset, options)
+        wanted = _validation_split(list(splits), options)
+        # An evaluation may ask for the only split of a dataset that has no train split.
         train = splits["train" if "train" in splits else str(wanted)]()
-        if reading.source_column:
+        if options.source_column:
             train = train.by_source()
         if wanted is not None:
             validation, documents = splits[wanted]().rows, train.documents()
             rows, validation_from = train.rows, "the split of that name"
-            if reading.validation_split:
+            if options.validation_split:
                 validation_from = f"the split {wanted}"
-        elif reading.hold_out:
+        elif options.hold_out:
             rows, validation, documents, validation_from = hold_out(
-                train, reading.held_out, bool(reading.partition))
+                train, options.held_out, bool(options.partition))
         else:
             rows, validation, documents = train.rows, train.rows, train.documents()
-            validation_from = ALL_OF_IT
+            validation_from = ALL_OF_THE_TEXT
     except ValueError as error:
-        told = str(error)
-        if not told.startswith("--"):
-            for end in (": ", ", "):  # a file that was given itself is not named twice
-                told = told.removeprefix(f"{shown(dataset)}{end}")
-            told = f"--dataset {shown(dataset)}: {told}"
-        raise InputError(told) from error
+        message = str(error)
+        if not message.startswith("--"):
+            for end in (": ", ", "):  # if the dataset is one file, do not name it twice
+                message = message.removeprefix(f"{printable(dataset)}{end}")
+            message = f"--dataset {printable(dataset)}: {message}"
+        raise InputError(message) from error
     for split, text in (("train", rows), ("validation", validation)):
         if not has_text(text):
-            raise InputError(f"--dataset {shown(dataset)}: the corpus has no text in its {split} "
-                             "split")
+            raise InputError(f"--dataset {printable(dataset)}: the corpus has no text in its "
+                             f"{split} split")
     return Corpus(name, rows, validation, validation_from, documents, read)
 
 
 def dataset_name(dataset: str) -> str:
-    """`dataset` as reports call it: a folder by its last part, anything else as it was given."""
+    """The name of `dataset` in reports: the last part of a folder's path, or else `dataset`."""
     located = folder_of(dataset) if dataset not in ALIASES else None
     if located is None:
-        return shown(dataset)
+        return printable(dataset)
     folder, configuration = located
-    return shown(folder.name) + (f":{configuration}" if configuration else "")
+    return printable(folder.name) + (f":{configuration}" if configuration else "")
 
 
 def local_files(dataset: str) -> list[Path]:
-    """All local files that `dataset` may be read from, sorted; none for what comes from the hub.
+    """All local files that `dataset` may be read from, sorted; empty for a dataset of the hub.
 
     Raises:
-        ValueError: `dataset` is nothing that can be read, or a pattern without files.
+        InputError: there is no such dataset, or a folder or pattern has no files.
     """
     require_dataset(dataset)
     if dataset == "pydocs":
@@ -141,147 +142,149 @@ def local_files(dataset: str) -> list[Path]:
         return []
     try:
         if located := folder_of(dataset):
-            files = visible_files(located[0])
+            files = files_below(located[0])
             if not files:
-                raise InputError(f"--dataset {shown(dataset)}: the folder holds no file")
+                raise InputError(f"--dataset {printable(dataset)}: the folder has no files")
             return files
         files = matching_files(dataset)
     except OSError as error:
-        raise InputError(f"--dataset {shown(dataset)}: {shown(error.filename or '')}: "
+        raise InputError(f"--dataset {printable(dataset)}: {printable(error.filename or '')}: "
                          f"{error.strerror}") from error
     is_path = Path(dataset).suffix.lower() in {*KINDS, *TEXT_ENDINGS, *COMPRESSED, ".zip"}
     if not files and (is_path or not HUB_ID.fullmatch(dataset)):
-        raise InputError(f"--dataset {shown(dataset)}: no such file, folder or name; give "
-                         f"{ACCEPTED}")
+        raise InputError(f"--dataset {printable(dataset)}: no such file, folder or name; "
+                         f"must be {ACCEPTED}")
     return files
 
 
 def file_signature(files: Iterable[Path]) -> list[list[object]]:
-    """Path, size, modification and change time of every file: what a write to it changes.
+    """Path, size, modification time and change time of every file, to detect changes.
 
-    The change time tells a file that was replaced with its old size and modification time.
+    The change time detects a file that was replaced by one with its size and modification time.
 
     Raises:
-        ValueError: a file is gone.
+        InputError: a file is gone.
     """
     try:
         stats = [(file, file.stat()) for file in files]
     except OSError as error:
-        raise InputError(f"{shown(error.filename)}: {error.strerror}") from error
+        raise InputError(f"{printable(error.filename)}: {error.strerror}") from error
     return [[str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns] for f, s in stats]
 
 
 # ---- the splits of a dataset --------------------------------------------------------------------
 
 Splits = dict[str, Callable[[], Rows]]
-"""The rows of each split, read when they are asked for."""
+"""For each split, a function that reads its rows."""
 
 
-def _validation_split(there: list[str], reading: Reading) -> str | None:
-    """The split to validate on; None where a share of the train rows is held out instead."""
-    if reading.validation_split is not None:
-        asked = reading.validation_split
+def _validation_split(available: list[str], options: TextOptions) -> str | None:
+    """The split to validate on; None if there is none, or train rows are to be held out instead."""
+    if options.validation_split is not None:
+        asked = options.validation_split
         wanted = SPLIT_OF.get(asked.lower(), asked)
         for split in (asked, wanted):
-            if split in there and split != "train":
+            if split in available and split != "train":
                 return split
-        raise InputError(f"--validation_split {asked}: there is no such split beside train; there "
-                         f"is {', '.join(there)}")
-    return "validation" if "validation" in there and reading.val_fraction is None else None
+        raise InputError(f"--validation_split {asked}: must be one of the dataset's splits other "
+                         f"than train; it has {', '.join(available)}")
+    return "validation" if "validation" in available and options.val_fraction is None else None
 
 
-def _require_train(splits: Iterable[str], validation: str | None, reading: Reading) -> None:
-    if "train" not in splits and (validation is None or reading.hold_out):
-        raise InputError(f"there is no train split, only {', '.join(splits)}; a pattern of its "
-                         "files, or one file, is read whatever its name")
+def _require_train(splits: Iterable[str], validation: str | None, options: TextOptions) -> None:
+    if "train" not in splits and (validation is None or options.hold_out):
+        raise InputError(f"there is no train split, only {', '.join(splits)}; to train on "
+                         "files whatever their names, give one file or a pattern")
 
 
-def _hub_splits(dataset: str, reading: Reading) -> tuple[Splits, str]:
+def _hub_splits(dataset: str, options: TextOptions) -> tuple[Splits, str]:
     tables = hub_tables(dataset, ALIASES.get(dataset, dataset))
-    wanted = _validation_split(list(tables), reading)
-    _require_train(tables, wanted, reading)
-    columns = _columns([tables[split] for split in ("train", wanted) if split in tables], reading)
-    return {split: functools.partial(_records, [table], columns, reading.source_column)
+    wanted = _validation_split(list(tables), options)
+    _require_train(tables, wanted, options)
+    used = [tables[split] for split in ("train", wanted) if split in tables]
+    columns = _choose_columns(used, options)
+    return {split: functools.partial(_read_records, [table], columns, options.source_column)
             for split, table in tables.items()}, ""
 
 
-def _local_splits(dataset: str, reading: Reading) -> tuple[Splits, str]:
-    found = discover(dataset, reading.encoding, bool(reading.columns or reading.source_column),
-                     reading.validation_split)
-    wanted = _validation_split(list(found.splits), reading)
-    _require_train(found.splits, wanted, reading)
+def _local_splits(dataset: str, options: TextOptions) -> tuple[Splits, str]:
+    found = discover(dataset, options.encoding, bool(options.columns or options.source_column),
+                     options.validation_split)
+    wanted = _validation_split(list(found.splits), options)
+    _require_train(found.splits, wanted, options)
     used = [split for split in ("train", wanted) if split in found.splits]
     splits: Splits = dict.fromkeys(found.splits, Rows)
     if next(iter(found.splits.values()))[0].suffix in KINDS:
-        tables = {split: [(file, open_table(file, reading.encoding))
+        tables = {split: [(file, open_table(file, options.encoding))
                           for file in found.splits[split]] for split in used}
         try:
-            columns = _columns([table for part in tables.values() for _, table in part], reading)
+            columns = _choose_columns((table for part in tables.values() for _, table in part),
+                                      options)
         except ValueError as error:
-            raise InputError(f"{error}{found.beside()}") from error
+            raise InputError(f"{error}{found.other_kinds()}") from error
         for split, part in tables.items():
             lacking = [file for file, table in part if not set(columns) & set(table.columns)]
             found.leave_out(f"without the column {columns[0]}",
                             (file.name.as_posix() for file in lacking))
             found.splits[split] = [file for file, _ in part if file not in lacking]
             splits[split] = functools.partial(
-                _records, [table for file, table in part if file not in lacking], columns,
-                reading.source_column)
+                _read_records, [table for file, table in part if file not in lacking], columns,
+                options.source_column)
     else:
-        _require_no_columns(reading)
+        _require_no_columns(options)
         for split in used:
-            splits[split] = functools.partial(_lines, found.splits[split], reading.encoding,
+            splits[split] = functools.partial(_read_lines, found.splits[split], options.encoding,
                                               found.folder)
-    return splits, f"read from {dataset_name(dataset)}: {found.told(used)}"
+    return splits, f"read from {dataset_name(dataset)}: {found.summary(used)}"
 
 
-def _require_no_columns(reading: Reading) -> None:
-    for flag, value in (("--text_column", reading.text_column),
-                        ("--partition", reading.source_column and reading.partition)):
+def _require_no_columns(options: TextOptions) -> None:
+    for flag, value in (("--text_column", options.text_column),
+                        ("--partition", options.source_column and options.partition)):
         if value:
-            raise InputError(f"{flag} {value}: these are text files, which have no columns")
+            raise InputError(f"{flag} {value}: the dataset is text, which has no columns")
 
 
-def _lines(files: list[DataFile], encoding: str | None, folder: bool) -> Rows:
-    """The lines of text files; of a folder's without their ends, as `datasets` reads them."""
-    train = Rows()
+def _read_lines(files: list[DataFile], encoding: str | None, folder: bool) -> Rows:
+    """The lines of text files; without line ends if from a folder, as `datasets` reads them."""
+    read = Rows()
     for file in files:
         with open_text(file, encoding) as stream:
-            # Not str.splitlines: it also cuts at form feeds and other characters inside a line.
+            # Not str.splitlines, which also splits at form feeds and other characters.
             lines = [line.rstrip("\n") for line in stream] if folder else list(stream)
-        train.files.append(TextFile((file.path / (file.member or "")).absolute(), len(lines)))
-        train.rows.extend(lines)
-    return train
+        read.files.append(TextFile((file.path / (file.member or "")).absolute(), len(lines)))
+        read.rows.extend(lines)
+    return read
 
 
-def _columns(tables: Iterable[Table], reading: Reading) -> list[str]:
-    """The columns of the text, looked for in all tables; ValueError with all columns."""
+def _choose_columns(tables: Iterable[Table], options: TextOptions) -> list[str]:
+    """The columns that contain the text, looked for in all tables (`choose_text_columns`)."""
     tables = list(tables)
     known = {name: None for table in tables for name in table.columns}
-    if reading.source_column and reading.source_column not in known:
-        raise InputError(f"--partition {reading.partition}: there is no column "
-                         f"{reading.source_column}; the columns are {', '.join(known)}")
-    return text_columns(tables, reading.text_column, reading.columns, reading.source_column)
+    if options.source_column and options.source_column not in known:
+        raise InputError(f"--partition {options.partition}: there is no column "
+                         f"{options.source_column}; the columns are {', '.join(known)}")
+    return choose_text_columns(tables, options.text_column, options.columns, options.source_column)
 
 
-def _records(tables: list[Table], columns: list[str], source_column: str | None) -> Rows:
-    """The text of every record, with its source where a column tells it."""
-    found = Rows(sources=[] if source_column else None, source_column=source_column or "")
+def _read_records(tables: list[Table], columns: list[str], source_column: str | None) -> Rows:
+    """The text of every record and, with a source column, its source."""
+    read = Rows(sources=[] if source_column else None, source_column=source_column or "")
     for table in tables:
         for text, source in table_rows(table, columns, source_column):
-            found.rows.append(text)
-            if found.sources is not None:
-                found.sources.append(source)
-    return found
+            read.rows.append(text)
+            if read.sources is not None:
+                read.sources.append(source)
+    return read
 
 
-def _pydocs(reading: Reading) -> Corpus:
-    if reading.source_column or reading.text_column:
-        _require_no_columns(reading)
-    if reading.validation_split not in (None, "validation"):
-        raise InputError(f"--validation_split {reading.validation_split}: pydocs has train and "
-                         "validation only")
-    share = PYDOCS_HELD_OUT if reading.val_fraction is None else reading.val_fraction
-    ours, held = split_by_hash(read_pydocs(local_files("pydocs")), share)
-    return Corpus("pydocs", list(ours.values()), list(held.values()),
-                  f"whole documents, {share:.0%} of the text", pydocs_documents(list(ours)))
+def _pydocs(options: TextOptions) -> Corpus:
+    if options.source_column or options.text_column:
+        _require_no_columns(options)
+    if options.validation_split not in (None, "validation"):
+        raise InputError(f"--validation_split {options.validation_split}: must be validation: "
+                         "pydocs has no other splits")
+    share = PYDOCS_HELD_OUT if options.val_fraction is None else options.val_fraction
+    train, held = split_by_hash(read_pydocs(local_files("pydocs")), share)
+    return Corpus("pydocs", list(train.values()), list(held.values()),
+                  f"whole documents, {share:.0%} of the text", pydocs_documents(list(train)))

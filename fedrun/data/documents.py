@@ -6,14 +6,14 @@
     WikiText              an article, from one top heading      the article
                           (` = Title = `) to the next
     several text files    a file                                its first folder below the one
-                                                                that all of them lie in
+                                                                that contains all files
     one text file         a paragraph: lines between blank      none
                           ones
     any other dataset     a row                                 none
     --partition column:X  all rows with one value of X          the value
 
-Documents follow each other without gaps. A sequence of tokens belongs to the one that most of its
-tokens come from, so that what is short may own no sequence.
+Documents follow each other without gaps. A sequence of tokens belongs to the document that most of
+its tokens come from, so that a short document may own no sequence.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ TOP_HEADING = re.compile(r"= (?!= ).*(?<! =) =")  # of a stripped row; ` = = Sec
 
 @dataclass(frozen=True)
 class Documents:
-    """How a stream of rows, or of tokens, falls into documents."""
+    """The documents in a stream of rows or of tokens."""
 
     kind: str
-    """What a document is, in words: 'an article'."""
+    """What a document is here: 'an article'."""
     starts: np.ndarray
-    """int64, (n + 1,): where each begins, ascending from 0; the last is the end of the stream."""
+    """int64, (n + 1,): the position where each begins, ascending from 0, and the stream's end."""
     source: np.ndarray
-    """int64, (n,): each one's index in `sources`; (0,) where the corpus has none."""
+    """int64, (n,): index of each document's source in `sources`; (0,) without sources."""
     sources: list[str]
 
     def __len__(self) -> int:
@@ -55,20 +55,20 @@ class Documents:
             return cls(str(held["kind"]), held["starts"], held["source"], held["sources"].tolist())
 
     def in_tokens(self, row_tokens: np.ndarray) -> Documents:
-        """The same documents by tokens instead of rows; row_tokens: tokens of each row."""
+        """The same documents in tokens instead of rows. row_tokens: tokens in each row."""
         assert self.starts[-1] == len(row_tokens)
         before = np.concatenate([[0], np.cumsum(row_tokens)])
         return Documents(self.kind, before[self.starts], self.source, self.sources)
 
     def of_sequences(self, n_sequences: int, sequence_length: int) -> np.ndarray:
-        """The document of each sequence: most of its tokens are from it (the earliest of equals).
+        """The document that most tokens of each sequence come from (of several, the first).
 
         Returns:
             int64, (n_sequences,)
         """
         cuts = np.arange(n_sequences + 1) * sequence_length
         assert cuts[-1] <= self.starts[-1]
-        # Pieces that neither a document's nor a sequence's begin divides.
+        # The pieces between all beginnings, of documents and of sequences.
         begins = np.union1d(self.starts[self.starts < cuts[-1]], cuts[:-1])
         lengths = np.diff(begins, append=cuts[-1])
         sequence = begins // sequence_length
@@ -87,14 +87,14 @@ class TextFile(NamedTuple):
 
 
 def find_documents(rows: Sequence[str], files: Sequence[TextFile]) -> Documents:
-    """The documents among `rows`, by the first rule that fits (see the top of this file).
+    """Find the documents in `rows`, by the first rule that applies (see the top of this file).
 
-    `files` are those whose lines the rows are, in order; empty where rows are no lines of files.
-    Lines that the last of them have beyond `rows` are ignored.
+    files: those whose lines the rows are, in order; empty if rows are not lines of files. They may
+        have more lines than there are rows; the excess is ignored.
     """
     if headings := _top_headings(rows):
         titles = [rows[n].strip(" =\n") for n in headings]
-        # Each its own source, though several may be called `<unk>`.
+        # Each article is a source of its own: several may have the same title, `<unk>`.
         return Documents("an article", np.array([0, *headings[1:], len(rows)], dtype=np.int64),
                          np.arange(len(headings)), titles)
     firsts = np.cumsum([0, *(file.lines for file in files)])
@@ -112,7 +112,7 @@ def find_documents(rows: Sequence[str], files: Sequence[TextFile]) -> Documents:
 
 def named_documents(kind: str, starts: Iterable[int], end: int, source_names: Sequence[str]
                     ) -> Documents:
-    """Documents from where they begin and, unless empty, the name of each one's source."""
+    """Documents from their first rows and the names of their sources, if they have any."""
     numbers: dict[str, int] = {}
     source = [numbers.setdefault(name, len(numbers)) for name in source_names]
     return Documents(kind, np.array([*starts, end], dtype=np.int64),
@@ -120,20 +120,19 @@ def named_documents(kind: str, starts: Iterable[int], end: int, source_names: Se
 
 
 def _top_headings(rows: Sequence[str]) -> list[int]:
-    """Rows that are WikiText's top headings; none where the text does not begin with one."""
+    """The rows that are top headings of WikiText; empty if the text does not begin with one."""
     def blank(n: int) -> bool:
         return not 0 <= n < len(rows) or not rows[n].strip()
 
     first = next((n for n in range(len(rows)) if not blank(n)), 0)
-    # A formula on a line of its own may look the same, but has no blank rows around it.
+    # A formula on a line of its own may look like a heading, but has no blank rows around it.
     found = [n for n, row in enumerate(rows) if row.startswith((" = ", "= "))
              and TOP_HEADING.fullmatch(row.strip()) and blank(n - 1) and blank(n + 1)]
     return found if found and found[0] == first else []
 
 
 def _folders(files: Sequence[Path]) -> list[str]:
-    """Each file's first folder below the one that all lie in ('.' for none); [] where all have '.'.
-    """
+    """Each file's first folder below the common one ('.' if it has none); [] if all have '.'."""
     common = os.path.commonpath([file.parent for file in files])
     below = [file.parent.relative_to(common).parts for file in files]
     return [parts[0] if parts else "." for parts in below] if any(below) else []

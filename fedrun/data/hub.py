@@ -1,4 +1,4 @@
-"""The hub: whether it can be reached, and its datasets."""
+"""The Hugging Face hub: whether it can be reached, and its datasets."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from fedrun.common.errors import InputError, one_line
-from fedrun.data.tables import Table, is_text_type
+from fedrun.data.table_files import Table, is_text_type
 
 HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
-HUB_SECONDS = 5.0  # how long the hub may take to answer before it counts as out of reach
+HUB_SECONDS = 5.0  # the hub counts as unreachable if it takes longer to answer
 
 
 def hub_tables(dataset: str, hub_id: str) -> dict[str, Table]:
-    """The splits of a dataset of the hub, or of the hub's cache on this machine.
+    """The splits of a dataset, from the hub or from its cache on this machine.
 
     Args:
-        dataset: as it was given, for messages.
+        dataset: the value of --dataset, for messages.
         hub_id: owner/name or owner/name:config.
     Raises:
-        ValueError: the hub has no such dataset, or it cannot be loaded.
-        ConnectionError: the hub cannot be reached, and its cache does not hold the dataset.
+        InputError: the hub has no such dataset, or it cannot be loaded.
+        ConnectionError: the hub cannot be reached, and the dataset is not in its cache.
     """
     import datasets
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     asked = HUB_ID.fullmatch(hub_id)
-    assert asked is not None, "local_files() has refused it"
+    assert asked is not None, "local_files() refuses anything else"
     try:
-        with nullcontext() if hub_answers() else _answer_from_caches():
+        with nullcontext() if hub_answers() else _offline():
             splits = datasets.load_dataset(asked["name"], asked["config"])
-    except Exception as error:  # the library raises many kinds for what a user got wrong
+    except Exception as error:  # the library raises many types for user errors
         refused = isinstance(error, datasets.exceptions.DatasetsError)
         if hub_answers() and (refused or not isinstance(error, OSError)):
             raise InputError(f"--dataset {dataset}: {one_line(error)}") from error
-        raise hub_out_of_reach("--dataset", dataset, error) from error
+        raise hub_unreachable("--dataset", dataset, error) from error
     return {split: _table(f"{dataset}, split {split}", rows) for split, rows in splits.items()}
 
 
@@ -52,9 +52,9 @@ def _table(name: str, rows: Any) -> Table:
 
 @functools.cache
 def hub_answers() -> bool:
-    """Whether the hub answers within `HUB_SECONDS`, asked once per process.
+    """Whether the hub answers within `HUB_SECONDS`; asked once per process.
 
-    Its client libraries retry for up to a minute before they give up, hence a question first.
+    Asking first saves time: the client libraries retry for up to a minute before they give up.
     """
     import http.client
     import ssl
@@ -73,37 +73,37 @@ def hub_answers() -> bool:
         except urllib.error.HTTPError as error:
             answers.append(error.code < 500)  # proxies answer 5xx for hosts they cannot reach
         except urllib.error.URLError as error:
-            # A certificate unknown to Python may be known to the libraries, which bring others.
+            # A certificate unknown to Python may be known to the libraries, which have their own.
             answers.append(isinstance(error.reason, ssl.SSLError))
         except (OSError, ValueError, http.client.HTTPException):
             answers.append(False)
 
     if constants.HF_HUB_OFFLINE:
         return False
-    # In a thread, because looking up the host's name knows no timeout.
+    # In a thread, because looking up the host's name has no timeout.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_SECONDS)
     return answers == [True]
 
 
-def hub_out_of_reach(flag: str, asked: str, error: Exception) -> ConnectionError:
-    """The error for `flag asked` where neither the hub nor its cache on this machine has it."""
+def hub_unreachable(flag: str, asked: str, error: Exception) -> ConnectionError:
+    """The error for `flag asked` when the hub is unreachable and its cache does not have it."""
     from huggingface_hub import constants
 
-    # Without an answer, only what the cache objects to is worth telling: its configs, say.
-    told = hub_answers() or isinstance(error, ValueError)
-    reason = one_line(error) if told else "no answer"
+    # If the hub does not answer, only the cache's errors are informative: its configs, for example.
+    informative = hub_answers() or isinstance(error, ValueError)
+    reason = one_line(error) if informative else "no answer"
     return ConnectionError(
-        f"{flag} {asked}: no such file or folder, not in the hub's cache on this machine, and not "
-        f"to be had from the hub ({constants.ENDPOINT}: {reason}); to run without a network: "
+        f"{flag} {asked}: no such file or folder, not in the hub's cache on this machine, and the "
+        f"hub cannot be reached ({constants.ENDPOINT}: {reason}); to run without a network: "
         "--dataset pydocs --tokenizer bpe:8192"
     )
 
 
 @contextmanager
-def _answer_from_caches() -> Iterator[None]:
-    """As if HF_HUB_OFFLINE were set, which the libraries read only when they are imported."""
+def _offline() -> Iterator[None]:
+    """Act as if HF_HUB_OFFLINE were set, which the libraries read only when they are imported."""
     import datasets.config
     from huggingface_hub import constants
 

@@ -1,7 +1,7 @@
-"""Who owns which sequences: the ways to deal the train split out to clients.
+"""Partitions: which client owns which sequences of the train split.
 
-Every sequence goes to exactly one client. A partition is a function of the corpus, the seed and its
-own settings: of no rank, and of no number of processes.
+Every sequence belongs to exactly one client. A partition depends on the corpus, the seed and its
+own settings alone, not on ranks or the number of processes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedrun.common.errors import InputError
-from fedrun.data.reading import COLUMN
+from fedrun.data.text_options import COLUMN
 from fedrun.data.tokens import TokenData
 
 
@@ -42,7 +42,7 @@ class Shards:
             size = len(train) + len(held)
             if holdout and size and not len(held):
                 raise InputError(
-                    f"--entropy_holdout {holdout:g}: must be >= {1 / size:.2g} here, or nothing of "
+                    f"--entropy_holdout {holdout:g}: must be >= {1 / size:.2g}, or nothing of "
                     f"client {client}'s shard of {size} sequences is held out")
             if len(train) < batch_size:
                 remedies = [f"--batch_size <= {len(train)}"] if len(train) else []
@@ -75,16 +75,16 @@ def split_holdout(shard: np.ndarray, fraction: float) -> tuple[np.ndarray, np.nd
 
 def client_shards(data: TokenData, n_clients: int, partition: str, alpha: float, size_skew: float,
                   seed: int) -> list[np.ndarray]:
-    """The sequences of each client, by the name of --partition.
+    """The sequences of each client, for a value of --partition.
 
     contiguous, shuffled and dirichlet give each client exactly its share of the sequences (see
-    `shard_sizes`); documents, by_source and column:NAME come as near to it as whole documents and
-    sources can, and leave no client without one.
+    `shard_sizes`). documents, by_source and column:NAME keep documents or sources whole, come as
+    close to the shares as that allows, and give every client at least one.
 
     Returns:
         for each client: indices of rows of data.train, int64, ascending
     Raises:
-        ValueError: there are not enough sequences, documents or sources for so many clients.
+        InputError: there are fewer sequences, documents or sources than clients, or no sources.
     """
     n_sequences = len(data.train)
     if partition in ("contiguous", "shuffled", "dirichlet"):
@@ -107,21 +107,21 @@ def client_shards(data: TokenData, n_clients: int, partition: str, alpha: float,
             assert partition == "by_source" or partition.startswith(COLUMN)
             if not documents.sources:
                 raise InputError(
-                    f"--partition by_source: {data.fingerprint['dataset']} has no sources (a "
-                    f"document there is {documents.kind}); accepted is contiguous, shuffled, "
-                    "dirichlet or documents; or make sources: a folder of text files for each, or "
-                    f"a column that tells them ({COLUMN}NAME)")
+                    f"--partition by_source: {data.fingerprint['dataset']} has no sources (each "
+                    f"document is {documents.kind}); must be contiguous, shuffled, dirichlet or "
+                    "documents, unless you make sources: a folder of text files for each, or a "
+                    f"column with their names ({COLUMN}NAME)")
             owner = deal_whole(documents.source[document], sizes, partition, None)
     bounds = np.cumsum(np.bincount(owner, minlength=n_clients))[:-1]
     return list(np.split(np.argsort(owner, kind="stable"), bounds))
 
 
 def shard_sizes(n_sequences: int, n_clients: int, size_skew: float, seed: int) -> np.ndarray:
-    """How many sequences each client should get; they add up to n_sequences.
+    """The number of sequences that each client should get; their sum is n_sequences.
 
-    Equal but for one without skew, else in proportion to draws from a log-normal distribution
-    whose logarithm has the standard deviation `size_skew`: the unbalanced clients of Acar et al.
-    (2021, "Federated Learning Based on Dynamic Regularization", section 4).
+    Without skew the sizes differ by at most one. With skew they are proportional to draws from a
+    log-normal distribution whose logarithm has the standard deviation `size_skew`: the unbalanced
+    clients of Acar et al. (2021, "Federated Learning Based on Dynamic Regularization", section 4).
 
     Returns:
         int64, (n_clients,)
@@ -133,7 +133,7 @@ def shard_sizes(n_sequences: int, n_clients: int, size_skew: float, seed: int) -
 
 
 def apportion(total: int, shares: np.ndarray) -> np.ndarray:
-    """Whole numbers in proportion to `shares` that add up to `total`, by largest remainders.
+    """Integers proportional to `shares` whose sum is `total`, by the largest remainder method.
 
     Returns:
         int64, the shape of `shares`
@@ -149,25 +149,28 @@ def apportion(total: int, shares: np.ndarray) -> np.ndarray:
 
 def deal_whole(unit: np.ndarray, sizes: np.ndarray, partition: str,
                random: np.random.Generator | None) -> np.ndarray:
-    """Owners when sequences of the same unit (a document, a source) stay together.
+    """Assign whole units (documents or sources) to clients.
 
-    The units come in random order, or without `random` the largest first. Each client gets one to
-    begin with, the client with the largest share first; every other goes to the client that lacks
-    most. With equal shares, no client is further from its share than the largest unit is large.
+    The units are taken in random order or, without `random`, from the largest on. First each client
+    gets one unit, in descending order of the clients' sizes; then each unit goes to the client
+    that is furthest below its size. With equal sizes, no client differs from its size by more than
+    the size of the largest unit.
 
     Args:
-        unit: of each sequence, (n_sequences,)
-        sizes: what each client should get, (n_clients,)
+        unit: the unit of each sequence, (n_sequences,)
+        sizes: the number of sequences that each client should get, (n_clients,)
     Returns:
         int64, (n_sequences,): the client that owns each sequence
+    Raises:
+        InputError: there are fewer units than clients.
     """
-    held, unit = np.unique(unit, return_inverse=True)
+    units, unit = np.unique(unit, return_inverse=True)
     unit_sizes = np.bincount(unit)
-    _require_enough("document" if partition == "documents" else "source", len(held), len(sizes),
+    _require_enough("document" if partition == "documents" else "source", len(units), len(sizes),
                     partition)
-    order = random.permutation(len(held)) if random else np.argsort(-unit_sizes, kind="stable")
+    order = random.permutation(len(units)) if random else np.argsort(-unit_sizes, kind="stable")
     clients = np.argsort(-sizes, kind="stable")
-    owner_of_unit = np.empty(len(held), dtype=np.int64)
+    owner_of_unit = np.empty(len(units), dtype=np.int64)
     owner_of_unit[order[:len(sizes)]] = clients
     surplus = [(int(unit_sizes[one] - sizes[client]), int(client))
                for one, client in zip(order, clients, strict=False)]
@@ -182,52 +185,53 @@ def deal_whole(unit: np.ndarray, sizes: np.ndarray, partition: str,
 
 def deal_topics(topic: np.ndarray, document: np.ndarray, sizes: np.ndarray, alpha: float,
                 random: np.random.Generator) -> np.ndarray:
-    """Owners when client k's mix of topics is drawn from Dirichlet(alpha p), p the corpus's mix.
+    """Assign sequences so that each client's mix of topics is a draw from Dirichlet(alpha p).
 
-    The scheme of Hsu, Qi & Brown (2019, "Measuring the Effects of Non-Identical Data Distribution
-    for Federated Visual Classification", section 3.1), without replacement: clients choose in
-    random order, and a topic that is used up drops out of the mixes of those that follow. A topic's
-    documents are handed out one after the other, in random order, so that few are divided.
+    p is the mix of topics of the corpus. The scheme of Hsu, Qi & Brown (2019, "Measuring the
+    Effects of Non-Identical Data Distribution for Federated Visual Classification", section 3.1),
+    without replacement: clients draw in random order, and a topic that is used up drops out of the
+    mixes of later clients. The documents of a topic are assigned one after the other in random
+    order, so that few are split between clients.
 
     Args:
         topic, document: of each sequence, (n_sequences,)
-        sizes: what each client gets, (n_clients,)
+        sizes: the number of sequences that each client gets, (n_clients,)
     Returns:
         int64, (n_sequences,): the client that owns each sequence
     """
     _, topic = np.unique(topic, return_inverse=True)
     left = np.bincount(topic)
     prior = left / left.sum()
-    turn = random.permutation(document.max() + 1)
-    pile = np.lexsort((turn[document], topic))  # topic after topic
-    place = np.cumsum(left) - left  # in the pile, of each topic's next sequence
+    rank = random.permutation(document.max() + 1)
+    queue = np.lexsort((rank[document], topic))  # sequences by topic, then by document
+    first = np.cumsum(left) - left  # position in the queue of each topic's next sequence
     owner = np.empty(len(topic), dtype=np.int64)
     for client in random.permutation(len(sizes)):
         taken = _take(sizes[client], random.dirichlet(alpha * prior), left)
-        for begin, count in zip(place, taken, strict=True):
-            owner[pile[begin:begin + count]] = client
-        place, left = place + taken, left - taken
+        for begin, count in zip(first, taken, strict=True):
+            owner[queue[begin:begin + count]] = client
+        first, left = first + taken, left - taken
     return owner
 
 
 def _take(size: int, mix: np.ndarray, left: np.ndarray) -> np.ndarray:
-    """`size` sequences by topic, in the proportions of `mix` as far as what is left allows."""
+    """How many of `size` sequences to take of each topic: proportional to `mix` while they last."""
     taken = np.zeros_like(left)
     while taken.sum() < size:
         mix = np.where(left > taken, mix, 0.0)
-        if not mix.sum() > 0:  # all that the client asks for is used up: it takes what there is
+        if not mix.sum() > 0:  # the client's topics are used up: take from the others
             mix = (left - taken).astype(np.float64)
         taken = taken + np.minimum(apportion(size - taken.sum(), mix), left - taken)
     return taken
 
 
-def _require_enough(what: str, there: int, n_clients: int, partition: str) -> None:
-    if there < n_clients:
+def _require_enough(what: str, available: int, n_clients: int, partition: str) -> None:
+    if available < n_clients:
         raise InputError(
-            f"--num_clients {n_clients}: --partition {partition} gives every client a {what}, and "
-            f"the train split has only {there}; accepted is up to {there}")
+            f"--num_clients {n_clients}: must be <= {available}: --partition {partition} gives "
+            f"every client a {what}, and the train split has only {available}")
 
 
 def _generator(seed: int, purpose: str) -> np.random.Generator:
-    """Random numbers of their own for each purpose, and none that batches are drawn with."""
+    """Independent random numbers for each purpose; batches use yet other seeds."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, *purpose.encode()])))

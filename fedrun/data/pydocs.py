@@ -1,4 +1,4 @@
-"""pydocs: the corpus that needs no network, the documentation that comes with every Python."""
+"""pydocs, a corpus that needs no network: the documentation that is part of every Python."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from pathlib import Path
 
 from fedrun.data.documents import Documents, named_documents
 
-# Not documentation, or not the same everywhere: generated codecs, tests, and what Linux
-# distributions split off into packages of their own.
+# Modules without documentation or not installed everywhere: generated codecs, tests, and modules
+# that Linux distributions package separately.
 PYDOCS_SKIPPED = {
     "distutils", "encodings", "ensurepip", "idle_test", "idlelib", "lib2to3", "test", "tests",
     "tkinter", "turtledemo",
 }  # fmt: skip
-PYDOCS_HELD_OUT = 0.07  # share of the text in pydocs' validation split
-REPEATABLE = 60  # characters: paragraphs this short ("See also ...") may occur twice
+PYDOCS_HELD_OUT = 0.07  # share of the text that is in the validation split
+SHORTEST_REPEAT = 60  # characters: shorter paragraphs ("See also ...") may be repeated
 
 
 def stdlib_files(folder: Path) -> Iterator[Path]:
+    """The standard library's modules below `folder`, without those in PYDOCS_SKIPPED."""
     for path in folder.iterdir():
-        # site-packages, lib-dynload and the like are no identifiers, so no packages
+        # site-packages, lib-dynload and the like are not identifiers, so not packages
         if path.is_dir() and path.name.isidentifier() and path.name not in PYDOCS_SKIPPED:
             yield from stdlib_files(path)
         elif path.suffix == ".py":
@@ -31,11 +32,11 @@ def stdlib_files(folder: Path) -> Iterator[Path]:
 
 
 def read_pydocs(files: list[Path]) -> dict[str, str]:
-    """Documents by name, in the order of their names: `topic:<topic>` and `module:<module>`.
+    """The documents, sorted by name: `topic:<topic>` and `module:<module>`.
 
-    The sources are parsed, never imported, so that platform, side effects and optional modules
-    do not matter. Topics quote each other at length; what an earlier document has said is left
-    out of later ones, or validation text would stand in the train split.
+    The sources are parsed, never imported, so that platform, side effects and optional modules do
+    not matter. Topics quote each other at length, so paragraphs of an earlier document are removed
+    from later ones: otherwise validation text would also be in the train split.
     """
     root = Path(sysconfig.get_path("stdlib"))
     documents: dict[str, str] = {}
@@ -48,16 +49,17 @@ def read_pydocs(files: list[Path]) -> dict[str, str]:
                 documents[f"topic:{topic}"] = text.strip()
         else:
             documents[f"module:{module}"] = "\n\n\n".join(_docstrings(tree, module))
-    said: set[str] = set()
-    fresh = {name: _without_repeats(documents[name], said) for name in sorted(documents)}
+    seen: set[str] = set()
+    fresh = {name: _without_repeats(documents[name], seen) for name in sorted(documents)}
     return {name: text for name, text in fresh.items() if text}
 
 
 def split_by_hash(documents: Mapping[str, str], share: float = PYDOCS_HELD_OUT
                   ) -> tuple[dict[str, str], dict[str, str]]:
-    """Train and validation documents: of topics and of modules alike, the same share held out.
+    """Split documents into train and validation, with the same share of topics and of modules.
 
-    Documents are offered in the order of their names' hashes and held out where they still fit.
+    Documents are taken in the order of their names' hashes; each is held out if it still fits into
+    the share.
     """
     held_out: set[str] = set()
     for kind in ("topic:", "module:"):
@@ -72,14 +74,14 @@ def split_by_hash(documents: Mapping[str, str], share: float = PYDOCS_HELD_OUT
 
 
 def pydocs_documents(names: Sequence[str]) -> Documents:
-    """Rows are documents; `module:asyncio.events` has the source asyncio, all topics have one."""
+    """One document per row. The source of `module:asyncio.events` is asyncio, of topics: topics."""
     sources = [name.partition(":")[2].partition(".")[0] if name.startswith("module:") else "topics"
                for name in names]
     return named_documents("a module or topic", range(len(names)), len(names), sources)
 
 
 def _docstrings(node: ast.AST, name: str) -> Iterator[str]:
-    """Docstrings below `node` in the order of the source, each under its qualified name."""
+    """The docstrings below `node` in source order, each preceded by its qualified name."""
     documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     if isinstance(node, documented) and (text := ast.get_docstring(node)):
         yield f"{name}\n\n{text}"
@@ -90,12 +92,12 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[str]:
             yield from _docstrings(child, name)
 
 
-def _without_repeats(text: str, said: set[str]) -> str:
-    """`text` without the long paragraphs in `said`; its own are added to `said`."""
+def _without_repeats(text: str, seen: set[str]) -> str:
+    """`text` without the long paragraphs in `seen`; adds its paragraphs to `seen`."""
     kept = []
     for paragraph in re.split(r"\n[^\S\n]*\n", text):
         words = " ".join(paragraph.split())
-        if len(words) < REPEATABLE or words not in said:
+        if len(words) < SHORTEST_REPEAT or words not in seen:
             kept.append(paragraph)
-            said.add(words)
+            seen.add(words)
     return "\n\n".join(kept).strip()

@@ -1,6 +1,6 @@
-"""Tokenizers: by name from the hub, from a folder or file, or trained on the corpus.
+"""Tokenizers: from the hub, from a folder or file, or trained on the corpus.
 
-Code that comes with a tokenizer is never run, whatever its files ask for.
+Code that comes with a tokenizer is never run, even if the tokenizer's files ask for it.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 BPE_SMALLEST = 257  # 256 bytes and the end-of-text token
 END_OF_TEXT = "<|endoftext|>"
 ROWS_AT_ONCE = 1000
-LONGEST_WORD = 1024  # characters: beyond any word, and trained in the time of shorter ones
-GPT2_WORD = (  # as the library's ByteLevel has it
+LONGEST_WORD = 1024  # characters; longer ones are cut, since training time grows with the square
+GPT2_WORD = (  # the pattern in the library's ByteLevel
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 )
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -39,43 +39,48 @@ ACCEPTED = (
 
 
 def bpe_size(tokenizer: str) -> int | None:
-    """N of `bpe:N`, None for any other tokenizer; ValueError where N does not work."""
+    """N of `bpe:N`, None for any other tokenizer; InputError for an N that does not work."""
     if not tokenizer.startswith("bpe:"):
         return None
     size = tokenizer.removeprefix("bpe:")
     if not size.isascii() or not size.isdigit() or int(size) < BPE_SMALLEST:
-        raise InputError(f"--tokenizer {tokenizer}: give {ACCEPTED}")
+        raise InputError(f"--tokenizer {tokenizer}: must be {ACCEPTED}")
     return int(size)
 
 
 def tokenizer_name(tokenizer: str) -> str:
-    """As reports call it: a folder by its last part, a tokenizer.json by that of its folder."""
+    """The name in reports: the last part of a folder's path, for a tokenizer.json its folder's."""
     path = Path(tokenizer).expanduser()
     if path.is_file():
         return path.resolve().parent.name if path.name == "tokenizer.json" else path.name
     return path.resolve().name if path.is_dir() else tokenizer
 
 
-def save_tokenizer(tokenizer: str, corpus: corpora.Corpus, folder: Path) -> Tokenizer:
-    """Put the tokenizer that `--tokenizer` names into `folder`, and load it from there."""
+def save_tokenizer(name: str, corpus: corpora.Corpus, folder: Path) -> Tokenizer:
+    """Train or fetch the tokenizer `name` (the value of --tokenizer), save it and load it.
+
+    Raises:
+        InputError: there is no such tokenizer, or it is not usable.
+        ConnectionError: the hub cannot be reached and the tokenizer is not in its local cache.
+    """
     from tokenizers import Tokenizer
 
-    size = bpe_size(tokenizer)
+    size = bpe_size(name)
     if size is not None:
         _train_bpe(corpus.train, size, folder)
     else:
-        _fetch_tokenizer(tokenizer).save_pretrained(folder)
-    tokeniser = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    if not tokeniser.get_vocab_size():
-        raise InputError(f"--tokenizer {tokenizer}: it has no tokens")
-    tokeniser.no_truncation()
-    tokeniser.no_padding()
-    return tokeniser
+        _fetch_tokenizer(name).save_pretrained(folder)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if not tokenizer.get_vocab_size():
+        raise InputError(f"--tokenizer {name}: it has no tokens")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def _train_bpe(rows: list[str], size: int, folder: Path) -> None:
-    """A byte-level BPE of at most `size` tokens, trained on `rows` (Sennrich et al. 2016;
-    over bytes as in GPT-2, Radford et al. 2019). The same rows give the same bytes.
+    """Train a byte-level BPE with at most `size` tokens and save it (Sennrich et al. 2016; on bytes
+    as in GPT-2, Radford et al. 2019). The same rows give the same files.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -101,16 +106,18 @@ def _train_bpe(rows: list[str], size: int, folder: Path) -> None:
 
 
 def _splitter(rows: list[str]) -> PreTokenizer:
-    """GPT-2's splitting into words, over bytes. Where the text has words beyond LONGEST_WORD (lines
-    of DNA, say), they are cut: training takes time with the square of a word's length. For all
-    other words both splitters do the same, and for text without such words it is the plain one.
+    """GPT-2's pre-tokenizer: splits text into words and works on bytes.
+
+    Words longer than LONGEST_WORD (lines of DNA, for example) are cut, since training time grows
+    with the square of a word's length; other words are not affected. A text without such words
+    gets the library's plain pre-tokenizer.
     """
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
     plain: PreTokenizer = ByteLevel(add_prefix_space=False)
-    may_hold_one = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
-    candidates = (row for row in with_newlines(rows) if may_hold_one.search(row))
+    may_have_long_words = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
+    candidates = (row for row in with_newlines(rows) if may_have_long_words.search(row))
     spans = (span for row in candidates for _, span in plain.pre_tokenize_str(row))
     if all(end - begin <= LONGEST_WORD for begin, end in spans):
         return plain
@@ -123,7 +130,7 @@ def _splitter(rows: list[str]) -> PreTokenizer:
 
 
 def _fetch_tokenizer(tokenizer: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local folder or file, of the hub, or of the hub's cache."""
+    """A tokenizer from a local folder or file, from the hub, or from the hub's cache."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
     path = Path(tokenizer).expanduser()
@@ -137,31 +144,34 @@ def _fetch_tokenizer(tokenizer: str) -> PreTrainedTokenizerBase:
         )
         return from_file
     try:
-        loaded = without_custom_code(
+        loaded = load_without_custom_code(
             str(path) if local else tokenizer,
             local_files_only=local or not hub.hub_answers(),
         )
     except CustomCodeError as error:
         raise InputError(f"--tokenizer {tokenizer}: {error}") from None
-    except Exception as error:  # the library raises many kinds for what a user got wrong
+    except Exception as error:  # the library raises many types for user errors
         refused = isinstance(error.__cause__, RepositoryNotFoundError)
         if local or (hub.hub_answers() and (refused or not isinstance(error, OSError))):
             raise InputError(f"--tokenizer {tokenizer}: {one_line(error)}") from error
-        raise hub.hub_out_of_reach("--tokenizer", tokenizer, error) from error
+        raise hub.hub_unreachable("--tokenizer", tokenizer, error) from error
     if not loaded.is_fast:
-        raise InputError(f"--tokenizer {tokenizer}: has no fast form (tokenizer.json)")
+        raise InputError(f"--tokenizer {tokenizer}: it has no fast version (tokenizer.json)")
     return loaded
 
 
 class CustomCodeError(InputError):
-    """A tokenizer that only code of its own can load."""
+    """A tokenizer that can be loaded only by code of its own."""
 
 
-def without_custom_code(name: str | Path, local_files_only: bool = True) -> PreTrainedTokenizerBase:
-    """AutoTokenizer.from_pretrained, which neither runs code from the tokenizer's files nor asks on
-    the terminal whether to.
+def load_without_custom_code(name: str | Path, local_files_only: bool = True
+                             ) -> PreTrainedTokenizerBase:
+    """AutoTokenizer.from_pretrained, but it never runs code from the tokenizer's files and never
+    asks on the terminal whether to.
 
-    Raises CustomCodeError where it would have to, and whatever else the library raises.
+    Raises:
+        CustomCodeError: the tokenizer cannot be loaded without its code.
+        Exception: whatever else the library raises.
     """
     from transformers import AutoTokenizer
 
@@ -174,13 +184,13 @@ def without_custom_code(name: str | Path, local_files_only: bool = True) -> PreT
             raise
         raise CustomCodeError(
             "its files name Python code to load it with (auto_map), and such code is never run; "
-            "give its tokenizer.json alone, or another tokenizer"
+            "use its tokenizer.json alone, or another tokenizer"
         ) from None
     return loaded
 
 
 def read_tokenizer(file: Path, flag: str) -> Tokenizer:
-    """A tokenizer.json without transformers; ValueError, naming `flag`, where it is not one."""
+    """Load a tokenizer.json without transformers; InputError, naming `flag`, if it is not one."""
     from tokenizers import Tokenizer
 
     try:
@@ -189,43 +199,47 @@ def read_tokenizer(file: Path, flag: str) -> Tokenizer:
         raise InputError(f"{flag} {file}: not a tokenizer.json: {one_line(error)}") from None
 
 
-def encode(tokeniser: Tokenizer, texts: list[str], flag: str) -> list[Encoding]:
-    """Token ids of texts without special tokens; ValueError, naming `flag` and what stands there
-    that the tokenizer has no token for."""
+def encode(tokenizer: Tokenizer, texts: list[str], flag: str) -> list[Encoding]:
+    """Encode texts without special tokens.
+
+    Raises:
+        InputError: the tokenizer has no token for a word, which the message names beside `flag`.
+    """
     try:
-        return tokeniser.encode_batch_fast(texts, add_special_tokens=False)
+        return tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     except Exception as error:  # the library raises nothing more precise
         raise InputError(
-            f"{flag}: it cannot encode {_unknown(tokeniser, texts)!r} ({one_line(error)}); give a "
-            "tokenizer with an unknown token, or one that knows every byte"
+            f"{flag}: it cannot encode {_unknown(tokenizer, texts)!r} ({one_line(error)}); use a "
+            "tokenizer with an unknown token, or a byte-level one"
         ) from None
 
 
-def _unknown(tokeniser: Tokenizer, texts: list[str]) -> str:
-    """The first word, or text, that cannot be encoded, cut to a length for a message."""
+def _unknown(tokenizer: Tokenizer, texts: list[str]) -> str:
+    """The first word or text that cannot be encoded, shortened for a message."""
     for text in texts:
-        normalised = tokeniser.normalizer.normalize_str(text) if tokeniser.normalizer else text
-        split = tokeniser.pre_tokenizer
+        normalised = tokenizer.normalizer.normalize_str(text) if tokenizer.normalizer else text
+        split = tokenizer.pre_tokenizer
         words = [w for w, _ in split.pre_tokenize_str(normalised)] if split else [normalised]
         for word in words:
             try:
-                tokeniser.model.tokenize(word)
+                tokenizer.model.tokenize(word)
             except Exception:
                 return word[:40]
     return texts[0][:40]
 
 
 def write_ids(
-    path: Path, rows: list[str], tokeniser: Tokenizer, dtype: np.dtype, flag: str
+    path: Path, rows: list[str], tokenizer: Tokenizer, dtype: np.dtype, flag: str
 ) -> np.ndarray:
-    """Write the ids of all rows to a new file, end to end; how many each row has, int64 (rows,)."""
+    """Write the token ids of all rows to a new file, concatenated; return the number of tokens of
+    each row, int64, (n_rows,)."""
     from tqdm import tqdm
 
     counts: list[int] = []
     with path.open("wb") as file, tqdm(total=len(rows), unit=" rows", disable=None) as bar:
         texts = with_newlines(rows)
         while batch := list(itertools.islice(texts, ROWS_AT_ONCE)):
-            encodings = encode(tokeniser, batch, flag)
+            encodings = encode(tokenizer, batch, flag)
             ids = np.fromiter(itertools.chain.from_iterable(e.ids for e in encodings), dtype)
             file.write(ids.tobytes())
             counts += [len(e.ids) for e in encodings]
@@ -234,5 +248,5 @@ def write_ids(
 
 
 def with_newlines(rows: Iterable[str]) -> Iterator[str]:
-    """Rows as they are tokenised: each ends in a newline."""
+    """The rows in the form in which they are tokenised: each ends with a newline."""
     return (row if row.endswith("\n") else row + "\n" for row in rows)

@@ -1,18 +1,18 @@
-"""Text to token ids, once per machine, kept as memory-mapped files.
+"""Tokenise a corpus once per machine; keep the token ids as memory-mapped files.
 
     cache_dir/tokens/<corpus>-<tokenizer>-<key>/
         tokenizer/          tokenizer.json, tokenizer_config.json
-        train.bin           token ids of the whole split, uint16 or int32 in this machine's order
+        train.bin           token ids of the whole split, uint16 or int32 in native byte order
         validation.bin
         documents.npz       where the documents of the train split begin, and their sources
-        topics-<key>.npz    the documents' topics, made when they are first asked for
-        entry.json          what the entry holds, with checksums (entry.py); written last, but for
-                            topics, which carry their own
+        topics-<key>.npz    the documents' topics, computed when they are first needed
+        entry.json          manifest with checksums (cache_entry.py), written last; it does not list
+                            the topics, which carry a checksum of their own
 
-The key is a digest of what was asked for: names, and for local files their sizes and times, so
-that a warm start reads no text and a changed file is never served stale. What came from the hub
-is kept under its name until the entry is deleted. The sequence length is no part of the key: it
-only decides how a stream of tokens is cut. An entry that is damaged is named and made again.
+The key is a digest of the request: names, and for local files their sizes and times. A warm start
+therefore reads no text, and a changed file never gets stale tokens. What came from the hub stays
+cached under its name until the entry is deleted. The sequence length is not part of the key, since
+it only decides how the stream of tokens is cut. A damaged entry is reported and rebuilt.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ import math
 import os
 import platform
 import shutil
-import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,22 +35,23 @@ import numpy as np
 
 from fedrun.common.errors import InputError
 from fedrun.common.files import DamagedFile
+from fedrun.common.log import WARNING, log
 from fedrun.common.terminal import visible
 from fedrun.data import corpora
-from fedrun.data.documents import Documents
-from fedrun.data.entry import (
-    content_sum,
+from fedrun.data.cache_entry import (
+    content_digest,
     entry_name,
+    lock_entry,
     naming_cache_dir,
-    only_one,
     read_manifest,
-    seal,
+    write_manifest,
 )
-from fedrun.data.reading import Reading
+from fedrun.data.documents import Documents
+from fedrun.data.text_options import TextOptions
 from fedrun.data.tokenizer import (
+    load_without_custom_code,
     save_tokenizer,
     tokenizer_name,
-    without_custom_code,
     write_ids,
 )
 from fedrun.data.topics import Topics, find_topics
@@ -61,7 +60,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-TOPICS_LAYOUT = 2  # raise it when the same documents would get other topics
+TOPICS_LAYOUT = 2  # raise it when the same documents would get different topics
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,8 @@ class TokenData:
     """The token sequences of a corpus.
 
     `train` and `validation` are read-only memory maps, (n_sequences, sequence_length), uint16 or
-    int32 by vocabulary size. `fingerprint` is JSON-able and equal on two machines exactly where
-    text, tokenizer, cut and tokenizer library are.
+    int32 depending on the vocabulary size. `fingerprint` is JSON-able; it is equal on two machines
+    if and only if text, tokenizer, sequence length and version of the tokenizer library are.
     """
 
     train: np.ndarray
@@ -79,97 +78,81 @@ class TokenData:
     fingerprint: dict[str, Any]
     tokenizer_path: Path
     content: str = field(default="", kw_only=True)
-    """Digest of the token ids as they were written."""
+    """Digest of the token ids, computed when they were written."""
     tokenizer_json: bytes = field(default=b"", kw_only=True)
-    """The tokenizer, kept in memory: the cache may be deleted under a run."""
+    """tokenizer.json, kept in memory because the cache may be deleted during a run."""
 
     def reopen(self) -> TokenData:
-        """The same, mapped from the files that lie in the cache now: an entry that was made again
-        took the place of the one before.
+        """Map the cached files again, in case the entry has been rebuilt since.
 
-        Raises ValueError where its text is another.
+        Raises:
+            InputError: the entry is gone or holds another text.
         """
         entry = self.tokenizer_path.parent
-        body = read_manifest(entry, large=False)
+        body = read_manifest(entry, check_tokens=False)
         if body is None or not body["fingerprint"].items() <= self.fingerprint.items():
-            raise InputError(f"--dataset {self.fingerprint['dataset']}: it is no longer the text "
-                             f"that {entry} was made from; start again")
+            raise InputError(f"--dataset {self.fingerprint['dataset']}: {entry} is gone "
+                             "or holds another text now; start again")
         length = self.fingerprint["sequence_length"]
         return replace(self, train=_sequences(entry, body, "train", length),
                        validation=_sequences(entry, body, "validation", length),
-                       content=content_sum(body))
+                       content=content_digest(body))
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer without transformers, whose import takes longer than what it is for."""
+        """The tokenizer, loaded without transformers, which takes longer to import than to use."""
         from tokenizers import Tokenizer
 
         return Tokenizer.from_buffer(self.tokenizer_json)
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The fast tokenizer that made the tokens, from the cache."""
-        return without_custom_code(self.tokenizer_path)
+        """The tokenizer as a fast tokenizer of transformers, from the cache."""
+        return load_without_custom_code(self.tokenizer_path)
 
     def load_documents(self) -> Documents:
-        """The documents of the train split, by tokens (the part that is cut off included)."""
+        """The documents of the train split, in tokens, including the remainder that is cut off."""
         return Documents.load(self.tokenizer_path.parent / "documents.npz")
 
     def load_topics(self) -> Topics:
-        """Their topics, found now or by an earlier or concurrent process; kept in the cache, unless
-        it may only be read.
+        """The topics of the train split's documents.
+
+        They are computed once and cached; where the cache is read-only, in each process.
 
         Raises:
-            ValueError: the cache has no room.
-            TimeoutError: another process has been at it for an hour.
+            InputError: the cache cannot be written, for another reason than being read-only.
+            TimeoutError: another process has been computing them for an hour.
         """
         entry = self.tokenizer_path.parent
         version = importlib.metadata.version("scikit-learn")
         file = entry / f"topics-{TOPICS_LAYOUT}-{version}.npz"
-        held = _read_topics(file)
-        if held is None:
-            with naming_cache_dir(entry):
-                try:
-                    with only_one(entry, "the topics of its documents", _to_stderr):
-                        held = _read_topics(file, say=lambda line: None)
-                        if held is None:
-                            partial = entry / "topics.partial.npz"
-                            self._find_topics().save(partial)
-                            partial.rename(file)
-                            held = Topics.load(file)
-                except OSError as error:
-                    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                        raise
-                    held = self._find_topics()
-        return held
+        try:
+            return Topics.load(file)
+        except FileNotFoundError:
+            pass
+        except DamagedFile as error:
+            log(f"{error}; computing the topics again", WARNING)
+        with naming_cache_dir(entry):
+            try:
+                with lock_entry(entry, "the topics of its documents"):
+                    with suppress(FileNotFoundError, DamagedFile):
+                        return Topics.load(file)  # another process has computed them
+                    partial = entry / "topics.partial.npz"
+                    self._find_topics().save(partial)
+                    partial.rename(file)
+                    return Topics.load(file)
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                    raise
+                return self._find_topics()
 
     def _find_topics(self) -> Topics:
         started = time.perf_counter()
         stream = np.memmap(self.tokenizer_path.parent / "train.bin", self.train.dtype, mode="r")
         starts = self.load_documents().starts
         found = find_topics(stream, starts, self.vocab_size)
-        _to_stderr(f"found topics among {len(starts) - 1:,} documents in "
-                   f"{time.perf_counter() - started:.1f} s")
+        log(f"found topics among {len(starts) - 1:,} documents in "
+            f"{time.perf_counter() - started:.1f} s")
         return found
-
-
-def _to_stderr(line: str) -> None:
-    print(visible(line), file=sys.stderr, flush=True)
-
-
-def _visibly(say: Callable[[str], None]) -> Callable[[str], None]:
-    """What is said names folders, files and columns of others."""
-    return lambda line: say(visible(line))
-
-
-def _read_topics(file: Path, say: Callable[[str], None] = _to_stderr) -> Topics | None:
-    """The topics in a file; None where there is none, or it is damaged, which is said."""
-    try:
-        return Topics.load(file)
-    except FileNotFoundError:
-        return None
-    except DamagedFile as error:
-        say(f"{error}; the topics are found again")
-        return None
 
 
 def prepare(
@@ -177,29 +160,29 @@ def prepare(
     tokenizer: str,
     sequence_length: int,
     cache_dir: Path,
-    say: Callable[[str], None] = print,
-    reading: Reading = Reading(),  # noqa: B008
+    options: TextOptions = TextOptions(),  # noqa: B008
     check: bool = True,
 ) -> TokenData:
-    """Token sequences of `dataset`, tokenised now or by an earlier or concurrent process.
+    """Token sequences of `dataset`, from the cache, which is filled first if necessary.
 
-    Every split is tokenised row by row, without special tokens, each row ending in a newline;
-    concatenated, and cut into sequences of `sequence_length` tokens that do not overlap. The
-    remainder is dropped. Any number of processes of a machine may call this at once; without
-    `check` token ids are not compared with their checksums, which `verify` does. `reading` says
-    which text the dataset's name stands for, as far as the user has a say in it.
+    Each split is tokenised row by row, without special tokens and with a newline at the end of each
+    row. The tokens are concatenated and cut into sequences of `sequence_length` tokens that do not
+    overlap; the remainder is dropped. Any number of processes of a machine may call this at once.
 
+    Args:
+        options: the flags that decide which text is read.
+        check: whether to compare the token ids with their checksums. Without it they are trusted
+            until `verify` has compared them.
     Raises:
-        ValueError: a flag's value that cannot work: unknown, no text, too few tokens.
+        InputError: a flag has a value that does not work: unknown, no text, too few tokens.
         ConnectionError: the hub is needed and cannot be reached.
         TimeoutError: another process has been preparing the same tokens for an hour.
     """
     assert sequence_length > 0
-    say = _visibly(say)
-    entry = cache_dir.expanduser() / "tokens" / entry_name(dataset, tokenizer, reading)
-    meta = _whole_entry(entry, dataset, tokenizer, reading, say, check)
+    entry = cache_dir.expanduser() / "tokens" / entry_name(dataset, tokenizer, options)
+    meta = _load_or_build(entry, dataset, tokenizer, options, check)
     if meta["read"]:
-        say(meta["read"])
+        log(visible(meta["read"]))
     for split in ("train", "validation"):
         _require_tokens(meta, split, sequence_length, dataset)
     train, validation = (
@@ -212,24 +195,27 @@ def prepare(
         "validation_sequences": len(validation),
     }
     vocab_size = meta["fingerprint"]["vocab_size"]
-    say(
+    log(visible(
         f"{fingerprint['dataset']} with {fingerprint['tokenizer']} (vocabulary of "
         f"{vocab_size:,}): {len(train):,} train and {len(validation):,} validation sequences of "
         f"{sequence_length} tokens; validation is {fingerprint['validation_from']}"
-    )
+    ))
     return TokenData(
         train, validation, vocab_size, fingerprint, entry / "tokenizer",
-        content=content_sum(meta),
+        content=content_digest(meta),
         tokenizer_json=(entry / "tokenizer" / "tokenizer.json").read_bytes(),
     )
 
 
-def verify(dataset: str, tokenizer: str, cache_dir: Path, say: Callable[[str], None],
-           reading: Reading = Reading()) -> None:  # noqa: B008
-    """Compare every cached file of a corpus with its checksum (about 1 GB/s); what is damaged is
-    named and made again. Raises what `prepare` does; maps of the files before keep the damage."""
-    entry = cache_dir.expanduser() / "tokens" / entry_name(dataset, tokenizer, reading)
-    _whole_entry(entry, dataset, tokenizer, reading, say, check=True)
+def verify(dataset: str, tokenizer: str, cache_dir: Path,
+           options: TextOptions = TextOptions()) -> None:  # noqa: B008
+    """Compare all cached files of a corpus with their checksums (about 1 GB/s).
+
+    A damaged entry is reported and rebuilt. Files that were mapped before keep the damage: call
+    `TokenData.reopen`. Raises the errors of `prepare`.
+    """
+    entry = cache_dir.expanduser() / "tokens" / entry_name(dataset, tokenizer, options)
+    _load_or_build(entry, dataset, tokenizer, options, check=True)
 
 
 def _require_tokens(
@@ -242,7 +228,7 @@ def _require_tokens(
         other = f", or --val_fraction {share:g}" * (split == "validation" and share <= 0.5)
         raise InputError(
             f"--sequence_length {sequence_length}: the {split} split of --dataset {dataset} has "
-            f"only {tokens} tokens, {sequence_length - tokens} too few for one sequence; take "
+            f"only {tokens} tokens, {sequence_length - tokens} too few for one sequence; use "
             f"shorter sequences or a larger dataset{other}"
         )
 
@@ -254,63 +240,59 @@ def _sequences(
     shape = (tokens // sequence_length, sequence_length)
     path = entry / f"{split}.bin"
     with path.open("rb") as file:
-        # Reading beyond the end of a mapped file kills the process, so its size is looked at once
-        # more, of the very file that is mapped.
+        # Reading past the end of a mapped file kills the process, so check the size once more, on
+        # the very file that is mapped.
         if os.fstat(file.fileno()).st_size != meta["files"][path.name]["bytes"]:
-            raise DamagedFile(f"{path} has changed while it was opened; start again")
+            raise DamagedFile(f"{path} changed while it was being opened; start again")
         return np.memmap(file, meta["dtype"], mode="r", shape=shape)
 
 
-# ---------------------------------------------------------------------------------------------
-# Cache entries
+# ---- cache entries ------------------------------------------------------------------------------
 
-
-def _whole_entry(
-    entry: Path, dataset: str, tokenizer: str, reading: Reading, say: Callable[[str], None],
-    check: bool,
-) -> dict[str, Any]:
-    """What `entry` holds, made now where it is absent or damaged."""
+def _load_or_build(entry: Path, dataset: str, tokenizer: str, options: TextOptions, check: bool
+                   ) -> dict[str, Any]:
+    """The manifest of `entry`, which is built first where it is missing or damaged."""
     damage = ""
     try:
         if (meta := read_manifest(entry, check)) is not None:
             return meta
     except DamagedFile as error:
         damage = str(error)
-        say(f"{damage}; it is made again")
     with naming_cache_dir(entry, damage):
         entry.parent.mkdir(parents=True, exist_ok=True)
-        with only_one(entry, f"{dataset} with {tokenizer}", say):
+        with lock_entry(entry, f"{dataset} with {tokenizer}"):
             with suppress(DamagedFile):
                 if (meta := read_manifest(entry, check)) is not None:
-                    return meta  # another process has made it
-            return _build(entry, dataset, tokenizer, say, reading)
+                    return meta  # another process has built it
+            if damage:  # reported by the process that repairs it, not by every rank
+                log(visible(f"{damage}; rebuilding it"), WARNING)
+            return _build(entry, dataset, tokenizer, options)
 
 
-def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None], reading: Reading
-           ) -> dict[str, Any]:
-    """Write `entry` beside its place, then move it there whole. Under its lock."""
+def _build(entry: Path, dataset: str, tokenizer: str, options: TextOptions) -> dict[str, Any]:
+    """Write the files into a folder beside `entry`, then rename it. Call with the entry locked."""
     started = time.perf_counter()
-    corpus = corpora.load_corpus(dataset, reading)
+    corpus = corpora.load_corpus(dataset, options)
     work, damaged = Path(f"{entry}.partial"), Path(f"{entry}.damaged")
     for leftover in (work, damaged):
         shutil.rmtree(leftover, ignore_errors=True)
     work.mkdir()
-    say(f"tokenising {corpus.name} with {tokenizer}, once on this machine")
-    tokeniser = save_tokenizer(tokenizer, corpus, work / "tokenizer")
-    vocab_size = max(tokeniser.get_vocab().values()) + 1
+    log(visible(f"tokenising {corpus.name} with {tokenizer}, once on this machine"))
+    loaded = save_tokenizer(tokenizer, corpus, work / "tokenizer")
+    vocab_size = max(loaded.get_vocab().values()) + 1
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
     rows = {"train": corpus.train, "validation": corpus.validation}
     row_tokens = {
         split: write_ids(
-            work / f"{split}.bin", rows[split], tokeniser, dtype, f"--tokenizer {tokenizer}"
+            work / f"{split}.bin", rows[split], loaded, dtype, f"--tokenizer {tokenizer}"
         )
         for split in rows
     }
     tokens = {split: int(row_tokens[split].sum()) for split in rows}
     documents = corpus.documents.in_tokens(row_tokens["train"])
     documents.save(work / "documents.npz")
-    # The library's threads do not survive a fork, and every fork after their use makes it warn.
-    # What is left to do, single samples, needs none.
+    # The library's threads do not survive a fork, and it warns at every fork after it has used
+    # them. From here on only single samples are tokenised, which needs no threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer_json = (work / "tokenizer" / "tokenizer.json").read_bytes()
     fingerprint: dict[str, Any] = {
@@ -328,10 +310,11 @@ def _build(entry: Path, dataset: str, tokenizer: str, say: Callable[[str], None]
     }
     if dataset == "pydocs":
         fingerprint["python_version"] = platform.python_version()
-    meta = seal(work, {"dtype": dtype.str, "fingerprint": fingerprint, "read": corpus.read})
-    if entry.exists():  # other processes may read of it what is not damaged
+    meta = write_manifest(
+        work, {"dtype": dtype.str, "fingerprint": fingerprint, "read": corpus.read})
+    if entry.exists():  # other processes may be reading its undamaged files
         entry.rename(damaged)
     work.rename(entry)
     shutil.rmtree(damaged, ignore_errors=True)
-    say(f"tokenised {sum(tokens.values()):,} tokens in {time.perf_counter() - started:.1f} s")
+    log(f"tokenised {sum(tokens.values()):,} tokens in {time.perf_counter() - started:.1f} s")
     return meta

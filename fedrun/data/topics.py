@@ -1,8 +1,8 @@
-"""Topics of documents, in place of the labels that text does not have.
+"""Topics of documents, which take the place of class labels in partitions of text.
 
 Documents are counts of token ids, weighted by TF-IDF (Salton & Buckley 1988, logarithmic term
 frequency), projected by latent semantic analysis (Deerwester et al. 1990) and grouped by k-means.
-Topics are a property of the corpus: they depend on no seed of a run.
+Topics are a property of the corpus and do not depend on a run's seed.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ import numpy as np
 from fedrun.common.errors import one_line
 from fedrun.common.files import DamagedFile, read_regular
 
-TOPICS = 10  # few enough to tell apart in a figure, and to be large in a corpus of 50 documents
-FITTED_ON = 10_000  # documents that topics are found on; any others are assigned to them
+TOPICS = 10  # few enough to distinguish in a figure, and to be large with 50 documents
+FITTED_ON = 10_000  # documents that topics are fitted on; the rest are assigned to them
 DIMENSIONS = 50  # of the projection
-TYPICAL = 100  # tokens that are kept for a topic's name
+TYPICAL = 100  # tokens kept for naming a topic
 TOKENS_AT_ONCE = 2**22
-LARGEST = 2**34  # bytes of a file of topics
+LARGEST = 2**34  # bytes; a larger file is not read
 
 
 @dataclass(frozen=True)
 class Topics:
-    """The topic of every document; topics are numbered from the one with the most tokens on."""
+    """The topic of every document; topic 0 has the most tokens, and so on."""
 
     of_document: np.ndarray
     """int64, (n_documents,)"""
     typical: np.ndarray
-    """int64, (n_topics, up to TYPICAL): the token ids that set each topic apart, best first."""
+    """int64, (n_topics, <= TYPICAL): each topic's most characteristic token ids, best first."""
 
     def save(self, path: Path) -> None:
         np.savez(path, of_document=self.of_document, typical=self.typical, sha256=self._sha256())
 
     @classmethod
     def load(cls, path: Path) -> Topics:
-        """Raises FileNotFoundError, or DamagedFile where it does not hold what `save` wrote."""
+        """Raises FileNotFoundError, or DamagedFile if the content is not what `save` wrote."""
         try:
             with np.load(io.BytesIO(read_regular(path, LARGEST)), allow_pickle=False) as held:
                 topics, recorded = cls(held["of_document"], held["typical"]), str(held["sha256"])
         except FileNotFoundError:
             raise
-        except Exception as error:  # zipfile, zlib and numpy raise many kinds
+        except Exception as error:  # zipfile, zlib and numpy raise many types
             raise DamagedFile(f"{path} is damaged: {one_line(error)}") from None
         if recorded != topics._sha256():
             raise DamagedFile(f"{path} is damaged: it does not match its checksum")
@@ -62,7 +62,7 @@ class Topics:
 
 
 def find_topics(stream: np.ndarray, starts: np.ndarray, vocab_size: int) -> Topics:
-    """At most TOPICS topics among documents; fewer where there are fewer different documents.
+    """Group documents into at most TOPICS topics, fewer if there are fewer different documents.
 
     Args:
         stream: token ids, (n_tokens,)
@@ -80,12 +80,12 @@ def find_topics(stream: np.ndarray, starts: np.ndarray, vocab_size: int) -> Topi
     chosen = np.zeros(n_documents, dtype=bool)
     order = np.random.default_rng(0).permutation(n_documents)
     chosen[order[:FITTED_ON]] = True
-    # One thread: with more, sums in k-means take another order from run to run. The share of the
-    # variance, which nobody asks for here, is 0/0 where all documents are equal.
+    # One thread: with more, k-means adds in an order that changes from run to run. errstate: the
+    # explained variance, which is not used here, is 0/0 if all documents are equal.
     with threadpool_limits(1), np.errstate(invalid="ignore"):
         counts = sparse.vstack([part[chosen[span]] for span, part in
                                 _counts(stream, starts, vocab_size)], format="csr")
-        words = _telling(counts)
+        words = _distinguishing_tokens(counts)
         if len(words) < 2:  # a text of one token
             return Topics(np.zeros(n_documents, dtype=np.int64), words[None, :TYPICAL])
         tfidf = TfidfTransformer(sublinear_tf=True)
@@ -112,7 +112,8 @@ def find_topics(stream: np.ndarray, starts: np.ndarray, vocab_size: int) -> Topi
 
 def _counts(stream: np.ndarray, starts: np.ndarray, vocab_size: int
             ) -> Iterator[tuple[slice, Any]]:
-    """Token counts of some documents at a time: which, and a sparse (documents, vocab_size)."""
+    """Token counts, a block of documents at a time: a slice of the documents, and a sparse matrix
+    (documents in the block, vocab_size)."""
     from scipy import sparse
 
     first = 0
@@ -120,7 +121,7 @@ def _counts(stream: np.ndarray, starts: np.ndarray, vocab_size: int
         limit = int(np.searchsorted(starts, starts[first] + TOKENS_AT_ONCE, side="right")) - 1
         last = max(first + 1, limit)
         ids = np.asarray(stream[starts[first]:starts[last]], dtype=np.int32)
-        # A document's tokens are the column indices of its row; equal ones are then added up.
+        # The tokens of a document are the column indices of its row; duplicates are summed below.
         part = sparse.csr_matrix((np.ones(len(ids), np.float32), ids,
                                   starts[first:last + 1] - starts[first]),
                                  shape=(last - first, vocab_size))
@@ -129,9 +130,9 @@ def _counts(stream: np.ndarray, starts: np.ndarray, vocab_size: int
         first = last
 
 
-def _telling(counts: Any) -> np.ndarray:
-    """Tokens that tell documents apart: in two or more, and in at most half of them; all tokens
-    where there is no pair of such."""
+def _distinguishing_tokens(counts: Any) -> np.ndarray:
+    """The tokens that distinguish documents: those in at least two and at most half of them; all
+    tokens if there are fewer than two such."""
     n_documents, vocab_size = counts.shape
     holding = np.bincount(counts.indices, minlength=vocab_size)
     words = np.flatnonzero((holding >= 2) & (2 * holding <= n_documents))

@@ -214,4 +214,4 @@ def _download(name: str, flag: str) -> Path:
     except RepositoryNotFoundError as error:
         raise InputError(f"{flag} {name}: neither a folder nor a model of the hub") from error
     except Exception as error:  # the library raises many kinds
-        raise hub.hub_out_of_reach(flag, name, error) from error
+        raise hub.hub_unreachable(flag, name, error) from error

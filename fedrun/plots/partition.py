@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from fedrun.data.holdings import ShardStats
+from fedrun.data.shard_stats import ShardStats
 from fedrun.plots import style
 
 # Tol's muted scheme, ordered so that neighbours in a bar differ in lightness too; letters on the

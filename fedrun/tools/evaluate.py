@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,8 @@ import numpy as np
 
 from fedrun.common.errors import InputError
 from fedrun.common.files import finite
-from fedrun.data.reading import Reading, reading_of
+from fedrun.common.log import print_log
+from fedrun.data.text_options import TextOptions, text_options_of
 from fedrun.tools.common import model_parser, need_tokenizer, parse
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
 
     import torch
 
-    from fedrun.data.corpora import ALL_OF_IT
+    from fedrun.data.corpora import ALL_OF_THE_TEXT
     from fedrun.data.tokens import prepare
     from fedrun.model.pretrained import find_pretrained
     from fedrun.training.evaluate import mean_loss, perplexity, validation_pieces
@@ -61,24 +61,25 @@ def main(argv: Sequence[str]) -> int:
         else args.sequence_length
     if length < 2:
         raise InputError(f"--sequence_length {length}: accepted is a whole number of at least 2")
-    dataset, reading = _asked(args, found.settings)
+    dataset, options = _asked(args, found.settings)
+    print_log(to_stderr=True)
     try:
         data = prepare(dataset, str(need_tokenizer(found, args.tokenizer)), length, args.cache_dir,
-                       say=lambda line: print(line, file=sys.stderr, flush=True), reading=reading)
+                       options=options)
     except ValueError as error:
         raise InputError(str(error).replace("--validation_split", "--split")) from error
     if data.vocab_size > found.vocab_size:
         raise InputError(f"--tokenizer {args.tokenizer}: not the tokenizer of {args.model}, which "
                          f"knows {found.vocab_size} tokens")
     model = found.build(torch.bfloat16 if args.dtype == "bf16" else torch.float32).to(device)
-    whole = data.fingerprint["validation_from"] == ALL_OF_IT
+    whole = data.fingerprint["validation_from"] == ALL_OF_THE_TEXT
     pieces = validation_pieces(model, data.train if args.split == "train" else data.validation,
                                device)
     if whole:
         pieces += [(len(pieces) + n, loss, count) for n, loss, count in
                    validation_pieces(model, _rest(data, length), device)]
     loss = mean_loss(pieces)
-    split = "all" if whole else args.split or reading.validation_split or "validation"
+    split = "all" if whole else args.split or options.validation_split or "validation"
     told = {"model": args.model, "dataset": dataset, "split": split, "loss": loss,
             "perplexity": perplexity(loss), "tokens": sum(n for *_, n in pieces),
             "sequence_length": length, "dtype": args.dtype}
@@ -86,19 +87,19 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _asked(args: argparse.Namespace, settings: Mapping[str, Any]) -> tuple[str, Reading]:
+def _asked(args: argparse.Namespace, settings: Mapping[str, Any]) -> tuple[str, TextOptions]:
     """The dataset to read, and how: the run's own as for its training, unless flags differ."""
     own = settings.get("dataset", "wikitext-2")
     dataset = own if args.dataset is None else args.dataset
-    reading = reading_of(settings) if dataset == own else Reading()
+    options = text_options_of(settings) if dataset == own else TextOptions()
     if args.text_column is not None or args.encoding is not None:
-        reading = dataclasses.replace(reading, text_column=args.text_column or reading.text_column,
-                                      encoding=args.encoding or reading.encoding)
+        options = dataclasses.replace(options, text_column=args.text_column or options.text_column,
+                                      encoding=args.encoding or options.encoding)
     if args.split not in (None, "train", "validation"):
-        reading = dataclasses.replace(reading, validation_split=args.split, val_fraction=None)
+        options = dataclasses.replace(options, validation_split=args.split, val_fraction=None)
     # Of other text all is scored; where a split is named, or of the run's own, what it is there.
     return dataset, dataclasses.replace(
-        reading, hold_out=dataset == own or args.split in ("train", "validation"))
+        options, hold_out=dataset == own or args.split in ("train", "validation"))
 
 
 def _rest(data: TokenData, length: int) -> np.ndarray:

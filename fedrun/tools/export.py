@@ -85,11 +85,11 @@ def export(found: Pretrained, form: str, out: Path) -> None:
 def _write_hf(found: Pretrained, weights: dict[str, Any], tokenizer: Path, out: Path) -> None:
     from safetensors.torch import save
 
-    from fedrun.data.tokenizer import without_custom_code
+    from fedrun.data.tokenizer import load_without_custom_code
     from fedrun.model.convert import to_transformers, to_transformers_config
     config = to_transformers_config(found.model, found.vocab_size)
     config.architectures = ["Mamba2ForCausalLM"]
-    loaded = without_custom_code(tokenizer)
+    loaded = load_without_custom_code(tokenizer)
     config.bos_token_id, config.eos_token_id = loaded.bos_token_id, loaded.eos_token_id
     config.pad_token_id = loaded.eos_token_id if loaded.pad_token_id is None \
         else loaded.pad_token_id

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedrun.common.errors import naming
+from fedrun.common.log import print_log
 from fedrun.common.terminal import say, visible
 from fedrun.flags import Parser, add_flags, method_settings, resolve
 from fedrun.unused import idle
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fedrun.config import FederatedConfig
-    from fedrun.data.holdings import ShardStats
+    from fedrun.data.shard_stats import ShardStats
     from fedrun.data.tokens import TokenData
 
 # The settings of a federated run that decide its partition.
@@ -52,17 +53,17 @@ def main(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from fedrun.config import FederatedConfig
-    from fedrun.data.holdings import holdings
+    from fedrun.data.shard_stats import describe_shards
     from fedrun.data.tokens import prepare
-    from fedrun.experiment import deal
+    from fedrun.experiment import shards_of
     from fedrun.plots import style
     from fedrun.plots.partition import partition_figure
 
     assert isinstance(config, FederatedConfig)
+    print_log(to_stderr=True)
     data = prepare(config.dataset, config.tokenizer, config.sequence_length, config.cache_dir,
-                   say=lambda line: print(line, file=sys.stderr, flush=True),
-                   reading=config.reading)
-    held = holdings(data, deal(config, data).train, config.seed)
+                   options=config.text_options)
+    held = describe_shards(data, shards_of(config, data).train, config.seed)
     topics = topic_names(data)
     console = Console(markup=False, emoji=False)
     console.print(holdings_table(held, topics, title(config, data)))

@@ -115,7 +115,7 @@ def _same_corpus(config: RunConfig) -> bool:
 @functools.cache
 def _content(dataset: str, tokenizer: str, length: int, cache_dir: Path) -> str:
     from fedrun.data.tokens import prepare
-    data = prepare(dataset, tokenizer, length, cache_dir, say=lambda line: None)
+    data = prepare(dataset, tokenizer, length, cache_dir)
     return corpus_digests(data.fingerprint)["content"]
 
 

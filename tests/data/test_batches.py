@@ -1,4 +1,4 @@
-"""Batches: who sees which sequence, and when."""
+"""Batches: which sequences a client sees at which step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def stream(n_sequences: int, batch_size: int, seed: int, client: int, passes: int) -> np.ndarray:
-    """The reference: the permutations of the first passes, written one after the other."""
+    """The reference: the permutations of the first passes, concatenated."""
     return np.concatenate(
         [np.random.default_rng([seed, client, p]).permutation(n_sequences) for p in range(passes)]
     )

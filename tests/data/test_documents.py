@@ -1,4 +1,4 @@
-"""Documents and their topics: what belongs together, on real text and on made."""
+"""Documents and their topics, on real and on generated text."""
 
 from __future__ import annotations
 
@@ -17,16 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedrun.config import Partition
-from fedrun.data import entry, tokens, topics
+from fedrun.data import cache_entry, tokens, topics
 from fedrun.data.corpora import load_corpus
 from fedrun.data.documents import Documents, find_documents
 from fedrun.data.partition import client_shards
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.data.topics import find_topics
-from tests.support.runs import SHARED_DATA
-
-WIKITEXT, GPT2 = SHARED_DATA / "wikitext-2-heldout", SHARED_DATA / "gpt2"
-
+from tests.support.texts import GPT2, WIKITEXT, needs_shared_data
 
 # ---- documents ----------------------------------------------------------------------------------
 
@@ -56,10 +53,9 @@ def test_rows_without_headings_are_documents() -> None:
     assert (found.kind, len(found), found.sources) == ("a row", 3, [])
 
 
-@pytest.mark.skipif(not WIKITEXT.is_dir() or not GPT2.is_dir(),
-                    reason="no real text and tokenizer in ../shared/data")
+@needs_shared_data
 def test_real_wikitext_has_its_articles_and_tells_their_topics(tmp_path: Path) -> None:
-    data = prepare(str(WIKITEXT), str(GPT2), 256, tmp_path, lambda line: None)
+    data = prepare(str(WIKITEXT), str(GPT2), 256, tmp_path)
     documents, tokenizer = data.load_documents(), data.load_tokenizer()
     assert len(documents) == 60  # as many as WikiText's test split is known to have
     assert {"Du Fu", "Kiss You ( One Direction song )"} <= set(documents.sources)
@@ -127,15 +123,15 @@ def test_files_that_lie_together_have_no_sources_and_a_lone_one_has_paragraphs(t
 
 
 def test_a_cache_of_another_layout_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = entry.entry_name("pydocs", "bpe:400")
-    monkeypatch.setattr(entry, "LAYOUT", 1)
-    assert entry.entry_name("pydocs", "bpe:400") != now
+    now = cache_entry.entry_name("pydocs", "bpe:400")
+    monkeypatch.setattr(cache_entry, "LAYOUT", 1)
+    assert cache_entry.entry_name("pydocs", "bpe:400") != now
 
 
 # ---- topics -------------------------------------------------------------------------------------
 
 def planted(n_documents: int = 120, n_topics: int = 4) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A stream of documents whose tokens are half their topic's own; starts; each one's topic."""
+    """Documents of which half the tokens occur in their topic only: stream, starts, topics."""
     random = np.random.default_rng(5)
     topic = random.choice(n_topics, size=n_documents, p=[0.4, 0.3, 0.2, 0.1])
     lengths = random.integers(60, 120, size=n_documents)
@@ -172,19 +168,20 @@ def test_few_or_equal_documents_have_fewer_topics(n_documents: int) -> None:
 
 
 def test_topics_are_found_once_and_alike_whatever_the_threads(
-        tmp_path: Path, pydocs_tokens: TokenData, capsys: pytest.CaptureFixture[str],
+        tmp_path: Path, pydocs_tokens: TokenData, caplog: pytest.LogCaptureFixture,
         monkeypatch: pytest.MonkeyPatch) -> None:
-    code = ("import sys; from pathlib import Path; from fedrun.data.tokens import prepare\n"
-            f"data = prepare('pydocs', 'bpe:4096', 64, Path({str(tmp_path)!r}), lambda line: 0)\n"
+    code = ("from pathlib import Path; from fedrun.common.log import print_log\n"
+            "from fedrun.data.tokens import prepare\nprint_log(to_stderr=True)\n"
+            f"data = prepare('pydocs', 'bpe:4096', 64, Path({str(tmp_path)!r}))\n"
             "print(data.load_topics().of_document.tolist())")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
                           env={"PATH": "", "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"})
     assert "found topics among" in done.stderr
     assert json.loads(done.stdout) == pydocs_tokens.load_topics().of_document.tolist()
-    capsys.readouterr()
+    caplog.set_level("INFO", "fedrun")
     monkeypatch.setattr(tokens, "find_topics", None)
     assert pydocs_tokens.load_topics().of_document.max() == topics.TOPICS - 1
-    assert capsys.readouterr().err == ""
+    assert not caplog.messages
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -206,7 +203,7 @@ def test_topics_are_found_beside_a_cache_that_may_only_be_read(
     def read_only(path: Path, *_: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
     write_files(tmp_path / "texts")
-    data = prepare(str(tmp_path / "texts"), "bpe:300", 16, tmp_path, lambda line: None)
+    data = prepare(str(tmp_path / "texts"), "bpe:300", 16, tmp_path)
     with monkeypatch.context() as mounted:
         mounted.setattr("fedrun.common.locks.acquire", read_only)
         found = data.load_topics()
@@ -217,7 +214,7 @@ def test_topics_are_found_beside_a_cache_that_may_only_be_read(
 
 def test_topics_that_cannot_be_written_name_the_flag(tmp_path: Path) -> None:
     write_files(tmp_path / "texts")
-    data = prepare(str(tmp_path / "texts"), "bpe:300", 16, tmp_path, lambda line: None)
+    data = prepare(str(tmp_path / "texts"), "bpe:300", 16, tmp_path)
     entry = data.tokenizer_path.parent
     Path(f"{entry}.lock").unlink(missing_ok=True)
     Path(f"{entry}.lock").mkdir()

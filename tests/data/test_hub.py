@@ -17,11 +17,10 @@ from fedrun.data import corpora, hub
 from fedrun.data.corpora import load_corpus
 from fedrun.data.documents import find_documents
 from fedrun.data.tokens import prepare
-from tests.data.test_data import (
-    WITHOUT_NETWORK,
-    python,
-    text_file,
-)
+from tests.support.runs import fresh_python
+from tests.support.texts import text_file
+
+WITHOUT_NETWORK = "--dataset pydocs --tokenizer bpe:8192"
 
 PREPARE = """
 import sys, time
@@ -29,7 +28,7 @@ from pathlib import Path
 from fedrun.data.tokens import prepare
 start = time.perf_counter()
 try:
-    data = prepare(DATASET, TOKENIZER, 16, Path(CACHE), lambda line: None)
+    data = prepare(DATASET, TOKENIZER, 16, Path(CACHE))
     print(len(data.train), data.fingerprint)
 except (ValueError, ConnectionError) as error:
     print(f"{time.perf_counter() - start:.0f} {type(error).__name__} {error}")
@@ -37,11 +36,10 @@ except (ValueError, ConnectionError) as error:
 
 
 def prepare_with_hub(dataset: str, tokenizer: str, cache: Path, **env: str) -> str:
-    """What comes of it in a fresh process, since the hub's libraries read `env` at import."""
+    """The output of PREPARE in a new process, since the hub's libraries read `env` at import."""
     values = {"DATASET": dataset, "TOKENIZER": tokenizer, "CACHE": str(cache)}
     code = "".join(f"{name} = {value!r}\n" for name, value in values.items()) + PREPARE
-    env = {"HF_HOME": str(cache / "hf"), **env}
-    return python(code, **env)
+    return fresh_python(code, env={"HF_HOME": str(cache / "hf"), **env})
 
 
 @pytest.mark.parametrize(
@@ -68,7 +66,7 @@ def test_without_a_network_the_error_comes_at_once_and_says_what_works(
 
 @pytest.fixture
 def silent_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A hub that takes calls and never says a word, as behind some firewalls."""
+    """A hub that accepts connections and never answers, as behind some firewalls."""
     from huggingface_hub import constants
 
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -88,7 +86,7 @@ def test_a_hub_that_never_answers_is_not_waited_for() -> None:
 
 
 class NoSuchRepository(http.server.BaseHTTPRequestHandler):
-    """A hub that is there and has nothing of what is asked for."""
+    """A hub that answers but has no repository."""
 
     def do_HEAD(self) -> None:
         found = self.path in ("", "/")
@@ -113,12 +111,12 @@ def test_a_name_that_the_hub_does_not_know_is_the_users_error(tmp_path: Path) ->
             str(text_file(tmp_path)), "owner/name", tmp_path, HF_ENDPOINT=endpoint
         )
         server.shutdown()
-    assert "ValueError --dataset owner/name: " in dataset
-    assert "ValueError --tokenizer owner/name: " in tokenizer
+    assert "InputError --dataset owner/name: " in dataset
+    assert "InputError --tokenizer owner/name: " in tokenizer
 
 
 def test_what_the_hubs_cache_holds_works_without_a_network(tmp_path: Path) -> None:
-    """The caches are laid out here as the hub's libraries leave them after a download."""
+    """Lays out the caches as the hub's libraries leave them after a download."""
     import datasets
 
     rows = [f"line {n} of a text that was downloaded\n" for n in range(100)]
@@ -136,7 +134,7 @@ def test_what_the_hubs_cache_holds_works_without_a_network(tmp_path: Path) -> No
     info["config_name"] = config
     (cached / "dataset_info.json").write_text(json.dumps(info))
 
-    bpe = prepare(str(text_file(tmp_path)), "bpe:300", 16, tmp_path, lambda line: None)
+    bpe = prepare(str(text_file(tmp_path)), "bpe:300", 16, tmp_path)
     repository = tmp_path / "hf" / "hub" / "models--gpt2"
     shutil.copytree(bpe.tokenizer_path, repository / "snapshots" / ("a" * 40))
     (repository / "snapshots" / ("a" * 40) / "config.json").write_text('{"model_type": "gpt2"}')

@@ -1,4 +1,4 @@
-"""Partitions: every sequence has one owner, and who it is is a matter of the seed alone."""
+"""Partitions: every sequence has one owner, which depends on the seed alone."""
 
 from __future__ import annotations
 
@@ -16,12 +16,19 @@ from hypothesis import strategies as st
 
 from fedrun.central import PooledClients, training_client
 from fedrun.config import Partition
-from fedrun.data.holdings import holdings
-from fedrun.data.partition import apportion, client_shards, deal_topics, deal_whole, shard_sizes
-from fedrun.data.reading import Reading
+from fedrun.data.partition import (
+    Shards,
+    apportion,
+    client_shards,
+    deal_topics,
+    deal_whole,
+    shard_sizes,
+)
+from fedrun.data.shard_stats import describe_shards
+from fedrun.data.text_options import TextOptions
 from fedrun.data.tokens import TokenData, prepare
-from fedrun.experiment import deal
-from fedrun.federation.schedule import Schedule, Shards
+from fedrun.experiment import shards_of
+from fedrun.federation.schedule import Schedule
 from fedrun.flags import resolve
 from fedrun.model.build import new_model
 from fedrun.records.provenance import check_provenance
@@ -163,7 +170,7 @@ def test_a_large_alpha_gives_all_clients_the_mix_of_the_whole() -> None:
 
 def test_a_smaller_alpha_diverges_more_on_real_text(pydocs_tokens: TokenData) -> None:
     def mean_divergence(partition: str, alpha: float = 1.0) -> float:
-        found = [held.divergence for seed in range(3) for held in holdings(
+        found = [held.divergence for seed in range(3) for held in describe_shards(
             pydocs_tokens, client_shards(pydocs_tokens, 6, partition, alpha, 0.0, seed))]
         return float(np.mean(found))
 
@@ -186,17 +193,17 @@ def test_as_many_sources_as_clients_is_one_each() -> None:
     assert np.argmax(sizes) == np.argmax([len(shard) for shard in shards])
 
 
-def test_units_go_to_whoever_lacks_most() -> None:
+def test_units_go_to_the_client_furthest_below_its_size() -> None:
     unit = np.repeat([10, 11, 12, 13], [6, 5, 4, 3])
     owner = deal_whole(unit, np.array([9, 9]), "by_source", None)
     assert owner.tolist() == [0] * 6 + [1] * 5 + [1] * 4 + [0] * 3
 
 
-# ---- what cannot be -----------------------------------------------------------------------------
+# ---- errors -------------------------------------------------------------------------------------
 
-def shards_of(data: TokenData, **flags: object) -> Shards:
+def dealt(data: TokenData, **flags: object) -> Shards:
     config: Any = resolve("fed_avg", flags)
-    return deal(config, data)
+    return shards_of(config, data)
 
 
 def test_a_shard_that_is_too_small_is_named_with_what_is_accepted() -> None:
@@ -207,16 +214,16 @@ def test_a_shard_that_is_too_small_is_named_with_what_is_accepted() -> None:
     smallest = min(sizes)
     with pytest.raises(ValueError, match=(
             f"--partition dirichlet: client {sizes.index(smallest)} would train on {smallest} "
-            f"sequences, fewer than a batch of {smallest + 1}; accepted is --batch_size up to "
-            f"{smallest}, a smaller --size_skew, fewer --num_clients")):
-        shards_of(data, batch_size=smallest + 1, **flags)
-    assert shards_of(data, batch_size=smallest, **flags).sizes == sizes
+            f"sequences, fewer than a batch of {smallest + 1}; use --batch_size <= {smallest} "
+            "or a smaller --size_skew or fewer --num_clients")):
+        dealt(data, batch_size=smallest + 1, **flags)
+    assert dealt(data, batch_size=smallest, **flags).sizes == sizes
 
 
 def test_an_empty_shard_is_named() -> None:
-    with pytest.raises(ValueError, match=r"client \d+ would train on 0 sequences, .* accepted is "
-                                         r"a smaller --size_skew, fewer --num_clients"):
-        shards_of(made([40] * 9), partition="shuffled", size_skew=5, num_clients=12, batch_size=1)
+    with pytest.raises(ValueError, match=r"client \d+ would train on 0 sequences, .*; use a "
+                                         r"smaller --size_skew or fewer --num_clients"):
+        dealt(made([40] * 9), partition="shuffled", size_skew=5, num_clients=12, batch_size=1)
 
 
 @pytest.mark.parametrize(("partition", "what", "there"), [
@@ -224,37 +231,37 @@ def test_an_empty_shard_is_named() -> None:
 def test_more_clients_than_there_is_to_deal_out(partition: str, what: str, there: int) -> None:
     data = made([14] * 12)
     with pytest.raises(ValueError, match=(
-            f"--num_clients 43: --partition {partition} gives every client a {what}, and the train "
-            f"split has only {there}; accepted is up to {there}")):
-        shards_of(data, partition=partition, num_clients=43, batch_size=1)
-    assert len(shards_of(data, partition=partition, num_clients=there, batch_size=1).sizes) == there
+            f"--num_clients 43: must be <= {there}: --partition {partition} gives every client a "
+            f"{what}, and the train split has only {there}")):
+        dealt(data, partition=partition, num_clients=43, batch_size=1)
+    assert len(dealt(data, partition=partition, num_clients=there, batch_size=1).sizes) == there
 
 
 def test_a_corpus_without_sources_names_the_flag(tmp_path: Path) -> None:
     file = tmp_path / "one.txt"
     file.write_text("".join(f"Paragraph {n} says a thing.\nAnd another.\n\n" for n in range(200)))
-    data = prepare(str(file), "bpe:300", 16, tmp_path, lambda line: None)
-    with pytest.raises(ValueError, match=r"--partition by_source: .*one.txt has no sources .a "
-                                         r"document there is a paragraph.; accepted is contiguous"):
-        shards_of(data, partition="by_source")
-    assert len(shards_of(data, partition="documents").sizes) == 4
+    data = prepare(str(file), "bpe:300", 16, tmp_path)
+    with pytest.raises(ValueError, match=r"--partition by_source: .*one.txt has no sources .each "
+                                         r"document is a paragraph.; must be contiguous"):
+        dealt(data, partition="by_source")
+    assert len(dealt(data, partition="documents").sizes) == 4
 
 
 def test_the_values_of_a_column_are_sources_and_no_client_has_anothers(tmp_path: Path) -> None:
     file = tmp_path / "posts.jsonl"
     file.write_text("".join(json.dumps({"text": f"{'abc'[n % 3]} " * 20, "user": f"user {n % 3}"})
                             + "\n" for n in range(120)))
-    data = prepare(str(file), "bpe:300", 16, tmp_path, lambda line: None,
-                   Reading(partition="column:user"))
+    data = prepare(str(file), "bpe:300", 16, tmp_path,
+                   TextOptions(partition="column:user"))
     shards = client_shards(data, 3, "column:user", 1.0, 0.0, 0)
     tokenizer = data.load_tokenizer()
     texts = [tokenizer.decode(data.train[shard[1:-1]].ravel().tolist()) for shard in shards]
     assert sorted("".join(set(text) - {" ", "\n"}) for text in texts) == ["a", "b", "c"]
-    with pytest.raises(ValueError, match="--num_clients 4: --partition column:user gives every "
-                                         "client a source, and the train split has only 3"):
+    with pytest.raises(ValueError, match="--num_clients 4: must be <= 3: --partition column:user "
+                                         "gives every client a source"):
         client_shards(data, 4, "column:user", 1.0, 0.0, 0)
-    by_source = prepare(str(file), "bpe:300", 16, tmp_path, lambda line: None)
-    with pytest.raises(ValueError, match=r"no sources \(a document there is a row\).*column:NAME"):
+    by_source = prepare(str(file), "bpe:300", 16, tmp_path)
+    with pytest.raises(ValueError, match=r"no sources \(each document is a row\).*column:NAME"):
         client_shards(by_source, 3, "by_source", 1.0, 0.0, 0)
 
 
@@ -280,18 +287,18 @@ def test_alpha_without_dirichlet_warns() -> None:
 def test_the_holdout_of_a_shard_that_is_no_range() -> None:
     data = made([30] * 40)
     config: Any = resolve("fed_entropy", {"partition": "documents", "entropy_holdout": 0.25})
-    shards = deal(config, data)
+    shards = shards_of(config, data)
     whole = client_shards(data, 4, "documents", 1.0, 0.0, 0)
     for train, held, shard in zip(shards.train, shards.holdout, whole, strict=True):
         np.testing.assert_array_equal(np.concatenate([train, held]), shard)
         assert len(held) == len(shard) // 4
     other: Any = resolve("fed_entropy", {"partition": "documents", "seed": 1})
-    assert shards.digest() != deal(other, data).digest()
-    assert shards.digest() == deal(config, data).digest()
+    assert shards.digest() != shards_of(other, data).digest()
+    assert shards.digest() == shards_of(config, data).digest()
 
 
 def test_a_checkpoint_of_other_shards_is_refused() -> None:
-    """As where another scikit-learn has found other topics in the same text."""
+    """For example if another version of scikit-learn finds other topics in the same text."""
     provenance = {"corpus": "c", "partition": "one", "kernels": "own", "versions": {}}
     check_provenance(provenance, provenance, pytest.fail)
     with pytest.raises(ValueError, match=r"--partition: .* was one and is two now"):
@@ -301,20 +308,20 @@ def test_a_checkpoint_of_other_shards_is_refused() -> None:
 def test_an_epoch_is_the_smallest_shards() -> None:
     data = made([40] * 90)
     config: Any = resolve("fed_avg", {"partition": "shuffled", "size_skew": 1.0, "n_epochs": 2})
-    sizes = deal(config, data).sizes
+    sizes = shards_of(config, data).sizes
     assert max(sizes) > 2 * min(sizes)
     assert Schedule(config, sizes).rounds == 2 * (min(sizes) // 4)
 
 
 def test_central_takes_the_batches_of_the_same_clients(pydocs_tokens: TokenData) -> None:
-    dealt = {"partition": "dirichlet", "alpha": 0.2, "num_clients": 3}
+    partition = {"partition": "dirichlet", "alpha": 0.2, "num_clients": 3}
     config: Any = resolve("central", {"config": "tiny", "batches": "clients", "batch_size": 6,
-                                      "dtype": "fp32", **dealt})
-    federated: Any = resolve("fed_avg", dealt)
+                                      "dtype": "fp32", **partition})
+    federated: Any = resolve("fed_avg", partition)
     flat = FlatParams(new_model(config, pydocs_tokens.vocab_size, torch.device("cpu")))
     client = training_client(experiment_of(config, pydocs_tokens), flat)
     assert isinstance(client, PooledClients)
-    shards = deal(federated, pydocs_tokens).train
+    shards = shards_of(federated, pydocs_tokens).train
     for (shard, _), theirs in zip(client.parts, shards, strict=True):
         np.testing.assert_array_equal(shard, theirs)
 

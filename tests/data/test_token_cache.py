@@ -1,9 +1,8 @@
-"""The cache of tokenised text, which many processes share: built once, never stale, never torn."""
+"""The token cache, shared by many processes: built once, never stale, never half written."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import subprocess
@@ -23,16 +22,12 @@ from filelock import FileLock
 import fedrun.central
 from fedrun import cli
 from fedrun.cli import parse
-from fedrun.data import corpora, tokens
-from fedrun.data import entry as cache_entry
+from fedrun.data import cache_entry, corpora, tokens
 from fedrun.data.tokens import TokenData, prepare, verify
 from fedrun.distributed.runtime import difference
 from fedrun.run import identity
-from tests.data.test_data import (
-    python,
-    text_file,
-)
-from tests.support.runs import CORPUS, SMALL
+from tests.support.runs import CORPUS, SMALL, fresh_python, read_history
+from tests.support.texts import text_file
 
 
 def entries(cache_dir: Path) -> list[Path]:
@@ -47,12 +42,12 @@ def test_a_warm_start_reads_no_text_for_any_sequence_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = str(text_file(tmp_path))
-    cold = prepare(file, "bpe:300", 16, tmp_path / "cache", lambda line: None)
+    cold = prepare(file, "bpe:300", 16, tmp_path / "cache")
     monkeypatch.setattr(corpora, "load_corpus", forbid)
-    warm = prepare(file, "bpe:300", 16, tmp_path / "cache", lambda line: None)
+    warm = prepare(file, "bpe:300", 16, tmp_path / "cache")
     np.testing.assert_array_equal(warm.train, cold.train)
     assert warm.fingerprint == cold.fingerprint
-    longer = prepare(file, "bpe:300", 32, tmp_path / "cache", lambda line: None)
+    longer = prepare(file, "bpe:300", 32, tmp_path / "cache")
     np.testing.assert_array_equal(
         longer.train.reshape(-1), cold.train.reshape(-1)[: longer.train.size]
     )
@@ -63,21 +58,22 @@ def test_a_warm_start_imports_no_library_for_text(tmp_path: Path) -> None:
     asked = f"{str(text_file(tmp_path))!r}, 'bpe:300', 16, Path({str(tmp_path)!r})"
     code = (
         "import sys; from pathlib import Path; from fedrun.data.tokens import prepare\n"
-        f"prepare({asked}, lambda line: None); print(*sys.modules)"
+        f"prepare({asked}); print(*sys.modules)"
     )
     libraries = {"torch", "transformers", "datasets", "tokenizers"}
-    assert libraries & set(python(code).split()) == {"tokenizers"}  # cold: it trains a tokenizer
-    assert libraries & set(python(code).split()) == set()
+    cold, warm = (libraries & set(fresh_python(code).split()) for _ in range(2))
+    assert cold == {"tokenizers"}  # which trains a tokenizer
+    assert warm == set()
 
 
 def test_a_changed_file_is_never_served_stale(tmp_path: Path) -> None:
     file = text_file(tmp_path)
-    before = prepare(str(file), "bpe:300", 16, tmp_path / "cache", lambda line: None)
+    before = prepare(str(file), "bpe:300", 16, tmp_path / "cache")
     stat = file.stat()
     file.write_text(file.read_text().replace("ships", "boats"))
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert file.stat().st_size == stat.st_size
-    after = prepare(str(file), "bpe:300", 16, tmp_path / "cache", lambda line: None)
+    after = prepare(str(file), "bpe:300", 16, tmp_path / "cache")
     assert before.fingerprint["dataset_sha256"] != after.fingerprint["dataset_sha256"]
     assert "boats" in after.load_tokenizer().decode(after.train[0].tolist())
 
@@ -86,7 +82,7 @@ def test_a_changed_file_is_never_served_stale(tmp_path: Path) -> None:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text, and the cache of its tokens."""
     folder = tmp_path_factory.mktemp("whole")
-    prepare(str(text_file(folder)), "bpe:300", 16, folder / "cache", lambda line: None)
+    prepare(str(text_file(folder)), "bpe:300", 16, folder / "cache")
     return folder
 
 
@@ -119,41 +115,42 @@ def pipe_instead(file: Path) -> None:
     ("entry.json", lambda entry: (entry / "entry.json").write_text("[1]"))],
     ids=["train", "validation", "documents", "tokenizer", "vocab_size", "short", "missing", "pipe",
          "pipe for JSON", "a list"])
-def test_what_is_damaged_is_named_and_made_again(
-    named: str, harm: Callable[[Path], None], whole: Path
+def test_damage_is_reported_and_repaired(
+    named: str, harm: Callable[[Path], None], whole: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def prepared(said: list[str]) -> TokenData:
-        return prepare(str(whole / "tale.txt"), "bpe:300", 16, whole / "cache", said.append)
+    def prepared() -> TokenData:
+        return prepare(str(whole / "tale.txt"), "bpe:300", 16, whole / "cache")
 
-    before = prepared([])
+    before = prepared()
+    caplog.clear()
     expected = before.train.copy(), before.validation.copy(), before.load_documents().starts
     (entry,) = entries(whole / "cache")
     harm(entry)
-    said: list[str] = []
-    after = prepared(said)
-    assert f"{named} is damaged" in said[0] or f"{named} cannot be read" in said[0] or (
-        f"{named} is not" in said[0] or f"{named} does not" in said[0])
-    assert said[0].endswith("; it is made again")
+    after = prepared()
+    warning = caplog.messages[0]
+    assert any(f"{named} {what}" in warning for what in (
+        "is damaged", "cannot be read", "is not", "does not"))
+    assert warning.endswith("; rebuilding it")
     found = after.train, after.validation, after.load_documents().starts
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert (after.vocab_size, after.fingerprint, after.content) == (
         300, before.fingerprint, before.content)
     assert after.tokenizer_json == before.tokenizer_json
-    said.clear()
-    prepared(said)
-    assert not any("made again" in line for line in said), "and is whole from then on"
+    caplog.clear()
+    prepared()
+    assert not any("rebuilding" in line for line in caplog.messages), "it is repaired now"
 
 
 def test_token_ids_are_checked_beside_the_start(whole: Path) -> None:
     asked = str(whole / "tale.txt"), "bpe:300"
-    data = prepare(*asked, 16, whole / "cache", lambda line: None)
+    data = prepare(*asked, 16, whole / "cache")
     expected = data.train.copy()
     (entry,) = entries(whole / "cache")
     overwrite(entry / "train.bin", b"\xff\xff", 100)
-    unchecked = prepare(*asked, 16, whole / "cache", lambda line: None, check=False)
+    unchecked = prepare(*asked, 16, whole / "cache", check=False)
     assert unchecked.train[3, 2] == 0xffff, "the damage, in time that no check takes"
-    verify(*asked, whole / "cache", lambda line: None)
+    verify(*asked, whole / "cache")
     np.testing.assert_array_equal(unchecked.reopen().train, expected)
     assert unchecked.reopen().content == data.content
     shutil.rmtree(entry)
@@ -161,10 +158,10 @@ def test_token_ids_are_checked_beside_the_start(whole: Path) -> None:
         unchecked.reopen()
 
 
-def test_damage_that_cannot_be_mended_names_file_and_flag(
+def test_damage_that_cannot_be_repaired_names_file_and_flag(
     whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = str(whole / "tale.txt"), "bpe:300", 16, whole / "cache", lambda line: None
+    asked = str(whole / "tale.txt"), "bpe:300", 16, whole / "cache"
     prepare(*asked)
     (entry,) = entries(whole / "cache")
     overwrite(entry / "validation.bin", b"\xff\xff", 10)
@@ -180,26 +177,27 @@ def test_damage_that_cannot_be_mended_names_file_and_flag(
 
 
 def test_damaged_topics_are_found_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "tale.txt"
     file.write_text("\n\n".join(f"{n} ships\n{n % 3} storms" for n in range(60)))
-    data = prepare(str(file), "bpe:300", 4, tmp_path, lambda line: None)
+    data = prepare(str(file), "bpe:300", 4, tmp_path)
     expected = data.load_topics()
     (topics,) = entries(tmp_path)[0].glob("topics-*.npz")
     whole = topics.read_bytes()
     for harm in (whole[:300] + b"\x07\x07" + whole[302:], whole[:80], b"", b"\x80\x04K\x01."):
         topics.write_bytes(harm)
-        capsys.readouterr()
+        caplog.clear()
         found = data.load_topics()
         np.testing.assert_array_equal(found.of_document, expected.of_document)
         np.testing.assert_array_equal(found.typical, expected.typical)
-        assert f"{topics} is damaged" in capsys.readouterr().err
+        assert f"{topics} is damaged" in caplog.messages[0]
+    caplog.clear()
     data.load_topics()
-    assert capsys.readouterr().err == ""
+    assert not caplog.messages
 
 
-def test_a_run_mends_its_cache_and_needs_it_no_more_or_ends_in_a_line(
+def test_a_run_repairs_its_cache_and_then_works_without_it_or_ends_with_one_line(
     tmp_path: Path, cache_dir: Path, capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,10 +206,10 @@ def test_a_run_mends_its_cache_and_needs_it_no_more_or_ends_in_a_line(
                          str(tmp_path), "--cache_dir", str(tmp_path / "cache"), "--run_name", name])
 
     def records(name: str) -> list[tuple[float, str]]:
-        history = json.loads((tmp_path / name / "training_history.json").read_text())
+        history = read_history(tmp_path / name)
         return [(record["val_loss"], record["generated"]) for record in history]
 
-    prepare(str(CORPUS), "bpe:400", 32, cache_dir, lambda line: None)
+    prepare(str(CORPUS), "bpe:400", 32, cache_dir)
     shutil.copytree(cache_dir, tmp_path / "cache")
     assert run("clean") == 0
 
@@ -250,8 +248,8 @@ def test_a_run_mends_its_cache_and_needs_it_no_more_or_ends_in_a_line(
 
 
 def test_machines_with_other_tokens_do_not_train_together(whole: Path) -> None:
-    """The text and all that is recorded of it are the same; the token ids are not."""
-    data = prepare(str(whole / "tale.txt"), "bpe:300", 16, whole / "cache", lambda line: None)
+    """The text and its fingerprint are the same; the token ids differ."""
+    data = prepare(str(whole / "tale.txt"), "bpe:300", 16, whole / "cache")
     config, cpu = parse(["fed_avg", *SMALL]), torch.device("cpu")
     assert config is not None
     provenance = {"content": "1", "versions": {}, "init_from": None}
@@ -262,9 +260,12 @@ def test_machines_with_other_tokens_do_not_train_together(whole: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["cut short", "no marker", "marker torn", "died while writing"])
-def test_a_torn_entry_is_rebuilt(harm: str, tmp_path: Path) -> None:
+def test_a_torn_entry_is_rebuilt(
+    harm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "fedrun")
     file = str(text_file(tmp_path))
-    whole = prepare(file, "bpe:300", 16, tmp_path, lambda line: None)
+    whole = prepare(file, "bpe:300", 16, tmp_path)
     expected = whole.train.copy()
     (entry,) = entries(tmp_path)
     if harm == "cut short":
@@ -275,9 +276,9 @@ def test_a_torn_entry_is_rebuilt(harm: str, tmp_path: Path) -> None:
         os.truncate(entry / "entry.json", 50)
     else:
         entry.rename(f"{entry}.partial")
-    said: list[str] = []
-    rebuilt = prepare(file, "bpe:300", 16, tmp_path, said.append)
-    assert any("tokenising" in line for line in said)
+    caplog.clear()
+    rebuilt = prepare(file, "bpe:300", 16, tmp_path)
+    assert any("tokenising" in line for line in caplog.messages)
     np.testing.assert_array_equal(rebuilt.train, expected)
     assert entries(tmp_path) == [entry]
 
@@ -289,14 +290,15 @@ def test_a_failed_build_leaves_no_entry_and_no_lock(
     with monkeypatch.context() as broken:
         broken.setattr(tokens, "write_ids", forbid)
         with pytest.raises(AssertionError):
-            prepare(file, "bpe:300", 16, tmp_path, lambda line: None)
+            prepare(file, "bpe:300", 16, tmp_path)
     assert not list(tmp_path.glob("tokens/*/entry.json"))
-    assert len(prepare(file, "bpe:300", 16, tmp_path, lambda line: None).train) > 0
+    assert len(prepare(file, "bpe:300", 16, tmp_path).train) > 0
 
 
 def test_processes_that_start_together_tokenise_once(tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path; from fedrun.data.tokens import prepare\n"
+        "from pathlib import Path; from fedrun.common.log import print_log\n"
+        "from fedrun.data.tokens import prepare\nprint_log()\n"
         f"print(prepare('pydocs', 'bpe:400', 64, Path({str(tmp_path)!r})).train.sum())"
     )
     processes = [
@@ -309,22 +311,23 @@ def test_processes_that_start_together_tokenise_once(tmp_path: Path) -> None:
     assert len({text.splitlines()[-1] for text in printed}) == 1
 
 
-def test_who_waits_says_for_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_waiting_process_logs_for_whom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "fedrun")
     file = str(text_file(tmp_path))
-    prepare(file, "bpe:300", 16, tmp_path, lambda line: None)
+    prepare(file, "bpe:300", 16, tmp_path)
     (entry,) = entries(tmp_path)
     shutil.rmtree(entry)
-    said: list[str] = []
+    caplog.clear()
     lock = Path(f"{entry}.lock")
     lock.write_text("process 17 on elsewhere\n")
     with FileLock(lock):
-        waiting = threading.Thread(
-            target=prepare, args=(file, "bpe:300", 16, tmp_path, said.append)
-        )
+        waiting = threading.Thread(target=prepare, args=(file, "bpe:300", 16, tmp_path))
         waiting.start()
-        while not said and waiting.is_alive():
+        while not caplog.messages and waiting.is_alive():
             time.sleep(0.01)
-        assert said[0].startswith("waiting for process 17 on elsewhere, which prepares")
+        assert caplog.messages[0].startswith("waiting for process 17 on elsewhere, which prepares")
         assert waiting.is_alive()
     waiting.join(20)
     assert entry.is_dir()
@@ -333,10 +336,10 @@ def test_who_waits_says_for_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     lock.write_text("process 17 on elsewhere\n")
     monkeypatch.setattr(cache_entry, "LOCK_SECONDS", 0.3)
     with FileLock(lock), pytest.raises(TimeoutError, match="process 17 on elsewhere"):
-        prepare(file, "bpe:300", 16, tmp_path, said.append)
+        prepare(file, "bpe:300", 16, tmp_path)
 
 
 def test_a_cache_that_cannot_be_written_names_the_flag(tmp_path: Path) -> None:
     file = text_file(tmp_path)
     with pytest.raises(ValueError, match=r"--cache_dir .*tale.txt"):
-        prepare(str(file), "bpe:300", 16, file, lambda line: None)
+        prepare(str(file), "bpe:300", 16, file)

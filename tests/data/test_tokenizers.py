@@ -15,15 +15,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from fedrun import cli
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.model.pretrained import find_pretrained
-from tests.support.runs import ROOT, SMALL
+from tests.support.runs import ROOT, SMALL, read_history, read_json
 
 
 def tokens(folder: Path, tokenizer: Path | str, name: str = "tale.txt") -> TokenData:
-    return prepare(str(folder / name), str(tokenizer), 16, folder / "cache", lambda line: None)
+    return prepare(str(folder / name), str(tokenizer), 16, folder / "cache")
 
 
 def words(folder: Path, *known: str) -> Path:
-    """A tokenizer.json that knows these words, and has neither an unknown nor an end token."""
+    """A tokenizer.json with these words and neither an unknown token nor an end token."""
     model = models.WordLevel({word: n for n, word in enumerate(known)})
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -73,7 +73,7 @@ def test_code_that_comes_with_a_tokenizer_is_neither_run_nor_asked_for(
 
 
 def test_nothing_is_loaded_in_a_way_that_could_run_code() -> None:
-    """Every loader of the sources, by its name, with what it must be told."""
+    """Every call in the sources that loads a file, with the argument that makes it safe."""
     told = {"torch.load": ("weights_only", True), "AutoTokenizer.from_pretrained":
             ("trust_remote_code", False), "np.load": ("allow_pickle", False)}
     safe = {"nn.Embedding.from_pretrained", "json.load",
@@ -125,18 +125,18 @@ def test_an_unknown_word_without_an_unknown_token_is_named(tmp_path: Path) -> No
 
 def test_a_run_with_a_tokenizer_that_has_neither_end_nor_unknown_token(
         tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nor a word of the prompt that samples begin with; an exported model has what it had."""
+    """Nor has it any word of the prompt for samples. An exported model has the same tokens."""
     known = tale(tmp_path)
     file = words(tmp_path / "words", *known)
     assert cli.main(["central", *SMALL, "--dataset", str(tmp_path / "tale.txt"), "--tokenizer",
                      str(file), "--cache_dir", str(tmp_path / "cache"), "--data_dir", str(tmp_path),
                      "--run_name", "run", "--rounds", "1"]) == 0
-    (record,) = json.loads((tmp_path / "run" / "training_history.json").read_text())
+    (record,) = read_history(tmp_path / "run")
     assert len(record["generated"].split()) == 100
     assert set(record["generated"].split()) <= set(known)
     run, out = str(tmp_path / "run"), tmp_path / "out"
     assert cli.main(["export", run, str(out)]) == 0
-    assert json.loads((out / "config.json").read_text()).get("eos_token_id") is None
+    assert read_json(out / "config.json").get("eos_token_id") is None
     assert find_pretrained(str(out), "RUN").vocab_size == len(known)
     capsys.readouterr()
     assert cli.main(["generate", run, "--prompt", "of 3 whales", "--tokenizer", str(file)]) == 2

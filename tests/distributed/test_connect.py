@@ -22,7 +22,17 @@ from fedrun import torchrun as launcher
 from fedrun.distributed import connect
 from fedrun.distributed.connect import NotConnected, listen, named, reach, roll_call, serve
 from fedrun.distributed.control_plane import Heartbeat
-from tests.support.runs import ROOT, SMALL, alive, execute, free_port, torchrun, wait_until
+from tests.support.runs import (
+    ROOT,
+    SMALL,
+    alive,
+    children_of,
+    execute,
+    free_port,
+    start,
+    torchrun,
+    wait_until,
+)
 
 SECOND = timedelta(seconds=1)
 
@@ -146,9 +156,9 @@ def test_two_who_look_for_silent_ranks_at_once_both_see_them(monkeypatch: pytest
     beats = Heartbeat(HashStore(), 0, 3)
     try:
         with ThreadPoolExecutor(2) as pool:
-            first = pool.submit(beats.silent)
+            first = pool.submit(beats.unresponsive)
             time.sleep(0.18)  # the second looks from one's middle on beyond its end
-            second = pool.submit(beats.silent)
+            second = pool.submit(beats.unresponsive)
             assert [first.result(), second.result()] == [[1, 2], [1, 2]]
     finally:
         beats.stop()
@@ -162,27 +172,17 @@ def test_two_who_look_for_silent_ranks_at_once_both_see_them(monkeypatch: pytest
 def test_a_rank_that_is_stopped_while_ranks_connect_is_named(
         at: str, said: str, cache_dir: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    with log.open("w") as out:
-        agent = subprocess.Popen(
-            [*torchrun(3), "-m", "tests.support.stopped_fedrun", "fed_avg", *SMALL,
-             "--num_clients", "2", "--data_dir", str(tmp_path), "--cache_dir", str(cache_dir),
-             "--timeout", "4"], stdout=out, stderr=out, cwd=ROOT, start_new_session=True,
-            env={**os.environ, "STOPPED_AT": at, "STOPPED_RANK": "2"})
-    ranks: list[psutil.Process] = []
-    try:
-        wait_until(lambda: re.search(said, log.read_text()) is not None, 60)
-        ranks = psutil.Process(agent.pid).children()
+    agent = start(
+        [*torchrun(3), "-m", "tests.support.stopped_fedrun", "fed_avg", *SMALL, "--num_clients",
+         "2", "--data_dir", tmp_path, "--cache_dir", cache_dir, "--timeout", "4"], log,
+        {"STOPPED_AT": at, "STOPPED_RANK": "2"})
+    with children_of(agent) as ranks:
+        wait_until(lambda: re.search(said, log.read_text()) is not None, 60, log.read_text)
         assert at != "reach" or "waits for rank 2 of 3\n" in log.read_text()
-        for rank in ranks:  # torchrun would wait for the stopped one
+        for rank in ranks():  # torchrun would wait for the stopped one
             rank.kill()
         assert agent.wait(60) == 1
         assert "Traceback" not in log.read_text()
-    finally:
-        for process in filter(alive, ranks):
-            process.kill()
-        if agent.poll() is None:
-            agent.kill()
-        agent.wait()
 
 
 # ---- who has gone --------------------------------------------------------------------------------
@@ -226,13 +226,14 @@ def test_no_rank_outlives_a_launcher_killed_as_it_starts_them(module: list[str],
                                  cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         ranks: list[psutil.Process] = []
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 60  # looked for without a pause: see `delay`
             while len(ranks) < 2:
                 assert time.monotonic() < deadline
                 ranks = psutil.Process(agent.pid).children()
             time.sleep(delay)
             agent.send_signal(signal.SIGKILL)
-            wait_until(lambda ranks=ranks: not any(map(alive, ranks)), 10)  # type: ignore[misc]
+            gone, left = psutil.wait_procs(ranks, timeout=10)
+            assert (len(gone), left) == (2, [])
         finally:
             for process in filter(alive, ranks):
                 process.kill()

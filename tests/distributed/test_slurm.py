@@ -4,7 +4,6 @@ happens to the job on its way."""
 from __future__ import annotations
 
 import hashlib
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 from fedrun.records import checkpoint, run_dir
-from tests.slurm.cluster import Cluster, Job, running_cluster, until
-from tests.support.runs import ROOT, execute
+from tests.slurm.cluster import Cluster, Job, running_cluster
+from tests.support.runs import ROOT, execute, read_json, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -109,8 +108,7 @@ def test_scancel_leaves_a_checkpoint_and_no_process(
     cluster.run("scancel", job.number)
     job.until_said("not requeued: cancelled")
     assert job.until_over() == "CANCELLED"
-    until(lambda: not cluster.processes(), "processes are left", 5,
-          lambda: str(cluster.processes()))
+    wait_until(lambda: not cluster.processes(), 5, lambda: str(cluster.processes()))
     found = checkpoint.latest_valid(tmp_path / "run", print)
     assert found
     outcome = run_dir.read_outcome(tmp_path / "run")
@@ -141,7 +139,7 @@ def test_srun_without_torchrun(cluster: Cluster, flags: list[str], undisturbed: 
         "srun", "--nodes=2", "--ntasks=3", "--overcommit", sys.executable, "-m", "fedrun",
         "fed_avg", *flags, "--data_dir", tmp_path, "--run_name", "run")
     assert code == 0, output
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["processes"] == 3
+    assert read_json(tmp_path / "run" / "environment.json")["processes"] == 3
     assert parameters(tmp_path / "run") == undisturbed
 
 

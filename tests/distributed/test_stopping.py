@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -16,7 +15,7 @@ import pytest
 from fedrun.distributed.stopping import StopRequest, hangup_ignored
 from fedrun.records import checkpoint, run_dir
 from fedrun.torchrun import wanted_signals
-from tests.support.runs import ROOT, SMALL, Run, wait_until
+from tests.support.runs import ROOT, SMALL, Run, read_json, wait_until
 
 
 @pytest.fixture
@@ -63,7 +62,7 @@ def test_a_stop_file_ends_the_run_in_order(endless: subprocess.Popen[str], tmp_p
     assert endless.returncode == 0, output
     assert "stopped by the STOP file, after round" in output
     assert not (folder / "STOP").exists()
-    assert json.loads((folder / "outcome.json").read_text())["outcome"] == "stopped"
+    assert read_json(folder / "outcome.json")["outcome"] == "stopped"
     assert checkpoint.latest_valid(folder, print) is not None
 
 

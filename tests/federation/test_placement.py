@@ -11,6 +11,7 @@ from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.distributed.launch import detect
 from fedrun.distributed.runtime import Runtime
+from fedrun.experiment import shards_of
 from fedrun.federation.placement import assign_clients
 from fedrun.federation.worker import Worker
 from fedrun.flags import resolve
@@ -42,6 +43,7 @@ def test_a_client_with_a_long_shard_does_not_train_longer() -> None:
                                  "seed": "0", "dtype": "fp32", "device": "cpu"})
     assert isinstance(config, FederatedConfig)
     runtime = Runtime(detect({}), torch.device("cpu"), (0, 1), ControlPlane(), DataPlane())
-    worker = Worker(config, made([8000]), runtime)
+    data = made([8000])
+    worker = Worker(config, data, shards_of(config, data), runtime)
     assert len(assign_clients(worker.shards.sizes, 2)[0]) != 4, "these shards would do either way"
     assert len(worker.clients) == 4

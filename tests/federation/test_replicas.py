@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -135,7 +134,7 @@ def test_a_flipped_bit_ends_the_run_and_costs_none(flipped: tuple[Path, str], ru
                            "differs from that on ranks 1, 3: ")
     assert line.endswith(f"the last good model is in {ended.run_dir / 'model.safetensors'}")
     assert "Traceback" not in output
-    told = json.loads((ended.run_dir / "outcome.json").read_text())
+    told = ended.outcome
     assert (told["outcome"], told["reason"]) == ("failed", line.removeprefix("fedrun: "))
     assert [record["global_step"] for record in ended.history] == [1]
     assert ended.bits == run_here("fed_avg", *FLAGS, "--rounds", 1, name="first").bits

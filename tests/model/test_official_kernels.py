@@ -8,27 +8,13 @@ kernels rightly; how they behave on a GPU it cannot show.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 
 from fedrun.model.kernels import kernel_path, path_for
 from tests.support.runs import ROOT, execute
-
-FOLDER = ROOT / ".venv-official"
-
-
-@pytest.fixture(scope="module")
-def official_python() -> Path:
-    with FileLock(str(FOLDER) + ".lock"):
-        if not (FOLDER / ".ready").exists():
-            subprocess.run([ROOT / "tests/official/make_venv.sh", sys.executable, FOLDER],
-                           check=True, timeout=300)
-    return FOLDER / "bin" / "python"
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from fedrun import cli
 from fedrun.plots import deltas, perplexity, saved, style
 from fedrun.plots.runs import AXES, Axis, find_runs
 from tests.support import folders
+from tests.support.runs import read_history
 
 CONFIG = "pure_ssm_1_layer"
 
@@ -49,7 +49,7 @@ def make(data_dir: Path, axis: Axis = "tokens", config: str | None = CONFIG
 def test_mean_and_band_are_those_of_the_histories(tmp_path: Path) -> None:
     paths = [folders.ours(tmp_path, config=CONFIG, seed=seed) for seed in (0, 1, 5)]
     folders.ours(tmp_path, "central", CONFIG)
-    histories = [json.loads((p / "training_history.json").read_text()) for p in paths]
+    histories = [read_history(p) for p in paths]
     figure = make(tmp_path)[0][f"1_central_vs_fed_{CONFIG}"]
     for key, measure, band in (("server_val_ppl", "val_ppl", 0), ("train_ppl", "train_ppl", 1)):
         values = np.array([[r[key] for r in h] for h in histories])
@@ -77,7 +77,7 @@ def test_seconds_of_seeds_are_averaged(tmp_path: Path) -> None:
     folders.ours(tmp_path, "central", CONFIG)
     folders.ours(tmp_path, config=CONFIG, seed=0)
     slow = folders.ours(tmp_path, config=CONFIG, seed=1)
-    history = json.loads((slow / "training_history.json").read_text())
+    history = read_history(slow)
     folders.write(slow / "training_history.json",
                   [record | {"seconds": 1000.0 + record["global_step"]} for record in history])
     x, y = drawn(make(tmp_path, "seconds")[0][f"1_central_vs_fed_{CONFIG}"],
@@ -173,7 +173,7 @@ def test_damaged_and_shorter_runs_are_named(tmp_path: Path, capsys: pytest.Captu
         assert reason in line
     assert f"left out federated_config_{CONFIG}_lu_1_seed_1: shorter" in said
     assert f"skipped 2_lu_comparison_{CONFIG}: wants" in said
-    history = json.loads((whole / "training_history.json").read_text())
+    history = read_history(whole)
     _, y = drawn(make(tmp_path)[0][f"1_central_vs_fed_{CONFIG}"], f"fed_avg {CONFIG} 1 val_ppl")
     np.testing.assert_allclose(y, [r["server_val_ppl"] for r in history])
 
@@ -191,7 +191,7 @@ def test_of_variants_the_best_is_drawn_and_named(tmp_path: Path) -> None:
 
 def test_diverged_points_are_left_out(tmp_path: Path) -> None:
     run = folders.ours(tmp_path, "central", CONFIG)
-    history = json.loads((run / "training_history.json").read_text())
+    history = read_history(run)
     history[1] |= {"val_ppl": float("inf"), "val_loss": float("nan")}
     folders.write(run / "training_history.json", history)
     (read,) = find_runs(tmp_path).runs

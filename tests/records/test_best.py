@@ -20,7 +20,7 @@ from fedrun.records import best as best_module
 from fedrun.records.best import BestModel
 from fedrun.records.run_dir import save_model
 from fedrun.tools import evaluate, generate
-from tests.support.runs import Run
+from tests.support.runs import Run, read_json
 
 Losses = list[tuple[int, float]]
 
@@ -133,7 +133,7 @@ def test_a_run_keeps_its_best_model_as_a_folder_for_every_command(
         return
     told: list[str] = []
     monkeypatch.setattr("builtins.print", lambda *line, **_: told.append(" ".join(map(str, line))))
-    held = json.loads((best / "config.json").read_text())
+    held = read_json(best / "config.json")
     assert evaluate.main([str(best), "--cache_dir", held["cache_dir"]]) == 0
     assert json.loads(told[-1])["loss"] == pytest.approx(min(losses), abs=1e-6)
     assert generate.main([str(best), "--max_new_tokens", "3"]) == 0

@@ -36,11 +36,11 @@ def states(run: Outcome) -> dict[str, Any]:
         ("fed_yogi", (*FEDERATED, "--sampling", "replacement")),
         ("fed_sgd", (*FEDERATED, "--warmup", 3))]),
 ])
-def test_six_rounds_and_six_more_are_twelve(run_small_here: Run, method: str,
+def test_six_rounds_and_six_more_are_twelve(run_here: Run, method: str,
                                             flags: tuple[object, ...]) -> None:
-    whole = run_small_here(method, *flags, "--rounds", 12)
-    half = run_small_here(method, *flags, "--rounds", 6)
-    further = run_small_here(method, *flags, "--rounds", 12, after=half)
+    whole = run_here(method, *flags, "--rounds", 12, name="whole")
+    half = run_here(method, *flags, "--rounds", 6, name="half")
+    further = run_here(method, *flags, "--rounds", 12, after=half)
     assert further.code == 0, further.output
     assert "goes on after step 6" in further.output
     assert further.bits == whole.bits != half.bits
@@ -55,11 +55,11 @@ def test_six_rounds_and_six_more_are_twelve(run_small_here: Run, method: str,
     assert (followed.number, followed.total, followed.ended) == (12, 12, True)
     assert run_dir.read_outcome(further.run_dir)["step"] == 12
     assert outcome_of(further) == "finished"
-    assert json.loads((further.run_dir / "config.json").read_text())["rounds"] == 12
-    again = run_small_here(method, *flags, "--rounds", 12, after=further)
+    assert further.config["rounds"] == 12
+    again = run_here(method, *flags, "--rounds", 12, after=further)
     assert "finished already" in again.output
     assert again.bits == whole.bits
-    fewer = run_small_here(method, *flags, "--rounds", 7, after=further)
+    fewer = run_here(method, *flags, "--rounds", 7, after=further)
     assert fewer.code == 2
     assert "--rounds 7: " in fewer.output
     assert "is finished after 12 steps, more than 7" in fewer.output
@@ -67,45 +67,45 @@ def test_six_rounds_and_six_more_are_twelve(run_small_here: Run, method: str,
 
 
 @pytest.mark.slow
-def test_epochs_grow_too(run_small_here: Run) -> None:
+def test_epochs_grow_too(run_here: Run) -> None:
     epoch = ("--num_clients", 2, "--epoch_passes", 0.004)
-    one = run_small_here("fed_avg", *epoch, "--n_epochs", 1)
+    one = run_here("fed_avg", *epoch, "--n_epochs", 1, name="one")
     rounds = steps(one)[-1]
-    two = run_small_here("fed_avg", *epoch, "--n_epochs", 2, after=one)
+    two = run_here("fed_avg", *epoch, "--n_epochs", 2, after=one)
     assert two.code == 0, two.output
     assert steps(two)[-1] == 2 * rounds
-    same = run_small_here("fed_avg", *epoch, "--rounds", 2 * rounds, after=two)
+    same = run_here("fed_avg", *epoch, "--rounds", 2 * rounds, after=two)
     assert "finished already" in same.output
-    whole = run_small_here("fed_avg", *epoch, "--rounds", 2 * rounds)
+    whole = run_here("fed_avg", *epoch, "--rounds", 2 * rounds, name="whole")
     assert two.bits == whole.bits
 
 
 @pytest.mark.parametrize("method", ["central",
                                     pytest.param("fed_avg", marks=pytest.mark.slow)])
 def test_where_the_schedule_depends_on_the_length_it_has_to_be_asked_for(
-        run_small_here: Run, method: str) -> None:
+        run_here: Run, method: str) -> None:
     flags = ("--lr_schedule", "cosine", "--num_clients", 2)
-    half = run_small_here(method, *flags, "--rounds", 3)
-    refused = run_small_here(method, *flags, "--rounds", 5, after=half)
+    half = run_here(method, *flags, "--rounds", 3, name="half")
+    refused = run_here(method, *flags, "--rounds", 5, after=half)
     assert refused.code == 2
     said = [line for line in refused.output.splitlines() if "error" in line]
     assert len(said) == 1
     assert "--rounds 5: this run was one of 3 steps" in said[0]
     assert "--extend does so anyway" in said[0]
-    further = run_small_here(method, *flags, "--rounds", 5, "--extend", after=half)
+    further = run_here(method, *flags, "--rounds", 5, "--extend", after=half)
     assert further.code == 0, further.output
     assert "the result differs from one long run's" in further.output
     assert steps(further)[-1] == 5
-    whole = run_small_here(method, *flags, "--rounds", 5)
+    whole = run_here(method, *flags, "--rounds", 5, name="whole")
     assert further.bits != whole.bits
-    again = run_small_here(method, *flags, "--rounds", 5, after=further)
+    again = run_here(method, *flags, "--rounds", 5, after=further)
     assert "finished already" in again.output
 
 
-def test_a_run_that_kept_no_checkpoint_cannot_be_trained_further(run_small_here: Run) -> None:
-    kept_none = run_small_here("central", "--rounds", 2, "--checkpoint_freq", "none")
+def test_a_run_that_kept_no_checkpoint_cannot_be_trained_further(run_here: Run) -> None:
+    kept_none = run_here("central", "--rounds", 2, "--checkpoint_freq", "none", name="kept_none")
     assert not (kept_none.run_dir / "checkpoints").exists()
-    refused = run_small_here("central", "--rounds", 3, after=kept_none)
+    refused = run_here("central", "--rounds", 3, after=kept_none)
     assert refused.code == 2
     assert "kept no checkpoint (--checkpoint_freq)" in refused.output
     assert refused.bits == kept_none.bits
@@ -113,9 +113,9 @@ def test_a_run_that_kept_no_checkpoint_cannot_be_trained_further(run_small_here:
 
 @pytest.mark.parametrize("method", [pytest.param("central", marks=pytest.mark.slow), "fed_avg"])
 def test_a_run_that_was_ended_after_its_last_checkpoint_is_finished_from_it(
-        run_small_here: Run, method: str) -> None:
+        run_here: Run, method: str) -> None:
     """Not trained for ever: no round comes after the last one."""
-    done = run_small_here(method, "--rounds", 2)
+    done = run_here(method, "--rounds", 2, name="done")
     root = done.run_dir if method == "central" else done.run_dir / "server"
     parameters = (root / "deltas" / "step_000002.npz").read_bytes()
     run_dir.write_outcome(done.run_dir, "running", 0)
@@ -124,7 +124,7 @@ def test_a_run_that_was_ended_after_its_last_checkpoint_is_finished_from_it(
     bits = done.bits
     (done.run_dir / "training_history.json").unlink()
     (done.run_dir / "model.safetensors").write_bytes(b"half of it")
-    again = run_small_here(method, "--rounds", 2, after=done)
+    again = run_here(method, "--rounds", 2, after=done)
     assert again.code == 0, again.output
     assert f"done: {again.run_dir}" in again.output
     assert again.bits == bits
@@ -136,19 +136,19 @@ def test_a_run_that_was_ended_after_its_last_checkpoint_is_finished_from_it(
     assert '"end"' in (again.run_dir / "events.jsonl").read_text().splitlines()[-1]
 
 
-def test_a_stop_is_no_end_unless_it_was_evaluated(run_small_here: Run) -> None:
+def test_a_stop_is_no_end_unless_it_was_evaluated(run_here: Run) -> None:
     """Stopped after its second step: as the last one it would have been evaluated."""
     config = ("central", "--val_freq", 3)
-    done = run_small_here(*config, "--rounds", 4, "--checkpoint_freq", 2)
+    done = run_here(*config, "--rounds", 4, "--checkpoint_freq", 2, name="done")
     shutil.rmtree(done.run_dir / "checkpoints" / "step_000004")
     run_dir.write_outcome(done.run_dir, "stopped", 2, "SIGTERM")
-    refused = run_small_here(*config, "--rounds", 2, after=done)
+    refused = run_here(*config, "--rounds", 2, after=done)
     assert refused.code == 2
     assert "--rounds 2: the run has done 2 steps already" in refused.output
-    less = run_small_here(*config, "--rounds", 1, after=done)
+    less = run_here(*config, "--rounds", 1, after=done)
     assert less.code == 2
     assert "is 2 steps into its run, more than 1" in less.output
-    shorter = run_small_here(*config, "--rounds", 3, after=done)
+    shorter = run_here(*config, "--rounds", 3, after=done)
     assert shorter.code == 0, shorter.output
     assert steps(shorter) == [1, 3]
-    assert shorter.bits == run_small_here(*config, "--rounds", 3).bits
+    assert shorter.bits == run_here(*config, "--rounds", 3, name="whole").bits

@@ -13,19 +13,20 @@ import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from tests.support.runs import (
     FAULTY,
     FLAGS,
-    ROOT,
     SMALL,
     Outcome,
     alive,
     assert_equal,
+    children_of,
     fault,
+    start,
     torchrun,
+    wait_until,
 )
 
 STAGES = {"train": "worker", "reduce": "worker", "reduced": "worker", "evaluate": "worker",
@@ -50,35 +51,21 @@ def draw(number: int) -> tuple[str, str, int]:
     return what, f"{stage}:{step}", rank
 
 
-def start(tmp_path: Path, cache_dir: Path, processes: int, store: str, env: dict[str, str],
+def begin(tmp_path: Path, cache_dir: Path, processes: int, store: str, env: dict[str, str],
           log: Path) -> subprocess.Popen[bytes]:
-    with log.open("ab") as out:
-        return subprocess.Popen(
-            [*torchrun(processes), "-m", FAULTY, "fed_avg", *SMALL, *map(str, FLAGS), "--data_dir",
-             str(tmp_path), "--cache_dir", str(cache_dir), "--run_name", "run",
-             "--client_store", store], stdout=out,
-            stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+    return start(
+        [*torchrun(processes), "-m", FAULTY, "fed_avg", *SMALL, *map(str, FLAGS), "--data_dir",
+         tmp_path, "--cache_dir", cache_dir, "--run_name", "run", "--client_store", store],
+        log, env)
 
 
 def end_of_all(launcher: subprocess.Popen[bytes], struck: Path, log: Path) -> float:
     """Wait for the launcher and all it started; seconds from the kill to the last one's end."""
-    children: list[psutil.Process] = []
-    began = time.monotonic()
-    try:
-        while launcher.poll() is None or any(map(alive, children)):
-            if launcher.poll() is None:
-                children = psutil.Process(launcher.pid).children() or children
-            assert time.monotonic() < began + LIMIT, log.read_text()
-            time.sleep(0.02)
+    with children_of(launcher) as children:
+        wait_until(lambda: launcher.poll() is not None and not any(map(alive, children())), LIMIT,
+                   log.read_text)
         assert struck.exists(), log.read_text()
         return time.time() - struck.stat().st_mtime
-    finally:
-        for child in filter(alive, children):
-            child.kill()
-        if launcher.poll() is None:
-            launcher.kill()
-            launcher.wait()
 
 
 longest: list[float] = []
@@ -92,10 +79,10 @@ def test_a_kill_costs_no_bit(number: int, tmp_path: Path, cache_dir: Path, undis
     generator = random.Random(number)
     processes = generator.choice([1, 2, 3])
     stores = generator.choices(["memory", "disk"], k=2)
-    killed = start(tmp_path, cache_dir, 1 + WORKERS, stores[0], env, log)
+    killed = begin(tmp_path, cache_dir, 1 + WORKERS, stores[0], env, log)
     longest.append(end_of_all(killed, tmp_path / "struck", log))
     assert longest[-1] < 15, (what, at, rank)
-    again = start(tmp_path, cache_dir, processes, stores[1], env, log)
+    again = begin(tmp_path, cache_dir, processes, stores[1], env, log)
     assert again.wait(LIMIT) == 0, log.read_text()
     assert_equal(Outcome(0, log.read_text(), tmp_path / "run"), undisturbed)
     if number == KILLS - 1:

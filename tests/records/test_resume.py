@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -26,9 +24,12 @@ from tests.support.runs import (
     Outcome,
     Run,
     assert_equal,
+    children_of,
     fault,
     outcome_of,
+    start,
     torchrun,
+    wait_until,
 )
 
 
@@ -79,28 +80,15 @@ def test_killed_and_restarted_in_place(run: Run, tmp_path: Path, undisturbed: Ou
 def test_a_launcher_that_is_killed_leaves_no_orphans(run: Run, tmp_path: Path,
                                                      undisturbed: Outcome) -> None:
     log = tmp_path / "log"
-    with log.open("w") as out:
-        launcher = subprocess.Popen(
-            [*torchrun(3), "-m", FAULTY, "fed_avg", *SMALL, *map(str, FLAGS), "--data_dir",
-             str(tmp_path), "--cache_dir", str(undisturbed.run_dir.parent / "cache"),
-             "--run_name", "run"], stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
-            start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1",
-                                         **fault(tmp_path, "launcher", "reduced:5", 1)})
-    children: list[psutil.Process] = []
-    try:
-        deadline = time.monotonic() + 90
-        while launcher.poll() is None:
-            children = psutil.Process(launcher.pid).children() or children
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.05)
-        _, alive = psutil.wait_procs(children, timeout=5)
-        assert len(children) == 3
-        assert not alive, log.read_text()
-    finally:
-        for process in [*children, launcher]:
-            if process.is_running() if isinstance(process, psutil.Process) else (
-                    process.poll() is None):
-                process.kill()
+    launcher = start(
+        [*torchrun(3), "-m", FAULTY, "fed_avg", *SMALL, *map(str, FLAGS), "--data_dir", tmp_path,
+         "--cache_dir", undisturbed.run_dir.parent / "cache", "--run_name", "run"], log,
+        fault(tmp_path, "launcher", "reduced:5", 1))
+    with children_of(launcher) as children:
+        wait_until(lambda: launcher.poll() is not None, 90, log.read_text)
+        _, left = psutil.wait_procs(children(), timeout=5)
+        assert len(children()) == 3
+        assert not left, log.read_text()
     resumed = run("fed_avg", *FLAGS, processes=2)
     assert resumed.code == 0, resumed.output
     assert_equal(resumed, undisturbed)
@@ -184,7 +172,7 @@ def test_a_kill_while_the_folder_is_emptied(stopped: Outcome, monkeypatch: pytes
 
     monkeypatch.setattr(shutil, "rmtree", counted(shutil.rmtree))
     monkeypatch.setattr(Path, "unlink", counted(Path.unlink))
-    held = json.loads((stopped.run_dir / "config.json").read_text())
+    held = stopped.config
     config = resolve("fed_avg", {"data_dir": stopped.run_dir.parent, "run_name": "run"})
     while not ready:
         removals = 0
@@ -192,7 +180,7 @@ def test_a_kill_while_the_folder_is_emptied(stopped: Outcome, monkeypatch: pytes
             prepare_run_dir(config, None)
             ready = True
         except KeyboardInterrupt:
-            assert json.loads((stopped.run_dir / "config.json").read_text()) != held
+            assert stopped.config != held
             assert run_dir.read_outcome(stopped.run_dir)["outcome"] == "running"
             assert checkpoint.latest_valid(stopped.run_dir, print) is None
             limit += 1
@@ -314,4 +302,4 @@ def test_the_type_of_products_is_the_servers_and_stays(run: Run, tmp_path: Path)
     assert outcome_of(begun) == "stopped", begun.output
     resumed = run("fed_avg", *FLAGS, "--dtype", "auto", script=script, env={**env, "HAS_BF16": "0"})
     assert "goes on after step" in resumed.output, resumed.output
-    assert json.loads((resumed.run_dir / "config.json").read_text())["dtype"] == "fp32"
+    assert resumed.config["dtype"] == "fp32"

@@ -184,7 +184,7 @@ def test_what_is_damaged_is_made_from_the_checkpoint(run_here: Run, whole: Outco
     assert [r["server_val_loss"] for r in resumed.history] == [
         r["server_val_loss"] for r in whole.history]
     assert outcome_of(resumed) == "finished"
-    held = json.loads((resumed.run_dir / "config.json").read_text())
+    held = resumed.config
     assert held["rounds"] == 4
     lost = 1 if damage == "bit" else 2
     assert f"events of {lost} of the first 2 rounds are not in" in resumed.output or (

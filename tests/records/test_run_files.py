@@ -91,7 +91,7 @@ def test_overwrite_refuses_a_run_with_files_of_the_user_and_names_one(run_here: 
     first = run_here(*flags)
     assert first.code == 0, first.output
     assert run_files.foreign(first.run_dir) is None  # every file that a run writes is known
-    held = json.loads((first.run_dir / "config.json").read_text())
+    held = first.config
     assert held.pop(run_files.MARK)
     thesis = write(first.run_dir / "server" / "thesis" / "chapter.tex")
     refused = run_here(*flags, "--overwrite")

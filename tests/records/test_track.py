@@ -16,7 +16,7 @@ from fedrun import cli
 from fedrun.flags import resolve
 from fedrun.records import run_dir
 from fedrun.records.track import Events, check_tracker, cohort_event, scalars
-from tests.support.runs import Run
+from tests.support.runs import Run, read_json
 
 
 def test_tensorboard_has_the_numbers_of_the_history(run: Run) -> None:
@@ -94,7 +94,7 @@ def test_hosted_trackers(package: str, tmp_path: Path, monkeypatch: pytest.Monke
         ("log", (2, {"perplexity/train": 3.0, "tokens": 40.0, "seconds/all": 4.0,
                      "tokens_per_second": 15.0})),
         ("finish", None)]
-    kept = json.loads((config.run_dir / "tracker.json").read_text())
+    kept = read_json(config.run_dir / "tracker.json")
     assert kept == {package: identifier if package == "wandb" else "mine"}
 
 
@@ -126,7 +126,7 @@ def test_a_damaged_id_costs_the_tracker_a_second_run(
     config.run_dir.mkdir()
     (config.run_dir / "tracker.json").write_text(content)
     Events(config, "round", total=4).close()
-    assert json.loads((config.run_dir / "tracker.json").read_text()) == {"wandb": calls[0][1][2]}
+    assert read_json(config.run_dir / "tracker.json") == {"wandb": calls[0][1][2]}
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb", "trackio"])

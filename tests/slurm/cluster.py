@@ -14,14 +14,14 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.support.runs import execute
+from tests.support.runs import execute, wait_until
 
 ADDRESSES = {1: "10.77.0.1", 2: "10.77.0.2"}
 # As Debian has it: the host name resolves to an address that no other machine can reach.
@@ -89,7 +89,7 @@ class Cluster:
         self._daemon(1, "munged", "--foreground", "--force", f"--key-file={key}",
                      f"--socket={files['socket']}", f"--pid-file={files['pid']}",
                      f"--log-file={files['log']}", f"--seed-file={files['seed']}")
-        until(files["socket"].exists, "munged has no socket", 10)
+        wait_until(files["socket"].exists, 10, lambda: "munged has no socket")
         self._daemon(1, "slurmctld", "-D", "-c")
         for node in ADDRESSES:
             (self.folder / f"n{node}").mkdir()
@@ -105,8 +105,8 @@ class Cluster:
             process.kill()
 
     def until_idle(self) -> None:
-        until(lambda: self.run("sinfo", "--noheader", "--format=%D %t")[1] == "2 idle\n",
-              "the two nodes are not idle", 30)
+        wait_until(lambda: self.run("sinfo", "--noheader", "--format=%D %t")[1] == "2 idle\n", 30,
+                   lambda: "the two nodes are not idle")
 
     def _daemon(self, node: int, *command: object) -> None:
         with (self.folder / "daemons.log").open("ab") as log:
@@ -162,24 +162,14 @@ class Job:
         return told.partition("JobState=")[2].split()[0]
 
     def until_said(self, text: str, limit: float = 40) -> None:
-        until(lambda: text in self.output, f"{text!r} is not said", limit, lambda: self.output)
+        wait_until(lambda: text in self.output, limit,
+                   lambda: f"{text!r} is not in\n{self.output}")
 
     def until_over(self, limit: float = 60) -> str:
         """Wait until the job will not run again; its state."""
-        until(lambda: self.state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING",
-                                         "REQUEUED"), "the job is not over", limit,
-              lambda: self.output)
+        wait_until(lambda: self.state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING",
+                                              "REQUEUED"), limit, lambda: self.output)
         return self.state
-
-
-def until(true: Callable[[], bool], message: str, limit: float,
-          shown: Callable[[], str] = lambda: "") -> None:
-    """Wait; past the limit (seconds) the test fails."""
-    deadline = time.monotonic() + limit
-    while not true():
-        if time.monotonic() > deadline:
-            pytest.fail(f"{message} after {limit} s\n{shown()}")
-        time.sleep(0.1)
 
 
 def _ip(*words: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ ROUNDS, CLIENTS, LOCAL_UPDATES, BATCH, LENGTH, LR = 3, 3, 2, 2, 32, 2e-3
 
 @pytest.fixture(scope="module")
 def data(cache_dir: Path) -> TokenData:
-    return prepare(str(CORPUS), "bpe:400", LENGTH, cache_dir, say=lambda line: None)
+    return prepare(str(CORPUS), "bpe:400", LENGTH, cache_dir)
 
 
 def by_hand(data: TokenData) -> dict[str, torch.Tensor]:
@@ -70,6 +69,6 @@ def test_rounds_by_hand_equal_rounds_of_fedrun(run: Run, data: TokenData) -> Non
     for dtype, tolerance in (("fp64", 1e-9), ("fp32", 1e-4)):
         outcome = run("fed_avg", *flags, "--dtype", dtype, name=dtype)
         assert outcome.code == 0, outcome.output
-        assert json.loads((outcome.run_dir / "config.json").read_text())["dtype"] == dtype
+        assert outcome.config["dtype"] == dtype
         for name, value in outcome.model.items():
             torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=tolerance)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -15,13 +14,13 @@ import torch
 from fedrun.data.batches import DrawnBatches
 from fedrun.data.partition import split_holdout
 from fedrun.data.tokens import TokenData
-from fedrun.experiment import deal
-from fedrun.federation.client import Client
+from fedrun.experiment import shards_of
 from fedrun.federation.schedule import Schedule
 from fedrun.flags import resolve
 from fedrun.strategies import STRATEGIES
 from tests.support.every_method import METHODS
 from tests.support.runs import Outcome, Run, execute, torchrun, without_clocks
+from tests.support.spoiled import spoil_updates
 
 
 @pytest.mark.timeout(400)
@@ -152,14 +151,14 @@ def test_padded_vocabulary(run_here: Run, tmp_path: Path) -> None:
 
 def test_the_holdout_is_never_trained_on() -> None:
     config: Any = resolve("fed_entropy", {"entropy_holdout": 0.25, "num_clients": 3})
-    shards = deal(config, of_sequences(100))
+    shards = shards_of(config, of_sequences(100))
     for train, held in zip(shards.train, shards.holdout, strict=True):
         assert len(held) == (len(train) + len(held)) // 4
         assert not set(train) & set(held)
     assert sorted(i for part in (*shards.train, *shards.holdout) for i in part) == list(range(100))
     assert [part.tolist() for part in split_holdout(np.arange(5, 9), 0.0)] == [[5, 6, 7, 8], []]
-    with pytest.raises(ValueError, match=r"--entropy_holdout 0\.25: must be .* of client 0"):
-        deal(config, of_sequences(9))
+    with pytest.raises(ValueError, match=r"--entropy_holdout 0\.25: must be .* client 0"):
+        shards_of(config, of_sequences(9))
 
 
 def of_sequences(count: int) -> TokenData:
@@ -235,31 +234,13 @@ def test_questionable_settings_warn(method: str, flags: dict[str, Any], said: st
 
 # ---- clients that are left out, and what is left of a run ---------------------------------------
 
-def fails(monkeypatch: pytest.MonkeyPatch, value: float, round_: int, clients: set[int]) -> None:
-    """In that round one element of these clients' updates, or gradients, is this far off."""
-    for name in ("train", "gradient"):
-        healthy = getattr(Client, name)
-
-        def faulty(client: Client, *args: Any, healthy: Any = healthy, name: str = name,
-                   **how: Any) -> Any:
-            losses = healthy(client, *args, **how)
-            seen[client.index] = seen.get(client.index, 0) + 1
-            if client.index in clients and seen[client.index] == round_:
-                vector = client.flat.vector if name == "train" else client.flat.grad
-                vector[-7] += value
-            return losses
-
-        monkeypatch.setattr(Client, name, faulty)
-    seen: dict[int, int] = {}
-
-
 @pytest.mark.parametrize(("method", "flags", "what", "bound"), [
     ("fed_avg", (), "delta", r"0\.01\d+"), ("fed_avg", ("--wire", "int8"), "delta", r"0\.01\d+"),
     ("fed_sgd", (), "gradient", "16")])
 def test_a_client_beyond_the_bound_is_left_out(
         run_here: Run, monkeypatch: pytest.MonkeyPatch, method: str, flags: tuple[str, ...],
         what: str, bound: str) -> None:
-    fails(monkeypatch, 45, 2, {1})
+    spoil_updates(monkeypatch, 45, 2, {1})
     outcome = run_here(method, "--num_clients", 3, "--rounds", 3, *flags)
     assert outcome.code == 0, outcome.output
     last = outcome.history[-1]
@@ -267,13 +248,13 @@ def test_a_client_beyond_the_bound_is_left_out(
     why, = last["left_out_why"]
     assert re.fullmatch(rf"{what} exceeds its bound: (45|44\.9\d*|45\.0\d*) > {bound}", why), why
     assert f"round 2: client 1 is left out: {why}; its moments are reset" in outcome.output
-    events = [json.loads(line) for line in (outcome.run_dir / "events.jsonl").open()]
+    events = outcome.events
     told = [(e["left_out"], e["left_out_why"]) for e in events if e["event"] == "round"]
     assert told == [([], []), ([1], [why]), ([], [])]
     assert all(bool(torch.isfinite(v).all()) for v in outcome.model.values())
     if method == "fed_avg" and not flags:  # the same as with one that is not finite
         monkeypatch.undo()
-        fails(monkeypatch, math.nan, 2, {1})
+        spoil_updates(monkeypatch, math.nan, 2, {1})
         other = run_here(method, "--num_clients", 3, "--rounds", 3, name="nan")
         assert other.bits == outcome.bits
         assert other.history[-1]["left_out_why"] == ["delta not finite"]
@@ -299,7 +280,7 @@ def test_a_round_ends_the_run_where_more_than_half_are_left_out(
         bad: set[int], ends: bool) -> None:
     chosen = ("--num_clients", clients, "--cohort", "none" if cohort is None else cohort)
     good = run_here("fed_avg", *chosen, "--rounds", 1, name="good")
-    fails(monkeypatch, 45, 1 if cohort else 2, bad)
+    spoil_updates(monkeypatch, 45, 1 if cohort else 2, bad)
     outcome = run_here("fed_avg", *chosen, "--rounds", 3)
     assert outcome.code == int(ends), outcome.output
     if not ends:
@@ -328,7 +309,7 @@ def test_a_ruined_model_is_not_kept_for_the_last_good_one(
     flags = ("--num_clients", 2, "--reduce", "float", "--server_lr", 1, "--val_freq", val_freq,
              "--checkpoint_freq", checkpoint_freq)
     good = run_here("diloco", *flags, "--rounds", 1, name="good")
-    fails(monkeypatch, off, 2, {0, 1})
+    spoil_updates(monkeypatch, off, 2, {0, 1})
     outcome = run_here("diloco", *flags, "--rounds", 4)
     assert outcome.code == 1, outcome.output
     assert "Traceback" not in outcome.output

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from fedrun.config import RunConfig
 from fedrun.data.tokens import TokenData
-from fedrun.experiment import Experiment, deal
+from fedrun.experiment import Experiment, shards_of
 
 
 def experiment_of(config: RunConfig, data: TokenData) -> Experiment:
     """An experiment from scratch, without a provenance."""
-    return Experiment(config, data, deal(config, data), None, {})
+    return Experiment(config, data, shards_of(config, data), None, {})

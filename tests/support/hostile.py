@@ -1,4 +1,4 @@
-"""What strangers' files may hold, and names that tools have taken for something else."""
+"""Hostile contents of files, and names that programs may misinterpret."""
 
 from __future__ import annotations
 
@@ -8,16 +8,24 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-# Mathematics, markup and flags of other programs; then what a terminal would obey: a colour, the
-# clipboard (OSC 52), a bell, writing from right to left, two C1 codes.
-MATHEMATICS = "a$b_$c^{[red]\\frac"  # which is none: it cannot be parsed
+# A name that looks like mathematics and markup, and one with characters that a terminal obeys: a
+# colour, the clipboard (OSC 52), a bell, right-to-left writing, two C1 codes.
+MATHEMATICS = "a$b_$c^{[red]\\frac"  # cannot be parsed as such
 ESCAPES = "e\x1b[31m\x1b]52;c;QUJD\x07\u202e\x9b\x85_"
 OBEYED = tuple("\x1b\x07\u202e\x9b\x85")
+NAMES = (MATHEMATICS, ESCAPES)
+SHOWN = (MATHEMATICS, r"e\x1b[31m\x1b]52;c;QUJD\x07\u202e\x9b\x85_")
+"""How the names must be printed."""
+
+
+def obeyed(text: str) -> list[str]:
+    """The characters in a text that a terminal would obey."""
+    return [character for character in OBEYED if character in text]
 
 
 def damaged(kind: type = dict) -> dict[str, bytes | str]:
-    """Contents of a file that should hold a `kind`, and does not, by name. A str is what it is
-    instead of a file."""
+    """Wrong contents, by name, for a file that should hold a `kind` as JSON. A str is the kind of
+    thing that stands in the file's place; see `put`."""
     other: Any = {} if kind is list else [1]
     return {
         "empty": b"", "another": json.dumps(other).encode(), "number": b"7", "null": b"null",
@@ -34,7 +42,7 @@ WRONG_TYPES: tuple[dict[str, Any], ...] = (
     {"method": "fed_avg", "seed": 1.5, "config": "tiny"},
     {"method": "fed_avg", "seed": None, "config": "tiny"},
     {"method": None, "seed": 0, "config": "tiny"})
-"""Of config.json."""
+"""Contents of config.json."""
 
 ODD_RECORDS: list[Any] = [
     7, [], None, {}, {"global_step": "1", "server_val_ppl": 2.0},
@@ -42,7 +50,7 @@ ODD_RECORDS: list[Any] = [
        "train_loss": value, "bytes": value}
       for step in (5, -1, "a", None, 10**400, 1.5, [1], True)
       for value in (1e308, -1, 0, None, "x", [1], 10**400, True))]
-"""Of training_history.json; none has a perplexity that could be drawn."""
+"""Records of training_history.json, none with a perplexity that can be drawn."""
 
 ODD_EVENTS = b"\n".join([
     b"7", b"[]", b"null", b'{"event": "round"}', b'{"event": "round", "round": []}',
@@ -55,7 +63,7 @@ ODD_EVENTS = b"\n".join([
 
 
 def put(path: Path, content: bytes | str) -> None:
-    """Make `path` hold the content, or be what a str names."""
+    """Replace `path` by a file with this content, or by what a str names."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
@@ -69,4 +77,4 @@ def put(path: Path, content: bytes | str) -> None:
         path.symlink_to(path.name)
     elif content == "large":
         with path.open("wb") as file:
-            file.truncate(1 << 33)  # 8 GiB, of which nothing is on the disk
+            file.truncate(1 << 33)  # 8 GiB, sparse

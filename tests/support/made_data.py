@@ -1,4 +1,4 @@
-"""Token data whose documents, topics and sources are given, for the tests of partitions."""
+"""Token data with given documents, topics and sources, for tests of partitions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedrun.data.topics import Topics
 
 @dataclass(frozen=True)
 class MadeData(TokenData):
-    """Data whose documents and topics are given, not read."""
+    """Token data whose documents and topics are given instead of read from the cache."""
 
     documents: Documents
     topics: Topics
@@ -28,7 +28,7 @@ class MadeData(TokenData):
 
 def made(lengths: list[int], sequence_length: int = 4, n_topics: int = 3, n_sources: int = 5,
          vocab_size: int = 50) -> MadeData:
-    """Documents of these lengths in tokens; topics and sources go round."""
+    """Documents with these numbers of tokens; topics and sources are assigned in turn."""
     starts = np.concatenate([[0], np.cumsum(lengths)])
     numbers = np.arange(len(lengths))
     n_sequences = int(starts[-1]) // sequence_length

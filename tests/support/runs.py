@@ -9,8 +9,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,6 @@ from fedrun.data.pydocs import read_pydocs
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
-SHARED_DATA = ROOT.parent / "shared" / "data"
 
 # Some of the documentation that comes with Python, for runs of seconds on real text.
 _folder = tempfile.TemporaryDirectory(prefix="fedrun-tests-")
@@ -36,6 +37,18 @@ CORPUS.write_text("\n\n".join(read_pydocs(local_files("pydocs")[:40]).values()),
 SMALL = ("--config", "tiny", "--dataset", str(CORPUS), "--tokenizer", "bpe:400",
          "--sequence_length", "32", "--batch_size", "2", "--val_freq", "3", "--lr", "2e-3",
          "--dtype", "fp32")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert isinstance(content, dict)
+    return content
+
+
+def read_history(run_dir: Path) -> list[dict[str, Any]]:
+    history = json.loads((run_dir / "training_history.json").read_text(encoding="utf-8"))
+    assert isinstance(history, list)
+    return history
 
 
 @dataclass
@@ -48,9 +61,20 @@ class Outcome:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        history: list[dict[str, Any]] = json.loads(
-            (self.run_dir / "training_history.json").read_text())
-        return history
+        return read_history(self.run_dir)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return read_json(self.run_dir / "config.json")
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        return read_json(self.run_dir / "outcome.json")
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line)
+                for line in (self.run_dir / "events.jsonl").read_text().splitlines()]
 
     @property
     def model(self) -> dict[str, Tensor]:
@@ -80,6 +104,24 @@ def execute(command: Sequence[str], limit: float = 100, env: dict[str, str] | No
     return process.returncode, output
 
 
+def fresh_python(code: str, *arguments: str, env: Mapping[str, str] | None = None,
+                 limit: float = 60) -> str:
+    """What a program prints to stdout in a Python of its own, with these variables set as well."""
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True,
+                          timeout=limit, cwd=ROOT, env={**os.environ, **(env or {})}, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def start(command: Sequence[str | Path], log: Path, env: Mapping[str, str] | None = None
+          ) -> subprocess.Popen[bytes]:
+    """Start a command in a session of its own; all it prints is appended to `log`."""
+    with log.open("ab") as out:
+        return subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
+                                start_new_session=True,
+                                env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+
+
 def torchrun(processes: int, restarts: int = 0) -> list[str]:
     """The command line's beginning: our torchrun, or plain Python for one process."""
     if processes == 1:
@@ -96,11 +138,37 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
+@contextmanager
+def children_of(launcher: subprocess.Popen[bytes]) -> Iterator[Callable[[], list[psutil.Process]]]:
+    """A function that returns the processes a launcher has started, also after its end: a thread
+    looks every 20 ms while it runs. All of them and the launcher are killed in the end."""
+    children: list[psutil.Process] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while launcher.poll() is None and not over.wait(0.02):
+            with suppress(psutil.NoSuchProcess):
+                children[:] = psutil.Process(launcher.pid).children() or children
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield lambda: list(children)
+    finally:
+        over.set()
+        watcher.join()
+        for child in filter(alive, children):
+            child.kill()
+        if launcher.poll() is None:
+            launcher.kill()
+            launcher.wait()
+
+
 def listening(root: psutil.Process) -> set[str]:
     """The addresses at which a process and its descendants listen."""
     processes = {root.pid, *(p.pid for p in root.children(recursive=True))}
     return {c.laddr.ip for c in psutil.net_connections("inet")
-            if c.pid in processes and c.status == psutil.CONN_LISTEN}
+            if c.pid in processes and c.status == psutil.CONN_LISTEN and c.laddr}
 
 
 def free_port() -> int:
@@ -109,11 +177,14 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def wait_until(condition: Callable[[], bool], timeout: float) -> None:
-    """Look every 50 ms until something holds; past the timeout (seconds) the test fails."""
+def wait_until(condition: Callable[[], bool], timeout: float,
+               shown: Callable[[], str] = lambda: "") -> None:
+    """Look every 50 ms until something holds; past the timeout (seconds) the test fails, and
+    prints `shown()`."""
     deadline = time.monotonic() + timeout
     while not condition():
-        assert time.monotonic() < deadline, "waited too long"
+        if time.monotonic() > deadline:
+            pytest.fail(f"still waiting after {timeout} s\n{shown()}")
         time.sleep(0.05)
 
 
@@ -134,8 +205,14 @@ def fault(tmp_path: Path, kind: str, at: str, rank: int = 0) -> dict[str, str]:
             "FAULT_ONCE": str(tmp_path / "struck")}
 
 
+def error_lines(output: str) -> list[str]:
+    """The errors in what a command printed, which has to be without a traceback."""
+    assert "Traceback" not in output
+    return [line for line in output.splitlines() if line.startswith("fedrun: error:")]
+
+
 def outcome_of(run: Outcome) -> str:
-    return str(json.loads((run.run_dir / "outcome.json").read_text())["outcome"])
+    return str(run.outcome["outcome"])
 
 
 def assert_equal(disturbed: Outcome, undisturbed: Outcome) -> None:
@@ -146,20 +223,14 @@ def assert_equal(disturbed: Outcome, undisturbed: Outcome) -> None:
     ours, theirs = ({p.relative_to(r.run_dir): p.read_bytes()
                      for p in r.run_dir.glob("**/step_*.npz")} for r in (disturbed, undisturbed))
     assert ours == theirs
-
-    def rounds(run: Outcome) -> list[int]:
-        lines = map(json.loads, (run.run_dir / "events.jsonl").read_text().splitlines())
-        return [line.get("round", line.get("step")) for line in lines
-                if line["event"] in ("round", "step")]
-    assert rounds(disturbed) == rounds(undisturbed)
+    assert numbers(disturbed) == numbers(undisturbed)
 
 
 def numbers(run: Outcome) -> list[int]:
     """The rounds or steps that events.jsonl tells of."""
-    lines = map(json.loads, (run.run_dir / "events.jsonl").read_text().splitlines())
-    return [line.get("round", line.get("step")) for line in lines
-            if line["event"] in ("round", "step")]
+    return [int(event.get("round", event.get("step"))) for event in run.events
+            if event["event"] in ("round", "step")]
 
 
 def steps(run: Outcome) -> list[int]:
-    return [record.get("global_step", record.get("step")) for record in run.history]
+    return [int(record.get("global_step", record.get("step"))) for record in run.history]

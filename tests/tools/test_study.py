@@ -16,7 +16,7 @@ from fedrun.records import run_dir
 from fedrun.run import run
 from fedrun.tools import study, study_file
 from fedrun.tools.study_file import Study, StudySetting
-from tests.support.runs import ROOT, SMALL
+from tests.support.runs import ROOT, SMALL, read_history
 
 WHOLE = """
 reference: central
@@ -70,8 +70,7 @@ def test_a_whole_study_and_its_resumption(tmp_path: Path, cache_dir: Path,
 
     # The numbers are those of the halves: tuned on the first, reported on the second.
     def halves(name: str) -> list[float]:
-        history = json.loads((tmp_path / "little" / "runs" / name / "training_history.json")
-                             .read_text())
+        history = read_history(tmp_path / "little" / "runs" / name)
         found: list[float] = history[-1]["val_loss_halves"]
         return found
 

@@ -1,4 +1,4 @@
-"""What a dataset's own folder says of its files: configurations in README.md, and state.json."""
+"""What a dataset's folder declares about its files: configurations in README.md, and state.json."""
 
 from __future__ import annotations
 
@@ -10,68 +10,70 @@ import yaml
 
 from fedrun.common.errors import InputError, one_line
 from fedrun.common.files import DamagedFile, read_json, read_regular
-from fedrun.data.textfiles import shown
+from fedrun.data.text_files import printable
 
 FRONT_MATTER = re.compile(r"\s*---\s*\n(.*?)\n---\s*(\n|$)", re.S)
 DEFAULT = "default"
 
 
-def configured(folder: Path, asked: str | None) -> tuple[str, dict[str, list[str]] | None]:
-    """What a configuration of a dataset's folder is: one that its README.md tells, or a folder.
+def find_configuration(folder: Path, asked: str | None) -> tuple[str, dict[str, list[str]] | None]:
+    """Find a configuration of a dataset: one listed in its README.md, or else a subfolder.
 
     Args:
-        asked: its name; None: the only one, or the one that is marked as the default.
+        asked: its name; None: the only one, or the default.
     Returns:
-        the folder below `folder` that it is read from, and the patterns of each split's files;
-        None where names tell the splits
+        the folder below `folder` to read, and the file patterns of each split; None instead of
+        patterns if the files' names decide their splits
     Raises:
-        ValueError: there is no such configuration, or there are several and none is asked for.
+        InputError: there is no such configuration, or there are several and none is asked for.
     """
     configs = {str(config.get("config_name", DEFAULT)): config
-               for config in _configs(folder / "README.md")}
+               for config in _listed_configurations(folder / "README.md")}
     if not configs:
         if asked is None:
             return "", None
         if (folder / asked).is_dir():
             return asked, None
         there = sorted(path.name for path in folder.iterdir() if path.is_dir())
-        raise InputError(f"no configuration {asked}: no README.md tells of it, and the folders "
-                         f"there are {', '.join(map(shown, there)) or 'none'}")
+        raise InputError(f"no configuration {asked}: no README.md lists it, and the folders are "
+                         f"{', '.join(map(printable, there)) or 'none'}")
     defaults = [name for name, config in configs.items() if config.get(DEFAULT) is True]
     if asked is None and len(configs) == 1:
         chosen: str | None = next(iter(configs))
     else:
         chosen = asked or next((name for name in (*defaults, DEFAULT) if name in configs), None)
     if chosen not in configs:
-        known = ", ".join(map(shown, configs))
+        known = ", ".join(map(printable, configs))
         raise InputError(
-            f"no configuration {asked}; there are {known}" if asked else
-            f"it has several configurations ({known}); give one: FOLDER:{next(iter(configs))}")
+            f"no configuration {asked}; the configurations are {known}" if asked else
+            f"it has several configurations ({known}); choose one: FOLDER:{next(iter(configs))}")
     config = configs[chosen]
     inside = str(config.get("data_dir") or "")
     if not (folder / inside).resolve().is_relative_to(folder):
-        raise InputError(f"{shown(folder / 'README.md')}: the data_dir {inside} of {chosen} is not "
-                         "in the folder")
+        raise InputError(f"{printable(folder / 'README.md')}: the data_dir {inside} of {chosen} "
+                         "is outside the folder")
     return inside, _patterns(config.get("data_files"))
 
 
-def _configs(readme: Path) -> list[dict[str, Any]]:
+def _listed_configurations(readme: Path) -> list[dict[str, Any]]:
     try:
         text = read_regular(readme).decode("utf-8-sig", "replace")
         matter = FRONT_MATTER.match(text)
-        told = yaml.safe_load(matter[1]) if matter and "configs:" in matter[1] else None
+        front_matter = yaml.safe_load(matter[1]) if matter and "configs:" in matter[1] \
+            else None
     except (OSError, DamagedFile):
         return []
     except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"{shown(readme)}: its head cannot be read: {one_line(error)}") from None
-    configs = told.get("configs") if isinstance(told, dict) else None
+        raise InputError(f"{printable(readme)}: its YAML block cannot be read: "
+                         f"{one_line(error)}") from None
+    configs = front_matter.get("configs") if isinstance(front_matter, dict) else None
     return [config for config in configs if isinstance(config, dict)
             and ("data_files" in config or "data_dir" in config)] \
         if isinstance(configs, list) else []
 
 
 def _patterns(given: Any) -> dict[str, list[str]] | None:
-    """A configuration's data_files: a pattern, several, or those of each split."""
+    """The patterns of each split in a configuration's data_files, which has several forms."""
     if not given:
         return None
     patterns: dict[str, list[str]] = {}
@@ -86,8 +88,8 @@ def _patterns(given: Any) -> dict[str, list[str]] | None:
     return patterns
 
 
-def matches(name: str, pattern: str) -> bool:
-    """Whether a path is one of a pattern's, where * stays in a folder and ** does not."""
+def matches_pattern(name: str, pattern: str) -> bool:
+    """Whether a path matches a pattern, in which * stays within a folder and ** does not."""
     pattern = pattern.removeprefix("./")
     if name == pattern:
         return True
@@ -96,11 +98,11 @@ def matches(name: str, pattern: str) -> bool:
     return re.fullmatch("".join(parts), name) is not None
 
 
-def saved_files(state: Path) -> list[str]:
-    """The files that `state.json`, as save_to_disk writes it, names as the dataset's."""
+def listed_data_files(state: Path) -> list[str]:
+    """The names of the dataset's files in `state.json`, which `datasets` writes (save_to_disk)."""
     try:
         listed = read_json(state, dict).get("_data_files")
     except (OSError, DamagedFile) as error:
-        raise InputError(f"{shown(state)}: {error}") from None
+        raise InputError(f"{printable(state)}: {error}") from None
     return [str(file.get("filename")) for file in listed if isinstance(file, dict)] \
         if isinstance(listed, list) else []

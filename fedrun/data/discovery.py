@@ -1,16 +1,17 @@
-"""Which files a dataset is read from: what there is, of which kind, and in which split.
+"""Finds the files of a dataset, their kind, and the split that each belongs to.
 
-What lies in a folder, at any depth and behind links, is read but for
+All files in a folder are read, at any depth and through links, except
 
     hidden files, __pycache__ and the like, virtual environments, folders of runs
-    what is no text (see textfiles.py) and no table (see tables.py)
-    the smaller kinds, where text and tables of several kinds lie together
-    README.md and what `datasets` writes beside its files, where they are no text among others
-    where files are named after train and other splits: those that are named after none
+    files that are neither text (see text_files.py) nor tables (see table_files.py)
+    all but the most frequent kind, if there are text and tables, or tables of several kinds
+    README.md and files that `datasets` writes to describe a dataset, unless there is only such text
+    files whose names name no split, if others are named after train and another split
 
-A split is named by a whole name, of a file or of a folder: train.txt, test/, dev-00000-of-00002;
-or by a word in which names differ that are otherwise equal: wiki.train.txt and wiki.test.txt. By
-itself train_journey.txt is no split. Files that a pattern names are all read as train rows.
+A file belongs to a split if its name or a folder's is the split's name: train.txt, test/,
+dev-00000-of-00002; or if there are names that differ only in the split's name: wiki.train.txt and
+wiki.test.txt. On its own, train_journey.txt is not a split. Files that match a pattern given by the
+user are all train rows.
 """
 
 from __future__ import annotations
@@ -25,66 +26,67 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 
 from fedrun.common.errors import InputError
-from fedrun.data.datasetcard import configured, matches, saved_files
-from fedrun.data.tables import KINDS
-from fedrun.data.textfiles import UNREADABLE, DataFile, is_text, shown
+from fedrun.data.dataset_card import find_configuration, listed_data_files, matches_pattern
+from fedrun.data.table_files import KINDS
+from fedrun.data.text_files import UNREADABLE, DataFile, is_text, printable
 
-PREFERRED = ["parquet", "arrow", "json", "csv", "text"]  # of kinds with equally many files
-DESCRIPTIONS = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json",
+KIND_PREFERENCE = ["parquet", "arrow", "json", "csv", "text"]  # if counts are equal
+DESCRIPTION_FILES = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json",
                 "state.json"}  # fmt: skip
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"),
           "test": ("test", "testing", "eval", "evaluation")}  # fmt: skip
 SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
-WORD = re.compile(rf"(?<![^-._ ])({'|'.join(SPLIT_OF)})(?![^-._ \d])")
-SHARD = re.compile(r"(.+?)[-._ ]?\d+([-._ ]of[-._ ]\d+)?(-[0-9a-f]{6,})?")
-NAMED_SPLITS = {*KINDS, "", ".txt", ".text", ".raw", ".tokens"}  # train.py is a program
-RUN_FILES = {"config.json", "events.jsonl"}  # in the folder of a run
-SHOWN = 3  # names in a list that may be long
+SPLIT_WORD = re.compile(rf"(?<![^-._ ])({'|'.join(SPLIT_OF)})(?![^-._ \d])")
+SHARD_NAME = re.compile(r"(.+?)[-._ ]?\d+([-._ ]of[-._ ]\d+)?(-[0-9a-f]{6,})?")
+SPLIT_NAME_ENDINGS = {*KINDS, "", ".txt", ".text", ".raw", ".tokens"}  # not .py, a program
+RUN_FILES = {"config.json", "events.jsonl"}  # a folder with both is the folder of a run
+NAMES_IN_MESSAGES = 3  # of a list that may be long
 
 
 @dataclass
-class Found:
-    """The files of a dataset that are read, and those that are not."""
+class FoundFiles:
+    """The files of a dataset that are read, and those that are left out."""
 
     folder: bool
-    """Whether a folder was given."""
+    """Whether the dataset is a folder."""
     splits: dict[str, list[DataFile]] = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=dict)
-    """Names, by the reason."""
+    """Names of files, by the reason why they are left out."""
     doubtful: list[DataFile] = field(default_factory=list)
-    """Train rows whose name has the word of another split in it."""
+    """Files of the train split whose names contain the name of another split."""
 
     def leave_out(self, reason: str, files: Iterable[object]) -> None:
         self.left_out.setdefault(reason, []).extend(str(file) for file in files)
 
-    def told(self, used: Iterable[str]) -> str:
-        """What is read from the splits in use and what is left out, in a line."""
+    def summary(self, used: Iterable[str]) -> str:
+        """One line about the files that are read for the splits in `used`, and those left out."""
         used = list(used)
-        parts = [f"{split}: {_counted(files)}" for split, files in self.splits.items()
+        parts = [f"{split}: {_counts_by_ending(files)}" for split, files in self.splits.items()
                  if split in used]
-        parts += [f"not read: {len(files)} in the split {split} ({some(files)})"
+        parts += [f"not read: {len(files)} in the split {split} ({first_of(files)})"
                   for split, files in self.splits.items() if split not in used]
-        parts += [f"not read: {len(names)} {reason} ({some(names)})"
+        parts += [f"not read: {len(names)} {reason} ({first_of(names)})"
                   for reason, names in self.left_out.items() if names]
         if self.doubtful:
-            parts.append(f"read as train rows, since whole names make splits: "
-                         f"{some(self.doubtful)}")
+            parts.append(f"read as train rows, since only whole names are splits: "
+                         f"{first_of(self.doubtful)}")
         return "; ".join(parts)
 
-    def beside(self) -> str:
-        """The files of other kinds, for the message that those of the chosen kind do not do."""
-        return "".join(f"; not read: {len(names)} {reason} ({some(names)})"
+    def other_kinds(self) -> str:
+        """For an error about the kind of files that was chosen: the files of other kinds."""
+        return "".join(f"; not read: {len(names)} {reason} ({first_of(names)})"
                        for reason, names in self.left_out.items() if reason.startswith("of "))
 
 
-def some(names: Iterable[object]) -> str:
-    """The first of many names."""
+def first_of(names: Iterable[object]) -> str:
+    """For a message: the first NAMES_IN_MESSAGES names, and the number of the others."""
     listed = [n.name.as_posix() if isinstance(n, DataFile) else str(n) for n in names]
-    rest = f", and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
-    return ", ".join(map(shown, listed[:SHOWN])) + rest
+    others = len(listed) - NAMES_IN_MESSAGES
+    return ", ".join(map(printable, listed[:NAMES_IN_MESSAGES])) + (
+        f", and {others} more" if others > 0 else "")
 
 
-def _counted(files: list[DataFile]) -> str:
+def _counts_by_ending(files: list[DataFile]) -> str:
     endings = Counter("".join(file.name.suffixes[-2:]) if file.plain_name != file.name
                       else file.name.suffix for file in files)
     kinds = [f"{count} {ending or 'without an ending'}" for ending, count in endings.most_common()]
@@ -92,11 +94,10 @@ def _counted(files: list[DataFile]) -> str:
            f"{', ...' * (len(kinds) > 5)})"
 
 
-# ---- what there is ------------------------------------------------------------------------------
+# ---- listing files ------------------------------------------------------------------------------
 
 def folder_of(dataset: str) -> tuple[Path, str | None] | None:
-    """The folder that `dataset` names, and the configuration in FOLDER:CONFIG; None where none is.
-    """
+    """The folder that `dataset` names and the CONFIG of FOLDER:CONFIG; None if not a folder."""
     path = Path(os.path.expanduser(dataset))
     if path.is_dir():
         return path.resolve(), None
@@ -106,12 +107,12 @@ def folder_of(dataset: str) -> tuple[Path, str | None] | None:
 
 
 def matching_files(pattern: str) -> list[Path]:
-    """The files that a path or a pattern names, sorted."""
+    """The files that match a path or a pattern, sorted."""
     pattern = os.path.expanduser(pattern)
     if os.path.isfile(pattern):
         return [Path(pattern)]
     found = sorted(Path(match) for match in glob.iglob(pattern, recursive=True))
-    if not found:  # of the beginning, what exists is no pattern: 'texts[v2]/*.txt'
+    if not found:  # parts at the beginning that exist are taken literally: 'texts[v2]/*.txt'
         parts, base = Path(pattern).parts, Path()
         literal = 0
         while literal < len(parts) and (base / parts[literal]).exists():
@@ -121,16 +122,19 @@ def matching_files(pattern: str) -> list[Path]:
     return [file for file in found if file.is_file()]
 
 
-def visible_files(folder: Path, passed_over: list[str] | None = None) -> list[Path]:
-    """The files below a folder, sorted by their paths as texts. Links are followed, but for those
-    that lead up, and no folder is entered twice.
+def files_below(folder: Path, skipped: list[str] | None = None) -> list[Path]:
+    """The files below a folder, sorted by their paths as strings.
 
+    Links are followed except those to a parent folder; no folder is entered twice.
+
+    Args:
+        skipped: collects the names of folders that are not entered and of special files.
     Raises:
         OSError: a folder cannot be read.
     """
     seen: set[tuple[int, int]] = set()
     found: list[Path] = []
-    folders, links = [folder], list[Path]()  # a folder is called by its own name, not by a link's
+    folders, links = [folder], list[Path]()  # links last: a folder is listed under its own name
     while folders or links:
         current = folders.pop() if folders else links.pop()
         status = current.stat()
@@ -138,13 +142,13 @@ def visible_files(folder: Path, passed_over: list[str] | None = None) -> list[Pa
             continue
         seen.add((status.st_dev, status.st_ino))
         with os.scandir(current) as entries:
-            there = [entry for entry in entries if not entry.name.startswith(".")]
-        names = {entry.name for entry in there}
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
+        names = {entry.name for entry in visible}
         if current != folder and ("pyvenv.cfg" in names or names >= RUN_FILES):
-            if passed_over is not None:
-                passed_over.append(f"{current.relative_to(folder).as_posix()}/")
+            if skipped is not None:
+                skipped.append(f"{current.relative_to(folder).as_posix()}/")
             continue
-        for entry in sorted(there, key=lambda entry: entry.name, reverse=True):
+        for entry in sorted(visible, key=lambda entry: entry.name, reverse=True):
             path = current / entry.name
             if path.is_dir():
                 above = entry.is_symlink() and current.resolve().is_relative_to(path.resolve())
@@ -152,13 +156,13 @@ def visible_files(folder: Path, passed_over: list[str] | None = None) -> list[Pa
                     (links if entry.is_symlink() else folders).append(path)
             elif path.is_file():
                 found.append(path)
-            elif passed_over is not None:
-                passed_over.append(path.relative_to(folder).as_posix())
+            elif skipped is not None:
+                skipped.append(path.relative_to(folder).as_posix())
     return sorted(found, key=lambda path: path.as_posix())
 
 
 def _members(path: Path, name: PurePath) -> Iterator[DataFile]:
-    """What is in a file: itself, or the files of an archive."""
+    """The file itself, or if it is an archive, the files in it."""
     if path.suffix.lower() != ".zip":
         yield DataFile(path, name)
         return
@@ -166,7 +170,7 @@ def _members(path: Path, name: PurePath) -> Iterator[DataFile]:
         with zipfile.ZipFile(path) as archive:
             members = [info.filename for info in archive.infolist() if not info.is_dir()]
     except UNREADABLE as error:
-        raise InputError(f"{shown(path)}: cannot be read: {error}") from error
+        raise InputError(f"{printable(path)}: cannot be read: {error}") from error
     def files_first(member: str) -> list[tuple[bool, str]]:
         *folders, last = PurePath(member).parts
         return [*((True, folder) for folder in folders), (False, last)]
@@ -176,53 +180,54 @@ def _members(path: Path, name: PurePath) -> Iterator[DataFile]:
             yield DataFile(path, name / member, member)
 
 
-# ---- what is read -------------------------------------------------------------------------------
+# ---- choosing files -----------------------------------------------------------------------------
 
 def discover(dataset: str, encoding: str | None, tables_only: bool, extra_split: str | None
-             ) -> Found:
-    """The files of a folder, a pattern or a path, by splits.
+             ) -> FoundFiles:
+    """Find the files of a folder, a pattern or a path, by split.
 
     Args:
+        dataset: the value of --dataset.
         encoding: of text without a byte-order mark; None: UTF-8.
-        tables_only: whether columns are asked for, which text does not have.
-        extra_split: a name that is a split here beside the usual ones.
+        tables_only: prefer tables to text, because the user asks for columns.
+        extra_split: the name of a split in addition to the usual ones.
     Raises:
-        ValueError: a file cannot be read, or there is nothing that is text.
+        InputError: a file cannot be read, or no file is text or a table.
     """
     located = folder_of(dataset)
-    found = Found(located is not None)
+    found = FoundFiles(located is not None)
     explicit: dict[str, list[DataFile]] | None = None
     if located is None:
         files = [member for path in matching_files(dataset)
                  for member in _members(path, Path(path.name))]
     else:
         folder, configuration = located
-        inside, patterns = configured(folder, configuration)
+        inside, patterns = find_configuration(folder, configuration)
         folder /= inside
-        passed_over: list[str] = []
+        skipped: list[str] = []
         try:
-            paths = visible_files(folder, passed_over)
+            paths = files_below(folder, skipped)
         except OSError as error:
-            raise InputError(f"{shown(error.filename or folder)}: {error.strerror}") from error
-        found.leave_out("no files, or folders of runs or environments", passed_over)
+            raise InputError(f"{printable(error.filename or folder)}: {error.strerror}") from error
+        found.leave_out("special files, or folders of runs or environments", skipped)
         files = [member for path in paths for member in _members(path, path.relative_to(folder))]
         if patterns is None:
             files = _without_descriptions(files, found)
         else:
-            explicit = {split: [file for pattern in some for file in files
-                                if matches(file.name.as_posix(), pattern)]
-                        for split, some in patterns.items()}
+            explicit = {split: [file for pattern in wanted for file in files
+                                if matches_pattern(file.name.as_posix(), pattern)]
+                        for split, wanted in patterns.items()}
             named = {file for part in explicit.values() for file in part}
             found.leave_out("not named by the configuration",
                             (file.name.as_posix() for file in files if file not in named))
             files = [file for file in files if file in named]
     files = _of_one_kind(files, found, encoding, tables_only)
     if not files:
-        there = [name for names in found.left_out.values() for name in names]
+        left_out = [name for names in found.left_out.values() for name in names]
         raise InputError(
-            "nothing there can be read: text (UTF-8, or see --encoding) and .jsonl, .json, .csv, "
-            ".tsv, .parquet, .arrow files are looked for, also as .gz, .bz2, .xz, .zst or in .zip; "
-            + (f"there is {some(there)}" if there else "there is no file"))
+            "no file can be read: must be text (UTF-8, or see --encoding) or .jsonl, .json, .csv, "
+            ".tsv, .parquet, .arrow files, also as .gz, .bz2, .xz, .zst or in .zip; "
+            + (f"found {first_of(left_out)}" if left_out else "there is no file"))
     if explicit is not None:
         readable = set(files)
         found.splits = {SPLIT_OF.get(split, split): kept for split, part in explicit.items()
@@ -230,14 +235,14 @@ def discover(dataset: str, encoding: str | None, tables_only: bool, extra_split:
     elif located is None:
         found.splits = {"train": files}
     else:
-        _by_split(files, found, extra_split)
+        _assign_splits(files, found, extra_split)
     return found
 
 
-def _without_descriptions(files: list[DataFile], found: Found) -> list[DataFile]:
-    """Without what describes a dataset, and without leftovers in what save_to_disk has written."""
-    described = [file for file in files if file.name.name in DESCRIPTIONS]
-    rest = [file for file in files if file.name.name not in DESCRIPTIONS]
+def _without_descriptions(files: list[DataFile], found: FoundFiles) -> list[DataFile]:
+    """Leave out descriptions of a dataset, and .arrow files that a saved dataset does not list."""
+    described = [file for file in files if file.name.name in DESCRIPTION_FILES]
+    rest = [file for file in files if file.name.name not in DESCRIPTION_FILES]
     readmes = [file for file in rest if file.name.name == "README.md"]
     others = [file for file in rest if file not in readmes]
     if others and not any(file.suffix == ".md" for file in others):
@@ -245,16 +250,16 @@ def _without_descriptions(files: list[DataFile], found: Found) -> list[DataFile]
     if not rest:
         return files
     found.leave_out("describing the dataset", (file.name.as_posix() for file in described))
-    stray = {file for state in described if state.name.name == "state.json"
+    unlisted = {file for state in described if state.name.name == "state.json"
              for file in rest if file.suffix == ".arrow" and file.path.parent == state.path.parent
-             and file.path.name not in saved_files(state.path)}
-    found.leave_out("no part of the saved dataset", (f.name.as_posix() for f in stray))
-    return [file for file in rest if file not in stray]
+             and file.path.name not in listed_data_files(state.path)}
+    found.leave_out("not part of the saved dataset", (f.name.as_posix() for f in unlisted))
+    return [file for file in rest if file not in unlisted]
 
 
-def _of_one_kind(files: list[DataFile], found: Found, encoding: str | None, tables_only: bool
+def _of_one_kind(files: list[DataFile], found: FoundFiles, encoding: str | None, tables_only: bool
                  ) -> list[DataFile]:
-    """The files of the kind whose ending most of them have; `datasets` chooses so."""
+    """The files of the kind with the most frequent ending, which is the rule of `datasets`."""
     kinds: dict[DataFile, str] = {}
     for file in files:
         if file.suffix in KINDS:
@@ -268,28 +273,28 @@ def _of_one_kind(files: list[DataFile], found: Found, encoding: str | None, tabl
     ranked = tables if tables_only and tables else counts
     if not ranked:
         return []
-    best = max(ranked, key=lambda key: (ranked[key], -PREFERRED.index(key[1])))[1]
+    best = max(ranked, key=lambda key: (ranked[key], -KIND_PREFERENCE.index(key[1])))[1]
     for kind in sorted(set(kinds.values()) - {best}):
-        found.leave_out(f"of {kind}, beside more of {best} (name them to read them)",
+        found.leave_out(f"of {kind}, fewer than of {best} (name them to read them)",
                         (file.name.as_posix() for file, other in kinds.items() if other == kind))
     return [file for file in files if kinds.get(file) == best]
 
 
 # ---- splits -------------------------------------------------------------------------------------
 
-def _by_split(files: list[DataFile], found: Found, extra_split: str | None) -> None:
-    """Put the files into their splits; see the top of this file."""
-    named = _named_splits(files, extra_split)
+def _assign_splits(files: list[DataFile], found: FoundFiles, extra_split: str | None) -> None:
+    """Set `found.splits`; see the top of this file for the rules."""
+    named = _splits_by_name(files, extra_split)
     splits: dict[str, list[DataFile]] = {}
     for file in files:
         splits.setdefault(named.get(file, ""), []).append(file)
     rest = splits.pop("", [])
     if rest and "train" in splits and len(splits) > 1:
-        found.leave_out("in no split, beside train and others",
+        found.leave_out("in no split, unlike others",
                         (file.name.as_posix() for file in rest))
     elif rest:
-        found.doubtful = [file for file in rest for _, name in [*_names(file)][-1:]
-                          if {SPLIT_OF[word] for word in WORD.findall(name)} - {"train"}]
+        found.doubtful = [file for file in rest for _, name in [*_path_names(file)][-1:]
+                          if {SPLIT_OF[word] for word in SPLIT_WORD.findall(name)} - {"train"}]
         order = {file: number for number, file in enumerate(files)}
         splits["train"] = sorted([*splits.get("train", []), *rest], key=order.__getitem__)
     found.splits = {split: splits[split] for split in
@@ -297,21 +302,22 @@ def _by_split(files: list[DataFile], found: Found, extra_split: str | None) -> N
                                                   if s in SPLITS else 0, s))}
 
 
-def _named_splits(files: list[DataFile], extra_split: str | None) -> dict[DataFile, str]:
-    """The split of every file that a name gives one, the outermost folder's first."""
-    pairs: dict[tuple[PurePath, str], set[str]] = {}  # names that differ by a split's word alone
+def _splits_by_name(files: list[DataFile], extra_split: str | None) -> dict[DataFile, str]:
+    """The split of each file that has one by name; the name of the outermost folder decides."""
+    # By folder and name with * in place of a split: the splits that stand there.
+    pairs: dict[tuple[PurePath, str], set[str]] = {}
     shards: set[tuple[PurePath, str]] = set()
     for file in files:
-        for parent, name in _names(file):
-            for word in WORD.finditer(name):
+        for parent, name in _path_names(file):
+            for word in SPLIT_WORD.finditer(name):
                 pairs.setdefault((parent, name[:word.start()] + "*" + name[word.end():]),
                                  set()).add(SPLIT_OF[word[1]])
-            if shard := SHARD.fullmatch(name):
+            if shard := SHARD_NAME.fullmatch(name):
                 shards.add((parent, shard[1]))
     named: dict[DataFile, str] = {}
     for file in files:
-        for parent, name in _names(file):
-            shard = SHARD.fullmatch(name)
+        for parent, name in _path_names(file):
+            shard = SHARD_NAME.fullmatch(name)
             whole = shard[1] if shard else name
             if extra_split and extra_split in (name, whole):
                 named[file] = extra_split
@@ -320,7 +326,7 @@ def _named_splits(files: list[DataFile], extra_split: str | None) -> dict[DataFi
             elif shard and shard[2] and (parent, "train") in shards:
                 named[file] = whole  # random-00000-of-00003 beside train-00000-of-00010
             else:
-                for word in WORD.finditer(name):
+                for word in SPLIT_WORD.finditer(name):
                     if len(pairs[parent, name[:word.start()] + "*" + name[word.end():]]) > 1:
                         named.setdefault(file, SPLIT_OF[word[1]])
             if file in named:
@@ -328,9 +334,9 @@ def _named_splits(files: list[DataFile], extra_split: str | None) -> dict[DataFi
     return named
 
 
-def _names(file: DataFile) -> Iterator[tuple[PurePath, str]]:
-    """The folders of a file and itself, outermost first: where each lies, and its name."""
+def _path_names(file: DataFile) -> Iterator[tuple[PurePath, str]]:
+    """Parent and name of each folder of a file, outermost first, and then of the file itself."""
     for folder in [*file.name.parents][-2::-1]:
         yield folder.parent, folder.name.lower()
-    if file.suffix in NAMED_SPLITS:
+    if file.suffix in SPLIT_NAME_ENDINGS:
         yield file.name.parent, file.plain_name.stem.lower()

@@ -1,12 +1,12 @@
-"""Files of records: which columns they have, which of them is the text, and their values.
+"""Reads files of records: their columns, which of them contains the text, and the values.
 
-    .jsonl .ndjson .json   objects, one a line; or an array of objects or texts; or one object of
+    .jsonl .ndjson .json   one object per line; an array of objects or strings; or one object of
                            columns
-    .csv .tsv              with a line of names; every value as it is written
+    .csv .tsv              with a header line; values are kept as they are written
     .parquet .arrow        as `datasets` and others write them
 
-A file is read twice, first its beginning, for the columns, so that no more of it is held than what
-is asked for.
+A file is read twice: first its beginning, to find the columns, so that only the columns needed are
+kept in memory.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from fedrun.common.errors import InputError
-from fedrun.data.textfiles import DataFile, open_bytes, open_text
+from fedrun.data.text_files import DataFile, open_bytes, open_text
 
 KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv",
          ".parquet": "parquet", ".arrow": "arrow"}  # fmt: skip
-LOOKED_AT = 1000  # records of a file without a schema, to tell its columns
+SCHEMA_RECORDS = 1000  # records that are read to find the columns of a file without a schema
 RECORDS_AT_ONCE = 10_000
-NO_PROSE = re.compile(  # numbers, truth values, dates: strings that are no text to train on
+NOT_PROSE = re.compile(  # strings that are not text to train on: numbers, truth values, dates
     r"\s*([-+]?(\d[\d_.,]*|\.\d+)([eE][-+]?\d+)?%?|true|false|nan|none|null|inf"
     r"|\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d([.,]\d+)?)?\s*(Z|[-+]\d\d:?\d\d)?)?)?\s*", re.I)
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -33,20 +33,21 @@ Record = dict[str, Any]
 
 
 class Table(NamedTuple):
-    """Records, read when they are asked for."""
+    """Records that are read on demand."""
 
     name: str
     columns: Mapping[str, bool]
-    """In their order; whether the values of each are texts."""
+    """The columns in order, and whether their values are texts."""
     rows: Callable[[Sequence[str]], Iterable[tuple[Any, ...]]]
-    """The values of these columns, record by record; None where a record lacks one."""
+    """Given names of columns, yields their values record by record; None for a missing value."""
 
 
 def open_table(file: DataFile, encoding: str | None) -> Table:
     """The table in a file.
 
     Raises:
-        ValueError: the file is damaged, with its name and, for text, the place; also from `rows`.
+        InputError: the file is damaged; also raised by `rows`. The message has the file's name and,
+            for text, the position.
     """
     kind = KINDS[file.suffix]
     if kind in ("parquet", "arrow"):
@@ -54,25 +55,29 @@ def open_table(file: DataFile, encoding: str | None) -> Table:
             columns = {field.name: is_text_type(field.type) for field in schema}
         return Table(str(file), columns, lambda names: _arrow_rows(file, names))
     read = _json_records if kind == "json" else _csv_records
-    head = list(itertools.islice(read(file, encoding), LOOKED_AT))
+    head = list(itertools.islice(read(file, encoding), SCHEMA_RECORDS))
     columns = {}
     for record in head:
         for name, value in record.items():
             columns[name] = columns.get(name, False) or (
-                isinstance(value, str) and not NO_PROSE.fullmatch(value))
+                isinstance(value, str) and not NOT_PROSE.fullmatch(value))
     return Table(str(file), columns, lambda names: (
         tuple(record.get(name) for name in names) for record in read(file, encoding)))
 
 
 # ---- which column -------------------------------------------------------------------------------
 
-def text_columns(tables: Iterable[Table], text_column: str | None, asked: Sequence[str],
+def choose_text_columns(tables: Iterable[Table], text_column: str | None, asked: Sequence[str],
                  source_column: str | None) -> list[str]:
-    """The columns whose values are the text: those asked for, or the obvious one, which the column
-    that tells the sources is not.
+    """The columns that contain the text: those asked for, or else the only obvious one.
 
+    Args:
+        text_column: the value of --text_column; None if it was not given.
+        asked: the names in it, if it is a list of names.
+        source_column: a column that is not text, since it contains the sources.
     Raises:
-        ValueError: there is none or more than one, or not the one asked for; with all columns.
+        InputError: no column or several could be the text, or one asked for does not exist; the
+            message lists all columns.
     """
     columns: dict[str, bool] = {}
     for table in tables:
@@ -82,7 +87,7 @@ def text_columns(tables: Iterable[Table], text_column: str | None, asked: Sequen
         wanted = [text_column] if text_column in columns else list(asked)
         if missing := [name for name in wanted if name not in columns]:
             raise InputError(f"--text_column {text_column}: there is no column {missing[0]}; "
-                             f"{_told(columns)}")
+                             f"{_list_columns(columns)}")
         return wanted
     if not columns:
         raise InputError("there are no records")
@@ -90,20 +95,20 @@ def text_columns(tables: Iterable[Table], text_column: str | None, asked: Sequen
     if "text" in texts or (not texts and "text" in columns):
         return ["text"]
     if len(texts) != 1:
-        raise InputError("the text is looked for in the column text, or in the only column of "
-                         f"texts; {_told(columns)}; name it with --text_column NAME, or several, "
-                         "joined by a blank line, with --text_column title,body")
+        raise InputError("without --text_column the text must be in a column named text or in the "
+                         f"only column of texts; {_list_columns(columns)}; use --text_column NAME, "
+                         "or --text_column title,body to join several by a blank line")
     return texts
 
 
-def _told(columns: Mapping[str, bool]) -> str:
-    names = [name if is_text else f"{name} (no texts)" for name, is_text in columns.items()]
+def _list_columns(columns: Mapping[str, bool]) -> str:
+    names = [name if is_text else f"{name} (not text)" for name, is_text in columns.items()]
     return f"the columns are {', '.join(names) or 'none'}"
 
 
 def table_rows(table: Table, columns: Sequence[str], source_column: str | None
                ) -> Iterator[tuple[str, str]]:
-    """The text of each record, and the value of the source column ('' without one)."""
+    """The text of each record, and its value in the source column ('' without one)."""
     names = [*columns, *([source_column] if source_column else [])]
     for values in table.rows(names):
         parts = [_text(value, name, table) for value, name in zip(values, columns, strict=False)]
@@ -116,10 +121,10 @@ def _text(value: Any, column: str, table: Table) -> str:
     if value is None:
         return ""
     if isinstance(value, list | dict | bytes):
-        raise InputError(f"{table.name}: the column {column} holds {type(value).__name__} values, "
-                         "no texts; name another one")
+        raise InputError(f"{table.name}: the column {column} has values of type "
+                         f"{type(value).__name__}, not text; choose another one")
     text = value if isinstance(value, str) else str(value)
-    # JSON may hold halves of characters, which no encoding can write.
+    # JSON may contain lone surrogates, which no encoding can write.
     return LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
@@ -151,7 +156,7 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def _values(text: str, where: str) -> list[Any]:
-    """The JSON values of a text, one after the other; mostly it is one."""
+    """The JSON values in a text, usually one."""
     decoder, found = json.JSONDecoder(), []
     at = len(text) - len(text.lstrip())
     while at < len(text):
@@ -166,6 +171,7 @@ def _values(text: str, where: str) -> list[Any]:
 
 
 def _records_of(values: list[Any], file: DataFile) -> Iterator[Record]:
+    """The records in JSON values: see the top of this file for the forms."""
     value = values[0] if len(values) == 1 else values
     if isinstance(value, dict):
         columns = list(value.values())
@@ -182,8 +188,8 @@ def _records_of(values: list[Any], file: DataFile) -> Iterator[Record]:
 
 def _record(value: Any, file: DataFile) -> Record:
     if not isinstance(value, dict):
-        raise InputError(f"{file}: objects with named values are expected, or a list of texts; "
-                         f"there is a {type(value).__name__}")
+        raise InputError(f"{file}: must contain objects with named values, or a list of strings, "
+                         f"not {type(value).__name__}")
     return value
 
 
@@ -192,16 +198,16 @@ def _csv_records(file: DataFile, encoding: str | None) -> Iterator[Record]:
 
     with open_text(file, encoding) as stream:
         try:
-            # Without na_filter a text of "NA" or "None" stays what it is.
+            # na_filter would turn the texts "NA" and "None" into missing values.
             for part in pandas.read_csv(stream, sep="\t" if file.suffix == ".tsv" else ",",
                                         dtype=str, na_filter=False, chunksize=RECORDS_AT_ONCE):
                 if not isinstance(part.index, pandas.RangeIndex):
-                    raise InputError("its lines have more values than the first has names")
+                    raise InputError("its lines have more values than the header has names")
                 names = [str(name) for name in part.columns]
                 for values in zip(*(part[name].tolist() for name in part.columns), strict=True):
                     yield dict(zip(names, values, strict=True))
         except UnicodeError:
-            raise  # open_text says where
+            raise  # open_text adds the position
         except ValueError as error:
             raise InputError(f"{file}: not a table: {error}") from None
 
@@ -210,14 +216,14 @@ def _csv_records(file: DataFile, encoding: str | None) -> Iterator[Record]:
 
 @contextmanager
 def _arrow(file: DataFile) -> Iterator[tuple[Any, Callable[[Sequence[str]], Iterable[Any]]]]:
-    """The schema of a file, and what gives its record batches with some of the columns."""
+    """The schema of a file, and a function from names of columns to its record batches."""
     import pyarrow
     from pyarrow import ipc, parquet
 
-    whole = file.member is not None or file.plain_name != file.name
+    to_memory = file.member is not None or file.plain_name != file.name  # cannot be mapped
     with open_bytes(file) as stream:
         try:
-            content = pyarrow.BufferReader(stream.read()) if whole else \
+            content = pyarrow.BufferReader(stream.read()) if to_memory else \
                 pyarrow.memory_map(str(file.path))
             if KINDS[file.suffix] == "parquet":
                 table = parquet.ParquetFile(content)
@@ -238,15 +244,15 @@ def _arrow(file: DataFile) -> Iterator[tuple[Any, Callable[[Sequence[str]], Iter
 
 def _arrow_rows(file: DataFile, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     with _arrow(file) as (schema, batches):
-        there = [name for name in names if name in schema.names]
-        for batch in batches(there):
-            values = {name: batch.column(name).to_pylist() for name in there}
-            nothing = [None] * batch.num_rows
-            yield from zip(*(values.get(name, nothing) for name in names), strict=True)
+        present = [name for name in names if name in schema.names]
+        for batch in batches(present):
+            values = {name: batch.column(name).to_pylist() for name in present}
+            missing = [None] * batch.num_rows
+            yield from zip(*(values.get(name, missing) for name in names), strict=True)
 
 
 def is_text_type(kind: Any) -> bool:
-    """Whether a type of Arrow's is a string's."""
+    """Whether an Arrow type is a string type."""
     import pyarrow
 
     if pyarrow.types.is_dictionary(kind):

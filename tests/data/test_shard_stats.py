@@ -1,4 +1,4 @@
-"""Who holds what: divergence, the table and the figure of `fedrun partition`."""
+"""Statistics of shards: divergence, the table and the figure of `fedrun partition`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from scipy.spatial.distance import jensenshannon
 
 from fedrun import cli
-from fedrun.data.holdings import holdings, js_divergence, token_counts
 from fedrun.data.partition import client_shards
+from fedrun.data.shard_stats import describe_shards, js_divergence, token_counts
 from fedrun.data.tokens import TokenData
 from fedrun.plots.partition import partition_figure
 from tests.support.made_data import made
@@ -31,11 +31,11 @@ def test_divergence_is_scipys_distance_squared(p: list[int], q: list[int]) -> No
     assert abs(ours - jensenshannon(p, q, base=2) ** 2) < 1e-9
 
 
-def test_holdings_are_what_the_sequences_say() -> None:
+def test_the_statistics_follow_from_the_sequences() -> None:
     data = made([30] * 40)
     document = data.documents.of_sequences(*data.train.shape)
     shards = client_shards(data, 3, "dirichlet", 0.5, 0.5, 0)
-    for shard, held in zip(shards, holdings(data, shards), strict=True):
+    for shard, held in zip(shards, describe_shards(data, shards), strict=True):
         there = data.train[shard].ravel().tolist()
         assert token_counts(data, shard).tolist() == [there.count(t) for t in range(50)]
         assert (held.sequences, held.tokens) == (len(shard), 4 * len(shard))
@@ -46,13 +46,13 @@ def test_holdings_are_what_the_sequences_say() -> None:
         assert abs(held.divergence - jensenshannon(np.bincount(there, minlength=50), whole, base=2)
                    ** 2) < 1e-9
         assert 0 < held.divergence_at_random < 1
-    everything = holdings(data, [np.arange(len(data.train))])[0]
+    everything = describe_shards(data, [np.arange(len(data.train))])[0]
     assert everything.divergence == everything.divergence_at_random == pytest.approx(0, abs=1e-12)
 
 
 # ---- the tool -----------------------------------------------------------------------------------
 
-def test_the_tool_prints_and_plots_who_holds_what(cache_dir: Path, tmp_path: Path,
+def test_the_tool_prints_and_plots_the_statistics(cache_dir: Path, tmp_path: Path,
                                                   pydocs_tokens: TokenData,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--dataset", "pydocs", "--tokenizer", "bpe:4096", "--sequence-length", "128",
@@ -61,7 +61,7 @@ def test_the_tool_prints_and_plots_who_holds_what(cache_dir: Path, tmp_path: Pat
     assert cli.main(["partition", *flags]) == 0
     out = capsys.readouterr().out
     shards = client_shards(pydocs_tokens, 5, "dirichlet", 0.1, 0.5, 0)
-    found = holdings(pydocs_tokens, shards)
+    found = describe_shards(pydocs_tokens, shards)
     for client, (shard, held) in enumerate(zip(shards, found, strict=True)):
         line = next(line for line in out.splitlines() if line.strip().startswith(f"{client} "))
         for number in (f"{len(shard):,}", f"{len(shard) * 128:,}", f"{held.divergence:.3f}"):
@@ -73,9 +73,9 @@ def test_the_tool_prints_and_plots_who_holds_what(cache_dir: Path, tmp_path: Pat
     assert re.search(r"^fedrun: error: --num_clients 9000: .*\n\Z", capsys.readouterr().err, re.M)
 
 
-def test_the_figure_draws_the_holdings() -> None:
+def test_the_figure_draws_the_statistics() -> None:
     data = made([30] * 40)
-    held = holdings(data, client_shards(data, 4, "dirichlet", 0.5, 0.5, 0))
+    held = describe_shards(data, client_shards(data, 4, "dirichlet", 0.5, 0.5, 0))
     figure = partition_figure(held, ["one", "two", "three"], "a title")
     assert isinstance(figure, Figure)
     bars, points = figure.axes

@@ -1,4 +1,4 @@
-"""Which of the train rows are validated on, where a dataset has no validation split."""
+"""Holds out train rows for validation when a dataset has no validation split."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 
 from fedrun.data.documents import Documents, TextFile, find_documents, named_documents
 
-BREAKS = ("\n\n", "\n", ". ", " ")  # where a text is best cut, best first
-NEAR = 0.5  # of what is held out: how far from its place a cut may be for the sake of a break
+BREAKS = ("\n\n", "\n", ". ", " ")  # where to cut a text, best first
+LARGEST_CUT_SHIFT = 0.5  # to reach a break, as a share of the text that is held out
 
 
 @dataclass
@@ -19,13 +19,13 @@ class Rows:
 
     rows: list[str] = field(default_factory=list)
     files: list[TextFile] = field(default_factory=list)
-    """Those whose lines the rows are, in order; empty where rows are records."""
+    """The text files whose lines the rows are, in order; empty if rows are records."""
     sources: list[str] | None = None
-    """Of each row the value of the column that tells its source, where one is asked for."""
+    """For --partition column:NAME, the value of that column in each row."""
     source_column: str = ""
 
     def documents(self) -> Documents:
-        """The documents among the rows; with a source column all rows of a source are one."""
+        """The documents among the rows; with a source column, one document per source."""
         if self.sources is None:
             return find_documents(self.rows, self.files)
         starts = [n for n in range(len(self.rows))
@@ -34,7 +34,7 @@ class Rows:
                                [self.sources[n] for n in starts])
 
     def by_source(self) -> Rows:
-        """The same rows, those of a source together, sources in the order of their first rows."""
+        """The same rows grouped by source, sources in the order of their first rows."""
         sources = self.sources or []
         number: dict[str, int] = {}
         for source in sources:
@@ -45,77 +45,83 @@ class Rows:
 
 
 def has_text(rows: list[str]) -> bool:
-    """Whether there is anything but white space."""
+    """Whether any row has more than white space."""
     return any(row.strip() for row in rows)
 
 
 def hold_out(train: Rows, share: Fraction, of_sources: bool
              ) -> tuple[list[str], list[str], Documents, str]:
-    """Train rows, validation rows, the documents of the train rows, and in words what is held out.
+    """Hold out `share` of the train rows for validation.
 
-    The last rows of all, or with `of_sources` of each source, so that no client loses its text.
-    Where that leaves one side without text, as much of the text's end, cut at a row's end where
-    that is near enough, else at a paragraph's, a line's or a word's.
+    The last rows are held out; with `of_sources` the last rows of each source, so that every source
+    keeps some text to train on. If one of the two splits would have no text, the end of the text
+    is held out instead: cut between rows if that is close enough, or else at the end of a
+    paragraph, a line, a sentence or a word.
+
+    Returns:
+        train rows, validation rows, the documents of the train rows, and a description of what is
+        held out
     """
-    told = "twentieth" if share == Fraction(1, 20) else f"{float(share):.3g}"
+    in_words = "twentieth" if share == Fraction(1, 20) else f"{float(share):.3g}"
     documents = train.documents() if of_sources else None
     if documents is not None and documents.sources:
-        kept = _kept(documents, share)
+        kept = _rows_to_keep(documents, share)
         rows = [row for row, keep in zip(train.rows, kept, strict=True) if keep]
         held = [row for row, keep in zip(train.rows, kept, strict=True) if not keep]
         if has_text(rows) and has_text(held):
-            return rows, held, _restricted(documents, kept), \
-                f"the last {told} of every source's train rows"
+            return rows, held, _with_rows_removed(documents, kept), \
+                f"the last {in_words} of every source's train rows"
     n_held = -(-len(train.rows) * share.numerator // share.denominator)
     rows, held = train.rows[:len(train.rows) - n_held], train.rows[len(train.rows) - n_held:]
-    words = f"the last {told} of the train rows"
+    description = f"the last {in_words} of the train rows"
     if not (has_text(rows) and has_text(held)) and has_text(train.rows):
-        rows, held = _cut(train.rows, float(share))
-        words = f"the last {told} of the text"
-    shorter = Rows(rows, train.files, train.sources, train.source_column)
-    return rows, held, shorter.documents(), words
+        rows, held = _split_text(train.rows, float(share))
+        description = f"the last {in_words} of the text"
+    shortened = Rows(rows, train.files, train.sources, train.source_column)
+    return rows, held, shortened.documents(), description
 
 
-def _kept(documents: Documents, share: Fraction) -> np.ndarray:
+def _rows_to_keep(documents: Documents, share: Fraction) -> np.ndarray:
     """Whether each row stays in the train split; bool, (n_rows,).
 
-    A source of few rows holds out none or one, so that all together hold out their share.
+    Fractions of a row are carried over to the next source, so that small sources hold out no row or
+    one and all together hold out their share.
     """
     kept = np.ones(documents.starts[-1], dtype=bool)
-    owed = Fraction(0)
+    carry = Fraction(0)
     order = np.argsort(documents.source, kind="stable")
     for of_source in np.split(order, np.flatnonzero(np.diff(documents.source[order])) + 1):
         rows = np.concatenate([np.arange(documents.starts[d], documents.starts[d + 1])
                                for d in of_source])
-        owed += len(rows) * share
-        n_held = min(int(owed), len(rows) - 1)
-        owed = min(owed - n_held, Fraction(1))
+        carry += len(rows) * share
+        n_held = min(int(carry), len(rows) - 1)
+        carry = min(carry - n_held, Fraction(1))
         kept[rows[len(rows) - n_held:]] = False
     return kept
 
 
-def _restricted(documents: Documents, kept: np.ndarray) -> Documents:
-    """Documents of the rows that are kept; those without any are left out."""
+def _with_rows_removed(documents: Documents, kept: np.ndarray) -> Documents:
+    """The documents of the rows that are kept, without those that have no such row."""
     before = np.concatenate([[0], np.cumsum(kept)])
     starts = before[documents.starts]
-    there = np.diff(starts) > 0
-    return Documents(documents.kind, np.array([*starts[:-1][there], starts[-1]], dtype=np.int64),
-                     documents.source[there], documents.sources)
+    has_rows = np.diff(starts) > 0
+    return Documents(documents.kind, np.array([*starts[:-1][has_rows], starts[-1]], dtype=np.int64),
+                     documents.source[has_rows], documents.sources)
 
 
-def _cut(rows: list[str], share: float) -> tuple[list[str], list[str]]:
-    """Rows before and after a cut that leaves about `share` of the characters behind it."""
+def _split_text(rows: list[str], share: float) -> tuple[list[str], list[str]]:
+    """Cut the text so that about `share` of its characters are in the second part."""
     sizes = [len(row.strip()) for row in rows]
     total = sum(sizes)
     behind, number = 0, len(rows)
     while behind < share * total:
         number -= 1
         behind += sizes[number]
-    if behind <= (1 + NEAR) * share * total and has_text(rows[:number]):
+    if behind <= (1 + LARGEST_CUT_SHIFT) * share * total and has_text(rows[:number]):
         return rows[:number], rows[number:]
     row = rows[number]
     at = len(row.rstrip()) - max(1, round(share * total) - (behind - sizes[number]))
-    reach = round(NEAR * share * total)
+    reach = round(LARGEST_CUT_SHIFT * share * total)
     for mark in BREAKS:
         nearest = [cut for cut in (row.rfind(mark, max(0, at - reach), at) + len(mark),
                                    row.find(mark, at, at + reach) + len(mark))

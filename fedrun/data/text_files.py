@@ -1,8 +1,8 @@
-"""Files as text: compressed or not, in an archive or not, in whatever encoding they are.
+"""Reads text files: plain, compressed or in an archive, in any encoding.
 
-    .gz .bz2 .xz .zst   compressed; what is in them is told by the name before that ending
-    .zip                an archive, read as a folder
-    a byte-order mark   says what the encoding is (UTF-8, -16, -32), and is no text itself
+    .gz .bz2 .xz .zst   decompressed; the kind of content follows from the name without this ending
+    .zip                an archive, read like a folder
+    a byte-order mark   decides the encoding (UTF-8, -16 or -32) and is not part of the text
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from typing import IO, Any, cast
 from fedrun.common.errors import InputError
 
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
-BYTE_ORDER_MARKS = [  # UTF-32 first: its little-endian mark begins with that of UTF-16
+BYTE_ORDER_MARKS = [  # UTF-32 first: its little-endian mark begins with UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
     (codecs.BOM_UTF8, "utf-8-sig"),
 ]  # fmt: skip
 TEXT_ENDINGS = {".txt", ".text", ".md", ".rst", ".tex", ".html", ".py"}
-HEAD = 8192  # bytes that tell text from anything else
+HEAD = 8192  # bytes that are inspected to recognise text
 BLOCK = 1 << 20
 UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile)
 
@@ -41,9 +41,9 @@ class DataFile:
 
     path: Path
     name: PurePath
-    """As it is called below the folder that was given."""
+    """Its path relative to the folder that was given."""
     member: str | None = None
-    """Its name in the archive at `path`."""
+    """Its name in the archive at `path`; None if `path` is the file itself."""
 
     @property
     def plain_name(self) -> PurePath:
@@ -52,25 +52,26 @@ class DataFile:
 
     @property
     def suffix(self) -> str:
-        """The ending that says what is in it, in lower case: .jsonl of a.JSONL.gz."""
+        """The ending that decides how it is read, in lower case: .jsonl for a.JSONL.gz."""
         return self.plain_name.suffix.lower()
 
     def __str__(self) -> str:
-        return shown(self.path if self.member is None else self.path / self.member)
+        return printable(self.path if self.member is None else self.path / self.member)
 
 
-def shown(path: PurePath | str) -> str:
-    """A path for a message: what is no text in it, or would not stay in its line, is replaced."""
+def printable(path: PurePath | str) -> str:
+    """A path for a message, with replacement characters for what is not printable UTF-8."""
     text = os.fsencode(path).decode("utf-8", "replace")
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 @contextmanager
 def open_bytes(file: DataFile) -> Iterator[IO[bytes]]:
-    """What the file holds, uncompressed.
+    """Open a file, decompressed.
 
     Raises:
-        ValueError: it cannot be read or is damaged; here or while it is read, with its name.
+        InputError: it cannot be read or is damaged, noticed here or later while reading; the
+            message has its name.
     """
     try:
         with _open(file) as stream:
@@ -87,7 +88,7 @@ def _open(file: DataFile) -> Iterator[IO[bytes]]:
         with zipfile.ZipFile(file.path) as archive:
             try:
                 inner = archive.open(file.member)
-            except RuntimeError as error:  # a password, or a method that is not known
+            except RuntimeError as error:  # encrypted, or an unknown compression method
                 raise zipfile.BadZipFile(str(error)) from error
             with inner, _uncompressed(inner, ending) as stream:
                 yield stream
@@ -112,10 +113,13 @@ def _uncompressed(stream: IO[bytes], ending: str) -> IO[bytes]:
 
 @contextmanager
 def open_text(file: DataFile, encoding: str | None) -> Iterator[IO[str]]:
-    """What the file holds as text without a byte-order mark; every end of a line is a newline.
+    """Open a file as text, without a byte-order mark and with newlines at all line ends.
+
+    encoding: of a file without a byte-order mark; None: UTF-8.
 
     Raises:
-        ValueError: as `open_bytes`, or a byte that is no text in this encoding, with its place.
+        InputError: the errors of `open_bytes`, or bytes that are not text in this encoding; the
+            message has their position.
     """
     with open_bytes(file) as stream:
         buffered = io.BufferedReader(cast(Any, stream), BLOCK)
@@ -123,8 +127,8 @@ def open_text(file: DataFile, encoding: str | None) -> Iterator[IO[str]]:
         used = _encoding(head, encoding)
         if used == "utf-8-sig" and head.count(0) > len(head) // 5:
             raise InputError(f"{file}: not UTF-8 text (byte 0x00 at position {head.index(0)}, and "
-                             "many more: UTF-16 without its mark?); --encoding utf-16-le or "
-                             "utf-16-be reads the files so")
+                             "many more: UTF-16 without its mark?); try --encoding utf-16-le "
+                             "or utf-16-be")
         try:
             yield io.TextIOWrapper(buffered, encoding=used)
         except UnicodeError as error:
@@ -132,9 +136,9 @@ def open_text(file: DataFile, encoding: str | None) -> Iterator[IO[str]]:
 
 
 def is_text(file: DataFile, encoding: str | None) -> bool:
-    """Whether the file begins like text; wrong bytes in what does are found when it is read."""
+    """Whether the file begins like text; later wrong bytes are an error when it is read."""
     if file.suffix in TEXT_ENDINGS:
-        return True  # whatever is wrong with it, it is not left out
+        return True  # a damaged one is an error, not skipped
     with open_bytes(file) as stream:
         head = stream.read(HEAD)
     marked = any(head.startswith(mark) for mark, name in BYTE_ORDER_MARKS if name != "utf-8-sig")
@@ -143,14 +147,15 @@ def is_text(file: DataFile, encoding: str | None) -> bool:
         text, whole = decoder("strict").decode(head), True
     except UnicodeError:
         if marked:
-            return False  # the two bytes of such a mark were chance
+            return False  # the bytes of the mark were a coincidence
         text, whole = decoder("ignore").decode(head), False
-    stray = len(text) // 100 if whole and encoding is None else 0  # as in logs of crashed machines
-    return text.count("\0") <= stray and not head.startswith(b"%PDF-")
+    # Logs of crashed machines have a few NUL bytes.
+    allowed_nuls = len(text) // 100 if whole and encoding is None else 0
+    return text.count("\0") <= allowed_nuls and not head.startswith(b"%PDF-")
 
 
 def _encoding(head: bytes, encoding: str | None) -> str:
-    """That of the byte-order mark, else the one asked for, else UTF-8."""
+    """The encoding of the byte-order mark, or else the one asked for, or else UTF-8."""
     for mark, name in BYTE_ORDER_MARKS:
         if head.startswith(mark):
             return name
@@ -159,12 +164,12 @@ def _encoding(head: bytes, encoding: str | None) -> str:
 
 
 def _not_text(file: DataFile, encoding: str, error: UnicodeError) -> str:
-    """What is wrong with a file's bytes, where, and what to do."""
+    """For a message: which byte of the file is wrong, its position, and what to do."""
     name = {"utf-8-sig": "UTF-8"}.get(encoding, encoding)
-    advice = ("--encoding latin-1 (or what it is) reads all files so; or convert it, or leave it "
-              "out by a pattern")
+    advice = ("try --encoding latin-1 (or another encoding, for all files), convert the file, or "
+              "exclude it with a pattern")
     decoder = codecs.getincrementaldecoder(encoding)()
-    read = lines = 0  # bytes that came before the block, and line ends in them
+    read = lines = 0  # bytes before the current block, and line ends in them
     with _open(file) as stream:
         while True:
             block = stream.read(BLOCK)

@@ -1,0 +1,165 @@
+"""An entry of the token cache: a folder with a manifest, entry.json, of its files' checksums.
+
+Small files are compared with their SHA-256 whenever an entry is read. The files of token ids are
+too large for that: one process per machine compares them at every start. That they matched is not
+recorded, since files can be damaged later, and the cache may be read-only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fedrun.common import locks
+from fedrun.common.errors import InputError, explain
+from fedrun.common.files import DamagedFile, on_disk, read_json, write_json
+from fedrun.common.log import log
+from fedrun.common.terminal import visible
+from fedrun.data import corpora
+from fedrun.data.text_options import TextOptions
+from fedrun.data.tokenizer import ACCEPTED, HUB_NAME, bpe_size, tokenizer_name
+
+MANIFEST = "entry.json"
+LAYOUT = 3  # raise it when the same text would give different files; old entries are then ignored
+LOCK_SECONDS = 3600.0  # how long to wait for another process that prepares the same tokens
+TOKEN_FILES = ("train.bin", "validation.bin")
+
+
+def entry_name(dataset: str, tokenizer: str, options: TextOptions = TextOptions()) -> str:  # noqa: B008
+    """The name of the entry's folder, which depends on everything that decides the tokens.
+
+    Raises:
+        InputError: there is no such tokenizer, or no such dataset.
+    """
+    size = bpe_size(tokenizer)
+    path = Path(tokenizer).expanduser()
+    tokenizer_files: list[Path] = []
+    if size is None and path.is_file():
+        tokenizer_files = [path]
+    elif size is None and path.is_dir():
+        tokenizer_files = sorted(f for f in path.rglob("*") if f.is_file())
+    elif size is None and not HUB_NAME.fullmatch(tokenizer):
+        raise InputError(f"--tokenizer {tokenizer}: no such folder or file; give {ACCEPTED}")
+    request = [
+        LAYOUT,
+        importlib.metadata.version("tokenizers"),
+        dataset,
+        corpora.file_signature(corpora.local_files(dataset)),
+        dataclasses.astuple(options),
+        tokenizer,
+        corpora.file_signature(tokenizer_files),
+    ]
+    key = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
+    names = f"{corpora.dataset_name(dataset)}-{tokenizer_name(tokenizer)}"
+    return f"{re.sub(r'[^A-Za-z0-9.]+', '-', names).strip('-.')[-80:]}-{key}"
+
+
+def write_manifest(entry: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Write the manifest of a folder whose other files are complete; return it."""
+    files = {str(file.relative_to(entry)): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+             for file in sorted(entry.rglob("*")) if file.is_file()}
+    body = content | {"files": files}
+    write_json(entry / MANIFEST, body | {"sha256": _manifest_checksum(body)})
+    return body
+
+
+def read_manifest(entry: Path, check_tokens: bool) -> dict[str, Any] | None:
+    """The manifest of an entry, after comparing the entry's files with it; None if it has none.
+
+    Of the files of token ids only the size is compared, unless `check_tokens`.
+
+    Raises:
+        DamagedFile: a file differs from what was written; the message has its path.
+    """
+    try:
+        body = read_json(entry / MANIFEST, dict)
+    except OSError:
+        return None
+    if body.pop("sha256", None) != _manifest_checksum(body):
+        raise DamagedFile(f"{entry / MANIFEST} is damaged: it does not match its own checksum")
+    for name, held in body["files"].items():
+        file = entry / name
+        try:
+            size = file.stat().st_size
+            if not file.is_file() or size != held["bytes"]:
+                raise DamagedFile(f"{file} is damaged: it has {size} bytes instead of "
+                                  f"{held['bytes']}")
+            if (check_tokens or name not in TOKEN_FILES) and _sha256(file) != held["sha256"]:
+                raise DamagedFile(f"{file} is damaged: it does not match its checksum in "
+                                  f"{MANIFEST}")
+        except OSError as error:
+            raise DamagedFile(f"{file} cannot be read: {error.strerror}") from None
+    return body
+
+
+def content_digest(body: dict[str, Any]) -> str:
+    """16 hex digits of a SHA-256 over the token ids, for comparing machines."""
+    sums = [body["dtype"], *(body["files"][name]["sha256"] for name in TOKEN_FILES)]
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def naming_cache_dir(entry: Path, damage: str = "") -> Iterator[None]:
+    """Turn the disk's errors about the cache into an InputError that names --cache_dir.
+
+    damage: why the entry is being rebuilt, for the message.
+    """
+    try:
+        yield
+    except (ConnectionError, TimeoutError):
+        raise
+    except OSError as error:
+        cache_dir = entry.parents[1]
+        elsewhere = error.filename is not None and not str(error.filename).startswith(
+            str(cache_dir))
+        if error.errno is None or elsewhere:
+            raise
+        reason = f"{damage}, and cannot be replaced: " if damage else ""
+        raise InputError(f"--cache_dir {cache_dir}: {reason}{explain(on_disk(error, entry))}; "
+                         "use a --cache_dir that can be written") from error
+
+
+@contextmanager
+def lock_entry(entry: Path, what: str) -> Iterator[None]:
+    """Hold the lock of `entry`, which one process of the machine can have at a time.
+
+    what: what is prepared under it, for messages.
+
+    Raises:
+        TimeoutError: another process has held it for an hour.
+    """
+    try:
+        lock = locks.acquire(
+            Path(f"{entry}.lock"), LOCK_SECONDS,
+            lambda holder: log(visible(f"waiting for {holder}, which prepares {what}")))
+    except locks.Busy as holder:
+        raise TimeoutError(
+            f"waited {LOCK_SECONDS:.0f} s for {holder}, which prepares {what}; end it if it hangs, "
+            "or use another --cache_dir"
+        ) from None
+    try:
+        with suppress(OSError):  # another user's lock file
+            lock.write()
+        yield
+    except OSError:
+        shutil.rmtree(f"{entry}.partial", ignore_errors=True)  # frees the space it took
+        raise
+    finally:
+        lock.release()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _manifest_checksum(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

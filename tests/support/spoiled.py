@@ -1,0 +1,28 @@
+"""Clients whose updates are wrong, in runs in the process of the test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fedrun.federation.client import Client
+
+
+def spoil_updates(monkeypatch: pytest.MonkeyPatch, value: float, round_: int, clients: set[int]
+                  ) -> None:
+    """Add `value` to one element of these clients' updates, or gradients, in that round."""
+    seen: dict[int, int] = {}
+    for name in ("train", "gradient"):
+        healthy = getattr(Client, name)
+
+        def faulty(client: Client, *args: Any, healthy: Any = healthy, name: str = name,
+                   **how: Any) -> Any:
+            losses = healthy(client, *args, **how)
+            seen[client.index] = seen.get(client.index, 0) + 1
+            if client.index in clients and seen[client.index] == round_:
+                vector = client.flat.vector if name == "train" else client.flat.grad
+                vector[-7] += value
+            return losses
+
+        monkeypatch.setattr(Client, name, faulty)

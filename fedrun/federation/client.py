@@ -23,19 +23,19 @@ ClientState = Mapping[str, Tensor]
 
 @dataclass
 class LocalLosses:
-    """What local training reports: summed losses in nats, and over how many tokens."""
+    """Losses of local training: their sum in nats, and the number of tokens."""
 
     loss_sum: Tensor
-    """0-dim, still on the device: reading it is the one wait for a GPU, after the last step."""
+    """0-dim, still on the device. Reading it is the only wait for a GPU, after the last step."""
     tokens: int
 
 
 class Client:
-    """One owner of data. Its batches depend on (seed, client) alone, never on where it is hosted.
+    """One owner of data. Its batches depend on (seed, client) alone, never on its worker.
 
-    The clients of a worker share its model and its optimizer. What a client has of its own is its
-    state, which is loaded for its turn and released after it (client_store.py keeps it in between).
-    AdamW's moments belong to it unless `keeps_moments` is false.
+    The clients of a worker share its model and its optimizer. Only the state is a client's own: it
+    is loaded for the client's turn and released after it, and client_store.py keeps it in between.
+    It includes AdamW's moments unless `keeps_moments` is false.
     """
 
     def __init__(self, index: int, shard: np.ndarray, sequences: np.ndarray, flat: FlatParams,
@@ -53,36 +53,37 @@ class Client:
         self.steps_done = 0
         self.vectors: dict[str, Tensor] = {}
         """More of its state by name, (size,) each. `parameters`: its own model between rounds that
-        do not begin with the global one. `residual`: what a compressed wire owes of its updates."""
+        do not start from the global one. `residual`: the part of its updates that was not sent yet
+        (see aggregation/int8.py)."""
 
     def keep_parameters(self) -> None:
-        """Keep the worker's parameters as this client's own, for a round that goes on from them."""
+        """Keep the worker's parameters as this client's own, for a round that starts from them."""
         if "parameters" not in self.vectors:
             self.vectors["parameters"] = torch.empty_like(self.flat.vector)
         self.vectors["parameters"].copy_(self.flat.vector)
 
     def residual(self) -> Tensor:
-        """What a compressed wire still owes of this client's updates, (size,): see int8.py."""
+        """The client's residual, (size,); zeros at first."""
         if "residual" not in self.vectors:
             self.vectors["residual"] = torch.zeros_like(self.flat.vector)
         return self.vectors["residual"]
 
     def forget(self) -> None:
-        """Drop all that local training has left behind, after an update that was not finite. What a
-        wire owes of earlier ones stays."""
+        """Reset what local training leaves behind, because the update was left out. The residual of
+        earlier updates stays."""
         self.vectors.pop("parameters", None)
         self.optimizer.reset()
 
     def state(self) -> ClientState:
-        """What the client needs to go on, by name: its place in its data, AdamW's state, and its
-        own vectors where it has some. The tensors themselves, no copies."""
+        """Everything the client needs to resume, by name: its position in its data, AdamW's state,
+        and its own vectors. The tensors themselves, not copies."""
         state = {STEPS_DONE: torch.tensor(self.steps_done), **self.vectors}
         if self.keeps_moments:
             state |= {ADAMW + name: t for name, t in self.optimizer.state.items()}
         return state
 
     def load_state(self, state: ClientState) -> None:
-        """Go on from what `state` gave, in its memory where it lies on the device."""
+        """Restore a saved state; tensors already on the device are used in place."""
         self.steps_done = int(state[STEPS_DONE])
         self.vectors = {name: t.to(self.flat.vector.device) for name, t in state.items()
                         if name != STEPS_DONE and not name.startswith(ADAMW)}
@@ -91,7 +92,7 @@ class Client:
                                        if name.startswith(ADAMW)})
 
     def release_state(self) -> ClientState:
-        """`state`, of which nothing is held here any longer."""
+        """Return `state` and keep no reference to it."""
         state, self.vectors = self.state(), {}
         if self.keeps_moments:
             self.optimizer.load_state({})
@@ -102,17 +103,17 @@ class Client:
               prox_mu: float = 0.0, fisher: FisherEstimate | None = None) -> LocalLosses:
         """`steps` optimizer steps from where the worker's parameters are, on the next batches.
 
-        first_step: the place of the first of them in the run, counted from 0, for the schedule.
+        first_step: index of the first of them in the run, counted from 0, for the schedule.
         With prox_mu, the loss has the term (prox_mu / 2) |w - anchor|^2 (Li et al. 2020, "Federated
-        Optimization in Heterogeneous Networks", equation 2). `fisher` estimates beside it, without
-        that term.
+        Optimization in Heterogeneous Networks", equation 2). `fisher` estimates the Fisher diagonal
+        from the same gradients, without that term.
         """
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.flat.vector.device)
         tokens = 0
         for step in range(steps):
             between_steps()
             batch = self.next_batch()
-            loss, count = (fisher.gradient(model, batch) if fisher
+            loss, count = (fisher.gradient(model, batch) if fisher is not None
                            else batch_gradient(model, self.flat, batch))
             if prox_mu:
                 assert anchor is not None
@@ -128,15 +129,15 @@ class Client:
         return LocalLosses(loss.double(), tokens)
 
     def next_batch(self) -> Tensor:
-        """(batch_size, sequence_length) token ids; the client's position moves on."""
+        """(batch_size, sequence_length) token ids; advances the client's position."""
         batch = self.batches.read(self.steps_done, self.sequences, self.shard)
         self.steps_done += 1
         return to_device(torch.from_numpy(batch), self.flat.vector.device)
 
 
 def to_device(batch: Tensor, device: torch.device) -> Tensor:
-    """A batch where the model is. Nothing in a local step waits for a GPU, so that the host is
-    steps ahead of it, and a copy from pinned memory lies in its queue before it is needed."""
+    """A batch on the model's device. Nothing in a local step waits for a GPU, so the host runs ahead
+    of it, and a copy from pinned memory is queued before it is needed."""
     return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else (
         batch.to(device))
 

@@ -1,18 +1,18 @@
-"""Where clients' states rest between their turns.
+"""Stores that keep clients' states between their turns.
 
-A state is a dict of named tensors, of which a store asks nothing but that integers stay on the
-host. Every client has one from the start; `put` replaces it by another, under any names.
+A state is a dict of named tensors; integers stay on the host. Every client has one from the start,
+and `checkin` replaces it by another, under any names.
 
-    OnDevice   it stays where training left it: on a CPU, and for a worker's only client
+    OnDevice   where training left it: on a CPU, and for the only client of a worker
     InMemory   pinned host memory, for the clients of a GPU            --client_store memory
     OnDisk     a file for each client, under clients/ in the run's folder             disk
 
-What moves is moved by one thread, in the order it was asked for: what is brought is what was put
-last, and a snapshot of the files holds what had been put before it, whatever is put meanwhile. The
-next client's state comes in while the client before it trains; a state on its way out is gone
-before the one after comes in, so that there are two at a time (on a GPU: two there).
+One thread performs all transfers in FIFO order: a fetch sees the latest `checkin`, and a snapshot
+sees exactly the ones before it. The next client's state is fetched while the client before it
+trains. A state is stored before the next but one is fetched, so two states exist at a time (on a
+GPU: two in its memory).
 
-The GPU's part (streams, events, pinned memory) has not been run on one.
+The GPU part (streams, events, pinned memory) has not been run on a GPU.
 """
 
 from __future__ import annotations
@@ -50,39 +50,39 @@ T = TypeVar("T")
 class ClientStore(ABC):
     """States of the clients of one worker, by client.
 
-    One client has its turn at a time: `take`, then `put`. OSError where a disk fails, at the call
-    or at the next one.
+    One client has its turn at a time: `checkout`, then `checkin`. OSError if a disk fails, raised
+    by that call or the next one.
     """
 
     @abstractmethod
     def prefetch(self, client: int) -> None:
-        """Begin to bring the state of the client whose turn is next. Not of the present one."""
+        """Start to fetch the state of the client whose turn is next (not of the current one)."""
 
     @abstractmethod
     def checkout(self, client: int) -> ClientState:
-        """The client's state on the device, the caller's until it is put again."""
+        """The client's state on the device; the caller owns it until `checkin`."""
 
     @abstractmethod
     def checkin(self, client: int, state: ClientState) -> None:
-        """Keep a state, whose tensors the caller gives up."""
+        """Store a state; the caller must not use its tensors any more."""
 
     @abstractmethod
     def load(self, checkpoint: Checkpoint) -> None:
-        """Replace all states by a checkpoint's; before the first turn."""
+        """Replace all states by those of a checkpoint; before the first turn."""
 
     @abstractmethod
-    def save(self, saver: CheckpointWriter, folder: Path, step: int, files: Files) -> None:
-        """Have `saver` begin a checkpoint of `files` and of all states as they are now."""
+    def save(self, writer: CheckpointWriter, folder: Path, step: int, files: Files) -> None:
+        """Have `writer` start a checkpoint of `files` and of all states as they are now."""
 
     @abstractmethod
-    def close(self, patience: float) -> None:
-        """After the last turn, of the run or before a failure: its checkpoints are all that a run
-        goes on from. Waits so many seconds for what still moves."""
+    def close(self, timeout: float) -> None:
+        """After the last turn or a failure; a run resumes from its checkpoints alone. Waits for
+        transfers under way for at most `timeout` seconds."""
 
 
 def make_store(config: FederatedConfig, states: Mapping[int, ClientState], device: torch.device
                ) -> ClientStore:
-    """The store of a worker on this device, by --client_store; `states`: of all its clients."""
+    """The store of a worker on this device, by --client_store. `states`: of all its clients."""
     if len(states) == 1 or (config.client_store == "memory" and device.type == "cpu"):
         return OnDevice(states)
     if config.client_store == "memory":
@@ -91,7 +91,7 @@ def make_store(config: FederatedConfig, states: Mapping[int, ClientState], devic
 
 
 class OnDevice(ClientStore):
-    """States by reference: taking and putting cost nothing."""
+    """States by reference: nothing is moved."""
 
     def __init__(self, states: Mapping[int, ClientState]) -> None:
         self._states = dict(states)
@@ -109,71 +109,71 @@ class OnDevice(ClientStore):
         for client in self._states:
             self._states[client] = checkpoint.tensors(client_file(client))
 
-    def save(self, saver: CheckpointWriter, folder: Path, step: int, files: Files) -> None:
+    def save(self, writer: CheckpointWriter, folder: Path, step: int, files: Files) -> None:
         states = {client_file(client): state for client, state in self._states.items()}
-        saver.begin(folder, step, {**files, **states})
+        writer.begin(folder, step, {**files, **states})
 
-    def close(self, patience: float) -> None:
+    def close(self, timeout: float) -> None:
         pass
 
 
 class _Moving(ClientStore):
-    """States that rest elsewhere than on the device; `_read` and `_write` say where.
+    """States that are stored off the device, where `_read` and `_write` say.
 
-    timeout: seconds to wait for one of them.
+    timeout: seconds to wait for one transfer.
     """
 
     def __init__(self, device: torch.device, timeout: float) -> None:
         self._device, self._timeout = device, timeout
         self._thread = ThreadPoolExecutor(1, "fedrun-store", initializer=self._begin_thread)
-        self._ahead: tuple[int, Future[ClientState]] | None = None
-        self._leaving: Future[None] | None = None
+        self._fetched: tuple[int, Future[ClientState]] | None = None
+        self._storing: Future[None] | None = None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def _begin_thread(self) -> None:
         torch.set_num_threads(1)
         if self._stream is not None:
             torch.cuda.set_device(self._device)
-            torch.cuda.set_stream(self._stream)  # beside the stream that trains
+            torch.cuda.set_stream(self._stream)  # not the stream that trains
 
     @abstractmethod
     def _read(self, client: int) -> ClientState:
-        """On the thread: a state from where it rests, on the host."""
+        """On the thread: read a stored state, on the host."""
 
     @abstractmethod
     def _write(self, client: int, state: ClientState) -> None:
-        """On the thread: a state from the device to where it rests; its tensors are free then."""
+        """On the thread: store a state; its tensors may be reused afterwards."""
 
     def prefetch(self, client: int) -> None:
-        self._ahead = client, self._thread.submit(self._bring, client)
+        self._fetched = client, self._thread.submit(self._fetch, client)
 
     def checkout(self, client: int) -> ClientState:
-        if self._leaving is not None and self._leaving.done():
-            self._leaving.result()  # its error, if it has one
-        if self._ahead is None or self._ahead[0] != client:
+        if self._storing is not None and self._storing.done():
+            self._storing.result()  # raises its error, if there was one
+        if self._fetched is None or self._fetched[0] != client:
             self.prefetch(client)
-        assert self._ahead is not None
-        (_, coming), self._ahead = self._ahead, None
-        state = self._wait(coming)
+        assert self._fetched is not None
+        (_, fetching), self._fetched = self._fetched, None
+        state = self._wait(fetching)
         for tensor in state.values():
-            if tensor.is_cuda:  # from the memory of the thread's stream
+            if tensor.is_cuda:  # allocated on the thread's stream
                 tensor.record_stream(torch.cuda.current_stream())
         return state
 
     def checkin(self, client: int, state: ClientState) -> None:
-        assert self._ahead is None or self._ahead[0] != client, "what was brought is outdated"
+        assert self._fetched is None or self._fetched[0] != client, "what was fetched is outdated"
         self._settle()
         trained = torch.cuda.current_stream().record_event() if self._stream else None
-        self._leaving = self._thread.submit(self._send, client, state, trained)
+        self._storing = self._thread.submit(self._store, client, state, trained)
 
-    def close(self, patience: float) -> None:
-        wait([self._thread.submit(lambda: None)], patience)  # the last in its order
+    def close(self, timeout: float) -> None:
+        wait([self._thread.submit(lambda: None)], timeout)  # after all others
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _settle(self) -> None:
-        """Wait until what was put last is where it rests."""
-        if self._leaving is not None:
-            self._wait(self._leaving)
+        """Wait until the last state is stored."""
+        if self._storing is not None:
+            self._wait(self._storing)
 
     def _wait(self, work: Future[T]) -> T:
         wait([work], self._timeout)
@@ -182,26 +182,27 @@ class _Moving(ClientStore):
                                f"{self._timeout:g} s")
         return work.result()
 
-    def _bring(self, client: int) -> ClientState:
+    def _fetch(self, client: int) -> ClientState:
         state = {name: tensor.to(self._device, non_blocking=True) if tensor.is_floating_point()
                  else tensor for name, tensor in self._read(client).items()}
         if self._stream is not None:
             self._stream.synchronize()
         return state
 
-    def _send(self, client: int, state: ClientState, trained: torch.cuda.Event | None) -> None:
+    def _store(self, client: int, state: ClientState, trained: torch.cuda.Event | None) -> None:
         if trained is not None:
             trained.synchronize()
         self._write(client, state)
 
 
 class InMemory(_Moving):
-    """States in the host's memory, on a GPU's machine in pinned memory, which it reads by itself.
+    """States in the host's memory: pinned, if there is a GPU, which can then read it directly.
 
-    states: every client's at the start.
+    states: of every client at the start.
     """
 
-    def __init__(self, states: Mapping[int, ClientState], device: torch.device, timeout: float) -> None:
+    def __init__(self, states: Mapping[int, ClientState], device: torch.device, timeout: float
+                 ) -> None:
         super().__init__(device, timeout)
         self._states: dict[int, dict[str, Tensor]] = {client: {} for client in states}
         for client, state in states.items():
@@ -216,7 +217,7 @@ class InMemory(_Moving):
             self._stream.synchronize()
 
     def _copy(self, client: int, state: ClientState) -> None:
-        """Into the memory that the client's last state had."""
+        """Copy into the memory of the client's previous state."""
         last = self._states[client]
         now = {name: last[name] if name in last else torch.empty_like(
             tensor, device="cpu", pin_memory=self._stream is not None)
@@ -229,20 +230,20 @@ class InMemory(_Moving):
         for client in self._states:
             self._copy(client, checkpoint.tensors(client_file(client)))
 
-    def save(self, saver: CheckpointWriter, folder: Path, step: int, files: Files) -> None:
+    def save(self, writer: CheckpointWriter, folder: Path, step: int, files: Files) -> None:
         self._settle()
         states = {client_file(client): state for client, state in self._states.items()}
-        saver.begin(folder, step, {**files, **states})
+        writer.begin(folder, step, {**files, **states})
 
 
 class OnDisk(_Moving):
-    """States in files, `folder`/client_7.safetensors, each of them a new file whenever it is put.
+    """States in files, `folder`/client_7.safetensors; every `checkin` writes a new file.
 
-    A checkpoint takes a file as it is, by a hard link: nothing is read or copied for it. Where the
-    file system has no hard links, or an earlier checkpoint has this file already (no two share one,
-    lest a flipped bit damage both), the thread copies.
+    A checkpoint hard-links the file, so nothing is read or copied for it. The thread copies instead
+    if the file system has no hard links, or if an earlier checkpoint links this file already (no
+    two share one, so that a flipped bit cannot damage both).
 
-    states: every client's at the start. Files of these clients that lie there are replaced.
+    states: of every client at the start; files of these clients in the folder are replaced.
     """
 
     def __init__(self, folder: Path, states: Mapping[int, ClientState], device: torch.device,
@@ -251,8 +252,8 @@ class OnDisk(_Moving):
         self._folder = folder
         self._sums: Sums = {}
         self._spare: ClientState = {}
-        """Tensors of a state that was written, for the next one that is read: memory that is given
-        back and asked for again hundreds of times in a round grows by the holes between."""
+        """Tensors of the last stored state, reused for the next one that is read: freeing and
+        allocating hundreds of times in a round would fragment the memory."""
         for client, state in states.items():
             self._write(client, state)
 
@@ -269,12 +270,12 @@ class OnDisk(_Moving):
 
     @contextmanager
     def _naming(self, done: str) -> Iterator[None]:
-        """Turn the disk's error into one that says whose files these are."""
+        """Turn a disk error into one that names the flag and the folder."""
         try:
             yield
         except OSError as error:
             raise OSError(error.errno, f"--client_store disk: a client's state cannot be {done} "
-                          f"({error.strerror}); memory is the other one that is accepted",
+                          f"({error.strerror}); --client_store memory needs no disk",
                           str(self._folder)) from error
 
     def load(self, checkpoint: Checkpoint) -> None:
@@ -284,35 +285,35 @@ class OnDisk(_Moving):
             for name in self._sums:
                 _link(checkpoint.folder / name, self._folder / name)
 
-    def save(self, saver: CheckpointWriter, folder: Path, step: int, files: Files) -> None:
-        linked = self._thread.submit(self._link_all, folder, self._leaving)
-        saver.begin(folder, step, files, linked)
+    def save(self, writer: CheckpointWriter, folder: Path, step: int, files: Files) -> None:
+        linked = self._thread.submit(self._link_all, folder, self._storing)
+        writer.begin(folder, step, files, linked)
 
-    def _link_all(self, folder: Path, put_last: Future[None] | None) -> Sums:
-        """On the thread, when all that was put before is written: the files as they are."""
-        if put_last is not None:
-            put_last.result()  # its error, if it has one
+    def _link_all(self, folder: Path, last_write: Future[None] | None) -> Sums:
+        """On the thread, after every earlier write: link the files as they are."""
+        if last_write is not None:
+            last_write.result()  # raises its error, if there was one
         check_claim(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in self._sums:
             _link(self._folder / name, folder / name)
         return dict(self._sums)
 
-    def close(self, patience: float) -> None:
-        super().close(patience)
+    def close(self, timeout: float) -> None:
+        super().close(timeout)
         try:
             check_claim(self._folder)
-        except FolderLost:  # these are another run's
+        except FolderLost:  # the files belong to another run
             return
         for name in self._sums:
             (self._folder / name).unlink(missing_ok=True)
-        with suppress(OSError):  # other workers' files
+        with suppress(OSError):  # it still holds other workers' files
             self._folder.rmdir()
 
 
 def _link(file: Path, name: Path) -> None:
-    """A second name for a file, instead of what was there. A copy where that cannot be, or where it
-    has two already: one of them is a checkpoint's, and no two checkpoints are to share a file."""
+    """Hard-link `file` as `name`, replacing what was there. Copies it instead if that is impossible
+    or if it has two names already: one is a checkpoint's, and checkpoints must not share files."""
     check_claim(name)
     name.unlink(missing_ok=True)
     with suppress(OSError):

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 
 def assign_clients(sizes: Sequence[int], n_workers: int) -> list[list[int]]:
-    """The clients of every worker, balanced by work: longest first, to the least loaded.
+    """The clients of each worker, balanced by work: the largest first, to the least loaded worker.
 
-    `sizes[k]` is the work of client k in a round (the sequences that it trains on, which a longer
-    shard does not make more). Every rank computes the same answer.
-    With no more workers than clients each has at least one; workers beyond them have none.
-    Graham (1969), "Bounds on Multiprocessing Timing Anomalies": at most 4/3 of the best makespan.
+    `sizes[k]` is the work of client k in a round: the sequences that it trains on, which do not
+    depend on the size of its shard. Every rank computes the same answer. Each worker has at least
+    one client, unless there are more workers than clients. Graham (1969), "Bounds on
+    Multiprocessing Timing Anomalies": at most 4/3 of the best makespan.
     """
     assert n_workers >= 1
     hosted: list[list[int]] = [[] for _ in range(n_workers)]

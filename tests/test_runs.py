@@ -24,7 +24,6 @@ from tests.support.runs import (
     without_clocks,
 )
 
-# What differs between runs of the same experiment: clocks.
 
 def test_same_bits_in_1_2_3_and_5_processes(run: Run) -> None:
     flags = ("--num_clients", 4, "--rounds", 4)

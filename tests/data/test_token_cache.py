@@ -26,7 +26,7 @@ from fedrun.data import corpora, tokens
 from fedrun.data import entry as cache_entry
 from fedrun.data.tokens import TokenData, prepare, verify
 from fedrun.distributed.runtime import difference
-from fedrun.run import identity
+from fedrun.experiment import identity
 from tests.support.runs import CORPUS, SMALL, fresh_python, read_history
 from tests.support.texts import text_file
 
@@ -251,7 +251,7 @@ def test_machines_with_other_tokens_do_not_train_together(whole: Path) -> None:
     data = prepare(str(whole / "tale.txt"), "bpe:300", 16, whole / "cache", lambda line: None)
     config, cpu = parse(["fed_avg", *SMALL]), torch.device("cpu")
     assert config is not None
-    provenance = {"content": "1", "versions": {}, "init_from": None}
+    provenance: dict[str, Any] = {"content": "1", "versions": {}, "init_from": None}
     told = [identity(config, d, cpu, provenance) | {"host": "a"}
             for d in (data, data, replace(data, content="other"))]
     assert difference(told[:2], (1,)) == ""

@@ -114,8 +114,8 @@ def test_what_follows_a_step(programs: Programs, tmp_path: Path, steps: list[str
     ({"SLURM_RESTART_COUNT": "1"}, 0, "requeued: the run failed; restart 2 of 2", True),
 ])
 def test_what_another_start_has_left_is_no_outcome(
-        programs: Programs, tmp_path: Path, left: str, env: dict[str, str], code: int, said: str,
-        requeued: bool) -> None:
+        programs: Programs, tmp_path: Path, left: run_folder.Standing, env: dict[str, str],
+        code: int, said: str, requeued: bool) -> None:
     leave(tmp_path / "run", left)
     (tmp_path / "steps").write_text("nothing 1\n")
     ended, output = programs.run(SBATCH, "fed_avg", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n[1-2]",

@@ -191,8 +191,9 @@ def test_a_disk_that_does_not_answer_is_not_waited_for_for_ever(
 def test_the_next_state_is_read_while_a_client_trains(run_here: Run,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     """And two are in memory: a third is read into that of the one that is gone."""
-    healthy_read, healthy_train = client_store.read_tensors, Client.train
-    reads, came_early = {k: threading.Semaphore(0) for k in range(4)}, []
+    healthy_read, healthy_train = checkpoint.read_tensors, Client.train
+    reads = {k: threading.Semaphore(0) for k in range(4)}
+    came_early: list[bool] = []
     living: dict[int, weakref.ref[Tensor]] = {}  # a set of them would compare elements
     at_once: list[int] = []
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from fedrun import cli
@@ -34,7 +35,7 @@ def bands(ax: Axes) -> list[tuple[np.ndarray, np.ndarray]]:
     """Lowest and highest y at the x of each band, in drawing order."""
     found = []
     for collection in ax.collections:
-        corners = collection.get_paths()[0].vertices
+        corners = np.asarray(collection.get_paths()[0].vertices)
         at = np.unique(corners[:, 0])
         found.append((np.array([corners[corners[:, 0] == x, 1].min() for x in at]),
                       np.array([corners[corners[:, 0] == x, 1].max() for x in at])))
@@ -131,8 +132,9 @@ def test_all_four_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
             assert to_hex(line.get_color()).upper() == style.look(method).colour
     final = made["4_multi_config_comparison"].axes[-1]  # type: ignore[union-attr]
     assert [label.get_text() for label in final.get_xticklabels()] == ["1\nlayer", "2\nlayer"]
-    ends = final.containers[0].lines[0].get_ydata()  # type: ignore[attr-defined]
-    np.testing.assert_allclose(ends.astype(float), [
+    (bars,) = [c for c in final.containers if isinstance(c, ErrorbarContainer)][:1]
+    ends = np.asarray(bars.lines[0].get_ydata()).astype(float)
+    np.testing.assert_allclose(ends, [
         folders.perplexity_at(folders.STEPS[-1], 0, 1)] * 2)
 
 
@@ -271,18 +273,19 @@ def test_central_figures(tmp_path: Path, study_keys: bool) -> None:
     evolution = made[f"averaged_svd_evolution_{CONFIG}"]
     assert isinstance(evolution, Figure)
     for index, line in enumerate(evolution.axes[0].lines):
-        assert tuple(line.get_xdata()) == folders.STEPS
-        np.testing.assert_allclose(line.get_ydata(), expected[:, index], rtol=1e-5)
+        assert tuple(np.asarray(line.get_xdata())) == folders.STEPS
+        np.testing.assert_allclose(np.asarray(line.get_ydata()), expected[:, index], rtol=1e-5)
     spectrum = made[f"averaged_final_spectrum_{CONFIG}"]
     assert isinstance(spectrum, Figure)
     mean, mark = spectrum.axes[0].lines
-    np.testing.assert_allclose(mean.get_ydata(), expected[-1], rtol=1e-5)
-    assert mark.get_xdata()[0] == deltas.energy_rank(expected[-1])
+    np.testing.assert_allclose(np.asarray(mean.get_ydata()), expected[-1], rtol=1e-5)
+    assert np.asarray(mark.get_xdata())[0] == deltas.energy_rank(expected[-1])
     heatmap = made[f"heatmap_structure_central_config_{CONFIG}_seed_1"]
     assert isinstance(heatmap, Figure)
     images = [ax.images[0] for ax in heatmap.axes if ax.images]
     assert len({image.get_clim() for image in images}) == 1
-    np.testing.assert_allclose(images[-1].get_array(), folders.change(folders.STEPS[-1], 1))
+    np.testing.assert_allclose(np.asarray(images[-1].get_array()),
+                               folders.change(folders.STEPS[-1], 1))
 
 
 def test_federated_figures_of_server_clients_and_layers(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from fedrun.flags import resolve
 from fedrun.records import checkpoint, run_files
 from fedrun.records import run_dir as run_folder
 from fedrun.records.provenance import alike_on_all_ranks
+from tests.support import hostile
 from tests.support.runs import CORPUS, SMALL, Outcome, Run, numbers, outcome_of, steps
 
 FLAGS = ("--num_clients", 2, "--rounds", 4, "--checkpoint_freq", 2)
@@ -154,8 +155,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "strange": write(b'{"step": "x", "outcome": 7, "dtype": [], "made_with": 3, "round": {}}\n7\n'),
     "nested": write(b"[" * 10**5), "bit": lambda path: path.write_bytes(
         bytes([path.read_bytes()[0] | 128]) + path.read_bytes()[1:]),
-    "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
-    "folder": lambda path: (path.unlink(), path.mkdir()), "gone": Path.unlink}
+    "pipe": lambda path: hostile.put(path, "pipe"),
+    "folder": lambda path: hostile.put(path, "folder"), "gone": Path.unlink}
 
 
 @pytest.mark.parametrize("damage", [
@@ -227,8 +228,8 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
         folder, files={"../step_000002/server.json": {"bytes": 0, "sha256": ""}}),
     "a device": lambda folder: crafted(folder, files={"/dev/zero": {"bytes": 0, "sha256": ""}}),
     "a pipe for a file": lambda folder: DAMAGES["pipe"](folder / "client_0.safetensors"),
-    "a pipe for a folder": lambda folder: (shutil.rmtree(folder), os.mkfifo(folder)),
-    "a file for a folder": lambda folder: (shutil.rmtree(folder), folder.write_text(""))}
+    "a pipe for a folder": lambda folder: hostile.put(folder, "pipe"),
+    "a file for a folder": lambda folder: hostile.put(folder, b"")}
 
 
 @pytest.mark.timeout(60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,15 +36,25 @@ def trained(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Outcom
 
 def logits(folder: Path) -> Tensor:
     with torch.no_grad():
-        return find_pretrained(str(folder), "RUN").build()(IDS)
+        found = find_pretrained(str(folder), "RUN").build()(IDS)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def load_with_transformers(folder: Path) -> Any:
+    """The model, whose weights are all found, with none left over."""
+    from transformers import AutoModelForCausalLM
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, loading = loaded
+    assert not any(loading.values())
+    return model
 
 
 def test_hf_folder_loads_with_equal_logits(trained: Outcome, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     out = tmp_path / "hf"
     assert cli.main(["export", str(trained.run_dir), "--to", "hf", str(out)]) == 0
-    model, loading = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not any(loading.values()), "every weight found, none left over"
+    model = load_with_transformers(out)
     assert type(model).__name__ == "Mamba2ForCausalLM"
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, logits(trained.run_dir), rtol=0, atol=1e-5)
@@ -235,8 +246,7 @@ def test_an_unusual_model_is_trained_exported_and_loaded(
 
     out = tmp_path / "hf"
     assert cli.main(["export", str(tmp_path / "run"), "--to", "hf", str(out)]) == 0
-    again, loading = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not any(loading.values())
+    again = load_with_transformers(out)
     with torch.no_grad():
         torch.testing.assert_close(again(IDS, use_cache=False).logits, logits(tmp_path / "run"),
                                    rtol=1e-4, atol=1e-5)

@@ -103,8 +103,8 @@ def test_corrected_estimates_what_single_sequences_have(model: Bigram) -> None:
     pool = torch.randint(VOCAB, (40, LENGTH), generator=generator)
     exact = (gradients(model, pool[:, None], mean=True) ** 2).mean(0)
     flat = FlatParams(model)
-    corrected, batch = (FisherEstimate(flat, FedFisher(fisher=kind))  # type: ignore[arg-type]
-                        for kind in ("corrected", "batch"))
+    corrected, batch = (FisherEstimate(flat, strategy) for strategy in (
+        FedFisher(fisher="corrected"), FedFisher(fisher="batch")))
     for _ in range(300):
         rows = pool[torch.randint(len(pool), (BATCH,), generator=generator)]
         corrected.gradient(model, rows)  # type: ignore[arg-type]

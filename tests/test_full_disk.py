@@ -204,7 +204,8 @@ def test_lines_of_events_wait_for_room(run_here: Run, whole: Wholes,
 
     def limited(events: track.Events, *args: Any) -> None:
         begin(events, *args)
-        events.file = Full(events.file)  # type: ignore[assignment]
+        patched: Any = events
+        patched.file = Full(events.file)
 
     monkeypatch.setattr(track.Events, "__init__", limited)
     ended = run_here("fed_avg", *FLAGS)

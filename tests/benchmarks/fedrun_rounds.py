@@ -3,13 +3,13 @@
     RANK=... python -m tests.benchmarks.fedrun_rounds --params 27 --clients 4     without training
     RANK=... python -m tests.benchmarks.fedrun_rounds --train pure_ssm_1_layer --clients 4
 
-Without training (--params), in: all that fedrun does in a round of `protocol.train_federated`, from one plan of
-the server to the next: the plan, a worker loads the global model for each of its clients, takes the
-difference, checks, scales, rounds and adds it, reports; verdict, sum over the workers, server
-update, reports and the run's event line. Out: the batch, the gradient and the optimizer's step. In
-their place a client moves one element in a thousand by a fixed step, which takes no time and shows
-at the end that the updates have arrived; Fisher diagonals are fixed and dense. Kernels take as long
-for zeros as for anything else.
+Without training (--params), in: all that fedrun does in a round of `protocol.train_federated`, from
+one plan of the server to the next: the plan, a worker loads the global model for each of its
+clients, takes the difference, checks, scales, rounds and adds it, reports; verdict, sum over the
+workers, server update, reports and the run's event line. Out: the batch, the gradient and the
+optimizer's step. In their place a client moves one element in a thousand by a fixed step, which
+takes no time and shows at the end that the updates have arrived; Fisher diagonals are fixed and
+dense. Kernels take as long for zeros as for anything else.
 
 A block of rounds ends with one more, not counted, in which all workers at once measure the floor
 (`Floor`) on the memory that they have just used. The clock is one for all processes of a machine.
@@ -165,8 +165,9 @@ class FloorWorker(worker.Worker):
         super().__init__(config, data, runtime, checkpoint)
         if self.fisher:
             diagonal = self.fisher.diagonal.uniform_(1e-6, 1e-4)
-            self.fisher = SimpleNamespace(diagonal=diagonal, begin=lambda: None,  # type: ignore
+            fisher: Any = SimpleNamespace(diagonal=diagonal, begin=lambda: None,
                                           finish=lambda: diagonal)
+            self.fisher = fisher
         self.floor = Floor(self)
         self.at_start = self.global_model[MOVED].clone()
 

@@ -5,8 +5,8 @@
     python -m tests.benchmarks.overhead --params 27 --workers 2 --clients 4 --peers
     python -m tests.benchmarks.overhead --grid --out results/overhead         # the figure
 
-One process a worker, on one thread, and the server's; whole rounds of `protocol.train_federated` in which
-clients do not train (fedrun_rounds.py says what is in and what is out). The floor is that of
+One process a worker, on one thread, and the server's; whole rounds of `protocol.train_federated` in
+which clients do not train (fedrun_rounds.py says what is in and what is out). The floor is that of
 vectors that travel: the bare `dist.all_reduce` of the same bytes in the same group, and the passes
 over memory that the method cannot do without (subtract, scale and add, apply), in all workers at
 the same time. It is measured between the rounds, and all sides take turns in short blocks, so that

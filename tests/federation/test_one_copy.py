@@ -153,7 +153,8 @@ def test_on_one_worker_no_collective_runs(no_training: None, monkeypatch: pytest
     for name in ("all_reduce", "all_gather", "broadcast", "send", "recv", "isend", "irecv"):
         monkeypatch.setattr(dist, name, forbidden)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 1)
-    for plane in (DataPlane(), DataPlane(object(), machine=1)):  # type: ignore[arg-type]
+    group: Any = object()
+    for plane in (DataPlane(), DataPlane(group, machine=1)):
         worker = worker_of("fed_avg", {}, plane)
         go_round(worker, 1)
         assert plane.bytes_sent == 0

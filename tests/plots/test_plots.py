@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,13 @@ def drawn(figure: Figure | str, gid: str, panel: int = 0) -> tuple[np.ndarray, n
     return np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
 
 
+def figure_of(made: Mapping[str, Figure | str], name: str) -> Figure:
+    """The figure of that name, which is there instead of a reason why it is not."""
+    figure = made[name]
+    assert isinstance(figure, Figure), figure
+    return figure
+
+
 def bands(ax: Axes) -> list[tuple[np.ndarray, np.ndarray]]:
     """Lowest and highest y at the x of each band, in drawing order."""
     found = []
@@ -51,23 +59,23 @@ def test_mean_and_band_are_those_of_the_histories(tmp_path: Path) -> None:
     paths = [folders.ours(tmp_path, config=CONFIG, seed=seed) for seed in (0, 1, 5)]
     folders.ours(tmp_path, "central", CONFIG)
     histories = [read_history(p) for p in paths]
-    figure = make(tmp_path)[0][f"1_central_vs_fed_{CONFIG}"]
+    figure = figure_of(make(tmp_path)[0], f"1_central_vs_fed_{CONFIG}")
     for key, measure, band in (("server_val_ppl", "val_ppl", 0), ("train_ppl", "train_ppl", 1)):
         values = np.array([[r[key] for r in h] for h in histories])
         x, y = drawn(figure, f"fed_avg {CONFIG} 1 {measure}")
         np.testing.assert_allclose(x, [r["tokens"] for r in histories[0]])
         np.testing.assert_allclose(y, values.mean(axis=0))
-        low, high = bands(figure.axes[0])[band]  # type: ignore[union-attr]
+        low, high = bands(figure.axes[0])[band]
         np.testing.assert_allclose(high - y, values.std(axis=0, ddof=1))
         np.testing.assert_allclose(y - low, values.std(axis=0, ddof=1))
-    assert len(bands(figure.axes[0])) == 2, "one central seed has no band"  # type: ignore[union-attr]
+    assert len(bands(figure.axes[0])) == 2, "one central seed has no band"
 
 
 @pytest.mark.parametrize("axis", AXES)
 def test_every_axis(tmp_path: Path, axis: Axis) -> None:
     folders.ours(tmp_path, "fed_fisher", CONFIG, local_updates=8)
     folders.ours(tmp_path, "fed_avg", CONFIG, local_updates=8)
-    figure = make(tmp_path, axis)[0][f"3_method_comparison_{CONFIG}"]
+    figure = figure_of(make(tmp_path, axis)[0], f"3_method_comparison_{CONFIG}")
     steps = np.array(folders.STEPS)
     expected = {"tokens": steps * 4 * 8 * 4 * 256, "steps": steps * 8, "rounds": steps,
                 "seconds": steps * 0.5, "bytes": steps * 1000}[axis]
@@ -94,15 +102,15 @@ def test_folders_of_the_study(tmp_path: Path) -> None:
     folders.study(tmp_path, local_updates=8, seed=1)
     folders.study(tmp_path, local_updates=1, method="fed_entropy")
     made, _ = make(tmp_path)
-    figure = made[f"1_central_vs_fed_{CONFIG}"]
+    figure = figure_of(made, f"1_central_vs_fed_{CONFIG}")
     x, y = drawn(figure, f"central {CONFIG} 1 val_ppl")
     np.testing.assert_allclose(x, np.array(folders.STEPS) * 16 * 256)
     np.testing.assert_allclose(y, [folders.perplexity_at(s, 0, 1) for s in folders.STEPS])
     x, y = drawn(figure, f"fed_avg {CONFIG} 8 train_ppl")
     np.testing.assert_allclose(x, np.array(folders.STEPS) * 4 * 8 * 4 * 256)
     np.testing.assert_allclose(y, [folders.perplexity_at(s, 0, 1) + 21.5 for s in folders.STEPS])
-    assert "do not record them" in figure.legends[0].get_title().get_text()  # type: ignore[union-attr]
-    panels = made[f"3_method_comparison_{CONFIG}"]
+    assert "do not record them" in figure.legends[0].get_title().get_text()
+    panels = figure_of(made, f"3_method_comparison_{CONFIG}")
     assert drawn(panels, f"fed_entropy {CONFIG} 1 val_ppl", panel=0)[0][0] == 4 * 4 * 256
 
 
@@ -123,14 +131,14 @@ def test_all_four_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "found 14 runs" in said
     assert f"  {CONFIG}: diloco, local updates 8, seeds 0\n" in said
     made, _ = make(tmp_path)
-    lines = made[f"2_lu_comparison_{CONFIG}"].axes[0].lines  # type: ignore[union-attr]
+    lines = figure_of(made, f"2_lu_comparison_{CONFIG}").axes[0].lines
     assert {line.get_linestyle() for line in lines} == {"-", "--"}
     for figure in made.values():
         assert isinstance(figure, Figure)
         for line in (li for ax in figure.axes for li in ax.lines if " " in str(li.get_gid())):
             method = str(line.get_gid()).split()[0]
             assert to_hex(line.get_color()).upper() == style.look(method).colour
-    final = made["4_multi_config_comparison"].axes[-1]  # type: ignore[union-attr]
+    final = figure_of(made, "4_multi_config_comparison").axes[-1]
     assert [label.get_text() for label in final.get_xticklabels()] == ["1\nlayer", "2\nlayer"]
     (bars,) = [c for c in final.containers if isinstance(c, ErrorbarContainer)][:1]
     ends = np.asarray(bars.lines[0].get_ydata()).astype(float)
@@ -184,10 +192,10 @@ def test_of_variants_the_best_is_drawn_and_named(tmp_path: Path) -> None:
     folders.ours(tmp_path, "central", CONFIG)
     for gain, lr in ((0.5, 1e-3), (2.0, 2e-3), (1.0, 4e-3)):
         folders.ours(tmp_path, config=CONFIG, name=f"grid_{lr}", gain=gain, lr=lr)
-    figure = make(tmp_path)[0][f"1_central_vs_fed_{CONFIG}"]
+    figure = figure_of(make(tmp_path)[0], f"1_central_vs_fed_{CONFIG}")
     _, y = drawn(figure, f"fed_avg {CONFIG} 1 val_ppl")
     np.testing.assert_allclose(y, [folders.perplexity_at(s, 0, 2.0) for s in folders.STEPS])
-    note = figure.legends[0].get_title().get_text()  # type: ignore[union-attr]
+    note = figure.legends[0].get_title().get_text()
     assert "lr=0.002, the best of 3 variants" in note
 
 
@@ -270,18 +278,15 @@ def test_central_figures(tmp_path: Path, study_keys: bool) -> None:
     made = deltas.figures(saved.find_entities(tmp_path, "server", False, None))
     expected = np.array([[np.linalg.svd(folders.change(step, seed), compute_uv=False)
                           for step in folders.STEPS] for seed in (0, 1)]).mean(axis=0)
-    evolution = made[f"averaged_svd_evolution_{CONFIG}"]
-    assert isinstance(evolution, Figure)
+    evolution = figure_of(made, f"averaged_svd_evolution_{CONFIG}")
     for index, line in enumerate(evolution.axes[0].lines):
         assert tuple(np.asarray(line.get_xdata())) == folders.STEPS
         np.testing.assert_allclose(np.asarray(line.get_ydata()), expected[:, index], rtol=1e-5)
-    spectrum = made[f"averaged_final_spectrum_{CONFIG}"]
-    assert isinstance(spectrum, Figure)
+    spectrum = figure_of(made, f"averaged_final_spectrum_{CONFIG}")
     mean, mark = spectrum.axes[0].lines
     np.testing.assert_allclose(np.asarray(mean.get_ydata()), expected[-1], rtol=1e-5)
     assert np.asarray(mark.get_xdata())[0] == deltas.energy_rank(expected[-1])
-    heatmap = made[f"heatmap_structure_central_config_{CONFIG}_seed_1"]
-    assert isinstance(heatmap, Figure)
+    heatmap = figure_of(made, f"heatmap_structure_central_config_{CONFIG}_seed_1")
     images = [ax.images[0] for ax in heatmap.axes if ax.images]
     assert len({image.get_clim() for image in images}) == 1
     np.testing.assert_allclose(np.asarray(images[-1].get_array()),

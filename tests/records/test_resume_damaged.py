@@ -217,9 +217,12 @@ def crafted(folder: Path, **changes: Any) -> None:
         json.dumps(body | {"sha256": run_files.manifest_sum(body)}))
 
 
+def in_manifest(spoil: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda folder: spoil(folder / "manifest.json")
+
+
 HOSTILE: dict[str, Callable[[Path], object]] = {
-    **{name: lambda folder, spoil=spoil: spoil(folder / "manifest.json")  # type: ignore[misc]
-       for name, spoil in DAMAGES.items()},
+    **{name: in_manifest(spoil) for name, spoil in DAMAGES.items()},
     "files are a list": lambda folder: crafted(folder, files=[1]),
     "sums are numbers": lambda folder: crafted(folder, files={"client_0.safetensors": 3}),
     "no settings": lambda folder: crafted(folder, config=None),

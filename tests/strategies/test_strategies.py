@@ -4,6 +4,8 @@ the clients did."""
 from __future__ import annotations
 
 import math
+from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -66,8 +68,8 @@ def test_averaged_moments(dtype: torch.dtype, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("form", ["heavy_ball", "nesterov"])
-def test_momentum_is_that_of_torch(form: str) -> None:
-    strategy = FedMomentum(server_lr=0.3, server_momentum=0.8, momentum_form=form)  # type: ignore[arg-type]
+def test_momentum_is_that_of_torch(form: Any) -> None:
+    strategy = FedMomentum(server_lr=0.3, server_momentum=0.8, momentum_form=form)
     server = Server(strategy, torch.float64, clients=2)
     p = torch.nn.Parameter(server.model.clone())
     sgd = torch.optim.SGD([p], lr=0.3, momentum=0.8, nesterov=form == "nesterov")
@@ -119,7 +121,8 @@ def test_equal_clients_are_one_client(case: str, seed: int, clients: int) -> Non
 
 @settings(max_examples=60, deadline=None)
 @given(cases, seeds, several, st.randoms(use_true_random=False))
-def test_permuting_clients_changes_no_bit(case: str, seed: int, clients: int, random) -> None:  # type: ignore[no-untyped-def]
+def test_permuting_clients_changes_no_bit(case: str, seed: int, clients: int, random: Random
+                                          ) -> None:
     strategy, _ = CASES[case]
     outputs = record(clients, seed)
     one, other = (Server(strategy, torch.float32, clients, moments=True) for _ in range(2))

@@ -33,10 +33,9 @@ def events(rounds: int) -> list[str]:
 
 
 def shown(state: RunState) -> str:
-    console = Console(file=io.StringIO(), width=100)
-    console.print(screen(state))
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return text
+    text = io.StringIO()
+    Console(file=text, width=100).print(screen(state))
+    return text.getvalue()
 
 
 def test_finished_run_is_shown_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,16 +18,16 @@ from fedrun.records import checkpoint, run_files
 from fedrun.records import run_dir as run_folder
 from fedrun.records.provenance import alike_on_all_ranks
 from tests.support import hostile
-from tests.support.runs import CORPUS, SMALL, Outcome, Run, numbers, outcome_of, steps
+from tests.support.runs import CORPUS, Outcome, Run, numbers, outcome_of, steps
 
 FLAGS = ("--num_clients", 2, "--rounds", 4, "--checkpoint_freq", 2)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Outcome:
+def whole(tmp_path_factory: pytest.TempPathFactory, little_text: tuple[str, ...]) -> Outcome:
     folder = tmp_path_factory.mktemp("whole")
-    assert cli.main(["fed_avg", *SMALL, *map(str, FLAGS), "--data_dir", str(folder), "--cache_dir",
-                     str(cache_dir), "--run_name", "whole"]) == 0
+    assert cli.main(["fed_avg", *little_text, *map(str, FLAGS), "--data_dir", str(folder),
+                     "--run_name", "whole"]) == 0
     return Outcome(0, "", folder / "whole")
 
 
@@ -46,15 +46,16 @@ def killed(whole: Outcome, tmp_path: Path) -> Outcome:
 def test_the_same_text_and_settings_under_other_names(
         run_here: Run, whole: Outcome, killed: Outcome, monkeypatch: pytest.MonkeyPatch,
         tmp_path: Path) -> None:
+    text = Path(whole.config["dataset"])
     (tmp_path / "mine.yaml").write_text(
         "model: {n_layer: 2, d_model: 64, d_state: 16, headdim: 16}\n")
-    monkeypatch.chdir(CORPUS.parent)
-    again = run_here("fed_avg", *FLAGS, "--dataset", CORPUS.name, "--config",
+    monkeypatch.chdir(text.parent)
+    again = run_here("fed_avg", *FLAGS, "--dataset", text.name, "--config",
                      tmp_path / "mine.yaml", "--device", "cpu", "--val_freq", 2, after=killed)
     assert again.code == 0, again.output
     assert again.bits == whole.bits
     assert steps(again) == [1, 4]  # not 3, as with the frequency before
-    named = run_here("fed_avg", *FLAGS, "--dataset", f"../{CORPUS.parent.name}/{CORPUS.name}",
+    named = run_here("fed_avg", *FLAGS, "--dataset", f"../{text.parent.name}/{text.name}",
                      "--eval_clients", after=again)
     assert "finished already" in named.output
 
@@ -66,13 +67,15 @@ def test_other_names_of_what_was_read_are_no_other_experiment(
     (texts / "in").mkdir(parents=True)
     shutil.copy(CORPUS, texts / "in" / "a.txt")
     (texts / "tiny.yaml").write_text("model: {n_layer: 2, d_model: 64, d_state: 16, headdim: 16}\n")
-    start = run_here("central", "--rounds", 1)
+    start = run_here("central", "--rounds", 1, name="start")
     flags = ("--num_clients", 2, "--batches", "clients", "--batch_size", 2, "--device")
     first = run_here("central", *flags, "auto", "--rounds", 2, "--dataset", texts / "in",
-                     "--tokenizer", start.run_dir / "tokenizer", "--init_from", start.run_dir)
+                     "--tokenizer", start.run_dir / "tokenizer", "--init_from", start.run_dir,
+                     name="first")
     assert first.code == 0, first.output
     whole = run_here("central", *flags, "auto", "--rounds", 5, "--dataset", texts / "in",
-                     "--tokenizer", start.run_dir / "tokenizer", "--init_from", start.run_dir)
+                     "--tokenizer", start.run_dir / "tokenizer", "--init_from", start.run_dir,
+                     name="whole")
     monkeypatch.chdir(texts)
     relative = Path("..") / start.run_dir.name
     again = run_here("central", *flags, "cpu", "--rounds", 5, "--val_freq", 2, "--dataset", "in/",
@@ -139,7 +142,7 @@ def test_which_of_two_runs_is_taken_is_told(run_here: Run, whole: Outcome, kille
     assert branch.code == 0, branch.output
     assert f"goes on after step 4, from {whole.run_dir}" in branch.output
     assert "events of 4 of the first 4 rounds are not in" in branch.output
-    assert branch.bits == run_here("fed_avg", *FLAGS[:2], "--rounds", 6).bits
+    assert branch.bits == run_here("fed_avg", *FLAGS[:2], "--rounds", 6, name="six").bits
     assert numbers(branch) == [5, 6]
 
 

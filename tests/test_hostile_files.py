@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import threading
 import zipfile
 from pathlib import Path
@@ -135,7 +136,8 @@ def test_any_history_is_read_or_named(tmp_path_factory: pytest.TempPathFactory,
     assert str(found).startswith("found")
     for run in found.runs:
         assert run.final.val_ppl > 0
-        assert run.points("val_ppl", "tokens") == run.points("val_ppl", "tokens")
+        assert all(math.isfinite(x) and math.isfinite(perplexity)
+                   for x, perplexity in run.points("val_ppl", "tokens").values())
 
 
 # ---- events --------------------------------------------------------------------------------------
@@ -233,7 +235,7 @@ def test_settings_of_other_types_are_named(tmp_path: Path, capsys: pytest.Captur
         assert cli.main(argv) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
-        assert setting in error or setting == "model"
+        assert setting in error
 
 
 # ---- arrays --------------------------------------------------------------------------------------

@@ -149,7 +149,9 @@ def test_all_four_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_no_two_methods_look_alike() -> None:
     assert len({look.colour for look in style.LOOKS.values()}) == len(style.LOOKS)
     assert len({look.marker for look in style.LOOKS.values()}) == len(style.LOOKS)
-    assert style.look("new") == style.look("new")
+    unknown = style.look("a_method_of_mine")
+    assert unknown.colour not in {look.colour for look in style.LOOKS.values()}
+    assert unknown.marker not in {look.marker for look in style.LOOKS.values()}
 
 
 def test_damaged_and_shorter_runs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]

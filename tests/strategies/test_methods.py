@@ -100,7 +100,7 @@ def test_mean_cosine_is_that_of_the_pairs() -> None:
 def test_noise_ratio_of_gradients(run_here: Run) -> None:
     record = run_here("fed_sgd", "--num_clients", 3, "--rounds", 1).history[-1]
     assert record["noise_ratio"] > 1
-    assert -1 < record["gradient_cosine"] < 1
+    assert 0 < record["gradient_cosine"] < 1  # early in training gradients point alike
     one = run_here("fed_sgd", "--num_clients", 1, "--rounds", 1, name="one").history[-1]
     assert one["noise_ratio"] == pytest.approx(1, abs=1e-5)
 

@@ -133,7 +133,7 @@ def test_a_round_copies_a_vector_once_a_client_and_allocates_none(
     assert not torch.equal(worker.global_model, before)
 
 
-def test_what_is_counted_is_seen() -> None:
+def test_the_counters_of_copies_and_allocations_count() -> None:
     """Inside of operations too: a norm in another type than its vector's takes a copy."""
     vector = torch.ones(1000)
     with allocations() as taken, Copies(1000) as copied:

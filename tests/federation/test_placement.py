@@ -18,7 +18,7 @@ from tests.support.made_data import made
 
 
 @given(st.lists(st.integers(1, 10_000), min_size=1, max_size=60), st.integers(1, 12))
-def test_properties(sizes: list[int], workers: int) -> None:
+def test_every_client_has_one_worker_and_loads_are_balanced(sizes: list[int], workers: int) -> None:
     hosted = assign_clients(sizes, workers)
     assert len(hosted) == workers
     assert sorted(k for clients in hosted for k in clients) == list(range(len(sizes)))

@@ -72,7 +72,7 @@ def test_mean_and_band_are_those_of_the_histories(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("axis", AXES)
-def test_every_axis(tmp_path: Path, axis: Axis) -> None:
+def test_x_is_what_the_axis_asks_for(tmp_path: Path, axis: Axis) -> None:
     folders.ours(tmp_path, "fed_fisher", CONFIG, local_updates=8)
     folders.ours(tmp_path, "fed_avg", CONFIG, local_updates=8)
     figure = figure_of(make(tmp_path, axis)[0], f"3_method_comparison_{CONFIG}")
@@ -114,7 +114,8 @@ def test_folders_of_the_study(tmp_path: Path) -> None:
     assert drawn(panels, f"fed_entropy {CONFIG} 1 val_ppl", panel=0)[0][0] == 4 * 4 * 256
 
 
-def test_all_four_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plot_perplexities_draws_its_four_figures(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for config in ("pure_ssm_1_layer", "pure_ssm_2_layer"):
         folders.ours(tmp_path, "central", config)
         for method in ("fed_avg", "diloco", "a_method_of_mine"):

@@ -131,7 +131,8 @@ def test_the_folder_that_resume_names_has_to_be_there(run_here: Run, whole: Outc
     assert f"--resume {tmp_path}: no checkpoint there" in empty.output
 
 
-def test_which_of_two_runs_is_taken_is_told(run_here: Run, whole: Outcome, killed: Outcome) -> None:
+def test_the_folders_own_checkpoint_goes_before_that_of_resume(
+        run_here: Run, whole: Outcome, killed: Outcome) -> None:
     resumed = run_here("fed_avg", *FLAGS, "--resume", whole.run_dir, after=killed)
     assert resumed.code == 0, resumed.output
     assert f"--resume {whole.run_dir} is not taken" in resumed.output

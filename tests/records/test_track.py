@@ -38,7 +38,7 @@ def test_tensorboard_has_the_numbers_of_the_history(run: Run) -> None:
     assert read.Scalars("client_0/weight")[0].value == pytest.approx(0.25, abs=1e-3)
 
 
-def test_bytes_are_terms_there_and_back(run: Run) -> None:
+def test_bytes_count_every_parameter_both_ways(run: Run) -> None:
     outcome = run("fed_avg", "--rounds", 2)
     assert outcome.code == 0, outcome.output
     parameters = sum(t.numel() for t in outcome.model.values())
@@ -75,7 +75,8 @@ def stand_in(package: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, A
 
 
 @pytest.mark.parametrize("package", ["wandb", "trackio"])
-def test_hosted_trackers(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosted_trackers_get_every_round_and_their_runs_id(
+        package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = stand_in(package, monkeypatch)
     config = resolve("fed_avg", {"track": package, "data_dir": str(tmp_path), "run_name": "mine",
                                  "lr": "0.25"})
@@ -141,7 +142,7 @@ def test_missing_package_says_what_to_install(
     assert not list(tmp_path.iterdir())
 
 
-def test_names_and_clients() -> None:
+def test_the_events_of_clients_have_loss_weight_and_norm() -> None:
     clients = cohort_event([
         {"client": 0, "loss_sum": 6.0, "tokens": 3, "left_out": "", "weight": 1.0, "norm": 0.5},
         {"client": 1, "loss_sum": math.nan, "tokens": 3, "left_out": "delta not finite"},

@@ -184,7 +184,7 @@ def test_rounds_of_the_original_study(local_updates: int, n: int) -> None:
 
 
 @pytest.mark.parametrize("method", sorted(STRATEGIES))
-def test_folder_names(method: str) -> None:
+def test_a_run_is_named_after_method_config_and_seed(method: str) -> None:
     prefix = "federated" if method == "fed_avg" else method
     assert resolve(method, {}).name == f"{prefix}_config_pure_ssm_1_layer_lu_1_seed_0"
 

@@ -97,7 +97,8 @@ def test_mamba_ssm_itself_loads_it_with_equal_logits(trained: Outcome, tmp_path:
 
 
 @pytest.mark.parametrize(("form", "library"), [("hf", "transformers"), ("mamba_ssm", "mamba-ssm")])
-def test_model_card(trained: Outcome, tmp_path: Path, form: str, library: str) -> None:
+def test_the_model_card_has_the_numbers_of_the_history(
+        trained: Outcome, tmp_path: Path, form: str, library: str) -> None:
     import yaml
     out = tmp_path / "out"
     assert cli.main(["export", str(trained.run_dir), "--to", form, str(out)]) == 0
@@ -185,7 +186,8 @@ def test_evaluate_scores_all_of_the_text_that_is_given(
     assert (code, "--dataset is empty" in said) == (2, True)
 
 
-def test_generate(trained: Outcome, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_is_greedy_seeded_and_continues_the_prompt(
+        trained: Outcome, capsys: pytest.CaptureFixture[str]) -> None:
     def text(*flags: str) -> str:
         assert cli.main(["generate", str(trained.run_dir), "--max_new_tokens", "20", *flags]) == 0
         return capsys.readouterr().out

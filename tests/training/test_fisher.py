@@ -75,12 +75,12 @@ def estimate(model: Any, settings: FedFisher) -> Tensor:
     return fisher.finish().clone()
 
 
-def test_batch(model: Any) -> None:
+def test_the_batch_estimate_is_the_mean_of_squared_batch_gradients(model: Any) -> None:
     expected = torch.stack([gradients(model, b[None], mean=True)[0] ** 2 for b in batches()])
     torch.testing.assert_close(estimate(model, FedFisher()), expected.mean(0), rtol=1e-9, atol=0)
 
 
-def test_sequence(model: Any) -> None:
+def test_the_sequence_estimate_is_the_mean_of_squared_sequence_gradients(model: Any) -> None:
     single = torch.cat(batches())[:, None]
     expected = (gradients(model, single, mean=False) ** 2).mean(0)
     torch.testing.assert_close(estimate(model, FedFisher(fisher="sequence")), expected,
@@ -88,7 +88,8 @@ def test_sequence(model: Any) -> None:
 
 
 @pytest.mark.parametrize("microbatches", [2, 3, 6])
-def test_corrected(model: Bigram, microbatches: int) -> None:
+def test_the_corrected_estimate_is_its_formula_over_microbatches(
+        model: Bigram, microbatches: int) -> None:
     size = BATCH // microbatches
     expected = []
     for batch in batches():
@@ -98,7 +99,7 @@ def test_corrected(model: Bigram, microbatches: int) -> None:
     torch.testing.assert_close(found, torch.stack(expected).mean(0), rtol=1e-9, atol=0)
 
 
-def test_corrected_estimates_what_single_sequences_have(model: Any) -> None:
+def test_the_corrected_estimate_is_unbiased_and_the_batch_estimate_is_not(model: Any) -> None:
     """In expectation over batches: with microbatches of one the estimate is exact, and drawing
     microbatches of three from the same sequences comes near it."""
     generator = torch.Generator().manual_seed(1)

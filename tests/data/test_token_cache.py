@@ -27,6 +27,7 @@ from fedrun.data import entry as cache_entry
 from fedrun.data.tokens import TokenData, prepare, verify
 from fedrun.distributed.runtime import difference
 from fedrun.experiment import identity
+from tests.support.disk import full
 from tests.support.runs import CORPUS, SMALL, fresh_python, read_history
 from tests.support.texts import text_file
 
@@ -233,9 +234,6 @@ def test_a_run_mends_its_cache_and_needs_it_no_more_or_ends_in_a_line(
     (tmp_path / "away").rename(tmp_path / "cache")
     for entry in entries(tmp_path / "cache"):
         overwrite(entry / "validation.bin", b"\xff\xff", 100)
-
-    def full(*args: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(tokens, "_build", full)
     assert run("refused") == 2

@@ -24,6 +24,7 @@ from fedrun.federation.client_store import ClientStore, InMemory, OnDevice, OnDi
 from fedrun.records import checkpoint
 from fedrun.records.checkpoint import GLOBAL, CheckpointWriter, client_file
 from fedrun.strategies.base import ServerRound
+from tests.support.disk import no_space
 from tests.support.every_store import RUNS
 from tests.support.runs import (
     FAULTY,
@@ -162,7 +163,7 @@ def test_a_disk_that_is_full_is_told_at_the_next_call(tmp_path: Path,
     states = STORES["disk"](tmp_path, {k: state(0) for k in range(3)})
 
     def full(path: Path, *_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        raise no_space(path)
     monkeypatch.setattr(checkpoint, "write_atomic", full)
     states.checkin(0, state(1))
     saver = CheckpointWriter()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from fedrun import cli
 from fedrun.plots import deltas, perplexity, saved, style
 from fedrun.plots.runs import AXES, Axis, find_runs
 from tests.support import folders
-from tests.support.runs import read_history
+from tests.support.runs import fresh_python, read_history
 
 CONFIG = "pure_ssm_1_layer"
 
@@ -242,7 +240,7 @@ def test_no_torch_is_needed(tmp_path: Path) -> None:
                f"assert cli.main(['report', '--data_dir', {str(tmp_path)!r}]) == 0; "
                "import fedrun.tools.watch; assert 'torch' not in sys.modules; "
                "assert 'matplotlib.pyplot' not in sys.modules")
-    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    fresh_python(program)
 
 
 # ---- how weights changed -------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from tests.support.runs import (
     SMALL,
     Run,
     alive,
+    error_lines,
     listening,
     start,
     torchrun,

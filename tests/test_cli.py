@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -119,20 +118,16 @@ def test_every_flag_has_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(name in out for name in ("central", *STRATEGIES))
 
 
-def test_help_is_quick_and_imports_no_torch() -> None:
-    best = min(_seconds_of_help() for _ in range(3))
-    assert best < 0.5
+def test_help_imports_no_library_that_takes_time() -> None:
+    """What is left takes a tenth of a second or so; a clock would measure the machine."""
     code, output = execute([sys.executable, "-X", "importtime", "-m", "fedrun", "fed_avg",
                             "--help"])
     assert code == 0
-    assert not any(line.rstrip().endswith(("torch", "transformers", "datasets", "numpy"))
-                   for line in output.splitlines())
-
-
-def _seconds_of_help() -> float:
-    began = time.monotonic()
-    assert execute([sys.executable, "-m", "fedrun", "fed_avg", "--help"])[0] == 0
-    return time.monotonic() - began
+    imported = {line.rpartition("|")[2].strip() for line in output.splitlines()
+                if line.startswith("import time:")}
+    assert {"fedrun", "yaml"} <= imported
+    assert not imported & {"torch", "numpy", "transformers", "datasets", "tokenizers", "pandas",
+                           "pyarrow", "scipy", "sklearn", "matplotlib", "rich", "safetensors"}
 
 
 @pytest.mark.slow

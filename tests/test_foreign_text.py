@@ -10,6 +10,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,14 +85,13 @@ def test_a_result_is_itself_in_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
         assert pipe.read() == SHOWN[1] + "\n"
 
 
-def test_markup_is_not_interpreted(monkeypatch: pytest.MonkeyPatch,
-                                   capsys: pytest.CaptureFixture[str]) -> None:
+def test_markup_is_not_interpreted() -> None:
     name = "[red]x[/red] [link=http://a.b]y[/link] :smile:"
     state = RunState(name)
     state.take({"event": "start", "unit": name, "total": 3})
-    console = Console(file=io.StringIO(), width=100, force_terminal=True)
-    console.print(screen(state))
-    assert name in console.file.getvalue()  # type: ignore[attr-defined]
+    shown = io.StringIO()
+    Console(file=shown, width=100, force_terminal=True).print(screen(state))
+    assert name in shown.getvalue()
 
 
 def test_a_model_card_holds_one_line_a_setting(run: Path, tmp_path: Path) -> None:
@@ -118,17 +119,13 @@ def test_pages_hold_the_text_of_others_as_text(run: Path) -> None:
     assert f"<td>{SHOWN[1]} × {SHOWN[1]}</td>" in page, "the devices"
 
 
-def test_topics_of_a_script_without_spaces_are_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Data:
-        class load_tokenizer:
-            def decode(self, tokens: list[int]) -> str:
-                return {1: "中", 2: "\ufffd", 3: " 文", 4: "中", 5: "\x1b", 6: " film", 7: " "}[
-                    tokens[0]]
-
-        class load_topics:
-            typical = np.array([[2, 1, 4, 3, 5], [2, 7, 2, 2, 2], [1, 6, 1, 1, 1]])
-
-    assert partition.topic_names(Data()) == [r"中, 文, \x1b", "#2, #7, #2", "film"]  # type: ignore
+def test_topics_of_a_script_without_spaces_are_tokens() -> None:
+    words = {1: "中", 2: "\ufffd", 3: " 文", 4: "中", 5: "\x1b", 6: " film", 7: " "}
+    typical = np.array([[2, 1, 4, 3, 5], [2, 7, 2, 2, 2], [1, 6, 1, 1, 1]])
+    data: Any = SimpleNamespace(
+        load_tokenizer=lambda: SimpleNamespace(decode=lambda tokens: words[tokens[0]]),
+        load_topics=lambda: SimpleNamespace(typical=typical))
+    assert partition.topic_names(data) == [r"中, 文, \x1b", "#2, #7, #2", "film"]
 
 
 # ---- locales -------------------------------------------------------------------------------------

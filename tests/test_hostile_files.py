@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import threading
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,9 +113,9 @@ def test_any_events_can_be_shown(events: list[dict[str, object]], kind: str) -> 
     state = RunState("run")
     for event in events:
         state.take({"event": kind} | event)
-    console = Console(file=io.StringIO(), width=100)
-    console.print(screen(state))
-    assert "run" in console.file.getvalue()  # type: ignore[attr-defined]
+    shown = io.StringIO()
+    Console(file=shown, width=100).print(screen(state))
+    assert "run" in shown.getvalue()
 
 
 @settings(max_examples=50, deadline=None)
@@ -134,7 +136,8 @@ def test_any_history_is_read_or_named(tmp_path_factory: pytest.TempPathFactory,
     assert str(found).startswith("found")
     for run in found.runs:
         assert run.final.val_ppl > 0
-        assert run.points("val_ppl", "tokens") == run.points("val_ppl", "tokens")
+        assert all(math.isfinite(x) and math.isfinite(perplexity)
+                   for x, perplexity in run.points("val_ppl", "tokens").values())
 
 
 # ---- events --------------------------------------------------------------------------------------
@@ -232,7 +235,7 @@ def test_settings_of_other_types_are_named(tmp_path: Path, capsys: pytest.Captur
         assert cli.main(argv) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
-        assert setting in error or setting == "model"
+        assert setting in error
 
 
 # ---- arrays --------------------------------------------------------------------------------------
@@ -243,7 +246,7 @@ def test_arrays_that_are_none_are_named(tmp_path: Path, capsys: pytest.CaptureFi
     deltas = run / "deltas"
     key = "delta_layers.0.in_proj"
     good = folders.change(1, 0)
-    bad: dict[str, np.ndarray] = {
+    bad: dict[str, Any] = {
         "text": np.full((24, 16), "x"), "complex": good * 1j, "flat": good[0], "none": good[:0],
         "nan": good * np.nan, "infinite": good.astype(np.float64) * 1e300 * 1e9,
         "large": good.astype(np.float64) * 1e300, "other shape": good.T,
@@ -255,7 +258,8 @@ def test_arrays_that_are_none_are_named(tmp_path: Path, capsys: pytest.CaptureFi
     for content in ("pipe", "folder", "loop", "large", b"", b"PK\3\4", bytes(100)):
         hostile.put(deltas / f"step_{next(steps):06d}.npz", content)
     objects = deltas / f"step_{next(steps):06d}.npz"
-    np.savez(objects, **{key: np.array([[{}]], dtype=object)})  # a pickle
+    pickled: dict[str, Any] = {key: np.array([[{}]], dtype=object)}
+    np.savez(objects, **pickled)
     with (deltas / f"step_{next(steps):06d}.npz").open("wb") as file:
         np.save(file, good)  # no archive
     bomb = deltas / f"step_{next(steps):06d}.npz"
@@ -284,17 +288,17 @@ def test_arrays_that_would_fill_the_memory_are_refused(tmp_path: Path,
 @pytest.mark.parametrize(("other", "wanted"), [
     ({"steps": (60, 90)}, "runs that have saved a step in common"),
     ({"layers": 1}, "runs whose in_proj have one shape")])
-def test_runs_that_have_no_mean_are_told(tmp_path: Path, other: dict[str, object], wanted: str
+def test_runs_that_have_no_mean_are_told(tmp_path: Path, other: dict[str, Any], wanted: str
                                          ) -> None:
     folders.save_steps(folders.ours(tmp_path, "central", "tiny", steps=(1,)), steps=(1, 30))
     second = folders.ours(tmp_path, "central", "tiny", seed=1, steps=(1,))
-    folders.save_steps(second, 1, **{"steps": (1, 30), **other})  # type: ignore[arg-type]
+    folders.save_steps(second, 1, **{"steps": (1, 30), **other})
     if "layers" in other:
         for path in second.glob("*/*.npz"):
             np.savez(path, delta_in_proj=np.ones((3, 4)), in_proj=np.ones((3, 4)))
     made = deltas.figures(saved.find_entities(tmp_path, "server", False, None))
-    assert wanted in made["averaged_svd_evolution_tiny"]
-    assert wanted in made["averaged_final_spectrum_tiny"]
+    for name in ("averaged_svd_evolution_tiny", "averaged_final_spectrum_tiny"):
+        assert wanted in str(made[name])
     assert sum(isinstance(figure, Figure) for figure in made.values()) == 2  # heatmaps
 
 
@@ -307,4 +311,4 @@ def test_a_model_that_has_not_changed_can_be_drawn(tmp_path: Path) -> None:
         "averaged_final_spectrum_tiny"]
     assert isinstance(figure, Figure)
     style.write(figure, io.BytesIO(), "svg")
-    assert not figure.axes[0].lines[0].get_ydata().any()  # type: ignore[union-attr]
+    assert not np.asarray(figure.axes[0].lines[0].get_ydata()).any()

@@ -89,6 +89,26 @@ def test_only_ranks_know_torch_distributed() -> None:
             assert not told, f"{module} imports {told}"
 
 
+def is_fixture(node: ast.stmt) -> bool:
+    return isinstance(node, ast.FunctionDef) and any(
+        "fixture" in ast.unparse(decorator).partition("(")[0] for decorator in node.decorator_list)
+
+
+def test_test_modules_share_by_support_and_conftest_alone() -> None:
+    """No test imports another test, nor a fixture: a conftest.py of its folder or one above has
+    those that several modules use."""
+    wrong = []
+    for path in (ROOT / "tests").rglob("*.py"):
+        shown, tree = path.relative_to(ROOT), ast.parse(path.read_text(encoding="utf-8"))
+        wrong += [f"{shown}:{line}: imports {name}" for line, name in imports(path)
+                  if any(part == "conftest" or part.startswith("test_")
+                         for part in name.split("."))]
+        if path.name != "conftest.py" and not path.name.startswith("test_"):
+            wrong += [f"{shown}:{node.lineno}: a fixture in no test or conftest.py"
+                      for node in tree.body if is_fixture(node)]
+    assert not wrong
+
+
 def test_packages_are_the_folders() -> None:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import sys
 import types
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -26,7 +28,7 @@ def test_a_method_of_your_own(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setitem(strategies.STRATEGIES, "fed_sign", module.FedSign)
     monkeypatch.setitem(flags.METHODS, "fed_sign", module.FedSign.__doc__)
     # inspect.getsource needs a file for the docstrings under the fields; give it the README's text.
-    monkeypatch.setattr(flags.inspect, "getsource", _source_of(source[1]))
+    monkeypatch.setattr(inspect, "getsource", _source_of(source[1]))
     chosen = cli.parse(["fed_sign", "--server_lr", "2e-3"])
     assert isinstance(chosen, config.FederatedConfig)
     model, delta = torch.zeros(3), torch.tensor([0.5, -0.1, 0.0])
@@ -36,12 +38,12 @@ def test_a_method_of_your_own(monkeypatch: pytest.MonkeyPatch,
         cli.method_parser("fed_sign").format_help().split())
 
 
-def _source_of(text: str):  # type: ignore[no-untyped-def]
-    real = flags.inspect.getsource
+def _source_of(text: str) -> Callable[[type], str]:
+    real = inspect.getsource
 
     def getsource(cls: type) -> str:
         if cls.__name__ != "FedSign":
-            return str(real(cls))
+            return real(cls)
         return text[text.index("@dataclass"):]
     return getsource
 

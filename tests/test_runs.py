@@ -24,7 +24,6 @@ from tests.support.runs import (
     without_clocks,
 )
 
-# What differs between runs of the same experiment: clocks.
 
 def test_same_bits_in_1_2_3_and_5_processes(run: Run) -> None:
     flags = ("--num_clients", 4, "--rounds", 4)
@@ -144,7 +143,7 @@ def test_what_a_central_run_writes(run: Run) -> None:
     record = outcome.history[-1]
     assert {"val_loss", "val_ppl", "train_loss", "generated", "grad_cosine", "delta_norms",
             "tokens", "seconds"} <= set(record)
-    assert -1 <= record["grad_cosine"] <= 1
+    assert 0 < record["grad_cosine"] < 1  # early in training gradients point alike
     deltas = np.load(outcome.run_dir / "deltas" / "step_000004.npz")
     for name, norm in record["delta_norms"].items():
         assert math.isclose(norm, np.linalg.norm(deltas[f"delta_{name}"]), rel_tol=1e-4)

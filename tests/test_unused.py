@@ -148,7 +148,7 @@ def test_a_study_tells_what_a_flag_does_not_change(study_file: str, tmp_path: Pa
     assert "warning" not in capsys.readouterr().err
 
 
-def test_tools_tell_it_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tools_warn_of_flags_without_effect(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["generate", "no/such", "--top_k", "3", "--seed", "1"]) == 2
     said = capsys.readouterr().err
     assert "--top_k 3 has no effect at --temperature 0" in said

@@ -136,8 +136,8 @@ class Client:
 
 
 def to_device(batch: Tensor, device: torch.device) -> Tensor:
-    """A batch on the model's device. Nothing in a local step waits for a GPU, so the host runs ahead
-    of it, and a copy from pinned memory is queued before it is needed."""
+    """A batch on the model's device. Nothing in a local step waits for a GPU, so the host runs
+    ahead of it, and a copy from pinned memory is queued before it is needed."""
     return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else (
         batch.to(device))
 

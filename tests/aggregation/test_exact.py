@@ -13,8 +13,11 @@ from hypothesis import strategies as st
 from fedrun.aggregation.bounds import Bounds, adamw_step_bound
 from fedrun.aggregation.exact import ExactAggregator
 from fedrun.aggregation.update import ServerUpdate
-from fedrun.strategies import FedAvg, FedEntropy, FedFisher, FedSGD
 from fedrun.strategies.base import CLIENT_VECTORS, ServerRound, Strategy
+from fedrun.strategies.fed_avg import FedAvg
+from fedrun.strategies.fed_entropy import FedEntropy
+from fedrun.strategies.fed_fisher import FedFisher
+from fedrun.strategies.fed_sgd import FedSGD
 
 SIZE = 70_001  # more than one slice, and not a multiple of one
 

@@ -114,7 +114,7 @@ def test_same_bits_whatever_the_order_and_placement() -> None:
             assert torch.equal(mine, first)
 
 
-def test_nothing_is_lost_only_late() -> None:
+def test_sent_and_residual_add_up_to_what_was_trained() -> None:
     """All that was sent and all that is owed add up to all that was trained; what is owed is at
     most half a step of its block."""
     weights, rounds = [0.7, 0.2, 0.1], 20
@@ -181,7 +181,7 @@ def test_what_a_client_owes_outlives_a_round_in_which_it_is_left_out(
         assert torch.equal(before, after)
 
 
-def test_what_is_counted_is_what_the_collectives_carry() -> None:
+def test_wire_bytes_are_those_that_the_collectives_carry() -> None:
     class Counting(DataPlane):
         carried = 0
 
@@ -249,7 +249,7 @@ def test_a_quarter_of_the_bytes_for_nearly_the_same_model(run: Run) -> None:
         exact.history[-1]["server_val_loss"], rel=0.02)
 
 
-def test_what_is_owed_is_part_of_a_checkpoint(run: Run, tmp_path: Path) -> None:
+def test_residuals_are_part_of_a_checkpoint(run: Run, tmp_path: Path) -> None:
     flags = (*FLAGS, "--cohort", 3, "--checkpoint_freq", 1)
     alone = run("diloco", *flags, name="alone")
     stopped = run("diloco", *flags, script=FAULTY, env=fault(tmp_path, "term", "record:3"))

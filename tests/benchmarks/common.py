@@ -40,7 +40,7 @@ class Side:
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{' '.join(map(str, self.process.args))} ended")  # type: ignore[union-attr]
+            raise RuntimeError(f"{self.process.args!r} ended")
         return json.loads(line)
 
     def close(self) -> None:

@@ -58,6 +58,11 @@ MOVED = slice(0, None, 1009)  # the elements that a client moves
 STEP = 2.0**-12
 SEQUENCES = 4  # of a client
 GPT2 = 50257  # its vocabulary
+# Where other parts are put in place of those of a run.
+PROTOCOL: Any = protocol
+WORKER: Any = worker
+CLIENT: Any = Client
+RUNTIME: Any = runtime
 
 
 def shape(params: float) -> ModelConfig:
@@ -100,7 +105,7 @@ class Floor:
 
     def measure(self) -> dict[str, float]:
         """When each part began and ended on this worker."""
-        spans = {}
+        spans: dict[str, float] = {}
         parts = {"local": self.local, "all_reduce": self.all_reduce, "apply": self.apply}
         if not self.group:
             del parts["all_reduce"]
@@ -159,8 +164,9 @@ class FloorWorker(worker.Worker):
         super().__init__(*args)
         if self.fisher is not None:
             diagonal = self.fisher.diagonal.uniform_(1e-6, 1e-4)
-            self.fisher = SimpleNamespace(diagonal=diagonal, begin=lambda: None,  # type: ignore
+            fisher: Any = SimpleNamespace(diagonal=diagonal, begin=lambda: None,
                                           finish=lambda: diagonal)
+            self.fisher = fisher
         self.floor = Floor(self)
         self.at_start = self.global_model[MOVED].clone()
 
@@ -197,6 +203,8 @@ class TimedServer(server.Server):
     uncounted: int
     """Rounds at the end of a block that measure something else."""
     commands: Commands
+    began: float
+    """Of the round that is on."""
 
     def plan(self, number: int) -> RoundPlan:
         now, place = time.monotonic(), (number - 1) % (self.block + self.uncounted)
@@ -230,9 +238,9 @@ class TimedServer(server.Server):
 
 def measure_floor(arguments: argparse.Namespace) -> tuple[FederatedConfig, TokenData]:
     """Rounds without local training, and their floor."""
-    protocol.Worker = FloorWorker  # type: ignore[misc]
-    Client.train, Client.gradient = move, gradient  # type: ignore[method-assign, assignment]
-    worker.mean_entropy = lambda *_: 1.0
+    PROTOCOL.Worker = FloorWorker
+    CLIENT.train, CLIENT.gradient = move, gradient
+    WORKER.mean_entropy = lambda *_: 1.0
     FloorWorker.block, TimedServer.uncounted = arguments.block, 1
     sequences = np.zeros((SEQUENCES * arguments.clients, 2), dtype=np.uint16)
     config = settings(arguments, arguments.method, batch_size=1, sequence_length=2)
@@ -259,8 +267,8 @@ def train_task(arguments: argparse.Namespace) -> tuple[FederatedConfig, TokenDat
         loss = task.train(model, self.flat, self.index, first_step // steps + 1)
         return LocalLosses(loss, steps * task.batch * (task.length - 1))
 
-    protocol.Worker, KeepingWorker.out = KeepingWorker, arguments.out  # type: ignore[misc]
-    Client.train = train  # type: ignore[method-assign, assignment]
+    PROTOCOL.Worker, KeepingWorker.out = KeepingWorker, arguments.out
+    CLIENT.train = train
     sequences = np.zeros((SEQUENCES * arguments.clients, 2), dtype=np.uint16)
     config = settings(arguments, "fed_avg", batch_size=1, sequence_length=2, lr=task.lr,
                       local_updates=task.steps, dtype="fp32")
@@ -293,9 +301,9 @@ def main() -> None:
     parser.add_argument("--out", help="with --task: file for the global model at the end")
     arguments = parser.parse_args()
     if arguments.apart:
-        runtime.machine = lambda: 0
+        RUNTIME.machine = lambda: 0
     launch = detect(os.environ)
-    protocol.Server = TimedServer  # type: ignore[misc]
+    PROTOCOL.Server = TimedServer
     TimedServer.block, TimedServer.uncounted = arguments.block, 0
     with contextlib.ExitStack() as stack:
         arguments.folder = stack.enter_context(

@@ -70,7 +70,7 @@ class Ranks:
         self.close()
         self.log.seek(0)
         told = "".join(self.log.readlines()[-40:])
-        raise RuntimeError(f"{' '.join(map(str, self.processes[0].args))} {why}:\n{told}")
+        raise RuntimeError(f"{self.processes[0].args!r} {why}:\n{told}")
 
     def __enter__(self) -> Self:
         return self

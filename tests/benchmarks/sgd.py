@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from fedrun.training.params import FlatParams
 class Task:
     """What is trained, on what."""
 
-    model: dict[str, int] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
     """Settings of ModelConfig."""
     vocabulary: int = 4096
     steps: int = 2

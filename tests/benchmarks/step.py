@@ -124,9 +124,9 @@ def main() -> None:
     times = lengths(dtypes[-1], arguments.threads)
     print(f"\n4096 tokens a step in {dtypes[-1]}, by length of the sequences (s): "
           + ", ".join(f"{length}: {taken:.3f}" for length, taken in times.items()))
-    times = token_times(dtypes[-1], arguments.threads)
+    tokens = token_times(dtypes[-1], arguments.threads)
     print(f"one token generated in {dtypes[-1]}, by length of the prompt (ms): "
-          + ", ".join(f"{length}: {1e3 * taken:.2f}" for length, taken in times.items()))
+          + ", ".join(f"{length}: {1e3 * taken:.2f}" for length, taken in tokens.items()))
 
 
 if __name__ == "__main__":

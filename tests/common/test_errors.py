@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedrun import cli
-from fedrun.common import locks
+from fedrun.common import errors, locks
 from fedrun.common.errors import Diverged, explain, naming
 from tests.support.disk import no_space
 
@@ -35,7 +35,7 @@ def from_a_library() -> None:
     (lambda: os.fsync(10**6), "Bad file descriptor"),
     (lambda: cli.parse(["fed_avg", "--lr", "x"]), "--lr x: must be a number"),
     (lambda: int("x"), None),
-    (lambda: {}["x"], None),
+    (lambda: vars(errors)["x"], None),
     (lambda: locks.acquire(Path("/proc/self/nowhere/lock"), 0), "/proc/self/nowhere: No such file "
      "or directory"),
 ])

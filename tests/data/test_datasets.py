@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -171,10 +172,10 @@ def test_configurations_are_named_after_the_folder(tmp_path: Path) -> None:
 def test_how_text_is_read_is_part_of_the_caches_key_and_logged_at_every_start(
         tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "fedrun")
-    choices: list[dict[str, object]] = [
+    choices: list[dict[str, Any]] = [
         {}, {"text_column": "text"}, {"encoding": "latin-1"}, {"val_fraction": 0.1},
         {"validation_split": "test"}, {"partition": "column:user"}, {"hold_out": False}]
-    names = {cache_entry.entry_name("pydocs", "bpe:400", TextOptions(**choice))  # type: ignore[arg-type]
+    names = {cache_entry.entry_name("pydocs", "bpe:400", TextOptions(**choice))
              for choice in choices}
     assert len(names) == len(choices)
     folder = write(tmp_path / "set", "a.txt", "b.txt", "c.json")

@@ -63,6 +63,7 @@ def test_real_wikitext_has_its_articles_and_tells_their_topics(tmp_path: Path) -
     assert documents.starts[-1] == len(stream)
     for n, title in enumerate(documents.sources):
         beginning = tokenizer.decode(stream[documents.starts[n]:][:60].tolist())
+        assert isinstance(beginning, str)
         assert beginning.strip().startswith(f"= {title} =")
     topic = data.load_topics().of_document
     about = {name: topic[documents.sources.index(name)] for name in documents.sources}

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from scipy.spatial.distance import jensenshannon
 
 from fedrun import cli
@@ -79,9 +80,12 @@ def test_the_figure_draws_the_statistics() -> None:
     figure = partition_figure(held, ["one", "two", "three"], "a title")
     assert isinstance(figure, Figure)
     bars, points = figure.axes
-    heights = np.array([bar.get_height() for bar in bars.patches]).reshape(3, 4)
+    rectangles = [bar for bar in bars.patches if isinstance(bar, Rectangle)]
+    heights = np.array([bar.get_height() for bar in rectangles]).reshape(3, 4)
     np.testing.assert_array_equal(heights, np.array([h.topics for h in held]).T)
-    np.testing.assert_allclose(points.lines[0].get_ydata(), [h.divergence for h in held])
-    np.testing.assert_allclose(points.lines[1].get_ydata(), [h.divergence_at_random for h in held])
+    np.testing.assert_allclose(np.asarray(points.lines[0].get_ydata()),
+                               np.array([h.divergence for h in held]))
+    np.testing.assert_allclose(np.asarray(points.lines[1].get_ydata()),
+                               np.array([h.divergence_at_random for h in held]))
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels[:3] == ["C  three", "B  two", "A  one"]

@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
@@ -68,10 +69,11 @@ def archive(data: bytes) -> bytes:
 @pytest.mark.parametrize(("ending", "pack"), [
     ("txt.gz", gzip.compress), ("txt.bz2", bz2.compress), ("txt.xz", lzma.compress),
     ("txt.zst", zstd), ("zip", archive)])
-def test_compressed_text_is_text(tmp_path: Path, ending: str, pack: object) -> None:
+def test_compressed_text_is_text(tmp_path: Path, ending: str,
+                                 pack: Callable[[bytes], bytes]) -> None:
     text = "".join(f"{line}\n" for line in lines("it"))
     file = tmp_path / f"a.{ending}"
-    file.write_bytes(pack(text.encode()))  # type: ignore[operator]
+    file.write_bytes(pack(text.encode()))
     assert load(tmp_path).train == lines("it")[:38]
     assert load(file).train == text.splitlines(keepends=True)[:38]
     file.write_bytes(file.read_bytes()[:60])

@@ -25,7 +25,9 @@ from fedrun.cli import parse
 from fedrun.data import cache_entry, corpora, tokens
 from fedrun.data.tokens import TokenData, prepare, verify
 from fedrun.distributed.runtime import difference
-from fedrun.run import identity
+from fedrun.experiment import identity
+from tests.support.disk import full
+from tests.support.experiments import experiment_of
 from tests.support.runs import CORPUS, SMALL, fresh_python, read_history
 from tests.support.texts import text_file
 
@@ -235,9 +237,6 @@ def test_a_run_repairs_its_cache_and_then_works_without_it_or_ends_with_one_line
     for entry in entries(tmp_path / "cache"):
         overwrite(entry / "validation.bin", b"\xff\xff", 100)
 
-    def full(*args: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     monkeypatch.setattr(tokens, "_build", full)
     assert run("refused") == 2
     last = capfd.readouterr().err.splitlines()[-1]
@@ -252,11 +251,12 @@ def test_machines_with_other_tokens_do_not_train_together(whole: Path) -> None:
     data = prepare(str(whole / "tale.txt"), "bpe:300", 16, whole / "cache")
     config, cpu = parse(["fed_avg", *SMALL]), torch.device("cpu")
     assert config is not None
-    provenance = {"content": "1", "versions": {}, "init_from": None}
-    told = [identity(config, d, cpu, provenance) | {"host": "a"}
-            for d in (data, data, replace(data, content="other"))]
-    assert difference(told[:2], (1,)) == ""
-    assert "ranks differ in the tokens of the corpus" in difference(told, (1, 2))
+    one = replace(experiment_of(config, data), provenance={
+        "content": "1", "versions": {}, "init_from": None, "partition": ""})
+    other = replace(one, data=replace(data, content="other"))
+    ranks = [identity(experiment, cpu) | {"host": "a"} for experiment in (one, one, other)]
+    assert difference(ranks[:2], (1,)) == ""
+    assert "ranks differ in the tokens of the corpus" in difference(ranks, (1, 2))
 
 
 @pytest.mark.parametrize("harm", ["cut short", "no marker", "marker torn", "died while writing"])

@@ -30,7 +30,7 @@ def test_tokens_are_those_of_the_rows_end_to_end(tmp_path: Path) -> None:
         whole = len(ids) // 256
         np.testing.assert_array_equal(sequences, np.reshape(ids[: whole * 256], (whole, 256)))
     assert (data.train.shape, data.validation.shape) == ((1150, 256), (1005, 256))
-    assert (data.train.dtype, data.vocab_size) == (np.uint16, 50257)
+    assert (data.train.dtype, data.vocab_size) == (np.dtype(np.uint16), 50257)
     assert data.load_tokenizer()("Once upon a time,")["input_ids"] == [7454, 2402, 257, 640, 11]
     assert data.fingerprint["dataset_sha256"] == corpus.fingerprint
     json.dumps(data.fingerprint)
@@ -42,6 +42,7 @@ def test_bpe_decodes_to_the_text_it_was_trained_on(tmp_path: Path) -> None:
     decoded = data.load_tokenizer().decode(data.train.reshape(-1).tolist())
     text = "".join(corpus.train)
     assert len(decoded) > len(text) - 16 * 20
+    assert isinstance(decoded, str)
     assert text.startswith(decoded)
     assert data.vocab_size == 300
     assert data.load_tokenizer().eos_token_id == 0
@@ -74,7 +75,7 @@ def test_a_large_vocabulary_takes_int32(tmp_path: Path) -> None:
     numbers = range(60_000, 69_999)
     (tmp_path / "numbers.txt").write_text("\n".join(" ".join(map(str, numbers)) for _ in range(20)))
     data = prepare(str(tmp_path / "numbers.txt"), str(tmp_path / "words"), 100, tmp_path)
-    assert (data.train.dtype, data.vocab_size) == (np.int32, 70_000)
+    assert (data.train.dtype, data.vocab_size) == (np.dtype(np.int32), 70_000)
     assert data.train[1].tolist() == list(range(60_100, 60_200))
 
 

@@ -28,12 +28,13 @@ TORCHRUN = {"RANK": "5", "WORLD_SIZE": "9", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE
     # torchrun's agents are a step of SLURM too, with one task a node
     (STEP | TORCHRUN, Launch(5, 9, 0, 4, on_first_node=False, attempt=2)),
 ])
-def test_detect(env: dict[str, str], launch: Launch) -> None:
+def test_rank_and_world_are_read_from_slurms_and_torchruns_variables(
+        env: dict[str, str], launch: Launch) -> None:
     assert detect(env) == launch
 
 
-def test_rendezvous_is_guessed_by_nobody(programs: Programs, monkeypatch: pytest.MonkeyPatch
-                                         ) -> None:
+def test_a_missing_rendezvous_address_is_an_error_or_slurms_first_node(
+        programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
     set_by_user = {"MASTER_ADDR": "first", "MASTER_PORT": "29500"}
     assert rendezvous(STEP | set_by_user) == {}
     monkeypatch.setenv("PATH", str(programs.folder), prepend=os.pathsep)

@@ -47,8 +47,9 @@ BY_HAND = {"NODES": "2", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
     (STEP | {"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "GPUS": "4"}, {},
      f"{STATIC.format(1, 'n1', 21121)} --nproc-per-node 4", "node 1 of 2"),
 ])
-def test_node(programs: Programs, tmp_path: Path, env: dict[str, str], config: dict[str, str],
-              torchrun: str, said: str) -> None:
+def test_node_starts_a_worker_for_each_gpu_client_or_core(
+        programs: Programs, tmp_path: Path, env: dict[str, str], config: dict[str, str],
+        torchrun: str, said: str) -> None:
     settings = {"num_clients": "6", "server": "dedicated", "device": "auto"} | config
     (tmp_path / "config").write_text("".join(f"{k}: {v}\n" for k, v in settings.items()))
     code, output = programs.run(NODE, "fed_avg", "--lr", "1e-3", **env)
@@ -57,7 +58,7 @@ def test_node(programs: Programs, tmp_path: Path, env: dict[str, str], config: d
     assert said in output
 
 
-def test_node_takes_no_address_for_granted(programs: Programs) -> None:
+def test_node_requires_a_master_address_between_machines(programs: Programs) -> None:
     code, output = programs.run(NODE, "fed_avg", NODES="2", MASTER_PORT="29500")
     assert code != 0
     assert "set MASTER_ADDR to the host name of node 0" in output
@@ -96,9 +97,9 @@ def test_node_starts_a_centralised_run_alone(programs: Programs, tmp_path: Path)
     (["failed 1", "finished 0"], {"REFUSED": "1"}, 0, "may not be requeued: scontrol refused",
      ["n1,n2"] * 2, True),
 ])
-def test_what_follows_a_step(programs: Programs, tmp_path: Path, steps: list[str],
-                             env: dict[str, str], code: int, said: str, sruns: list[str],
-                             requeued: bool) -> None:
+def test_a_job_is_finished_requeued_or_restarted_by_the_outcome_of_its_step(
+        programs: Programs, tmp_path: Path, steps: list[str], env: dict[str, str], code: int,
+        said: str, sruns: list[str], requeued: bool) -> None:
     (tmp_path / "steps").write_text("\n".join(steps) + "\n")
     ended, output = programs.run(SBATCH, "fed_avg", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n[1-2]",
                                  RESTARTS="2", **env)
@@ -113,9 +114,9 @@ def test_what_follows_a_step(programs: Programs, tmp_path: Path, steps: list[str
     ({}, 1, "over: the run did not begin", False),
     ({"SLURM_RESTART_COUNT": "1"}, 0, "requeued: the run failed; restart 2 of 2", True),
 ])
-def test_what_another_start_has_left_is_no_outcome(
-        programs: Programs, tmp_path: Path, left: str, env: dict[str, str], code: int, said: str,
-        requeued: bool) -> None:
+def test_an_outcome_left_by_another_start_is_ignored(
+        programs: Programs, tmp_path: Path, left: run_folder.Standing, env: dict[str, str],
+        code: int, said: str, requeued: bool) -> None:
     leave(tmp_path / "run", left)
     (tmp_path / "steps").write_text("nothing 1\n")
     ended, output = programs.run(SBATCH, "fed_avg", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n[1-2]",
@@ -175,7 +176,7 @@ def signalled(programs: Programs, tmp_path: Path, sign: int, **env: str) -> tupl
 @pytest.mark.parametrize(("outcome", "code", "ended"), [
     ("stopped", "1", 0), ("failed", "1", 1), ("", "1", 1), ("", "2", 2), ("", "0", 0),
     ("running", "137", 137), ("finished", "0", 0)])
-def test_run_believes_the_outcome_of_its_own_start_alone(
+def test_run_takes_only_the_outcome_of_its_own_start(
         programs: Programs, tmp_path: Path, outcome: str, code: str, ended: int) -> None:
     leave(tmp_path / "run", "stopped")
     exit_code, output = programs.run(RUN, "fed_avg", OUTCOME=outcome, CODE=code)

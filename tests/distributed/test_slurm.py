@@ -65,8 +65,8 @@ def submit(cluster: Cluster, flags: list[str], tmp_path: Path) -> Callable[..., 
         code, told = cluster.run(
             "sbatch", "--parsable", f"--output={output}", *options, "launch/slurm.sbatch",
             "fed_avg", *flags, "--data_dir", tmp_path, "--run_name", "run", *more,
-            **{"PYTHON": sys.executable, "WORKERS_PER_NODE": "1", "RESTARTS": "2",
-               "LOG_DIR": str(tmp_path / "logs"), **env})
+            env={"PYTHON": sys.executable, "WORKERS_PER_NODE": "1", "RESTARTS": "2",
+                 "LOG_DIR": str(tmp_path / "logs"), **env})
         assert code == 0, told
         return Job(cluster, told.strip(), output)
     return submit_it

@@ -79,7 +79,7 @@ def test_a_second_signal_ends_at_once(endless: subprocess.Popen[str]) -> None:
     assert endless.returncode == 128 + signal.SIGTERM
 
 
-def test_under_nohup_a_closed_terminal_is_nothing(tmp_path: Path) -> None:
+def test_under_nohup_a_closed_terminal_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "lock").touch()
     names = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
     assert not hangup_ignored()

@@ -24,6 +24,7 @@ from fedrun.federation.client_store import ClientStore, InMemory, OnDevice, OnDi
 from fedrun.records import checkpoint
 from fedrun.records.checkpoint import GLOBAL, CheckpointWriter, client_file
 from fedrun.strategies.base import ServerRound
+from tests.support.disk import no_space
 from tests.support.every_store import RUNS
 from tests.support.runs import (
     FAULTY,
@@ -162,7 +163,7 @@ def test_a_disk_that_is_full_is_told_at_the_next_call(tmp_path: Path,
     states = STORES["disk"](tmp_path, {k: state(0) for k in range(3)})
 
     def full(path: Path, *_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        raise no_space(path)
     monkeypatch.setattr(checkpoint, "write_atomic", full)
     states.checkin(0, state(1))
     saver = CheckpointWriter()
@@ -191,8 +192,9 @@ def test_a_disk_that_does_not_answer_is_not_waited_for_for_ever(
 def test_the_next_state_is_read_while_a_client_trains(run_here: Run,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     """And two are in memory: a third is read into that of the one that is gone."""
-    healthy_read, healthy_train = client_store.read_tensors, Client.train
-    reads, came_early = {k: threading.Semaphore(0) for k in range(4)}, []
+    healthy_read, healthy_train = checkpoint.read_tensors, Client.train
+    reads = {k: threading.Semaphore(0) for k in range(4)}
+    came_early: list[bool] = []
     living: dict[int, weakref.ref[Tensor]] = {}  # a set of them would compare elements
     at_once: list[int] = []
 

@@ -25,10 +25,9 @@ from fedrun.distributed.launch import detect
 from fedrun.distributed.runtime import Runtime
 from fedrun.federation import worker as worker_module
 from fedrun.federation.client import Client, LocalLosses
-from fedrun.federation.schedule import Schedule
 from fedrun.federation.worker import Worker
 from fedrun.flags import resolve
-from tests.support.experiments import experiment_of
+from tests.support import experiments
 from tests.support.made_data import made
 
 CLIENTS = 3
@@ -66,9 +65,7 @@ def worker_of(method: str, flags: dict[str, str], plane: DataPlane | None = None
                               "dtype": "fp32", "device": "cpu", **flags})
     assert isinstance(config, FederatedConfig)
     runtime = Runtime(detect({}), torch.device("cpu"), (0,), ControlPlane(), plane or DataPlane())
-    experiment = experiment_of(config, DATA)
-    return Worker(config, DATA, experiment.shards, Schedule(config, experiment.shards.sizes),
-                  experiment.new_model("cpu"), runtime)
+    return experiments.worker_of(config, DATA, runtime)
 
 
 def go_round(worker: Worker, number: int) -> None:
@@ -137,7 +134,7 @@ def test_a_round_copies_a_vector_once_a_client_and_allocates_none(
     assert not torch.equal(worker.global_model, before)
 
 
-def test_what_is_counted_is_seen() -> None:
+def test_the_counters_of_copies_and_allocations_count() -> None:
     """Inside of operations too: a norm in another type than its vector's takes a copy."""
     vector = torch.ones(1000)
     with allocations() as taken, Copies(1000) as copied:
@@ -157,7 +154,8 @@ def test_on_one_worker_no_collective_runs(no_training: None, monkeypatch: pytest
     for name in ("all_reduce", "all_gather", "broadcast", "send", "recv", "isend", "irecv"):
         monkeypatch.setattr(dist, name, forbidden)
     monkeypatch.setattr(dist, "get_world_size", lambda group: 1)
-    for plane in (DataPlane(), DataPlane(object(), machine=1)):  # type: ignore[arg-type]
+    group: Any = object()
+    for plane in (DataPlane(), DataPlane(group, machine=1)):
         worker = worker_of("fed_avg", {}, plane)
         go_round(worker, 1)
         assert plane.bytes_sent == 0

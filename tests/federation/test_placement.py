@@ -11,15 +11,14 @@ from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.distributed.launch import detect
 from fedrun.distributed.runtime import Runtime
-from fedrun.experiment import shards_of
 from fedrun.federation.placement import assign_clients
-from fedrun.federation.worker import Worker
 from fedrun.flags import resolve
+from tests.support.experiments import worker_of
 from tests.support.made_data import made
 
 
 @given(st.lists(st.integers(1, 10_000), min_size=1, max_size=60), st.integers(1, 12))
-def test_properties(sizes: list[int], workers: int) -> None:
+def test_every_client_has_one_worker_and_loads_are_balanced(sizes: list[int], workers: int) -> None:
     hosted = assign_clients(sizes, workers)
     assert len(hosted) == workers
     assert sorted(k for clients in hosted for k in clients) == list(range(len(sizes)))
@@ -44,6 +43,6 @@ def test_a_client_with_a_long_shard_does_not_train_longer() -> None:
     assert isinstance(config, FederatedConfig)
     runtime = Runtime(detect({}), torch.device("cpu"), (0, 1), ControlPlane(), DataPlane())
     data = made([8000])
-    worker = Worker(config, data, shards_of(config, data), runtime)
+    worker = worker_of(config, data, runtime)
     assert len(assign_clients(worker.shards.sizes, 2)[0]) != 4, "these shards would do either way"
     assert len(worker.clients) == 4

@@ -65,7 +65,7 @@ def report(model: str, state: str = "s", not_finite: str = "") -> RoundReport:
      r"on rank 0 and rank 1 differ, and nothing shows which one is right"),
     ([report("a"), report("a", not_finite="model")], r"no longer finite \(model\)"),
 ])
-def test_who_is_named(reports: list[RoundReport], said: str) -> None:
+def test_the_ranks_of_the_minority_are_named(reports: list[RoundReport], said: str) -> None:
     wrong = replicas.compare(reports)
     assert bool(re.search(said, wrong)) if said else not wrong
 
@@ -145,7 +145,7 @@ def test_a_flipped_bit_ends_the_run_and_costs_none(flipped: tuple[Path, str], ru
 
 
 @pytest.mark.slow
-def test_what_else_is_common_and_float_sums(flipped: tuple[Path, str]) -> None:
+def test_flipped_bits_in_state_moments_and_float_sums_are_found(flipped: tuple[Path, str]) -> None:
     folder, output = flipped
     assert re.search(r"round 2: .*\(server\.momentum\) on rank 3 differs", output)
     assert re.search(r"round 3: .*\(moments\.exp_avg_sq\) on rank 1 differs", output)

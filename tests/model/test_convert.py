@@ -40,7 +40,7 @@ def test_a_transformers_model_becomes_ours(shape: ModelConfig) -> None:
                                    rtol=1e-5, atol=1e-5)
 
 
-def test_there_and_back() -> None:
+def test_weights_and_config_survive_the_way_to_transformers_and_back() -> None:
     model = Mamba2LM(CONFIG, VOCAB)
     model.init_weights(0)
     there = to_transformers(model.state_dict())

@@ -14,7 +14,7 @@ from fedrun.model.pretrained import find_pretrained, from_mamba_ssm_config
 from tests.support.runs import SMALL
 
 
-def test_forms_of_the_hub(tmp_path: Path) -> None:
+def test_the_configs_of_published_models_are_read(tmp_path: Path) -> None:
     """The config files of state-spaces/mamba2-130m and AntonV/mamba2-130m-hf, with fewer layers."""
     original = {"d_model": 768, "d_intermediate": 0, "n_layer": 1, "vocab_size": 50277,
                 "ssm_cfg": {"layer": "Mamba2"}, "attn_layer_idx": [], "attn_cfg": {},
@@ -47,13 +47,14 @@ def test_forms_of_the_hub(tmp_path: Path) -> None:
     ({"ssm_cfg": {"layer": "Mamba2", "headdim": -64}}, "model.headdim -64"),
     ({"ssm_cfg": {"layer": "Mamba2", "dt_limit": [0.1]}}, "limits of step sizes"),
     ({"ssm_cfg": {"layer": "Mamba2", "norm_before_gate": True}}, "norm_before_gate")])
-def test_other_models_are_refused(change: dict[str, object], said: str) -> None:
+def test_settings_that_we_do_not_implement_are_refused_by_name(
+        change: dict[str, object], said: str) -> None:
     config = {"d_model": 64, "n_layer": 1, "vocab_size": 10, "ssm_cfg": {"layer": "Mamba2"}}
     with pytest.raises(ValueError, match=said):
         from_mamba_ssm_config(config | change)
 
 
-def test_what_of_another_library_makes_no_difference_is_accepted() -> None:
+def test_settings_without_an_effect_on_the_model_are_accepted() -> None:
     config = {"d_model": 64, "n_layer": 1, "vocab_size": 16, "tie_embeddings": False, "ssm_cfg": {
         "layer": "Mamba2", "bias": True, "conv_bias": False, "dt_limit": [0.01, 1e38],
         "A_init_range": [1, 2], "rmsnorm": True, "chunk_size": 32}}

@@ -66,7 +66,7 @@ def test_without_an_initial_state_the_scan_starts_from_zero() -> None:
     leaves = inputs(13, 1)
     zero = torch.zeros_like(leaves[6])
     got = ssd_scan(*leaves[:6], chunk_size=4)
-    expected = recurrence(*leaves[:6], zero)
+    expected = recurrence(*[*leaves[:6], zero])
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(gradients(got, leaves[:6]), gradients(expected, leaves[:6]),
                                rtol=1e-9, atol=1e-9)

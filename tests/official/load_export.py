@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import types
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ["MAMBA_DETERMINISTIC"] = "1"
@@ -18,9 +19,9 @@ sys.modules["selective_scan_cuda"] = types.ModuleType("selective_scan_cuda")
 
 import torch  # noqa: E402
 
-torch.cuda.device = lambda *_: contextlib.nullcontext()  # type: ignore[assignment,misc]
-torch.cuda.get_device_properties = (  # type: ignore[assignment]
-    lambda *_: types.SimpleNamespace(multi_processor_count=2))
+cuda: Any = torch.cuda
+cuda.device = lambda *_: contextlib.nullcontext()
+cuda.get_device_properties = lambda *_: types.SimpleNamespace(multi_processor_count=2)
 
 from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel  # noqa: E402
 

@@ -13,15 +13,16 @@ import json
 import os
 import sys
 import types
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ["MAMBA_DETERMINISTIC"] = "1"
 
 import torch
 
-torch.cuda.device = lambda *_: contextlib.nullcontext()  # type: ignore[assignment,misc]
-torch.cuda.get_device_properties = (  # type: ignore[assignment]
-    lambda *_: types.SimpleNamespace(multi_processor_count=2))
+cuda: Any = torch.cuda
+cuda.device = lambda *_: contextlib.nullcontext()
+cuda.get_device_properties = lambda *_: types.SimpleNamespace(multi_processor_count=2)
 
 from torch.nn.functional import cross_entropy  # noqa: E402
 
@@ -36,8 +37,8 @@ from mamba_ssm.models.config_mamba import MambaConfig  # noqa: E402
 from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel  # noqa: E402
 
 VOCAB = 97
-UNUSUAL = {"tie_embeddings": False, "proj_bias": True, "conv_bias": False, "dt_lower": 0.01,
-           "dt_upper": 0.05}
+UNUSUAL: dict[str, Any] = {"tie_embeddings": False, "proj_bias": True, "conv_bias": False,
+                           "dt_lower": 0.01, "dt_upper": 0.05}
 
 
 def main(path: str, length: int, shape: str) -> None:
@@ -55,12 +56,19 @@ def main(path: str, length: int, shape: str) -> None:
             if name.endswith("proj.bias"):  # they begin at zero
                 p.copy_(torch.linspace(-1, 1, p.numel()))
     official.load_state_dict(ours.state_dict())
+    calls: list[tuple[Any, ...]] = []
     if path != "ours":
         kernels.CHUNK_SIZE = 32
-        kernels.path_for = lambda x: path  # type: ignore[assignment,return-value]
-        official_mix, calls = mamba2.mix_with_kernels, []
-        mamba2.mix_with_kernels = (  # type: ignore[assignment]
-            lambda *a: calls.append(a) or official_mix(*a))  # type: ignore[func-returns-value]
+        patched: Any = kernels
+        patched.path_for = lambda x: path
+        patched = mamba2
+        official_mix = mamba2.mix_with_kernels
+
+        def counted(*arguments: Any) -> Any:
+            calls.append(arguments)
+            return official_mix(*arguments)
+
+        patched.mix_with_kernels = counted
     tokens = torch.randint(0, VOCAB, (2, length), generator=torch.Generator().manual_seed(0))
     found = {}
     logits = {}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from fedrun import cli
 from fedrun.plots import deltas, perplexity, saved, style
 from fedrun.plots.runs import AXES, Axis, find_runs
 from tests.support import folders
-from tests.support.runs import read_history
+from tests.support.runs import fresh_python, read_history
 
 CONFIG = "pure_ssm_1_layer"
 
@@ -30,11 +30,18 @@ def drawn(figure: Figure | str, gid: str, panel: int = 0) -> tuple[np.ndarray, n
     return np.asarray(line.get_xdata()), np.asarray(line.get_ydata())
 
 
+def figure_of(made: Mapping[str, Figure | str], name: str) -> Figure:
+    """The figure of that name, which is there instead of a reason why it is not."""
+    figure = made[name]
+    assert isinstance(figure, Figure), figure
+    return figure
+
+
 def bands(ax: Axes) -> list[tuple[np.ndarray, np.ndarray]]:
     """Lowest and highest y at the x of each band, in drawing order."""
     found = []
     for collection in ax.collections:
-        corners = collection.get_paths()[0].vertices
+        corners = np.asarray(collection.get_paths()[0].vertices)
         at = np.unique(corners[:, 0])
         found.append((np.array([corners[corners[:, 0] == x, 1].min() for x in at]),
                       np.array([corners[corners[:, 0] == x, 1].max() for x in at])))
@@ -50,23 +57,23 @@ def test_mean_and_band_are_those_of_the_histories(tmp_path: Path) -> None:
     paths = [folders.ours(tmp_path, config=CONFIG, seed=seed) for seed in (0, 1, 5)]
     folders.ours(tmp_path, "central", CONFIG)
     histories = [read_history(p) for p in paths]
-    figure = make(tmp_path)[0][f"1_central_vs_fed_{CONFIG}"]
+    figure = figure_of(make(tmp_path)[0], f"1_central_vs_fed_{CONFIG}")
     for key, measure, band in (("server_val_ppl", "val_ppl", 0), ("train_ppl", "train_ppl", 1)):
         values = np.array([[r[key] for r in h] for h in histories])
         x, y = drawn(figure, f"fed_avg {CONFIG} 1 {measure}")
         np.testing.assert_allclose(x, [r["tokens"] for r in histories[0]])
         np.testing.assert_allclose(y, values.mean(axis=0))
-        low, high = bands(figure.axes[0])[band]  # type: ignore[union-attr]
+        low, high = bands(figure.axes[0])[band]
         np.testing.assert_allclose(high - y, values.std(axis=0, ddof=1))
         np.testing.assert_allclose(y - low, values.std(axis=0, ddof=1))
-    assert len(bands(figure.axes[0])) == 2, "one central seed has no band"  # type: ignore[union-attr]
+    assert len(bands(figure.axes[0])) == 2, "one central seed has no band"
 
 
 @pytest.mark.parametrize("axis", AXES)
-def test_every_axis(tmp_path: Path, axis: Axis) -> None:
+def test_x_is_what_the_axis_asks_for(tmp_path: Path, axis: Axis) -> None:
     folders.ours(tmp_path, "fed_fisher", CONFIG, local_updates=8)
     folders.ours(tmp_path, "fed_avg", CONFIG, local_updates=8)
-    figure = make(tmp_path, axis)[0][f"3_method_comparison_{CONFIG}"]
+    figure = figure_of(make(tmp_path, axis)[0], f"3_method_comparison_{CONFIG}")
     steps = np.array(folders.STEPS)
     expected = {"tokens": steps * 4 * 8 * 4 * 256, "steps": steps * 8, "rounds": steps,
                 "seconds": steps * 0.5, "bytes": steps * 1000}[axis]
@@ -93,19 +100,20 @@ def test_folders_of_the_study(tmp_path: Path) -> None:
     folders.study(tmp_path, local_updates=8, seed=1)
     folders.study(tmp_path, local_updates=1, method="fed_entropy")
     made, _ = make(tmp_path)
-    figure = made[f"1_central_vs_fed_{CONFIG}"]
+    figure = figure_of(made, f"1_central_vs_fed_{CONFIG}")
     x, y = drawn(figure, f"central {CONFIG} 1 val_ppl")
     np.testing.assert_allclose(x, np.array(folders.STEPS) * 16 * 256)
     np.testing.assert_allclose(y, [folders.perplexity_at(s, 0, 1) for s in folders.STEPS])
     x, y = drawn(figure, f"fed_avg {CONFIG} 8 train_ppl")
     np.testing.assert_allclose(x, np.array(folders.STEPS) * 4 * 8 * 4 * 256)
     np.testing.assert_allclose(y, [folders.perplexity_at(s, 0, 1) + 21.5 for s in folders.STEPS])
-    assert "do not record them" in figure.legends[0].get_title().get_text()  # type: ignore[union-attr]
-    panels = made[f"3_method_comparison_{CONFIG}"]
+    assert "do not record them" in figure.legends[0].get_title().get_text()
+    panels = figure_of(made, f"3_method_comparison_{CONFIG}")
     assert drawn(panels, f"fed_entropy {CONFIG} 1 val_ppl", panel=0)[0][0] == 4 * 4 * 256
 
 
-def test_all_four_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plot_perplexities_draws_its_four_figures(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for config in ("pure_ssm_1_layer", "pure_ssm_2_layer"):
         folders.ours(tmp_path, "central", config)
         for method in ("fed_avg", "diloco", "a_method_of_mine"):
@@ -122,24 +130,27 @@ def test_all_four_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "found 14 runs" in said
     assert f"  {CONFIG}: diloco, local updates 8, seeds 0\n" in said
     made, _ = make(tmp_path)
-    lines = made[f"2_lu_comparison_{CONFIG}"].axes[0].lines  # type: ignore[union-attr]
+    lines = figure_of(made, f"2_lu_comparison_{CONFIG}").axes[0].lines
     assert {line.get_linestyle() for line in lines} == {"-", "--"}
     for figure in made.values():
         assert isinstance(figure, Figure)
         for line in (li for ax in figure.axes for li in ax.lines if " " in str(li.get_gid())):
             method = str(line.get_gid()).split()[0]
             assert to_hex(line.get_color()).upper() == style.look(method).colour
-    final = made["4_multi_config_comparison"].axes[-1]  # type: ignore[union-attr]
+    final = figure_of(made, "4_multi_config_comparison").axes[-1]
     assert [label.get_text() for label in final.get_xticklabels()] == ["1\nlayer", "2\nlayer"]
-    ends = final.containers[0].lines[0].get_ydata()  # type: ignore[attr-defined]
-    np.testing.assert_allclose(ends.astype(float), [
+    (bars,) = [c for c in final.containers if isinstance(c, ErrorbarContainer)][:1]
+    ends = np.asarray(bars.lines[0].get_ydata()).astype(float)
+    np.testing.assert_allclose(ends, [
         folders.perplexity_at(folders.STEPS[-1], 0, 1)] * 2)
 
 
 def test_no_two_methods_look_alike() -> None:
     assert len({look.colour for look in style.LOOKS.values()}) == len(style.LOOKS)
     assert len({look.marker for look in style.LOOKS.values()}) == len(style.LOOKS)
-    assert style.look("new") == style.look("new")
+    unknown = style.look("a_method_of_mine")
+    assert unknown.colour not in {look.colour for look in style.LOOKS.values()}
+    assert unknown.marker not in {look.marker for look in style.LOOKS.values()}
 
 
 def test_damaged_and_shorter_runs_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -182,10 +193,10 @@ def test_of_variants_the_best_is_drawn_and_named(tmp_path: Path) -> None:
     folders.ours(tmp_path, "central", CONFIG)
     for gain, lr in ((0.5, 1e-3), (2.0, 2e-3), (1.0, 4e-3)):
         folders.ours(tmp_path, config=CONFIG, name=f"grid_{lr}", gain=gain, lr=lr)
-    figure = make(tmp_path)[0][f"1_central_vs_fed_{CONFIG}"]
+    figure = figure_of(make(tmp_path)[0], f"1_central_vs_fed_{CONFIG}")
     _, y = drawn(figure, f"fed_avg {CONFIG} 1 val_ppl")
     np.testing.assert_allclose(y, [folders.perplexity_at(s, 0, 2.0) for s in folders.STEPS])
-    note = figure.legends[0].get_title().get_text()  # type: ignore[union-attr]
+    note = figure.legends[0].get_title().get_text()
     assert "lr=0.002, the best of 3 variants" in note
 
 
@@ -229,7 +240,7 @@ def test_no_torch_is_needed(tmp_path: Path) -> None:
                f"assert cli.main(['report', '--data_dir', {str(tmp_path)!r}]) == 0; "
                "import fedrun.tools.watch; assert 'torch' not in sys.modules; "
                "assert 'matplotlib.pyplot' not in sys.modules")
-    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+    fresh_python(program)
 
 
 # ---- how weights changed -------------------------------------------------------------------------
@@ -268,21 +279,19 @@ def test_central_figures(tmp_path: Path, study_keys: bool) -> None:
     made = deltas.figures(saved.find_entities(tmp_path, "server", False, None))
     expected = np.array([[np.linalg.svd(folders.change(step, seed), compute_uv=False)
                           for step in folders.STEPS] for seed in (0, 1)]).mean(axis=0)
-    evolution = made[f"averaged_svd_evolution_{CONFIG}"]
-    assert isinstance(evolution, Figure)
+    evolution = figure_of(made, f"averaged_svd_evolution_{CONFIG}")
     for index, line in enumerate(evolution.axes[0].lines):
-        assert tuple(line.get_xdata()) == folders.STEPS
-        np.testing.assert_allclose(line.get_ydata(), expected[:, index], rtol=1e-5)
-    spectrum = made[f"averaged_final_spectrum_{CONFIG}"]
-    assert isinstance(spectrum, Figure)
+        assert tuple(np.asarray(line.get_xdata())) == folders.STEPS
+        np.testing.assert_allclose(np.asarray(line.get_ydata()), expected[:, index], rtol=1e-5)
+    spectrum = figure_of(made, f"averaged_final_spectrum_{CONFIG}")
     mean, mark = spectrum.axes[0].lines
-    np.testing.assert_allclose(mean.get_ydata(), expected[-1], rtol=1e-5)
-    assert mark.get_xdata()[0] == deltas.energy_rank(expected[-1])
-    heatmap = made[f"heatmap_structure_central_config_{CONFIG}_seed_1"]
-    assert isinstance(heatmap, Figure)
+    np.testing.assert_allclose(np.asarray(mean.get_ydata()), expected[-1], rtol=1e-5)
+    assert np.asarray(mark.get_xdata())[0] == deltas.energy_rank(expected[-1])
+    heatmap = figure_of(made, f"heatmap_structure_central_config_{CONFIG}_seed_1")
     images = [ax.images[0] for ax in heatmap.axes if ax.images]
     assert len({image.get_clim() for image in images}) == 1
-    np.testing.assert_allclose(images[-1].get_array(), folders.change(folders.STEPS[-1], 1))
+    np.testing.assert_allclose(np.asarray(images[-1].get_array()),
+                               folders.change(folders.STEPS[-1], 1))
 
 
 def test_federated_figures_of_server_clients_and_layers(tmp_path: Path) -> None:

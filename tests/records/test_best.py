@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from fedrun.records import best as best_module
 from fedrun.records.best import BestModel
 from fedrun.records.run_dir import save_model
 from fedrun.tools import evaluate, generate
+from tests.support.disk import full
 from tests.support.runs import Run, read_json
 
 Losses = list[tuple[int, float]]
@@ -98,9 +98,6 @@ def test_a_best_model_that_was_not_kept_is_told(keeper: Any, damage: str) -> Non
 def test_a_full_disk_costs_no_best_model(keeper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     best, _ = keeper()
     offer(best, (1, 5.0))
-
-    def full(*_: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(best_module, "save_model", full)
     vector = torch.tensor([3.0, 3.0])

@@ -36,8 +36,8 @@ def states(run: Outcome) -> dict[str, Any]:
         ("fed_yogi", (*FEDERATED, "--sampling", "replacement")),
         ("fed_sgd", (*FEDERATED, "--warmup", 3))]),
 ])
-def test_six_rounds_and_six_more_are_twelve(run_here: Run, method: str,
-                                            flags: tuple[object, ...]) -> None:
+def test_six_rounds_extended_by_six_have_the_bits_of_twelve(
+        run_here: Run, method: str, flags: tuple[object, ...]) -> None:
     whole = run_here(method, *flags, "--rounds", 12, name="whole")
     half = run_here(method, *flags, "--rounds", 6, name="half")
     further = run_here(method, *flags, "--rounds", 12, after=half)
@@ -67,7 +67,7 @@ def test_six_rounds_and_six_more_are_twelve(run_here: Run, method: str,
 
 
 @pytest.mark.slow
-def test_epochs_grow_too(run_here: Run) -> None:
+def test_a_run_is_extended_by_epochs_as_by_rounds(run_here: Run) -> None:
     epoch = ("--num_clients", 2, "--epoch_passes", 0.004)
     one = run_here("fed_avg", *epoch, "--n_epochs", 1, name="one")
     rounds = steps(one)[-1]

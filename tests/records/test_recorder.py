@@ -21,6 +21,7 @@ from fedrun.flags import resolve
 from fedrun.records import checkpoint, recorder
 from fedrun.records.checkpoint import GLOBAL, CheckpointWriter, folder_of, latest_valid
 from fedrun.records.recorder import MAX_PENDING, Recorder
+from fedrun.records.run_dir import SnapshotWriter
 from fedrun.records.schema import CENTRAL, FEDERATED, Schema, read_field
 from fedrun.training.params import FlatParams
 
@@ -211,7 +212,7 @@ def test_a_disk_that_stays_full_ends_the_run(start: Start, last: int,
 def test_no_checkpoint_without_the_snapshots_before_it(
         start: Start, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     run, saver = start(), CheckpointWriter()
-    empty = fill(monkeypatch, recorder.SnapshotWriter, "write")
+    empty = fill(monkeypatch, SnapshotWriter, "write")
     for number in (1, 2):
         if number == 2:
             empty()
@@ -252,7 +253,7 @@ def test_training_waits_for_a_slow_disk_with_one_warning(
         start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """When as many tasks are pending as may be, and not before."""
     free = threading.Event()
-    run, healthy, warned = start(), recorder.log, []
+    run, healthy, warned = start(), vars(recorder)["log"], []
 
     def log(*args: Any) -> None:
         warned.append(len(run.history))

@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -161,8 +163,8 @@ def test_a_kill_while_the_folder_is_emptied(stopped: Outcome, monkeypatch: pytes
     """Between any two removals: what is left can be begun from, and is no finished run."""
     removals, limit, ready = 0, 0, False
 
-    def counted(remove):  # type: ignore[no-untyped-def]
-        def removed(*args, **kwargs):  # type: ignore[no-untyped-def]
+    def counted(remove: Callable[..., Any]) -> Callable[..., Any]:
+        def removed(*args: Any, **kwargs: Any) -> Any:
             nonlocal removals
             removals += 1
             if removals > limit:

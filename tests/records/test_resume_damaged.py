@@ -17,16 +17,17 @@ from fedrun.flags import resolve
 from fedrun.records import checkpoint, run_files
 from fedrun.records import run_dir as run_folder
 from fedrun.records.provenance import alike_on_all_ranks
-from tests.support.runs import CORPUS, SMALL, Outcome, Run, numbers, outcome_of, steps
+from tests.support import hostile
+from tests.support.runs import CORPUS, Outcome, Run, numbers, outcome_of, steps
 
 FLAGS = ("--num_clients", 2, "--rounds", 4, "--checkpoint_freq", 2)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Outcome:
+def whole(tmp_path_factory: pytest.TempPathFactory, little_text: tuple[str, ...]) -> Outcome:
     folder = tmp_path_factory.mktemp("whole")
-    assert cli.main(["fed_avg", *SMALL, *map(str, FLAGS), "--data_dir", str(folder), "--cache_dir",
-                     str(cache_dir), "--run_name", "whole"]) == 0
+    assert cli.main(["fed_avg", *little_text, *map(str, FLAGS), "--data_dir", str(folder),
+                     "--run_name", "whole"]) == 0
     return Outcome(0, "", folder / "whole")
 
 
@@ -45,15 +46,16 @@ def killed(whole: Outcome, tmp_path: Path) -> Outcome:
 def test_the_same_text_and_settings_under_other_names(
         run_here: Run, whole: Outcome, killed: Outcome, monkeypatch: pytest.MonkeyPatch,
         tmp_path: Path) -> None:
+    text = Path(whole.config["dataset"])
     (tmp_path / "mine.yaml").write_text(
         "model: {n_layer: 2, d_model: 64, d_state: 16, headdim: 16}\n")
-    monkeypatch.chdir(CORPUS.parent)
-    again = run_here("fed_avg", *FLAGS, "--dataset", CORPUS.name, "--config",
+    monkeypatch.chdir(text.parent)
+    again = run_here("fed_avg", *FLAGS, "--dataset", text.name, "--config",
                      tmp_path / "mine.yaml", "--device", "cpu", "--val_freq", 2, after=killed)
     assert again.code == 0, again.output
     assert again.bits == whole.bits
     assert steps(again) == [1, 4]  # not 3, as with the frequency before
-    named = run_here("fed_avg", *FLAGS, "--dataset", f"../{CORPUS.parent.name}/{CORPUS.name}",
+    named = run_here("fed_avg", *FLAGS, "--dataset", f"../{text.parent.name}/{text.name}",
                      "--eval_clients", after=again)
     assert "finished already" in named.output
 
@@ -65,13 +67,15 @@ def test_other_names_of_what_was_read_are_no_other_experiment(
     (texts / "in").mkdir(parents=True)
     shutil.copy(CORPUS, texts / "in" / "a.txt")
     (texts / "tiny.yaml").write_text("model: {n_layer: 2, d_model: 64, d_state: 16, headdim: 16}\n")
-    start = run_here("central", "--rounds", 1)
+    start = run_here("central", "--rounds", 1, name="start")
     flags = ("--num_clients", 2, "--batches", "clients", "--batch_size", 2, "--device")
     first = run_here("central", *flags, "auto", "--rounds", 2, "--dataset", texts / "in",
-                     "--tokenizer", start.run_dir / "tokenizer", "--init_from", start.run_dir)
+                     "--tokenizer", start.run_dir / "tokenizer", "--init_from", start.run_dir,
+                     name="first")
     assert first.code == 0, first.output
     whole = run_here("central", *flags, "auto", "--rounds", 5, "--dataset", texts / "in",
-                     "--tokenizer", start.run_dir / "tokenizer", "--init_from", start.run_dir)
+                     "--tokenizer", start.run_dir / "tokenizer", "--init_from", start.run_dir,
+                     name="whole")
     monkeypatch.chdir(texts)
     relative = Path("..") / start.run_dir.name
     again = run_here("central", *flags, "cpu", "--rounds", 5, "--val_freq", 2, "--dataset", "in/",
@@ -127,7 +131,8 @@ def test_the_folder_that_resume_names_has_to_be_there(run_here: Run, whole: Outc
     assert f"--resume {tmp_path}: no checkpoint there" in empty.output
 
 
-def test_which_of_two_runs_is_taken_is_told(run_here: Run, whole: Outcome, killed: Outcome) -> None:
+def test_the_folders_own_checkpoint_goes_before_that_of_resume(
+        run_here: Run, whole: Outcome, killed: Outcome) -> None:
     resumed = run_here("fed_avg", *FLAGS, "--resume", whole.run_dir, after=killed)
     assert resumed.code == 0, resumed.output
     assert f"--resume {whole.run_dir} is not taken" in resumed.output
@@ -138,7 +143,7 @@ def test_which_of_two_runs_is_taken_is_told(run_here: Run, whole: Outcome, kille
     assert branch.code == 0, branch.output
     assert f"goes on after step 4, from {whole.run_dir}" in branch.output
     assert "events of 4 of the first 4 rounds are not in" in branch.output
-    assert branch.bits == run_here("fed_avg", *FLAGS[:2], "--rounds", 6).bits
+    assert branch.bits == run_here("fed_avg", *FLAGS[:2], "--rounds", 6, name="six").bits
     assert numbers(branch) == [5, 6]
 
 
@@ -154,8 +159,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "strange": write(b'{"step": "x", "outcome": 7, "dtype": [], "made_with": 3, "round": {}}\n7\n'),
     "nested": write(b"[" * 10**5), "bit": lambda path: path.write_bytes(
         bytes([path.read_bytes()[0] | 128]) + path.read_bytes()[1:]),
-    "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
-    "folder": lambda path: (path.unlink(), path.mkdir()), "gone": Path.unlink}
+    "pipe": lambda path: hostile.put(path, "pipe"),
+    "folder": lambda path: hostile.put(path, "folder"), "gone": Path.unlink}
 
 
 @pytest.mark.parametrize("damage", [
@@ -216,9 +221,12 @@ def crafted(folder: Path, **changes: Any) -> None:
         json.dumps(body | {"sha256": run_files.manifest_sum(body)}))
 
 
+def in_manifest(spoil: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda folder: spoil(folder / "manifest.json")
+
+
 HOSTILE: dict[str, Callable[[Path], object]] = {
-    **{name: lambda folder, spoil=spoil: spoil(folder / "manifest.json")  # type: ignore[misc]
-       for name, spoil in DAMAGES.items()},
+    **{name: in_manifest(spoil) for name, spoil in DAMAGES.items()},
     "files are a list": lambda folder: crafted(folder, files=[1]),
     "sums are numbers": lambda folder: crafted(folder, files={"client_0.safetensors": 3}),
     "no settings": lambda folder: crafted(folder, config=None),
@@ -227,8 +235,8 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
         folder, files={"../step_000002/server.json": {"bytes": 0, "sha256": ""}}),
     "a device": lambda folder: crafted(folder, files={"/dev/zero": {"bytes": 0, "sha256": ""}}),
     "a pipe for a file": lambda folder: DAMAGES["pipe"](folder / "client_0.safetensors"),
-    "a pipe for a folder": lambda folder: (shutil.rmtree(folder), os.mkfifo(folder)),
-    "a file for a folder": lambda folder: (shutil.rmtree(folder), folder.write_text(""))}
+    "a pipe for a folder": lambda folder: hostile.put(folder, "pipe"),
+    "a file for a folder": lambda folder: hostile.put(folder, b"")}
 
 
 @pytest.mark.timeout(60)

@@ -13,7 +13,7 @@ from fedrun.flags import resolve
 from fedrun.records import checkpoint, run_files
 from fedrun.records import run_dir as run_folder
 from fedrun.records.provenance import Length
-from fedrun.tools.study import read
+from fedrun.tools.study_file import read
 from tests.support.runs import Run
 
 CONFIG = resolve("fed_avg", {"run_name": "run"}).to_dict()

@@ -58,16 +58,16 @@ def test_all_rounds_pass_while_writes_are_held(run_here: Run,
     flags = ("--num_clients", 2, "--rounds", MAX_PENDING, "--val_freq", 1, "--checkpoint_freq", 1)
     undisturbed = run_here("fed_avg", *flags, name="undisturbed")
     disk = Disk(monkeypatch)
-    end = Worker.end
+    finish = Worker.finish
 
-    def end_when_held(worker: Worker, plan: RoundPlan) -> Any:
+    def finish_when_held(worker: Worker, plan: RoundPlan) -> Any:
         """All rounds have passed: the server's first piece and the workers' first are held."""
         assert disk.held.acquire(timeout=SECONDS)
         assert disk.held.acquire(timeout=SECONDS)
         disk.free.set()
-        return end(worker, plan)
+        return finish(worker, plan)
 
-    monkeypatch.setattr(Worker, "end", end_when_held)
+    monkeypatch.setattr(Worker, "finish", finish_when_held)
     slow = run_here("fed_avg", *flags)
     assert slow.code == 0, slow.output
     assert disk.seen[:2 * MAX_PENDING] == ["train", "aggregate"] * MAX_PENDING

@@ -16,6 +16,7 @@ from fedrun import cli
 from fedrun.flags import resolve
 from fedrun.records import run_dir
 from fedrun.records.track import Events, check_tracker, cohort_event, scalars
+from fedrun.strategies.base import ClientReport
 from tests.support.runs import Run, read_json
 
 
@@ -38,7 +39,7 @@ def test_tensorboard_has_the_numbers_of_the_history(run: Run) -> None:
     assert read.Scalars("client_0/weight")[0].value == pytest.approx(0.25, abs=1e-3)
 
 
-def test_bytes_are_terms_there_and_back(run: Run) -> None:
+def test_bytes_count_every_parameter_both_ways(run: Run) -> None:
     outcome = run("fed_avg", "--rounds", 2)
     assert outcome.code == 0, outcome.output
     parameters = sum(t.numel() for t in outcome.model.values())
@@ -75,7 +76,8 @@ def stand_in(package: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, A
 
 
 @pytest.mark.parametrize("package", ["wandb", "trackio"])
-def test_hosted_trackers(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosted_trackers_get_every_round_and_their_runs_id(
+        package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = stand_in(package, monkeypatch)
     config = resolve("fed_avg", {"track": package, "data_dir": str(tmp_path), "run_name": "mine",
                                  "lr": "0.25"})
@@ -141,11 +143,11 @@ def test_missing_package_says_what_to_install(
     assert not list(tmp_path.iterdir())
 
 
-def test_names_and_clients() -> None:
+def test_the_events_of_clients_have_loss_weight_and_norm() -> None:
     clients = cohort_event([
-        {"client": 0, "loss_sum": 6.0, "tokens": 3, "left_out": "", "weight": 1.0, "norm": 0.5},
-        {"client": 1, "loss_sum": math.nan, "tokens": 3, "left_out": "delta not finite"},
-        {"client": 2, "loss_sum": 3.0, "tokens": 3, "left_out": "", "weight": 3.0, "entropy": 4.0}])
+        ClientReport(0, 3, 6.0, weight=1.0, norm=0.5),
+        ClientReport(1, 3, math.nan, left_out="delta not finite"),
+        ClientReport(2, 3, 3.0, weight=3.0, entropy=4.0)])
     assert clients == [{"client": 0, "loss": 2.0, "weight": 0.25, "norm": 0.5},
                        {"client": 1, "loss": None, "weight": 0.0},
                        {"client": 2, "loss": 1.0, "weight": 0.75, "entropy": 4.0}]

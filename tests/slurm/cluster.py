@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -55,10 +55,10 @@ class Cluster:
         return ["nsenter", f"--net=/run/netns/{self.namespaces[node]}", "unshare", "--mount",
                 "sh", "-c", hosts, "sh", *map(str, command)]
 
-    def run(self, *command: object, node: int = 1, limit: float = 60, **env: str
-            ) -> tuple[int, str]:
+    def run(self, *command: object, node: int = 1, limit: float = 60,
+            env: Mapping[str, str] | None = None) -> tuple[int, str]:
         """Run a command to its end; its exit code and all it printed."""
-        return execute(self.inside(node, *command), limit, {**self.env, **env})
+        return execute(self.inside(node, *command), limit, {**self.env, **(env or {})})
 
     @property
     def env(self) -> dict[str, str]:

@@ -57,7 +57,7 @@ def by_hand(data: TokenData) -> dict[str, torch.Tensor]:
                 loss.backward()
                 optimizers[k].step()
         total = sum(len(shard) for shard in shards)
-        state = {name: sum(len(shard) / total * client.state_dict()[name]  # type: ignore[misc]
+        state = {name: sum(len(shard) / total * client.state_dict()[name]
                            for shard, client in zip(shards, clients, strict=True))
                  for name in state}
     return state

@@ -102,7 +102,7 @@ def test_mean_cosine_is_that_of_the_pairs() -> None:
 def test_noise_ratio_of_gradients(run_here: Run) -> None:
     record = run_here("fed_sgd", "--num_clients", 3, "--rounds", 1).history[-1]
     assert record["noise_ratio"] > 1
-    assert -1 < record["gradient_cosine"] < 1
+    assert 0 < record["gradient_cosine"] < 1  # early in training gradients point alike
     one = run_here("fed_sgd", "--num_clients", 1, "--rounds", 1, name="one").history[-1]
     assert one["noise_ratio"] == pytest.approx(1, abs=1e-5)
 
@@ -186,7 +186,7 @@ def test_rounds_of_the_original_study(local_updates: int, n: int) -> None:
 
 
 @pytest.mark.parametrize("method", sorted(STRATEGIES))
-def test_folder_names(method: str) -> None:
+def test_a_run_is_named_after_method_config_and_seed(method: str) -> None:
     prefix = "federated" if method == "fed_avg" else method
     assert resolve(method, {}).name == f"{prefix}_config_pure_ssm_1_layer_lu_1_seed_0"
 

@@ -24,8 +24,10 @@ from fedrun.aggregation.update import ServerUpdate
 from fedrun.distributed import data_plane
 from fedrun.distributed.control_plane import HEAD, ControlPlane
 from fedrun.distributed.data_plane import DataPlane
-from fedrun.strategies import FedAdam, FedAvg, FedFisher
 from fedrun.strategies.base import ServerRound, Strategy
+from fedrun.strategies.fed_avg import FedAvg
+from fedrun.strategies.fed_fisher import FedFisher
+from fedrun.strategies.fed_opt import FedAdam
 
 SIZE = 3 * (1 << 16) + 77  # some slices, and a part of one: one worker of five has none
 CLIENTS, ROUNDS = 5, 2
@@ -87,7 +89,8 @@ def result(case: str, plane: DataPlane, mine: range) -> dict[str, Tensor]:
 def connect(group: dist.ProcessGroup, workers: int, machines: list[int] | None) -> DataPlane:
     """All ranks; those that are no workers get a plane of their own."""
     rank = dist.get_rank()
-    plane = DataPlane(group, machines and machines[rank]) if rank < workers else DataPlane()
+    machine = machines[rank] if machines is not None else None
+    plane = DataPlane(group, machine) if rank < workers else DataPlane()
     senders = [plane.node_leaders]
     dist.broadcast_object_list(senders)
     if 1 < len(senders[0]) < workers:
@@ -153,8 +156,10 @@ def main() -> None:
     expected = {case: result(case, DataPlane(), range(CLIENTS)) for case in CASES}
     for workers in (1, 2, 3, CLIENTS):
         compare(workers, dist.new_group(list(range(workers))), expected)
+    everybody = dist.group.WORLD
+    assert everybody is not None
     for fault in ("attach", "SharedBuffer"):
-        unreachable(dist.group.WORLD, expected["fed_avg"], fault)
+        unreachable(everybody, expected["fed_avg"], fault)
     messages()
     dist.barrier()
     dist.destroy_process_group()

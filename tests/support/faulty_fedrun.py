@@ -105,15 +105,18 @@ if FAULT in ("raise", "nan", "beyond"):
             client.flat.vector[7] = float("nan") if FAULT == "nan" else 45.0
         return healthy_batch(client)
 
-    Client.next_batch = faulty_batch  # type: ignore[method-assign]
+    patched: Any = Client
+    patched.next_batch = faulty_batch
 else:
     after(Client, "next_batch", "train", lambda client: client.steps_done)
     before(worker.Worker, "aggregate", "reduce", remembered)
     after(worker.Worker, "aggregate", "reduced", of_plan)
     before(worker.Worker, "evaluate", "evaluate", lambda *_: current["round"])
-    checkpoint.CheckpointCoordinator.due = due  # type: ignore[method-assign]
     whole_files = checkpoint.write_tensors
-    checkpoint.write_tensors = first_files
+    patched = checkpoint
+    patched.write_tensors = first_files
+    patched = checkpoint.CheckpointCoordinator
+    patched.due = due
     before(server.Server, "decide", "judge", of_plan)
     before(server.Server, "record", "record", of_plan)
     before(checkpoint, "commit", "before-manifest", of_folder)

@@ -33,7 +33,8 @@ healthy = Worker.aggregate
 
 def main() -> None:
     data_dir, *shared = sys.argv[1:]
-    runtime.machine = lambda: 0
+    patched: Any = runtime
+    patched.machine = lambda: 0
     for number, (name, ((rank, at, replica), flags)) in enumerate(RUNS.items()):
 
         def aggregate(worker: Worker, plan: Any, where: Any = (rank, at), replica: str = replica
@@ -45,7 +46,7 @@ def main() -> None:
                 worker._global_state()[replica].view(torch.int32)[1000] ^= 1 << 20
             return report
 
-        Worker.aggregate = aggregate  # type: ignore[method-assign]
+        setattr(Worker, "aggregate", aggregate)  # noqa: B010
         os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)  # a name space in the store
         code = cli.main([flags[0], *shared, *flags[1:], "--data_dir", data_dir, "--run_name", name])
         if dist.is_initialized():  # as a failed run leaves it

@@ -92,7 +92,7 @@ def save_steps(folder: Path, seed: int = 0, layers: int = 1, deltas: bool = True
             if not wanted:
                 continue
             prefix = "delta_" if kind == "deltas" else ""
-            arrays = {}
+            arrays: dict[str, Any] = {}
             for layer in range(layers):
                 key = "" if study_keys else f"layers.{layer}."
                 arrays[f"{prefix}{key}in_proj"] = change(step, seed, layer) + np.float32(offset)
@@ -113,8 +113,9 @@ def with_model(path: Path, words: Sequence[str] = ("once", "upon", "a", "time"),
     shape = ModelConfig(n_layer=1, d_model=32, d_state=16, headdim=16)
     model = Mamba2LM(shape, len(words))
     model.init_weights(0)
-    for parameter in model.parameters() if fill is not None else ():
-        parameter.detach().fill_(fill)
+    if fill is not None:
+        for parameter in model.parameters():
+            parameter.detach().fill_(fill)
     save_model(path / "model.safetensors", model.named_parameters())
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, words[0]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

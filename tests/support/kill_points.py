@@ -45,7 +45,9 @@ class Shim:
                      "chmod", "fchmod", "fsync", "truncate", "ftruncate", "utime", "pwrite",
                      "write", "open"):
             setattr(os, name, self.wrapped(name, getattr(os, name)))
-        builtins.open = io.open = self.open  # type: ignore[assignment]
+        modules: list[Any] = [builtins, io]
+        for module in modules:
+            module.open = self.open
 
     def watched(self, place: Any) -> str:
         """The path, if it is one of those that count."""

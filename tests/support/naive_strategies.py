@@ -104,8 +104,9 @@ def split(vector: Tensor) -> Dict:
 
 
 def mean(outputs: Sequence[Output], weights: Sequence[float], vector: str) -> Dict:
-    return {name: sum(p * split(o.vectors[vector])[name]  # type: ignore[misc]
-                      for p, o in zip(weights, outputs, strict=True)) / sum(weights)
+    return {name: sum((p * split(o.vectors[vector])[name]
+                       for p, o in zip(weights, outputs, strict=True)),
+                      start=torch.zeros(())) / sum(weights)
             for name in SHAPES}
 
 

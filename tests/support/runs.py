@@ -191,7 +191,7 @@ def wait_until(condition: Callable[[], bool], timeout: float,
 CLOCKS = {"seconds", "local_training_seconds", "aggregation_seconds", "evaluation_seconds"}
 
 
-def without_clocks(outcome: Outcome) -> list[dict[str, object]]:
+def without_clocks(outcome: Outcome) -> list[dict[str, Any]]:
     return [{k: v for k, v in r.items() if k not in CLOCKS} for r in outcome.history]
 
 
@@ -228,9 +228,10 @@ def assert_equal(disturbed: Outcome, undisturbed: Outcome) -> None:
 
 def numbers(run: Outcome) -> list[int]:
     """The rounds or steps that events.jsonl tells of."""
-    return [int(event.get("round", event.get("step"))) for event in run.events
+    return [int(event["round" if "round" in event else "step"]) for event in run.events
             if event["event"] in ("round", "step")]
 
 
 def steps(run: Outcome) -> list[int]:
-    return [int(record.get("global_step", record.get("step"))) for record in run.history]
+    return [int(record["global_step" if "global_step" in record else "step"])
+            for record in run.history]

@@ -7,6 +7,8 @@ import signal
 from datetime import timedelta
 from typing import Any
 
+import torch.distributed
+
 from fedrun import __main__, cli
 from fedrun.distributed import connect, runtime
 
@@ -27,5 +29,5 @@ if __name__ == "__main__":
     runtime.SHORTEST_STARTUP = timedelta(seconds=4)
     if os.environ["RANK"] == os.environ["STOPPED_RANK"]:
         at = os.environ["STOPPED_AT"]
-        stopped(runtime if hasattr(runtime, at) else runtime.dist, at)
+        stopped(runtime if hasattr(runtime, at) else torch.distributed, at)
     __main__.main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,15 +36,25 @@ def trained(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Outcom
 
 def logits(folder: Path) -> Tensor:
     with torch.no_grad():
-        return find_pretrained(str(folder), "RUN").build()(IDS)
+        found = find_pretrained(str(folder), "RUN").build()(IDS)
+    assert isinstance(found, Tensor)
+    return found
+
+
+def load_with_transformers(folder: Path) -> Any:
+    """The model, whose weights are all found, with none left over."""
+    from transformers import AutoModelForCausalLM
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, loading = loaded
+    assert not any(loading.values())
+    return model
 
 
 def test_hf_folder_loads_with_equal_logits(trained: Outcome, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     out = tmp_path / "hf"
     assert cli.main(["export", str(trained.run_dir), "--to", "hf", str(out)]) == 0
-    model, loading = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not any(loading.values()), "every weight found, none left over"
+    model = load_with_transformers(out)
     assert type(model).__name__ == "Mamba2ForCausalLM"
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, logits(trained.run_dir), rtol=0, atol=1e-5)
@@ -86,7 +97,8 @@ def test_mamba_ssm_itself_loads_it_with_equal_logits(trained: Outcome, tmp_path:
 
 
 @pytest.mark.parametrize(("form", "library"), [("hf", "transformers"), ("mamba_ssm", "mamba-ssm")])
-def test_model_card(trained: Outcome, tmp_path: Path, form: str, library: str) -> None:
+def test_the_model_card_has_the_numbers_of_the_history(
+        trained: Outcome, tmp_path: Path, form: str, library: str) -> None:
     import yaml
     out = tmp_path / "out"
     assert cli.main(["export", str(trained.run_dir), "--to", form, str(out)]) == 0
@@ -174,7 +186,8 @@ def test_evaluate_scores_all_of_the_text_that_is_given(
     assert (code, "--dataset is empty" in said) == (2, True)
 
 
-def test_generate(trained: Outcome, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_is_greedy_seeded_and_continues_the_prompt(
+        trained: Outcome, capsys: pytest.CaptureFixture[str]) -> None:
     def text(*flags: str) -> str:
         assert cli.main(["generate", str(trained.run_dir), "--max_new_tokens", "20", *flags]) == 0
         return capsys.readouterr().out
@@ -235,8 +248,7 @@ def test_an_unusual_model_is_trained_exported_and_loaded(
 
     out = tmp_path / "hf"
     assert cli.main(["export", str(tmp_path / "run"), "--to", "hf", str(out)]) == 0
-    again, loading = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
-    assert not any(loading.values())
+    again = load_with_transformers(out)
     with torch.no_grad():
         torch.testing.assert_close(again(IDS, use_cache=False).logits, logits(tmp_path / "run"),
                                    rtol=1e-4, atol=1e-5)

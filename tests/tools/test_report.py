@@ -112,12 +112,13 @@ def test_page_names_nothing_outside_itself(data_dir: Path, tmp_path: Path) -> No
     assert "averaged_svd" not in text
 
 
-def test_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_runs_gives_no_report(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", "--data_dir", str(tmp_path)]) == 1
     assert "found 0 runs" in capsys.readouterr().out
     assert not (tmp_path / "report.html").exists()
 
 
-def test_units() -> None:
+def test_durations_and_sizes_are_formatted() -> None:
     assert (clock(3725.4), clock(59.6), clock(float("nan"))) == ("1:02:05", "0:01:00", "")
     assert (size(999), size(63e6), size(float("nan"))) == ("999 B", "63 MB", "")

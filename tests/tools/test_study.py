@@ -6,6 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -192,7 +193,8 @@ def test_a_damaged_run_is_named(name: str, content: bytes | None, said: str, tmp
 
 def test_the_same_text_by_another_path_is_the_same_run(tmp_path: Path, cache_dir: Path,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = {k.removeprefix("--"): v for k, v in zip(SMALL[::2], SMALL[1::2], strict=True)}
+    flags: dict[str, Any] = {
+        k.removeprefix("--"): v for k, v in zip(SMALL[::2], SMALL[1::2], strict=True)}
     flags |= {"data_dir": tmp_path, "cache_dir": cache_dir, "run_name": "run", "rounds": 1}
     assert run(resolve("central", flags)) == 0
     monkeypatch.chdir(Path(flags["dataset"]).parent)

@@ -33,10 +33,9 @@ def events(rounds: int) -> list[str]:
 
 
 def shown(state: RunState) -> str:
-    console = Console(file=io.StringIO(), width=100)
-    console.print(screen(state))
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return text
+    text = io.StringIO()
+    Console(file=text, width=100).print(screen(state))
+    return text.getvalue()
 
 
 def test_finished_run_is_shown_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,7 +113,7 @@ def test_many_clients_are_cut(tmp_path: Path) -> None:
     assert "and 24 more" in shown(state)
 
 
-def test_sparkline() -> None:
+def test_a_sparkline_is_scaled_and_cut_to_its_width() -> None:
     assert sparkline([100, 10, 1], 48) == "█▅▁"
     assert sparkline([5, 5], 48) == "▁▁"
     assert sparkline([], 48) == ""
@@ -122,7 +121,8 @@ def test_sparkline() -> None:
     assert sparkline([float("inf"), 4, 2], 48) == "█▁"
 
 
-def test_wrong_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_events_is_an_error(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["watch", str(tmp_path / "none")]) == 2
     assert "no such folder" in capsys.readouterr().err
     assert cli.main(["watch", str(tmp_path), "--once"]) == 2

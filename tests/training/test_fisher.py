@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -60,12 +62,12 @@ def gradients(model: nn.Module, groups: Tensor, mean: bool) -> Tensor:
     return torch.cat([found[name].flatten(1) for name in sorted(found)], dim=1)
 
 
-def estimate(model: Bigram, settings: FisherSettings) -> Tensor:
+def estimate(model: Any, settings: FisherSettings) -> Tensor:
     flat = FlatParams(model)
     fisher = FisherEstimate(flat, settings)
     fisher.begin()
     for batch in batches():
-        loss, tokens = fisher.gradient(model, batch)  # type: ignore[arg-type]
+        loss, tokens = fisher.gradient(model, batch)
         assert tokens == BATCH * (LENGTH - 1)
         torch.testing.assert_close(loss, model(batch).detach(), rtol=1e-12, atol=0)
         expected = gradients(model, batch[None], mean=True)[0]
@@ -73,13 +75,13 @@ def estimate(model: Bigram, settings: FisherSettings) -> Tensor:
     return fisher.finish().clone()
 
 
-def test_batch(model: Bigram) -> None:
+def test_the_batch_estimate_is_the_mean_of_squared_batch_gradients(model: Any) -> None:
     expected = torch.stack([gradients(model, b[None], mean=True)[0] ** 2 for b in batches()])
     found = estimate(model, FisherSettings())
     torch.testing.assert_close(found, expected.mean(0), rtol=1e-9, atol=0)
 
 
-def test_sequence(model: Bigram) -> None:
+def test_the_sequence_estimate_is_the_mean_of_squared_sequence_gradients(model: Any) -> None:
     single = torch.cat(batches())[:, None]
     expected = (gradients(model, single, mean=False) ** 2).mean(0)
     torch.testing.assert_close(estimate(model, FisherSettings("sequence")), expected,
@@ -87,7 +89,8 @@ def test_sequence(model: Bigram) -> None:
 
 
 @pytest.mark.parametrize("microbatches", [2, 3, 6])
-def test_corrected(model: Bigram, microbatches: int) -> None:
+def test_the_corrected_estimate_is_its_formula_over_microbatches(
+        model: Bigram, microbatches: int) -> None:
     size = BATCH // microbatches
     expected = []
     for batch in batches():
@@ -97,19 +100,19 @@ def test_corrected(model: Bigram, microbatches: int) -> None:
     torch.testing.assert_close(found, torch.stack(expected).mean(0), rtol=1e-9, atol=0)
 
 
-def test_corrected_estimates_what_single_sequences_have(model: Bigram) -> None:
+def test_the_corrected_estimate_is_unbiased_and_the_batch_estimate_is_not(model: Any) -> None:
     """In expectation over batches: with microbatches of one the estimate is exact, and drawing
     microbatches of three from the same sequences comes near it."""
     generator = torch.Generator().manual_seed(1)
     pool = torch.randint(VOCAB, (40, LENGTH), generator=generator)
     exact = (gradients(model, pool[:, None], mean=True) ** 2).mean(0)
     flat = FlatParams(model)
-    corrected, batch = (FisherEstimate(flat, FisherSettings(kind))  # type: ignore[arg-type]
-                        for kind in ("corrected", "batch"))
+    corrected, batch = (FisherEstimate(flat, settings) for settings in (
+        FisherSettings("corrected"), FisherSettings("batch")))
     for _ in range(300):
         rows = pool[torch.randint(len(pool), (BATCH,), generator=generator)]
-        corrected.gradient(model, rows)  # type: ignore[arg-type]
-        batch.gradient(model, rows)  # type: ignore[arg-type]
+        corrected.gradient(model, rows)
+        batch.gradient(model, rows)
     total = exact.sum()
     assert (corrected.finish().sum() / total).item() == pytest.approx(1, abs=0.1)
     assert batch.finish().sum() / total < 0.5  # the bias that is corrected
@@ -124,10 +127,10 @@ def test_scope_is_zero_outside_the_mixers(model: Bigram) -> None:
         def accumulate_grad(self, tokens: Tensor) -> tuple[Tensor, int]:
             return model.accumulate_grad(tokens)
 
-    named = Named()
+    named: Any = Named()
     flat = FlatParams(named)
     fisher = FisherEstimate(flat, FisherSettings(scope="mixers"))
-    fisher.gradient(named, batches()[0])  # type: ignore[arg-type]
+    fisher.gradient(named, batches()[0])
     values = dict(flat.views(fisher.finish()))
     assert not values["layers.embedding.weight"].any()
     assert values["layers.mixer.weight"].all()

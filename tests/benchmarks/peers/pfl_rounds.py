@@ -44,7 +44,7 @@ class Tensors(nn.Module):
 class Averaging(FederatedAveraging):
     """FederatedAveraging with the benchmark's local training in place of its own."""
 
-    def __init__(self, task_json: str | None, module: nn.Module) -> None:
+    def __init__(self, task_json: str | None, module: Any) -> None:
         super().__init__()
         self.task = None
         if task_json:

@@ -256,7 +256,7 @@ class FederatedConfig(RunConfig):
     sync: Literal["round", "epoch"] = "round"
     """When clients receive the global model: at the start of every round, or, as in a study to be
     compared with, only of an epoch, while the server averages models that no client ever sees."""
-    client_state: Literal["keep", "reset", "average"] = "keep"
+    client_moments: Literal["keep", "reset", "average"] = "keep"
     """What becomes of a client's AdamW moments after a round: kept for its next, made anew, or
     averaged over the cohort in the updates' sum: 24 bytes a parameter instead of 4 (float: 12)."""
     client_store: Literal["memory", "disk"] = "memory"
@@ -267,11 +267,11 @@ class FederatedConfig(RunConfig):
     no effect at one local update, where w is w_t."""
     server: Literal["dedicated", "colocated"] = "dedicated"
     """Under torchrun, rank 0 only serves (dedicated), or is a worker as well (colocated)."""
-    reduce: Literal["exact", "float"] = "exact"
-    """Sum integers on a grid, to the same bits in any number of processes, or floats."""
-    wire: Literal["exact", "int8"] = "exact"
-    """What travels: terms as --reduce says (exact: 4 bytes a parameter, more for some methods), or
-    updates in 8 bits, whose rounding error each client adds to its next update (int8: 1.02)."""
+    aggregation: Literal["exact", "float", "int8"] = "exact"
+    """How the clients' updates are summed: exact (integers on a grid: the same bits in any number
+    of processes; 4 bytes a parameter, more for some methods), float (floating point, without a
+    bound on an update), or int8 (8 bits, 1.02 bytes a parameter; each client adds its rounding
+    error to its next update)."""
     eval_clients: bool = False
     """Also evaluate every client's model before it is aggregated (client_val_ppls)."""
     save_client_deltas: bool = False
@@ -296,13 +296,13 @@ class FederatedConfig(RunConfig):
         require(0 <= self.prox_mu < math.inf, "--prox_mu", self.prox_mu, "a number of at least 0")
         require(self.prox_mu == 0 or self.sync == "round", "--prox_mu", self.prox_mu,
                 "0 with --sync epoch, whose clients do not know the global model")
-        require(self.client_state != "average" or self.sync == "round", "--client_state",
-                self.client_state, "keep or reset with --sync epoch")
-        if self.wire == "int8":
+        require(self.client_moments != "average" or self.sync == "round", "--client_moments",
+                self.client_moments, "keep or reset with --sync epoch")
+        if self.aggregation == "int8":
             self._check_int8()
         if isinstance(self.strategy, FedSGD):
             # A client makes no step of its own: settings of local training would do nothing.
-            self._accept_only("for fed_sgd", local_updates=1, client_state="keep", sync="round",
+            self._accept_only("for fed_sgd", local_updates=1, client_moments="keep", sync="round",
                               prox_mu=0, grad_clip=None)
         if isinstance(self.strategy, FedFisher) and self.strategy.fisher == "corrected":
             parts = self.strategy.fisher_microbatches
@@ -320,12 +320,13 @@ class FederatedConfig(RunConfig):
     def _check_int8(self) -> None:
         """Eight bits hold updates that each begin at the global model, of so many clients."""
         fits = set(self.strategy.sums) == {"delta"} and not self.strategy.weight_headroom
-        require(fits, "--wire", "int8", f"exact for {self.method} (int8 carries updates alone)")
-        require(self.client_state != "average", "--client_state", self.client_state,
-                "keep or reset with --wire int8")
+        require(fits, "--aggregation", "int8",
+                f"exact or float for {self.method} (int8 carries only updates)")
+        require(self.client_moments != "average", "--client_moments", self.client_moments,
+                "keep or reset with --aggregation int8")
         require(self.cohort_size <= INT8_COHORT, "--cohort", self.cohort_size,
-                f"up to {INT8_COHORT} clients in a round with --wire int8")
-        self._accept_only("with --wire int8", sync="round", reduce="exact")
+                f"up to {INT8_COHORT} clients in a round with --aggregation int8")
+        self._accept_only("with --aggregation int8", sync="round")
 
     def _accept_only(self, why: str, **accepted: Any) -> None:
         for flag, value in accepted.items():
@@ -335,8 +336,8 @@ class FederatedConfig(RunConfig):
     def warnings(self) -> list[str]:
         """Settings that work but hardly do what was meant, each in a line (see unused.py too)."""
         found = self.strategy.warnings(self.local_updates)
-        if self.client_state == "reset" and self.local_updates == 1:
-            found.append("--client_state reset at --local_updates 1 makes every step AdamW's "
+        if self.client_moments == "reset" and self.local_updates == 1:
+            found.append("--client_moments reset at --local_updates 1 makes every step AdamW's "
                          "first, which is sign descent")
         return found
 

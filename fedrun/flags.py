@@ -26,6 +26,7 @@ import yaml
 from fedrun.common.errors import InputError, require
 from fedrun.config import CentralConfig, FederatedConfig, RunConfig
 from fedrun.model.config import ModelConfig
+from fedrun.old_names import NEW_NAMES, moved, renamed
 from fedrun.strategies import STRATEGIES, Strategy, strategy_class
 
 
@@ -120,16 +121,18 @@ def resolve(method: str, flags: Mapping[str, Any]) -> RunConfig:
     known = method_settings(method)
     for name in flags:
         if name not in known:
-            raise InputError(f"unknown flag --{name}{closest(name, known)} for {method}")
+            raise InputError(moved(name, flags[name])
+                             or f"unknown flag --{name}{closest(name, known)} for {method}")
     values = {name: s.default for name, s in known.items()}
     if "config" in flags:
         values["config"] = flags["config"]
     path = find_config(str(values["config"]))
-    chosen = _read_yaml(path)
+    chosen = renamed(_read_yaml(path))
     model = chosen.pop("model", {})
     for name, value in chosen.items():
         if name == "config" or name not in known:
-            raise InputError(f"--config {path}: unknown key {name!r}{closest(name, known)}")
+            hint = f", now {NEW_NAMES[name]}" if name in NEW_NAMES else closest(name, known)
+            raise InputError(f"--config {path}: unknown key {name!r}{hint}")
         values[name] = known[name].parse(value, f"--config {path}: {name} ")
     values |= {name: known[name].parse(value, f"--{name} ") for name, value in flags.items()}
 
@@ -207,10 +210,19 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         words = message.removeprefix("unrecognized arguments: ").split()
         if message.startswith("unrecognized") and words:
-            known = [s for a in self._actions for s in a.option_strings]
+            known = [s for a in self._actions for s in a.option_strings
+                     if not isinstance(a, _OldFlag)]
             message = (f"unknown flag {words[0]}{closest(words[0].split('=')[0], known)} "
                        f"({self.prog} --help lists them)")
         raise InputError(message.removeprefix("argument "))
+
+
+class _OldFlag(argparse.Action):
+    """Refuses a flag under the name that it had once."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace,
+                 values: Any, option_string: str | None = None) -> None:
+        raise InputError(moved(self.dest, values))
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: Mapping[str, Flag],
@@ -228,3 +240,7 @@ def add_flags(parser: argparse.ArgumentParser, settings: Mapping[str, Flag],
             extra |= {"nargs": "?", "const": "true"}
         parser.add_argument(f"--{name}", default=None, **extra,
                             help=argparse.SUPPRESS if hidden else f"{text} (default: {shown})")
+    for old, new in NEW_NAMES.items():
+        if new in settings:
+            parser.add_argument(f"--{old}", action=_OldFlag, nargs="?", default=argparse.SUPPRESS,
+                                help=argparse.SUPPRESS)

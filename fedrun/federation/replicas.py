@@ -1,6 +1,6 @@
 """The copies of the global model: every GPU, and every machine of CPU workers, holds its own.
 
-They are updated from the same sum by the same operations, so all have the same bits: `--reduce
+They are updated from the same sum by the same operations, so all have the same bits: `--aggregation
 float` too, since an all-reduce (gloo's ring, NCCL's) computes each element in one place and hands
 the result to everybody. Nothing else would ever show a bit that memory or a processor got wrong in
 one of them; so their digests are compared before a model or a checkpoint is written.

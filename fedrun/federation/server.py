@@ -123,8 +123,7 @@ class Server:
         said = f": --lr {self.config.lr:g} may be too large"
         if "beyond the bound" not in why:
             return said
-        exact = "--wire exact " if self.config.wire == "int8" else ""
-        return f"{said} ({exact}--reduce float has no bound)"
+        return f"{said} (--aggregation float has no bound)"
 
     def inspect(self, plan: RoundPlan, reports: list[dict[str, Any]], model: Tensor | None
                 ) -> dict[str, str]:

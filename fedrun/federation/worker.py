@@ -55,17 +55,17 @@ class Worker:
         self.global_model = plane.replicated(self.flat.vector)
         self.state = {name: plane.replicated(torch.full_like(self.flat.vector, value))
                       for name, value in self.strategy.state.items()}
-        average = config.client_state == "average"
+        average = config.client_moments == "average"
         self.moments = {name: plane.replicated(torch.zeros_like(self.flat.vector)) for name in MOMENTS
                         } if average else None
         """AdamW's moments, averaged over the last cohort, where clients share them."""
         self.terms: Aggregator
-        if config.wire == "int8":
+        if config.aggregation == "int8":
             self.terms = Int8Aggregator(self.strategy, self.flat.size, self.flat.vector,
                                  config.cohort_size, plane)
         else:
             self.terms = ExactAggregator(self.strategy, self.flat.size, self.flat.vector,
-                                 config.reduce == "exact", average, plane)
+                                 config.aggregation == "exact", average, plane)
         self.fisher = FisherEstimate(self.flat, self.strategy
                                      ) if isinstance(self.strategy, FedFisher) else None
         self.shards = Shards(config, data)
@@ -85,7 +85,7 @@ class Worker:
         work = [config.local_updates * config.batch_size] * config.num_clients  # of a round
         optimizer = LocalOptimizer(self.flat, config, self.schedule.rounds * config.local_updates)
         return {k: Client(k, self.shards.train[k], self.data.train, self.flat, config, optimizer,
-                          keeps_moments=config.client_state == "keep")
+                          keeps_moments=config.client_moments == "keep")
                 for k in assign_clients(work, len(self.runtime.workers))[self.runtime.worker or 0]}
 
     def train(self, plan: RoundPlan) -> dict[str, Any]:
@@ -123,7 +123,7 @@ class Worker:
             self._look_at_peers()
             losses = client.gradient(self.model)
         else:
-            if self.config.client_state == "reset":
+            if self.config.client_moments == "reset":
                 client.optimizer.reset()
             if self.moments is not None:
                 client.optimizer.load_moments(self.moments, (plan.round - 1) * steps)
@@ -172,7 +172,7 @@ class Worker:
         if self.fisher:
             known["fisher"] = self.fisher.finish()
         vectors = {name: known[name] for name in self.strategy.inputs}
-        if self.config.wire == "int8":
+        if self.config.aggregation == "int8":
             vectors["residual"] = client.residual()
         return vectors if self.moments is None else vectors | client.optimizer.bias_corrected_moments()
 

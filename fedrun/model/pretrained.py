@@ -35,6 +35,7 @@ from fedrun.model.convert import (
 )
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.model.memory import TO_LOAD, require_memory
+from fedrun.old_names import renamed
 
 EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
 FILES = ["config.json", "*.safetensors", "pytorch_model.bin", "tokenizer*", "vocab*", "merges.txt",
@@ -129,7 +130,7 @@ def find_pretrained(name: str, flag: str) -> Pretrained:
     try:
         held = read_json(folder / "config.json", dict)
         if "method" in held:
-            return _of_run(folder, _typed(held))
+            return _of_run(folder, _typed(renamed(held)))
         if held.get("model_type") == "mamba2":
             return Pretrained(folder, *from_transformers_config(held), {})
         if "ssm_cfg" in held:

@@ -44,6 +44,7 @@ from fedrun.common.errors import InputError, one_line
 from fedrun.common.files import DamagedFile, Kind, finite, read_json, write_atomic, write_json
 from fedrun.config import RunConfig
 from fedrun.flags import METHODS, Parser, add_flags, method_settings
+from fedrun.old_names import renamed
 from fedrun.records.provenance import READ, corpus_digests, differing
 from fedrun.records.run_dir import ENVIRONMENT, START, read_outcome
 from fedrun.tools.study_file import Point, Study, StudySetting, notes, read
@@ -60,7 +61,7 @@ def loss_halves(config: RunConfig) -> list[float] | None:
     folder = config.run_dir
     if not (folder / "config.json").exists():
         return None
-    held = _sound(folder / "config.json", dict)
+    held = renamed(_sound(folder / "config.json", dict))
     differences = differing(config, held)
     if differences.keys() <= READ.keys() and differences and _same_corpus(config):
         differences = {}

@@ -14,6 +14,7 @@ import yaml
 from fedrun.common.errors import InputError, is_component, one_line, require
 from fedrun.config import RunConfig
 from fedrun.flags import closest, resolve
+from fedrun.old_names import renamed
 from fedrun.unused import idle, refuse_unread
 
 Point = tuple[tuple[str, float], ...]
@@ -129,7 +130,7 @@ def read(path: Path, results: Path, overrides: Mapping[str, Any]) -> Study:
         where = f"study {path}: settings.{name}"
         require(isinstance(own, dict), where, own, "flags with a `method`")
         refuse_unread("study", own, where + ": ")
-        flags = values["base"] | own | overrides
+        flags = renamed(values["base"] | own) | overrides
         require("method" in flags, where, own, "flags with a `method`")
         grid = flags.pop("grid", values["grid"])
         try:

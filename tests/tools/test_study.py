@@ -27,7 +27,7 @@ grid: {{lr: [0.001, 0.002]}}
 base: {base}
 settings:
   central: {{method: central, rounds: 4}}
-  averaged: {{method: fed_avg, num_clients: 2, rounds: 4, client_state: average}}
+  averaged: {{method: fed_avg, num_clients: 2, rounds: 4, client_moments: average}}
   slow: {{method: fed_avg, num_clients: 2, rounds: 4, grid: {{lr: [1e-6]}}}}
 """
 

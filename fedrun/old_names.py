@@ -1,6 +1,5 @@
-"""Settings that had another name once. Run folders, configs and studies in the old spelling are
-read as if they had been written in today's; on the command line the old flag is an error that names
-the new one.
+"""Former names of settings. Run folders, configs and studies that use them are read as if they used
+today's; on the command line a former name is an error that gives the new one.
 """
 
 from __future__ import annotations
@@ -9,15 +8,15 @@ from collections.abc import Mapping
 from typing import Any
 
 NEW_NAMES = {"client_state": "client_moments", "reduce": "aggregation", "wire": "aggregation"}
-"""Old name -> today's; the values are the same. Where two became one, "exact" in one of them leaves
-the choice to the other."""
+"""Former name -> today's, with the same values. --reduce and --wire became one setting: "exact",
+the default of both, leaves the choice to the other."""
 
 
 def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a run or a file under today's names, in their order.
+    """The settings of a run or of a file under today's names, in the same order.
 
-    Old names stay where they contradict each other or today's name, so that a file of settings is
-    refused for them as for any unknown key.
+    Former names that contradict each other, or today's name, are kept: whoever checks for unknown
+    keys then refuses them.
     """
     values: dict[str, list[Any]] = {}
     for old, new in NEW_NAMES.items():
@@ -39,7 +38,7 @@ def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def moved(flag: str, value: object) -> str:
-    """What to say of a flag with an old name; empty for any other."""
+    """The error for a flag under its former name; empty for any other flag."""
     if (new := NEW_NAMES.get(flag)) is None:
         return ""
     given = "" if value is None else f" {value}"

@@ -42,7 +42,7 @@ LARGEST = 1e30  # tokens, seconds or bytes
 LONGEST = 300  # characters of the settings by which variants are told apart, in a line
 
 # Settings in which runs may differ and still be repetitions of one experiment.
-_NO_VARIANT = FederatedConfig.neutral | {
+_NO_VARIANT = FederatedConfig.not_in_results | {
     "method", "config", "local_updates", "seed", "device", "threads", "eval_clients",
     "save_client_deltas", "val_freq", MARK}
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from fedrun.common.errors import naming
 from fedrun.common.terminal import say, visible
-from fedrun.flags import Parser, add_flags, method_settings, resolve
+from fedrun.flags import Parser, add_flags, method_flags, resolve
 from fedrun.unused import idle
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         "Who holds what: sequences, documents and topics of every client, and the Jensen-Shannon "
         "divergence of its token unigrams from the whole, as a table and a figure."),
         formatter_class=argparse.HelpFormatter)
-    known = method_settings("fed_avg")
+    known = method_flags("fed_avg")
     add_flags(parser, {name: known[name] for name in FLAGS})
     parser.add_argument("--out", type=Path, metavar="FOLDER",
                         default=Path("results/plots/partition"),

@@ -43,7 +43,7 @@ from typing import Any
 from fedrun.common.errors import InputError, one_line
 from fedrun.common.files import DamagedFile, Kind, finite, read_json, write_atomic, write_json
 from fedrun.config import RunConfig
-from fedrun.flags import METHODS, Parser, add_flags, method_settings
+from fedrun.flags import METHODS, Parser, add_flags, method_flags
 from fedrun.old_names import renamed
 from fedrun.records.provenance import READ, corpus_digests, differing
 from fedrun.records.run_dir import ENVIRONMENT, START, read_outcome
@@ -278,7 +278,7 @@ def main(argv: Sequence[str]) -> int:
                         help="parent of its folder (default: results/)")
     parser.add_argument("--dry_run", action="store_true", help="say what would run, and stop")
     add_flags(parser, {name: setting for method in METHODS
-                       for name, setting in method_settings(method).items()}, hidden=True)
+                       for name, setting in method_flags(method).items()}, hidden=True)
     given = vars(parser.parse_intermixed_args(argv))
     path, results, dry_run = given.pop("file"), given.pop("results"), given.pop("dry_run")
     overrides = {name: value for name, value in given.items() if value is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -219,7 +220,7 @@ def test_forms_of_the_hub(tmp_path: Path) -> None:
     ({"attn_layer_idx": [3]}, "attn_layer_idx"), ({"tie_embeddings": 1}, "model.tie_embeddings 1"),
     ({"ssm_cfg": {"layer": "Mamba2", "D_has_hdim": True}}, "D_has_hdim"),
     ({"d_intermediate": 64}, "d_intermediate"), ({"n_layer": 10**9}, "model.n_layer 1000000000"),
-    ({"n_layer": 1.5}, "model.n_layer 1.5: accepted is a whole number from 1 to 4096"),
+    ({"n_layer": 1.5}, r"model.n_layer 1.5: .* an integer in \[1, 4096\]"),
     ({"d_model": 10**6}, "model.d_model 1000000"), ({"d_model": "wide"}, "model.d_model wide"),
     ({"vocab_size": 10**12}, "vocab_size"), ({"pad_vocab_size_multiple": 0}, "multiple 0"),
     ({"ssm_cfg": {"layer": "Mamba2", "headdim": -64}}, "model.headdim -64"),
@@ -330,8 +331,8 @@ def test_a_usual_shape_is_recorded_as_it_was_before_others_could_be() -> None:
 
 @pytest.mark.parametrize(("shape", "said"), [
     ("{n_layer: 100, d_model: 131072}", ": a model of "), ("{n_layer: 1.5}", "model.n_layer 1.5"),
-    ("{n_layer: 1000000000}", "model.n_layer 1000000000: accepted is a whole number from 1 to "),
-    ("{tie_embeddings: 3}", "model.tie_embeddings 3: accepted is true or false")])
+    ("{n_layer: 1000000000}", r"model.n_layer 1000000000: .* an integer in \[1, "),
+    ("{tie_embeddings: 3}", "model.tie_embeddings 3: .* true or false")])
 def test_a_shape_that_cannot_be_trained_is_a_line(
         tmp_path: Path, cache_dir: Path, shape: str, said: str, capsys: pytest.CaptureFixture[str]
         ) -> None:
@@ -341,14 +342,14 @@ def test_a_shape_that_cannot_be_trained_is_a_line(
                      str(tmp_path / "runs"), "--cache_dir", str(cache_dir)]) == 2
     text = capsys.readouterr().err.splitlines()[-1]
     assert text.startswith(f"fedrun: error: --config {tmp_path / 'shape.yaml'}")
-    assert said in text
+    assert re.search(said, text)
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    ({"n_layer": 10**9}, "model.n_layer 1000000000: accepted is a whole number from 1 to 4096"),
-    ({"n_layer": 1.5}, "model.n_layer 1.5: accepted is a whole number"),
-    ({"d_model": 10**6}, "model.d_model 1000000: accepted is"),
+    ({"n_layer": 10**9}, r"model.n_layer 1000000000: .* an integer in \[1, 4096\]"),
+    ({"n_layer": 1.5}, "model.n_layer 1.5: .* an integer"),
+    ({"d_model": 10**6}, "model.d_model 1000000: "),
     ({"d_model": 131072, "n_layer": 4096, "headdim": 16384}, " takes at least "),
     ({"n_layer": None}, "model.n_layer None"), ({"depth": 2}, "depth")])
 def test_a_shape_that_cannot_be_is_a_line(trained: Outcome, tmp_path: Path, change: dict[str, int],
@@ -362,7 +363,7 @@ def test_a_shape_that_cannot_be_is_a_line(trained: Outcome, tmp_path: Path, chan
     assert text.count("\n") == 1
     assert text.startswith("fedrun: error: ")
     assert str(run) in text
-    assert said in text
+    assert re.search(said, text)
 
 
 def test_what_cannot_be_loaded(trained: Outcome, tmp_path: Path,

@@ -144,13 +144,13 @@ def test_shipped_studies_are_valid(name: str, tmp_path: Path) -> None:
     ("{reference: a, seeds: [1], settings: {a: {method: central}}}", "unknown key 'seeds'"),
     ("{reference: a, settings: {a: {method: fed_avg, temperature: 1}}}", "temperature"),
     ("{reference: a}", "settings"),
-    ("{reference: a, base: {seed: 1}, settings: {a: {method: central}}}", "base: seed: study does"),
+    ("{reference: a, base: {seed: 1}, settings: {a: {method: central}}}", "base: seed: not used"),
     ("{reference: a, settings: {a: {method: central, checkpoint_freq: 2}}}",
-     "settings.a: checkpoint_freq: study does not read it"),
+     "settings.a: checkpoint_freq: not used by study"),
     ("{reference: a, settings: {a: null}}", "settings.a"),
-    ("{reference: a, jobs: 0, settings: {a: {method: central}}}", "jobs 0: accepted is"),
+    ("{reference: a, jobs: 0, settings: {a: {method: central}}}", "jobs 0: .* an integer >= 1"),
     ("{reference: a, grid: {lr: fast}, settings: {a: {method: central}}}", "settings.a: grid"),
-    ("{reference: a, grid: 3, settings: {a: {method: central}}}", "grid 3: accepted is a mapping"),
+    ("{reference: a, grid: 3, settings: {a: {method: central}}}", "grid 3: .* a mapping"),
     ("[" * 1100, "cannot be read as YAML"),
 ])
 def test_a_wrong_study_is_told_before_anything_runs(text: str, said: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import threading
 
 from fedrun.common.errors import explain
 from fedrun.common.limits import TooLittle, require_memory, shortage
+from fedrun.common.log import ERROR, log, print_log
 from fedrun.common.terminal import make_printable
 from fedrun.distributed.launch import detect
 from fedrun.distributed.stopping import (
@@ -25,6 +26,7 @@ from fedrun.distributed.stopping import (
 
 def main() -> None:
     make_printable()
+    print_log(quiet=detect(os.environ).local_rank > 0)
     outlive_terminal()
     threading.excepthook = _in_a_thread
     if detect(os.environ).alone:
@@ -47,7 +49,7 @@ def _in_a_thread(failed: threading.ExceptHookArgs) -> None:
     if line is None:
         threading.__excepthook__(failed)
     else:
-        print(f"fedrun: error: {line}", file=sys.stderr, flush=True)
+        log(line, ERROR)
 
 
 def command() -> int:
@@ -57,7 +59,7 @@ def command() -> int:
         return cli.main()
     except Exception as error:
         if why := str(error) if isinstance(error, TooLittle) else shortage(error):
-            print(f"fedrun: error: {why}", file=sys.stderr, flush=True)
+            log(why, ERROR)
             return 1
         raise
 

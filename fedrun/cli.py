@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 from fedrun import __version__
 from fedrun.common.errors import InputError, explain, one_line
-from fedrun.common.terminal import say, shortened, visible
+from fedrun.common.log import ERROR, log, print_log
+from fedrun.common.terminal import shortened, visible
 from fedrun.config import RunConfig
 from fedrun.distributed.launch import detect
 from fedrun.distributed.stopping import refuse
@@ -49,6 +50,7 @@ TOOLS: dict[str, tuple[str, str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 1 failed, 2 asked for something that cannot be."""
     argv = sys.argv[1:] if argv is None else argv
+    print_log(quiet=detect(os.environ).local_rank > 0)
     try:
         if argv and argv[0] in TOOLS:
             tool = importlib.import_module(TOOLS[argv[0]][1])
@@ -77,14 +79,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def complain(line: str) -> None:
-    """The one line for a user who asked for what cannot be.
+    """Print the error that ends the command.
 
-    Mostly every rank was asked the same, and rank 0 says it; a launcher ends all with the first
-    that ends, so the others wait. Who is still there after that has a complaint of its own.
+    Usually every rank hits the same error. Rank 0 prints it; the others sleep first, because a
+    launcher kills all ranks as soon as one exits. A rank still alive after that prints its own
+    error.
     """
     if detect(os.environ).rank:
         time.sleep(SECONDS_FOR_RANK_0)
-    say(f"fedrun: error: {line}", sys.stderr)
+    log(line, ERROR)
 
 
 def parse(argv: Sequence[str]) -> RunConfig | None:

@@ -31,7 +31,7 @@ Failure = Literal["error", "diverged"]  # kinds of a failed run, in its outcome.
 def require(condition: bool, flag: str, value: object, accepted: str) -> None:
     """Raise the ValueError of a wrong setting: which flag, what it got, what it accepts."""
     if not condition:
-        raise InputError(f"{flag} {value}: accepted is {accepted}")
+        raise InputError(f"{flag} {value}: must be {accepted}")
 
 
 def is_component(name: str) -> bool:

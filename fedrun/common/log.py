@@ -38,8 +38,8 @@ class _Terminal(logging.Handler):
         line = visible(record.getMessage(), keep="\n\t")
         text = f"{getattr(record, 'trace', '')}{_PREFIXES[record.levelno]}{line}\n"
         stream = sys.stdout if record.levelno < WARNING else sys.stderr
-        if tqdm := sys.modules.get("tqdm"):
-            with tqdm.tqdm.external_write_mode(file=stream):
+        if tqdm := getattr(sys.modules.get("tqdm"), "tqdm", None):  # None while it is imported
+            with tqdm.external_write_mode(file=stream):
                 stream.write(text)
         else:
             stream.write(text)

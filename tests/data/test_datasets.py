@@ -378,7 +378,7 @@ def test_other_encodings_are_named_with_file_place_and_way_out(tmp_path: Path) -
     (folder / "b.txt").write_bytes("and here\n".encode("utf-16-le") * 9)
     with pytest.raises(ValueError, match=r"b.txt: not UTF-8 .*--encoding utf-16-le"):
         load(folder)
-    with pytest.raises(ValueError, match="--encoding latin-one: .* an encoding known"):
+    with pytest.raises(ValueError, match="--encoding latin-one: must be an encoding known"):
         resolve("fed_avg", {"encoding": "latin-one"})
 
 
@@ -457,7 +457,7 @@ def test_flags_say_what_is_validated_on(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--validation_split dve: there is no such split beside "
                                          "train; there is train, validation, test"):
         load(folder, validation_split="dve")
-    with pytest.raises(ValueError, match=r"--val_fraction 1\.5: .* in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"--val_fraction 1\.5: must be in \(0, 1\)"):
         resolve("fed_avg", {"val_fraction": 1.5})
 
 

@@ -41,7 +41,7 @@ def test_every_client_is_drawn_as_often_and_by_seed_and_round_alone() -> None:
 
 @pytest.mark.parametrize("cohort", ["0", "-1", "2.5", "11", "nan"])
 def test_what_is_no_cohort_is_refused(cohort: str) -> None:
-    with pytest.raises(ValueError, match=r"--cohort .* or a share in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"--cohort .*: must be .* or a share in \(0, 1\)"):
         schedule(cohort)
 
 

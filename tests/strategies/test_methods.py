@@ -193,8 +193,8 @@ def test_folder_names(method: str) -> None:
 # ---- combinations that cannot work, or hardly do ------------------------------------------------
 
 @pytest.mark.parametrize(("method", "flags", "said"), [
-    ("fed_sgd", {"local_updates": 2}, "--local_updates 2: .* 1 for fed_sgd"),
-    ("fed_sgd", {"client_moments": "average"}, "--client_moments average: .* keep"),
+    ("fed_sgd", {"local_updates": 2}, "--local_updates 2: must be 1 for fed_sgd"),
+    ("fed_sgd", {"client_moments": "average"}, "--client_moments average: must be keep"),
     ("fed_sgd", {"grad_clip": 1}, "--grad_clip"),
     ("fed_avg", {"sync": "epoch", "client_moments": "average"}, "--client_moments average"),
     ("fed_avg", {"sync": "epoch", "prox_mu": 1}, "--prox_mu"),
@@ -210,7 +210,7 @@ def test_folder_names(method: str) -> None:
     ("fed_momentum", {"server_momentum": 1}, "--server_momentum 1"),
     ("fed_adam", {"server_beta2": 1}, "--server_beta2 1"),
     ("fed_adam", {"tau": 0}, "--tau 0"),
-    ("central", {"batches": "clients", "batch_size": 6}, "--batch_size 6: .* a multiple"),
+    ("central", {"batches": "clients", "batch_size": 6}, "--batch_size 6: must be a multiple"),
 ])
 def test_wrong_combinations_name_the_flag(method: str, flags: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):

@@ -66,7 +66,7 @@ def test_numbers_that_are_not_finite_are_null_and_readers_take_them(
     assert math.isfinite(history[-1]["server_val_loss"])
     state = watch.State("run")
     for line in (outcome.run_dir / "events.jsonl").read_text().splitlines():
-        state.take(strictly(line))
+        state.update(strictly(line))
     assert [math.isinf(state.validation[n]) for n in (1, 2, 3, 4)] == [False, True, True, True]
     assert watch.main([str(outcome.run_dir), "--once"]) == 0
     assert "inf" in capfd.readouterr().out

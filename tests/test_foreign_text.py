@@ -33,7 +33,7 @@ from fedrun.plots import fonts, style
 from fedrun.plots.partition import partition_figure
 from fedrun.plots.runs import find_runs
 from fedrun.tools import partition
-from fedrun.tools.watch import State, screen
+from fedrun.tools.watch import RunState, screen
 from tests.support import folders, hostile
 from tests.support.runs import ROOT
 
@@ -106,8 +106,8 @@ def test_a_result_is_itself_in_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_markup_is_not_interpreted(monkeypatch: pytest.MonkeyPatch,
                                    capsys: pytest.CaptureFixture[str]) -> None:
     name = "[red]x[/red] [link=http://a.b]y[/link] :smile:"
-    state = State(name)
-    state.take({"event": "start", "unit": name, "total": 3})
+    state = RunState(name)
+    state.update({"event": "start", "unit": name, "total": 3})
     console = Console(file=io.StringIO(), width=100, force_terminal=True)
     console.print(screen(state))
     assert name in console.file.getvalue()  # type: ignore[attr-defined]
@@ -372,8 +372,8 @@ def test_a_model_that_is_no_longer_finite_makes_no_text(
     assert cli.main(["generate", str(run), "--prompt", "once", *flags]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err == (f"fedrun: error: RUN {run}: {reason}: the model has diverged, and can make "
-                        "no text\n")
+    assert said.err == (f"fedrun: error: RUN {run}: {reason}: the model has diverged and cannot "
+                        "generate text\n")
 
 
 def test_histories_with_numbers_that_are_not_finite(tmp_path: Path, strict: None,

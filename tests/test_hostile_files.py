@@ -19,7 +19,7 @@ from fedrun import cli
 from fedrun.common.files import DamagedFile, read_json
 from fedrun.plots import deltas, saved, style
 from fedrun.plots.runs import find_runs
-from fedrun.tools.watch import Follower, State, follow, screen
+from fedrun.tools.watch import Follower, RunState, follow, screen
 from tests.support import folders, hostile
 
 
@@ -108,9 +108,9 @@ Events = st.dictionaries(st.sampled_from(
 @settings(max_examples=50, deadline=None)
 @given(st.lists(Events, max_size=3), st.sampled_from(["round", "step", "start", "end"]))
 def test_any_events_can_be_shown(events: list[dict[str, object]], kind: str) -> None:
-    state = State("run")
+    state = RunState("run")
     for event in events:
-        state.take({"event": kind} | event)
+        state.update({"event": kind} | event)
     console = Console(file=io.StringIO(), width=100)
     console.print(screen(state))
     assert "run" in console.file.getvalue()  # type: ignore[attr-defined]
@@ -192,7 +192,7 @@ def test_a_folder_that_is_deleted_while_it_is_watched(tmp_path: Path) -> None:
     timer.start()
     console = Console(file=io.StringIO())
     with pytest.raises(ValueError, match="deleted or renamed"):
-        follow(Follower(run / "events.jsonl"), State("run"), console, once=False)
+        follow(Follower(run / "events.jsonl"), RunState("run"), console, once=False)
     timer.join()
 
 

@@ -141,7 +141,7 @@ def test_a_study_tells_what_a_flag_does_not_change(study_file: str, tmp_path: Pa
     argv = ["study", study_file, "--results", str(tmp_path), "--dry_run"]
     assert cli.main([*argv, "--lr", "5e-4", "--alpha=0.1", "--n-epochs", "2"]) == 0
     said = capsys.readouterr().err
-    assert "--lr is not that of central, which have a grid of it" in said
+    assert "--lr does not apply to central, tuned on a grid of it" in said
     assert "--n_epochs 2 has no effect with --rounds" in said
     assert "--alpha 0.1 has no effect" in said
     assert cli.main([*argv, "--overwrite", "--batch_size", "8"]) == 0
@@ -151,7 +151,7 @@ def test_a_study_tells_what_a_flag_does_not_change(study_file: str, tmp_path: Pa
 def test_tools_tell_it_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["generate", "no/such", "--top_k", "3", "--seed", "1"]) == 2
     said = capsys.readouterr().err
-    assert "--top_k 3 has no effect at --temperature 0" in said
-    assert "--seed 1 has no effect at --temperature 0" in said
+    assert "--top_k 3 has no effect with --temperature 0" in said
+    assert "--seed 1 has no effect with --temperature 0" in said
     assert cli.main(["generate", "no/such", "--top_k", "3", "--temperature", "1"]) == 2
     assert "no effect" not in capsys.readouterr().err

@@ -51,7 +51,7 @@ def test_six_rounds_and_six_more_are_twelve(run_small_here: Run, method: str,
     assert numbers(further) == list(range(1, 13))
     followed = RunState("run")
     for event in Follower(further.run_dir / "events.jsonl").new():
-        followed.take(event)
+        followed.update(event)
     assert (followed.number, followed.total, followed.ended) == (12, 12, True)
     assert run_dir.read_outcome(further.run_dir)["step"] == 12
     assert outcome_of(further) == "finished"

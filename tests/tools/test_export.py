@@ -380,7 +380,7 @@ def test_what_cannot_be_loaded(trained: Outcome, tmp_path: Path,
     run = Path(shutil.copytree(trained.run_dir, tmp_path / "run"))
     assert "--top_k -1" in error("generate", str(run), "--top_k", "-1")
     assert "--device tpu9" in error("evaluate", str(run), "--device", "tpu9")
-    assert "it is there already" in error("export", str(run), str(run))
+    assert "exists already" in error("export", str(run), str(run))
     assert "would replace it" in error("fed_avg", "--init_from", str(run), "--data_dir",
                                        str(tmp_path), "--run_name", "run")
     shutil.rmtree(run / "tokenizer")

@@ -247,8 +247,7 @@ class CentralConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.num_clients >= 1, "--num_clients", self.num_clients,
-                "an integer >= 1")
+        require(self.num_clients >= 1, "--num_clients", self.num_clients, "an integer >= 1")
         require(self.batches != "clients" or self.batch_size % self.num_clients == 0,
                 "--batch_size", self.batch_size,
                 f"a multiple of --num_clients {self.num_clients} with --batches clients")
@@ -301,8 +300,7 @@ class FederatedConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.num_clients >= 1, "--num_clients", self.num_clients,
-                "an integer >= 1")
+        require(self.num_clients >= 1, "--num_clients", self.num_clients, "an integer >= 1")
         if self.cohort is not None:
             whole = self.cohort >= 1 and self.cohort == int(self.cohort)
             require(0 < self.cohort < 1 or (whole and self.cohort <= self.num_clients), "--cohort",
@@ -310,8 +308,7 @@ class FederatedConfig(RunConfig):
                     "share in (0, 1)")
             require(self.sync == "round", "--cohort", self.cohort,
                     "none with --sync epoch, where all clients train in every round")
-        require(self.local_updates >= 1, "--local_updates", self.local_updates,
-                "an integer >= 1")
+        require(self.local_updates >= 1, "--local_updates", self.local_updates, "an integer >= 1")
         require(0 <= self.prox_mu < math.inf, "--prox_mu", self.prox_mu, ">= 0")
         require(self.prox_mu == 0 or self.sync == "round", "--prox_mu", self.prox_mu,
                 "0 with --sync epoch, where clients do not know the global model")

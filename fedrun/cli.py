@@ -1,4 +1,4 @@
-"""Commands and flags, made from the dataclasses in config.py.
+"""The command line: commands, with flags made from the dataclasses in config.py.
 
     fedrun fed_avg --num_clients 8 --lr 1e-3
     python -m fedrun.torchrun --nproc-per-node 5 -m fedrun fed_avg --num_clients 4
@@ -25,25 +25,25 @@ from fedrun.flags import (
     Parser,
     add_flags,
     closest,
-    method_settings,
+    method_flags,
     resolve,
     with_underscores,
 )
 from fedrun.unused import NEVER_READ, refuse_unread
 
 SECONDS_FOR_RANK_0 = 15.0
-# Commands beside training: name -> (help, module whose `main(argv) -> exit code` it is).
+# Commands other than training: name -> (help, module with its `main(argv) -> exit code`).
 TOOLS: dict[str, tuple[str, str]] = {
-    "study": ("a grid of runs, tuned and repeated over seeds, in one table", "fedrun.tools.study"),
+    "study": ("run a grid of settings, tuned and repeated over seeds, and tabulate the results",
+              "fedrun.tools.study"),
     "watch": ("follow a run in the terminal, or look at a finished one", "fedrun.tools.watch"),
-    "partition": ("who holds what under --partition: a table and a figure",
+    "partition": ("show which data each client holds under --partition, as a table and a figure",
                   "fedrun.tools.partition"),
-    "plot": ("figures of perplexities and of how weights changed, from run folders",
-             "fedrun.tools.plot"),
-    "report": ("one HTML page of all runs in a folder", "fedrun.tools.report"),
-    "generate": ("continue a text with the model of a run", "fedrun.tools.generate"),
-    "evaluate": ("loss and perplexity of a run's model on any text", "fedrun.tools.evaluate"),
-    "export": ("a run's model as transformers or mamba_ssm load it", "fedrun.tools.export"),
+    "plot": ("draw perplexities and changes of weights from run folders", "fedrun.tools.plot"),
+    "report": ("write one HTML page about all runs in a folder", "fedrun.tools.report"),
+    "generate": ("continue a text with a run's model", "fedrun.tools.generate"),
+    "evaluate": ("compute a run's loss and perplexity on any text", "fedrun.tools.evaluate"),
+    "export": ("write a run's model for transformers or mamba_ssm", "fedrun.tools.export"),
 }
 
 
@@ -91,7 +91,7 @@ def complain(line: str) -> None:
 
 
 def parse(argv: Sequence[str]) -> RunConfig | None:
-    """The config that a command line asks for; None where it only asked to be told something."""
+    """The config for a command line; None if it only asked for information, which was printed."""
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
         return None
@@ -102,16 +102,16 @@ def parse(argv: Sequence[str]) -> RunConfig | None:
     if method not in METHODS:
         known = [*METHODS, *TOOLS]
         raise InputError(f"unknown command {argv[0]!r}{closest(method, known)}; "
-                         f"known are {', '.join(known)}")
+                         f"must be one of {', '.join(known)}")
     flags = vars(method_parser(method).parse_args([with_underscores(a) for a in argv[1:]]))
-    only_print, only_print_folder = flags.pop("print_config"), flags.pop("print_run_dir")
+    print_config, print_run_dir = flags.pop("print_config"), flags.pop("print_run_dir")
     given = {k: v for k, v in flags.items() if v is not None}
     refuse_unread(method, given)
     config = resolve(method, given)
-    if only_print_folder:
+    if print_run_dir:
         print(config.run_dir)
         return None
-    if only_print:
+    if print_config:
         import yaml
         print(yaml.safe_dump(config.to_dict(), sort_keys=False), end="")
         return None
@@ -119,26 +119,27 @@ def parse(argv: Sequence[str]) -> RunConfig | None:
 
 
 def method_parser(method: str) -> argparse.ArgumentParser:
-    """The flags of one method, with help and defaults."""
+    """A parser for the flags of one method, with help and defaults."""
     parser = Parser(prog=f"fedrun {method}", description=METHODS[method], allow_abbrev=False,
                      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30,
                                                                          width=100))
-    known, unread = method_settings(method), NEVER_READ.get(method, {})
-    add_flags(parser, {name: s for name, s in known.items() if name not in unread})
+    known, unread = method_flags(method), NEVER_READ.get(method, {})
+    add_flags(parser, {name: flag for name, flag in known.items() if name not in unread})
     add_flags(parser, {name: known[name] for name in unread}, hidden=True)
     parser.add_argument("--print_config", action="store_true",
-                        help="Print the resolved settings as YAML and stop.")
+                        help="Print the resolved settings as YAML and exit.")
     parser.add_argument("--print_run_dir", action="store_true",
-                        help="Print the path of the run's folder and stop (for launchers).")
+                        help="Print the path of the run's folder and exit (for launch scripts).")
     return parser
 
 
 def overview() -> str:
-    told = METHODS | {name: text for name, (text, _) in TOOLS.items()}
-    width = max(map(len, told))
-    commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in told.items())
+    """What `fedrun --help` prints: the commands, one a line."""
+    commands = METHODS | {name: text for name, (text, _) in TOOLS.items()}
+    width = max(map(len, commands))
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in commands.items())
     return (f"fedrun {__version__}: federated training of Mamba-2 language models\n\n"
             f"usage: fedrun COMMAND [--flag value ...]\n"
             f"       python -m fedrun.torchrun --nproc-per-node 5 -m fedrun COMMAND ...\n\n"
-            f"{commands}\n\n`fedrun COMMAND --help` explains the flags of a command.\n"
+            f"{lines}\n\n`fedrun COMMAND --help` explains the flags of a command.\n"
             "Without a network: --dataset pydocs --tokenizer bpe:8192")

@@ -1,8 +1,8 @@
-"""Every setting of a run, as frozen dataclasses: what `--help` says, what a run folder records.
+"""Every setting of a run, as frozen dataclasses: what `--help` shows and a run folder records.
 
-The docstring under a field is its help text, its type says what the flag accepts, and
-``__post_init__`` refuses values that cannot work, naming the flag (flags.py turns fields into
-flags). Torch is not imported here, so that `--help` and a wrong flag answer at once.
+A field's type says what its flag accepts and the docstring under it is the help text (flags.py
+turns fields into flags). `__post_init__` raises a ValueError that names the flag for values that
+cannot work. Torch is not imported, so that `--help` and a wrong flag answer at once.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from fedrun.data.text_options import COLUMN, TextOptions, require_dataset, text_
 from fedrun.model.config import ModelConfig
 from fedrun.strategies import FedAvg, Strategy
 
-INT8_COHORT = 126  # clients whose sum fits eight bits with a level to either side of zero each
-
+INT8_COHORT = 126  # most clients whose int8 sum still gives each one level on both sides of zero
 
 Dtype = Literal["auto", "bf16", "fp32", "fp64"]
 Partition = Literal["contiguous", "shuffled", "dirichlet", "documents", "by_source"]
@@ -27,156 +26,170 @@ Partition = Literal["contiguous", "shuffled", "dirichlet", "documents", "by_sour
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What a centralised and a federated run have in common."""
+    """The settings that centralised and federated runs share."""
 
     method: str
     """The command: central, or the name of an aggregation method."""
+
+    # ---- model
     config: str = "pure_ssm_1_layer"
-    """Model preset by name, or the path of a YAML file of settings (with a `model:` section)."""
+    """A preset's name (tiny, pure_ssm_1_layer, ...) or the path of a YAML file of settings, whose
+    section `model:` gives the model's shape."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model's shape; set in the YAML file that --config names."""
+    init_from: str | None = None
+    """Start from trained weights: a run's folder, an exported folder or a model on the hub. Its
+    shape and tokenizer are used too (--tokenizer only if it has none). none: from scratch."""
+
+    # ---- training length
     n_epochs: int = 1
-    """Epochs to run; --rounds overrides it. A finished run is trained further by a larger one."""
+    """Epochs to train; --rounds overrides it. Raise it to train a finished run further."""
     epoch_passes: float = 1.0
-    """Passes over the training data (of a client: its shard) that one epoch takes."""
+    """Passes over the training data (for a client: over its shard) in one epoch."""
     rounds: int | None = None
-    """Global steps to run (rounds; for central: optimizer steps) instead of whole epochs."""
+    """Train for N global steps instead of whole epochs: rounds, or optimizer steps for central."""
+
+    # ---- optimization
     lr: float = 5e-4
-    """Learning rate of AdamW."""
+    """Peak learning rate of AdamW. The first setting to tune."""
     beta1: float = 0.9
-    """Decay of AdamW's first moment."""
+    """AdamW's decay rate for the average of gradients, its first moment."""
     beta2: float = 0.999
-    """Decay of AdamW's second moment; above the square of --beta1."""
+    """AdamW's decay rate for the average of squared gradients, its second moment; must exceed the
+    square of --beta1."""
     weight_decay: float = 0.01
-    """AdamW's weight decay."""
+    """AdamW's weight decay: each step shrinks the parameters by the learning rate times this."""
     grad_clip: float | None = None
-    """Largest norm of a gradient; longer ones are shortened to it."""
+    """Scale a gradient down to this L2 norm if it is longer; helps when the loss has spikes. none:
+    no clipping."""
     warmup: int = 0
     """Optimizer steps over which the learning rate rises linearly to --lr."""
     lr_schedule: Literal["constant", "cosine"] = "constant"
-    """The learning rate after the warmup: constant, or falling to zero along a cosine."""
+    """Learning rate after the warmup: constant, or falling to zero along a cosine (cosine)."""
     batch_size: int = 4
-    """Sequences in one optimizer step (of one client)."""
+    """Sequences in one optimizer step, of each client. Lower it if memory runs out."""
     sequence_length: int = 256
-    """Tokens in a sequence."""
+    """Tokens in one sequence."""
+    seed: int = 0
+    """Random seed of the initial weights, the batches and the partition."""
+
+    # ---- data
+    dataset: str = "wikitext-2"
+    """The text: wikitext-2, wikitext-103, another hub id, a folder (FOLDER:CONFIG), a file or
+    files ('a/*.txt') of text, JSON, CSV, Parquet or Arrow, compressed or not; or pydocs, Python's
+    own documentation, which needs no network."""
+    text_column: str | None = None
+    """Column that holds the text; several (title,body) are joined by a blank line. none: the column
+    text, or the only column with texts."""
+    encoding: str | None = None
+    """Encoding of text files, for example latin-1. none: UTF-8, or as a byte-order mark says."""
+    validation_split: str | None = None
+    """Split to validate on, for example test. none: validation, or else a share of the train
+    rows."""
+    val_fraction: float | None = None
+    """Share of the train rows to hold out for validation, instead of using a validation split.
+    none: a twentieth if there is no such split."""
+    tokenizer: str = "gpt2"
+    """A tokenizer's hub name, folder or tokenizer.json, or bpe:N to train a byte-level BPE with N
+    tokens on the training text, which needs no network."""
     sampling: Literal["shuffle", "replacement"] = "shuffle"
-    """Batches are cut from a new permutation in every pass (shuffle), or drawn with replacement."""
+    """How batches are drawn: every sequence once per pass, in a new order (shuffle), or at random
+    with replacement (replacement)."""
     partition: str = "contiguous"
-    """How the train sequences are dealt out to the clients of a federated run: in their order
-    (contiguous); at random (shuffled); each client with a mix of topics drawn from a Dirichlet
-    distribution (dirichlet); whole documents at random (documents); or whole sources (by_source),
-    which are pydocs' packages, WikiText's articles, the top folders of text files; column:NAME
-    takes the values of a column as sources. Where text is held out, it is of every source then."""
+    """How the training text is divided among clients: sequences in order (contiguous) or at random
+    (shuffled); a Dirichlet mix of topics for each client (dirichlet); whole documents at random
+    (documents); whole sources (by_source: packages of pydocs, articles of WikiText, top folders of
+    text files); or column:NAME, where each value of the column is a source. With sources, held-out
+    text is taken from every source."""
     alpha: float = 1.0
     """Concentration of --partition dirichlet: at 0.1 most clients have one topic, at 1 a few, at
-    100 all have nearly the same mix."""
+    100 nearly the same mix."""
     size_skew: float = 0.0
-    """Standard deviation of the logarithm of the shards' sizes, which are log-normal; 0: equal."""
-    seed: int = 0
-    """Seed of the initial weights, of every client's batches and of the partition."""
+    """How unequal the shards are: the standard deviation of the logarithm of their sizes, which are
+    log-normal. 0: equal sizes."""
+
+    # ---- evaluation
     val_freq: int = 30
-    """Evaluate every so many global steps; the first and the last are always evaluated."""
-    dataset: str = "wikitext-2"
-    """wikitext-2, wikitext-103, another hub id, a folder (FOLDER:CONFIG), a file or files
-    ('a/*.txt') of text, JSON, CSV, Parquet or Arrow, also compressed; or pydocs: the documentation
-    that comes with Python, which needs no network."""
-    text_column: str | None = None
-    """The column that holds the text; several (title,body) are joined by a blank line. none: the
-    column text, or the only one with texts."""
-    encoding: str | None = None
-    """Encoding of text files, latin-1 say; none: UTF-8, or what a byte-order mark says."""
-    validation_split: str | None = None
-    """The split to validate on, test say; none: validation, or else a share of the train rows."""
-    val_fraction: float | None = None
-    """Share of the train rows that is held out to validate on, instead of any validation split;
-    none: a twentieth, where there is no such split."""
-    tokenizer: str = "gpt2"
-    """A tokenizer's hub name, folder or tokenizer.json, or bpe:N to train a byte-level BPE of N
-    tokens on the training text (needs no network)."""
-    init_from: str | None = None
-    """Start from the weights of a run's folder, an exported folder or a model of the hub, with its
-    shape and its tokenizer (the --tokenizer given where it has none), instead of from scratch."""
+    """Evaluate every N global steps, and always after the first and the last."""
+
+    # ---- run folder
     data_dir: Path = Path("results")
-    """Folder that receives the run's folder."""
+    """Folder in which the run's own folder is created."""
     cache_dir: Path = Path("~/.cache/fedrun")
     """Folder for tokenised text, shared by all runs on a machine."""
     run_name: str | None = None
-    """Name of the run's folder, instead of the one made from method, config and seed."""
+    """Name of the run's folder. none: made of method, config and seed."""
     overwrite: bool = False
-    """Begin anew, replacing whatever run the folder holds. Ignored when a launcher restarts the
-    job by itself: it goes on."""
+    """Start over, replacing any run in the folder. When a launcher restarts the job by itself, this
+    is ignored and the run resumes."""
     resume: str = "auto"
-    """Where to resume: auto from the newest whole checkpoint in the run's folder, if it has one;
-    never: start over; or a folder, another run's or one of its checkpoints, to begin from unless
-    the run has checkpoints of its own."""
+    """Where to resume from: auto (the newest complete checkpoint in the run's folder, if any),
+    never (start over), or another run's folder or checkpoint, used until this run has checkpoints
+    of its own."""
     extend: bool = False
-    """Train a run for another number of rounds or epochs although its learning rate depends on it
-    (--lr_schedule cosine): the result differs from one long run's."""
+    """Allow training a run further although its learning rate depends on its length (--lr_schedule
+    cosine). The result differs from one long run's."""
     checkpoint_freq: int | None = 30
-    """Global steps between saves of what the run needs to be resumed, made beside the training and
-    after the last step; the last two are kept. none: never, and no training it further."""
+    """Save a checkpoint every N global steps and after the last one, in the background; the two
+    newest are kept. none: no checkpoints, so the run cannot be resumed or trained further."""
     keep: Literal["last", "best"] = "last"
-    """best: beside the last model, also keep the one with the lowest validation loss, in the run's
-    best/ folder, which every command takes for a run's."""
+    """Which models to keep: the last one, or also the one with the lowest validation loss (best),
+    in the folder best/, which every command accepts as a run."""
     track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
-    """Also send the numbers of every round there; each is an extra to install."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where workers compute; auto takes GPUs where there are any."""
-    dtype: Dtype = "auto"
-    """Type of the matrix products. Parameters, norms, decays and losses are fp32 with bf16 too;
-    auto takes bf16 where the workers' hardware multiplies it, else fp32; fp64 is to check
-    against."""
-    threads: int = 1
-    """CPU threads of a client's training. The results depend on it in the last bits, so it is a
-    setting and never guessed from the machine."""
-    deterministic: bool = False
-    """Use deterministic kernels on GPUs too, which is slower: without it, equal bits are promised
-    on CPUs only."""
-    timeout: float = 1800.0
-    """Seconds that one round may take before the run ends with a message instead of hanging."""
+    """Also send the numbers of every round to this tracker, which must be installed (an extra)."""
 
-    # Settings that say where and how a run happens, not what comes out of it. What --config names
-    # and --device amounts to (the kernels) is compared, not how it was given.
-    neutral: ClassVar[frozenset[str]] = frozenset(
+    # ---- machine
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where workers compute; auto: on GPUs if there are any."""
+    dtype: Dtype = "auto"
+    """Type of matrix products; parameters, norms, decays and losses stay fp32 with bf16. auto: bf16
+    if the workers' hardware supports it, else fp32. fp64 is for checking the others."""
+    threads: int = 1
+    """CPU threads that train one client. The last bits of results depend on it, so it is never
+    chosen by the machine."""
+    deterministic: bool = False
+    """Use deterministic kernels on GPUs too, which are slower. Without it the same bits are
+    guaranteed on CPUs only."""
+    timeout: float = 1800.0
+    """Longest time for one round, in seconds; then the run ends with an error instead of hanging.
+    Raise it if rounds are long."""
+
+    # Where and how a run happens, not what comes out of it. A run is compared with another by what
+    # --config and --device lead to (the settings, the kernels), not by how these were given.
+    not_in_results: ClassVar[frozenset[str]] = frozenset(
         {"data_dir", "cache_dir", "run_name", "overwrite", "resume", "extend", "checkpoint_freq",
          "keep", "track", "timeout", "config", "device"})
-    # What is noted down of a run, which may change when it is resumed.
-    recorded: ClassVar[frozenset[str]] = frozenset({"val_freq"})
+    # What a run records of itself. May be changed on resume: training does not depend on it.
+    only_in_records: ClassVar[frozenset[str]] = frozenset({"val_freq"})
 
     def __post_init__(self) -> None:
         check = require
-        check(self.n_epochs >= 1, "--n_epochs", self.n_epochs, "a whole number of at least 1")
-        check(self.rounds is None or self.rounds >= 1, "--rounds", self.rounds,
-              "a whole number of at least 1")
-        check(0 < self.lr < math.inf, "--lr", self.lr, "a number above 0")
-        check(self.epoch_passes > 0, "--epoch_passes", self.epoch_passes, "a number above 0")
-        check(0 <= self.beta1 < 1, "--beta1", self.beta1, "a number of at least 0 and below 1")
+        for name, lowest in (("n_epochs", 1), ("warmup", 0), ("batch_size", 1), ("val_freq", 1),
+                             ("sequence_length", 2), ("threads", 1)):
+            value = getattr(self, name)
+            check(value >= lowest, f"--{name}", value, f"an integer >= {lowest}")
+        for name in ("rounds", "checkpoint_freq"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, f"--{name}", value, "an integer >= 1, or none")
+        check(0 < self.lr < math.inf, "--lr", self.lr, "> 0")
+        check(self.epoch_passes > 0, "--epoch_passes", self.epoch_passes, "> 0")
+        check(0 <= self.beta1 < 1, "--beta1", self.beta1, "in [0, 1)")
         check(self.beta1**2 < self.beta2 < 1, "--beta2", self.beta2,
-              "a number above the square of --beta1 and below 1 (else steps have no bound)")
-        check(0 <= self.weight_decay < math.inf, "--weight_decay", self.weight_decay,
-              "a number of at least 0")
+              "above the square of --beta1 and below 1 (otherwise AdamW's steps are unbounded)")
+        check(0 <= self.weight_decay < math.inf, "--weight_decay", self.weight_decay, ">= 0")
         check(self.grad_clip is None or self.grad_clip > 0, "--grad_clip", self.grad_clip,
-              "a number above 0, or none")
-        check(self.warmup >= 0, "--warmup", self.warmup, "a whole number of at least 0")
-        check(self.batch_size >= 1, "--batch_size", self.batch_size, "a whole number of at least 1")
-        check(self.sequence_length >= 2, "--sequence_length", self.sequence_length,
-              "a whole number of at least 2")
-        check(0 < self.alpha < math.inf, "--alpha", self.alpha, "a number above 0")
-        check(0 <= self.size_skew < math.inf, "--size_skew", self.size_skew,
-              "a number of at least 0")
-        check(0 <= self.seed < 2**63, "--seed", self.seed, "a whole number from 0 to 2^63 - 1")
+              "> 0, or none")
+        check(0 < self.alpha < math.inf, "--alpha", self.alpha, "> 0")
+        check(0 <= self.size_skew < math.inf, "--size_skew", self.size_skew, ">= 0")
+        check(0 <= self.seed < 2**63, "--seed", self.seed, "an integer in [0, 2^63)")
         require_dataset(self.dataset)
         _ = self.text_options  # refuses what no text could be read with
         check(self.partition in get_args(Partition) or (self.partition.startswith(COLUMN)
               and self.partition != COLUMN), "--partition", self.partition,
-              f"{' or '.join(get_args(Partition))} or {COLUMN}NAME")
-        check(self.val_freq >= 1, "--val_freq", self.val_freq, "a whole number of at least 1")
-        check(self.checkpoint_freq is None or self.checkpoint_freq >= 1, "--checkpoint_freq",
-              self.checkpoint_freq, "a whole number of at least 1, or none")
-        check(self.threads >= 1, "--threads", self.threads, "a whole number of at least 1")
-        check(0 < self.timeout < math.inf, "--timeout", self.timeout, "a number of seconds above 0")
+              f"{', '.join(get_args(Partition))} or {COLUMN}NAME")
+        check(0 < self.timeout < math.inf, "--timeout", self.timeout, "> 0 (seconds)")
         check(self.run_name is None or is_component(self.run_name), "--run_name", self.run_name,
-              "a folder's name without slashes, not . or ..")
+              "a folder name without slashes, not . or ..")
 
     @property
     def text_options(self) -> TextOptions:
@@ -186,12 +199,12 @@ class RunConfig:
 
     @property
     def config_name(self) -> str:
-        """The preset's name as it appears in folder names: `a/b.yaml` is `b`."""
+        """The preset's name as used in folder names; that of `a/b.yaml` is `b`."""
         return Path(self.config).stem
 
     @property
     def name(self) -> str:
-        """Name of the run's folder under data_dir."""
+        """Name of the run's folder in data_dir."""
         return self.run_name or f"central_config_{self.config_name}_seed_{self.seed}"
 
     @property
@@ -199,7 +212,7 @@ class RunConfig:
         return self.data_dir.expanduser() / self.name
 
     def to_dict(self) -> dict[str, Any]:
-        """The resolved config as JSON-able values; strategy settings lie beside the others."""
+        """The resolved config as JSON-able values, the strategy's settings on the same level."""
         def plain(value: Any) -> Any:
             if isinstance(value, Path):
                 return str(value)
@@ -214,109 +227,114 @@ class RunConfig:
         return values | strategy
 
     def results_dict(self) -> dict[str, Any]:
-        """The part of `to_dict` that decides the results: two runs with equal ones are equal."""
-        return {k: v for k, v in self.to_dict().items() if k not in self.neutral | self.recorded}
+        """The part of `to_dict` that decides the results: where it is equal, so are the results."""
+        ignored = self.not_in_results | self.only_in_records
+        return {k: v for k, v in self.to_dict().items() if k not in ignored}
 
 
 @dataclass(frozen=True)
 class CentralConfig(RunConfig):
-    """Centralised training: all the data, one model, one optimizer, one process."""
+    """Centralised training, the baseline: one model, one optimizer, one process."""
 
     batches: Literal["all", "clients", "one_client"] = "all"
-    """What a step trains on: a batch from all the data, the concatenated batches of all clients of
-    a federated run (clients: --batch_size is then of all together), or the batches of the first
-    client, from its shard alone (one_client)."""
+    """What a step trains on: a batch of all the data (all); the batches that the clients of a
+    federated run would use, joined into one of --batch_size (clients); or the first client's
+    batches, from its shard only (one_client)."""
     num_clients: int = 4
-    """Clients of that federated run (--batches clients and one_client)."""
+    """Clients of that federated run, for --batches clients and one_client."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.num_clients >= 1, "--num_clients", self.num_clients,
-                "a whole number of at least 1")
+        require(self.num_clients >= 1, "--num_clients", self.num_clients, "an integer >= 1")
         require(self.batches != "clients" or self.batch_size % self.num_clients == 0,
                 "--batch_size", self.batch_size,
-                f"a multiple of --num_clients {self.num_clients} for --batches clients")
+                f"a multiple of --num_clients {self.num_clients} with --batches clients")
 
 
 @dataclass(frozen=True)
 class FederatedConfig(RunConfig):
-    """Federated training: each client's data stays with the client, models are aggregated."""
+    """Federated training: clients train on their own shards, and their updates are aggregated."""
 
+    # ---- federation
     strategy: Strategy = field(default_factory=FedAvg)
     """The aggregation method with its own settings."""
     num_clients: int = 4
-    """Clients, each with a shard of its own; they are spread over the workers there are."""
+    """Clients, each with its own shard. Any number runs on any number of processes."""
     cohort: float | None = None
-    """Clients that train in a round, drawn anew for each: their number (10), or their share of all
-    (0.1); none: all of them."""
+    """Clients that train in a round, drawn at random for each: a number (10) or a share of all
+    (0.1). none: all of them."""
     local_updates: int = 1
-    """Optimizer steps of every client in a round."""
+    """Optimizer steps that a client makes in a round. More of them mean less communication."""
     sync: Literal["round", "epoch"] = "round"
-    """When clients receive the global model: at the start of every round, or, as in a study to be
-    compared with, only of an epoch, while the server averages models that no client ever sees."""
-    client_state: Literal["keep", "reset", "average"] = "keep"
-    """What becomes of a client's AdamW moments after a round: kept for its next, made anew, or
-    averaged over the cohort in the updates' sum: 24 bytes a parameter instead of 4 (float: 12)."""
-    client_store: Literal["memory", "disk"] = "memory"
-    """Where a client's state (AdamW's moments, say) rests between its turns: in the host's memory,
-    or in a file under the run's clients/, so that hundreds take the memory of two."""
+    """When clients receive the global model: at the start of every round, or only of every epoch
+    (epoch), to reproduce a study in which the server averaged models that no client received."""
     prox_mu: float = 0.0
-    """Weight mu of FedProx's term (mu/2) |w - w_t|^2 in the clients' loss, w_t the global model;
-    no effect at one local update, where w is w_t."""
-    server: Literal["dedicated", "colocated"] = "dedicated"
-    """Under torchrun, rank 0 only serves (dedicated), or is a worker as well (colocated)."""
-    reduce: Literal["exact", "float"] = "exact"
-    """Sum integers on a grid, to the same bits in any number of processes, or floats."""
-    wire: Literal["exact", "int8"] = "exact"
-    """What travels: terms as --reduce says (exact: 4 bytes a parameter, more for some methods), or
-    updates in 8 bits, whose rounding error each client adds to its next update (int8: 1.02)."""
+    """Weight mu of FedProx's term (mu/2) |w - w_t|^2 in the clients' loss, which keeps a client's
+    model w near the global one w_t. No effect at --local_updates 1, where w is w_t."""
+    client_moments: Literal["keep", "reset", "average"] = "keep"
+    """What happens to a client's AdamW moments after a round: kept for its next one (keep), set to
+    zero (reset), or averaged over the cohort together with the updates (average), for which 24
+    bytes a parameter are sent instead of 4 (with --aggregation float 12)."""
+    client_store: Literal["memory", "disk"] = "memory"
+    """Where the state of clients that are not training is kept: in the host's memory, or in files
+    in the run's folder (disk), so that hundreds of clients take the memory of two."""
+    aggregation: Literal["exact", "float", "int8"] = "exact"
+    """How updates are summed: exact (integers on a grid: the same bits in any number of processes;
+    4 bytes a parameter, more for some methods), float (floating point, no bound on an update), or
+    int8 (8 bits, 1.02 bytes a parameter; a client adds its rounding error to its next update)."""
     eval_clients: bool = False
-    """Also evaluate every client's model before it is aggregated (client_val_ppls)."""
+    """Also evaluate every client's own model at each evaluation (client_val_ppls)."""
     save_client_deltas: bool = False
-    """Also save every client's parameters and their change whenever the global model is saved."""
+    """Also save every client's parameters and their change whenever the global model's are
+    saved."""
+    server: Literal["dedicated", "colocated"] = "dedicated"
+    """Under torchrun: rank 0 is only the server (dedicated), or a worker too (colocated), which
+    uses every process for training."""
 
-    neutral: ClassVar[frozenset[str]] = RunConfig.neutral | {"server", "client_store"}
-    recorded: ClassVar[frozenset[str]] = RunConfig.recorded | {"eval_clients", "save_client_deltas"}
+    not_in_results: ClassVar[frozenset[str]] = RunConfig.not_in_results | {
+        "server", "client_store"}
+    only_in_records: ClassVar[frozenset[str]] = RunConfig.only_in_records | {
+        "eval_clients", "save_client_deltas"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.num_clients >= 1, "--num_clients", self.num_clients,
-                "a whole number of at least 1")
+        require(self.num_clients >= 1, "--num_clients", self.num_clients, "an integer >= 1")
         if self.cohort is not None:
             whole = self.cohort >= 1 and self.cohort == int(self.cohort)
             require(0 < self.cohort < 1 or (whole and self.cohort <= self.num_clients), "--cohort",
-                    self.cohort, f"a whole number up to --num_clients {self.num_clients}, or a "
-                    "share between 0 and 1")
+                    self.cohort, f"an integer in [1, {self.num_clients}] (--num_clients), or a "
+                    "share in (0, 1)")
             require(self.sync == "round", "--cohort", self.cohort,
-                    "none with --sync epoch, whose clients train in every round")
-        require(self.local_updates >= 1, "--local_updates", self.local_updates,
-                "a whole number of at least 1")
-        require(0 <= self.prox_mu < math.inf, "--prox_mu", self.prox_mu, "a number of at least 0")
+                    "none with --sync epoch, where all clients train in every round")
+        require(self.local_updates >= 1, "--local_updates", self.local_updates, "an integer >= 1")
+        require(0 <= self.prox_mu < math.inf, "--prox_mu", self.prox_mu, ">= 0")
         require(self.prox_mu == 0 or self.sync == "round", "--prox_mu", self.prox_mu,
-                "0 with --sync epoch, whose clients do not know the global model")
-        require(self.client_state != "average" or self.sync == "round", "--client_state",
-                self.client_state, "keep or reset with --sync epoch")
-        if self.wire == "int8":
+                "0 with --sync epoch, where clients do not know the global model")
+        require(self.client_moments != "average" or self.sync == "round", "--client_moments",
+                self.client_moments, "keep or reset with --sync epoch")
+        if self.aggregation == "int8":
             self._check_int8()
         self.strategy.check(self)
 
     @property
     def cohort_size(self) -> int:
-        """Clients that train in a round."""
+        """Number of clients that train in a round."""
         if self.cohort is None:
             return self.num_clients
         share = self.cohort * self.num_clients if self.cohort < 1 else self.cohort
         return max(1, round(share))
 
     def _check_int8(self) -> None:
-        """Eight bits hold updates that each begin at the global model, of so many clients."""
+        """int8 sums only updates from the global model, weighted in advance, of INT8_COHORT clients
+        at most."""
         fits = set(self.strategy.sums) == {"delta"} and not self.strategy.weight_headroom
-        require(fits, "--wire", "int8", f"exact for {self.method} (int8 carries updates alone)")
-        require(self.client_state != "average", "--client_state", self.client_state,
-                "keep or reset with --wire int8")
+        require(fits, "--aggregation", "int8",
+                f"exact or float for {self.method} (int8 carries only updates)")
+        require(self.client_moments != "average", "--client_moments", self.client_moments,
+                "keep or reset with --aggregation int8")
         require(self.cohort_size <= INT8_COHORT, "--cohort", self.cohort_size,
-                f"up to {INT8_COHORT} clients in a round with --wire int8")
-        self._accept_only("with --wire int8", sync="round", reduce="exact")
+                f"at most {INT8_COHORT} clients in a round with --aggregation int8")
+        self._accept_only("with --aggregation int8", sync="round")
 
     def _accept_only(self, why: str, **accepted: Any) -> None:
         for flag, value in accepted.items():
@@ -324,11 +342,11 @@ class FederatedConfig(RunConfig):
                     f"{value} {why}".lower())
 
     def warnings(self) -> list[str]:
-        """Settings that work but hardly do what was meant, each in a line (see unused.py too)."""
+        """One line for each setting that works but is hardly what was meant (see unused.py too)."""
         found = self.strategy.warnings(self.local_updates)
-        if self.client_state == "reset" and self.local_updates == 1:
-            found.append("--client_state reset at --local_updates 1 makes every step AdamW's "
-                         "first, which is sign descent")
+        if self.client_moments == "reset" and self.local_updates == 1:
+            found.append("--client_moments reset with --local_updates 1 makes every step "
+                         "AdamW's first one, which is sign descent")
         return found
 
     @property

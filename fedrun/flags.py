@@ -1,8 +1,7 @@
-"""From the fields of dataclasses to flags and YAML keys, and from those to the config of a run.
+"""Turns the fields of dataclasses into flags and YAML keys, and these into the config of a run.
 
-The docstring under a field is its help text, its type says what the flag accepts. A value is looked
-up in this order, later ones win:
-field default < configs/methods/<method>.yaml < --config < flags.
+A field's type says what its flag accepts, the docstring under it is the help text. Later sources
+override earlier ones: field default < configs/methods/<method>.yaml < --config < flags.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 
 from fedrun.common.errors import InputError, require
+from fedrun.common.old_names import NEW_NAMES, moved, renamed
 from fedrun.config import CentralConfig, FederatedConfig, RunConfig
 from fedrun.model.config import ModelConfig
 from fedrun.strategies import STRATEGIES, Strategy, strategy_class
@@ -31,7 +31,7 @@ from fedrun.strategies import STRATEGIES, Strategy, strategy_class
 
 @dataclass(frozen=True)
 class Flag:
-    """One field of a dataclass, seen as a flag."""
+    """A field of a dataclass as a flag."""
 
     name: str
     kind: type
@@ -41,7 +41,10 @@ class Flag:
     help: str
 
     def parse(self, value: Any, where: str) -> Any:
-        """A value of the field's type from a flag's text or a YAML value; ValueError names it."""
+        """The value of the field's type for a flag's text or a YAML value.
+
+        where: what stands before the value in the message of the ValueError: "--lr ".
+        """
         if self.optional and (value is None or value == "none"):
             return None
         try:
@@ -54,13 +57,13 @@ class Flag:
                 return {True: int(number)}[number.is_integer() and not isinstance(value, bool)]
             return self.kind(value)
         except (KeyError, ValueError, TypeError, OverflowError):
-            what = " or ".join(self.choices) or {bool: "true or false", int: "a whole number",
-                                                 float: "a number"}.get(self.kind, "a text")
-            raise InputError(f"{where}{value}: must be {what}") from None
+            accepted = " or ".join(self.choices) or {bool: "true or false", int: "an integer",
+                                                     float: "a number"}.get(self.kind, "text")
+            raise InputError(f"{where}{value}: must be {accepted}") from None
 
 
-def settings(cls: type) -> dict[str, Flag]:
-    """The fields of a dataclass that can be set by flags and YAML keys, by name."""
+def flags_of(cls: type) -> dict[str, Flag]:
+    """The flags of a dataclass, by name: one for each field but `method` and nested dataclasses."""
     helps: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base):
@@ -80,7 +83,7 @@ def settings(cls: type) -> dict[str, Flag]:
 
 
 def _docstrings(cls: type) -> dict[str, str]:
-    """Field name -> the string literal that follows the field in the class body."""
+    """Field name -> the string literal below the field in the class body."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(tree, ast.ClassDef)
     return {a.target.id: " ".join(s.value.value.split())
@@ -90,7 +93,7 @@ def _docstrings(cls: type) -> dict[str, str]:
             and isinstance(s.value.value, str)}
 
 
-# ---- from defaults, files and flags to a config -------------------------------------------------
+# ---- resolving defaults, files and flags to a config --------------------------------------------
 
 def config_classes(method: str) -> tuple[type[RunConfig], type[Strategy] | None]:
     """The dataclasses whose fields are the method's flags."""
@@ -100,43 +103,44 @@ def config_classes(method: str) -> tuple[type[RunConfig], type[Strategy] | None]
 
 
 @functools.cache
-def method_settings(method: str) -> dict[str, Flag]:
-    """All settings of a method, defaults as its YAML file leaves them."""
+def method_flags(method: str) -> dict[str, Flag]:
+    """All flags of a method, with the defaults of its YAML file where it has one."""
     run_class, strategy = config_classes(method)
-    known = settings(run_class) | (settings(strategy) if strategy else {})
+    known = flags_of(run_class) | (flags_of(strategy) if strategy else {})
     defaults = _read_yaml(configs_dir() / "methods" / f"{method}.yaml", optional=True)
     unknown = set(defaults) - set(known)
     assert not unknown, f"configs/methods/{method}.yaml sets {unknown}"
-    return {name: dataclasses.replace(s, default=s.parse(defaults[name], f"{name}: "))
-            if name in defaults else s for name, s in known.items()}
+    return {name: dataclasses.replace(flag, default=flag.parse(defaults[name], f"{name}: "))
+            if name in defaults else flag for name, flag in known.items()}
 
 
 def resolve(method: str, flags: Mapping[str, Any]) -> RunConfig:
-    """The config of a run from the flags that were given (name -> value).
+    """The config of a run, from the flags that were given (name -> value).
 
-    Raises ValueError, naming the flag or the file and its key, for what is wrong or unknown.
+    Raises ValueError for wrong or unknown flags and keys, naming the flag, or the file and the key.
     """
     run_class, strategy = config_classes(method)
-    known = method_settings(method)
+    known = method_flags(method)
     for name in flags:
         if name not in known:
-            raise InputError(f"unknown flag --{name}{closest(name, known)} for {method}")
-    values = {name: s.default for name, s in known.items()}
+            raise InputError(moved(name, flags[name])
+                             or f"unknown flag --{name}{closest(name, known)} for {method}")
+    values = {name: flag.default for name, flag in known.items()}
     if "config" in flags:
         values["config"] = flags["config"]
     path = find_config(str(values["config"]))
-    chosen = _read_yaml(path)
+    chosen = renamed(_read_yaml(path))
     model = chosen.pop("model", {})
     for name, value in chosen.items():
         if name == "config" or name not in known:
-            raise InputError(f"--config {path}: unknown key {name!r}{closest(name, known)}")
+            hint = f", now {NEW_NAMES[name]}" if name in NEW_NAMES else closest(name, known)
+            raise InputError(f"--config {path}: unknown key {name!r}{hint}")
         values[name] = known[name].parse(value, f"--config {path}: {name} ")
     values |= {name: known[name].parse(value, f"--{name} ") for name, value in flags.items()}
 
-    shapes = settings(ModelConfig)
+    shapes = flags_of(ModelConfig)
     if not isinstance(model, dict) or set(model) - set(shapes):
-        raise InputError(f"--config {path}: the section `model` accepts "
-                         + ", ".join(shapes))
+        raise InputError(f"--config {path}: the section `model` accepts " + ", ".join(shapes))
     try:
         shape = ModelConfig(**{k: shapes[k].parse(v, f"model.{k} ") for k, v in model.items()})
     except ValueError as error:
@@ -149,7 +153,7 @@ def resolve(method: str, flags: Mapping[str, Any]) -> RunConfig:
 
 
 def configs_dir() -> Path:
-    """configs/ of the checkout, or the copy of it that an installed wheel carries."""
+    """configs/ in the checkout, or its copy in an installed wheel."""
     installed = Path(__file__).parent / "configs"
     return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
 
@@ -158,17 +162,17 @@ def find_config(config: str) -> Path:
     """The YAML file behind --config: a preset's name, or a path that ends in .yaml or .yml."""
     if config.endswith((".yaml", ".yml")):
         path = Path(config).expanduser()
-        require(path.is_file(), "--config", config, "a file that exists, or a preset's name")
+        require(path.is_file(), "--config", config, "an existing file, or a preset's name")
         return path
     presets = {p.stem: p for p in sorted((configs_dir() / "models").glob("*.yaml"))}
     if config not in presets:
-        raise InputError(f"--config {config}: unknown preset{closest(config, presets)}; known are "
-                         f"{', '.join(presets)}, or give the path of a .yaml file")
+        raise InputError(f"--config {config}: unknown preset{closest(config, presets)}; must be "
+                         f"{', '.join(presets)} or the path of a .yaml file")
     return presets[config]
 
 
 def closest(name: str, known: typing.Iterable[str]) -> str:
-    """', did you mean ...?' where a known name is near, else nothing."""
+    """', did you mean NAME?' if a known name is similar, else an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1)
     return f", did you mean {near[0]}?" if near else ""
 
@@ -182,7 +186,7 @@ def _read_yaml(path: Path, optional: bool = False) -> dict[str, Any]:
         raise InputError(f"--config {path}: cannot be read as YAML: "
                          + " ".join(str(error).split())) from None
     if content is not None and not isinstance(content, dict):
-        raise InputError(f"--config {path}: a mapping of settings is expected")
+        raise InputError(f"--config {path}: must be a mapping of settings")
     return content or {}
 
 
@@ -190,11 +194,11 @@ def _read_yaml(path: Path, optional: bool = False) -> dict[str, Any]:
 
 METHODS = {"central": "centralised training, the baseline: all the data in one process"} | {
     name: (cls.__doc__ or "").split("\n")[0] for name, cls in STRATEGIES.items()}
-"""Command -> what it does."""
+"""Command -> what it does, in one line."""
 
 
 def with_underscores(argument: str) -> str:
-    """--num-clients=4 as --num_clients=4: flags are known by both spellings."""
+    """--num-clients=4 as --num_clients=4: flags may be spelled either way."""
     if not argument.startswith("--"):
         return argument
     flag, equals, value = argument.partition("=")
@@ -202,29 +206,43 @@ def with_underscores(argument: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are our one-line ValueErrors."""
+    """argparse with its errors raised as InputError, one line each."""
 
     def error(self, message: str) -> NoReturn:
         words = message.removeprefix("unrecognized arguments: ").split()
         if message.startswith("unrecognized") and words:
-            known = [s for a in self._actions for s in a.option_strings]
+            known = [s for a in self._actions for s in a.option_strings
+                     if not isinstance(a, _OldFlag)]
             message = (f"unknown flag {words[0]}{closest(words[0].split('=')[0], known)} "
                        f"({self.prog} --help lists them)")
         raise InputError(message.removeprefix("argument "))
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: Mapping[str, Flag],
-              hidden: bool = False) -> None:
-    """A flag for each setting, its default in the help; what was not given is None.
+class _OldFlag(argparse.Action):
+    """A flag's former name: an error that gives today's name."""
 
-    hidden: without a line in the help, for a command that passes them on.
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace,
+                 values: Any, option_string: str | None = None) -> None:
+        raise InputError(moved(self.dest, values))
+
+
+def add_flags(parser: argparse.ArgumentParser, flags: Mapping[str, Flag],
+              hidden: bool = False) -> None:
+    """Add the flags to a parser, with their defaults in the help. A flag that is not given is None
+    in the parsed arguments.
+
+    hidden: leave them out of the help, for a command that only passes them on.
     """
-    for name, setting in settings.items():
-        text = setting.help.replace("%", "%%")
-        shown = "none" if setting.default is None else setting.default
-        extra: dict[str, Any] = {"metavar": "|".join(setting.choices) or {
-            int: "N", float: "X", bool: "true|false"}.get(setting.kind, "TEXT")}
-        if setting.kind is bool:
+    for name, flag in flags.items():
+        text = flag.help.replace("%", "%%")
+        shown = "none" if flag.default is None else flag.default
+        extra: dict[str, Any] = {"metavar": "|".join(flag.choices) or {
+            int: "N", float: "X", bool: "true|false"}.get(flag.kind, "TEXT")}
+        if flag.kind is bool:
             extra |= {"nargs": "?", "const": "true"}
         parser.add_argument(f"--{name}", default=None, **extra,
                             help=argparse.SUPPRESS if hidden else f"{text} (default: {shown})")
+    for old, new in NEW_NAMES.items():
+        if new in flags:
+            parser.add_argument(f"--{old}", action=_OldFlag, nargs="?", default=argparse.SUPPRESS,
+                                help=argparse.SUPPRESS)

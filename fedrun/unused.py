@@ -1,5 +1,5 @@
-"""Flags that do nothing: what no part of a command reads is refused, what its other settings make
-idle is told. Needs no torch."""
+"""Flags without effect: an error if the command never reads them, a warning if the other settings
+make them idle. Does not import torch."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ from typing import Any
 
 from fedrun.common.errors import InputError
 from fedrun.config import RunConfig
-from fedrun.flags import method_settings
+from fedrun.flags import method_flags
 
 NEVER_READ: dict[str, dict[str, str]] = {
-    "central": {"timeout": "one process waits for no other"},
-    "study": {"seed": "the study's file sets it for each run: tune_seed and report_seeds",
+    "central": {"timeout": "a single process waits for no other"},
+    "study": {"seed": "the study's file sets the seeds: tune_seed and report_seeds",
               "run_name": "a study names its runs after their settings",
-              "data_dir": "the runs of a study are under --results, in its folder",
-              "checkpoint_freq": "runs of a study are short, and keep no checkpoints"}}
-"""By command, the flags that are refused, and why."""
+              "data_dir": "the runs of a study are in its folder under --results",
+              "checkpoint_freq": "the runs of a study are short and keep no checkpoints"}}
+"""Command -> the flags that it refuses, each with the reason."""
 
 
 def refuse_unread(command: str, flags: Collection[str], where: str = "--") -> None:
-    """ValueError for flags that `command` takes from nobody; `where` stands before their names."""
+    """Raise ValueError if one of `flags` is never read by `command`; `where` is put before its name
+    in the message."""
     for name, why in NEVER_READ.get(command, {}).items():
         if name in flags:
-            raise InputError(f"{where}{name}: {command} does not read it ({why}); leave it out")
+            raise InputError(f"{where}{name}: not used by {command} ({why}); leave it out")
 
 
 def _batches_all(config: Any) -> str:
@@ -38,8 +39,7 @@ def _one_client(config: Any) -> str:
     return "with one client in a round" if config.cohort_size == 1 else ""
 
 
-# Flag -> why it has no effect under these settings; empty where it has one. A flag that the
-# config's class does not have is passed over.
+# Flag -> a function that says why it has no effect under a config; empty if it has one.
 IDLE: dict[str, Callable[[Any], str]] = {
     "n_epochs": _rounds,
     "epoch_passes": lambda c: "" if getattr(c, "sync", "round") == "epoch" else _rounds(c),
@@ -49,9 +49,9 @@ IDLE: dict[str, Callable[[Any], str]] = {
     "alpha": lambda c: _batches_all(c) or (
         "" if c.partition == "dirichlet" else "without --partition dirichlet"),
     "extend": lambda c: "" if c.lr_schedule != "constant" else
-    "with --lr_schedule constant, under which a run is trained further without it",
-    "prox_mu": lambda c: "at --local_updates 1" if c.local_updates == 1 else "",
-    "client_store": lambda c: "with one client, whose state stays where it is"
+    "with --lr_schedule constant, where a run can be trained further without it",
+    "prox_mu": lambda c: "with --local_updates 1" if c.local_updates == 1 else "",
+    "client_store": lambda c: "with one client, whose state always stays in place"
     if c.num_clients == 1 else "",
     "weighting": _one_client,
     "temperature": _one_client,
@@ -61,16 +61,15 @@ IDLE: dict[str, Callable[[Any], str]] = {
 
 
 def idle(config: RunConfig) -> dict[str, str]:
-    """Flag -> a line, for each setting that is not its default and has no effect under the others.
-    """
-    known = method_settings(config.method)
+    """Flag -> a warning, for each setting that was changed from its default and has no effect."""
+    known = method_flags(config.method)
     values = config.to_dict()
     found = {name: f"--{name} {_shown(values[name])} has no effect {reason}"
              for name, why in IDLE.items() if name in known
              and values[name] != known[name].default and (reason := why(config))}
     if config.init_from and config.config != known["config"].default:
         found["config"] = (f"the model of --config {config.config} has no effect with --init_from, "
-                           "whose model has a shape of its own")
+                           "which brings its own")
     return found
 
 

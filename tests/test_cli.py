@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -73,16 +74,16 @@ def test_printed_config_is_a_config_again(
 @pytest.mark.parametrize(("argv", "said"), [
     (["fed_avgg"], "unknown command 'fed_avgg', did you mean fed_avg?"),
     (["fed_avg", "--num_client", "3"], "did you mean --num_clients?"),
-    (["fed_avg", "--num_clients", "0"], "--num_clients 0: must be a whole number"),
-    (["fed_avg", "--num_clients", "2.5"], "--num_clients 2.5: must be a whole number"),
-    (["fed_avg", "--lr", "-1"], "--lr -1.0: must be a number above 0"),
+    (["fed_avg", "--num_clients", "0"], "--num_clients 0: must be an integer >= 1"),
+    (["fed_avg", "--num_clients", "2.5"], "--num_clients 2.5: must be an integer"),
+    (["fed_avg", "--lr", "-1"], "--lr -1.0: must be > 0"),
     (["fed_avg", "--lr", "nan"], "--lr nan"),
     (["fed_avg", "--lr"], "--lr: expected one argument"),
     (["fed_avg", "--sync", "never"], "--sync never: must be round or epoch"),
     (["fed_avg", "--rounds", "0"], "--rounds 0"),
     (["fed_avg", "--timeout", "0"], "--timeout"),
     (["fed_avg", "--run_name", "../x"], "--run_name ../x"),
-    (["fed_avg", "--config", "pure_ssm_9"], "known are pure_ssm_1_layer, pure_ssm_2_layer"),
+    (["fed_avg", "--config", "pure_ssm_9"], "must be pure_ssm_1_layer, pure_ssm_2_layer"),
     (["fed_avg", "--config", "no/such.yaml"], "--config no/such.yaml"),
     (["central", "--local_updates", "4"], "unknown flag --local_updates"),
 ])
@@ -90,7 +91,7 @@ def test_a_wrong_value_gets_one_line_and_exit_code_2(
         argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == 2
     captured = capsys.readouterr()
-    assert said in captured.err
+    assert re.search(said.replace("?", "\\?"), captured.err)
     assert captured.err.count("\n") == 1
 
 
@@ -99,7 +100,7 @@ def test_a_wrong_value_gets_one_line_and_exit_code_2(
     ("model: {layers: 2}\n", "section `model` accepts n_layer"),
     ("model: {headdim: 48}\n", "model.headdim"),
     ("lr: fast\n", "lr fast: must be a number"),
-    ("- a\n", "a mapping of settings is expected"),
+    ("- a\n", "must be a mapping of settings"),
     ("a: [\n", "cannot be read as YAML"),
 ])
 def test_a_wrong_file_is_named_with_its_key(tmp_path: Path, text: str, said: str) -> None:

@@ -56,7 +56,7 @@ def test_numbers_that_are_not_finite_are_null_and_readers_take_them(
         capfd: pytest.CaptureFixture[str]) -> None:
     """A perplexity that no float can hold, of a model that is finite."""
     spoil_updates(monkeypatch, 1e20, 2, {0, 1})
-    outcome = run_here("fed_avg", "--num_clients", 2, "--reduce", "float", "--val_freq", 1,
+    outcome = run_here("fed_avg", "--num_clients", 2, "--aggregation", "float", "--val_freq", 1,
                        "--rounds", 4, "--checkpoint_freq", 2)
     assert outcome.code == 0, outcome.output
     for file in (*outcome.run_dir.glob("*.json"), *outcome.run_dir.glob("checkpoints/*/*.json")):
@@ -66,14 +66,14 @@ def test_numbers_that_are_not_finite_are_null_and_readers_take_them(
     assert math.isfinite(history[-1]["server_val_loss"])
     state = watch.RunState("run")
     for line in (outcome.run_dir / "events.jsonl").read_text().splitlines():
-        state.take(strictly(line))
+        state.update(strictly(line))
     assert [math.isinf(state.validation[n]) for n in (1, 2, 3, 4)] == [False, True, True, True]
     assert watch.main([str(outcome.run_dir), "--once"]) == 0
     assert "inf" in capfd.readouterr().out
     found = runs.find_runs(tmp_path).runs
     assert [math.isinf(r.val_ppl) for r in found[0].history] == [False, True, True, True]
     config = resolve("fed_avg", {"data_dir": str(tmp_path), "run_name": "run", "num_clients": 2,
-                                 "rounds": 4, "reduce": "float", "val_freq": 1})
+                                 "rounds": 4, "aggregation": "float", "val_freq": 1})
     history[-1]["val_loss_halves"] = [None, 3.0]
     (outcome.run_dir / "training_history.json").write_text(json.dumps(history))
     held = outcome.config

@@ -88,7 +88,7 @@ def test_a_result_is_itself_in_a_file(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_markup_is_not_interpreted() -> None:
     name = "[red]x[/red] [link=http://a.b]y[/link] :smile:"
     state = RunState(name)
-    state.take({"event": "start", "unit": name, "total": 3})
+    state.update({"event": "start", "unit": name, "total": 3})
     shown = io.StringIO()
     Console(file=shown, width=100, force_terminal=True).print(screen(state))
     assert name in shown.getvalue()
@@ -208,8 +208,8 @@ def test_a_model_that_is_no_longer_finite_makes_no_text(
     assert cli.main(["generate", str(run), "--prompt", "once", *flags]) == 2
     said = capsys.readouterr()
     assert said.out == ""
-    assert said.err == (f"fedrun: error: RUN {run}: {reason}: the model has diverged, and can make "
-                        "no text\n")
+    assert said.err == (f"fedrun: error: RUN {run}: {reason}: the model has diverged and cannot "
+                        "generate text\n")
 
 
 @pytest.mark.usefixtures("warnings_are_errors")

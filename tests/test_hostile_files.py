@@ -112,7 +112,7 @@ Events = st.dictionaries(st.sampled_from(
 def test_any_events_can_be_shown(events: list[dict[str, object]], kind: str) -> None:
     state = RunState("run")
     for event in events:
-        state.take({"event": kind} | event)
+        state.update({"event": kind} | event)
     shown = io.StringIO()
     Console(file=shown, width=100).print(screen(state))
     assert "run" in shown.getvalue()

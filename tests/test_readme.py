@@ -55,7 +55,7 @@ def test_commands_and_flags_in_the_readme_exist() -> None:
         if words[0] in flags.METHODS:
             assert cli.parse(words) is not None
     methods = [*flags.METHODS]
-    known = {f"--{name}" for m in methods for name in flags.method_settings(m)}
+    known = {f"--{name}" for m in methods for name in flags.method_flags(m)}
     known |= {"--print_config", "--help", "--nproc-per-node", "--node-rank", "--extra-index-url",
               "--no-build-isolation", "--no-deps", "--standalone"}
     named = set(re.findall(r"`(--[a-z0-9_-]+)", README))

@@ -50,7 +50,7 @@ def test_float_sums_agree_to_rounding(run: Run) -> None:
     flags = ("--num_clients", 4, "--rounds", 4)
     exact = run("fed_avg", *flags, name="exact").model
     for processes in (1, 3):
-        outcome = run("fed_avg", *flags, "--reduce", "float", processes=processes,
+        outcome = run("fed_avg", *flags, "--aggregation", "float", processes=processes,
                       name=f"float{processes}")
         assert outcome.code == 0, outcome.output
         for name, value in outcome.model.items():
@@ -99,7 +99,7 @@ def test_sync_epoch_lets_clients_drift(run: Run) -> None:
 
 def test_resetting_moments_changes_the_run(run: Run) -> None:
     flags = ("--num_clients", 2, "--rounds", 3)
-    keep, reset = (run("fed_avg", *flags, "--client_state", s, name=s) for s in ("keep", "reset"))
+    keep, reset = (run("fed_avg", *flags, "--client_moments", s, name=s) for s in ("keep", "reset"))
     assert keep.code == reset.code == 0
     assert keep.bits != reset.bits
 

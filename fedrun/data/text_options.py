@@ -34,15 +34,15 @@ class TextOptions:
 
     def __post_init__(self) -> None:
         require(self.text_column is None or all(self.columns), "--text_column", self.text_column,
-                "the name of a column, or of several: title,body")
+                "a column's name, or several, such as title,body")
         require(self.encoding is None or _is_encoding(self.encoding), "--encoding", self.encoding,
-                "an encoding that Python knows: utf-8, latin-1, cp1252, utf-16, ...")
+                "an encoding known to Python, such as utf-8, latin-1, cp1252 or utf-16")
         require(self.val_fraction is None or 0 < self.val_fraction < 1, "--val_fraction",
-                self.val_fraction, "> 0 and < 1")
+                self.val_fraction, "in (0, 1)")
         require(self.validation_split is None or bool(self.validation_split.strip()),
                 "--validation_split", self.validation_split, "the name of a split, such as test")
         require(self.validation_split is None or self.val_fraction is None, "--val_fraction",
-                self.val_fraction, "none if --validation_split is given")
+                self.val_fraction, "none with --validation_split, which names the text")
 
     @property
     def columns(self) -> list[str]:

@@ -112,8 +112,7 @@ class Server:
             return f"{why}{more})"
         advice = f"--lr {self.config.lr:g} may be too large"
         if "exceeds its bound" in why:
-            exact = "--wire exact " if self.config.wire == "int8" else ""
-            advice += f" ({exact}--reduce float has no bound)"
+            advice += " (--aggregation float has no bound)"
         return f"{why}{more}): {advice}"
 
     def check(self, plan: RoundPlan, reports: list[RoundReport], model: Tensor | None

@@ -64,17 +64,17 @@ class Worker:
         self.global_model = plane.replicated(vector)
         self.state = {name: plane.replicated(torch.full_like(vector, value))
                       for name, value in self.strategy.state.items()}
-        average = config.client_state == "average"
+        average = config.client_moments == "average"
         self.moments = {name: plane.replicated(torch.zeros_like(vector)) for name in MOMENTS
                         } if average else None
         """AdamW's moments averaged over the last cohort, if clients share them."""
         self.aggregator: Aggregator
-        if config.wire == "int8":
+        if config.aggregation == "int8":
             self.aggregator = Int8Aggregator(self.strategy, self.flat.size, vector,
                                              config.cohort_size, plane)
         else:
             self.aggregator = ExactAggregator(self.strategy, self.flat.size, vector,
-                                              config.reduce == "exact", average, plane)
+                                              config.aggregation == "exact", average, plane)
         self.server_update = ServerUpdate(self.strategy, self.aggregator)
         self.fisher = FisherEstimate(self.flat, self.strategy.fisher_settings
                                      ) if "fisher" in self.strategy.inputs else None
@@ -94,7 +94,7 @@ class Worker:
         optimizer = LocalOptimizer(self.flat, config, self.schedule.rounds * config.local_updates)
         hosted = assign_clients(work, len(self.runtime.workers))[self._index]
         return {k: Client(k, self.shards.train[k], self.data.train, self.flat, config, optimizer,
-                          keeps_moments=config.client_state == "keep") for k in hosted}
+                          keeps_moments=config.client_moments == "keep") for k in hosted}
 
     @property
     def _index(self) -> int:
@@ -132,7 +132,7 @@ class Worker:
         steps = self.config.local_updates
         first_step = (plan.round - 1) * steps
         if self.strategy.trains:
-            if self.config.client_state == "reset":
+            if self.config.client_moments == "reset":
                 client.optimizer.reset()
             if self.moments is not None:
                 client.optimizer.load_moments(self.moments, first_step)
@@ -210,7 +210,7 @@ class Worker:
                 vectors[name] = self.fisher.finish()
             else:
                 vectors[name] = moments[name]
-        if self.config.wire == "int8":
+        if self.config.aggregation == "int8":
             vectors["residual"] = client.residual()
         return vectors if self.moments is None else vectors | moments
 

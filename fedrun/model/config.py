@@ -53,17 +53,17 @@ class ModelConfig:
         for name, limit in LARGEST.items():
             value = getattr(self, name)
             require(type(value) is int and 1 <= value <= limit, f"model.{name}", value,
-                    f"a whole number from 1 to {limit}")
+                    f"an integer in [1, {limit}]")
         for name in ("tie_embeddings", "proj_bias", "conv_bias"):
             value = getattr(self, name)
             require(type(value) is bool, f"model.{name}", value, "true or false")
         require(_number(self.norm_eps) and 0 < self.norm_eps <= 1, "model.norm_eps", self.norm_eps,
-                "a number above 0, up to 1")
+                "in (0, 1]")
         require(_number(self.dt_lower) and 0 <= self.dt_lower < 1e30, "model.dt_lower",
-                self.dt_lower, "a number of at least 0")
+                self.dt_lower, ">= 0")
         require(self.dt_upper is None or (_number(self.dt_upper)
                                           and self.dt_lower < self.dt_upper < 1e30),
-                "model.dt_upper", self.dt_upper, "a number above model.dt_lower, or none")
+                "model.dt_upper", self.dt_upper, "> model.dt_lower, or none")
         inner = self.expand * self.d_model
         require(inner % self.headdim == 0, "model.headdim", self.headdim,
                 f"a divisor of expand * d_model = {inner}")

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fedrun.common.errors import InputError, explain, one_line
 from fedrun.common.files import open_regular, plain_name, read_json
+from fedrun.common.old_names import renamed
 from fedrun.common.terminal import shortened
 from fedrun.data import hub
 from fedrun.data.tokenizer import HUB_NAME
@@ -129,7 +130,7 @@ def find_pretrained(name: str, flag: str) -> Pretrained:
     try:
         held = read_json(folder / "config.json", dict)
         if "method" in held:
-            return _of_run(folder, _typed(held))
+            return _of_run(folder, _typed(renamed(held)))
         if held.get("model_type") == "mamba2":
             return Pretrained(folder, *from_transformers_config(held), {})
         if "ssm_cfg" in held:

@@ -21,6 +21,7 @@ import numpy as np
 
 from fedrun.common.errors import InputError, naming
 from fedrun.common.files import DamagedFile, Kind, number, read_json, whole
+from fedrun.common.old_names import renamed
 from fedrun.common.terminal import shortened, visible
 from fedrun.config import FederatedConfig
 from fedrun.records.run_files import MARK
@@ -42,9 +43,9 @@ LARGEST = 1e30  # tokens, seconds or bytes
 LONGEST = 300  # characters of the settings by which variants are told apart, in a line
 
 # Settings in which runs may differ and still be repetitions of one experiment.
-_NO_VARIANT = FederatedConfig.neutral | {
+_NO_VARIANT = FederatedConfig.not_in_results | {
     "method", "config", "local_updates", "seed", "device", "threads", "eval_clients",
-    "save_client_deltas", "val_freq", "reduce", MARK}
+    "save_client_deltas", "val_freq", MARK}
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ def identify(path: Path) -> Run:
 
     Raises Damaged where that cannot be told.
     """
-    settings = _read(path / "config.json", dict) or {}
+    settings = renamed(_read(path / "config.json", dict) or {})
     named = NAME.fullmatch(path.name)
     if settings:
         method, config = settings.get("method"), settings.get("config")
@@ -325,4 +326,6 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
     for name, value in settings.items():
         flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) \
             else {name: value}
+    if flat.get("aggregation") == "float":  # the same sums as exact ones, but for rounding
+        flat["aggregation"] = "exact"
     return flat

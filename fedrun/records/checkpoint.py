@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fedrun.common.errors import InputError, one_line
 from fedrun.common.files import finite, open_regular, read_json, write_atomic, write_json
+from fedrun.common.old_names import renamed
 from fedrun.config import RunConfig
 from fedrun.records import run_files
 from fedrun.records.run_files import manifest_sum, remove_checkpoint
@@ -301,7 +302,7 @@ def read(folder: Path) -> Checkpoint:
 def open_unverified(folder: Path) -> Checkpoint:
     """The checkpoint in a folder that rank 0 has read and compared."""
     manifest = _manifest(folder)
-    return Checkpoint(folder, _step(folder), manifest["config"], manifest["made_with"])
+    return Checkpoint(folder, _step(folder), renamed(manifest["config"]), manifest["made_with"])
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

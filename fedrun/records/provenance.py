@@ -134,9 +134,8 @@ def differing(config: RunConfig, held: Mapping[str, Any]) -> dict[str, tuple[Any
 
 def alike_on_all_ranks(config: RunConfig) -> dict[str, Any]:
     """The settings that every rank has to be started with. Paths of what is read may differ."""
-    values = config.to_dict()
-    return {name: values[name] for name in values
-            if name in (config.results_dict().keys() - READ.keys()) | config.recorded | {"device"}}
+    shared = (config.results_dict().keys() - READ.keys()) | config.only_in_records | {"device"}
+    return {name: value for name, value in config.to_dict().items() if name in shared}
 
 
 def told(differences: Mapping[str, tuple[Any, Any]]) -> str:

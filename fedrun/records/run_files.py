@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrun.common.files import DamagedFile, check_claim, read_json
+from fedrun.common.old_names import renamed
 
 MARK = "fedrun"
 """Key of config.json that only runs have: the version that began the run."""
@@ -60,7 +61,7 @@ def settings(run_dir: Path) -> dict[str, Any] | None:
         held = read_json(run_dir / "config.json", dict)
         if MARK in held or (held.keys() >= _OLD_KEYS
                             and any((run_dir / name).is_file() for name in _BESIDE)):
-            return held
+            return renamed(held)
     return _settings_in_checkpoint(run_dir)
 
 
@@ -71,7 +72,7 @@ def _settings_in_checkpoint(run_dir: Path) -> dict[str, Any] | None:
             manifest = read_json(path, dict)
             config = manifest.get("config")
             if manifest.get("sha256") == manifest_sum(manifest) and isinstance(config, dict):
-                return config
+                return renamed(config)
     return None
 
 

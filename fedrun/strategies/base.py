@@ -151,7 +151,7 @@ class Strategy:
                 "gradient alone, or vectors of a client that trains")
         if not self.trains:
             # A client makes no local step, so settings of local training would do nothing.
-            for flag, value in {"local_updates": 1, "client_state": "keep", "sync": "round",
+            for flag, value in {"local_updates": 1, "client_moments": "keep", "sync": "round",
                                 "prox_mu": 0, "grad_clip": None}.items():
                 require(getattr(config, flag) == value, f"--{flag}", getattr(config, flag),
                         f"{value} for {config.method}".lower())

@@ -1,4 +1,4 @@
-"""`fedrun evaluate RUN --dataset ... --split validation`: a model's perplexity on any text."""
+"""`fedrun evaluate RUN --dataset ... --split validation`: computes a model's perplexity."""
 
 from __future__ import annotations
 
@@ -23,25 +23,27 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> int:
     """Print loss and perplexity as one JSON object."""
-    parser = model_parser("evaluate", "Loss and perplexity of a run's model, as one JSON object.")
+    parser = model_parser("evaluate", "Print the loss (in nats per token) and the perplexity of a "
+                          "run's model on any text, as one JSON object.")
     parser.add_argument("--dataset", metavar="TEXT",
-                        help="as for training (default: what the run was trained on)")
+                        help="the text, as for training (default: what the run was trained on)")
     parser.add_argument("--split", metavar="NAME",
-                        help="train, validation, test or another (default: the validation split; "
-                             "of a --dataset without one all of its text)")
+                        help="train, validation, test or another split (default: validation; all "
+                             "of the text if --dataset has no such split)")
     parser.add_argument("--text_column", metavar="NAME", help="the column that holds the text")
     parser.add_argument("--encoding", metavar="NAME",
-                        help="of text files (default: UTF-8, or what a byte-order mark says)")
+                        help="encoding of text files (default: UTF-8, or as a byte-order mark "
+                             "says)")
     parser.add_argument("--sequence_length", type=int, metavar="N",
                         help="tokens in a sequence (default: the run's, or 256)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32",
-                        help="type of the matrix products (default: fp32)")
+                        help="type of matrix products (default: fp32)")
     parser.add_argument("--device", default="cpu", metavar="cpu|cuda|cuda:1",
                         help="where to compute (default: cpu)")
     parser.add_argument("--tokenizer", metavar="FOLDER",
-                        help="a tokenizer's folder, where the model came without one")
+                        help="a tokenizer's folder or tokenizer.json, for a model without one")
     parser.add_argument("--cache_dir", type=Path, default=Path("~/.cache/fedrun"), metavar="FOLDER",
-                        help="tokenised text (default: %(default)s)")
+                        help="folder for tokenised text (default: %(default)s)")
     args = parse(parser, argv)
 
     import torch
@@ -60,8 +62,8 @@ def main(argv: Sequence[str]) -> int:
     length = found.settings.get("sequence_length", 256) if args.sequence_length is None \
         else args.sequence_length
     if length < 2:
-        raise InputError(f"--sequence_length {length}: accepted is a whole number of at least 2")
-    dataset, options = _asked(args, found.settings)
+        raise InputError(f"--sequence_length {length}: must be an integer >= 2")
+    dataset, options = _text_to_read(args, found.settings)
     print_log(to_stderr=True)
     try:
         data = prepare(dataset, str(need_tokenizer(found, args.tokenizer)), length, args.cache_dir,
@@ -69,8 +71,8 @@ def main(argv: Sequence[str]) -> int:
     except ValueError as error:
         raise InputError(str(error).replace("--validation_split", "--split")) from error
     if data.vocab_size > found.vocab_size:
-        raise InputError(f"--tokenizer {args.tokenizer}: not the tokenizer of {args.model}, which "
-                         f"knows {found.vocab_size} tokens")
+        raise InputError(f"--tokenizer {args.tokenizer}: not the tokenizer of {args.model}, whose "
+                         f"vocabulary has {found.vocab_size} tokens")
     model = found.build(torch.bfloat16 if args.dtype == "bf16" else torch.float32).to(device)
     whole = data.fingerprint["validation_from"] == ALL_OF_THE_TEXT
     pieces = validation_pieces(model, data.train if args.split == "train" else data.validation,
@@ -80,15 +82,16 @@ def main(argv: Sequence[str]) -> int:
                    validation_pieces(model, _rest(data, length), device)]
     loss = mean_loss(pieces)
     split = "all" if whole else args.split or options.validation_split or "validation"
-    told = {"model": args.model, "dataset": dataset, "split": split, "loss": loss,
-            "perplexity": perplexity(loss), "tokens": sum(n for *_, n in pieces),
-            "sequence_length": length, "dtype": args.dtype}
-    print(json.dumps(finite(told), indent=1, allow_nan=False))
+    result = {"model": args.model, "dataset": dataset, "split": split, "loss": loss,
+              "perplexity": perplexity(loss), "tokens": sum(n for *_, n in pieces),
+              "sequence_length": length, "dtype": args.dtype}
+    print(json.dumps(finite(result), indent=1, allow_nan=False))
     return 0
 
 
-def _asked(args: argparse.Namespace, settings: Mapping[str, Any]) -> tuple[str, TextOptions]:
-    """The dataset to read, and how: the run's own as for its training, unless flags differ."""
+def _text_to_read(args: argparse.Namespace, settings: Mapping[str, Any]
+                  ) -> tuple[str, TextOptions]:
+    """The dataset, and how to read it: the run's own as in its training, unless flags differ."""
     own = settings.get("dataset", "wikitext-2")
     dataset = own if args.dataset is None else args.dataset
     options = text_options_of(settings) if dataset == own else TextOptions()
@@ -97,13 +100,15 @@ def _asked(args: argparse.Namespace, settings: Mapping[str, Any]) -> tuple[str, 
                                       encoding=args.encoding or options.encoding)
     if args.split not in (None, "train", "validation"):
         options = dataclasses.replace(options, validation_split=args.split, val_fraction=None)
-    # Of other text all is scored; where a split is named, or of the run's own, what it is there.
+    # Of another text everything is evaluated unless a split is named; of the run's own, what was
+    # held out from its training.
     return dataset, dataclasses.replace(
         options, hold_out=dataset == own or args.split in ("train", "validation"))
 
 
 def _rest(data: TokenData, length: int) -> np.ndarray:
-    """The tokens after the last whole sequence, as one shorter sequence: (1, n), or (0, n)."""
+    """The tokens after the last whole sequence as a shorter one, (1, n); (0, length) if there are
+    fewer than two."""
     stream = np.memmap(data.tokenizer_path.parent / "validation.bin", data.validation.dtype, "r")
     rest = stream[len(data.validation) * length:]
     return rest[None] if len(rest) > 1 else np.empty((0, length), data.validation.dtype)

@@ -1,9 +1,9 @@
-"""`fedrun export RUN --to hf|mamba_ssm OUT`: a run's model as others load it.
+"""`fedrun export RUN --to hf|mamba_ssm OUT`: writes a run's model for other libraries.
 
     hf         AutoModelForCausalLM.from_pretrained(OUT), AutoTokenizer.from_pretrained(OUT)
     mamba_ssm  MambaLMHeadModel.from_pretrained(OUT)
 
-Both folders carry the tokenizer and a model card, and `--init_from OUT` trains on from either.
+Both also hold the tokenizer and a model card. `--init_from OUT` trains either of them further.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ LOADS = {
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write OUT; it must not exist, or be empty."""
-    parser = model_parser("export", "Write a run's model as other libraries load it.")
+    """Write the folder OUT, which must be empty if it exists."""
+    parser = model_parser("export", "Write a run's model in the format of another library.")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder to write")
     parser.add_argument("--to", choices=tuple(LOADS), default="hf",
-                        help="hf: for transformers; mamba_ssm: for the original library "
+                        help="hf for transformers, mamba_ssm for the original library "
                              "(default: hf)")
     args = parse(parser, argv)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
-        raise InputError(f"OUT {args.out}: it is there already; accepted is a new or empty folder")
+        raise InputError(f"OUT {args.out}: exists already; must be a new or empty folder")
 
     from fedrun.model.pretrained import find_pretrained
     found = find_pretrained(args.model, "RUN")
@@ -53,9 +53,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def export(found: Pretrained, form: str, out: Path) -> None:
-    """Write the model, float32, with tokenizer and card into the folder `out`.
+    """Write the model in float32, its tokenizer and its card into the folder `out`.
 
-    Raises ValueError where the model has no tokenizer, or weights that do not belong to its config.
+    Raises ValueError if the model has no tokenizer, or weights that do not fit its config.
     """
     from fedrun.model.convert import to_mamba_ssm_config
     from fedrun.model.pretrained import EMBEDDING, HEAD
@@ -72,7 +72,7 @@ def export(found: Pretrained, form: str, out: Path) -> None:
 
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n",
                                           encoding="utf-8")
-        # The library loads strictly, and its state dict has a tied head a second time.
+        # The library requires all keys of its state dict, where a tied head is listed as well.
         content = io.BytesIO()
         torch.save({**weights, HEAD: weights.get(HEAD, weights[EMBEDDING])}, content)
         write_atomic(out / "pytorch_model.bin", content.getbuffer())
@@ -95,14 +95,14 @@ def _write_hf(found: Pretrained, weights: dict[str, Any], tokenizer: Path, out: 
         else loaded.pad_token_id
     config.dtype = "float32"
     config.save_pretrained(out)
-    # By the library's own writer nobody but its owner could read it.
+    # Not save_pretrained: its files are readable by their owner only.
     write_atomic(out / "model.safetensors", save(to_transformers(weights), {"format": "pt"}))
 
 
 # ---- the card ------------------------------------------------------------------------------------
 
 def model_card(found: Pretrained, form: str, out: Path, model: Any) -> str:
-    """Markdown with the hub's front matter: data, method, config, perplexity."""
+    """The model card: Markdown with the hub's front matter; data, method, settings, perplexity."""
     settings = {visible(name): visible(value) if isinstance(value, str) else value
                 for name, value in found.settings.items()}
     front = ["---", f"library_name: {'transformers' if form == 'hf' else 'mamba-ssm'}",
@@ -115,7 +115,7 @@ def model_card(found: Pretrained, form: str, out: Path, model: Any) -> str:
     body = ["---", "", f"# {visible(found.folder.resolve().name)}", "",
             f"A Mamba-2 language model of {parameters:,} parameters (embedding and head are "
             f"{'tied' if found.model.tie_embeddings else 'not tied'}), "
-            + _how(settings) + ".", "", "```python",
+            + _origin(settings) + ".", "", "```python",
             LOADS[form].format(folder=visible(out.name)), "```", ""]
     body += _results(found)
     if settings:
@@ -126,19 +126,20 @@ def model_card(found: Pretrained, form: str, out: Path, model: Any) -> str:
     return "\n".join(front + body)
 
 
-def _how(settings: dict[str, Any]) -> str:
+def _origin(settings: dict[str, Any]) -> str:
     if not settings:
-        return "converted from another library's form"
+        return "converted from another library's format"
     how = "trained centrally" if settings["method"] == "central" else (
         f"trained by federated learning ({settings['method']}, {settings.get('num_clients')} "
-        f"clients, local updates a round: {settings.get('local_updates')})")
+        f"clients, local updates per round: {settings.get('local_updates')})")
     return f"{how} on {settings.get('dataset')} from scratch with fedrun" \
         if not settings.get("init_from") else \
         f"{how} on {settings.get('dataset')} with fedrun, starting from {settings['init_from']}"
 
 
 def _results(found: Pretrained) -> list[str]:
-    """The last perplexity and the data, as far as the run folder tells."""
+    """The card's section on results: the last perplexity and the data, as far as they are recorded.
+    """
     from fedrun.plots.runs import Damaged, read_run
     try:
         run = read_run(found.folder) if found.settings else None

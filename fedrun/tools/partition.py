@@ -1,4 +1,4 @@
-"""`fedrun partition ...`: who holds what under a partition, as a table and a figure.
+"""`fedrun partition ...`: shows which data each client holds, as a table and a figure.
 
     fedrun partition --dataset pydocs --tokenizer bpe:8192 --num_clients 8 --partition dirichlet
 """
@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedrun.common.errors import naming
-from fedrun.common.log import print_log
+from fedrun.common.log import WARNING, log, print_log
 from fedrun.common.terminal import say, visible
-from fedrun.flags import Parser, add_flags, method_settings, resolve
+from fedrun.flags import Parser, add_flags, method_flags, resolve
 from fedrun.unused import idle
 
 if TYPE_CHECKING:
@@ -29,26 +28,26 @@ if TYPE_CHECKING:
 FLAGS = ("config", "dataset", "text_column", "encoding", "validation_split", "val_fraction",
          "tokenizer", "sequence_length", "cache_dir", "num_clients",
          "partition", "alpha", "size_skew", "batch_size", "seed")
-WORDS = 3  # in a topic's name
-WORD = re.compile(r"\s[^\W\d_]{3,}")  # a whole word, as byte-level tokenizers decode it
+TOPIC_WORDS = 3  # at most, in a topic's name
+WORD = re.compile(r"\s[^\W\d_]{3,}")  # a whole word as byte-level tokenizers decode it
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the table and write the figure."""
     parser = Parser(prog="fedrun partition", allow_abbrev=False, description=(
-        "Who holds what: sequences, documents and topics of every client, and the Jensen-Shannon "
-        "divergence of its token unigrams from the whole, as a table and a figure."),
+        "Show which data each client holds, as a table and a figure: sequences, documents, topics, "
+        "and the Jensen-Shannon divergence of the shard's token unigrams from those of all data."),
         formatter_class=argparse.HelpFormatter)
-    known = method_settings("fed_avg")
+    known = method_flags("fed_avg")
     add_flags(parser, {name: known[name] for name in FLAGS})
     parser.add_argument("--out", type=Path, metavar="FOLDER",
                         default=Path("results/plots/partition"),
-                        help="folder for the figure (default: %(default)s)")
+                        help="folder to write the figure to (default: %(default)s)")
     flags = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     out = flags.pop("out")
     config = resolve("fed_avg", flags)
     for line in idle(config).values():
-        print(f"fedrun: warning: {line}", file=sys.stderr, flush=True)
+        log(line, WARNING)
 
     from rich.console import Console
 
@@ -75,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def title(config: FederatedConfig, data: TokenData) -> str:
-    """What was dealt out, and how, in a line."""
+    """The dataset, the number of clients and the partition, in one line."""
     how: str = config.partition
     if config.partition == "dirichlet":
         how += f", alpha {config.alpha:g}"
@@ -85,13 +84,16 @@ def title(config: FederatedConfig, data: TokenData) -> str:
 
 
 def file_name(config: FederatedConfig, data: TokenData) -> str:
+    """The figure's file name, without an extension, made from its title."""
     words = re.findall(r"[\w.]+", title(config, data).replace("size skew", "skew"))
     return "_".join(["partition", *words])
 
 
 def topic_names(data: TokenData) -> list[str]:
-    """A few words that set each topic apart: 'film, episode, painting'. Where a script has no
-    spaces, tokens; the numbers of those that are only parts of characters."""
+    """A few words that distinguish each topic: 'film, episode, painting'.
+
+    Tokens in a script without spaces; their numbers if they are only parts of characters.
+    """
     tokenizer = data.load_tokenizer()
     names = []
     for typical in data.load_topics().typical.tolist():
@@ -101,13 +103,13 @@ def topic_names(data: TokenData) -> list[str]:
             if not any(word.startswith(w) or w.startswith(word) for w in words):
                 words.append(word)
         whole = [d.strip() for d in decoded if d.strip() and "\ufffd" not in d]
-        codes = [f"#{token}" for token in typical]
-        names.append(visible(", ".join((words or list(dict.fromkeys(whole)) or codes)[:WORDS])))
+        found = words or list(dict.fromkeys(whole)) or [f"#{token}" for token in typical]
+        names.append(visible(", ".join(found[:TOPIC_WORDS])))
     return names
 
 
 def holdings_table(held: Sequence[ShardStats], topics: Sequence[str], heading: str) -> Table:
-    """A line a client: what it holds, and how far that is from the whole."""
+    """A table with a row for each client: what it holds, and how far that is from all data."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -115,8 +117,8 @@ def holdings_table(held: Sequence[ShardStats], topics: Sequence[str], heading: s
 
     table = Table(title=heading, title_justify="left", box=SIMPLE_HEAD, show_edge=False,
                   pad_edge=False, caption_justify="left",
-                  caption="bits: Jensen-Shannon divergence of the shard's token unigrams from the "
-                          "whole's;\nat random: the same for as many sequences drawn at random")
+                  caption="bits: Jensen-Shannon divergence of the shard's token unigrams from "
+                          "those of all data;\nat random: the same for a random shard of this size")
     for name in ("client", "sequences", "tokens", "documents"):
         table.add_column(name, justify="right")
     table.add_column("largest topics")
@@ -132,13 +134,13 @@ def holdings_table(held: Sequence[ShardStats], topics: Sequence[str], heading: s
 
 
 def topics_table(held: Sequence[ShardStats], topics: Sequence[str]) -> Table:
-    """A line a topic: its letter, its words, and its share of the whole."""
+    """A table with a row for each topic: its letter, its words, and its tokens."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from fedrun.plots.partition import letter
 
-    table = Table("topic", "words that set it apart", box=SIMPLE_HEAD, show_edge=False,
+    table = Table("topic", "typical words", box=SIMPLE_HEAD, show_edge=False,
                   pad_edge=False)
     table.add_column("tokens", justify="right")
     for topic, name in enumerate(topics):

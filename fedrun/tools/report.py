@@ -1,7 +1,7 @@
-"""`fedrun report --data_dir results/`: one HTML page of all runs, complete in one file.
+"""`fedrun report --data_dir results/`: writes one self-contained HTML page about all runs.
 
 A table of the runs, the figures of `fedrun plot`, and each run's curve, settings and sample text.
-It loads nothing from anywhere: figures are SVG inside the page.
+It loads nothing from elsewhere: figures are SVG inside the page.
 """
 
 from __future__ import annotations
@@ -29,24 +29,25 @@ from fedrun.plots.runs import AXES, Found, Run, find_runs
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure as the page shows it."""
+    """A figure for the page."""
 
     name: str
     source: str
     """A data: URL."""
     width: int
+    """In CSS pixels, as the height."""
     height: int
 
 
 @dataclass(frozen=True)
 class Row:
-    """A run as the page shows it."""
+    """A run for the page, with its numbers as text."""
 
     run: Run
     label: str
     colour: str
     lowest: bool
-    """Whether no run of the same config ends lower."""
+    """Whether no run with the same config has a lower final perplexity."""
     final: str
     best: str
     tokens: str
@@ -58,17 +59,17 @@ class Row:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Write the page; 0, or 1 where the folder has no run to show."""
+    """Write the page. The exit code is 1 if the folder has no run that can be shown."""
     parser = Parser(prog="fedrun report", allow_abbrev=False,
-                    description="One self-contained HTML page of all runs in a folder.")
+                    description="Write one self-contained HTML page about all runs in a folder.")
     parser.add_argument("--data_dir", type=Path, default=Path("results"), metavar="FOLDER",
                         help="folder with run folders (default: results/)")
     parser.add_argument("--out", type=Path, metavar="FILE",
-                        help="the page (default: report.html in --data_dir)")
+                        help="file to write (default: report.html in --data_dir)")
     parser.add_argument("--x", choices=AXES, default="tokens",
-                        help="what lies on the x-axis of curves (default: tokens)")
+                        help="quantity on the x-axis of curves (default: tokens)")
     parser.add_argument("--skip_deltas", action="store_true",
-                        help="leave out heatmaps and singular values, which take longest")
+                        help="leave out heatmaps and singular values, which take the longest")
     args = parser.parse_args(argv)
     found = find_runs(args.data_dir)
     say(str(found))
@@ -83,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def page(found: Found, data_dir: Path, axis: Any, with_deltas: bool) -> str:
-    """The whole page as HTML."""
+    """The page as HTML. `axis` is the quantity on the x-axis, one of plots.runs.AXES."""
     made, left_out = perplexity.figures(found.runs, axis)
     heatmaps: dict[Path, list[Picture]] = {}
     if with_deltas:
@@ -127,13 +128,13 @@ def picture(name: str, figure: Figure) -> Picture:
 
 def _row(run: Run, lowest: bool, axis: Any, heatmaps: Iterable[Picture]) -> Row:
     look = style.look(run.method)
-    last = run.final
+    final = run.final
     device = run.environment.get("device_name") or run.environment.get("device") or ""
     processes = run.environment.get("processes")
-    return Row(run, look.label, look.colour, lowest, perplexity_text(last.val_ppl),
+    return Row(run, look.label, look.colour, lowest, perplexity_text(final.val_ppl),
                perplexity_text(run.best.val_ppl),
-               f"{last.tokens:,.0f}" + (" (inferred)" if run.tokens_inferred else ""),
-               clock(last.seconds), size(last.bytes),
+               f"{final.tokens:,.0f}" + (" (inferred)" if run.tokens_inferred else ""),
+               clock(final.seconds), size(final.bytes),
                f"{processes} × {device}" if processes and device else str(device),
                [picture("perplexity", perplexity.single(run, axis)), *heatmaps],
                [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
@@ -141,22 +142,22 @@ def _row(run: Run, lowest: bool, axis: Any, heatmaps: Iterable[Picture]) -> Row:
 
 
 def readable(value: Any) -> Any:
-    """Text as every browser shows it: HTML has no way to hold most control characters."""
+    """Text with its control characters written as codes: HTML cannot hold most of them."""
     return visible(value, keep="\n\t") if type(value) is str else value
 
 
 def breakable(name: str) -> Markup:
-    """A name that a browser may break after its underscores."""
+    """A name that browsers may break after underscores."""
     return Markup("_<wbr>").join(readable(name).split("_"))
 
 
 def perplexity_text(value: float) -> str:
-    """1234.5 as 1,234.50; what has diverged with its power of ten."""
+    """1234.5 as 1,234.50; the perplexity of a diverged run with its power of ten."""
     return f"{value:,.2f}" if value < 1e9 else f"{value:.3g}"
 
 
 def clock(seconds: float) -> str:
-    """3725 as 1:02:05; nothing for nan."""
+    """Seconds as hours, 3725 as 1:02:05; an empty string for nan."""
     if not math.isfinite(seconds):
         return ""
     whole = round(seconds)
@@ -164,7 +165,7 @@ def clock(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """63e6 as 63 MB; nothing for nan."""
+    """Bytes, 63e6 as 63 MB; an empty string for nan."""
     if not math.isfinite(count):
         return ""
     for unit in ("B", "kB", "MB", "GB", "TB"):

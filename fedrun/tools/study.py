@@ -1,24 +1,24 @@
-"""`fedrun study FILE`: a grid of runs, tuned, repeated over seeds, and put into one table.
+"""`fedrun study FILE`: runs a grid of settings, tunes, repeats over seeds, and makes one table.
 
     python -m fedrun study configs/experiments/methods.yaml --dataset my/text --jobs 2
 
-FILE names settings, each a method with its flags. Every setting is run on a grid (of learning
-rates, say) with one seed and tuned on the first half of the validation split; a best value at the
-grid's edge extends the grid. Settings that come near enough to the reference are run again at their
-best value with other seeds, and reported on the second half, as ratios of perplexity to the
-reference with the same seed. Each run is a run folder under results/NAME/runs; those that are
-finished are not run again, so that a study goes on where it stopped.
+FILE lists settings, each a method with its flags. Every setting is run on a grid, for example of
+learning rates, with one seed, and tuned on the first half of the validation split; if the best
+value lies at the grid's edge, the grid is extended. Settings close enough to the reference are run
+again at their best value with other seeds, and reported on the second half, as ratios of perplexity
+to the reference with the same seed. Each run has a folder in results/NAME/runs. Finished runs are
+not repeated, so that the same command resumes a study.
 
     name: methods               # results go to results/methods
-    jobs: 2                     # runs at a time
-    reference: central          # what the others are compared to
+    jobs: 2                     # runs at the same time
+    reference: central          # the setting that the others are compared to
     tune_seed: 0
     report_seeds: [1, 2, 3]
-    prune: 1.1                  # settings tuned worse than this ratio are not repeated,
-    repeat: [averaged]          # unless they stand here
-    extensions: 3               # how often a grid may grow at an edge
-    grid: {lr: [1e-3, 2e-3]}    # of every setting that has none of its own
-    base: {config: study}       # flags of all runs; flags on the command line override them
+    prune: 1.1                  # settings whose tuned ratio is above this are not repeated,
+    repeat: [averaged]          # unless they are listed here
+    extensions: 3               # how often a grid may grow at its edge
+    grid: {lr: [1e-3, 2e-3]}    # for settings without a grid of their own
+    base: {config: study}       # flags for all runs; flags on the command line override them
     settings:
       central: {method: central, rounds: 240}
       averaged: {method: fed_avg, rounds: 240, grid: {lr: [1e-3]}}
@@ -42,8 +42,10 @@ from typing import Any
 
 from fedrun.common.errors import InputError, one_line
 from fedrun.common.files import DamagedFile, Kind, finite, read_json, write_atomic, write_json
+from fedrun.common.log import WARNING, log
+from fedrun.common.old_names import renamed
 from fedrun.config import RunConfig
-from fedrun.flags import METHODS, Parser, add_flags, method_settings
+from fedrun.flags import METHODS, Parser, add_flags, method_flags
 from fedrun.records.provenance import READ, corpus_digests, differing
 from fedrun.records.run_dir import ENVIRONMENT, START, read_outcome
 from fedrun.records.schema import read_field
@@ -53,15 +55,16 @@ from fedrun.unused import NEVER_READ
 # ---- runs ---------------------------------------------------------------------------------------
 
 def loss_halves(config: RunConfig) -> list[float] | None:
-    """Losses of a finished run on the halves of the validation split; None if it is not finished.
+    """A finished run's losses on the two halves of the validation split, in nats per token; None if
+    it is not finished.
 
-    Infinite for a run that failed, as one whose learning rate is too large does. ValueError for a
-    run folder of another config, or one whose files are damaged.
+    Infinite for a run that failed, for example because its learning rate is too large. Raises
+    ValueError if the folder holds a run with other settings, or damaged files.
     """
     folder = config.run_dir
     if not (folder / "config.json").exists():
         return None
-    held = _sound(folder / "config.json", dict)
+    held = renamed(_read(folder / "config.json", dict))
     differences = differing(config, held)
     if differences.keys() <= READ.keys() and differences and _same_corpus(config):
         differences = {}
@@ -79,35 +82,36 @@ def loss_halves(config: RunConfig) -> list[float] | None:
 
 
 def history(config: RunConfig) -> list[dict[str, Any]]:
-    """The records of a finished run. ValueError where they are damaged."""
+    """The history of a finished run. ValueError if it is damaged."""
     path = config.run_dir / "training_history.json"
-    records = _sound(path, list)
+    records = _read(path, list)
     if not records or not all(isinstance(record, dict) for record in records):
         raise _damaged(f"{path} does not hold a list of records")
     return records
 
 
-def _sound(path: Path, kind: type[Kind]) -> Kind:
+def _read(path: Path, kind: type[Kind]) -> Kind:
     try:
         return read_json(path, kind)
     except (OSError, DamagedFile) as error:
         raise _damaged(one_line(error)) from None
 
 
-def _damaged(what: str) -> ValueError:
-    return ValueError(f"study: {what}; remove the run's folder, and the same command runs it again")
+def _damaged(what: str) -> InputError:
+    return InputError(f"study: {what}; remove the run's folder and start the study again to repeat "
+                      "it")
 
 
 def _number(loss: object) -> float:
-    """A loss of a history, where one that is not finite is null."""
+    """A loss or perplexity from a history, in which null stands for infinity."""
     return float(loss) if isinstance(loss, (int, float)) else math.inf
 
 
 def _same_corpus(config: RunConfig) -> bool:
-    """Whether a run whose paths are spelt otherwise has read the same text and tokenizer."""
+    """Whether a run read the same text and tokenizer as `config` would, by other paths."""
     if config.init_from:
         return False
-    made = _sound(config.run_dir / ENVIRONMENT, dict).get("made_with")
+    made = _read(config.run_dir / ENVIRONMENT, dict).get("made_with")
     return isinstance(made, dict) and made.get("content") == _content(
         config.dataset, config.tokenizer, config.sequence_length, config.cache_dir)
 
@@ -120,28 +124,31 @@ def _content(dataset: str, tokenizer: str, length: int, cache_dir: Path) -> str:
 
 
 def start(config: RunConfig) -> float:
-    """One run in a process of its own; the seconds it took. ValueError where its flags are wrong;
-    a run that fails leaves its last words in failed.txt."""
+    """Run `config` in a process of its own; return the seconds that it took.
+
+    A run that diverges leaves the end of its error output in failed.txt. Raises ValueError if it
+    fails in any other way, or is stopped.
+    """
     began = time.monotonic()
     flags = [f"--{name}={'none' if value is None else value}"
              for name, value in config.to_dict().items()
              if name not in ("method", "model") and name not in NEVER_READ.get(config.method, {})]
-    token = os.urandom(8).hex()  # what tells this start's outcome from an earlier one's
+    token = os.urandom(8).hex()  # tells this start's outcome from that of an earlier one
     done = subprocess.run([sys.executable, "-m", "fedrun", config.method, *flags],
                           capture_output=True, text=True, check=False,
                           env={**os.environ, START: token})
-    last_words, end = done.stderr.strip()[-2000:], read_outcome(config.run_dir)
-    if done.returncode and (end.get("start"), end.get("kind")) == (token, "diverged"):
-        (config.run_dir / "failed.txt").write_text(last_words, encoding="utf-8")
+    errors, outcome = done.stderr.strip()[-2000:], read_outcome(config.run_dir)
+    if done.returncode and (outcome.get("start"), outcome.get("kind")) == (token, "diverged"):
+        (config.run_dir / "failed.txt").write_text(errors, encoding="utf-8")
     elif done.returncode:
-        raise InputError(f"study: {config.name}: {last_words}")
+        raise InputError(f"study: {config.name}: {errors}")
     elif loss_halves(config) is None:
-        raise InputError(f"study: {config.name} was stopped; the same command goes on from there")
+        raise InputError(f"study: {config.name} was stopped; the same command resumes the study")
     return time.monotonic() - began
 
 
 def run_all(configs: Iterable[RunConfig], jobs: int) -> None:
-    """Run those that are not finished, `jobs` at a time."""
+    """Run the configs that are not finished yet, `jobs` at a time."""
     todo = [config for config in configs if loss_halves(config) is None]
     with ThreadPoolExecutor(jobs) as pool:
         timed = zip(todo, pool.map(start, todo), strict=True)
@@ -153,7 +160,8 @@ def run_all(configs: Iterable[RunConfig], jobs: int) -> None:
 
 
 def tune(study: Study) -> None:
-    """Run all grids with the tuning seed, growing them until the best values are interior."""
+    """Run all grids with the tuning seed; extend them until no best value lies at an edge, or they
+    may not grow further."""
     growing = list(study.settings.values())
     while growing:
         configs = {(s.name, point): study.config(s, point, study.tune_seed)
@@ -168,7 +176,7 @@ def tune(study: Study) -> None:
 
 
 def repeat(study: Study) -> None:
-    """Run the settings that come near the reference again, with the seeds that are reported."""
+    """Run the settings that are close enough to the reference again, with the reported seeds."""
     kept = [s for s in study.settings.values()
             if tuned_ratio(study, s) <= study.prune or s.name in study.always]
     run_all([study.config(s, s.best, seed) for seed in study.report_seeds for s in kept],
@@ -176,7 +184,8 @@ def repeat(study: Study) -> None:
 
 
 def tuned_ratio(study: Study, setting: StudySetting) -> float:
-    """Perplexity of the best point over that of the reference, both with the tuning seed."""
+    """The setting's perplexity at its best point divided by the reference's at its own, both with
+    the tuning seed."""
     reference = study.settings[study.reference]
     return _ppl(setting.tuned[setting.best] - reference.tuned[reference.best])
 
@@ -184,7 +193,7 @@ def tuned_ratio(study: Study, setting: StudySetting) -> float:
 # ---- the table ----------------------------------------------------------------------------------
 
 def table(study: Study) -> list[dict[str, Any]]:
-    """A row for each setting, best first: perplexities, and ratios to the reference."""
+    """One row for each setting, best first: perplexities, and ratios to the reference."""
     rows = []
     reference = study.settings[study.reference]
     for setting in study.settings.values():
@@ -215,6 +224,7 @@ def table(study: Study) -> list[dict[str, Any]]:
 
 
 def markdown(study: Study, rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of `table` as Markdown, below a sentence that says what they show."""
     seeds = ", ".join(map(str, study.report_seeds))
     lines = [f"Perplexity against {study.reference}. Tuned: seed {study.tune_seed}, first half of "
              f"the validation split. Ratio: seeds {seeds}, second half, paired by seed. Final and "
@@ -232,7 +242,8 @@ def markdown(study: Study, rows: Sequence[dict[str, Any]]) -> str:
 
 
 def write(study: Study) -> None:
-    """table.json, table.md, and the curves of each setting's repeated runs."""
+    """Write table.json, table.md, and histories.json: the histories of each setting's runs at its
+    best point."""
     rows = table(study)
     curves = {}
     for setting in study.settings.values():
@@ -257,7 +268,7 @@ def _shown(point: Point) -> str:
 
 
 def budget(study: Study) -> str:
-    """How many runs the study asks for at most, and how many of the first grid are left."""
+    """A line that says how many runs the study makes at most, and how many of its grid are left."""
     grid = [study.config(s, p, study.tune_seed) for s in study.settings.values()
             for p in s.points()]
     left = sum(loss_halves(config) is None for config in grid)
@@ -267,24 +278,26 @@ def budget(study: Study) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run what is left of a study, and write its table."""
+    """Run whatever of a study is not finished, and write its table."""
     parser = Parser(
         prog="fedrun study", description=__doc__, allow_abbrev=False,
         usage="fedrun study FILE [--jobs N] [--results FOLDER] [--dry_run] [--flag value ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", type=Path, help="the study, as YAML")
-    parser.add_argument("--jobs", metavar="N", help="runs at a time (default: the file's, or 1)")
+    parser.add_argument("file", type=Path, help="the study's YAML file")
+    parser.add_argument("--jobs", metavar="N",
+                        help="runs at the same time (default: as in FILE, or 1)")
     parser.add_argument("--results", type=Path, default=Path("results"),
-                        help="parent of its folder (default: results/)")
-    parser.add_argument("--dry_run", action="store_true", help="say what would run, and stop")
-    add_flags(parser, {name: setting for method in METHODS
-                       for name, setting in method_settings(method).items()}, hidden=True)
+                        help="folder in which the study's folder is created (default: results/)")
+    parser.add_argument("--dry_run", action="store_true",
+                        help="print how many runs are left, and exit")
+    add_flags(parser, {name: flag for method in METHODS
+                       for name, flag in method_flags(method).items()}, hidden=True)
     given = vars(parser.parse_intermixed_args(argv))
     path, results, dry_run = given.pop("file"), given.pop("results"), given.pop("dry_run")
     overrides = {name: value for name, value in given.items() if value is not None}
     study = read(path, results, overrides)
     for line in notes(study, overrides):
-        print(f"fedrun: warning: {line}", file=sys.stderr, flush=True)
+        log(line, WARNING)
     print(budget(study), flush=True)
     if dry_run:
         return 0

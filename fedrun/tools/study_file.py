@@ -1,4 +1,4 @@
-"""The file of a study (see study.py): which runs it asks for."""
+"""The YAML file of a study (see study.py): which runs it asks for."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 import yaml
 
 from fedrun.common.errors import InputError, is_component, one_line, require
+from fedrun.common.old_names import renamed
 from fedrun.config import RunConfig
 from fedrun.flags import closest, resolve
 from fedrun.unused import idle, refuse_unread
 
 Point = tuple[tuple[str, float], ...]
-"""A place on a setting's grid: ((flag, value), ...)."""
+"""A point on a setting's grid: ((flag, value), ...)."""
 
 DEFAULTS: dict[str, Any] = {
     "name": None, "jobs": 1, "reference": None, "tune_seed": 0, "report_seeds": [],
@@ -26,25 +27,28 @@ DEFAULTS: dict[str, Any] = {
 
 @dataclass
 class StudySetting:
-    """One line of the table: a method with its flags, and the grid that it is tuned on."""
+    """One row of the table: a method with its flags, and the grid on which it is tuned."""
 
     name: str
     flags: dict[str, Any]
     grid: dict[str, list[float]]
     extensions: int = 0
     tuned: dict[Point, float] = field(default_factory=dict)
-    """Loss on the first half of the validation split, in nats a token."""
+    """Point -> loss on the first half of the validation split, in nats per token."""
 
     def points(self) -> list[Point]:
+        """All points of the grid."""
         return [tuple(zip(self.grid, values, strict=True))
                 for values in itertools.product(*self.grid.values())]
 
     @property
     def best(self) -> Point:
+        """The point with the lowest loss."""
         return min(self.tuned, key=lambda point: (self.tuned[point], point))
 
     def extend(self) -> bool:
-        """Grow the grid by one value wherever the best one lies at an edge; whether it grew."""
+        """Add a value to each axis of the grid on whose edge the best point lies, at most
+        `extensions` times; return whether the grid grew."""
         if self.extensions == 0 or not math.isfinite(self.tuned[self.best]):
             return False
         grew = False
@@ -61,7 +65,7 @@ class StudySetting:
 
 @dataclass
 class Study:
-    """What the YAML file asks for."""
+    """The content of a study's file, checked."""
 
     folder: Path
     jobs: int
@@ -70,34 +74,35 @@ class Study:
     report_seeds: list[int]
     prune: float
     always: list[str]
-    """Settings that are repeated whatever their tuned ratio."""
+    """Names of the settings that are repeated whatever their tuned ratio is."""
     settings: dict[str, StudySetting]
 
     def config(self, setting: StudySetting, point: Point, seed: int) -> RunConfig:
-        """The config of one run. ValueError for flags that its method does not take."""
+        """The config of one run. ValueError for flags that its method does not have."""
         flags = setting.flags | dict(point) | {"seed": seed}
-        place = "".join(f"_{name}_{value:g}" for name, value in point)
+        suffix = "".join(f"_{name}_{value:g}" for name, value in point)
         return resolve(flags.pop("method"), flags | {
-            "data_dir": self.folder / "runs", "run_name": f"{setting.name}{place}_seed_{seed}",
+            "data_dir": self.folder / "runs", "run_name": f"{setting.name}{suffix}_seed_{seed}",
             "checkpoint_freq": None})
 
 
 def read(path: Path, results: Path, overrides: Mapping[str, Any]) -> Study:
-    """The study of a YAML file. ValueError naming the file and its key for what is wrong.
+    """The study in a YAML file; its folder will be in `results`.
 
-    overrides: flags of all runs from the command line, `jobs` among them where it was given.
+    overrides: flags from the command line, for all runs; may include `jobs`.
+    Raises ValueError, naming the file and the key, for wrong or unknown values.
     """
     require(path.is_file(), "study", path, "the path of a YAML file")
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"study {path}: cannot be read as YAML: {one_line(error)}") from None
-    require(isinstance(found, dict), "study", path, "a mapping with " + ", ".join(DEFAULTS))
-    for key in found:
+    require(isinstance(given, dict), "study", path, "a mapping with " + ", ".join(DEFAULTS))
+    for key in given:
         if key not in DEFAULTS:
             raise InputError(f"study {path}: unknown key {key!r}{closest(str(key), DEFAULTS)}")
     refuse_unread("study", overrides)
-    values = DEFAULTS | {"name": path.stem} | found
+    values = DEFAULTS | {"name": path.stem} | given
     overrides = dict(overrides)
     values["jobs"] = overrides.pop("jobs", values["jobs"])
 
@@ -107,7 +112,7 @@ def read(path: Path, results: Path, overrides: Mapping[str, Any]) -> Study:
         except (TypeError, ValueError):
             value = math.nan
         require(value >= lowest, f"study {path}: {key}", values[key],
-                f"a {'whole ' if kind is int else ''}number of at least {lowest:g}")
+                f"{'an integer ' if kind is int else ''}>= {lowest:g}")
         return value
 
     for key, kind in (("settings", dict), ("base", dict), ("grid", dict), ("repeat", list),
@@ -115,9 +120,9 @@ def read(path: Path, results: Path, overrides: Mapping[str, Any]) -> Study:
         require(isinstance(values[key], kind), f"study {path}: {key}", values[key],
                 "a mapping" if kind is dict else "a list")
     require(is_component(str(values["name"])), f"study {path}: name", values["name"],
-            "a folder's name without slashes, not . or ..")
+            "a folder name without slashes, not . or ..")
     require(bool(values["settings"]), f"study {path}: settings", values["settings"],
-            "at least one name with its flags")
+            "a mapping with at least one name and its flags")
     require(values["reference"] in values["settings"], f"study {path}: reference",
             values["reference"], "one of " + ", ".join(values["settings"]))
     for name in values["repeat"]:
@@ -129,38 +134,39 @@ def read(path: Path, results: Path, overrides: Mapping[str, Any]) -> Study:
         where = f"study {path}: settings.{name}"
         require(isinstance(own, dict), where, own, "flags with a `method`")
         refuse_unread("study", own, where + ": ")
-        flags = values["base"] | own | overrides
+        flags = renamed(values["base"] | own) | overrides
         require("method" in flags, where, own, "flags with a `method`")
         grid = flags.pop("grid", values["grid"])
         try:
             grid = {flag: [float(v) for v in grid_values] for flag, grid_values in grid.items()}
         except (AttributeError, TypeError, ValueError):
-            raise InputError(f"{where}: grid {grid}: accepted is a list of numbers for each "
-                             "flag") from None
+            raise InputError(f"{where}: grid {grid}: must be a list of numbers for each flag"
+                             ) from None
         settings[name] = StudySetting(name, flags, grid, number("extensions", int, 0))
     study = Study(results / str(values["name"]), number("jobs", int, 1), values["reference"],
                   number("tune_seed", int, 0), [int(s) for s in values["report_seeds"]],
                   number("prune", float, 0), list(values["repeat"]), settings)
     for setting in settings.values():
-        study.config(setting, setting.points()[0], 0)  # a wrong flag is told before anything runs
+        study.config(setting, setting.points()[0], 0)  # reports wrong flags before anything runs
     _refuse_gridded(path, study, overrides)
     return study
 
 
 def _refuse_gridded(path: Path, study: Study, overrides: Collection[str]) -> None:
-    """ValueError for a flag from the command line that the grid of every setting replaces."""
+    """ValueError for a flag from the command line that every setting's grid overrides."""
     for flag in overrides:
         if all(flag in setting.grid for setting in study.settings.values()):
-            raise InputError(f"--{flag}: every setting of {path} has a grid of it, which replaces "
-                             "it; change the grid in the file")
+            raise InputError(f"--{flag}: every setting of {path} has a grid for it, which "
+                             "overrides the flag; change the grid in the file")
 
 
 def notes(study: Study, overrides: Collection[str]) -> list[str]:
-    """What flags from the command line do not do, each in a line: in settings whose grid replaces
-    them, and those that are idle in every setting."""
+    """A warning for each flag from the command line that the grid of some setting overrides, or
+    that has no effect in any setting."""
     found = []
     for flag in overrides:
         if gridded := [s.name for s in study.settings.values() if flag in s.grid]:
-            found.append(f"--{flag} is not that of {', '.join(gridded)}, which have a grid of it")
-    lines = [idle(study.config(s, s.points()[0], 0)) for s in study.settings.values()]
-    return found + [lines[0][flag] for flag in overrides if all(flag in line for line in lines)]
+            found.append(f"--{flag} does not apply to {', '.join(gridded)}, tuned on a grid of it")
+    warnings = [idle(study.config(s, s.points()[0], 0)) for s in study.settings.values()]
+    return found + [warnings[0][flag] for flag in overrides
+                    if all(flag in of_setting for of_setting in warnings)]

@@ -1,7 +1,7 @@
-"""`fedrun watch RUN`: follow a run's events.jsonl in the terminal, from this machine or another.
+"""`fedrun watch RUN`: follows a run's events.jsonl in the terminal, on this machine or another.
 
-Shows progress, the perplexities with a small curve, where the seconds go, and a line a client. Over
-a finished run it shows the end and returns; it needs nothing but the file.
+Shows progress, perplexities with a small curve, where the time goes, and a row for each client. For
+a finished run it shows the last state and returns. It needs only that file.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rich.text import Text
 
 from fedrun.common.errors import InputError
 from fedrun.common.files import DamagedFile, number, open_regular, read_json, whole
+from fedrun.common.log import WARNING, log
 from fedrun.common.terminal import visible
 from fedrun.flags import Parser
 from fedrun.records.run_files import OUTCOME
@@ -33,26 +34,26 @@ CURVE_WIDTH = 48
 CLIENTS_SHOWN = 16
 POLL_SECONDS = 0.3
 READ_AT_ONCE = 1 << 20  # bytes
-LONGEST_LINE = 1 << 26  # bytes; a round of half a million clients
-LARGEST = 1e18  # a number that can be shown
+LONGEST_LINE = 1 << 26  # bytes, enough for a round of half a million clients
+LARGEST = 1e18  # numbers from here on are not shown
 
 
 class Follower:
-    """The events of a file that is still being written: whole lines only, each once."""
+    """Reads the events of a file that is still being written: each complete line once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.offset = 0
         self.file_id: int | None = None
         self._part = b""
-        """The beginning of a line that is still being written."""
-        self._passing = False
-        """Whether it is a line that is passed over, being longer than any of ours."""
+        """The beginning of a line whose end has not been read yet."""
+        self._skipping = False
+        """Whether that line is skipped, because it is longer than any event."""
 
     def new(self) -> Iterator[dict[str, Any]]:
-        """Events that were added since the last call, from the first if the file was replaced.
+        """The events added since the last call; all of them if the file was replaced.
 
-        Raises OSError where the file cannot be read, DamagedFile where it is none.
+        Raises OSError if the file cannot be read, DamagedFile if it is not a regular file.
         """
         try:
             file = open_regular(self.path)
@@ -61,7 +62,8 @@ class Follower:
         with file:
             status = os.fstat(file.fileno())
             if status.st_ino != self.file_id or status.st_size < self.offset:
-                self.file_id, self.offset, self._part, self._passing = status.st_ino, 0, b"", False
+                self.file_id, self.offset = status.st_ino, 0
+                self._part, self._skipping = b"", False
             file.seek(self.offset)
             while piece := file.read(READ_AT_ONCE):
                 self.offset += len(piece)
@@ -74,15 +76,15 @@ class Follower:
         first, *others = piece.split(b"\n")
         self._part += first
         for following in others:
-            if not self._passing:
+            if not self._skipping:
                 yield self._part
-            self._part, self._passing = following, False
+            self._part, self._skipping = following, False
         if len(self._part) > LONGEST_LINE:
-            self._part, self._passing = b"", True
+            self._part, self._skipping = b"", True
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
-    """None for what a crash has torn, and for what is no event at all."""
+    """The event in a line; None if a crash cut it off, or it is not an event at all."""
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):
@@ -92,29 +94,29 @@ def _event(line: bytes) -> dict[str, Any] | None:
 
 @dataclass
 class RunState:
-    """What is known of a run from its events so far."""
+    """What the events so far say about a run."""
 
     name: str
     total: int | None = None
     unit: str = "round"
     number: int = 0
     last: dict[str, float] = field(default_factory=dict)
-    """The finite numbers of the last event that had them."""
+    """Name -> its last finite value in an event."""
     train: dict[int, float] = field(default_factory=dict)
     """Global step -> train perplexity."""
     validation: dict[int, float] = field(default_factory=dict)
     clients: dict[int, dict[str, float]] = field(default_factory=dict)
-    """What was last said of each client."""
+    """Client -> its last numbers, by name."""
     left_out: dict[int, set[int]] = field(default_factory=dict)
-    """Client -> rounds in which its update was left out; a resumed run has some of them twice."""
+    """Client -> rounds that left out its update. A set, as a resumed run repeats some rounds."""
     ended: bool = False
 
-    def take(self, event: dict[str, Any]) -> None:
-        """Bring the state forward by one event; what is not of its kind in it is passed over."""
+    def update(self, event: dict[str, Any]) -> None:
+        """Add one event. Values of unexpected types are ignored."""
         kind = event.get("event")
         self.ended = kind == "end"
         self.last = _updated(self.last, event)
-        if kind in ("start", "resumed"):  # a run that is trained further has another total
+        if kind in ("start", "resumed"):  # the total changes when a run is trained further
             self.unit = "step" if event.get("unit", self.unit) == "step" else "round"
             self.total = whole(event.get("total"), low=1) or self.total
         step = whole(event.get(kind)) if kind in ("round", "step") else None
@@ -134,9 +136,9 @@ class RunState:
                     self.left_out.setdefault(index, set()).add(step)
 
 
-def _updated(known: dict[str, float], said: dict[str, Any]) -> dict[str, float]:
-    """The numbers that are known after more was said; null takes one back."""
-    return {name: value for name, value in (known | said).items() if abs(number(value)) < LARGEST}
+def _updated(known: dict[str, float], new: dict[str, Any]) -> dict[str, float]:
+    """The known numbers with the new ones added; null removes one."""
+    return {name: value for name, value in (known | new).items() if abs(number(value)) < LARGEST}
 
 
 def _list(value: Any) -> list[Any]:
@@ -147,13 +149,13 @@ def main(argv: Sequence[str]) -> int:
     """Follow a run until it ends, or until Ctrl-C."""
     parser = Parser(prog="fedrun watch", allow_abbrev=False,
                     description="Follow a run in the terminal, or look at a finished one.")
-    parser.add_argument("run", metavar="RUN", help="a run's folder, or its name under results/")
-    parser.add_argument("--once", action="store_true", help="show the state as it is, and return")
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or its name in results/")
+    parser.add_argument("--once", action="store_true", help="show the current state and exit")
     args = parser.parse_args(argv)
     folder = Path(args.run).expanduser()
     folder = folder if os.path.isdir(folder) else Path("results") / args.run
     if not os.path.isdir(folder):
-        raise InputError(f"RUN {args.run}: no such folder, nor one of that name under results/")
+        raise InputError(f"RUN {args.run}: no such folder, nor one of that name in results/")
     path = folder / "events.jsonl"
     if not os.path.exists(path) and (args.once
                                      or os.path.exists(folder / "training_history.json")):
@@ -167,10 +169,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def follow(follower: Follower, state: RunState, console: Console, once: bool) -> None:
-    """Show the state again and again until the run has ended; where there is no terminal, at the
-    end only.
+    """Show the state, again and again until the run has ended; only then if there is no terminal.
 
-    Raises ValueError where the run's folder is deleted meanwhile.
+    once: show the current state and return. Raises ValueError if the run's folder disappears.
     """
     with ExitStack() as stack:
         live = stack.enter_context(Live(console=console, auto_refresh=False)) \
@@ -179,14 +180,14 @@ def follow(follower: Follower, state: RunState, console: Console, once: bool) ->
             while True:
                 ended = _outcome(follower.path.parent)
                 for event in follower.new():
-                    state.take(event)
+                    state.update(event)
                 if live:
                     live.update(screen(state), refresh=True)
                 if state.ended or once:
                     break
-                if ended:  # which the events should have said
-                    console.print(f"{visible(str(follower.path))} is damaged: it does not say how "
-                                  f"the run ended; its outcome: {ended}", soft_wrap=True)
+                if ended:  # and the events do not say so
+                    log(f"{follower.path} is damaged: it does not say how the run ended; its "
+                        f"outcome: {ended}", WARNING)
                     break
                 if not os.path.isdir(follower.path.parent):
                     raise InputError(f"RUN {follower.path.parent}: the folder has been deleted or "
@@ -197,7 +198,7 @@ def follow(follower: Follower, state: RunState, console: Console, once: bool) ->
 
 
 def _outcome(run_dir: Path) -> str:
-    """How a run that is over has ended, by its outcome.json; empty while it runs."""
+    """How a run has ended, from its outcome.json; empty while it runs."""
     with suppress(OSError, DamagedFile):
         found = read_json(run_dir / OUTCOME, dict).get("outcome")
         return str(found) if found in ("finished", "stopped", "failed") else ""
@@ -205,12 +206,12 @@ def _outcome(run_dir: Path) -> str:
 
 
 def screen(state: RunState) -> RenderableType:
-    """All that is shown of a state."""
+    """Everything that is shown of a state."""
     parts: list[RenderableType] = [_head(state)]
     if state.train or state.validation:
         parts += [Text(), _perplexities(state)]
     if state.number:
-        parts += [Text(), _work(state)]
+        parts += [Text(), _totals(state)]
     if state.clients:
         parts += [Text(), _clients(state)]
     return Group(*parts)
@@ -218,12 +219,13 @@ def screen(state: RunState) -> RenderableType:
 
 def _head(state: RunState) -> RenderableType:
     progress = f"{state.unit} {state.number}" + (f" of {state.total}" if state.total else "")
-    word = "ended" if state.ended else "running" if state.number else "waiting for its first round"
+    status = "ended" if state.ended else (
+        "running" if state.number else "waiting for its first round")
     grid = Table.grid(padding=(0, 2))
     grid.add_row(Text(state.name, style="bold", overflow="fold"))
     line = Table.grid(padding=(0, 2))
     line.add_row(Bar(size=state.total or 1, begin=0, end=state.number if state.total else 0,
-                     width=24, color="blue"), progress, Text(word, style="dim"))
+                     width=24, color="blue"), progress, Text(status, style="dim"))
     grid.add_row(line)
     return grid
 
@@ -243,22 +245,22 @@ def _short(perplexity: float) -> str:
     return f"{perplexity:,.1f}" if perplexity < 1e9 else f"{perplexity:.3g}"
 
 
-def _work(state: RunState) -> RenderableType:
+def _totals(state: RunState) -> RenderableType:
     last = state.last
     rate = last.get("tokens_per_second")
-    told = [f"{last.get('tokens', 0):,} tokens"]
+    parts = [f"{last.get('tokens', 0):,} tokens"]
     if rate:
-        told.append(f"{rate:,.0f} tokens/s")
+        parts.append(f"{rate:,.0f} tokens/s")
     if last.get("bytes"):
-        told.append(f"{last['bytes'] / 1e6:,.1f} MB exchanged")
+        parts.append(f"{last['bytes'] / 1e6:,.1f} MB exchanged")
     if last.get("lr") is not None:
-        told.append(f"learning rate {last['lr']:.3g}")
+        parts.append(f"learning rate {last['lr']:.3g}")
     seconds = [f"{name} {last[f'{key}_seconds']:.1f}" for name, key in
                (("training", "local_training"), ("aggregation", "aggregation"),
                 ("evaluation", "evaluation")) if f"{key}_seconds" in last]
     if "seconds" in last:
         seconds.insert(0, f"{last['seconds']:.1f} s")
-    return Text("  ".join(told) + "\n" + "  ".join(seconds), style="dim")
+    return Text("  ".join(parts) + "\n" + "  ".join(seconds), style="dim")
 
 
 def _clients(state: RunState) -> RenderableType:
@@ -284,8 +286,8 @@ def _clients(state: RunState) -> RenderableType:
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """A curve of at most `width` characters, on a log axis from the lowest value to the highest;
-    where there are more values than that, each character is the mean of its part."""
+    """A curve of at most `width` characters, on a log axis from the lowest value to the highest. If
+    there are more values, each character shows the (geometric) mean of several."""
     logs = [math.log(v) for v in values if v > 0 and math.isfinite(v)]
     count = min(width, len(logs))
     means = []

@@ -172,7 +172,7 @@ def test_what_a_client_owes_outlives_a_round_in_which_it_is_left_out(
         return losses
 
     monkeypatch.setattr(Client, "train", train)
-    outcome = run_here("fed_avg", "--num_clients", 2, "--rounds", 3, "--wire", "int8",
+    outcome = run_here("fed_avg", "--num_clients", 2, "--rounds", 3, "--aggregation", "int8",
                        "--local_updates", 2)
     assert outcome.code == 0, outcome.output
     assert len(owed) == 2
@@ -225,7 +225,7 @@ def test_a_block_in_which_nothing_moves_stays() -> None:
     assert torch.equal(model, delta)
 
 
-FLAGS = ("--wire", "int8", "--num_clients", 5, "--local_updates", 2, "--rounds", 5)
+FLAGS = ("--aggregation", "int8", "--num_clients", 5, "--local_updates", 2, "--rounds", 5)
 
 
 def test_the_same_bits_in_every_world(run: Run) -> None:
@@ -237,7 +237,7 @@ def test_the_same_bits_in_every_world(run: Run) -> None:
 
 
 def test_a_quarter_of_the_bytes_for_nearly_the_same_model(run: Run) -> None:
-    exact = run("fed_avg", *FLAGS, "--wire", "exact", name="exact")
+    exact = run("fed_avg", *FLAGS, "--aggregation", "exact", name="exact")
     int8 = run("fed_avg", *FLAGS, name="int8")
     size = sum(t.numel() for t in int8.model.values())
     blocks = -(-size // BLOCK)
@@ -261,15 +261,14 @@ def test_residuals_are_part_of_a_checkpoint(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("method", "flags", "message"), [
-    ("fed_fisher", {}, "--wire int8: must be exact for fed_fisher"),
-    ("fed_entropy", {}, "--wire int8: must be exact for fed_entropy"),
-    ("fed_sgd", {}, "--wire int8: must be exact for fed_sgd"),
-    ("fed_avg", {"client_state": "average"}, "--client_state average: must be keep or reset"),
-    ("fed_avg", {"sync": "epoch"}, "--sync epoch: must be round with --wire int8"),
-    ("fed_avg", {"reduce": "float"}, "--reduce float: must be exact with --wire int8"),
-    ("fed_avg", {"num_clients": "127"}, "--cohort 127: must be up to 126 clients"),
+    ("fed_fisher", {}, "--aggregation int8: must be exact or float for fed_fisher"),
+    ("fed_entropy", {}, "--aggregation int8: must be exact or float for fed_entropy"),
+    ("fed_sgd", {}, "--aggregation int8: must be exact or float for fed_sgd"),
+    ("fed_avg", {"client_moments": "average"}, "--client_moments average: must be keep or reset"),
+    ("fed_avg", {"sync": "epoch"}, "--sync epoch: must be round with --aggregation int8"),
+    ("fed_avg", {"num_clients": "127"}, "--cohort 127: must be at most 126 clients"),
 ])
 def test_what_eight_bits_cannot_carry_is_refused(method: str, flags: dict[str, str], message: str
                                                  ) -> None:
     with pytest.raises(ValueError, match=message):
-        resolve(method, {"wire": "int8"} | flags)
+        resolve(method, {"aggregation": "int8"} | flags)

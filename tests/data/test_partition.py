@@ -267,13 +267,12 @@ def test_the_values_of_a_column_are_sources_and_no_client_has_anothers(tmp_path:
 
 @pytest.mark.parametrize(("flags", "said"), [
     ({"partition": "column:"}, "--partition column:"),
-    ({"partition": "sorted"}, "contiguous or shuffled or dirichlet or documents or by_source"),
+    ({"partition": "sorted"}, "contiguous, shuffled, dirichlet, documents, by_source or column"),
     ({"alpha": 0}, "--alpha 0"), ({"size_skew": -1}, "--size_skew -1"),
     ({"size_skew": "inf"}, "--size_skew inf")])
 def test_wrong_values_name_the_flag(flags: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match="must be") as caught:
+    with pytest.raises(ValueError, match=said):
         resolve("fed_avg", flags)
-    assert said in str(caught.value)
 
 
 def test_alpha_without_dirichlet_warns() -> None:

@@ -86,7 +86,7 @@ def test_the_same_bits_on_any_machines() -> None:
 
 def test_a_run_on_two_machines(run: Run) -> None:
     """With a server; workers 1 and 3 share the memory of one, 2 and 4 that of the other."""
-    flags = ("--rounds", 3, "--num_clients", 4, "--client_state", "average")
+    flags = ("--rounds", 3, "--num_clients", 4, "--client_moments", "average")
     alone = run("fed_avg", *flags, name="alone")
     apart = run("fed_avg", *flags, name="apart", processes=5,
                 script="tests.support.two_machines")

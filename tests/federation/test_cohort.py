@@ -41,13 +41,13 @@ def test_every_client_is_drawn_as_often_and_by_seed_and_round_alone() -> None:
 
 @pytest.mark.parametrize("cohort", ["0", "-1", "2.5", "11", "nan"])
 def test_what_is_no_cohort_is_refused(cohort: str) -> None:
-    with pytest.raises(ValueError, match=r"--cohort .*must be"):
+    with pytest.raises(ValueError, match=r"--cohort .*: must be .* or a share in \(0, 1\)"):
         schedule(cohort)
 
 
 def test_the_same_bits_in_1_and_3_processes_and_after_a_stop(run: Run, tmp_path: Path
                                                                 ) -> None:
-    flags = ("--num_clients", 5, "--cohort", 2, "--rounds", 5, "--client_state", "keep")
+    flags = ("--num_clients", 5, "--cohort", 2, "--rounds", 5, "--client_moments", "keep")
     alone = run("fed_avg", *flags, name="alone")
     three = run("fed_avg", *flags, processes=3, name="three")
     assert alone.code == three.code == 0, three.output

@@ -104,12 +104,12 @@ def allocations() -> Iterator[list[int]]:
 
 
 CASES = [
-    ("fed_avg", {}, 1), ("fed_avg", {"client_state": "reset"}, 1),
-    ("fed_avg", {"client_state": "average"}, 1), ("fed_avg", {"reduce": "float"}, 1),
+    ("fed_avg", {}, 1), ("fed_avg", {"client_moments": "reset"}, 1),
+    ("fed_avg", {"client_moments": "average"}, 1), ("fed_avg", {"aggregation": "float"}, 1),
     ("fed_avg", {"sync": "epoch"}, 2),  # the clients' own models, kept and loaded
     ("fed_momentum", {}, 1), ("diloco", {}, 1), ("fed_adam", {}, 1), ("fed_yogi", {}, 1),
     ("fed_adagrad", {}, 1), ("fed_entropy", {}, 1), ("fed_fisher", {}, 1),
-    ("fed_avg", {"wire": "int8"}, 1),
+    ("fed_avg", {"aggregation": "int8"}, 1),
     ("fed_fisher", {"fisher_floor_mode": "relative"}, 1), ("fed_sgd", {}, 1)]
 
 

@@ -28,8 +28,8 @@ def states(run: Outcome) -> dict[str, Any]:
     ("fed_avg", (*FEDERATED, "--cohort", 2, "--client_store", "disk")),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in [
         ("central", (*VAL_FREQ, "--batches", "clients", "--batch_size", 4)),
-        ("diloco", (*FEDERATED, "--client_state", "average", "--warmup", 8)),
-        ("fed_avg", (*FEDERATED, "--wire", "int8")),
+        ("diloco", (*FEDERATED, "--client_moments", "average", "--warmup", 8)),
+        ("fed_avg", (*FEDERATED, "--aggregation", "int8")),
         ("fed_avg", (*FEDERATED, "--sync", "epoch", "--epoch_passes", 0.01)),
         ("fed_entropy", FEDERATED),
         ("fed_fisher", (*FEDERATED, "--fisher_floor_mode", "relative")),
@@ -51,7 +51,7 @@ def test_six_rounds_extended_by_six_have_the_bits_of_twelve(
     assert numbers(further) == list(range(1, 13))
     followed = RunState("run")
     for event in Follower(further.run_dir / "events.jsonl").new():
-        followed.take(event)
+        followed.update(event)
     assert (followed.number, followed.total, followed.ended) == (12, 12, True)
     assert run_dir.read_outcome(further.run_dir)["step"] == 12
     assert outcome_of(further) == "finished"

@@ -37,11 +37,11 @@ from tests.support.runs import (
 
 @pytest.mark.parametrize(("method", "flags"), [
     ("central", ("--rounds", 7, "--checkpoint_freq", 2)),
-    ("diloco", (*FLAGS, "--client_state", "average", "--local_updates", 2)),
+    ("diloco", (*FLAGS, "--client_moments", "average", "--local_updates", 2)),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in [
         ("fed_avg", (*FLAGS, "--sync", "epoch", "--epoch_passes", 0.01)),
         ("fed_yogi", (*FLAGS, "--sampling", "replacement")),
-        ("fed_fisher", (*FLAGS, "--client_state", "reset")),
+        ("fed_fisher", (*FLAGS, "--client_moments", "reset")),
         ("fed_entropy", FLAGS),
         ("fed_sgd", FLAGS)]),
 ])

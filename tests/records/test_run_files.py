@@ -39,7 +39,7 @@ def test_a_run_name_is_one_path_component(name: str) -> None:
 
 def test_a_study_name_is_one_path_component(tmp_path: Path) -> None:
     file = write(tmp_path / "study.yaml", "name: ../..\nreference: a\nsettings: {a: {method: x}}")
-    with pytest.raises(ValueError, match=r"name \.\./\.\.: must be a folder's name"):
+    with pytest.raises(ValueError, match=r"name \.\./\.\.: must be a folder name without"):
         read(file, tmp_path, {})
 
 

@@ -119,7 +119,7 @@ def test_prox_pulls_clients_back_and_does_nothing_at_one_step(run_here: Run) -> 
 
 
 def test_averaged_moments_with_one_client_are_its_own(run_here: Run) -> None:
-    kept, averaged = (run_here("fed_avg", "--num_clients", 1, "--rounds", 4, "--client_state", s,
+    kept, averaged = (run_here("fed_avg", "--num_clients", 1, "--rounds", 4, "--client_moments", s,
                                "--dtype", "fp64", name=s) for s in ("keep", "average"))
     for name, value in averaged.model.items():
         torch.testing.assert_close(value, kept.model[name], rtol=0, atol=1e-5)  # the grid
@@ -127,7 +127,7 @@ def test_averaged_moments_with_one_client_are_its_own(run_here: Run) -> None:
 
 def test_schedule_and_clipping_by_hand(run_here: Run) -> None:
     """AdamW's first step is lr times the sign: its length shows the learning rate of each step."""
-    flags = ("--num_clients", 1, "--client_state", "reset", "--val_freq", 1, "--rounds", 6,
+    flags = ("--num_clients", 1, "--client_moments", "reset", "--val_freq", 1, "--rounds", 6,
              "--weight_decay", 0, "--beta1", 0, "--beta2", 0.5)
     outcome = run_here("fed_avg", *flags, "--warmup", 2, "--lr_schedule", "cosine")
     steps = [r["step_norm"] for r in outcome.history]
@@ -195,9 +195,9 @@ def test_a_run_is_named_after_method_config_and_seed(method: str) -> None:
 
 @pytest.mark.parametrize(("method", "flags", "said"), [
     ("fed_sgd", {"local_updates": 2}, "--local_updates 2: must be 1 for fed_sgd"),
-    ("fed_sgd", {"client_state": "average"}, "--client_state average: must be keep"),
+    ("fed_sgd", {"client_moments": "average"}, "--client_moments average: must be keep"),
     ("fed_sgd", {"grad_clip": 1}, "--grad_clip"),
-    ("fed_avg", {"sync": "epoch", "client_state": "average"}, "--client_state average"),
+    ("fed_avg", {"sync": "epoch", "client_moments": "average"}, "--client_moments average"),
     ("fed_avg", {"sync": "epoch", "prox_mu": 1}, "--prox_mu"),
     ("fed_avg", {"beta1": 0.99, "beta2": 0.98}, "--beta2 0.98"),
     ("fed_avg", {"prox_mu": -1}, "--prox_mu -1"),
@@ -214,28 +214,28 @@ def test_a_run_is_named_after_method_config_and_seed(method: str) -> None:
     ("central", {"batches": "clients", "batch_size": 6}, "--batch_size 6: must be a multiple"),
 ])
 def test_wrong_combinations_name_the_flag(method: str, flags: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match="must be") as caught:
+    with pytest.raises(ValueError, match=said):
         resolve(method, flags)
-    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize(("method", "flags", "said"), [
     ("diloco", {"local_updates": 7}, "steady steps 7 times as long"),
     ("fed_momentum", {"momentum_form": "heavy_ball"}, "steady steps 10 times as long"),
-    ("fed_avg", {"client_state": "reset"}, "sign descent"),
+    ("fed_avg", {"client_moments": "reset"}, "sign descent"),
 ])
 def test_questionable_settings_warn(method: str, flags: dict[str, Any], said: str) -> None:
     config: Any = resolve(method, flags)
     (warning,) = config.warnings()
     assert said in warning
-    usual: Any = resolve(method, flags | {"local_updates": 8, "client_state": "keep"})
+    usual: Any = resolve(method, flags | {"local_updates": 8, "client_moments": "keep"})
     assert usual.warnings() == []
 
 
 # ---- clients that are left out, and what is left of a run ---------------------------------------
 
 @pytest.mark.parametrize(("method", "flags", "what", "bound"), [
-    ("fed_avg", (), "delta", r"0\.01\d+"), ("fed_avg", ("--wire", "int8"), "delta", r"0\.01\d+"),
+    ("fed_avg", (), "delta", r"0\.01\d+"),
+    ("fed_avg", ("--aggregation", "int8"), "delta", r"0\.01\d+"),
     ("fed_sgd", (), "gradient", "16")])
 def test_a_client_beyond_the_bound_is_left_out(
         run_here: Run, monkeypatch: pytest.MonkeyPatch, method: str, flags: tuple[str, ...],
@@ -291,7 +291,8 @@ def test_a_round_ends_the_run_where_more_than_half_are_left_out(
     counts = f"{len(bad) if cohort is None else 1} of {cohort or clients}"
     assert re.search(counts + r" clients are left out, more than half \(client \d: delta exceeds "
                      r"its bound: 4\d[.\d]* > 0\.\d+"
-                     r"[^)]*\): --lr 0\.002 may be too large \(--reduce float has no bound\)", line)
+                     r"[^)]*\): --lr 0\.002 may be too large "
+                     r"\(--aggregation float has no bound\)", line)
     if cohort is None:
         assert outcome.bits == good.bits
 
@@ -306,7 +307,7 @@ def test_a_ruined_model_is_not_kept_for_the_last_good_one(
         run_here: Run, monkeypatch: pytest.MonkeyPatch, off: float, val_freq: int,
         checkpoint_freq: int | str, said: str) -> None:
     """Of floats that are finite each, while a server's momentum makes more of them."""
-    flags = ("--num_clients", 2, "--reduce", "float", "--server_lr", 1, "--val_freq", val_freq,
+    flags = ("--num_clients", 2, "--aggregation", "float", "--server_lr", 1, "--val_freq", val_freq,
              "--checkpoint_freq", checkpoint_freq)
     good = run_here("diloco", *flags, "--rounds", 1, name="good")
     spoil_updates(monkeypatch, off, 2, {0, 1})

@@ -125,11 +125,10 @@ def test_moments_are_reported_and_kept(run_here: Run, moments: str) -> None:
     """With no weight decay, a first AdamW step is what its moments say; and reading them does not
     change the client's own."""
     rounds = ("--rounds", 1 if moments == "keep" else 2)
-    found = run_here("own_moments", *FLAGS, *rounds, "--weight_decay", 0, "--client_state", moments,
-                     name="own")
+    flags = (*FLAGS, *rounds, "--weight_decay", 0, "--client_moments", moments)
+    found = run_here("own_moments", *flags, name="own")
     assert found.code == 0, found.output
-    plain = run_here("fed_avg", *FLAGS, *rounds, "--weight_decay", 0, "--client_state", moments,
-                     name="plain")
+    plain = run_here("fed_avg", *flags, name="plain")
     for name, tensor in plain.model.items():
         torch.testing.assert_close(found.model[name], tensor, rtol=1e-6, atol=1e-10)
 

@@ -23,10 +23,10 @@ RUNS: dict[str, tuple[tuple[int, int, str], tuple[str, ...]]] = {
     "model": ((2, 2, "model"), ("fed_avg",)),
     "state": ((3, 2, "server.momentum"),
               ("fed_momentum", "--val_freq", "9", "--checkpoint_freq", "2")),
-    "moments": ((1, 3, "moments.exp_avg_sq"), ("fed_avg", "--client_state", "average")),
-    "float": ((0, 0, ""), ("fed_avg", "--reduce", "float")),
-    "float_flipped": ((2, 3, "model"), ("fed_avg", "--reduce", "float")),
-    "ruined": ((EVERYBODY, 3, "model"), ("fed_avg", "--reduce", "float")),
+    "moments": ((1, 3, "moments.exp_avg_sq"), ("fed_avg", "--client_moments", "average")),
+    "float": ((0, 0, ""), ("fed_avg", "--aggregation", "float")),
+    "float_flipped": ((2, 3, "model"), ("fed_avg", "--aggregation", "float")),
+    "ruined": ((EVERYBODY, 3, "model"), ("fed_avg", "--aggregation", "float")),
 }
 healthy = Worker.aggregate
 

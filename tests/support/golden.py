@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 WORLDS = (1, 3)
 SECONDS = 900  # that the runs of one world may take
 
-# Run name -> command line, in the flags of the working tree. `{whole}` is the folder of that run.
+# Run name -> command line, in the flags of the working tree (see `spelled`). `{whole}`
+# is the folder of that run.
 RUNS: dict[str, str] = {
     "central": "central --batch_size 4",
     "central_clients": "central --batches clients --batch_size 4 --lr_schedule cosine --warmup 2",
@@ -34,12 +35,12 @@ RUNS: dict[str, str] = {
     "whole": "fed_avg --checkpoint_freq 3",
     "resumed": "fed_avg --resume {whole}/checkpoints/step_000003",
     "trained_weights": "fed_avg --weighting trained --sampling replacement --size_skew 0.5",
-    "averaged": "fed_avg --client_state average --grad_clip 1 --prox_mu 0.5",
-    "reset": "fed_avg --client_state reset --local_updates 2",
+    "averaged": "fed_avg --client_moments average --grad_clip 1 --prox_mu 0.5",
+    "reset": "fed_avg --client_moments reset --local_updates 2",
     "epoch": "fed_avg --sync epoch --eval_clients",
-    "float": "fed_avg --reduce float",
-    "int8": "fed_avg --wire int8",
-    "int8_disk": "fed_avg --wire int8 --client_store disk --cohort 2",
+    "float": "fed_avg --aggregation float",
+    "int8": "fed_avg --aggregation int8",
+    "int8_disk": "fed_avg --aggregation int8 --client_store disk --cohort 2",
     "one_of_three": "fed_avg --cohort 1",
     "disk": "fed_avg --client_store disk --save_client_deltas",
     "bf16_or_fp32": "fed_avg --dtype auto",
@@ -49,7 +50,7 @@ RUNS: dict[str, str] = {
     "entropy": "fed_entropy --temperature 0.5",
     "fisher": "fed_fisher",
     "fisher_corrected": "fed_fisher --fisher corrected --fisher_floor_mode relative "
-                        "--fisher_floor 0.1 --client_state average",
+                        "--fisher_floor 0.1 --client_moments average",
     "adam": "fed_adam",
     "yogi": "fed_yogi",
     "adagrad": "fed_adagrad",
@@ -58,6 +59,8 @@ RUNS: dict[str, str] = {
 SHARED = ("--config tiny --tokenizer bpe:400 --sequence_length 32 --batch_size 2 --val_freq 3 "
           "--rounds 6 --lr 2e-3 --dtype fp32 --checkpoint_freq none")
 FEDERATED = "--num_clients 3 --local_updates 2"
+OLD_FLAGS = {"--client_moments": "--client_state", "--aggregation float": "--reduce float",
+             "--aggregation int8": "--wire int8"}  # of trees without fedrun/common/old_names.py
 
 
 def main(argv: Sequence[str]) -> int:
@@ -111,14 +114,23 @@ def make_runs(tree: Path, folder: Path, corpus: Path, names: Sequence[str], proc
         command += ["-m", "torch.distributed.run", "--nnodes", "1", "--node-rank", "0",
                     "--nproc-per-node", str(processes), "--master-addr", "127.0.0.1",
                     "--master-port", str(free_port())]
-    lines = [[*RUNS[name].replace("{whole}", str(folder / "whole")).split(), "--run_name", name,
-              "--data_dir", str(folder), "--dataset", str(corpus), "--cache_dir",
-              str(folder / "cache")] for name in names]
+    shared = ["--data_dir", str(folder), "--dataset", str(corpus), "--cache_dir",
+              str(folder / "cache")]
+    lines = [[*spelled(RUNS[name], tree).replace("{whole}", str(folder / "whole")).split(),
+              "--run_name", name, *shared] for name in names]
     done = subprocess.run([*command, __file__, json.dumps(lines)], cwd=tree, timeout=SECONDS,
                           env=os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"},
                           text=True, capture_output=True, check=False)
     if done.returncode:
         sys.exit(f"{tree}: exit code {done.returncode}\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+
+
+def spelled(line: str, tree: Path) -> str:
+    """A command line in the flags that a tree knows."""
+    if not (tree / "fedrun/common/old_names.py").exists():
+        for new, old in OLD_FLAGS.items():
+            line = line.replace(new, old)
+    return line
 
 
 def free_port() -> int:

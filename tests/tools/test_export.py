@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -181,7 +182,8 @@ def test_evaluate_scores_all_of_the_text_that_is_given(
     assert (result["split"], result["tokens"]) == ("test", tokens // 32 * 31)
     code, _, said = evaluate("--split", "test")
     assert code == 2
-    assert "--split test: must be one of the dataset's splits other than train; it has train" in said
+    assert ("--split test: must be one of the dataset's splits other than train; it has train"
+            in said)
     code, _, said = evaluate("--dataset", "")
     assert (code, "--dataset is empty" in said) == (2, True)
 
@@ -281,9 +283,9 @@ def test_an_unusual_model_has_the_same_bits_in_every_world(
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    ({"n_layer": 10**9}, "model.n_layer 1000000000: must be a whole number from 1 to 4096"),
-    ({"n_layer": 1.5}, "model.n_layer 1.5: must be a whole number"),
-    ({"d_model": 10**6}, "model.d_model 1000000: must be"),
+    ({"n_layer": 10**9}, r"model.n_layer 1000000000: must be an integer in \[1, 4096\]"),
+    ({"n_layer": 1.5}, "model.n_layer 1.5: must be an integer"),
+    ({"d_model": 10**6}, "model.d_model 1000000: "),
     ({"d_model": 131072, "n_layer": 4096, "headdim": 16384}, " takes at least "),
     ({"n_layer": None}, "model.n_layer None"), ({"depth": 2}, "depth")])
 def test_a_shape_that_cannot_be_is_a_line(trained: Outcome, tmp_path: Path, change: dict[str, int],
@@ -297,7 +299,7 @@ def test_a_shape_that_cannot_be_is_a_line(trained: Outcome, tmp_path: Path, chan
     assert text.count("\n") == 1
     assert text.startswith("fedrun: error: ")
     assert str(run) in text
-    assert said in text
+    assert re.search(said, text)
 
 
 def test_what_cannot_be_loaded(trained: Outcome, tmp_path: Path,
@@ -314,7 +316,7 @@ def test_what_cannot_be_loaded(trained: Outcome, tmp_path: Path,
     run = Path(shutil.copytree(trained.run_dir, tmp_path / "run"))
     assert "--top_k -1" in error("generate", str(run), "--top_k", "-1")
     assert "--device tpu9" in error("evaluate", str(run), "--device", "tpu9")
-    assert "it is there already" in error("export", str(run), str(run))
+    assert "exists already" in error("export", str(run), str(run))
     assert "would replace it" in error("fed_avg", "--init_from", str(run), "--data_dir",
                                        str(tmp_path), "--run_name", "run")
     shutil.rmtree(run / "tokenizer")

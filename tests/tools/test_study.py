@@ -28,7 +28,7 @@ grid: {{lr: [0.001, 0.002]}}
 base: {base}
 settings:
   central: {{method: central, rounds: 4}}
-  averaged: {{method: fed_avg, num_clients: 2, rounds: 4, client_state: average}}
+  averaged: {{method: fed_avg, num_clients: 2, rounds: 4, client_moments: average}}
   slow: {{method: fed_avg, num_clients: 2, rounds: 4, grid: {{lr: [1e-6]}}}}
 """
 
@@ -144,11 +144,11 @@ def test_shipped_studies_are_valid(name: str, tmp_path: Path) -> None:
     ("{reference: a, seeds: [1], settings: {a: {method: central}}}", "unknown key 'seeds'"),
     ("{reference: a, settings: {a: {method: fed_avg, temperature: 1}}}", "temperature"),
     ("{reference: a}", "settings"),
-    ("{reference: a, base: {seed: 1}, settings: {a: {method: central}}}", "base: seed: study does"),
+    ("{reference: a, base: {seed: 1}, settings: {a: {method: central}}}", "base: seed: not used"),
     ("{reference: a, settings: {a: {method: central, checkpoint_freq: 2}}}",
-     "settings.a: checkpoint_freq: study does not read it"),
+     "settings.a: checkpoint_freq: not used by study"),
     ("{reference: a, settings: {a: null}}", "settings.a"),
-    ("{reference: a, jobs: 0, settings: {a: {method: central}}}", "jobs 0: must be"),
+    ("{reference: a, jobs: 0, settings: {a: {method: central}}}", "jobs 0: must be an integer"),
     ("{reference: a, grid: {lr: fast}, settings: {a: {method: central}}}", "settings.a: grid"),
     ("{reference: a, grid: 3, settings: {a: {method: central}}}", "grid 3: must be a mapping"),
     ("[" * 1100, "cannot be read as YAML"),

@@ -109,7 +109,6 @@ def test_steps_that_find_the_disk_full_are_there_in_the_end(
 @pytest.mark.parametrize("method", ["fed_avg", pytest.param("central", marks=SLOW)])
 def test_a_disk_that_stays_full_ends_the_run_and_with_room_it_ends_in_the_same_bits(
         method: str, run_here: Run, whole: Wholes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before too many steps wait in memory."""
     with monkeypatch.context() as broken:
         Disk(broken, "deltas/step_", range(2, 10**6))
         ended = run_here(method, *flags_of(method))

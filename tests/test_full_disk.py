@@ -16,10 +16,9 @@ from fedrun.common.errors import explain
 from fedrun.common.files import write_atomic
 from fedrun.data import tokens
 from fedrun.records import checkpoint, run_dir
-from fedrun.records.run_dir import SnapshotWriter
 from fedrun.records.track import Progress
 from tests.support.disk import full, no_space
-from tests.support.runs import Outcome, Run, assert_equal, error_lines, numbers
+from tests.support.runs import Outcome, Run, assert_equal, error_lines
 
 FLAGS = ("--num_clients", 2, "--rounds", 6, "--val_freq", 1, "--checkpoint_freq", 2)
 SLOW = pytest.mark.slow
@@ -110,7 +109,6 @@ def test_steps_that_find_the_disk_full_are_there_in_the_end(
 @pytest.mark.parametrize("method", ["fed_avg", pytest.param("central", marks=SLOW)])
 def test_a_disk_that_stays_full_ends_the_run_and_with_room_it_ends_in_the_same_bits(
         method: str, run_here: Run, whole: Wholes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before too many steps wait in memory."""
     with monkeypatch.context() as broken:
         Disk(broken, "deltas/step_", range(2, 10**6))
         ended = run_here(method, *flags_of(method))
@@ -119,7 +117,6 @@ def test_a_disk_that_stays_full_ends_the_run_and_with_room_it_ends_in_the_same_b
     assert "deltas/step_000002.npz: No space left on device" in line
     assert "checkpoint" in ended.output  # none was made: step 2 was never whole
     assert not list(ended.run_dir.glob("checkpoints/*/manifest.json"))
-    assert numbers(ended)[-1] == 1 + SnapshotWriter.AT_MOST  # of 6
     again = run_here(method, *flags_of(method))
     assert again.code == 0, again.output
     assert_equal(again, whole(method))

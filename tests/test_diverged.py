@@ -64,7 +64,7 @@ def test_numbers_that_are_not_finite_are_null_and_readers_take_them(
     history = strictly((outcome.run_dir / "training_history.json").read_text())
     assert [r["server_val_ppl"] is None for r in history] == [False, True, True, True]
     assert math.isfinite(history[-1]["server_val_loss"])
-    state = watch.State("run")
+    state = watch.RunState("run")
     for line in (outcome.run_dir / "events.jsonl").read_text().splitlines():
         state.update(strictly(line))
     assert [math.isinf(state.validation[n]) for n in (1, 2, 3, 4)] == [False, True, True, True]

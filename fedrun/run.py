@@ -36,7 +36,7 @@ from fedrun.experiment import (
 )
 from fedrun.federation.plan import Schedule, Shards
 from fedrun.model.kernels import kernel_path, on_gpu
-from fedrun.model.memory import TO_LOAD, TO_TRAIN, require_memory
+from fedrun.model.memory import BYTES_TO_LOAD, BYTES_TO_TRAIN, require_memory
 from fedrun.model.pretrained import find_pretrained
 from fedrun.records.checkpoint import latest_step
 from fedrun.records.provenance import Length, corpus_digests
@@ -82,7 +82,7 @@ def run(config: RunConfig) -> int:
     if config.init_from:
         data = fit_vocabulary(config, data)
     require_memory(config.model, config.model.rows(data.vocab_size),
-                   TO_TRAIN if device.type == "cpu" else TO_LOAD,
+                   BYTES_TO_TRAIN if device.type == "cpu" else BYTES_TO_LOAD,
                    f"--init_from {config.init_from}" if config.init_from else
                    f"--config {config.config}")
     check = CorpusCheck(config, launch, data)

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     from torch import Tensor
 
+ADAMW_EPS = 1e-8  # torch.optim.AdamW's default; of local training and of methods that run AdamW
+
 
 @dataclass(frozen=True)
 class BoundExponents:

@@ -37,7 +37,7 @@ def test_training_fisher_and_entropy_touch_no_value(
     optimizer = LocalOptimizer(flat, config, 10)
     # torch's fused AdamW has no meta kernel; its other implementation, whose count of steps lies on
     # the CPU, stands in for it here.
-    monkeypatch.setattr("fedrun.training.optimizer.KERNEL", {"foreach": True})
+    monkeypatch.setattr("fedrun.training.optimizer.ADAMW_IMPLEMENTATION", {"foreach": True})
     moments = {name: torch.zeros_like(flat.vector) for name in ("exp_avg", "exp_avg_sq")}
     optimizer.state = {"step": torch.zeros(()), **moments}
     client = Client(0, np.arange(12), SEQUENCES, flat, config, optimizer)

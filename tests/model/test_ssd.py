@@ -94,7 +94,7 @@ def test_large_steps_give_finite_gradients() -> None:
 def test_bf16_products_stay_close() -> None:
     leaves = [leaf.detach() for leaf in inputs(40, 1, torch.float32)]
     exact, _ = ssd_scan(*leaves[:6], chunk_size=8)
-    low, _ = ssd_scan(*leaves[:6], chunk_size=8, product_dtype=torch.bfloat16)
+    low, _ = ssd_scan(*leaves[:6], chunk_size=8, matmul_dtype=torch.bfloat16)
     assert low.dtype == torch.float32
     error = (low - exact).norm() / exact.norm()
     assert 1e-5 < error < 1e-2  # rounded to 8 bits, and not more than that

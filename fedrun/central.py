@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedrun.common.errors import Diverged, FolderLost, InputError
 from fedrun.common.files import write_json
+from fedrun.common.perplexity import perplexity
 from fedrun.config import CentralConfig
 from fedrun.data.batches import Batches, make_batches
 from fedrun.data.partition import client_shards
@@ -32,7 +33,7 @@ from fedrun.records.history import RunTotals, half_losses
 from fedrun.records.provenance import Length
 from fedrun.records.run_dir import SnapshotWriter, save_model, studied, write_outcome
 from fedrun.records.track import Events, Progress
-from fedrun.training.evaluate import mean_loss, perplexity, sample_text, validation_pieces
+from fedrun.training.evaluate import mean_loss, sample_text, validation_pieces
 from fedrun.training.optimizer import LocalOptimizer, scheduled_lr
 from fedrun.training.params import FlatParams
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedrun.common.errors import Failure, FolderLost, explain
 from fedrun.common.files import write_json
+from fedrun.common.perplexity import perplexity
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
 from fedrun.distributed.stopping import StopRequest
@@ -30,7 +31,7 @@ from fedrun.records.checkpoint import Checkpoint, CheckpointCoordinator
 from fedrun.records.history import COHORT_NUMBERS, SECONDS, RunTotals, cohort_record, half_losses
 from fedrun.records.run_dir import SnapshotWriter, save_model, studied, write_failure, write_outcome
 from fedrun.records.track import Events, Progress, cohort_event
-from fedrun.training.evaluate import Piece, mean_loss, perplexity, sample_text
+from fedrun.training.evaluate import Piece, mean_loss, sample_text
 from fedrun.training.optimizer import scheduled_lr
 from fedrun.training.params import FlatParams
 

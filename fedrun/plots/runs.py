@@ -21,6 +21,7 @@ import numpy as np
 
 from fedrun.common.errors import InputError, naming
 from fedrun.common.files import DamagedFile, Kind, number, read_json, whole
+from fedrun.common.perplexity import perplexity
 from fedrun.common.terminal import shortened, visible
 from fedrun.config import FederatedConfig
 from fedrun.records.run_files import MARK
@@ -263,7 +264,7 @@ def _perplexity(raw: dict[str, Any], *prefixes: str) -> float:
         found = number(raw.get(f"{prefix}_ppl"))
         loss = number(raw.get(f"{prefix}_loss"))
         if math.isnan(found) and not math.isnan(loss):
-            found = math.exp(loss) if loss < 700 else math.inf
+            found = perplexity(loss)
         if found > 0:
             return found if found < DIVERGED else math.inf
     return math.nan

@@ -14,6 +14,7 @@ import numpy as np
 
 from fedrun.common.errors import InputError
 from fedrun.common.files import finite
+from fedrun.common.perplexity import perplexity
 from fedrun.data.reading import Reading, reading_of
 from fedrun.tools.common import model_parser, need_tokenizer, parse
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     from fedrun.data.corpora import ALL_OF_IT
     from fedrun.data.tokens import prepare
     from fedrun.model.pretrained import find_pretrained
-    from fedrun.training.evaluate import mean_loss, perplexity, validation_pieces
+    from fedrun.training.evaluate import mean_loss, validation_pieces
 
     try:
         device = torch.device(args.device)

@@ -42,6 +42,7 @@ from typing import Any
 
 from fedrun.common.errors import InputError, one_line
 from fedrun.common.files import DamagedFile, Kind, finite, read_json, write_atomic, write_json
+from fedrun.common.perplexity import perplexity
 from fedrun.config import RunConfig
 from fedrun.flags import METHODS, Parser, add_flags, method_settings
 from fedrun.records.provenance import READ, corpus_digests, differing
@@ -148,7 +149,7 @@ def run_all(configs: Iterable[RunConfig], jobs: int) -> None:
             loss = loss_halves(config)
             assert loss is not None, f"{config.run_dir} is not finished"
             print(f"{number}/{len(todo)}  {config.name}  {seconds:.0f} s  "
-                  f"val ppl {_ppl(statistics.mean(loss)):.2f}", flush=True)
+                  f"val ppl {perplexity(statistics.mean(loss)):.2f}", flush=True)
 
 
 def tune(study: Study) -> None:
@@ -177,7 +178,7 @@ def repeat(study: Study) -> None:
 def tuned_ratio(study: Study, setting: StudySetting) -> float:
     """Perplexity of the best point over that of the reference, both with the tuning seed."""
     reference = study.settings[study.reference]
-    return _ppl(setting.tuned[setting.best] - reference.tuned[reference.best])
+    return perplexity(setting.tuned[setting.best] - reference.tuned[reference.best])
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ def table(study: Study) -> list[dict[str, Any]]:
     for setting in study.settings.values():
         row: dict[str, Any] = {
             "setting": setting.name, "flags": setting.flags, "best": dict(setting.best),
-            "tuned_ppl": {_shown(p): _ppl(loss) for p, loss in sorted(setting.tuned.items())},
+            "tuned_ppl": {_shown(p): perplexity(loss) for p, loss in sorted(setting.tuned.items())},
             "tuned_ratio": tuned_ratio(study, setting)}
         ratios, final, best = [], [], []
         for seed in study.report_seeds:
@@ -198,7 +199,7 @@ def table(study: Study) -> list[dict[str, Any]]:
             theirs = loss_halves(study.config(reference, reference.best, seed))
             if mine is None or theirs is None:
                 continue
-            ratios.append(_ppl(mine[1] - theirs[1]))
+            ratios.append(perplexity(mine[1] - theirs[1]))
             if not math.isfinite(mine[1]):
                 continue
             curve = [_number(r.get("server_val_ppl", r.get("val_ppl"))) for r in history(config)]
@@ -245,10 +246,6 @@ def write(study: Study) -> None:
     write_atomic(study.folder / "histories.json",
                 (json.dumps(finite(curves), allow_nan=False) + "\n").encode())
     write_atomic(study.folder / "table.md", markdown(study, rows).encode())
-
-
-def _ppl(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _shown(point: Point) -> str:

@@ -24,7 +24,7 @@ class ParamSlice:
 
 
 class FlatParams:
-    """Moves the parameters of `module` into `vector` (size,) and their gradients into `grad` (size,).
+    """Moves a module's parameters into `vector` (size,) and their gradients into `grad` (size,).
 
     The module works as before, on views. Names are sorted, so that all ranks that build the same
     model agree on the layout. A tied weight has one slice, under the first of its names. All

@@ -1,4 +1,4 @@
-"""Weights and configurations on their way to other libraries and back."""
+"""Weights and configurations converted to other libraries and back."""
 
 from __future__ import annotations
 

@@ -48,8 +48,10 @@ def batches() -> list[Tensor]:
 
 
 def gradients(model: nn.Module, groups: Tensor, mean: bool) -> Tensor:
-    """(groups, size): the gradient of each group's loss, summed or meaned over its tokens;
-    groups: (groups, sequences, length). Names sorted, as FlatParams lays them out."""
+    """(groups, size): the gradient of each group's loss, summed or averaged over its tokens.
+
+    groups: (groups, sequences, length). Parameters are sorted by name, as in FlatParams.
+    """
     parameters = {k: v.detach() for k, v in model.named_parameters()}
 
     def loss(p: dict[str, Tensor], tokens: Tensor) -> Tensor:
@@ -97,8 +99,8 @@ def test_corrected(model: Bigram, microbatches: int) -> None:
 
 
 def test_corrected_estimates_what_single_sequences_have(model: Bigram) -> None:
-    """In expectation over batches: with microbatches of one the estimate is exact, and drawing
-    microbatches of three from the same sequences comes near it."""
+    """In expectation over batches: with microbatches of one sequence the estimate is exact, and
+    with microbatches of three, drawn from the same sequences, it comes close."""
     generator = torch.Generator().manual_seed(1)
     pool = torch.randint(VOCAB, (40, LENGTH), generator=generator)
     exact = (gradients(model, pool[:, None], mean=True) ** 2).mean(0)
@@ -111,7 +113,7 @@ def test_corrected_estimates_what_single_sequences_have(model: Bigram) -> None:
         batch.gradient(model, rows)  # type: ignore[arg-type]
     total = exact.sum()
     assert (corrected.finish().sum() / total).item() == pytest.approx(1, abs=0.1)
-    assert batch.finish().sum() / total < 0.5  # the bias that is corrected
+    assert batch.finish().sum() / total < 0.5  # the bias that `corrected` removes
 
 
 def test_scope_is_zero_outside_the_mixers(model: Bigram) -> None:

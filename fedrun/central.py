@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fedrun.common.errors import Diverged, FolderLost
+from fedrun.common.perplexity import perplexity
 from fedrun.data.batches import Batches, make_batches
 from fedrun.distributed.stopping import StopRequest
 from fedrun.experiment import Experiment
@@ -25,7 +26,7 @@ from fedrun.records.checkpoint import (
 from fedrun.records.recorder import Recorder
 from fedrun.records.run_dir import studied
 from fedrun.records.schema import CENTRAL
-from fedrun.training.evaluate import mean_loss, perplexity, sample_text, validation_pieces
+from fedrun.training.evaluate import mean_loss, sample_text, validation_pieces
 from fedrun.training.optimizer import LocalOptimizer, scheduled_lr
 from fedrun.training.params import FlatParams
 

@@ -26,7 +26,7 @@ from fedrun.federation.schedule import rounds_per_epoch
 from fedrun.model.build import new_model
 from fedrun.model.kernels import kernel_path
 from fedrun.model.mamba2 import Mamba2LM
-from fedrun.model.memory import TO_LOAD, TO_TRAIN, require_memory
+from fedrun.model.memory import BYTES_TO_LOAD, BYTES_TO_TRAIN, require_memory
 from fedrun.model.precision import bf16_in_hardware
 from fedrun.model.pretrained import Pretrained, find_pretrained
 from fedrun.records.provenance import Length, alike_on_all_ranks, corpus_digests
@@ -99,7 +99,7 @@ def prepare_experiment(config: RunConfig, device: torch.device) -> Experiment:
     if pretrained is not None:
         data = with_vocabulary(data, pretrained, config)
     require_memory(config.model, config.model.rows(data.vocab_size),
-                   TO_TRAIN if device.type == "cpu" else TO_LOAD,
+                   BYTES_TO_TRAIN if device.type == "cpu" else BYTES_TO_LOAD,
                    f"--init_from {config.init_from}" if pretrained is not None else
                    f"--config {config.config}")
     shards = shards_of(config, data)

@@ -286,8 +286,8 @@ def test_arrays_that_would_fill_the_memory_are_refused(tmp_path: Path,
 
 
 @pytest.mark.parametrize(("other", "wanted"), [
-    ({"steps": (60, 90)}, "runs that have saved a step in common"),
-    ({"layers": 1}, "runs whose in_proj have one shape")])
+    ({"steps": (60, 90)}, "runs that saved a step in common"),
+    ({"layers": 1}, "runs whose in_proj have the same shape")])
 def test_runs_that_have_no_mean_are_told(tmp_path: Path, other: dict[str, Any], wanted: str
                                          ) -> None:
     folders.save_steps(folders.ours(tmp_path, "central", "tiny", steps=(1,)), steps=(1, 30))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedrun.common.errors import FolderLost, explain
 from fedrun.common.log import ERROR, WARNING, log
+from fedrun.common.perplexity import perplexity
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
 from fedrun.distributed.stopping import StopRequest
@@ -35,7 +36,7 @@ from fedrun.records.run_dir import write_failure
 from fedrun.records.schema import FEDERATED
 from fedrun.records.track import cohort_event
 from fedrun.strategies.base import ClientReport
-from fedrun.training.evaluate import Piece, mean_loss, perplexity, sample_text
+from fedrun.training.evaluate import Piece, mean_loss, sample_text
 from fedrun.training.optimizer import scheduled_lr
 from fedrun.training.params import FlatParams
 

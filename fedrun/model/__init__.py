@@ -1,1 +1,1 @@
-"""The Mamba-2 language model: what one client computes, without any notion of ranks."""
+"""The Mamba-2 language model. Knows nothing of runs, clients or ranks."""

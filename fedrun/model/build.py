@@ -1,4 +1,4 @@
-"""A run's model at its start: from scratch by a seed, or with other weights."""
+"""The initial model of a run: random weights from a seed, or those of another model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fedrun.model.mamba2 import Mamba2LM
 from fedrun.model.pretrained import Pretrained
 
 DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
-"""The type of the parameters, by --dtype."""
+"""Type of the parameters for each --dtype. bf16 means bf16 products on fp32 parameters."""
 
 
 class ModelSettings(Protocol):
-    """What a model is built from; a run's config has it."""
+    """The settings that a model is built from. RunConfig has them."""
 
     @property
     def model(self) -> ModelConfig: ...
@@ -29,10 +29,10 @@ def new_model(settings: ModelSettings, vocab_size: int, device: torch.device,
               pretrained: Pretrained | None = None) -> Mamba2LM:
     """The model of a run at its start, from scratch or with the weights of `pretrained`: the same
     on every rank and every device."""
-    assert settings.dtype in DTYPES, "resolved before anything is built: it decides the bits"
-    products = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
+    assert settings.dtype in DTYPES, "`auto` must be resolved before the model is built"
+    compute_dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
     shape = settings.model
-    model = Mamba2LM(shape, shape.rows(vocab_size), compute_dtype=products)
+    model = Mamba2LM(shape, shape.rows(vocab_size), compute_dtype=compute_dtype)
     if pretrained is None:
         model.init_weights(settings.seed)
     else:

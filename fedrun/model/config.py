@@ -1,4 +1,4 @@
-"""The shape of a model; without torch, so that `--help` and a wrong flag answer at once."""
+"""The shape of a model. Imports no torch, so that `--help` and a wrong flag answer at once."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 from fedrun.common.errors import require
 
-NORM_EPS = 1e-5  # of mamba_ssm's norms, which have no other
-# What no model of this kind comes near to: a wrong number is told before it takes all the memory.
+NORM_EPS = 1e-5  # fixed in mamba_ssm's norms
+# Far above any real model: a mistyped number is refused before it takes all the memory.
 LARGEST = {"n_layer": 4096, "d_model": 2**17, "d_state": 2**14, "headdim": 2**14, "expand": 64,
            "ngroups": 2**14, "d_conv": 256, "pad_vocab_multiple": 2**20}
 LARGEST_VOCABULARY = 2**27
@@ -17,7 +17,7 @@ LARGEST_VOCABULARY = 2**27
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a Mamba-2 model, in the letters of Dao & Gu (2024)."""
+    """The shape of a Mamba-2 model; the letters are those of Dao & Gu (2024)."""
 
     n_layer: int = 1
     """Number of Mamba-2 blocks."""
@@ -26,7 +26,7 @@ class ModelConfig:
     d_state: int = 128
     """Size of the recurrent state of one channel (N)."""
     headdim: int = 64
-    """Channels of one head (P); expand * d_model must be a multiple of it."""
+    """Channels per head (P); expand * d_model must be a multiple of it."""
     expand: int = 2
     """Inner width of a block as a multiple of d_model."""
     ngroups: int = 1
@@ -34,20 +34,20 @@ class ModelConfig:
     d_conv: int = 4
     """Taps of the causal depthwise convolution."""
     pad_vocab_multiple: int = 1
-    """The embedding and head have as many rows as the next multiple of this after the vocabulary;
-    rows beyond it stand for no token."""
+    """The rows of the embedding and head are the vocabulary size rounded up to a multiple of this;
+    the rows added stand for no token."""
     tie_embeddings: bool = True
-    """Whether the head is the embedding's matrix, or has one of its own."""
+    """Whether the head shares the embedding's weight."""
     proj_bias: bool = False
     """Whether a block's input and output projections have a bias."""
     conv_bias: bool = True
     """Whether the convolution has a bias."""
     norm_eps: float = NORM_EPS
-    """What is added to the mean square in every norm."""
+    """Added to the mean square in every norm."""
     dt_lower: float = 0.0
-    """Step sizes below it are raised to it."""
+    """Lower limit of step sizes."""
     dt_upper: float | None = None
-    """Step sizes above it are lowered to it; none: no limit."""
+    """Upper limit of step sizes; none: no limit."""
 
     def __post_init__(self) -> None:
         for name, limit in LARGEST.items():
@@ -60,10 +60,10 @@ class ModelConfig:
         require(_number(self.norm_eps) and 0 < self.norm_eps <= 1, "model.norm_eps", self.norm_eps,
                 "in (0, 1]")
         require(_number(self.dt_lower) and 0 <= self.dt_lower < 1e30, "model.dt_lower",
-                self.dt_lower, ">= 0")
+                self.dt_lower, "in [0, 1e30)")
         require(self.dt_upper is None or (_number(self.dt_upper)
                                           and self.dt_lower < self.dt_upper < 1e30),
-                "model.dt_upper", self.dt_upper, "> model.dt_lower, or none")
+                "model.dt_upper", self.dt_upper, "> model.dt_lower and < 1e30, or none")
         inner = self.expand * self.d_model
         require(inner % self.headdim == 0, "model.headdim", self.headdim,
                 f"a divisor of expand * d_model = {inner}")
@@ -73,15 +73,15 @@ class ModelConfig:
 
     @property
     def limits_dt(self) -> bool:
-        """Whether step sizes are limited at all."""
+        """Whether step sizes have a lower or an upper limit."""
         return self.dt_lower > 0 or self.dt_upper is not None
 
     def rows(self, vocab_size: int) -> int:
-        """Rows of the embedding for a vocabulary of that size."""
+        """Rows of the embedding, padding included."""
         return -(-vocab_size // self.pad_vocab_multiple) * self.pad_vocab_multiple
 
     def parameters(self, rows: int) -> int:
-        """The number of parameters with so many rows in the embedding."""
+        """Number of parameters of a model whose embedding has `rows` rows."""
         inner = self.expand * self.d_model
         heads = inner // self.headdim
         conv = inner + 2 * self.ngroups * self.d_state
@@ -93,12 +93,15 @@ class ModelConfig:
         return (2 - self.tie_embeddings) * rows * self.d_model + self.n_layer * block + self.d_model
 
     def to_dict(self) -> dict[str, Any]:
-        """The shape as run folders record it: what is as it is in most models is left out, so that
-        records from before these could be chosen are the same."""
-        optional = ("tie_embeddings", "proj_bias", "conv_bias", "norm_eps", "dt_lower", "dt_upper")
-        usual = {f.name: f.default for f in dataclasses.fields(self) if f.name in optional}
+        """The shape as run folders record it.
+
+        Settings that were added later are left out where they have their default, so that a model
+        is recorded as it was before these settings existed.
+        """
+        later = ("tie_embeddings", "proj_bias", "conv_bias", "norm_eps", "dt_lower", "dt_upper")
+        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name in later}
         return {name: value for name, value in dataclasses.asdict(self).items()
-                if name not in usual or value != usual[name]}
+                if name not in defaults or value != defaults[name]}
 
 
 def _number(value: object) -> bool:

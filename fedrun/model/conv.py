@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 def causal_conv_silu(window: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y_t = silu(bias + sum_k weight_k window_(t+k)).
 
-    window: (b, taps - 1 + l, channels), of any type; y: (b, l, channels), in the weight's type;
-    weight: (channels, 1, taps); bias: (channels,), if any. The first taps - 1 positions of the
-    window are those before the sequence.
+    window: (b, taps - 1 + l, channels), of any type; weight: (channels, 1, taps); bias: (channels,)
+    or None; y: (b, l, channels), in the weight's type. The first taps - 1 positions of the window
+    are the inputs before the sequence.
     """
     convolved: Tensor = _CausalConvSilu.apply(  # type: ignore[no-untyped-call]
         window, weight, bias)
@@ -23,8 +23,8 @@ def causal_conv_silu(window: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
 
 
 class _CausalConvSilu(torch.autograd.Function):
-    """With its gradient by hand: torch's for a depthwise convolution is slow on a CPU, and without
-    the sum before the activation, which is quickly made again, less is kept for it."""
+    """With a hand-written gradient: torch's gradient of a depthwise convolution is slow on a CPU.
+    The backward pass recomputes the sum before the activation, which is cheap and saves memory."""
 
     @staticmethod
     def forward(ctx: Any, window: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -49,7 +49,7 @@ class _CausalConvSilu(torch.autograd.Function):
 
 
 def _convolve(window: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # As images of height 1, channels last: the one-dimensional convolution transposes both ways.
+    # As images of height 1, channels last: torch's conv1d would transpose input and output.
     images = window.transpose(1, 2)[:, :, None]
     convolved = F.conv2d(images, weight[:, :, None], bias, groups=len(weight))
     return convolved[:, :, 0].transpose(1, 2)

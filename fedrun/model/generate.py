@@ -1,4 +1,4 @@
-"""Generation by the recurrent form: constant time and memory a token, whatever came before."""
+"""Text generation with the recurrent form: time and memory per token do not grow with length."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fedrun.model.mamba2 import Block, LayerState, Mamba2LM
 from fedrun.model.ssd import ssd_step
 
 ModelState = list[LayerState]
-"""One entry a layer."""
+"""One entry per layer."""
 
 
 @torch.no_grad()
 def prefill(model: Mamba2LM, input_ids: Tensor) -> tuple[Tensor, ModelState]:
-    """Read a prompt (b, l) in one pass: the logits of its last token (b, vocab) and the state."""
+    """Read prompts (b, l) in one pass: logits of the last tokens (b, vocab), and the state."""
     residual = F.embedding(input_ids, model.backbone.embedding.weight)
     state: ModelState = []
     for block in model.backbone.layers:
@@ -29,7 +29,7 @@ def prefill(model: Mamba2LM, input_ids: Tensor) -> tuple[Tensor, ModelState]:
 
 @torch.no_grad()
 def step(model: Mamba2LM, tokens: Tensor, state: ModelState) -> Tensor:
-    """Read one token a sequence, (b,) -> logits (b, vocab); `state` is updated in place."""
+    """Read one token per sequence: (b,) -> logits (b, vocab). Updates `state` in place."""
     residual = F.embedding(tokens, model.backbone.embedding.weight)  # (b, d)
     for layer, block in enumerate(model.backbone.layers):
         assert isinstance(block, Block)
@@ -48,11 +48,11 @@ def step(model: Mamba2LM, tokens: Tensor, state: ModelState) -> Tensor:
 @torch.no_grad()
 def generate(model: Mamba2LM, input_ids: Tensor, max_new_tokens: int, temperature: float = 0.0,
              top_k: int = 0, generator: torch.Generator | None = None) -> Tensor:
-    """Continue prompts (b, l) by max_new_tokens: returns the new tokens (b, max_new_tokens).
+    """Continue prompts (b, l); returns the new tokens (b, max_new_tokens).
 
-    Greedy at temperature 0; otherwise sampled from softmax(logits / temperature), of the top_k
-    most likely tokens only where top_k is above 0. FloatingPointError where those logits are not
-    finite, so that nothing can be drawn.
+    Greedy at temperature 0. Otherwise tokens are sampled from softmax(logits / temperature), among
+    the top_k most likely ones if top_k > 0; raises FloatingPointError if the logits to sample from
+    are not finite.
     """
     logits, state = prefill(model, input_ids)
     tokens = []
@@ -64,8 +64,8 @@ def generate(model: Mamba2LM, input_ids: Tensor, max_new_tokens: int, temperatur
 
 
 def _logits(model: Mamba2LM, residual: Tensor) -> Tensor:
-    # In the weight's own type whatever that of products is: one row is multiplied in the time that
-    # it takes to read the weight, which a cast would do as well.
+    # Not cast to matmul_dtype: for one token per sequence the product takes as long as reading the
+    # weight, and a cast would have to read it too.
     return F.linear(model.backbone.norm_f(residual), model.lm_head.weight)
 
 

@@ -1,9 +1,9 @@
-"""The official Triton kernels of mamba-ssm, for tensors on a GPU (https://github.com/state-spaces/mamba).
+"""The official Triton kernels of mamba-ssm (https://github.com/state-spaces/mamba) for GPU tensors.
 
-Which code runs is decided by the tensor's device, never by what can be imported: mamba-ssm beside
-CPU tensors changes nothing. With causal-conv1d the convolution, the scan and the gated norm are one
-kernel; without it (it needs a compiler for CUDA, mamba-ssm's Triton kernels do not) the convolution
-is torch's; without mamba-ssm the scan is our own, slower but the same.
+On a CPU our own code always runs, even where mamba-ssm is installed. On a GPU it depends on what is
+installed. With mamba-ssm and causal-conv1d, one kernel does the convolution, the scan and the gated
+norm. With mamba-ssm alone (causal-conv1d needs a CUDA compiler, mamba-ssm's Triton kernels do not),
+torch does the convolution. With neither, our own scan runs: slower, but the same mathematics.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-CHUNK_SIZE = 256  # of mamba-ssm's scan, as its Mamba2 module has it
+CHUNK_SIZE = 256  # of mamba-ssm's scan; the default of its Mamba2 module
 KernelPath = Literal["split_conv1d_scan", "conv1d_and_chunk_scan", "own"]
 
 
 def ssd_kernels() -> Any:
-    """mamba-ssm's module of Triton kernels; ImportError where it is not installed.
+    """mamba-ssm's module of Triton kernels. Raises ImportError if it is not installed.
 
-    Its package imports the compiled scan of Mamba-1 on the way, which an installation made without
-    nvcc has not, and Mamba-2 does not use: an empty module takes its place.
+    The package imports the compiled scan of Mamba-1. Mamba-2 does not use it, and it is missing if
+    mamba-ssm was installed without nvcc, so an empty module takes its place.
     """
     missing = "selective_scan_cuda"
     if missing not in sys.modules and importlib.util.find_spec(missing) is None:
@@ -36,7 +36,7 @@ def ssd_kernels() -> Any:
 
 @functools.cache
 def on_gpu() -> KernelPath:
-    """The best path for CUDA tensors that this installation has."""
+    """The fastest path for CUDA tensors in this installation."""
     try:
         ssd_kernels()
     except ImportError:
@@ -49,11 +49,11 @@ def on_gpu() -> KernelPath:
 
 
 def path_for(x: Tensor) -> KernelPath:
-    """How a tensor's sequence is mixed. fp64 is for reference, and the kernels have none."""
+    """The code path for a tensor. fp64 always takes our own: the kernels do not support it."""
     return on_gpu() if x.is_cuda and x.dtype != torch.float64 else "own"
 
 
 def kernel_path(device: torch.device | str) -> str:
-    """A name for the code that runs on a device: it decides the last bits, so ranks compare it."""
+    """A name for the code that runs on a device. Ranks compare it, as it decides the last bits."""
     device = torch.device(device)
     return f"{device.type}: {on_gpu() if device.type == 'cuda' else 'own'}"

@@ -1,13 +1,14 @@
-"""The language model's head: linear projection and cross-entropy, fused and in blocks.
+"""The language model's head: linear projection and cross-entropy, fused and computed in blocks.
 
-The head of a small model with a large vocabulary is most of its arithmetic and, when the logits
-of a whole batch are kept, most of its memory. Here the logits of a chunk of tokens are turned into
-their gradient in place and used up at once: three matrix products (logits, gradient of the hidden
-states, gradient of the weight), none of them repeated in a backward pass.
+In a small model with a large vocabulary the head is most of the arithmetic and, if the logits of a
+whole batch are kept, most of the memory. Here the logits of one chunk of tokens at a time are
+turned into their gradient in place and used immediately. That takes three matrix products (logits,
+gradient of the hidden states, gradient of the weight), and the backward pass repeats none of them.
 
-A chunk is worked off in blocks of the vocabulary, small enough for a processor's cache. Logits lie
-as (vocab, tokens): bf16 products on a CPU are about twice as fast so as with (tokens, vocab). The
-softmax is never normalised: its denominators scale the small factors of the products instead.
+A chunk is processed in blocks of the vocabulary that fit into a processor's cache. Logits are
+stored as (vocab, tokens): on a CPU, bf16 products are about twice as fast this way as with
+(tokens, vocab). The softmax is never normalised: its denominators scale the small factors of the
+products instead.
 """
 
 from __future__ import annotations
@@ -22,47 +23,50 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Measured with tests/benchmarks/step.py. A chunk's logits are kept until the weight's gradient is
-# made: larger chunks pass over weight and gradient less often, and take more memory. The first
-# chunk takes none: its logits lie where the gradient that it makes will be written.
-CHUNK_BYTES = {"cpu": 1024, "cuda": 8192}  # of logits, for each word of the vocabulary
-BLOCK_ROWS = {"cpu": 2048, "cuda": 2**17}  # words of the vocabulary
-ALIGNMENT = 64  # tokens: products and reductions over ragged rows are several times slower
-# Sums of exponentials within which nothing that matters overflows or vanishes in fp32 and bf16.
+# computed: larger chunks make fewer passes over weight and gradient, but need more memory. The
+# first chunk needs no extra memory: its logits are stored in the (not yet written) weight-gradient
+# buffer.
+CHUNK_BYTES = {"cpu": 1024, "cuda": 8192}  # of logits, per token of the vocabulary
+BLOCK_ROWS = {"cpu": 2048, "cuda": 2**17}  # tokens of the vocabulary
+ALIGNMENT = 64  # tokens; products and reductions over ragged rows are several times slower
+# If the sum of exponentials is within these limits, neither fp32 nor bf16 loses anything to
+# overflow or underflow that would change the result.
 SAFE_TOTAL = 1e-20, 1e25
 
 
 def chunk_tokens(weight: Tensor, dtype: torch.dtype, add: bool = True) -> int:
-    """Tokens whose logits are kept at a time, for products in `dtype`.
+    """Number of tokens in a chunk, for matrix products in `dtype`.
 
-    Without `add`, where the weight's gradient is written and not added to, they may be more.
+    A chunk whose weight gradient is written rather than added (`add` false) may be larger, as its
+    logits are stored in the weight-gradient buffer.
     """
     size = CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES["cpu"])
     return (size if add else max(size, weight.shape[1] * weight.itemsize)) // dtype.itemsize
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor,
-                         product_dtype: torch.dtype | None = None) -> Tensor:
+                         matmul_dtype: torch.dtype | None = None) -> Tensor:
     """Sum over tokens of -log softmax(hidden @ weight.T)[target], in nats: a 0-dim tensor.
 
-    hidden: (tokens, d_model); weight: (vocab, d_model); targets: (tokens,), integers. The matrix
-    products take product_dtype (default: hidden's own), everything else hidden's.
+    hidden: (tokens, d_model); weight: (vocab, d_model); targets: (tokens,), integers. Matrix
+    products run in matmul_dtype (default: hidden's type), everything else in hidden's type.
     """
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, product_dtype or hidden.dtype)
+        hidden, weight, targets, matmul_dtype or hidden.dtype)
     return loss
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradients are computed on the way forward, and scaled on the way back."""
+    """The forward pass computes the gradients; the backward pass only scales them."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor,
-                low: torch.dtype) -> Tensor:
+                matmul_dtype: torch.dtype) -> Tensor:
         if not any(ctx.needs_input_grad):
-            return _loss(hidden, weight, targets, low)
+            return _loss(hidden, weight, targets, matmul_dtype)
         grad_weight = torch.empty_like(weight)
         loss, grad_hidden = linear_cross_entropy_gradients(
-            hidden, weight, targets, low, 1.0, grad_weight, add=False)
+            hidden, weight, targets, matmul_dtype, 1.0, grad_weight, add=False)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
@@ -77,28 +81,28 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 @torch.no_grad()
 def linear_cross_entropy_gradients(
-        hidden: Tensor, weight: Tensor, targets: Tensor, product_dtype: torch.dtype, scale: float,
+        hidden: Tensor, weight: Tensor, targets: Tensor, matmul_dtype: torch.dtype, scale: float,
         grad_weight: Tensor, add: bool) -> tuple[Tensor, Tensor]:
     """The summed loss, and the gradient of scale * loss with respect to hidden (tokens, d_model).
 
-    Its gradient with respect to weight is written to grad_weight (vocab, d_model), or added to it:
-    with a scale known beforehand nothing of the weight's size has to be passed over again.
+    The gradient with respect to weight is written to grad_weight (vocab, d_model), or added to it
+    if `add`. As the scale is known here, no later pass over a tensor of that size is needed.
     """
     loss = hidden.new_zeros(())
     grad_hidden = torch.empty_like(hidden)
     end = 0
     while end < len(hidden):
-        start, end = end, end + chunk_tokens(weight, product_dtype, add)
+        start, end = end, end + chunk_tokens(weight, matmul_dtype, add)
         x, target, grad_x = (t[start:end] for t in (hidden, targets, grad_hidden))
         expected = x.new_empty(x.shape[1], _aligned(len(x)))
-        exponentials, shift, total = _softmax(x, weight, product_dtype, expected,
+        exponentials, shift, total = _softmax(x, weight, matmul_dtype, expected,
                                               None if add else grad_weight)
-        at_target = _logit_of(x, weight, target, product_dtype)
+        at_target = _logit_of(x, weight, target, matmul_dtype)
         loss += (shift + torch.log(total) - at_target).sum()
         # d loss / d logits = softmax - one-hot, with softmax = exponentials / total
         factor = (scale / total)[:, None]  # (tokens, 1)
         torch.mul(expected.T[:len(x)], factor, out=grad_x).sub_(weight[target], alpha=scale)
-        scaled = (x * factor).to(product_dtype)
+        scaled = (x * factor).to(matmul_dtype)
         for rows in _blocks(weight):
             _product(exponentials[rows, :len(x)], scaled, grad_weight[rows], add)
         grad_weight.index_add_(0, target, x, alpha=-scale)
@@ -106,40 +110,41 @@ def linear_cross_entropy_gradients(
     return loss, grad_hidden
 
 
-def _loss(hidden: Tensor, weight: Tensor, targets: Tensor, low: torch.dtype) -> Tensor:
+def _loss(hidden: Tensor, weight: Tensor, targets: Tensor, matmul_dtype: torch.dtype) -> Tensor:
     loss = hidden.new_zeros(())
-    chunk = chunk_tokens(weight, low)
+    chunk = chunk_tokens(weight, matmul_dtype)
     for x, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        _, shift, total = _softmax(x, weight, low)
-        loss += (shift + torch.log(total) - _logit_of(x, weight, target, low)).sum()
+        _, shift, total = _softmax(x, weight, matmul_dtype)
+        loss += (shift + torch.log(total) - _logit_of(x, weight, target, matmul_dtype)).sum()
     return loss
 
 
-def _softmax(x: Tensor, weight: Tensor, low: torch.dtype, expected: Tensor | None = None,
-             room: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The softmax of a chunk's logits, not normalised, and what it expects of the weight.
+def _softmax(x: Tensor, weight: Tensor, matmul_dtype: torch.dtype, expected: Tensor | None = None,
+             out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The unnormalised softmax of a chunk's logits.
 
-    Returns exp(logits - shift) (vocab, tokens), whose last columns stand for no token; shift and
-    the sums of the exponentials (tokens,). The exponentials lie in `room`, a tensor of the weight's
-    size, if they fit, or else in memory that the next call takes again. The sum of the weight's
-    rows, weighted with the exponentials, goes to `expected` (d_model, tokens).
+    Returns exp(logits - shift) (vocab, tokens), whose last columns are padding, then the shift and
+    the sum of the exponentials, (tokens,) each. The exponentials are stored in `out`, a tensor of
+    the weight's shape, if they fit there, else in memory that the next call reuses. If `expected`
+    (d_model, tokens) is given, weight.T @ exponentials is written to it: the expectation of the
+    weight's rows under the softmax, not normalised either.
     """
-    columns = _columns(x, low)
+    columns = _columns(x, matmul_dtype)
     shape = len(weight), columns.shape[1]
-    if room is not None and shape[1] * low.itemsize <= room.shape[1] * room.itemsize:
-        exponentials = room.view(low)[:, :shape[1]]
+    if out is not None and shape[1] * matmul_dtype.itemsize <= out.shape[1] * out.itemsize:
+        exponentials = out.view(matmul_dtype)[:, :shape[1]]
     else:
-        exponentials = _scratch.empty("logits", shape, low, x.device)
-    # Unless logits are extreme exp needs no shift, and the passes for it can be left out. To look
-    # costs nothing on a CPU; elsewhere it would mean to wait for the device.
+        exponentials = _scratch.empty("logits", shape, matmul_dtype, x.device)
+    # Unless logits are extreme, exp needs no shift, which saves two passes. On a CPU the check is
+    # free; on another device it would have to wait for the device, so the shift is always applied.
     for shifted in (False, True) if x.is_cpu else (True,):
         shift = x.new_zeros(columns.shape[1])
         if shifted:
-            for rows, block in _cast_blocks(weight, low):
+            for rows, block in _cast_blocks(weight, matmul_dtype):
                 torch.mm(block, columns, out=exponentials[rows])
             shift = exponentials.amax(0)
         total = x.new_zeros(columns.shape[1])
-        for rows, block in _cast_blocks(weight, low):
+        for rows, block in _cast_blocks(weight, matmul_dtype):
             part = exponentials[rows]
             if shifted:
                 part.sub_(shift)
@@ -155,19 +160,19 @@ def _softmax(x: Tensor, weight: Tensor, low: torch.dtype, expected: Tensor | Non
 
 @torch.no_grad()
 def predictive_entropy(hidden: Tensor, weight: Tensor,
-                       product_dtype: torch.dtype | None = None) -> Tensor:
+                       matmul_dtype: torch.dtype | None = None) -> Tensor:
     """Sum over tokens of the entropy of softmax(hidden @ weight.T), in nats: a 0-dim tensor.
 
-    hidden: (tokens, d_model); weight: (vocab, d_model). No gradients. Block by block with a running
-    maximum, as in Milakov & Gimelshein (2018, algorithm 3).
+    hidden: (tokens, d_model); weight: (vocab, d_model). Without gradients. Processes blocks of the
+    vocabulary with a running maximum, as Milakov & Gimelshein (2018, algorithm 3).
     """
-    low = product_dtype or hidden.dtype
+    matmul_dtype = matmul_dtype or hidden.dtype
     entropy = hidden.new_zeros(())
-    for x in hidden.split(chunk_tokens(weight, low)):
-        columns = _columns(x, low)
+    for x in hidden.split(chunk_tokens(weight, matmul_dtype)):
+        columns = _columns(x, matmul_dtype)
         shift = total = weighted = x.new_zeros(())
-        for rows, block in _cast_blocks(weight, low):
-            part = _scratch.empty("part", (len(block), columns.shape[1]), low, x.device)
+        for rows, block in _cast_blocks(weight, matmul_dtype):
+            part = _scratch.empty("part", (len(block), columns.shape[1]), matmul_dtype, x.device)
             logits = torch.mm(block, columns, out=part).to(x.dtype)
             largest = logits.amax(0)
             if rows.start == 0:
@@ -184,15 +189,15 @@ def predictive_entropy(hidden: Tensor, weight: Tensor,
     return entropy
 
 
-def _logit_of(x: Tensor, weight: Tensor, target: Tensor, low: torch.dtype) -> Tensor:
-    """The logit of each token's target, (tokens,), rounded as a product in `low` would be."""
-    exact = (x.to(low).to(x.dtype) * weight[target].to(low).to(x.dtype)).sum(1)
-    return exact.to(low).to(x.dtype)
+def _logit_of(x: Tensor, weight: Tensor, target: Tensor, matmul_dtype: torch.dtype) -> Tensor:
+    """Each token's logit of its target, (tokens,), rounded like a product in matmul_dtype."""
+    exact = (x.to(matmul_dtype).to(x.dtype) * weight[target].to(matmul_dtype).to(x.dtype)).sum(1)
+    return exact.to(matmul_dtype).to(x.dtype)
 
 
-def _columns(x: Tensor, low: torch.dtype) -> Tensor:
-    """(tokens, d_model) -> (d_model, tokens, filled up with zeros to a multiple of ALIGNMENT)"""
-    padded = x.new_zeros(_aligned(len(x)), x.shape[1], dtype=low)
+def _columns(x: Tensor, matmul_dtype: torch.dtype) -> Tensor:
+    """(tokens, d_model) -> (d_model, tokens), zero-padded to a multiple of ALIGNMENT tokens."""
+    padded = x.new_zeros(_aligned(len(x)), x.shape[1], dtype=matmul_dtype)
     padded[:len(x)] = x
     return padded.T
 
@@ -206,17 +211,17 @@ def _blocks(weight: Tensor) -> Iterator[slice]:
     return (slice(start, min(start + size, len(weight))) for start in range(0, len(weight), size))
 
 
-def _cast_blocks(weight: Tensor, low: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The weight in blocks of the vocabulary, each cast when it is needed: (rows, d_model)."""
+def _cast_blocks(weight: Tensor, matmul_dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """The weight in blocks (rows, d_model), each cast when needed and valid until the next one."""
     for rows in _blocks(weight):
         block = weight[rows]
-        if low != weight.dtype:
-            block = _scratch.empty("block", block.shape, low, weight.device).copy_(block)
+        if matmul_dtype != weight.dtype:
+            block = _scratch.empty("block", block.shape, matmul_dtype, weight.device).copy_(block)
         yield rows, block
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-    """out = or += a @ b, summed in out's type whatever that of a and b is; a may lie in out."""
+    """out = a @ b, or out += a @ b if `add`. Adds in out's type; a may share memory with out."""
     if a.dtype == out.dtype and (add or a.untyped_storage().data_ptr()
                                  != out.untyped_storage().data_ptr()):
         torch.addmm(out, a, b, beta=1 if add else 0, out=out)
@@ -229,9 +234,9 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
 
 
 class _Scratch(threading.local):
-    """Memory that survives between calls: on a CPU, fresh pages cost more than what is done there.
+    """Memory that is reused between calls: on a CPU, new pages cost more than the work on them.
 
-    One buffer a name and thread; on other devices torch's allocator does the same by itself.
+    One buffer per thread, name and type. On other devices torch's allocator reuses memory itself.
     """
 
     def __init__(self) -> None:
@@ -239,7 +244,7 @@ class _Scratch(threading.local):
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype,
               device: torch.device) -> Tensor:
-        """An uninitialised tensor, whose values last until the name is asked for again."""
+        """An uninitialised tensor. The next call with the same name may overwrite it."""
         if device.type != "cpu":
             return torch.empty(shape, dtype=dtype, device=device)
         size = math.prod(shape)

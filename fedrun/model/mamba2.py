@@ -1,8 +1,8 @@
 """Mamba-2 as a language model (Dao & Gu 2024, https://arxiv.org/abs/2405.21060).
 
 Parameter names, shapes and initialisation are those of `mamba_ssm`'s MambaLMHeadModel with
-ssm_cfg={"layer": "Mamba2"}: the head is tied to the embedding unless the shape says otherwise, the
-vocabulary is not padded, the residual stream stays in the parameters' type. Legend: b batch,
+ssm_cfg={"layer": "Mamba2"}. The head is tied to the embedding unless ModelConfig says otherwise,
+the vocabulary is not padded, and the residual stream keeps the parameters' type. Shapes: b batch,
 l sequence length, d d_model, i = expand * d inner width, h heads, p headdim, g groups, n d_state.
 """
 
@@ -30,7 +30,7 @@ CHUNK_SIZE = 64  # of the scan; the fastest of 32, 64 and 128 (tests/benchmarks/
 
 
 class RMSNorm(nn.Module):
-    """RMS norm of x, or of x * silu(z) with a gate z, over each group of the last dimension."""
+    """RMS norm of x, or of x * silu(z) if there is a gate z, over each group of channels."""
 
     def __init__(self, width: int, eps: float, groups: int = 1) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
 
 
 class Mamba2Mixer(nn.Module):
-    """The sequence mixer: (b, l, d) -> (b, l, d), with a state's way in and out for generation."""
+    """The sequence mixer: (b, l, d) -> (b, l, d); for generation it takes and returns a state."""
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype) -> None:
         super().__init__()
@@ -62,9 +62,9 @@ class Mamba2Mixer(nn.Module):
         self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=config.proj_bias)
 
     def project(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gate z (b, l, i) and convolution input (b, l, i + 2 g n), as the product gives them, and
-        step sizes dt (b, l, h), in u's type."""
-        zxbcdt = linear(u, self.in_proj, product_dtype(self.compute_dtype, u))
+        """Gate z (b, l, i) and convolution input (b, l, i + 2 g n), both in the type of the matrix
+        product, and step sizes dt (b, l, h) in u's type."""
+        zxbcdt = linear(u, self.in_proj, matmul_dtype_for(self.compute_dtype, u))
         z, xbc, dt = zxbcdt.split([self.d_inner, self.d_conv_in, self.heads], dim=-1)
         dt = F.softplus(dt.to(u.dtype) + self.dt_bias)
         if self.config.limits_dt:
@@ -72,7 +72,7 @@ class Mamba2Mixer(nn.Module):
         return z, xbc, dt
 
     def split(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The convolution's output as x (..., h, p), B and C (..., g, n)."""
+        """Split the convolution's output into x (..., h, p), B and C (..., g, n)."""
         x, B, C = xbc.split([self.d_inner, self.d_bc, self.d_bc], dim=-1)
         groups = (self.config.ngroups, self.config.d_state)
         return (x.unflatten(-1, (self.heads, self.config.headdim)),
@@ -81,18 +81,21 @@ class Mamba2Mixer(nn.Module):
     def finish(self, y: Tensor, z: Tensor) -> Tensor:
         """Gate, norm and output projection: (..., h, p), (..., i) -> (..., d)."""
         normed = self.norm(y.flatten(-2), z)
-        low = product_dtype(self.compute_dtype, normed)
-        return linear(normed, self.out_proj, low).to(normed.dtype)
+        matmul_dtype = matmul_dtype_for(self.compute_dtype, normed)
+        return linear(normed, self.out_proj, matmul_dtype).to(normed.dtype)
 
     def mix(self, u: Tensor) -> Tensor:
-        """Mix a sequence from its beginning, by the fastest code for u's device: (b, l, d)."""
+        """Mix a whole sequence with the fastest code for u's device: (b, l, d) -> (b, l, d)."""
         path = kernels.path_for(u)
         if path == "own":
             return self.forward(u)[0]
-        return mix_with_kernels(self, u, path, product_dtype(self.compute_dtype, u))
+        return mix_with_kernels(self, u, path, matmul_dtype_for(self.compute_dtype, u))
 
     def forward(self, u: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
-        """Mix a sequence u (b, l, d) that follows `state`; also returns the state after it."""
+        """Mix a sequence u (b, l, d) that follows `state` (None: at the start of a text).
+
+        Returns the output (b, l, d) and the state after it.
+        """
         taps = self.config.d_conv - 1
         z, xbc, dt = self.project(u)
         past = xbc.new_zeros(len(u), taps, self.d_conv_in) if state is None else state[0]
@@ -101,7 +104,7 @@ class Mamba2Mixer(nn.Module):
         x, B, C = self.split(convolved)
         y, ssm_state = ssd_scan(x, dt, -torch.exp(self.A_log), B, C, self.D, chunk_size=CHUNK_SIZE,
                                 initial_state=None if state is None else state[1],
-                                product_dtype=product_dtype(self.compute_dtype, u))
+                                matmul_dtype=matmul_dtype_for(self.compute_dtype, u))
         return self.finish(y, z), (window[:, window.shape[1] - taps:], ssm_state)
 
 
@@ -110,21 +113,21 @@ LayerState = tuple[Tensor, Tensor]
 
 
 def mix_with_kernels(mixer: Mamba2Mixer, u: Tensor, path: kernels.KernelPath,
-                     product_dtype: torch.dtype) -> Tensor:
-    """A block's mixer by the official kernels, without states: (b, l, d) -> (b, l, d)."""
+                     matmul_dtype: torch.dtype) -> Tensor:
+    """Mix a whole sequence with the official kernels: (b, l, d) -> (b, l, d)."""
     combined = kernels.ssd_kernels()
     config = mixer.config
     A = -torch.exp(mixer.A_log)
     limits = {"dt_limit": (config.dt_lower, math.inf if config.dt_upper is None
                            else config.dt_upper)} if config.limits_dt else {}
-    zxbcdt = linear(u, mixer.in_proj, product_dtype)
+    zxbcdt = linear(u, mixer.in_proj, matmul_dtype)
     if path == "split_conv1d_scan":
         y = combined.mamba_split_conv1d_scan_combined(
             zxbcdt, mixer.conv1d.weight[:, 0], mixer.conv1d.bias, mixer.dt_bias, A, mixer.D,
             chunk_size=kernels.CHUNK_SIZE, activation="silu", rmsnorm_weight=mixer.norm.weight,
             rmsnorm_eps=config.norm_eps, headdim=config.headdim, ngroups=config.ngroups,
             norm_before_gate=False, **limits)
-        return linear(y, mixer.out_proj, product_dtype).to(u.dtype)
+        return linear(y, mixer.out_proj, matmul_dtype).to(u.dtype)
     z, xbc, dt = zxbcdt.split([mixer.d_inner, mixer.d_conv_in, mixer.heads], dim=-1)
     past = F.pad(xbc.transpose(1, 2), (config.d_conv - 1, 0))
     convolved = F.conv1d(past, mixer.conv1d.weight.to(xbc.dtype),
@@ -136,14 +139,14 @@ def mix_with_kernels(mixer: Mamba2Mixer, u: Tensor, path: kernels.KernelPath,
     return mixer.finish(y.to(u.dtype), z.to(u.dtype))
 
 
-def linear(x: Tensor, layer: nn.Linear, product_dtype: torch.dtype) -> Tensor:
-    """A linear layer with its product, and its result, in `product_dtype`."""
-    bias = None if layer.bias is None else layer.bias.to(product_dtype)
-    return F.linear(x.to(product_dtype), layer.weight.to(product_dtype), bias)
+def linear(x: Tensor, layer: nn.Linear, matmul_dtype: torch.dtype) -> Tensor:
+    """Apply a linear layer in matmul_dtype, which is also the type of the result."""
+    bias = None if layer.bias is None else layer.bias.to(matmul_dtype)
+    return F.linear(x.to(matmul_dtype), layer.weight.to(matmul_dtype), bias)
 
 
-def product_dtype(compute_dtype: torch.dtype, x: Tensor) -> torch.dtype:
-    """The type of matrix products: compute_dtype, but fp64 for a model that is in fp64."""
+def matmul_dtype_for(compute_dtype: torch.dtype, x: Tensor) -> torch.dtype:
+    """The type of matrix products: compute_dtype, but fp64 if the model is in fp64."""
     return x.dtype if x.dtype == torch.float64 else compute_dtype
 
 
@@ -168,7 +171,7 @@ class Backbone(nn.Module):
 
 
 class Mamba2LM(nn.Module):
-    """A Mamba-2 language model; its weights are unset until `init_weights` or a state dict."""
+    """A Mamba-2 language model. Weights are uninitialised until `init_weights` or a state dict."""
 
     def __init__(self, config: ModelConfig, vocab_size: int,
                  compute_dtype: torch.dtype = torch.float32) -> None:
@@ -181,7 +184,7 @@ class Mamba2LM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Initialise as mamba_ssm does; the same seed gives the same weights on every device."""
+        """Initialise like mamba_ssm. A seed gives the same weights on every device."""
         generator = torch.Generator().manual_seed(seed)
 
         def normal(p: Tensor, std: float) -> None:
@@ -225,7 +228,7 @@ class Mamba2LM(nn.Module):
         return self.hidden_of(F.embedding(input_ids, self.backbone.embedding.weight))
 
     def hidden_of(self, residual: Tensor) -> Tensor:
-        """Hidden states after the final norm, of embedded tokens: (b, l, d) -> (b, l, d)."""
+        """Hidden states after the final norm, from embedded tokens: (b, l, d) -> (b, l, d)."""
         for block in self.backbone.layers:
             assert isinstance(block, Block)
             residual = residual + block.mixer.mix(block.norm(residual))
@@ -238,26 +241,27 @@ class Mamba2LM(nn.Module):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of hidden states: (..., d) -> (..., vocab), in hidden's type."""
-        low = product_dtype(self.compute_dtype, hidden)
-        return F.linear(hidden.to(low), self.lm_head.weight.to(low)).to(hidden.dtype)
+        matmul_dtype = matmul_dtype_for(self.compute_dtype, hidden)
+        logits = F.linear(hidden.to(matmul_dtype), self.lm_head.weight.to(matmul_dtype))
+        return logits.to(hidden.dtype)
 
     def loss(self, input_ids: Tensor) -> tuple[Tensor, int]:
         """Summed next-token cross-entropy in nats, and the number of tokens predicted.
 
-        input_ids: (b, l); every token but a sequence's first is predicted from those before it.
+        input_ids: (b, l). Every token except a sequence's first is predicted from those before it.
         """
         hidden = self.hidden(input_ids)[:, :-1].flatten(0, 1)
         targets = input_ids[:, 1:].flatten()
         loss = linear_cross_entropy(hidden, self.lm_head.weight, targets,
-                                    product_dtype(self.compute_dtype, hidden))
+                                    matmul_dtype_for(self.compute_dtype, hidden))
         return loss, targets.numel()
 
     def accumulate_grad(self, input_ids: Tensor, fresh: bool = False) -> tuple[Tensor, int]:
-        """The same values as `loss`; adds the gradient of the mean loss to every .grad, in place.
+        """Return the same as `loss`, and add the gradient of the mean loss to every .grad in place.
 
-        The result is that of `(loss / count).backward()`, without its passes over tensors of the
-        embedding's size: both gradients of a tied weight are added where they belong. With
-        `fresh`, what .grad held before is overwritten, which saves setting it to zero.
+        The result is that of `(loss / count).backward()`, with fewer passes over tensors of the
+        embedding's size: both gradients of a tied weight are added to .grad directly. With `fresh`,
+        .grad is overwritten, which saves setting it to zero.
         """
         for p in (self.lm_head.weight, self.backbone.embedding.weight):
             if p.grad is None:
@@ -271,19 +275,21 @@ class Mamba2LM(nn.Module):
                                      self.backbone.embedding.weight.grad)
         assert grad_weight is not None
         assert grad_embedding is not None
-        low = product_dtype(self.compute_dtype, weight)
+        matmul_dtype = matmul_dtype_for(self.compute_dtype, weight)
         count = input_ids[:, 1:].numel()
         loss = weight.new_zeros(())
         length, end = input_ids.shape[1], 0
         while end < len(input_ids):  # a chunk of the head at a time
-            start, end = end, end + max(1, chunk_tokens(weight, low, add=not fresh) // length)
-            # The layers take fewer tokens at a time: what they keep should stay in the cache.
-            ids = input_ids[start:end].split(max(1, chunk_tokens(weight, low) // length))
+            chunk = chunk_tokens(weight, matmul_dtype, add=not fresh)
+            start, end = end, end + max(1, chunk // length)
+            # The layers take fewer tokens at a time, so that their activations stay in the cache.
+            ids = input_ids[start:end].split(max(1, chunk_tokens(weight, matmul_dtype) // length))
             embedded = [F.embedding(part, embedding).requires_grad_() for part in ids]
             hidden = [self.hidden_of(part)[:, :-1] for part in embedded]
             part_loss, grad = linear_cross_entropy_gradients(
                 torch.cat([part.detach() for part in hidden]).flatten(0, 1), weight,
-                input_ids[start:end, 1:].flatten(), low, 1 / count, grad_weight, add=not fresh)
+                input_ids[start:end, 1:].flatten(), matmul_dtype, 1 / count, grad_weight,
+                add=not fresh)
             grads = grad.unflatten(0, (-1, length - 1)).split([len(part) for part in ids])
             for tokens, leaf, top, grad in zip(ids, embedded, hidden, grads, strict=True):
                 top.backward(grad)
@@ -296,8 +302,8 @@ class Mamba2LM(nn.Module):
 
     @torch.no_grad()
     def entropy(self, input_ids: Tensor) -> tuple[Tensor, int]:
-        """Summed entropy in nats of the same predictions as `loss`, and their number."""
+        """Summed entropy in nats of the predictions that `loss` scores, and their number."""
         hidden = self.hidden(input_ids)[:, :-1].flatten(0, 1)
         entropy = predictive_entropy(hidden, self.lm_head.weight,
-                                     product_dtype(self.compute_dtype, hidden))
+                                     matmul_dtype_for(self.compute_dtype, hidden))
         return entropy, len(hidden)

@@ -1,4 +1,4 @@
-"""Whether a model can fit into this machine at all, before anything of it is made."""
+"""Whether a model can fit into this machine's memory, checked before it is built."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ import psutil
 from fedrun.common.errors import InputError
 from fedrun.model.config import ModelConfig
 
-TO_LOAD = 4  # bytes a parameter: float32
-TO_TRAIN = 16  # and its gradient, and AdamW's two moments
+BYTES_TO_LOAD = 4  # per parameter: float32
+BYTES_TO_TRAIN = 16  # per parameter: with its gradient and AdamW's two moments
 
 
-def require_memory(config: ModelConfig, rows: int, each: int, where: str) -> None:
-    """ValueError, beginning with `where`, for a model that takes more than the machine has with
-    `each` bytes a parameter; rows: of its embedding."""
+def require_memory(config: ModelConfig, rows: int, bytes_per_parameter: int, where: str) -> None:
+    """Raise InputError if the model needs more memory than this machine has.
+
+    rows: of the embedding; where: the flag or folder that the message starts with.
+    """
     count = config.parameters(rows)
-    have = machine_memory()
-    if count * each > have:
-        raise InputError(f"{where}: a model of {count:,} parameters takes at least "
-                         f"{count * each / 1e9:,.1f} GB, and this machine has {have / 1e9:,.1f} GB")
+    needed, have = count * bytes_per_parameter, machine_memory()
+    if needed > have:
+        raise InputError(f"{where}: a model of {count:,} parameters needs at least "
+                         f"{needed / 1e9:,.1f} GB, and this machine has {have / 1e9:,.1f} GB")
 
 
 def machine_memory() -> int:
-    """Bytes of memory and swap that this process may use at most."""
+    """The most bytes of memory and swap that this process may use."""
     have = int(psutil.virtual_memory().total) + int(psutil.swap_memory().total)
     try:
         return min(have, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))

@@ -14,10 +14,10 @@ from fedrun.model.config import NORM_EPS
 
 def rms_norm(x: Tensor, weight: Tensor, z: Tensor | None = None, groups: int = 1,
              eps: float = NORM_EPS) -> Tensor:
-    """g / sqrt(mean(g^2) + eps) * weight with g = x, or x * silu(z) where there is a gate z.
+    """g / sqrt(mean(g^2) + eps) * weight, with g = x, or g = x * silu(z) if there is a gate z.
 
-    x, z: (..., width); weight: (width,). The mean is over each of `groups` parts of the width. All
-    is done in x's type; z may have another.
+    x, z: (..., width); weight: (width,). The width is split into `groups` equal parts with a mean
+    each. Everything is computed in x's type; z may have another.
     """
     normed: Tensor = _RMSNorm.apply(  # type: ignore[no-untyped-call]
         x, weight, z, groups, eps)
@@ -25,7 +25,7 @@ def rms_norm(x: Tensor, weight: Tensor, z: Tensor | None = None, groups: int = 1
 
 
 class _RMSNorm(torch.autograd.Function):
-    """By hand, because autograd's composite makes three times the passes over x on a CPU."""
+    """Hand-written, because autograd would make three times as many passes over x on a CPU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, z: Tensor | None, groups: int, eps: float
@@ -44,8 +44,8 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, z, scale = ctx.saved_tensors
         gate = None if z is None else F.silu(z.to(x.dtype))
         g = x if gate is None else x * gate
-        # With s the scale and w the weight of n channels, y = s w g has the gradient
-        # dg = s w dy - g s^3 / n (w dy . g) and dw = the sum over tokens of s g dy.
+        # With s the scale and w the weights of n channels, y = s w g has the gradients
+        # dg = s w dy - g s^3 / n (w dy . g) and dw = sum over tokens of s g dy.
         parts = g.unflatten(-1, (ctx.groups, -1))
         products = (grad * g).unflatten(-1, (ctx.groups, -1))
         w = weight.unflatten(0, (ctx.groups, -1))

@@ -1,4 +1,4 @@
-"""Which devices multiply bf16 in hardware: what `--dtype auto` decides by."""
+"""Which devices multiply bf16 in hardware; `--dtype auto` chooses bf16 on these."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import torch
 
 
 def bf16_in_hardware(device: torch.device | str) -> bool:
-    """Whether bf16 matrix products run in hardware there: a capability, never a timing.
+    """Whether the device runs bf16 matrix products in hardware.
 
-    CUDA: compute capability 8.0 or above. CPU: AMX or AVX-512 instructions for bf16; without them
-    bf16 is emulated and many times slower than fp32.
+    Decided by capability, never by a timing, so that the answer does not vary. CUDA: compute
+    capability 8.0 or above. CPU: AMX or AVX-512 instructions for bf16; without them bf16 is
+    emulated and many times slower than fp32.
     """
     device = torch.device(device)
     if device.type == "cuda":

@@ -1,11 +1,11 @@
-"""Models from disk or the hub, in any of the forms that this project reads.
+"""Loads models from disk or the hub, in the three formats that this project reads.
 
     a run's folder                     config.json with a `method`, model.safetensors, tokenizer/
     transformers' Mamba2ForCausalLM    config.json with model_type mamba2, *.safetensors
     mamba_ssm's MambaLMHeadModel       config.json with d_model and ssm_cfg, pytorch_model.bin
 
-The last two may carry a tokenizer beside the weights; `AntonV/mamba2-130m-hf` does,
-`state-spaces/mamba2-130m` does not.
+The last two may have a tokenizer next to the weights: `AntonV/mamba2-130m-hf` has one,
+`state-spaces/mamba2-130m` has none.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from fedrun.model.convert import (
     whole_rows,
 )
 from fedrun.model.mamba2 import Mamba2LM
-from fedrun.model.memory import TO_LOAD, require_memory
+from fedrun.model.memory import BYTES_TO_LOAD, require_memory
+from fedrun.model.names import EMBEDDING, LM_HEAD
 
-EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
 FILES = ["config.json", "*.safetensors", "pytorch_model.bin", "tokenizer*", "vocab*", "merges.txt",
          "special_tokens_map.json", "generation_config.json"]
 
-# Of mamba_ssm's Mamba2: how weights begin, and how they are computed with.
+# Arguments of mamba_ssm's Mamba2 that affect only initialisation or the choice of algorithm.
 _OF_NO_EFFECT = {"chunk_size", "use_mem_eff_path", "A_init_range", "conv_init", "dt_min", "dt_max",
                  "dt_init_floor"}
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """Where a model lies, and what it is; its weights are read when they are asked for."""
+    """A model's folder and shape. The weights are read on demand."""
 
     folder: Path
     model: ModelConfig
@@ -59,16 +59,16 @@ class Pretrained:
 
     @property
     def tokenizer(self) -> Path | None:
-        """The folder with tokenizer.json, where there is one."""
+        """The folder with tokenizer.json, or None."""
         for folder in (self.folder / "tokenizer", self.folder):
             if (folder / "tokenizer.json").is_file():
                 return folder
         return None
 
     def weights(self) -> dict[str, Tensor]:
-        """The parameters by our names, in the type they were saved in; a tied head is left out.
+        """The parameters by our names, in the type they were saved in, without a tied head.
 
-        Raises ValueError where they cannot be read or are not those of the config.
+        Raises InputError if they cannot be read or contradict the config.
         """
         files = sorted(self.folder.glob("*.safetensors"))
         found: dict[str, Tensor] = {}
@@ -80,47 +80,47 @@ class Pretrained:
                 with open_regular(self.folder / "pytorch_model.bin") as content:
                     found = torch.load(content, map_location="cpu", weights_only=True)
         except Exception as error:  # both libraries raise many kinds for a damaged file
-            raise InputError(f"{self.folder}: no weights can be read: "
+            raise InputError(f"{self.folder}: cannot read the weights: "
                              f"{one_line(error)}") from error
         found = from_transformers(found)
         if self.model.tie_embeddings:
-            head = found.pop(HEAD, None)
-            own = found.get(EMBEDDING)
-            if head is not None and own is not None and not torch.equal(head, own):
-                raise InputError(f"{self.folder}: its head is not its embedding, though its config "
-                                 "says that the two are tied")
+            head = found.pop(LM_HEAD, None)
+            embedding = found.get(EMBEDDING)
+            if head is not None and embedding is not None and not torch.equal(head, embedding):
+                raise InputError(f"{self.folder}: the head differs from the embedding, but "
+                                 "config.json has them tied")
         return found
 
     def digest(self) -> str:
-        """A short digest of the weights' files, to compare two machines by."""
+        """A short digest of the weight files, to check that all machines have the same."""
         total = hashlib.sha256()
         for file in sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("*.bin")]):
             total.update(hashlib.sha256(file.read_bytes()).digest())
         return total.hexdigest()[:16]
 
     def load_into(self, model: Mamba2LM) -> None:
-        """Give `model` these weights, converted to its type. ValueError where they do not fit."""
+        """Copy the weights into `model`, in its type. Raises InputError if they do not fit."""
         weights = self.weights()
         try:
-            tied = {HEAD: weights[EMBEDDING]} if self.model.tie_embeddings else {}
+            tied = {LM_HEAD: weights[EMBEDDING]} if self.model.tie_embeddings else {}
             model.load_state_dict({**weights, **tied})
         except (KeyError, RuntimeError) as error:
             raise InputError(f"{self.folder}: weights and config.json do not belong together: "
                              f"{one_line(error)}") from error
 
     def build(self, compute_dtype: torch.dtype = torch.float32) -> Mamba2LM:
-        """The model with its weights, float32, on the CPU. ValueError where it is too large."""
-        require_memory(self.model, self.vocab_size, TO_LOAD, str(self.folder))
+        """The model with its weights, float32, on the CPU. Raises InputError if it is too large."""
+        require_memory(self.model, self.vocab_size, BYTES_TO_LOAD, str(self.folder))
         model = Mamba2LM(self.model, self.vocab_size, compute_dtype)
         self.load_into(model)
         return model
 
 
 def find_pretrained(name: str, flag: str) -> Pretrained:
-    """The model that a folder, a run's name under results/, or a hub name stands for.
+    """Find a model by its folder, its run's name under results/, or its name on the hub.
 
-    Raises ValueError, naming `flag`, for what is no model of ours to read, and ConnectionError
-    where the hub is needed and cannot be reached.
+    Raises InputError, naming `flag`, if there is none or it has another architecture, and
+    ConnectionError if the hub is needed and cannot be reached.
     """
     folder = Path(name).expanduser()
     if not folder.is_dir() and (Path("results") / name).is_dir():
@@ -128,13 +128,13 @@ def find_pretrained(name: str, flag: str) -> Pretrained:
     if not folder.is_dir():
         folder = _download(name, flag)
     try:
-        held = read_json(folder / "config.json", dict)
-        if "method" in held:
-            return _of_run(folder, _typed(renamed(held)))
-        if held.get("model_type") == "mamba2":
-            return Pretrained(folder, *from_transformers_config(held), {})
-        if "ssm_cfg" in held:
-            return Pretrained(folder, *from_mamba_ssm_config(held), {})
+        config = read_json(folder / "config.json", dict)
+        if "method" in config:
+            return _of_run(folder, _check_types(renamed(config)))
+        if config.get("model_type") == "mamba2":
+            return Pretrained(folder, *from_transformers_config(config), {})
+        if "ssm_cfg" in config:
+            return Pretrained(folder, *from_mamba_ssm_config(config), {})
     except FileNotFoundError as missing:
         raise InputError(f"{flag} {name}: there is no {missing.filename}") from None
     except KeyError as error:
@@ -143,12 +143,12 @@ def find_pretrained(name: str, flag: str) -> Pretrained:
         raise InputError(f"{flag} {name}: {explain(error)}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{flag} {name}: {one_line(error)}") from error
-    raise InputError(f"{flag} {name}: config.json is not one of a run, of a transformers Mamba2 "
-                     "model or of a mamba_ssm model")
+    raise InputError(f"{flag} {name}: config.json belongs neither to a run nor to a Mamba-2 model "
+                     "of transformers or mamba_ssm")
 
 
-def _typed(settings: dict[str, Any]) -> dict[str, Any]:
-    """A run's settings; ValueError where those that are used of a trained model are no settings."""
+def _check_types(settings: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings, after a check of those that are used for a trained model."""
     for name, kind in (("method", str), ("dataset", str), ("sequence_length", int)):
         if name in settings and type(settings[name]) is not kind:
             raise InputError(f"config.json: {name} is {shortened(repr(settings[name]), 60)}, not "
@@ -172,15 +172,15 @@ def _of_run(folder: Path, settings: dict[str, Any]) -> Pretrained:
 
 
 def from_mamba_ssm_config(config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
-    """Our configuration of a mamba_ssm MambaConfig, and the rows of its embedding, padded.
+    """Our configuration for a mamba_ssm MambaConfig, and the rows of its embedding with padding.
 
-    Raises ValueError where the model is another one.
+    Raises InputError if our model cannot represent it.
     """
     required: dict[str, tuple[Any, Any]] = {  # name: (mamba_ssm's default, ours)
         "d_intermediate": (0, 0), "attn_layer_idx": ([], []), "rms_norm": (True, True),
         "residual_in_fp32": (True, True)}
     if not isinstance(config["ssm_cfg"], dict):
-        raise InputError(f"ssm_cfg {config['ssm_cfg']}: accepted is an object")
+        raise InputError(f"ssm_cfg {config['ssm_cfg']}: must be an object")
     ssm = dict(config["ssm_cfg"])
     lower, upper = dt_limits(ssm.pop("dt_limit", (0.0, math.inf)))
     shape = {name: ssm.pop(name, default) for name, default in
@@ -190,11 +190,11 @@ def from_mamba_ssm_config(config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
     wrong = {name: value for name, value in found.items() if value != required[name][1]}
     if ssm.pop("layer", "Mamba1") != "Mamba2":
         wrong["ssm_cfg.layer"] = config["ssm_cfg"].get("layer", "Mamba1")
-    usual = {"d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}
+    defaults = {"d_ssm": None, "D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False}
     wrong |= {f"ssm_cfg.{name}": value for name, value in ssm.items()
-              if name not in _OF_NO_EFFECT and (name not in usual or value != usual[name])}
+              if name not in _OF_NO_EFFECT and (name not in defaults or value != defaults[name])}
     if wrong:
-        raise InputError("not a model of this project: " + ", ".join(
+        raise InputError("not a Mamba-2 model that fedrun can load: " + ", ".join(
             f"{name} {value}" for name, value in wrong.items()))
     model = ModelConfig(n_layer=config["n_layer"], d_model=config["d_model"], **shape, **biases,
                         tie_embeddings=config.get("tie_embeddings", True), dt_lower=lower,
@@ -203,16 +203,16 @@ def from_mamba_ssm_config(config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
 
 
 def _download(name: str, flag: str) -> Path:
-    """The hub's model in its cache."""
+    """The folder of a hub model in the cache, downloaded if it is missing or out of date."""
     if not HUB_NAME.fullmatch(name):
-        raise InputError(f"{flag} {name}: no such folder; accepted is a run's folder, an exported "
-                         "one, or a model of the hub (owner/name)")
+        raise InputError(f"{flag} {name}: no such folder; must be the folder of a run or of an "
+                         "exported model, or the name of a model on the hub (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
     try:
         return Path(snapshot_download(name, allow_patterns=FILES,
                                       local_files_only=not hub.hub_answers()))
     except RepositoryNotFoundError as error:
-        raise InputError(f"{flag} {name}: neither a folder nor a model of the hub") from error
+        raise InputError(f"{flag} {name}: neither a folder nor a model on the hub") from error
     except Exception as error:  # the library raises many kinds
         raise hub.hub_unreachable(flag, name, error) from error

@@ -9,6 +9,10 @@ For every head the layer is the linear recurrence (their equation 2, discretised
 batched matrix products over chunks (their Listing 1): inside a chunk as a masked attention matrix,
 between chunks through the state.
 
+To check the code against the paper, read `recurrence` in tests/model/test_ssd.py first: it writes
+the two equations head by head and token by token, in float64, and both functions and all gradients
+are tested against it.
+
 Shapes: b batch, l sequence length, h heads, p headdim, n d_state, g groups of heads sharing B and
 C, r = h / g heads a group, c chunks, q positions in a chunk.
 """
@@ -28,7 +32,7 @@ def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
     """One token of the recurrence: returns its output (b, h, p) and the new state (b, h, p, n).
 
     x: (b, h, p); dt: (b, h), after softplus; A, D: (h,), A negative; B, C: (b, g, n);
-    state: (b, h, p, n), in the type that the recurrence is kept in.
+    state: (b, h, p, n), whose type the recurrence uses.
     """
     heads_per_group = x.shape[1] // B.shape[1]
     B = B.repeat_interleave(heads_per_group, dim=1)  # (b, h, n)
@@ -41,12 +45,12 @@ def ssd_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
 
 def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *,
              chunk_size: int, initial_state: Tensor | None = None,
-             product_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+             matmul_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """The whole recurrence: returns the outputs (b, l, h, p) and the final state (b, h, p, n).
 
     x: (b, l, h, p); dt: (b, l, h), after softplus; A, D: (h,), A negative; B, C: (b, l, g, n);
-    initial_state: (b, h, p, n), zero where it is None. Any l >= 1. All tensors have one type, in
-    which decays, their sums and the state are kept; the matrix products take product_dtype.
+    initial_state: (b, h, p, n), None for zero. Any l >= 1. All tensors have the same type, which
+    decays, their sums and the state keep; matrix products run in matmul_dtype (default: x's type).
     """
     batch, seqlen, heads, headdim = x.shape
     groups, d_state = B.shape[2:]
@@ -61,26 +65,27 @@ def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, 
         x.unflatten(1, (-1, q)), dt.unflatten(1, (-1, q)), A,
         B.unflatten(1, (-1, q)).transpose(2, 3), C.unflatten(1, (-1, q)).transpose(2, 3), D,
         initial_state.unflatten(1, (groups, -1)).permute(0, 1, 4, 2, 3).flatten(3),
-        product_dtype or x.dtype)
+        matmul_dtype or x.dtype)
     final = final.unflatten(3, (-1, headdim)).permute(0, 1, 3, 4, 2).flatten(1, 2)
     return y.flatten(1, 2)[:, :seqlen], final
 
 
 class _Scan(torch.autograd.Function):
-    """The scan in chunks, with its gradient by hand: a third of the passes that autograd makes.
+    """The scan in chunks. Its hand-written gradient makes a third of the passes over memory that
+    autograd would make.
 
     x: (b, c, q, h, p); dt: (b, c, q, h); B, C: (b, c, g, q, n); initial: (b, g, n, r p).
     Returns y (b, c, q, h, p) and the final state (b, g, n, r p).
 
-    Products over the positions of a chunk, one a head, have the layout (b, c, h, q, p), those
-    with B and C, which serve all heads of a group at once, (b, c, g, q, r p).
+    Products over the positions of a chunk, one per head, have the layout (b, c, h, q, p). Products
+    with B and C serve all heads of a group at once and have the layout (b, c, g, q, r p).
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
-                initial: Tensor, low: torch.dtype) -> tuple[Tensor, Tensor]:
+                initial: Tensor, matmul_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         groups = B.shape[2]
-        B, C = B.to(low), C.to(low)
+        B, C = B.to(matmul_dtype), C.to(matmul_dtype)
         # log of the decay from the chunk's start to each position, and over the whole chunk
         log_decay = torch.cumsum(dt * A, dim=2)  # (b, c, q, h)
         log_total = log_decay[:, :, -1:]  # (b, c, 1, h)
@@ -89,13 +94,14 @@ class _Scan(torch.autograd.Function):
         # 1. Within a chunk: y_i = sum_{j <= i} (C_i . B_j) exp(sum of dt A over j+1..i) dt_j x_j
         scores = (C @ B.mT).to(x.dtype)  # (b, c, g, q, q)
         weights = _per_group(_decay_within(log_decay), groups).mul_(scores[:, :, :, None])
-        dt_x_heads = _to_heads(dt_x, low)
-        within = weights.flatten(2, 3).to(low) @ dt_x_heads  # (b, c, h, q, p)
+        dt_x_heads = _to_heads(dt_x, matmul_dtype)
+        within = weights.flatten(2, 3).to(matmul_dtype) @ dt_x_heads  # (b, c, h, q, p)
         del weights
 
         # 2. What each chunk adds to the state at its end
         to_end = torch.exp(log_total - log_decay)  # (b, c, q, h)
-        carried = _to_groups(dt_x.mul_(to_end[..., None]), groups).to(low)  # (b, c, g, q, r p)
+        carried = _to_groups(dt_x.mul_(to_end[..., None]), groups)
+        carried = carried.to(matmul_dtype)  # (b, c, g, q, r p)
         added = B.mT @ carried  # (b, c, g, n, r p)
 
         # 3. The recurrence over chunks
@@ -117,7 +123,7 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor, grad_final: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, log_decay, scores, dt_x_heads, carried, entering = ctx.saved_tensors
-        groups, low = B.shape[2], B.dtype
+        groups, matmul_dtype = B.shape[2], B.dtype
         log_total = log_decay[:, :, -1:]
         from_start, to_end = torch.exp(log_decay), torch.exp(log_total - log_decay)
         over_chunk = _over_chunk(log_total, groups, x.shape[-1])
@@ -125,7 +131,7 @@ class _Scan(torch.autograd.Function):
         # 4. Reads: y += from_start * (C @ entering)
         grad_read = grad_y * from_start[..., None]  # (b, c, q, h, p)
         grad_log_read = (_from_groups(C @ entering, x).mul_(grad_read)).sum(-1)  # (b, c, q, h)
-        grad_read = _to_groups(grad_read, groups).to(low)
+        grad_read = _to_groups(grad_read, groups).to(matmul_dtype)
         grad_C = grad_read @ entering.mT  # (b, c, g, q, n)
         grad_entering = C.mT @ grad_read  # (b, c, g, n, r p)
         del grad_read
@@ -149,22 +155,23 @@ class _Scan(torch.autograd.Function):
         del grad_added
 
         # 1. Within a chunk: y += weights @ dt_x, weights = scores * decay
-        grad_heads = _to_heads(grad_y, low)
+        grad_heads = _to_heads(grad_y, matmul_dtype)
         decay = _decay_within(log_decay)  # (b, c, h, q, q)
-        weights = _per_group(decay, groups).mul(scores[:, :, :, None]).flatten(2, 3).to(low)
+        weights = _per_group(decay, groups).mul(scores[:, :, :, None]).flatten(2, 3)
+        weights = weights.to(matmul_dtype)
         grad_dt_x.add_((weights.mT @ grad_heads).transpose(2, 3))
         del weights
         grad_weights = (grad_heads @ dt_x_heads.mT).to(x.dtype)  # (b, c, h, q, q)
         grad_weights = _per_group(grad_weights.mul_(decay), groups)  # (b, c, g, r, q, q)
         del decay, grad_heads
-        grad_scores = grad_weights.sum(3).to(low)  # (b, c, g, q, q)
+        grad_scores = grad_weights.sum(3).to(matmul_dtype)  # (b, c, g, q, q)
         grad_C += grad_scores @ B
         grad_B += grad_scores.mT @ C
         grad_log = grad_weights.mul_(scores[:, :, :, None]).flatten(2, 3)  # of the exponent i, j
         grad_log_within = (grad_log.sum(-1) - grad_log.sum(-2)).transpose(2, 3)  # (b, c, q, h)
         del grad_weights, grad_log
 
-        # Every log is a sum of dt A: over the positions up to i (reads), after j (additions)
+        # Every log is a sum of dt A: over positions up to i (reads), or after j (additions)
         until = grad_log_within.add_(grad_log_read).flip(2).cumsum(2).flip(2)
         after = grad_log_carried.cumsum(2).sub_(grad_log_carried)
         grad_dt_A = until.add_(after).add_(grad_log_total[:, :, None])
@@ -200,10 +207,10 @@ def _per_head(t: Tensor, x: Tensor) -> Tensor:
     return torch.unflatten(t, 3, (-1, x.shape[-1])).sum(-1).flatten(2, 3)
 
 
-def _to_heads(t: Tensor, low: torch.dtype) -> Tensor:
-    """(b, c, q, h, p) -> (b, c, h, q, p), contiguous, in memory of its own."""
+def _to_heads(t: Tensor, matmul_dtype: torch.dtype) -> Tensor:
+    """(b, c, q, h, p) -> (b, c, h, q, p), as a contiguous copy."""
     t = t.transpose(2, 3)
-    return torch.empty(t.shape, dtype=low, device=t.device).copy_(t)
+    return torch.empty(t.shape, dtype=matmul_dtype, device=t.device).copy_(t)
 
 
 def _to_groups(t: Tensor, groups: int) -> Tensor:
@@ -212,6 +219,6 @@ def _to_groups(t: Tensor, groups: int) -> Tensor:
 
 
 def _from_groups(t: Tensor, x: Tensor) -> Tensor:
-    """(b, c, g, q, r p) -> (b, c, q, h, p), in x's type and in memory of its own."""
+    """(b, c, g, q, r p) -> (b, c, q, h, p), a copy in x's type."""
     t = torch.unflatten(t, 4, (-1, x.shape[-1])).transpose(2, 3).flatten(3, 4)
     return t.to(x.dtype)

@@ -1,1 +1,1 @@
-"""Figures from run folders alone."""
+"""Figures, drawn from run folders alone."""

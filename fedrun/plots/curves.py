@@ -1,4 +1,4 @@
-"""The mean curve of an experiment's repetitions, and how far they spread."""
+"""The mean curve over the seeds of an experiment, and its standard deviation."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from fedrun.plots.runs import Axis, Group, Measure
 
 @dataclass(frozen=True)
 class Curve:
-    """Mean over seeds, with one (sample) standard deviation; std is None for a single seed."""
+    """Mean over seeds and sample standard deviation; std is None for a single seed."""
 
     x: np.ndarray
     mean: np.ndarray
     std: np.ndarray | None
     seeds: list[int]
     left_out: list[str]
-    """Runs of the group that are shorter than the others, or a second time the same seed."""
+    """Runs that are shorter than the others or repeat a seed."""
 
 
 def curve(group: Group, measure: Measure, axis: Axis) -> Curve | None:
-    """The mean curve of a group; None where no run has this measure on this axis.
+    """The mean curve of a group; None if no run has this measure on this axis.
 
-    It has a point for each global step at which all seeds were evaluated: the mean of their x
-    (seconds differ, all else is equal) and of their perplexities.
+    It has one point for each global step at which all seeds were evaluated: the mean of their x
+    (which differs only in seconds) and of their perplexities.
     """
     longest = max(run.history[-1].step for run in group.runs)
     chosen: dict[int, dict[int, tuple[float, float]]] = {}

@@ -3,11 +3,11 @@
     heatmap_structure_{run}.png              where in the matrix the change lies, step by step
     averaged_svd_evolution_{config}.png      its largest singular values over the steps
     averaged_final_spectrum_{config}.png     all singular values at the end, and the rank that
-                                             holds 95 % of the energy (their squares)
+                                             holds 95 % of the energy (sum of squares)
 
-and for federated runs heatmap_{method}_{config}_lu_{lu}_seed_{seed}_{entity},
-svd_evolution_{method}_{config}_lu_{lu} and svd_spectrum_..., with _{entity} unless it is the server
-and _layer{N} unless it is layer 0.
+Federated runs have heatmap_{method}_{config}_lu_{lu}_seed_{seed}_{entity},
+svd_evolution_{method}_{config}_lu_{lu} and svd_spectrum_..., followed by _{entity} unless it is the
+server. Names end in _layer{N} unless it is layer 0.
 """
 
 from __future__ import annotations
@@ -25,37 +25,38 @@ from fedrun.plots import style
 from fedrun.plots.runs import groups
 from fedrun.plots.saved import Entity, FoundEntities
 
-ROWS_AND_COLUMNS = 80
-HEATMAPS = 10
-TOP_VALUES = 6
+ROWS_AND_COLUMNS = 80  # of the matrix in a heatmap
+HEATMAPS = 10  # steps in a figure
+TOP_VALUES = 6  # singular values drawn over the steps
 SUBSCRIPTS = "₁₂₃₄₅₆"
 ENERGY = 0.95
 COLOUR_QUANTILE = 0.995
-"""The colour scale ends here, not at the largest change: a single element would pale all others."""
+"""The colour scale ends at this quantile of the changes. If it ended at the largest change, one
+extreme element would make all others pale."""
 
 # ---- the numbers ---------------------------------------------------------------------------------
 
 def evenly(steps: Sequence[int], count: int) -> list[int]:
-    """At most `count` of the steps, spread evenly, the first and the last among them."""
+    """At most `count` of the steps, evenly spaced, with the first and the last."""
     places = np.linspace(0, len(steps) - 1, min(count, len(steps))).round().astype(int)
     return [steps[place] for place in dict.fromkeys(places.tolist())]
 
 
 def strongest(change: np.ndarray, count: int = ROWS_AND_COLUMNS) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the `count` rows and columns of largest Euclidean norm, in their own order."""
+    """Indices, ascending, of the `count` rows and the `count` columns of largest Euclidean norm."""
     rows = np.sort(np.argsort(-np.linalg.norm(change, axis=1), kind="stable")[:count])
     columns = np.sort(np.argsort(-np.linalg.norm(change, axis=0), kind="stable")[:count])
     return rows, columns
 
 
 def singular_values(change: np.ndarray) -> np.ndarray:
-    """All singular values, falling, in float64."""
+    """All singular values in descending order, computed in float64."""
     values: np.ndarray = np.linalg.svd(change.astype(np.float64), compute_uv=False)
     return values
 
 
 def energy_rank(values: np.ndarray, share: float = ENERGY) -> int:
-    """The smallest rank whose squared singular values make up `share` of their sum."""
+    """The smallest rank whose squared singular values make up `share` of the total."""
     energy = np.cumsum(values**2)
     return int(np.searchsorted(energy, share * energy[-1])) + 1
 
@@ -63,13 +64,13 @@ def energy_rank(values: np.ndarray, share: float = ENERGY) -> int:
 # ---- the figures ---------------------------------------------------------------------------------
 
 def figures(found: FoundEntities, layer: int | None = 0) -> dict[str, Figure | str]:
-    """All figures of what was found, by name, or why there is none; layer None is all layers."""
+    """All figures by name, or the reason why there is none. layer: None for all layers."""
     made: dict[str, Figure | str] = {}
     if not found.entities:
-        wanted = "runs" if found.entity in ("server", "central") \
+        needed = "runs" if found.entity in ("server", "central") \
             else "runs with --save_client_deltas"
         kind = "federated" if found.federated else "central"
-        return {f"heatmaps and spectra of {found.entity}": f"want {kind} {wanted}"}
+        return {f"heatmaps and spectra of {found.entity}": f"need {kind} {needed}"}
     layers = sorted({n for e in found.entities for n in e.layers}) if layer is None else [layer]
     families = _families(found.entities)
     with style.drawing():
@@ -94,21 +95,24 @@ def figures(found: FoundEntities, layer: int | None = 0) -> dict[str, Figure | s
 
 
 def _families(entities: Sequence[Entity]) -> dict[str, list[Entity]]:
-    """Repetitions with different seeds, under the name that their figures share; of two runs with
-    one seed the first. Where settings differ within a family, they are part of the name."""
+    """Repetitions with different seeds, by the name that their figures share.
+
+    Of two runs with the same seed only the first is used. Settings that differ between families are
+    part of the name.
+    """
     by_path = {entity.run.path: entity for entity in entities}
     families: dict[str, list[Entity]] = {}
     for group in groups(entity.run for entity in entities):
         variant = re.sub(r"[^\w.=-]+", "_", group.variant)
-        one_a_seed = {run.seed: replace(by_path[run.path], variant=group.variant)
-                      for run in reversed(group.runs)}
+        by_seed = {run.seed: replace(by_path[run.path], variant=group.variant)
+                   for run in reversed(group.runs)}
         name = "_".join(filter(None, [_family(by_path[group.runs[0].path]), variant]))
-        families[name] = [one_a_seed[seed] for seed in sorted(one_a_seed)]
+        families[name] = [by_seed[seed] for seed in sorted(by_seed)]
     return families
 
 
 def heatmap(entity: Entity, layer: int) -> Figure:
-    """The rows and columns that have changed most at the end, at up to ten steps."""
+    """The rows and columns that changed most by the last step, shown at up to ten steps."""
     steps = evenly(entity.changed_steps, HEATMAPS)
     changes = entity.changes(layer, steps)
     rows, columns = strongest(changes[steps[-1]])
@@ -140,7 +144,7 @@ def heatmap(entity: Entity, layer: int) -> Figure:
 
 
 def evolution(entities: Sequence[Entity], layer: int) -> Figure:
-    """The largest singular values over the steps: the mean over the seeds and its band."""
+    """The largest singular values over the steps: mean over seeds and standard deviation."""
     steps, values = _over_seeds(entities, layer)  # (seeds, steps, values)
     fig = style.figure(7.6, 5.0)
     ax = fig.subplots()
@@ -167,7 +171,7 @@ def evolution(entities: Sequence[Entity], layer: int) -> Figure:
 
 
 def spectrum(entities: Sequence[Entity], layer: int) -> Figure:
-    """All singular values at the last step that all seeds have, and the rank of 95 % energy."""
+    """All singular values at the last step that all seeds saved, and the rank of 95 % energy."""
     steps, values = _over_seeds(entities, layer, last_only=True)
     final = values[:, -1]
     mean = final.mean(axis=0)
@@ -199,7 +203,7 @@ def spectrum(entities: Sequence[Entity], layer: int) -> Figure:
 
 def _over_seeds(entities: Sequence[Entity], layer: int, last_only: bool = False
                 ) -> tuple[list[int], np.ndarray]:
-    """The steps that all entities have, and their singular values (entities, steps, values)."""
+    """The steps that all entities saved, and singular values (entities, steps, values)."""
     common = set.intersection(*(set(e.changed_steps) for e in entities))
     steps = sorted(common)[-1:] if last_only else sorted(common)
     return steps, np.array([[singular_values(change) for change in
@@ -229,14 +233,14 @@ def _no_layer(entity: Entity) -> str:
 
 
 def _no_mean(entities: Sequence[Entity], layer: int) -> str:
-    """Why these have no mean; empty where they have one."""
+    """Why these entities have no mean; empty if they have one."""
     if len({entity.shapes[layer] for entity in entities}) > 1:
-        return "wants runs whose in_proj have one shape"
+        return "needs runs whose in_proj have the same shape"
     if not set.intersection(*(set(entity.changed_steps) for entity in entities)):
-        return "wants runs that have saved a step in common"
+        return "needs runs that saved a step in common"
     return ""
 
 
 def _unused(made: dict[str, Figure | str], name: str, entity: Entity) -> str:
-    """The name, or where another run of the same method and seed has it, one with the folder's."""
+    """`name`, with the folder's name added if another run with the same method and seed has it."""
     return name if name not in made else f"{name}_{entity.run.name}"

@@ -1,7 +1,7 @@
-"""Characters and the fonts that have them: names and topics come in any script.
+"""Finds fonts for characters of any script, since names and topics may be in any.
 
-matplotlib draws a box for a character that none of a text's fonts has. `drawable` finds an
-installed font for it, or writes its code in its place.
+matplotlib draws a box for a character that is in none of a text's fonts. `drawable` finds an
+installed font that has it, or replaces the character by its code.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import matplotlib
 from matplotlib import font_manager
 
 _found: list[str] = []
-"""Families that texts so far have needed beside the usual one; more of them change no other text.
-"""
+"""Additional families that texts have needed so far. Adding one never changes other texts."""
 
 
 def drawable(text: str) -> str:
-    r"""`text` as a figure in `families()` can show it: a character that no installed font has is
-    written `\u4e2d`."""
+    r"""`text` with each character that no installed font has replaced by its code, `\u4e2d`.
+
+    Fonts that the rest of it needs are added to `families()`.
+    """
     missing = {c for c in text if ord(c) > 126}.difference(*map(_characters, families()))
     if not missing:
         return text
@@ -30,13 +31,13 @@ def drawable(text: str) -> str:
 
 
 def families() -> list[str]:
-    """The font.family that every text made drawable so far can be drawn in."""
+    """The font.family setting that can draw every text returned by `drawable` so far."""
     return [*matplotlib.rcParams["font.family"], *_found]
 
 
 @functools.cache
 def _characters(family: str) -> frozenset[str]:
-    """What text in this family can be drawn with; nothing where its font cannot be opened."""
+    """The characters in a family's font; empty if the font cannot be opened."""
     try:
         font = font_manager.get_font(font_manager.findfont(
             font_manager.FontProperties(family=[family])))
@@ -47,11 +48,13 @@ def _characters(family: str) -> frozenset[str]:
 
 @functools.cache
 def _fallbacks(missing: frozenset[str]) -> tuple[list[str], frozenset[str]]:
-    """Families that have these characters, each the one with most of what is left, and without
-    serifs where there is a choice; and the characters that none has."""
+    """Families that cover these characters, and the characters that no family has.
+
+    Greedy: each family has the most of the characters left; among equals, one without serifs.
+    """
     log = logging.getLogger("matplotlib.font_manager")
     level = log.level
-    log.setLevel(logging.ERROR)  # a line for each family that has no regular weight
+    log.setLevel(logging.ERROR)  # it warns about each family without a regular weight
     try:
         _add_new_fonts()
         return _choose(missing)
@@ -80,7 +83,7 @@ def _plainness(family: str) -> int:
 
 @functools.cache
 def _add_new_fonts() -> None:
-    """Fonts that were installed after matplotlib listed them, which it does once."""
+    """Add fonts that were installed after matplotlib cached its list of fonts."""
     listed = {os.path.realpath(entry.fname) for entry in font_manager.fontManager.ttflist}
     for path in sorted(font_manager.findSystemFonts()):
         if os.path.realpath(path) in listed:

@@ -1,4 +1,4 @@
-"""The figure of `fedrun partition`: what each client holds, by topic, and how far it diverges."""
+"""The figure of `fedrun partition`: each client's tokens by topic, and its divergence."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from fedrun.data.shard_stats import ShardStats
 from fedrun.plots import style
 
-# Tol's muted scheme, ordered so that neighbours in a bar differ in lightness too; letters on the
-# bars say the same without colour.
+# Tol's muted scheme, ordered so that neighbours in a bar also differ in lightness. Letters on the
+# bars name the topics without colour.
 COLOURS = ("#332288", "#DDCC77", "#117733", "#88CCEE", "#882255", "#44AA99", "#CC6677", "#999933",
            "#AA4499", "#BBBBBB")
-LETTER_SHARE = 0.05  # of the tallest bar: a smaller part has no room for its letter
-LETTERED_CLIENTS = 24
+LETTER_SHARE = 0.05  # of the tallest bar; a letter does not fit into a smaller part
+LETTERED_CLIENTS = 24  # with more, bars are too narrow for letters
 LONGEST_TOPIC = 40  # characters
 
 
 def letter(topic: int) -> str:
-    """A, B, C ... in the order of the topics' sizes."""
+    """The letter of a topic: A for the largest, then B, C, ..."""
     return string.ascii_uppercase[topic]
 
 
 def partition_figure(held: Sequence[ShardStats], topics: Sequence[str], title: str) -> Figure:
-    """Stacked bars of the topics of each client, over its divergence from the whole.
+    """Stacked bars of each client's topics, above its divergence from the whole corpus.
 
-    topics: the name of each, for the legend.
+    topics: their names, for the legend.
     """
     assert len(topics) <= len(COLOURS)
     with style.drawing():
@@ -45,7 +45,7 @@ def partition_figure(held: Sequence[ShardStats], topics: Sequence[str], title: s
                     label="a client's shard")
         points.plot(clients, [h.divergence_at_random for h in held], "_", color="#D55E00",
                     markersize=max(4.0, min(13.0, 400 / len(held))), markeredgewidth=2.4,
-                    label="as much at random")
+                    label="random shard, same size")
         points.set_ylim(0, 1.15 * max(max(h.divergence, h.divergence_at_random) for h in held))
         points.set_ylabel("divergence from\nthe whole (bits)")
         points.set_xlabel("client")
@@ -60,7 +60,7 @@ def partition_figure(held: Sequence[ShardStats], topics: Sequence[str], title: s
 
 
 def _stack(ax: Axes, held: Sequence[ShardStats]) -> None:
-    """One bar a client, as high as its tokens, the largest topic of the corpus at the bottom."""
+    """One bar per client, as high as its tokens; the corpus's largest topic is at the bottom."""
     tallest = max(h.tokens for h in held)
     lettered = len(held) <= LETTERED_CLIENTS
     bottom = np.zeros(len(held), dtype=np.int64)
@@ -78,5 +78,5 @@ def _stack(ax: Axes, held: Sequence[ShardStats]) -> None:
 
 
 def _ink(colour: str) -> str:
-    """Black or white, whichever is read better on a colour (its luma, Rec. 709)."""
+    """Black or white, whichever contrasts more with a colour (by its luma, Rec. 709)."""
     return "black" if np.dot(to_rgb(colour), (0.2126, 0.7152, 0.0722)) > 0.45 else "white"

@@ -3,9 +3,9 @@
     1_central_vs_fed_{config}      central training and FedAvg, train and validation
     2_lu_comparison_{config}       the same number of tokens in rounds of 1, 8, ... local updates
     3_method_comparison_{config}   every method found, a panel for each number of local updates
-    4_multi_config_comparison      every config found, and how the final perplexity goes with it
+    4_multi_config_comparison      every config found, and the final perplexities side by side
 
-Runs with several seeds are one line, their mean, and a band of one standard deviation.
+Runs with several seeds are drawn as their mean with a band of one standard deviation.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,27 +27,27 @@ from fedrun.plots.curves import Curve, curve
 from fedrun.plots.runs import INFERRED, Axis, Group, Measure, Run, groups
 
 Result = Figure | str
-"""A figure, or why there is none: which runs it wants."""
+"""A figure, or why there is none: the runs that it needs."""
 
 LU_LINES = {1: "-", 8: (0, (5, 2)), 60: (0, (1.2, 1.6)), 240: (0, (6, 2, 1.2, 2))}
 TRAIN: dict[str, Any] = {"linestyle": (0, (1.2, 1.6)), "linewidth": 1.5, "marker": None}
-PANELS_A_ROW = 3
+PANELS_PER_ROW = 3
 NOTE_WIDTH = 100  # characters that fit under the narrowest figure
 
 
 class Selection:
-    """The groups of runs that a set of figures draws from, and what a reader has to be told."""
+    """The groups of runs that a set of figures is drawn from, and notes for the reader."""
 
     def __init__(self, runs: Iterable[Run], axis: Axis) -> None:
         self.axis: Axis = axis
         self.groups = groups(runs)
         self.notes: dict[str, None] = {}
-        """Lines for the foot of the figure at hand, in order."""
-        self.said: dict[str, None] = {}
-        """What has been left out so far, for the terminal."""
+        """Lines below the current figure, in order."""
+        self.left_out: dict[str, None] = {}
+        """Runs left out so far, with the reason, to be printed."""
 
     def group(self, method: str, config: str, local_updates: int) -> Group | None:
-        """The group for one line; of several variants the best, which the figure then says."""
+        """The group for one line: the best variant if there are several, with a note about it."""
         variants = [g for g in self.groups if (g.method, g.config, g.local_updates)
                     == (method, config, local_updates)]
         if not variants:
@@ -64,23 +64,24 @@ class Selection:
         found = curve(group, measure, self.axis)
         if found is None and measure == "val_ppl":
             for run in group.runs:
-                self.said[f"{run.name}: its history has no {self.axis}"] = None
+                self.left_out[f"{run.name}: its history has no {self.axis}"] = None
         if found is not None:
             for name in found.left_out:
-                self.said[f"{name}: shorter than the other seeds, or a second run of one"] = None
+                self.left_out[
+                    f"{name}: shorter than other seeds, or a second run of the same seed"] = None
             if self.axis == "tokens" and any(
                     run.tokens_inferred for run in group.runs if run.name not in found.left_out):
                 self.notes[INFERRED] = None
         return found
 
     def methods(self, config: str) -> list[str]:
-        """Methods that this config has runs of, in the order of the palette."""
+        """Methods with runs of this config, in the order of the palette."""
         order = list(style.LOOKS)
         return sorted({g.method for g in self.groups if g.config == config},
                       key=lambda m: (order.index(m) if m in order else len(order), m))
 
     def updates(self, config: str, methods: Sequence[str]) -> list[int]:
-        """Numbers of local updates that federated runs of these methods have."""
+        """Numbers of local updates in federated runs of these methods."""
         return sorted({g.local_updates for g in self.groups if g.config == config
                        and g.method in methods and g.method != "central"})
 
@@ -89,21 +90,21 @@ class Selection:
         return natural({g.config for g in self.groups})
 
     def foot(self) -> str:
-        """The notes of the figure at hand, which are then done with."""
+        """Return the notes for the current figure and clear them."""
         text = "\n".join(textwrap.fill(note, NOTE_WIDTH) for note in self.notes)
         self.notes.clear()
         return text
 
 
 def natural(names: Iterable[str]) -> list[str]:
-    """Sorted, with numbers by value: 2_layer before 10_layer."""
+    """Sorted, with numbers compared by value: 2_layer before 10_layer."""
     return sorted(names, key=lambda n: [(p.isdigit(), int(p) if p.isdigit() else 0, p)
                                         for p in re.split(r"(\d+)", n)])
 
 
 def figures(runs: Sequence[Run], axis: Axis, config: str | None = None
             ) -> tuple[dict[str, Result], list[str]]:
-    """All figures of one config, or of every config found, by name; and what they leave out."""
+    """All figures of one config, or of every config found, by name; and the runs left out."""
     selection = Selection(runs, axis)
     made: dict[str, Result] = {}
     with style.drawing():
@@ -112,7 +113,7 @@ def figures(runs: Sequence[Run], axis: Axis, config: str | None = None
             made[f"2_lu_comparison_{name}"] = lu_comparison(selection, name)
             made[f"3_method_comparison_{name}"] = method_comparison(selection, name)
         made["4_multi_config_comparison"] = multi_config_comparison(selection)
-    return made, list(selection.said)
+    return made, list(selection.left_out)
 
 
 def central_vs_fed(selection: Selection, config: str) -> Result:
@@ -120,7 +121,7 @@ def central_vs_fed(selection: Selection, config: str) -> Result:
     updates = selection.updates(config, ["fed_avg"])
     central = selection.group("central", config, 1)
     if central is None or not updates:
-        return f"wants central and fed_avg runs of --config {config}"
+        return f"needs central and fed_avg runs of --config {config}"
     fed = selection.group("fed_avg", config, updates[0])
     assert fed is not None
     fig, (ax,) = _panels(1)
@@ -140,12 +141,12 @@ def central_vs_fed(selection: Selection, config: str) -> Result:
 
 
 def lu_comparison(selection: Selection, config: str) -> Result:
-    """One panel for each method that was run with more than one number of local updates."""
+    """One panel for each method with runs of different numbers of local updates."""
     methods = [m for m in selection.methods(config)
                if m != "central" and len(selection.updates(config, [m])) > 1]
     if not methods:
-        return (f"wants runs of one method and --config {config} with --local_updates 1 and with "
-                "--local_updates 8")
+        return (f"needs runs of one method and --config {config} with different --local_updates, "
+                "such as 1 and 8")
     fig, axes = _panels(len(methods))
     drawn: dict[int, None] = {}
     for ax, method in zip(axes, methods, strict=True):
@@ -166,11 +167,11 @@ def lu_comparison(selection: Selection, config: str) -> Result:
 
 
 def method_comparison(selection: Selection, config: str) -> Result:
-    """One panel for each number of local updates, every method in it, and central in each."""
+    """One panel for each number of local updates, with every method and central training."""
     methods = selection.methods(config)
     panels = selection.updates(config, methods)
     if len(methods) < 2 or not panels:
-        return f"wants runs of two or more methods with --config {config}"
+        return f"needs runs of two or more methods with --config {config}"
     fig, axes = _panels(len(panels))
     drawn: dict[str, Any] = {}
     for ax, updates in zip(axes, panels, strict=True):
@@ -187,11 +188,11 @@ def method_comparison(selection: Selection, config: str) -> Result:
 
 
 def multi_config_comparison(selection: Selection) -> Result:
-    """One panel for each config with the methods at their fewest local updates, and a last one
-    with the final perplexities side by side."""
+    """One panel per config, each method at its fewest local updates, and one with the final
+    perplexities side by side."""
     configs = selection.configs
     if len(configs) < 2:
-        return ("wants runs of two or more configs, such as pure_ssm_1_layer, pure_ssm_2_layer "
+        return ("needs runs of two or more configs, such as pure_ssm_1_layer, pure_ssm_2_layer "
                 "and pure_ssm_4_layer")
     fig, axes = _panels(len(configs) + 1)
     finals: dict[str, list[tuple[int, Curve]]] = {}
@@ -212,7 +213,7 @@ def multi_config_comparison(selection: Selection) -> Result:
     last = axes[-1]
     for number, (method, ends) in enumerate(finals.items()):
         look = style.look(method)
-        shift = 0.08 * (number - (len(finals) - 1) / 2)  # error bars beside each other
+        shift = 0.08 * (number - (len(finals) - 1) / 2)  # so that error bars do not overlap
         last.errorbar([place + shift for place, _ in ends], [c.mean[-1] for _, c in ends],
                       [0.0 if c.std is None else c.std[-1] for _, c in ends], color=look.colour,
                       marker=look.marker, linestyle="-", linewidth=1.2, capsize=3)
@@ -225,7 +226,7 @@ def multi_config_comparison(selection: Selection) -> Result:
 
 
 def single(run: Run, axis: Axis) -> Figure:
-    """One run alone: validation and train; on the steps where its history has no such axis."""
+    """Validation and train curves of one run, over rounds if its history lacks `axis`."""
     known = axis if run.points("val_ppl", axis) else "rounds"
     selection = Selection([run], known)
     (group,) = selection.groups
@@ -242,8 +243,8 @@ def single(run: Run, axis: Axis) -> Figure:
 # ---- pieces of figures ---------------------------------------------------------------------------
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    """A figure with so many panels on one y-axis, at most three a row."""
-    columns = 2 if count == 4 else min(count, PANELS_A_ROW)
+    """A figure with `count` panels that share a y-axis, at most three per row."""
+    columns = 2 if count == 4 else min(count, PANELS_PER_ROW)
     rows = math.ceil(count / columns)
     width = 7.6 if columns == 1 else 1.2 + 3.9 * columns
     fig = style.figure(width, 1.3 + 3.9 * rows)
@@ -256,7 +257,7 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
 
 def _draw(ax: Axes, selection: Selection, group: Group, measure: Measure, **kwargs: Any
           ) -> Line2D | None:
-    """The mean of a group and its band; None where the group has nothing on this axis."""
+    """Draw a group's mean and its band; None if the group has no points on this axis."""
     found = selection.curve(group, measure)
     if found is None:
         return None
@@ -293,14 +294,14 @@ def _finish(fig: Figure, axes: Sequence[Axes], selection: Selection, handles: Se
 
 
 def _short(configs: Sequence[str]) -> list[str]:
-    """Config names for ticks: without what all of them begin and end with, by whole words."""
+    """Config names for ticks, without the words that all of them start or end with."""
     words = [name.split("_") for name in configs]
     while min(map(len, words)) > 1 and len({w[0] for w in words}) == 1:
         words = [w[1:] for w in words]
     while min(map(len, words)) > 2 and len({w[-1] for w in words}) == 1:
         words = [w[:-1] for w in words]
-    room = max(40 // len(configs), 5)  # columns
-    return ["\n".join(style.text(part, room) for part in w[:4]) for w in words]
+    columns = max(40 // len(configs), 5)
+    return ["\n".join(style.text(part, columns) for part in w[:4]) for w in words]
 
 
 def _lu_line(updates: int) -> Any:
@@ -308,7 +309,7 @@ def _lu_line(updates: int) -> Any:
 
 
 def _lu_face(updates: int) -> str | None:
-    """Hollow markers from the second number of local updates on."""
+    """Hollow markers for more than one local update."""
     return None if updates == 1 else "white"
 
 
@@ -321,11 +322,11 @@ def _seeds(found: Curve | None) -> str:
 
 
 def _nothing_on(axis: Axis) -> str:
-    return f"wants runs whose histories record {axis}"
+    return f"needs runs whose histories record {axis}"
 
 
-def save_all(made: dict[str, Result], out_dir: Path, say: Callable[[str], None] = say) -> None:
-    """Write the figures there are; say what was written and what the others want."""
+def save_all(made: dict[str, Result], out_dir: Path) -> None:
+    """Write the figures; print what was written, and what the missing ones need."""
     for name, result in made.items():
         if isinstance(result, str):
             say(f"skipped {name}: {result}")

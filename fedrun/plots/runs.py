@@ -1,9 +1,9 @@
-"""Run folders as they are found on a disk: what the figures and the report are made from.
+"""Reads run folders for the figures and the report.
 
-Folders of this project describe themselves (config.json). Folders of the study that it grew from
-are read by their names, `central_config_{config}_seed_{seed}` and
-`federated_config_{config}_lu_{lu}_seed_{seed}`, and by that study's defaults. Nothing here needs
-torch: figures are made on a laptop from runs of a cluster.
+Folders of this project describe themselves in config.json. Folders of the original study have none:
+their names give method, config and seed, `central_config_{config}_seed_{seed}` and
+`federated_config_{config}_lu_{lu}_seed_{seed}`, and the rest is that study's defaults. Needs no
+torch, so that figures of a cluster's runs can be made on a laptop.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 from fedrun.common.errors import InputError, naming
 from fedrun.common.files import DamagedFile, Kind, number, read_json, whole
 from fedrun.common.old_names import renamed
+from fedrun.common.perplexity import perplexity
 from fedrun.common.terminal import shortened, visible
 from fedrun.config import FederatedConfig
 from fedrun.records.run_files import MARK
@@ -33,14 +34,14 @@ Measure = Literal["val_ppl", "train_ppl"]
 
 NAME = re.compile(r"(?P<method>\w+?)_config_(?P<config>.+?)(_lu_(?P<lu>\d+))?_seed_(?P<seed>\d+)")
 
-# What the study used where its folders do not say.
+# The study's settings, which its folders do not record.
 STUDY_CLIENTS, STUDY_BATCH, STUDY_CENTRAL_BATCH, STUDY_LENGTH = 4, 4, 16, 256
 INFERRED = (f"tokens of runs that do not record them: {STUDY_CLIENTS} clients × batch "
             f"{STUDY_BATCH} (central: {STUDY_CENTRAL_BATCH}) × {STUDY_LENGTH} tokens a step")
 
-DIVERGED = 1e100  # a perplexity from here on is none, as infinity
-LARGEST = 1e30  # tokens, seconds or bytes
-LONGEST = 300  # characters of the settings by which variants are told apart, in a line
+DIVERGED = 1e100  # a perplexity from here on counts as infinite
+LARGEST = 1e30  # tokens, seconds or bytes; a larger number is damage
+LONGEST = 300  # columns for the settings of a variant in a line
 
 # Settings in which runs may differ and still be repetitions of one experiment.
 _NO_VARIANT = FederatedConfig.not_in_results | {
@@ -50,10 +51,10 @@ _NO_VARIANT = FederatedConfig.not_in_results | {
 
 @dataclass(frozen=True)
 class Record:
-    """One evaluated step of a history; nan where the history does not say."""
+    """One evaluated step of a history; values that it does not record are nan."""
 
     step: int
-    """The global step: a round, or in a central run an optimizer step."""
+    """The global step: a round, or an optimizer step of a central run."""
     train_ppl: float
     val_ppl: float
     tokens: float
@@ -64,7 +65,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder with a history that can be read."""
+    """What a run folder holds."""
 
     path: Path
     method: str
@@ -72,22 +73,22 @@ class Run:
     local_updates: int
     seed: int
     settings: dict[str, Any]
-    """config.json; empty for a folder of the study."""
+    """config.json; empty for a folder of the original study."""
     environment: dict[str, Any]
-    """environment.json; empty where there is none, or it is damaged."""
+    """environment.json; empty if it is missing or damaged."""
     history: list[Record]
     tokens_inferred: bool
     damage: str = ""
-    """What of it is damaged, though nothing that figures need."""
+    """Damage that the figures can do without, in words."""
 
     @property
     def name(self) -> str:
-        """The folder's, fit to be printed."""
+        """The folder's name, safe to print."""
         return visible(self.path.name)
 
     @property
     def final(self) -> Record:
-        """The last record that was evaluated."""
+        """The last record with a finite validation perplexity."""
         return self._evaluated[-1]
 
     @property
@@ -100,7 +101,7 @@ class Run:
         return [r for r in self.history if math.isfinite(r.val_ppl)]
 
     def points(self, measure: Measure, axis: Axis) -> dict[int, tuple[float, float]]:
-        """Global step -> (x, perplexity), in order, of the records that have both."""
+        """Global step -> (x, perplexity), in order, of the records that have both values."""
         def position(record: Record) -> float:
             if axis == "steps":
                 return record.step * self.local_updates
@@ -112,7 +113,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Found:
-    """What a data folder holds: runs, and what had to be passed over with the reason."""
+    """The runs in a data folder, and the folders that were skipped with the reason."""
 
     runs: list[Run]
     passed_over: list[tuple[str, str]]
@@ -128,14 +129,14 @@ class Found:
 
 
 class Damaged(Exception):
-    """A run folder that cannot be used; the text says why, fit to be printed."""
+    """A run folder cannot be used. The message is the reason, safe to print."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(visible(reason))
 
 
 def find_runs(data_dir: Path) -> Found:
-    """All runs directly under `data_dir`. ValueError where there is no such folder."""
+    """All runs directly under `data_dir`. Raises InputError if there is no such folder."""
     runs, passed_over = [], []
     for path in run_folders(data_dir):
         try:
@@ -148,12 +149,12 @@ def find_runs(data_dir: Path) -> Found:
 
 
 def run_folders(data_dir: Path) -> list[Path]:
-    """The folders under `data_dir` that are, or were meant to be, a run's.
+    """The folders under `data_dir` that look like a run's, even if they turn out to be damaged.
 
-    Raises ValueError where `data_dir` is no folder, or cannot be read.
+    Raises InputError if `data_dir` is not a folder or cannot be read.
     """
     if not os.path.isdir(data_dir):
-        raise InputError(f"--data_dir {data_dir}: no such folder; accepted is one with run folders")
+        raise InputError(f"--data_dir {data_dir}: no such folder; must be one with run folders")
     with naming("--data_dir", data_dir):
         found = sorted(path for path in data_dir.iterdir() if os.path.isdir(path))
     return [path for path in found if NAME.fullmatch(path.name)
@@ -161,7 +162,7 @@ def run_folders(data_dir: Path) -> list[Path]:
 
 
 def _may_be_there(file: Path) -> bool:
-    """Whether a file is there, or in a folder that may not be looked into."""
+    """Whether a file exists, or may exist because its folder's permissions hide it."""
     try:
         file.lstat()
     except PermissionError:
@@ -172,9 +173,9 @@ def _may_be_there(file: Path) -> bool:
 
 
 def identify(path: Path) -> Run:
-    """What a folder's config.json, or else its name, says of a run; its history stays unread.
+    """A run without its history, from the folder's config.json or else from its name.
 
-    Raises Damaged where that cannot be told.
+    Raises Damaged if neither identifies a run.
     """
     settings = renamed(_read(path / "config.json", dict) or {})
     named = NAME.fullmatch(path.name)
@@ -182,32 +183,32 @@ def identify(path: Path) -> Run:
         method, config = settings.get("method"), settings.get("config")
         seed, local_updates = whole(settings.get("seed")), whole(settings.get("local_updates", 1))
         if not (isinstance(method, str) and isinstance(config, str)):
-            raise Damaged("config.json is not a run's: it has no method or no config")
+            raise Damaged("config.json is not a run's: it lacks method or config")
         config = Path(config).stem
     elif named:
         method = {"federated": "fed_avg"}.get(named["method"], named["method"])
         config, seed = named["config"], whole(int(named["seed"]))
         local_updates = whole(int(named["lu"] or 1))
     else:
-        raise Damaged("no config.json, and the folder's name does not tell method and seed")
+        raise Damaged("no config.json, and the folder's name does not give method and seed")
     if seed is None or local_updates is None:
-        raise Damaged("seed or local_updates is no whole number from 0")
+        raise Damaged("seed and local_updates must be whole numbers >= 0")
     return Run(path, visible(method), visible(config), local_updates, seed, settings, {}, [], False)
 
 
 def read_run(path: Path) -> Run:
-    """The run in a folder. Raises Damaged with the reason where it cannot be read."""
+    """Read the run in a folder. Raises Damaged, with the reason, if it cannot be used."""
     run = identify(path)
     history = _read(path / "training_history.json", list)
     if history is None:
         raise Damaged("no training_history.json (yet)")
-    tokens_a_step = _tokens_a_step(run)
+    tokens_per_step = _tokens_per_step(run)
     by_step: dict[int, Record] = {}
     inferred = False
     for raw in history:
-        record = _record(raw, tokens_a_step)
+        record = _record(raw, tokens_per_step)
         if record is not None:
-            by_step[record.step] = record  # a resumed run may tell a step twice: the last counts
+            by_step[record.step] = record  # a resumed run may record a step twice: the last counts
             inferred |= "tokens" not in raw
     if not any(math.isfinite(r.val_ppl) for r in by_step.values()):
         raise Damaged("no record of training_history.json has a validation perplexity")
@@ -221,7 +222,7 @@ def read_run(path: Path) -> Run:
 
 
 def _read(path: Path, kind: type[Kind]) -> Kind | None:
-    """The file's content, None where there is no file; Damaged where it is not a `kind`."""
+    """A file's content, None if there is no file. Raises Damaged if it does not hold a `kind`."""
     try:
         return read_json(path, kind)
     except FileNotFoundError:
@@ -233,23 +234,24 @@ def _read(path: Path, kind: type[Kind]) -> Kind | None:
         raise Damaged(f"{path.name} cannot be read: {error.strerror}") from None
 
 
-def _tokens_a_step(run: Run) -> float:
-    """Of a history that does not record them; nan where the settings do not tell."""
+def _tokens_per_step(run: Run) -> float:
+    """Tokens per step of a run whose history does not record them; nan if the settings are damaged.
+    """
     central = run.method == "central"
-    held = {"num_clients": STUDY_CLIENTS, "sequence_length": STUDY_LENGTH,
+    settings = {"num_clients": STUDY_CLIENTS, "sequence_length": STUDY_LENGTH,
             "batch_size": STUDY_CENTRAL_BATCH if central else STUDY_BATCH} | run.settings
-    of_a_batch = number(held["batch_size"]) * number(held["sequence_length"])
-    return of_a_batch * (1 if central else number(held["num_clients"]) * run.local_updates)
+    batch_tokens = number(settings["batch_size"]) * number(settings["sequence_length"])
+    return batch_tokens * (1 if central else number(settings["num_clients"]) * run.local_updates)
 
 
-def _record(raw: Any, tokens_a_step: float) -> Record | None:
-    """A record from any of the forms that histories have; None where it has no step."""
+def _record(raw: Any, tokens_per_step: float) -> Record | None:
+    """A record from any of the formats that histories have had; None if it has no step."""
     if not isinstance(raw, dict):
         return None
     step = whole(read_field(raw, "step"))
     if step is None:
         return None
-    tokens = number(raw["tokens"]) if "tokens" in raw else step * tokens_a_step
+    tokens = number(raw["tokens"]) if "tokens" in raw else step * tokens_per_step
     seconds, sent = number(raw.get("seconds")), number(raw.get("bytes"))
     tokens, seconds, sent = (value if abs(value) < LARGEST else math.nan
                              for value in (tokens, seconds, sent))
@@ -264,7 +266,7 @@ def _perplexity(ppl: Any, loss: Any) -> float:
     neither, infinite if the run has diverged."""
     found, loss = number(ppl), number(loss)
     if math.isnan(found) and not math.isnan(loss):
-        found = math.exp(loss) if loss < 700 else math.inf
+        found = perplexity(loss)
     if found > 0:
         return found if found < DIVERGED else math.inf
     return math.nan
@@ -274,24 +276,27 @@ def _perplexity(ppl: Any, loss: Any) -> float:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone."""
+    """Runs that differ only in their seed."""
 
     method: str
     config: str
     local_updates: int
     variant: str
-    """The settings that tell it from other groups of the same three, `lr=0.001`; else empty."""
+    """The settings that differ from other groups of the same three, `lr=0.001`; else empty."""
     runs: list[Run]
 
     @property
     def final_ppl(self) -> float:
-        """Mean over the seeds of the last validation perplexity."""
+        """Mean over seeds of the last validation perplexity."""
         return float(np.mean([run.final.val_ppl for run in self.runs]))
 
 
 def groups(runs: Iterable[Run]) -> list[Group]:
-    """Runs grouped into repetitions; where the settings of runs with one method, config and number
-    of local updates differ, a group for each variant."""
+    """Group runs into repetitions of one experiment.
+
+    Runs with the same method, config and number of local updates whose other settings differ form a
+    group for each variant.
+    """
     families: dict[tuple[str, str, int], list[Run]] = {}
     for run in runs:
         families.setdefault((run.method, run.config, run.local_updates), []).append(run)
@@ -307,7 +312,7 @@ def groups(runs: Iterable[Run]) -> list[Group]:
 
 
 def _varying(family: Sequence[Run]) -> list[str]:
-    """Settings that differ; one that only newer runs know does not tell them from older ones."""
+    """Settings that differ. One that older runs do not record is not compared."""
     known = [_flat(run.settings) for run in family if run.settings]
     shared = [n for n in (known or [{}])[0] if n not in _NO_VARIANT and all(n in s for s in known)]
     return [n for n in shared if len({json.dumps(s[n]) for s in known}) > 1]
@@ -321,7 +326,7 @@ def _variant(run: Run, varying: Sequence[str]) -> str:
 
 
 def _flat(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings with those of a section beside the others: model.n_layer."""
+    """The settings with nested ones flattened: model.n_layer."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) \

@@ -1,9 +1,9 @@
-"""Saved steps of models, as they are found in run folders: in_proj, or how it has changed.
+"""Reads saved steps of models from run folders: in_proj, or its change since the start.
 
     params/step_000030.npz, deltas/step_000030.npz      central runs
-    server/params/..., client_0/deltas/..., ...         federated ones
+    server/params/..., client_0/deltas/..., ...         federated runs
 
-Files may be damaged, or not ours: they are named, and the others are used.
+Files that are damaged or not ours are reported and skipped.
 """
 
 from __future__ import annotations
@@ -22,29 +22,32 @@ from fedrun.plots.runs import Damaged, Run, identify, run_folders
 
 STEP_FILE = re.compile(r"step_(\d{1,15})\.npz")
 LARGEST_ARRAY = 1 << 32  # bytes
+# Keys of the npz files, not names of parameters; an original run's file may lack the layer.
 IN_PROJ = re.compile(r"(?:delta_)?(?:layers\.(?P<layer>\d+)\.)?in_proj")
 
 
 @dataclass(frozen=True)
 class Entity:
-    """The saved steps of one model of one run: the global one, a client's, or a central run's."""
+    """The saved steps of one model of a run: the global model, a client's or a central run's."""
 
     run: Run
-    """Without its history, which these figures do not need."""
+    """Its history is not read: these figures do not need it."""
     name: str
     """server, client_0, ... or central."""
     folder: Path
     files: dict[int, Path]
-    """The npz of each saved step, in order: deltas where there are any, else parameters."""
+    """The npz file of each saved step, in order: deltas if there are any, else parameters."""
     is_delta: bool
     shapes: dict[int, tuple[int, ...]]
     """(rows, columns) of each layer's in_proj, the same in all files."""
     variant: str = ""
-    """The settings in which it differs from others of its method."""
+    """The settings in which it differs from other runs of its method."""
 
     def changes(self, layer: int, steps: Sequence[int]) -> dict[int, np.ndarray]:
-        """The change of in_proj (rows, columns) at each of `steps`, since the start of the run, or,
-        where only parameters were saved, since the first step that was."""
+        """The change of in_proj (rows, columns) at each of `steps`.
+
+        Since the start of the run, or since the first saved step if only parameters were saved.
+        """
         arrays = {step: _in_proj(self.files[step])[layer] for step in steps}
         if self.is_delta:
             return arrays
@@ -57,21 +60,23 @@ class Entity:
 
     @property
     def steps(self) -> list[int]:
-        """The saved steps; where changes are computed, the first is the origin and none of them."""
+        """All saved steps."""
         return list(self.files)
 
     @property
     def changed_steps(self) -> list[int]:
+        """Steps with a change: all, or all but the first if changes are computed from it."""
         return self.steps if self.is_delta else self.steps[1:]
 
     @property
     def since(self) -> str:
+        """What changes are relative to, in words."""
         return "the start" if self.is_delta else f"step {self.steps[0]}"
 
 
 @dataclass(frozen=True)
 class FoundEntities:
-    """What a data folder holds of one entity."""
+    """What a data folder has of one entity, and the files that were skipped with the reason."""
 
     entity: str
     federated: bool
@@ -86,9 +91,9 @@ class FoundEntities:
 
 def find_entities(data_dir: Path, entity: str, federated: bool, config: str | None
                   ) -> FoundEntities:
-    """The saved steps of `entity` in every central, or every federated, run under `data_dir`.
+    """The saved steps of `entity` in all central, or all federated, runs under `data_dir`.
 
-    Raises ValueError where there is no such folder.
+    config: only runs of this config. Raises InputError if there is no such folder.
     """
     found, passed_over = [], []
     for path in run_folders(data_dir):
@@ -106,7 +111,7 @@ def find_entities(data_dir: Path, entity: str, federated: bool, config: str | No
 
 
 def _read_entity(run: Run, name: str, folder: Path) -> tuple[Entity, list[tuple[str, str]]]:
-    """The entity, and its files that are damaged. Raises Damaged where none can be used."""
+    """The entity and its damaged files. Raises Damaged if no file can be used."""
     damage: list[tuple[str, str]] = []
     for kind in ("deltas", "params"):
         files: dict[int, Path] = {}
@@ -118,20 +123,20 @@ def _read_entity(run: Run, name: str, folder: Path) -> tuple[Entity, list[tuple[
             try:
                 found = {n: array.shape for n, array in sorted(_in_proj(path).items())}
                 if shapes not in ({}, found):
-                    raise Damaged("has other layers, or of other shapes, than the file before it")
+                    raise Damaged("differs from the file before it in its layers or their shapes")
                 shapes, files[int(step[1])] = found, path
             except Damaged as damaged:
                 damage.append((visible(str(path.relative_to(run.path))), str(damaged)))
         entity = Entity(run, name, folder, dict(sorted(files.items())), kind == "deltas", shapes)
         if entity.changed_steps:
             return entity, damage
-    told = "; ".join(f"{file} {reason}" for file, reason in damage)
-    raise Damaged(told or f"no deltas/step_*.npz and fewer than two params/step_*.npz in "
+    reasons = "; ".join(f"{file} {reason}" for file, reason in damage)
+    raise Damaged(reasons or f"no deltas/step_*.npz and fewer than two params/step_*.npz in "
                   f"{folder.relative_to(run.path.parent)}")
 
 
 def _in_proj(path: Path) -> dict[int, np.ndarray]:
-    """in_proj, or its change, of every layer in a file; a key without a layer is layer 0."""
+    """Each layer's in_proj, or its change, in a file. A key without a layer is layer 0."""
     found = {}
     try:
         with open_regular(path) as content, np.load(content) as file:
@@ -144,11 +149,11 @@ def _in_proj(path: Path) -> dict[int, np.ndarray]:
     except Exception as error:  # numpy and zipfile raise many kinds for a damaged file
         raise Damaged(f"is damaged: {one_line(error).removeprefix(f'{path} ')}") from None
     if not found or not all(map(_is_matrix, found.values())):
-        raise Damaged("has no in_proj of two dimensions with finite values")
+        raise Damaged("has no in_proj that is a matrix of finite values")
     return found
 
 
 def _is_matrix(array: np.ndarray) -> bool:
-    """Whether these are numbers that can be squared and drawn: two dimensions within float32."""
+    """Whether this is a matrix of numbers within float32, whose squares float64 can hold."""
     return bool(array.ndim == 2 and array.size and array.dtype.kind in "fiu"
-                and np.abs(array).max() <= np.finfo(np.float32).max)  # which no nan is
+                and np.abs(array).max() <= np.finfo(np.float32).max)  # false for nan

@@ -1,8 +1,9 @@
-"""How figures look: the one place of colours, labels, ticks and files.
+"""How figures look: colours, labels, ticks and files.
 
-Colours are Okabe & Ito's (2008), which remain apart under the common colour-vision deficiencies;
-the methods beyond their number take Paul Tol's muted scheme. A marker of its own tells a method
-apart in grey as well. Figures are drawn without pyplot: no display, no state between them.
+Colours are those of Okabe & Ito (2008), which stay distinct under common colour-vision
+deficiencies; methods beyond their number use Paul Tol's muted scheme. Each method has its own
+marker, so that it is recognised in grey too. Figures are drawn without pyplot, so they need no
+display and share no state.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from fedrun.plots.runs import Axis
 
 
 class Look(NamedTuple):
-    """A method in a figure."""
+    """How a method is drawn."""
 
     label: str
     colour: str
@@ -48,15 +49,15 @@ LOOKS = {
 _OTHER_COLOURS = ("#332288", "#44AA99", "#AA4499", "#661100")
 BAND_OPACITY = 0.18
 DIVERGING = "RdBu_r"
-LONGEST = 50  # characters of a name in a figure
-LONGEST_FILE = 200  # bytes of a figure's name; file systems take 255
+LONGEST = 50  # columns of a name in a figure
+LONGEST_FILE = 200  # bytes of a file name without its ending; file systems allow 255
 
 X_LABELS: dict[Axis, str] = {
     "tokens": "training tokens seen", "steps": "local optimizer steps of a client",
     "rounds": "global steps (rounds; central: optimizer steps)", "seconds": "wall-clock seconds",
     "bytes": "bytes exchanged by the clients"}
 
-RC: Any = {  # its keys are literals to the type checker
+RC: Any = {  # rc_context's stub accepts literal keys only
     "font.size": 12, "axes.titlesize": 13, "axes.labelsize": 12, "legend.fontsize": 11,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "grid.color": "#E3E3E3", "grid.linewidth": 0.8, "axes.axisbelow": True,
@@ -66,7 +67,7 @@ RC: Any = {  # its keys are literals to the type checker
 
 
 def look(method: str) -> Look:
-    """The method's own look, the same in every figure; one made from its name where it has none."""
+    """A method's look, the same in every figure; derived from the name for unknown methods."""
     if method in LOOKS:
         return LOOKS[method]
     number = zlib.crc32(method.encode())
@@ -74,43 +75,44 @@ def look(method: str) -> Look:
 
 
 def shade(method: str, strength: float) -> tuple[float, float, float]:
-    """The method's colour (strength 1), mixed with white (towards 0)."""
+    """The method's colour at strength 1, fading to white at 0."""
     red, green, blue = to_rgb(look(method).colour)
     return (1 - strength * (1 - red), 1 - strength * (1 - green), 1 - strength * (1 - blue))
 
 
 def figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches; everything drawn on it later makes room for itself."""
+    """An empty figure, sizes in inches, whose layout adapts to what is drawn on it."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def drawing() -> Any:
-    """The context in which figures are drawn."""
+    """The context manager to draw figures in."""
     return matplotlib.rc_context(RC)
 
 
 def text(words: str, longest: int = LONGEST) -> str:
-    """Words of others as a figure shows them: one line of at most `longest` columns, without what
-    no font has."""
-    start = shortened(visible(words), longest)  # first, since codes are longer than characters
+    """Text from elsewhere made fit for a figure.
+
+    One line of at most `longest` columns; characters that no font has are replaced by their codes.
+    """
+    start = shortened(visible(words), longest)  # before `drawable`: codes are longer
     return shortened(fonts.drawable(start), longest)
 
 
 def label(method: str) -> str:
-    """The method's label as a figure shows it."""
+    """The method's label, made fit for a figure."""
     shown = text(look(method).label, 24)
-    return f" {shown}" if shown.startswith("_") else shown  # legends may leave out _names
+    return f" {shown}" if shown.startswith("_") else shown  # matplotlib's legends omit _names
 
 
 def title(what: str, name: str) -> str:
-    """`what, name` in one line, or in two where one would be too long."""
+    """`what, name` on one line, or on two if one would be too long."""
     name = text(name)
     return f"{what}, {name}" if len(what) + len(name) < 60 else f"{what}\n{name}"
 
 
 def save(fig: Figure, folder: Path, name: str) -> Path:
-    """Write `name`.png and `name`.svg; the path of the PNG. What no file's name can hold is
-    replaced in it."""
+    """Write `name`.png and `name`.svg, with `name` made valid; returns the path of the PNG."""
     folder.mkdir(parents=True, exist_ok=True)
     name = file_name(name)
     write(fig, folder / f"{name}.svg", "svg")
@@ -119,7 +121,7 @@ def save(fig: Figure, folder: Path, name: str) -> Path:
 
 
 def write(fig: Figure, target: Path | BinaryIO, form: Literal["svg", "png"]) -> None:
-    """Draw a figure into a file."""
+    """Write a figure to a file."""
     with drawing():
         for words in fig.findobj(Text):
             words.set_fontfamily(fonts.families())
@@ -127,7 +129,7 @@ def write(fig: Figure, target: Path | BinaryIO, form: Literal["svg", "png"]) -> 
 
 
 def file_name(name: str) -> str:
-    """`name` as one component of a path, with room for an ending: at most LONGEST_FILE bytes."""
+    """`name` as one component of a path. Longer than LONGEST_FILE bytes, it ends in a checksum."""
     name = visible(name).replace("/", "_")
     content = name.encode()
     if len(content) <= LONGEST_FILE:
@@ -146,7 +148,7 @@ def log_ticks(low: float, high: float) -> list[float]:
         ticks = [m * 10.0**d for d in decades for m in mantissas if low <= m * 10.0**d <= high]
         if len(ticks) >= 4:
             return ticks
-    # Within a small part of a decade a log axis is nearly even: round steps do.
+    # Within a small part of a decade a log axis is nearly linear, so equal steps work.
     rough = (high - low) / 5 or high / 10
     step = 10.0 ** math.floor(math.log10(rough))
     step *= next(s for s in (1, 2, 2.5, 5, 10) if s * step >= rough)
@@ -155,7 +157,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def log_axis(ax: Axes) -> None:
-    """A log y-axis with plain numbers, over what is drawn. Call it last."""
+    """Make the y-axis logarithmic, with plain numbers. Call it after everything is drawn."""
     ax.set_yscale("log")
     low, high = ax.get_ylim()
     ax.yaxis.set_major_locator(FixedLocator(log_ticks(low, high)))
@@ -165,7 +167,7 @@ def log_axis(ax: Axes) -> None:
 
 
 def work_axis(ax: Axes, axis: Axis) -> None:
-    """The x-axis of curves: its label, and 500k, 2M, 3G for large numbers."""
+    """Label the x-axis of curves, with 500k, 2M, 3G for large numbers."""
     ax.set_xlabel(X_LABELS[axis])
     ax.set_xlim(left=0)
     ax.xaxis.set_major_formatter(EngFormatter(unit="B" if axis == "bytes" else "", sep=""))
@@ -173,6 +175,6 @@ def work_axis(ax: Axes, axis: Axis) -> None:
 
 
 def legend_below(fig: Figure, handles: Iterable[Any], columns: int, notes: str = "") -> None:
-    """One legend for all panels, under them, with room of its own; `notes` over it, small."""
+    """One legend for all panels, below them, with `notes` in small print above it."""
     fig.legend(handles=list(handles), loc="outside lower center", ncols=columns,
                handlelength=2.6, columnspacing=1.6, title=notes or None, title_fontsize=9.5)

@@ -7,8 +7,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedrun.common.perplexity import perplexity
 from fedrun.strategies.base import ClientReport
-from fedrun.training.evaluate import Piece, mean_loss, perplexity
+from fedrun.training.evaluate import Piece, mean_loss
 
 SECONDS = ("local_training_seconds", "aggregation_seconds", "evaluation_seconds")
 COHORT_NUMBERS = ("step_norm", "update_cosine", "gradient_cosine", "noise_ratio",

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fedrun.common.files import write_json
 from fedrun.common.log import WARNING, log
+from fedrun.common.perplexity import perplexity
 from fedrun.config import RunConfig
 from fedrun.records.best import BestModel
 from fedrun.records.checkpoint import CheckpointCoordinator
@@ -34,7 +35,7 @@ from fedrun.records.history import COHORT_NUMBERS, RunTotals, half_losses
 from fedrun.records.run_dir import SnapshotWriter, save_model, studied, write_outcome
 from fedrun.records.schema import Schema
 from fedrun.records.track import Events, Progress
-from fedrun.training.evaluate import Piece, mean_loss, perplexity
+from fedrun.training.evaluate import Piece, mean_loss
 from fedrun.training.params import FlatParams
 
 MAX_PENDING = 4

@@ -42,9 +42,10 @@ from fedrun.common.files import (
     write_atomic,
     write_json,
 )
+from fedrun.model.names import mixer_parameter
 from fedrun.records.run_files import CLIENTS, LOCK, MANIFEST, OUTCOME, foreign, is_partial, remove
 
-# The parameters of a Mamba-2 block whose change is studied, as the model names them.
+# Parameters of a Mamba-2 mixer whose change is recorded, and their names in npz files.
 _STUDIED = {"in_proj.weight": "in_proj", "A_log": "A_log", "D": "D", "dt_bias": "dt_bias"}
 
 
@@ -62,8 +63,7 @@ def studied(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, np.ndarray]:
     """in_proj, A_log, D and dt_bias of every layer as float32, keyed `layers.0.in_proj`."""
     found = {}
     for name, tensor in tensors:
-        _, _, rest = name.partition("layers.")
-        layer, _, parameter = rest.partition(".mixer.")
+        layer, parameter = mixer_parameter(name)
         if parameter in _STUDIED:
             array = tensor.detach().float().cpu().numpy()
             found[f"layers.{layer}.{_STUDIED[parameter]}"] = array.copy()

@@ -20,6 +20,8 @@ from fedrun.common.errors import require
 if TYPE_CHECKING:
     from torch import Tensor
 
+ADAMW_EPS = 1e-8  # torch.optim.AdamW's default; of local training and of methods that run AdamW
+
 
 @dataclass(frozen=True)
 class BoundExponents:

@@ -14,6 +14,7 @@ import numpy as np
 from fedrun.common.errors import InputError
 from fedrun.common.files import finite
 from fedrun.common.log import print_log
+from fedrun.common.perplexity import perplexity
 from fedrun.data.text_options import TextOptions, text_options_of
 from fedrun.tools.common import model_parser, need_tokenizer, parse
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     from fedrun.data.corpora import ALL_OF_THE_TEXT
     from fedrun.data.tokens import prepare
     from fedrun.model.pretrained import find_pretrained
-    from fedrun.training.evaluate import mean_loss, perplexity, validation_pieces
+    from fedrun.training.evaluate import mean_loss, validation_pieces
 
     try:
         device = torch.device(args.device)

@@ -58,7 +58,7 @@ def export(found: Pretrained, form: str, out: Path) -> None:
     Raises ValueError if the model has no tokenizer, or weights that do not fit its config.
     """
     from fedrun.model.convert import to_mamba_ssm_config
-    from fedrun.model.pretrained import EMBEDDING, HEAD
+    from fedrun.model.names import EMBEDDING, LM_HEAD
     tokenizer = need_tokenizer(found)
     config = to_mamba_ssm_config(found.model, found.vocab_size) if form == "mamba_ssm" else {}
     model = found.build()
@@ -74,7 +74,7 @@ def export(found: Pretrained, form: str, out: Path) -> None:
                                           encoding="utf-8")
         # The library requires all keys of its state dict, where a tied head is listed as well.
         content = io.BytesIO()
-        torch.save({**weights, HEAD: weights.get(HEAD, weights[EMBEDDING])}, content)
+        torch.save({**weights, LM_HEAD: weights.get(LM_HEAD, weights[EMBEDDING])}, content)
         write_atomic(out / "pytorch_model.bin", content.getbuffer())
     for file in tokenizer.iterdir():
         if file.name.startswith(("tokenizer", "special_tokens", "vocab", "merges", "added_tokens")):

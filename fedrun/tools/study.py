@@ -44,6 +44,7 @@ from fedrun.common.errors import InputError, one_line
 from fedrun.common.files import DamagedFile, Kind, finite, read_json, write_atomic, write_json
 from fedrun.common.log import WARNING, log
 from fedrun.common.old_names import renamed
+from fedrun.common.perplexity import perplexity
 from fedrun.config import RunConfig
 from fedrun.flags import METHODS, Parser, add_flags, method_flags
 from fedrun.records.provenance import READ, corpus_digests, differing
@@ -156,7 +157,7 @@ def run_all(configs: Iterable[RunConfig], jobs: int) -> None:
             loss = loss_halves(config)
             assert loss is not None, f"{config.run_dir} is not finished"
             print(f"{number}/{len(todo)}  {config.name}  {seconds:.0f} s  "
-                  f"val ppl {_ppl(statistics.mean(loss)):.2f}", flush=True)
+                  f"val ppl {perplexity(statistics.mean(loss)):.2f}", flush=True)
 
 
 def tune(study: Study) -> None:
@@ -187,7 +188,7 @@ def tuned_ratio(study: Study, setting: StudySetting) -> float:
     """The setting's perplexity at its best point divided by the reference's at its own, both with
     the tuning seed."""
     reference = study.settings[study.reference]
-    return _ppl(setting.tuned[setting.best] - reference.tuned[reference.best])
+    return perplexity(setting.tuned[setting.best] - reference.tuned[reference.best])
 
 
 # ---- the table ----------------------------------------------------------------------------------
@@ -199,7 +200,7 @@ def table(study: Study) -> list[dict[str, Any]]:
     for setting in study.settings.values():
         row: dict[str, Any] = {
             "setting": setting.name, "flags": setting.flags, "best": dict(setting.best),
-            "tuned_ppl": {_shown(p): _ppl(loss) for p, loss in sorted(setting.tuned.items())},
+            "tuned_ppl": {_shown(p): perplexity(loss) for p, loss in sorted(setting.tuned.items())},
             "tuned_ratio": tuned_ratio(study, setting)}
         ratios, final, best = [], [], []
         for seed in study.report_seeds:
@@ -208,7 +209,7 @@ def table(study: Study) -> list[dict[str, Any]]:
             theirs = loss_halves(study.config(reference, reference.best, seed))
             if mine is None or theirs is None:
                 continue
-            ratios.append(_ppl(mine[1] - theirs[1]))
+            ratios.append(perplexity(mine[1] - theirs[1]))
             if not math.isfinite(mine[1]):
                 continue
             curve = [_number(read_field(r, "val_ppl")) for r in history(config)]
@@ -257,10 +258,6 @@ def write(study: Study) -> None:
     write_atomic(study.folder / "histories.json",
                 (json.dumps(finite(curves), allow_nan=False) + "\n").encode())
     write_atomic(study.folder / "table.md", markdown(study, rows).encode())
-
-
-def _ppl(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _shown(point: Point) -> str:

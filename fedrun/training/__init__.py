@@ -1,1 +1,1 @@
-"""One client's arithmetic."""
+"""What one client computes: optimizer steps, Fisher information, evaluation."""

@@ -1,4 +1,4 @@
-"""Perplexity on the validation split, and a sample of text."""
+"""Loss on the validation split, and a sample of text."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ from fedrun.data.tokens import TokenData
 from fedrun.model.generate import generate
 from fedrun.model.mamba2 import Mamba2LM
 
-BATCH = 16  # sequences; the same in every world, so that the sums below are too
+BATCH_SEQUENCES = 16  # the same in every world, so that each batch's loss has the same bits
 PROMPT = "Once upon a time,"
 SAMPLE_TOKENS = 100
 
 Piece = tuple[int, float, int]
-"""(number of the batch, summed loss in nats, tokens)."""
+"""(batch number, summed loss in nats, tokens)."""
 
 
 @torch.no_grad()
 def validation_pieces(model: Mamba2LM, sequences: np.ndarray, device: torch.device, part: int = 0,
                       parts: int = 1, between_batches: Callable[[], None] = lambda: None
                       ) -> list[Piece]:
-    """The summed loss of every `parts`-th batch of the split, from batch `part` on.
+    """The summed losses of batches `part`, `part` + `parts`, ... of the split.
 
-    `sequences` is (n, sequence_length). Losses are kept by batch: whoever computed them, the server
-    adds them in the order of the batches, and the perplexity has the same bits in every world.
+    sequences: (n, sequence_length); between_batches: called before each batch. Losses are returned
+    per batch, so that the server can add them in the order of the batches: the perplexity then has
+    the same bits whichever worker computed which batch.
     """
     losses, counts = [], []
-    numbers = range(part, math.ceil(len(sequences) / BATCH), parts)
+    numbers = range(part, math.ceil(len(sequences) / BATCH_SEQUENCES), parts)
     for number in numbers:
         between_batches()
-        rows = sequences[number * BATCH:(number + 1) * BATCH].astype(np.int64)
+        start = number * BATCH_SEQUENCES
+        rows = sequences[start:start + BATCH_SEQUENCES].astype(np.int64)
         loss, count = model.loss(torch.from_numpy(rows).to(device))
         losses.append(loss.double())
         counts.append(count)
@@ -43,22 +45,19 @@ def validation_pieces(model: Mamba2LM, sequences: np.ndarray, device: torch.devi
 
 
 def mean_loss(pieces: Iterable[Piece]) -> float:
-    """Token-weighted mean cross-entropy in nats over all pieces, each batch exactly once."""
+    """Token-weighted mean cross-entropy in nats; `pieces` must have every batch exactly once."""
     ordered = sorted(pieces)
     assert [number for number, _, _ in ordered] == list(range(len(ordered)))
     return math.fsum(loss for _, loss, _ in ordered) / sum(tokens for _, _, tokens in ordered)
 
 
-def perplexity(loss: float) -> float:
-    """exp(loss), infinite where a float cannot hold it."""
-    return math.exp(loss) if loss < 700 else math.inf
-
-
 def sample_text(model: Mamba2LM, data: TokenData, device: torch.device) -> str:
-    """100 greedy tokens after "Once upon a time,", by the recurrent step; after the first four of
-    the validation split where the tokenizer has no tokens for that."""
+    """Continue PROMPT by SAMPLE_TOKENS greedy tokens, generated with the recurrent step.
+
+    A tokenizer that cannot encode PROMPT continues the first four tokens of the validation split.
+    """
     prompt: list[int] = []
-    with suppress(Exception):  # the library raises nothing more precise for an unknown word
+    with suppress(Exception):  # tokenizers raises plain Exception for an unknown word
         prompt = data.tokenizer.encode(PROMPT, add_special_tokens=False).ids
     prompt = prompt or data.validation[0, :4].tolist()
     tokens = generate(model, torch.tensor([prompt], device=device), SAMPLE_TOKENS)

@@ -1,15 +1,16 @@
-"""Estimates of the Fisher information's diagonal during local training.
+"""Estimates the diagonal of the Fisher information during local training.
 
-Each batch's gradient is computed as local training needs it, and squared on the way; nothing is
-computed twice. With g a gradient of the mean loss (nats a token) unless said otherwise:
+The estimates reuse the gradients that local training computes anyway. With g a gradient of the mean
+loss (nats per token) unless stated otherwise:
 
-    batch      g^2 of the batch's mean loss: small where the batch's gradients cancel
-    sequence   mean over sequences of g^2, g the gradient of a sequence's *summed* log-likelihood:
-               the empirical Fisher (Kunstner et al. 2019, "Limitations of the Empirical Fisher
-               Approximation", equation 3)
-    corrected  mean(g^2) + (B - 1) Var(g) over microbatches of B sequences at fixed parameters, Var
-               unbiased: a microbatch's g is a mean of B, so E[g^2] = mu^2 + sigma^2 / B, and the
-               estimate's expectation is mu^2 + sigma^2, that of single sequences
+    batch      g^2 of the batch's mean loss; small where gradients within the batch cancel
+    sequence   mean over sequences of g^2, where g is the gradient of a sequence's *summed*
+               log-likelihood: the empirical Fisher (Kunstner et al. 2019, "Limitations of the
+               Empirical Fisher Approximation", equation 3)
+    corrected  mean(g^2) + (B - 1) Var(g) over microbatches of B sequences at fixed parameters, with
+               the unbiased Var. A microbatch's g is a mean of B gradients, so E[g^2] = mu^2 +
+               sigma^2 / B, and the estimate's expectation is mu^2 + sigma^2, as for single
+               sequences
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor
 
 from fedrun.model.mamba2 import Mamba2LM
+from fedrun.model.names import in_mixer
 from fedrun.strategies.base import FisherSettings
 from fedrun.training.params import FlatParams
 
 
 def batch_gradient(model: Mamba2LM, flat: FlatParams, batch: Tensor) -> tuple[Tensor, int]:
-    """The gradient of a batch's mean loss in flat.grad; returns the summed loss and its tokens.
+    """Write the gradient of a batch's mean loss to flat.grad; returns summed loss and tokens.
 
     batch: (sequences, sequence_length)
     """
@@ -32,7 +34,7 @@ def batch_gradient(model: Mamba2LM, flat: FlatParams, batch: Tensor) -> tuple[Te
 
 
 class FisherEstimate:
-    """The mean of a round's estimates, one for each batch, in `diagonal` (size,)."""
+    """Averages one estimate per batch over a round, in `diagonal` (size,)."""
 
     def __init__(self, flat: FlatParams, settings: FisherSettings) -> None:
         self.flat = flat
@@ -44,12 +46,12 @@ class FisherEstimate:
         self._spread = torch.zeros_like(flat.vector) if corrected else None
 
     def begin(self) -> None:
-        """Forget the client before."""
+        """Start a client's round."""
         self.diagonal.zero_()
         self._batches = 0
 
     def gradient(self, model: Mamba2LM, batch: Tensor) -> tuple[Tensor, int]:
-        """What `batch_gradient` does, and an estimate for this batch beside it."""
+        """Do what `batch_gradient` does, and add this batch's estimate to `diagonal`."""
         self._batches += 1
         if self.settings.estimate == "batch":
             loss, tokens = batch_gradient(model, self.flat, batch)
@@ -66,7 +68,7 @@ class FisherEstimate:
         for sequence in batch.split(1):
             loss, tokens = batch_gradient(model, self.flat, sequence)
             self.diagonal.addcmul_(self.flat.grad, self.flat.grad, value=tokens**2 / count)
-            total.add_(self.flat.grad, alpha=1 / count)  # equal token counts
+            total.add_(self.flat.grad, alpha=1 / count)  # sequences have equal token counts
             losses.append(loss)
         self.flat.grad.copy_(total)
         return torch.stack(losses).sum(), tokens * count
@@ -81,7 +83,7 @@ class FisherEstimate:
             loss, part_tokens = batch_gradient(model, self.flat, part)
             losses.append(loss)
             tokens += part_tokens
-            # Welford's running mean and sum of squared deviations: no cancellation in fp32.
+            # Welford's running mean and sum of squared deviations avoid cancellation in fp32.
             gap = self.flat.grad - mean
             mean.add_(gap, alpha=1 / seen)
             spread.addcmul_(gap, self.flat.grad - mean)
@@ -92,11 +94,13 @@ class FisherEstimate:
         return torch.stack(losses).sum(), tokens
 
     def finish(self) -> Tensor:
-        """The round's estimate (size,); zero outside of --fisher_scope, where the floor of the
-        method then makes the average a plain one."""
+        """The round's mean estimate (size,).
+
+        Zero outside --fisher_scope: the method's floor then makes the average there a plain one.
+        """
         self.diagonal.div_(self._batches)
         if self.settings.scope == "mixers":
             for name, view in self.flat.views(self.diagonal):
-                if ".mixer." not in name:
+                if not in_mixer(name):
                     view.zero_()
         return self.diagonal

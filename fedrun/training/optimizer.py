@@ -1,4 +1,5 @@
-"""The local optimizer: AdamW on the flat vector, its schedule, and its moments' way in and out."""
+"""The local optimizer: AdamW on the flat vector, its schedule, and saving and loading its moments.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +12,18 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from fedrun.config import RunConfig
+from fedrun.strategies.base import ADAMW_EPS
 from fedrun.training.params import FlatParams
 
-EPS = 1e-8
-KERNEL: dict[str, Any] = {"fused": True}
+ADAMW_IMPLEMENTATION: dict[str, Any] = {"fused": True}
 
 
 def scheduled_lr(config: RunConfig, step: int, steps: int) -> float:
-    """Learning rate of step `step` (0, 1, ...) of `steps`: a linear warmup to --lr, then constant,
-    or along half a cosine towards zero (Loshchilov & Hutter 2017, equation 5, without restarts)."""
+    """Learning rate of step `step` (0, 1, ...) of `steps`.
+
+    A linear warmup to --lr, then either constant or half a cosine towards zero (Loshchilov & Hutter
+    2017, equation 5, without restarts).
+    """
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
     if config.lr_schedule == "constant":
@@ -31,8 +35,8 @@ def scheduled_lr(config: RunConfig, step: int, steps: int) -> float:
 class LocalOptimizer:
     """AdamW (Loshchilov & Hutter 2019) on all parameters of a worker's model.
 
-    By torch's functional form: its optimizer classes import torch's compiler when they are made,
-    which takes longer than all the rest of a process's start.
+    Uses torch's functional form: constructing an optimizer class imports torch's compiler, which
+    takes longer than the rest of a process's start.
 
     total_steps: optimizer steps in the whole run, for the schedule.
     """
@@ -45,32 +49,32 @@ class LocalOptimizer:
         """`step` (0-dim), `exp_avg` and `exp_avg_sq` (size,); empty before the first step."""
 
     def reset(self) -> None:
-        """Start AdamW anew, in the memory that it has."""
+        """Reset the moments and the step count to zero in place."""
         for tensor in self.state.values():
             tensor.zero_()
 
-    def _begin(self) -> None:
+    def _create_state(self) -> None:
         vector = self.flat.vector
         self.state = {"step": torch.zeros((), device=vector.device),
                       "exp_avg": torch.zeros_like(vector), "exp_avg_sq": torch.zeros_like(vector)}
 
     @torch.no_grad()
     def step(self, number: int) -> None:
-        """Move the parameters along flat.grad; `number` is the step's place in the run, from 0."""
+        """Update the parameters with flat.grad. number: of the step in the run, from 0."""
         config = self.config
         if not self.state:
-            self._begin()
+            self._create_state()
         if config.grad_clip is not None:
             norm = torch.linalg.vector_norm(self.flat.grad)
             self.flat.grad.mul_((config.grad_clip / (norm + 1e-6)).clamp_(max=1.0))
         adamw([self.flat.vector], [self.flat.grad], [self.state["exp_avg"]],
-              [self.state["exp_avg_sq"]], [], [self.state["step"]], **KERNEL,
+              [self.state["exp_avg_sq"]], [], [self.state["step"]], **ADAMW_IMPLEMENTATION,
               lr=scheduled_lr(config, number, self.total_steps), beta1=config.beta1,
-              beta2=config.beta2, eps=EPS, weight_decay=config.weight_decay, amsgrad=False,
+              beta2=config.beta2, eps=ADAMW_EPS, weight_decay=config.weight_decay, amsgrad=False,
               maximize=False)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` was, in its memory where it lies on the device."""
+        """Restore a saved state; tensors already on the device are used in place."""
         device = self.flat.vector.device
         self.state = {name: tensor.to(device) for name, tensor in state.items()}
 
@@ -89,9 +93,9 @@ class LocalOptimizer:
                 "exp_avg_sq": moments["exp_avg_sq"].div_(1 - self.config.beta2**steps)}
 
     def load_moments(self, moments: dict[str, Tensor], steps: int) -> None:
-        """Go on from moments corrected for their bias, (size,) each, after so many steps."""
+        """Restore bias-corrected moments, (size,) each, as they were after `steps` steps."""
         if not self.state:
-            self._begin()
+            self._create_state()
         self.state["step"].fill_(steps)
         for name, beta in (("exp_avg", self.config.beta1), ("exp_avg_sq", self.config.beta2)):
             torch.mul(moments[name], 1 - beta**steps, out=self.state[name])

@@ -1,7 +1,7 @@
 """A model as one vector: parameters and gradients are views of two flat buffers.
 
-Loading the global model, zeroing gradients, AdamW, norms and sums are then one operation on one
-tensor each, and what travels between processes is that tensor.
+Loading the global model, AdamW, norms and sums are then one operation on one tensor each, and that
+tensor is also what is sent between processes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ParamSlice:
-    """Where one parameter lies in the vector."""
+    """The slice of the vector that holds one parameter."""
 
     name: str
     start: int
@@ -24,19 +24,19 @@ class ParamSlice:
 
 
 class FlatParams:
-    """Parameters of `module` moved into `vector` (size,), their gradients into `grad` (size,).
+    """Moves a module's parameters into `vector` (size,) and their gradients into `grad` (size,).
 
-    The module goes on working as before, on views. Names are sorted, so that every rank and every
-    library that builds the same model agrees on the layout; a tied weight has one slot, under the
-    first of its names. Floating-point type and device are those of the module, one for all.
+    The module works as before, on views. Names are sorted, so that all ranks that build the same
+    model agree on the layout. A tied weight has one slice, under the first of its names. All
+    parameters must have the same type and device.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        parameters = sorted(module.named_parameters())  # each tied weight once
-        self.slots: list[ParamSlice] = []
+        parameters = sorted(module.named_parameters())  # a tied weight appears once
+        self.slices: list[ParamSlice] = []
         start = 0
         for name, p in parameters:
-            self.slots.append(ParamSlice(name, start, start + p.numel(), p.shape))
+            self.slices.append(ParamSlice(name, start, start + p.numel(), p.shape))
             start += p.numel()
         self.size = start
         first = parameters[0][1]
@@ -49,6 +49,6 @@ class FlatParams:
             p.grad = grad
 
     def views(self, vector: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """(name, view in the parameter's shape) for any vector of this layout."""
-        for slot in self.slots:
-            yield slot.name, vector[slot.start:slot.stop].view(slot.shape)
+        """(name, view in the parameter's shape) for any vector (size,) of this layout."""
+        for part in self.slices:
+            yield part.name, vector[part.start:part.stop].view(part.shape)

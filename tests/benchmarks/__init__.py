@@ -1,1 +1,1 @@
-"""What is measured; never a test that passes or fails by a time."""
+"""Benchmarks. No test passes or fails by a time."""

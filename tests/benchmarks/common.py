@@ -1,4 +1,4 @@
-"""Sides of a comparison in processes of their own, their steps interleaved; a machine's name."""
+"""Runs the sides of a comparison in separate processes that take turns; describes the machine."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Commands = Mapping[str, Callable[[], Any]]
 
 
 class Side:
-    """A process that builds one side of a comparison and answers commands, one line of JSON each.
+    """A process that runs one side of a comparison and answers each command with a line of JSON.
 
-    Sides take turns, so that a change in the machine's speed meets both; each has a process of its
-    own, so that its peak memory is its own.
+    Sides take turns, so that a change in the machine's speed affects both. Each has its own
+    process, so that its peak memory can be measured.
     """
 
     def __init__(self, module: str, *arguments: str, threads: int) -> None:
@@ -48,7 +48,7 @@ class Side:
 
 
 def answer(commands: Commands) -> None:
-    """The side's end of `Side`: run what is asked for until the other end closes."""
+    """In the side's process: answer commands until standard input is closed."""
     for line in sys.stdin:
         print(json.dumps(commands[line.strip()]()), flush=True)
 
@@ -60,30 +60,30 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def median_seconds(work: Callable[[], object], repetitions: int = 7) -> float:
-    """Median time after one call to warm up."""
+    """Median time of `repetitions` calls, after one to warm up."""
     work()
     return statistics.median(seconds(work) for _ in range(repetitions))
 
 
 def spread(samples: list[float]) -> float:
-    """Interquartile range over the median."""
+    """Interquartile range divided by the median."""
     low, middle, high = statistics.quantiles(samples, n=4)
     return (high - low) / middle
 
 
 def resident_mib() -> float:
-    """Memory that this process holds now."""
+    """Resident memory of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 
 
 def peak_mib() -> float:
-    """The most memory that this process has held."""
+    """Peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def machine() -> str:
-    """Processor, cores and torch, for the head of a table."""
+    """Processor, cores and torch version, for the head of a table."""
     import torch
 
     cpu = platform.processor()

@@ -1,11 +1,11 @@
-"""Parallel efficiency: whole rounds with training on two workers against one with two threads.
+"""Parallel efficiency: whole rounds with training, on two workers against one with two threads.
 
     python -m tests.benchmarks.efficiency
 
-The real model, 4 clients, equal threads in all: two workers of one thread with two clients each
-against one worker of two threads with all four. Random tokens, since they train as fast as text.
-Both take turns in short blocks. For a quiet machine: two threads that wait for each other are many
-times slower where something else has one of the cores.
+The real model and 4 clients, with the same number of threads: two workers of one thread and two
+clients each, against one worker of two threads and all four clients. Tokens are random, since they
+train as fast as text. Both sides take turns in short blocks. Use a quiet machine: two threads that
+wait for each other become many times slower if another process uses one of the cores.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""fedrun's side: one rank of a run whose rounds are asked for and timed (see ranks.py).
+"""fedrun's side: one rank of a run whose rounds are started by command and timed (see ranks.py).
 
     RANK=... python -m tests.benchmarks.fedrun_rounds --params 27 --clients 4     without training
     RANK=... python -m tests.benchmarks.fedrun_rounds --train pure_ssm_1_layer --clients 4
 
-Without training (--params), in: all that fedrun does in a round of `protocol.train_federated`, from
-one plan of the server to the next: the plan, a worker loads the global model for each of its
-clients, takes the difference, checks, scales, rounds and adds it, reports; verdict, sum over the
-workers, server update, reports and the run's event line. Out: the batch, the gradient and the
-optimizer's step. In their place a client moves one element in a thousand by a fixed step, which
-takes no time and shows at the end that the updates have arrived; Fisher diagonals are fixed and
-dense. Kernels take as long for zeros as for anything else.
+Without training (--params), a round includes all that `protocol.train_federated` does from one plan
+of the server to the next: the plan; for each client, the worker loads the global model, takes the
+difference, checks, scales, rounds and adds it, and reports; the decision, the sum over workers, the
+server update, the reports and the run's event line. It excludes the batch, the gradient and the
+optimizer step. Instead, a client moves one element in a thousand by a fixed step, which takes no
+time and shows at the end that updates have arrived. Fisher diagonals are fixed and dense. Kernels
+take as long for zeros as for other values.
 
-A block of rounds ends with one more, not counted, in which all workers at once measure the floor
-(`Floor`) on the memory that they have just used. The clock is one for all processes of a machine.
+After each block, all workers measure the floor (`Floor`) at the same time, in a round that is not
+counted, on the memory that they have just used. All processes of a machine share one clock.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from fedrun.records.run_files import LOCK
 from tests.benchmarks.sgd import Task
 from tests.support.experiments import experiment_of
 
-MOVED = slice(0, None, 1009)  # the elements that a client moves
+MOVED = slice(0, None, 1009)  # the elements that a client changes
 STEP = 2.0**-12
 SEQUENCES = 4  # of a client
 GPT2 = 50257  # its vocabulary
@@ -66,19 +66,19 @@ RUNTIME: Any = runtime
 
 
 def shape(params: float) -> ModelConfig:
-    """The presets' one-layer model, narrower where that is too large, with as many rows of the
-    embedding as make `params` million parameters."""
+    """The one-layer preset, narrower for small `params`, with as many rows of the embedding as give
+    `params` million parameters."""
     small = ModelConfig(d_model=32, d_state=16, headdim=16)
     config = small if params < 0.5 else ModelConfig(d_model=256) if params < 5 else ModelConfig()
     rest = sum(p.numel() for p in tensors(config)) - config.d_model
     rows = round((1e6 * params - rest) / config.d_model)
     if rows < 1:
-        raise ValueError(f"--params {params}: accepted is {rest / 1e6:.3g} or more")
+        raise ValueError(f"--params {params}: must be >= {rest / 1e6:.3g}")
     return dataclasses.replace(config, pad_vocab_multiple=rows)
 
 
 def tensors(config: ModelConfig) -> list[Tensor]:
-    """The parameters of a model, without memory, in the order of their names."""
+    """The parameters of a model, sorted by name, on the meta device."""
     with torch.device("meta"):
         return [p for _, p in sorted(Mamba2LM(config, config.rows(1)).named_parameters())]
 
@@ -88,12 +88,11 @@ def shapes(params: float) -> list[list[int]]:
 
 
 class Floor:
-    """What a round cannot do without, by torch's own kernels, one pass each.
+    """The passes that a round needs at least, each by one of torch's kernels.
 
-    Subtract, scale and add for every client of the worker (for a method with a product in its
-    term, multiply); the bare `dist.all_reduce` of the same buffer in the same group; apply. Passes
-    over a 64-bit sum are of its width: float64 in place of int64. Nothing is checked, rounded or
-    loaded.
+    Subtract, scale and add for every client of the worker (and multiply, for a method whose term is
+    a product); the bare `dist.all_reduce` of the same buffer in the same group; apply. Passes over
+    a 64-bit sum use float64 in place of int64. Nothing is checked, rounded or loaded.
     """
 
     def __init__(self, side: worker.Worker) -> None:
@@ -110,7 +109,7 @@ class Floor:
         if not self.group:
             del parts["all_reduce"]
         for name, part in parts.items():
-            for number, one in enumerate(self.sums):  # what integers leave may be no number
+            for number, one in enumerate(self.sums):  # as floats, the integers may be nan
                 one.fill_(number)
             if self.group:
                 dist.barrier(self.group)
@@ -126,7 +125,7 @@ class Floor:
             if self.side.fisher is not None:
                 client.mul_(self.side.fisher.diagonal)
             for i, one in enumerate(self.sums):
-                # Of sums of 64 bits the other is as wide as the term.
+                # If the sum has 64 bits, the other sum has the width of the term.
                 one.add_(client if one.dtype == client.dtype else self.sums[i - 1], alpha=0.25)
 
     def all_reduce(self) -> None:
@@ -145,7 +144,10 @@ class Floor:
 
 
 class KeepingWorker(worker.Worker):
-    """A worker that keeps the model of the rounds that were asked for; the run's last is none."""
+    """A worker that saves the global model after the last round that was asked for.
+
+    The run's last round, which the end of the commands starts, comes after it.
+    """
 
     out: str
 
@@ -156,7 +158,7 @@ class KeepingWorker(worker.Worker):
 
 
 class FloorWorker(worker.Worker):
-    """A worker that measures the floor in every round that ends a block."""
+    """A worker that measures the floor in the round after every block."""
 
     block: int
 
@@ -185,23 +187,23 @@ class FloorWorker(worker.Worker):
 
 
 def move(self: Client, *_: Any, **__: Any) -> LocalLosses:
-    """In place of local training."""
+    """Replaces local training."""
     self.flat.vector[MOVED].add_(STEP)
     return LocalLosses(torch.zeros((), dtype=torch.float64), 1)
 
 
 def gradient(self: Client, *_: Any) -> LocalLosses:
-    """In place of a gradient, for the method that sums them."""
+    """Replaces the gradient, for the method that sums gradients."""
     self.flat.grad[MOVED] = STEP
     return LocalLosses(torch.zeros((), dtype=torch.float64), 1)
 
 
 class TimedServer(server.Server):
-    """A server that runs a block of rounds when it is asked to, and tells their times."""
+    """A server that runs a block of rounds per command and answers with their times."""
 
     block: int
     uncounted: int
-    """Rounds at the end of a block that measure something else."""
+    """Rounds after a block that are not timed, as they measure the floor."""
     commands: Commands
     began: float
     """Of the round that is on."""
@@ -249,17 +251,16 @@ def measure_floor(arguments: argparse.Namespace) -> tuple[FederatedConfig, Token
 
 
 def train_preset(arguments: argparse.Namespace) -> tuple[FederatedConfig, TokenData]:
-    """Rounds as they are, on random tokens of GPT-2's vocabulary."""
+    """Complete rounds, on random tokens of GPT-2's vocabulary."""
     config = settings(arguments, "fed_avg", config=arguments.train,
                       local_updates=arguments.local_updates)
-    sequences = np.random.default_rng(0).integers(
-        GPT2, size=(SEQUENCES * config.batch_size * arguments.clients, config.sequence_length),
-        dtype=np.uint16)
+    size = (SEQUENCES * config.batch_size * arguments.clients, config.sequence_length)
+    sequences = np.random.default_rng(0).integers(GPT2, size=size, dtype=np.uint16)
     return config, TokenData(sequences, sequences[:1], GPT2, {}, Path())
 
 
 def train_task(arguments: argparse.Namespace) -> tuple[FederatedConfig, TokenData]:
-    """Rounds whose local training is the benchmark's plain SGD, as in the other frameworks."""
+    """Rounds with the benchmark's plain SGD as local training, as in the other frameworks."""
     task = Task.from_json(arguments.task)
 
     def train(self: Client, model: Mamba2LM, steps: int, first_step: int, *_: Any, **__: Any
@@ -290,14 +291,14 @@ def main() -> None:
     end_with_parent()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, required=True)
-    parser.add_argument("--block", type=int, default=3, help="rounds that a command asks for")
-    parser.add_argument("--params", type=float, help="million; rounds without local training")
+    parser.add_argument("--block", type=int, default=3, help="rounds per command")
+    parser.add_argument("--params", type=float, help="million; rounds without training")
     parser.add_argument("--method", default="fed_avg")
     parser.add_argument("--apart", action="store_true",
-                        help="as if every worker had a machine of its own")
-    parser.add_argument("--train", help="a preset; whole rounds, as fedrun trains")
+                        help="as if every worker had its own machine")
+    parser.add_argument("--train", help="a preset; complete rounds of fedrun")
     parser.add_argument("--local_updates", type=int, default=1)
-    parser.add_argument("--task", help="JSON: a Task; whole rounds of SGD")
+    parser.add_argument("--task", help="JSON: a Task; complete rounds with SGD")
     parser.add_argument("--out", help="with --task: file for the global model at the end")
     arguments = parser.parse_args()
     if arguments.apart:

@@ -1,8 +1,8 @@
-"""What a step cannot go below: its matrix products alone, and AdamW's traffic to memory.
+"""The floor of a training step: its matrix products alone, and AdamW's memory traffic.
 
-Each product is measured by itself, over all tokens at once, in the layout in which a linear layer
-and its gradients have it. How a step cuts its products up, and what it does beside them, is what
-it is to be compared with.
+Each product is measured alone, over all tokens at once, in the layout that a linear layer and its
+gradients have. A step's distance from the floor is the cost of splitting its products up and of
+everything else that it does.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from fedrun.model.mamba2 import CHUNK_SIZE
 from tests.benchmarks.common import median_seconds
 
 ADAMW_TRANSFERS = 7  # reads parameter, gradient and two moments; writes all but the gradient
-Shape = tuple[int, int, int, int]  # products, rows, summed over, columns
+Shape = tuple[int, int, int, int]  # number of products, rows, inner dimension, columns
 
 
 def products(config: ModelConfig, vocab_size: int, batch: int, length: int) -> Iterator[Shape]:
-    """The products of a forward pass."""
+    """The matrix products of a forward pass."""
     tokens, chunks = batch * length, batch * -(-length // CHUNK_SIZE)
     inner = config.expand * config.d_model
     heads = inner // config.headdim
@@ -33,15 +33,15 @@ def products(config: ModelConfig, vocab_size: int, batch: int, length: int) -> I
         yield groups, CHUNK_SIZE, config.d_state, CHUNK_SIZE  # C B^T
         yield chunks * heads, CHUNK_SIZE, CHUNK_SIZE, config.headdim  # within chunks
         yield groups, config.d_state, CHUNK_SIZE, channels  # what chunks add to the state
-        yield groups, CHUNK_SIZE, config.d_state, channels  # what positions read from it
+        yield groups, CHUNK_SIZE, config.d_state, channels  # what positions read from the state
     yield 1, batch * (length - 1), config.d_model, vocab_size  # head
 
 
 def product_seconds(shape: Shape, dtype: torch.dtype) -> float:
     """The time of one product and of its two gradients."""
-    count, rows, summed, columns = shape
-    x = torch.randn(count, rows, summed).to(dtype)
-    weight = torch.randn(count, columns, summed).to(dtype)
+    count, rows, inner, columns = shape
+    x = torch.randn(count, rows, inner).to(dtype)
+    weight = torch.randn(count, columns, inner).to(dtype)
     y = torch.randn(count, rows, columns).to(dtype)
     if count == 1:
         x, weight, y = x[0], weight[0], y[0]
@@ -53,6 +53,6 @@ def product_seconds(shape: Shape, dtype: torch.dtype) -> float:
 
 
 def adamw_seconds(size: int) -> float:
-    """AdamW's memory traffic for so many fp32 parameters, at the rate of a copy of that size."""
+    """AdamW's memory traffic for `size` fp32 parameters, at the rate of a copy."""
     source, target = torch.zeros(size), torch.zeros(size)
-    return ADAMW_TRANSFERS / 2 * median_seconds(lambda: target.copy_(source))  # a copy is two
+    return ADAMW_TRANSFERS / 2 * median_seconds(lambda: target.copy_(source))  # a copy has two

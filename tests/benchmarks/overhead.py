@@ -1,19 +1,19 @@
-"""Round overhead: what a round costs besides local training, against its floor and its peers.
+"""Round overhead: the cost of a round without local training, against its floor and its peers.
 
     python -m tests.benchmarks.overhead                                       # a table
     python -m tests.benchmarks.overhead --params 27 --workers 4 --clients 4 --json
     python -m tests.benchmarks.overhead --params 27 --workers 2 --clients 4 --peers
     python -m tests.benchmarks.overhead --grid --out results/overhead         # the figure
 
-One process a worker, on one thread, and the server's; whole rounds of `protocol.train_federated` in
-which clients do not train (fedrun_rounds.py says what is in and what is out). The floor is that of
-vectors that travel: the bare `dist.all_reduce` of the same bytes in the same group, and the passes
-over memory that the method cannot do without (subtract, scale and add, apply), in all workers at
-the same time. It is measured between the rounds, and all sides take turns in short blocks, so that
-a change in the machine's speed meets all. Every number is a median.
+One process with one thread per worker, and one for the server, run whole rounds of
+`protocol.train_federated` in which clients do not train (fedrun_rounds.py lists what is included).
+The floor is the bare `dist.all_reduce` of the same bytes in the same group, plus the passes over
+memory that the method needs (subtract, scale and add, apply), in all workers at the same time. It
+is measured between rounds. All sides take turns in short blocks, so that a change in the machine's
+speed affects all of them. Every number is a median.
 
-Each number of workers comes twice: on one machine, where they share memory and a round may take
-less than its floor, and `apart`, as if each had a machine of its own, where all is sent.
+Each number of workers is measured twice: on one machine, where workers share memory and a round may
+take less than its floor, and `apart`, as if each had its own machine, where vectors are sent.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from tests.benchmarks.fedrun_rounds import shapes
 from tests.benchmarks.peers.environments import python_of
 from tests.benchmarks.ranks import Ranks
 
-ROUNDS = 3  # of a block
+ROUNDS = 3  # in a block
 Found = dict[str, Any]
 
 
 def fedrun_side(params: float, workers: int, clients: int, method: str, apart: bool = False
                 ) -> Ranks:
-    server = int(workers > 1)  # one worker is the server as well
+    server = int(workers > 1)  # a single worker is also the server
     return Ranks([sys.executable, "-m", "tests.benchmarks.fedrun_rounds", "--params", str(params),
                   "--clients", str(clients), "--method", method, "--block", str(ROUNDS),
                   *(["--apart"] if apart else [])], workers + server)
 
 
 def peer_side(peer: str, workers: int, clients: int, what: Sequence[str]) -> Ranks:
-    """Flower starts its actors itself, pfl's workers are processes of ours."""
+    """Flower starts its own actors; for pfl, `Ranks` starts the workers."""
     command = [python_of(peer), "-m", f"tests.benchmarks.peers.{peer}_rounds",
                "--clients", str(clients), *what]
     if peer == "flower":
@@ -55,7 +55,7 @@ def peer_side(peer: str, workers: int, clients: int, what: Sequence[str]) -> Ran
 
 
 def turns(sides: dict[str, Ranks], blocks: int) -> dict[str, dict[str, list[float]]]:
-    """What each side answers, with the numbers of all its blocks together; one to warm up."""
+    """Ask each side for `blocks` blocks in turn, after one to warm up; all answers by name."""
     found: dict[str, dict[str, list[float]]] = {name: {} for name in sides}
     for block in range(blocks + 1):
         for name, side in sides.items():
@@ -77,7 +77,7 @@ def numbers(samples: dict[str, list[float]]) -> Found:
 
 def measure(params: float, workers: int, clients: int, methods: Sequence[str], peers: Sequence[str],
             blocks: int) -> Found:
-    """All sides for one model (million parameters) on so many workers."""
+    """Measure all sides for one model. params: million."""
     found: Found = {"params": params, "workers": workers, "clients": clients, "methods": {},
                     "apart": {}}
     for method in methods:
@@ -86,7 +86,7 @@ def measure(params: float, workers: int, clients: int, methods: Sequence[str], p
                 found["apart"][method] = numbers(turns({"fedrun": side}, blocks)["fedrun"])
         with contextlib.ExitStack() as stack:
             sides = {"fedrun": stack.enter_context(fedrun_side(params, workers, clients, method))}
-            if method == "fed_avg":  # which is what the others do
+            if method == "fed_avg":  # the peers do nothing else
                 what = ["--shapes", json.dumps(shapes(params))]
                 sides |= {peer: stack.enter_context(peer_side(peer, workers, clients, what))
                           for peer in peers}
@@ -112,7 +112,7 @@ HEADER = """\
 
 
 def table(found: Found) -> str:
-    """Two rows for each method, one for one worker."""
+    """Two rows for each method; one row if there is a single worker."""
     def seconds(name: str) -> str:
         return f"{found[name]:.3f}" if name in found else "-"
 
@@ -132,9 +132,9 @@ def table(found: Found) -> str:
 
 def grid(params: Sequence[float], workers: Sequence[int], clients: int, methods: Sequence[str],
          blocks: int, folder: Path) -> list[Found]:
-    """All points, each written to overhead.json as soon as it is there; what is there is kept.
+    """Measure all points that overhead.json lacks, and write each as soon as it is measured.
 
-    The others on two workers, as often as they take little memory.
+    Peers are measured on two workers, and only for models that fit into their memory.
     """
     file = folder / "overhead.json"
     points: list[Found] = json.loads(file.read_text())["points"] if file.exists() else []
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true",
                         help="print the last measurement as one JSON object, and nothing else")
     parser.add_argument("--grid", action="store_true",
-                        help="go on with the points that --out lacks, and draw them")
+                        help="measure the points that --out lacks, and draw the figure")
     parser.add_argument("--out", type=Path, default=Path("results/overhead"))
     arguments = parser.parse_args()
     methods = list(dict.fromkeys(["fed_avg", *arguments.method]))

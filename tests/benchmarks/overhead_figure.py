@@ -1,4 +1,4 @@
-"""The figure of tests/benchmarks/overhead.py: seconds of a round over parameters, by workers."""
+"""The figure of tests/benchmarks/overhead.py: seconds per round over parameters, by workers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BAR = 1.25  # of the floor, on four workers
 
 
 def draw(points: list[dict[str, Any]], folder: Path) -> Path:
-    """Two panels, as overhead.png and .svg: seconds of a round, and its ratio to the floor."""
+    """Write overhead.png and .svg with two panels: seconds per round, and ratio to the floor."""
     with style.drawing():
         fig = style.figure(11, 4.8)
         seconds, ratios = fig.subplots(1, 2)

@@ -1,4 +1,4 @@
-"""Processes of one side of a comparison that talk among themselves: rank 0 answers commands."""
+"""One side of a comparison that needs several processes, of which rank 0 answers commands."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from tests.benchmarks.common import ROOT
 
 
 class Ranks:
-    """So many processes of one command, in the environment that torchrun gives its own.
+    """Runs one command in several processes, in an environment like torchrun's.
 
-    Each runs on `threads` threads. Whatever happens inside the `with`, and whatever they have
-    started themselves, no process outlives it.
+    Each process has `threads` threads. At the end of the `with` block, however it ends, all of them
+    are ended, together with the processes that they started.
     """
 
     def __init__(self, command: Sequence[str], processes: int, threads: int = 1,
@@ -46,12 +46,15 @@ class Ranks:
                 | {"MASTER_ADDR": "127.0.0.1"} | dict(env or {})))
 
     def ask(self, command: object, timeout: float = 600.0) -> Any:
-        """Rank 0's answer to a command, both one line of JSON; RuntimeError where none comes."""
+        """Send a command to rank 0 and return its answer, both one line of JSON.
+
+        Raises RuntimeError, with the end of the log, if a rank ends or does not answer in time.
+        """
         first = self.processes[0]
         assert first.stdin is not None
         assert first.stdout is not None
         deadline, answer = time.monotonic() + timeout, b""
-        with suppress(BrokenPipeError):  # why, the log tells
+        with suppress(BrokenPipeError):  # the log has the reason
             first.stdin.write(json.dumps(command).encode() + b"\n")
             first.stdin.flush()
         while not answer.endswith(b"\n"):
@@ -69,8 +72,8 @@ class Ranks:
     def _give_up(self, why: str) -> None:
         self.close()
         self.log.seek(0)
-        told = "".join(self.log.readlines()[-40:])
-        raise RuntimeError(f"{self.processes[0].args!r} {why}:\n{told}")
+        output = "".join(self.log.readlines()[-40:])
+        raise RuntimeError(f"{self.processes[0].args!r} {why}:\n{output}")
 
     def __enter__(self) -> Self:
         return self
@@ -80,7 +83,7 @@ class Ranks:
         self.close(grace=0.0 if kind else 20.0)
 
     def close(self, grace: float = 0.0) -> None:
-        """End all processes: by the end of the commands, and after `grace` seconds by force."""
+        """Close rank 0's input, which ends the processes; after `grace` seconds kill the rest."""
         assert self.processes[0].stdin is not None
         with suppress(BrokenPipeError):
             self.processes[0].stdin.close()
@@ -88,15 +91,15 @@ class Ranks:
         for process in self.processes:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.0, deadline - time.monotonic()))
-            with suppress(ProcessLookupError):  # a session of its own: its children die with it
+            with suppress(ProcessLookupError):  # also kills its children, which are in its session
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
 class Commands:
-    """Rank 0's end of `Ranks`: make it before anything prints.
+    """Rank 0's end of `Ranks`. Create it before anything prints.
 
-    What others print goes to the log, so that an answer is alone on its pipe.
+    Standard output is redirected to the log, so that the pipe carries answers only.
     """
 
     def __init__(self) -> None:
@@ -104,7 +107,7 @@ class Commands:
         os.dup2(2, 1)
 
     def next(self) -> Any:
-        """The next command; None after the last."""
+        """The next command, or None after the last one."""
         line = sys.stdin.readline()
         return json.loads(line) if line else None
 
@@ -113,13 +116,13 @@ class Commands:
 
 
 def end_with_parent() -> None:
-    """A rank: at the start."""
+    """Make this process end with its parent; every rank calls it first."""
     die_with_launcher()
 
 
 class Rounds:
-    """Rank 0 of a framework that loops by itself: call `between` before the first round and after
-    each. A command is a number of rounds, its answer the seconds that each took."""
+    """Rank 0 of a framework that runs its own loop. A command is a number of rounds, its answer the
+    seconds of each. Call `between` before the first round and after every round."""
 
     def __init__(self, commands: Commands) -> None:
         self.commands = commands
@@ -128,7 +131,7 @@ class Rounds:
         self._began = 0.0
 
     def between(self) -> bool:
-        """Whether there are more rounds; waits for a command where a block has ended."""
+        """Whether there are more rounds; waits for the next command at the end of a block."""
         if self._block:
             self._times.append(time.monotonic() - self._began)
         if len(self._times) == self._block:

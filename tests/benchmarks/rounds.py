@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.rounds
 
-Our model's code, plain SGD (sgd.py), 4 clients on two workers, federated averaging. Blocks of two
-rounds take turns. Then how far each global model is from that of a serial loop in float64, and how
-far the same loop in float32 is from it.
+All use our model code, plain SGD (sgd.py) and federated averaging, with 4 clients on two workers.
+Blocks of two rounds take turns. The table also has the distance of each global model from that of a
+serial loop in float64, and for comparison that of the same loop in float32.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BLOCK = 2
 
 def sides(task: Task, clients: int, workers: int, peers: tuple[str, ...], folder: Path
           ) -> dict[str, Ranks]:
-    """All sides, each of which leaves its global model as a file of its name."""
+    """Start all sides; each writes its global model to NAME.npy at the end."""
     def what(name: str) -> list[str]:
         return ["--task", task.to_json(), "--out", str(folder / f"{name}.npy")]
 
@@ -44,7 +44,7 @@ def sides(task: Task, clients: int, workers: int, peers: tuple[str, ...], folder
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="tiny", help="preset of the model's shape")
+    parser.add_argument("--config", default="tiny", help="preset for the model's shape")
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=8)

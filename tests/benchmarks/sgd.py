@@ -1,6 +1,6 @@
-"""Local training that all frameworks share: plain SGD on our model, from the same batches.
+"""Local training for all frameworks: plain SGD on our model with the same batches.
 
-A batch depends on (client, round, step) alone. Nothing here needs more than torch and numpy.
+A batch depends only on (client, round, step). Needs nothing but torch and numpy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedrun.training.params import FlatParams
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, on what."""
+    """The model, its data and its training."""
 
     model: dict[str, Any] = field(default_factory=dict)
     """Settings of ModelConfig."""
@@ -40,14 +40,14 @@ class Task:
         return Task(**json.loads(text))
 
     def build(self, dtype: torch.dtype = torch.float32) -> tuple[Mamba2LM, FlatParams]:
-        """The model at the start of the run."""
+        """The initial model."""
         model = Mamba2LM(ModelConfig(**self.model), self.vocabulary, dtype)
         model.init_weights(0)
         model.to(dtype)
         return model, FlatParams(model)
 
     def train(self, model: Mamba2LM, flat: FlatParams, client: int, number: int) -> Tensor:
-        """A client's local updates in round `number`, in place; the summed loss, 0-dim."""
+        """A client's local updates in round `number`, in place; returns the summed loss, 0-dim."""
         total = torch.zeros((), dtype=torch.float64)
         for step in range(self.steps):
             loss, _ = batch_gradient(model, flat, self._batch(client, number, step))
@@ -56,8 +56,7 @@ class Task:
         return total
 
     def _batch(self, client: int, number: int, step: int) -> Tensor:
-        """(batch, length); every client has favourite tokens, so that there is something to learn.
-        """
+        """(batch, length). Each client prefers some tokens, so that there is something to learn."""
         draws = np.random.default_rng((client, number, step))
         rare = draws.random((self.batch, self.length)) ** 3
         return torch.from_numpy((rare * self.vocabulary).astype(np.int64) + client
@@ -65,7 +64,7 @@ class Task:
 
 
 def serial(task: Task, clients: int, rounds: int, dtype: torch.dtype) -> np.ndarray:
-    """Federated averaging in one loop: the global model (size,) after so many rounds."""
+    """Federated averaging in one loop: the global model (size,) after `rounds` rounds."""
     model, flat = task.build(dtype)
     now = flat.vector.clone()
     for number in range(1, rounds + 1):

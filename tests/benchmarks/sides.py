@@ -1,7 +1,7 @@
-"""One side of the comparison, in a process of its own: `python -m tests.benchmarks.sides ours ...`.
+"""One side of the comparison in step.py: `python -m tests.benchmarks.sides ours ...`.
 
-ours: as `fedrun` trains, AdamW fused on one flat vector. stock: transformers.Mamba2ForCausalLM as a
-user gets it, with torch.optim.AdamW; in bf16 under torch.autocast.
+ours: a step as `fedrun` trains, with fused AdamW on one flat vector. stock:
+transformers.Mamba2ForCausalLM as installed, with torch.optim.AdamW; bf16 is under torch.autocast.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ADAMW: dict[str, Any] = {"lr": 5e-4, "weight_decay": 0.01}
 
 
 class Ours:
-    """A step as `fedrun` makes it: gradients into one flat vector, AdamW on another."""
+    """A training step of `fedrun`: gradients in one flat vector, AdamW on another."""
 
     def __init__(self, config: ModelConfig, arguments: argparse.Namespace) -> None:
         self.config, self.dtype = config, DTYPES[arguments.dtype]
@@ -54,7 +54,7 @@ class Ours:
                 + adamw_seconds(self.flat.size))
 
     def parts(self) -> dict[str, float]:
-        """Mean seconds of a step in the head, the scan, AdamW and all the rest."""
+        """Mean seconds that a step spends in the head, the scan, AdamW and everything else."""
         spent = dict.fromkeys(("head", "scan", "adamw"), 0.0)
 
         def timed(part: str, work: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,7 +84,7 @@ class Ours:
         return found | {"rest": total / steps - sum(found.values())}
 
     def token(self) -> dict[str, float]:
-        """Seconds for one more token after prompts of some lengths."""
+        """Seconds to generate one token, by length of the prompt."""
         found = {}
         for length in (16, 256, 2048):
             logits, state = prefill(self.model, torch.zeros(1, length, dtype=torch.long))
@@ -94,7 +94,7 @@ class Ours:
 
 
 class Stock:
-    """A step as users of transformers make it."""
+    """A training step with transformers."""
 
     def __init__(self, config: ModelConfig, arguments: argparse.Namespace) -> None:
         from transformers import Mamba2Config, Mamba2ForCausalLM
@@ -104,11 +104,11 @@ class Stock:
         self.model = Mamba2ForCausalLM(theirs)
         self.adamw = torch.optim.AdamW(self.model.parameters(), **ADAMW)
         self.batch = torch.randint(VOCAB, (arguments.batch, arguments.length))
-        self.low = arguments.dtype == "bf16"
+        self.bf16 = arguments.dtype == "bf16"
 
     def train(self) -> None:
         self.adamw.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.low):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             loss = self.model(self.batch, labels=self.batch).loss
         loss.backward()
         self.adamw.step()
@@ -128,7 +128,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     build = Ours if arguments.side == "ours" else Stock
-    # A small model first: the code that a step loads is not the memory that it needs.
+    # A small model first, so that code loaded by the first step does not count as its memory.
     build(ModelConfig(d_model=16, d_state=16, headdim=16), argparse.Namespace(
         **vars(arguments) | {"batch": 1, "length": 16})).train()
     before = resident_mib()

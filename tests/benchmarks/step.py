@@ -1,13 +1,12 @@
-"""A training step of ours against transformers' on this machine: time, peak memory, distance from
-the floor.
+"""Our training step against that of transformers: time, peak memory and distance from the floor.
 
     python -m tests.benchmarks.step                          # the whole table, as markdown
     python -m tests.benchmarks.step --layers 1 --batch 4 --json
 
-Ours and theirs take turns in processes of their own; times are medians, with the interquartile
-range in percent beside them; memory is the peak above what the process held when it had trained a
-tiny model once. The floor is the time of the step's matrix products, measured alone, and of AdamW's
-memory traffic at the rate of a copy (see floor.py).
+Both sides take turns, each in its own process. Times are medians, with the interquartile range in
+percent. Memory is the peak above what the process held after a step of a tiny model. The floor is
+the time of the step's matrix products, measured alone, and of AdamW's memory traffic at the rate of
+a copy (see floor.py).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ WARM_UP = 2
 
 def compare(layers: int, batch: int, dtype: str, stock_dtype: str, threads: int,
             repetitions: int) -> dict[str, Any]:
-    """Time and memory of both sides for one model, and what ours spends its time on."""
+    """Time and memory of both sides for one model, and the parts of our step."""
     shape = ("--layers", str(layers), "--batch", str(batch))
     sides = {"ours": Side(SIDES, "ours", *shape, "--dtype", dtype, threads=threads),
              "stock": Side(SIDES, "stock", *shape, "--dtype", stock_dtype, threads=threads)}
@@ -35,7 +34,7 @@ def compare(layers: int, batch: int, dtype: str, stock_dtype: str, threads: int,
     for repetition in range(WARM_UP + repetitions):
         for name, side in sides.items():
             taken = side.ask("step")
-            time.sleep(0.05)  # the threads of the side that has just run go to sleep
+            time.sleep(0.05)  # until the threads of this side are idle
             if repetition >= WARM_UP:
                 samples[name].append(taken)
     memory = {name: side.ask("memory") for name, side in sides.items()}
@@ -52,7 +51,7 @@ def compare(layers: int, batch: int, dtype: str, stock_dtype: str, threads: int,
 
 
 def lengths(dtype: str, threads: int, tokens: int = 4096) -> dict[int, float]:
-    """Median seconds of our step at constant tokens, cut into sequences of several lengths."""
+    """Median seconds of our step on the same number of tokens, by length of the sequences."""
     cuts = [length for length in (256, 512, 1024, 2048, 4096) if length <= tokens]
     sides = {length: Side(SIDES, "ours", "--batch", str(tokens // length), "--length", str(length),
                           "--dtype", dtype, threads=threads) for length in cuts}
@@ -69,7 +68,7 @@ def lengths(dtype: str, threads: int, tokens: int = 4096) -> dict[int, float]:
 
 
 def token_times(dtype: str, threads: int) -> dict[str, float]:
-    """Seconds to generate one token after prompts of several lengths."""
+    """Seconds to generate one token, by length of the prompt."""
     side = Side(SIDES, "ours", "--dtype", dtype, threads=threads)
     times: dict[str, float] = side.ask("token")
     side.close()
@@ -98,9 +97,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--batch", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--dtype", choices=("auto", "fp32", "bf16"), nargs="+",
-                        help="of ours; default: fp32 and what `auto` chooses, with --json auto")
+                        help="of our side; default: fp32 and auto, or auto with --json")
     parser.add_argument("--stock_dtype", choices=("fp32", "bf16"), default="fp32",
-                        help="of transformers; fp32 is its default, bf16 is under torch.autocast")
+                        help="of transformers: fp32, its default, or bf16 under torch.autocast")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--json", action="store_true",

@@ -1,4 +1,4 @@
-"""Generation by the recurrent step against the whole-sequence forward."""
+"""Generation with the recurrent step against the forward pass over whole sequences."""
 
 from __future__ import annotations
 

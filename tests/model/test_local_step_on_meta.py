@@ -1,7 +1,8 @@
-"""A whole local step on the meta device, where tensors have shapes and no values.
+"""A whole local step on the meta device, where tensors have shapes but no values.
 
-It finds, without a GPU, what would be slow or wrong on one: a tensor made on another device (mixing
-it with meta tensors is an error), and every wait of the host for a value (`.item()`, `bool()`).
+Without a GPU, this finds what would be slow or wrong on one: tensors created on another device
+(mixing them with meta tensors is an error), and every place where the host waits for a value
+(`.item()`, `bool()`).
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ def test_training_fisher_and_entropy_touch_no_value(
     flat = FlatParams(model)
     assert flat.vector.is_meta
     optimizer = LocalOptimizer(flat, config, 10)
-    # torch's fused AdamW has no meta kernel; its other implementation, whose count of steps lies on
-    # the CPU, stands in for it here.
-    monkeypatch.setattr("fedrun.training.optimizer.KERNEL", {"foreach": True})
+    # torch's fused AdamW has no meta kernel. Its foreach implementation replaces it here; that one
+    # keeps the step count on the CPU.
+    monkeypatch.setattr("fedrun.training.optimizer.ADAMW_IMPLEMENTATION", {"foreach": True})
     moments = {name: torch.zeros_like(flat.vector) for name in ("exp_avg", "exp_avg_sq")}
     optimizer.state = {"step": torch.zeros(()), **moments}
     client = Client(0, np.arange(12), SEQUENCES, flat, config, optimizer)
@@ -55,4 +56,4 @@ def test_training_fisher_and_entropy_touch_no_value(
     assert entropy.is_meta
     assert tokens == 4 * 23
     with pytest.raises(RuntimeError, match="meta"):
-        losses.loss_sum.item()  # what the test would have met
+        losses.loss_sum.item()  # what a wait for a value would raise

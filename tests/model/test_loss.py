@@ -17,7 +17,7 @@ CHUNK_TOKENS = loss_module.chunk_tokens(torch.empty(1, 16), torch.float64)
 
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of which a small vocabulary has several, the last one ragged."""
+    """Make blocks so small that a small vocabulary has several, the last one ragged."""
     monkeypatch.setitem(loss_module.BLOCK_ROWS, "cpu", 40)
 
 
@@ -40,26 +40,28 @@ def test_loss_and_gradients_equal_the_formula(tokens: int) -> None:
     got = linear_cross_entropy(hidden, weight, targets)
     expected = plain(hidden, weight, targets)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
-    scale = 3.0  # gradients are made going forward: the incoming one has to reach them
+    scale = 3.0  # the forward pass computes the gradients: the backward pass has to scale them
     torch.testing.assert_close(torch.autograd.grad(scale * got, (hidden, weight)),
                                torch.autograd.grad(scale * expected, (hidden, weight)),
                                rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(("low", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6),
-                                                (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(("matmul_dtype", "tolerance"), [
+    (torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("tokens", [3, 120, 128, 1000])
-def test_logits_that_lie_where_the_gradient_is_written(
-        monkeypatch: pytest.MonkeyPatch, low: torch.dtype, tolerance: float, tokens: int) -> None:
-    """Of the first chunk, while a row of the weight is as large as its tokens' logits."""
+def test_logits_stored_in_the_gradient_buffer(
+        monkeypatch: pytest.MonkeyPatch, matmul_dtype: torch.dtype, tolerance: float, tokens: int
+        ) -> None:
+    """The first chunk's logits fit into the weight-gradient buffer, row by row."""
     monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 256)
-    dtype = torch.float32 if low == torch.bfloat16 else low
+    dtype = torch.float32 if matmul_dtype == torch.bfloat16 else matmul_dtype
     hidden, weight, targets = example(tokens, dtype, width=128)
     with torch.no_grad():
         weight.mul_(0.1)
     row = weight.shape[1] * weight.itemsize
-    assert loss_module.chunk_tokens(weight, low, add=False) * low.itemsize == row
-    got = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, low), (hidden, weight))
+    assert loss_module.chunk_tokens(weight, matmul_dtype, add=False) * matmul_dtype.itemsize == row
+    got = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets, matmul_dtype),
+                              (hidden, weight))
     expected = torch.autograd.grad(plain(hidden, weight, targets), (hidden, weight))
     for ours, theirs in zip(got, expected, strict=True):
         assert (ours - theirs).norm() / theirs.norm() < tolerance
@@ -76,7 +78,7 @@ def test_equals_torchs_linear_cross_entropy() -> None:
 
 
 @pytest.mark.parametrize("wanted", ["hidden", "weight"])
-def test_only_the_wanted_gradient(wanted: str) -> None:
+def test_only_one_gradient_is_needed(wanted: str) -> None:
     hidden, weight, targets = example(10)
     leaf = {"hidden": hidden, "weight": weight}[wanted]
     for other in (hidden, weight):
@@ -89,7 +91,7 @@ def test_only_the_wanted_gradient(wanted: str) -> None:
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 300.0])
 @pytest.mark.parametrize("offset", [-300.0, 0.0, 300.0])
 def test_logits_of_any_size(scale: float, offset: float) -> None:
-    """Logits that exp cannot take without a shift: large ones, and all of them low or high."""
+    """Large, all very low or all very high logits, which overflow exp unless they are shifted."""
     hidden, weight, targets = example(70, torch.float32)
     with torch.no_grad():
         weight.mul_(scale)
@@ -111,7 +113,7 @@ def test_logits_of_any_size(scale: float, offset: float) -> None:
 
 
 def test_improbable_targets_have_a_finite_loss() -> None:
-    """A probability that underflows must not become an infinite loss."""
+    """A probability that underflows must not give an infinite loss."""
     hidden, weight, targets = example(5, torch.float32)
     with torch.no_grad():
         hidden.mul_(100.0)

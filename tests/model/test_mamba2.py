@@ -1,4 +1,4 @@
-"""The model against transformers, its initialisation, and what its callers rely on."""
+"""The model against transformers, its initialisation, its losses and gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedrun.model.mamba2 import Mamba2LM
 from fedrun.model.norm import rms_norm
 
 SMALL = ModelConfig(n_layer=2, d_model=64, d_state=32, headdim=16)
-# What models from elsewhere may have, and ours have only where they start from one.
+# Settings of models from other libraries, which runs have only if they start from such a model.
 UNUSUAL = ModelConfig(n_layer=2, d_model=64, d_state=32, headdim=16, tie_embeddings=False,
                       proj_bias=True, conv_bias=False, norm_eps=1e-2, dt_lower=0.01, dt_upper=0.05)
 VOCAB = 199
@@ -28,7 +28,7 @@ def build(config: ModelConfig = SMALL, seed: int = 0, **kwargs: torch.dtype) -> 
     model.init_weights(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if name.endswith("proj.bias"):  # they begin at zero
+            if name.endswith("proj.bias"):  # their initial value is zero
                 p.copy_(torch.linspace(-1, 1, p.numel()))
     return model
 

@@ -1,4 +1,4 @@
-"""The chunked scan against the recurrence it stands for, one step at a time in float64."""
+"""The chunked scan and its gradients against the recurrence, step by step in float64."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def recurrence(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor
 
 
 def inputs(seqlen: int, groups: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """x, dt, A, B, C, D and an initial state, all of them leaves that want gradients."""
+    """x, dt, A, B, C, D and an initial state, all of them leaves that require gradients."""
     generator = torch.Generator().manual_seed(seqlen * 10 + groups)
 
     def normal(*shape: int) -> Tensor:
@@ -94,7 +94,7 @@ def test_large_steps_give_finite_gradients() -> None:
 def test_bf16_products_stay_close() -> None:
     leaves = [leaf.detach() for leaf in inputs(40, 1, torch.float32)]
     exact, _ = ssd_scan(*leaves[:6], chunk_size=8)
-    low, _ = ssd_scan(*leaves[:6], chunk_size=8, product_dtype=torch.bfloat16)
+    low, _ = ssd_scan(*leaves[:6], chunk_size=8, matmul_dtype=torch.bfloat16)
     assert low.dtype == torch.float32
     error = (low - exact).norm() / exact.norm()
-    assert 1e-5 < error < 1e-2  # rounded to 8 bits, and not more than that
+    assert 1e-5 < error < 1e-2  # rounded to 8 bits, and no worse

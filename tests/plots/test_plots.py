@@ -1,4 +1,4 @@
-"""Figures: what they draw is what the histories and the saved weights say."""
+"""Figures draw what is in the histories and the saved weights."""
 
 from __future__ import annotations
 
@@ -179,11 +179,11 @@ def test_damaged_and_shorter_runs_are_named(tmp_path: Path, capsys: pytest.Captu
     said = capsys.readouterr().out
     for path, reason in ((torn, "training_history.json is damaged"), (young, "(yet)"),
                          (empty, "no record"), (strange, "config.json is not a run's"),
-                         (nameless, "does not tell")):
+                         (nameless, "does not give")):
         (line,) = [li for li in said.splitlines() if li.startswith(f"passed over {path.name}:")]
         assert reason in line
     assert f"left out federated_config_{CONFIG}_lu_1_seed_1: shorter" in said
-    assert f"skipped 2_lu_comparison_{CONFIG}: wants" in said
+    assert f"skipped 2_lu_comparison_{CONFIG}: needs" in said
     history = read_history(whole)
     _, y = drawn(make(tmp_path)[0][f"1_central_vs_fed_{CONFIG}"], f"fed_avg {CONFIG} 1 val_ppl")
     np.testing.assert_allclose(y, [r["server_val_ppl"] for r in history])
@@ -214,7 +214,7 @@ def test_nothing_to_draw_says_what_is_wanted(tmp_path: Path, capsys: pytest.Capt
     assert cli.main(["plot", "perplexities", "--data_dir", str(tmp_path), "--config", "tiny"]) == 1
     said = capsys.readouterr().out
     assert said.count("skipped") == 4
-    assert "wants central and fed_avg runs of --config tiny" in said
+    assert "needs central and fed_avg runs of --config tiny" in said
     for argv, wrong in ((["plot", "perplexity"], "did you mean perplexities?"),
                         (["plot", "perplexities", "--x", "miles"], "--x"),
                         (["plot", "deltas", "--layer", "first"], "--layer first"),

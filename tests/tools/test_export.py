@@ -286,7 +286,7 @@ def test_an_unusual_model_has_the_same_bits_in_every_world(
     ({"n_layer": 10**9}, r"model.n_layer 1000000000: must be an integer in \[1, 4096\]"),
     ({"n_layer": 1.5}, "model.n_layer 1.5: must be an integer"),
     ({"d_model": 10**6}, "model.d_model 1000000: "),
-    ({"d_model": 131072, "n_layer": 4096, "headdim": 16384}, " takes at least "),
+    ({"d_model": 131072, "n_layer": 4096, "headdim": 16384}, " needs at least "),
     ({"n_layer": None}, "model.n_layer None"), ({"depth": 2}, "depth")])
 def test_a_shape_that_cannot_be_is_a_line(trained: Outcome, tmp_path: Path, change: dict[str, int],
                                           said: str, capsys: pytest.CaptureFixture[str]) -> None:

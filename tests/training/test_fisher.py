@@ -50,8 +50,10 @@ def batches() -> list[Tensor]:
 
 
 def gradients(model: nn.Module, groups: Tensor, mean: bool) -> Tensor:
-    """(groups, size): the gradient of each group's loss, summed or meaned over its tokens;
-    groups: (groups, sequences, length). Names sorted, as FlatParams lays them out."""
+    """(groups, size): the gradient of each group's loss, summed or averaged over its tokens.
+
+    groups: (groups, sequences, length). Parameters are sorted by name, as in FlatParams.
+    """
     parameters = {k: v.detach() for k, v in model.named_parameters()}
 
     def loss(p: dict[str, Tensor], tokens: Tensor) -> Tensor:
@@ -115,7 +117,7 @@ def test_the_corrected_estimate_is_unbiased_and_the_batch_estimate_is_not(model:
         batch.gradient(model, rows)
     total = exact.sum()
     assert (corrected.finish().sum() / total).item() == pytest.approx(1, abs=0.1)
-    assert batch.finish().sum() / total < 0.5  # the bias that is corrected
+    assert batch.finish().sum() / total < 0.5  # the bias that `corrected` removes
 
 
 def test_scope_is_zero_outside_the_mixers(model: Bigram) -> None:

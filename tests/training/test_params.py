@@ -26,7 +26,7 @@ def test_the_vector_holds_every_parameter_once_in_sorted_order() -> None:
     expected = torch.cat([p.detach().flatten() for _, p in sorted(plain.named_parameters())])
     assert torch.equal(flat.vector, expected)
     assert flat.size == sum(p.numel() for p in plain.parameters())
-    assert sum(s.name.endswith(("embedding.weight", "lm_head.weight")) for s in flat.slots) == 1
+    assert sum(s.name.endswith(("embedding.weight", "lm_head.weight")) for s in flat.slices) == 1
 
 
 def test_gradients_and_an_optimizer_step_equal_those_of_the_plain_module() -> None:

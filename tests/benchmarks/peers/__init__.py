@@ -1,1 +1,1 @@
-"""The same rounds under other frameworks, each in an environment of its own (environments.py)."""
+"""The same rounds in other frameworks, each in its own environment (environments.py)."""

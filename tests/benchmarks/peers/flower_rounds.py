@@ -1,11 +1,11 @@
-"""Flower's side: rounds of `run_simulation`, asked for and answered as ranks.py says.
+"""Flower's side: rounds of `run_simulation`, with the commands and answers of ranks.py.
 
     python -m tests.benchmarks.peers.flower_rounds --workers 2 --clients 4 --shapes '[[100, 8]]'
 
-FedAvg by the Message API, arrays as NumPy; one CPU a client, so that as many actors run as there
-are workers. In: all that Flower does from one `configure_train` to the next; a client turns the
-message into arrays, and arrays into its reply. Out: with --shapes local training, in whose place
-nothing happens; with --task (sgd.py) nothing.
+FedAvg with the Message API and NumPy arrays. Each client has one CPU, so that there are as many
+actors as workers. Measured is all that Flower does from one `configure_train` to the next; a client
+converts the message to arrays and arrays to its reply. With --shapes clients do not train, with
+--task (sgd.py) they do.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
 
-MANY = 10**6  # rounds; the commands end them
+MANY_ROUNDS = 10**6  # the end of the commands ends the run
 
 
 class Ended(Exception):
@@ -36,7 +36,7 @@ class Ended(Exception):
 
 
 class Timed(FedAvg):
-    """FedAvg that says between two rounds how long the last one took."""
+    """FedAvg that measures the time between rounds."""
 
     def __init__(self, rounds: Rounds, clients: int, out: str | None) -> None:
         super().__init__(fraction_evaluate=0.0, min_train_nodes=clients,
@@ -72,7 +72,7 @@ def client_app(task_json: str | None) -> ClientApp:
     return app
 
 
-_built: dict[str, Any] = {}  # an actor's model, kept between its turns
+_built: dict[str, Any] = {}  # an actor's model, kept between messages
 
 
 def trained(task_json: str, arrays: list[np.ndarray], client: int, number: int
@@ -117,7 +117,7 @@ def main() -> None:
     def serve(grid: Grid, context: Context) -> None:
         strategy = Timed(Rounds(commands), arguments.clients, arguments.out)
         with contextlib.suppress(Ended):
-            strategy.start(grid, ArrayRecord(initial(arguments)), num_rounds=MANY)
+            strategy.start(grid, ArrayRecord(initial(arguments)), num_rounds=MANY_ROUNDS)
 
     run_simulation(server_app, client_app(arguments.task), arguments.clients,
                    backend_config={"client_resources": {"num_cpus": 1},

@@ -1,10 +1,10 @@
-"""pfl's side: central iterations of its simulation, asked for and answered as ranks.py says.
+"""pfl's side: central iterations of its simulation, with the commands and answers of ranks.py.
 
     RANK=... python -m tests.benchmarks.peers.pfl_rounds --clients 4 --shapes '[[100, 8]]'
 
-FederatedAveraging on the simulated backend, one process a worker in torchrun's environment, a
-central SGD of learning rate 1. In: all that pfl does from one central iteration to the next. Out:
-with --shapes local training, in whose place nothing happens; with --task (sgd.py) nothing.
+FederatedAveraging on the simulated backend, one process per worker in torchrun's environment, and a
+central SGD with learning rate 1. Measured is all that pfl does from one central iteration to the
+next. With --shapes clients do not train, with --task (sgd.py) they do.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from torch import nn
 
 from tests.benchmarks.ranks import Commands, Rounds, end_with_parent
 
-MANY = 10**6  # rounds; the commands end them
+MANY_ROUNDS = 10**6  # the end of the commands ends the run
 
 
 class Tensors(nn.Module):
-    """Tensors of given shapes."""
+    """A model that is nothing but tensors of given shapes."""
 
     def __init__(self, shapes: list[list[int]]) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Tensors(nn.Module):
 
 
 class Averaging(FederatedAveraging):
-    """FederatedAveraging with the benchmark's local training in place of its own."""
+    """FederatedAveraging with the benchmark's local training."""
 
     def __init__(self, task_json: str | None, module: Any) -> None:
         super().__init__()
@@ -57,29 +57,29 @@ class Averaging(FederatedAveraging):
             gradients = self.module.flat.views(self.module.flat.grad)
             for (_, p), (_, gradient) in zip(sorted(self.module.named_parameters()), gradients,
                                              strict=True):
-                p.grad = gradient  # which the central optimizer has put aside
+                p.grad = gradient  # the central optimizer has replaced it
             self.task.train(self.module, self.module.flat, user_dataset.user_id,
                             central_context.current_central_iteration + 1)
         return model.get_model_difference(initial_model_state), Metrics()
 
 
 class Between(TrainingProcessCallback):
-    """Says between two rounds how long the last one took."""
+    """Measures the time between rounds."""
 
     def __init__(self, rounds: Rounds) -> None:
         self.rounds = rounds
         self.distributed = pytorch_ops.distributed
 
     def on_train_begin(self, *, model: Any) -> Metrics:
-        self._discover_neighbours()
+        self._ends()
         return Metrics()
 
     def after_central_iteration(self, aggregate_metrics: Any, model: Any, *,
                                 central_iteration: int) -> Any:
-        return self._discover_neighbours(), Metrics()
+        return self._ends(), Metrics()
 
-    def _discover_neighbours(self) -> bool:
-        """All ranks: whether to stop, as rank 0 says."""
+    def _ends(self) -> bool:
+        """All ranks: whether rank 0 has no more commands."""
         stop = torch.zeros(1)
         if self.distributed.global_rank == 0:
             stop[0] = not self.rounds.between()
@@ -111,8 +111,8 @@ def main() -> None:
     data = FederatedDataset(lambda k: Dataset(shards[k], user_id=k),
                             MinimizeReuseUserSampler(list(shards)))
     Averaging(arguments.task, module).run(
-        NNAlgorithmParams(MANY, evaluation_frequency=MANY, train_cohort_size=arguments.clients,
-                          val_cohort_size=0),
+        NNAlgorithmParams(MANY_ROUNDS, evaluation_frequency=MANY_ROUNDS,
+                          train_cohort_size=arguments.clients, val_cohort_size=0),
         SimulatedBackend(training_data=data, val_data=data), model,
         NNTrainHyperParams(local_num_epochs=1, local_learning_rate=1.0, local_batch_size=None),
         callbacks=[Between(Rounds(commands))], send_metrics_to_platform=False)

@@ -155,8 +155,7 @@ def _connect_and_train(config: RunConfig, length: Length, check: CorpusCheck, la
         control.share()  # all ranks: nobody writes into the folder before it is ready
         if beginning.complete:
             return f"done: {config.run_dir}"
-        stopping = StopRequest(config.run_dir, config.run_dir / LOCK, control.lost_peers,
-                               quiet=launch.rank > 0)
+        stopping = StopRequest(config.run_dir, config.run_dir / LOCK, control.lost_peers, launch)
         with stopping.listening():
             _warn(config, launch, notes)
             if isinstance(config, FederatedConfig):

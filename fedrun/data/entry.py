@@ -124,7 +124,7 @@ def only_one(entry: Path, what: str, say: Callable[[str], None]) -> Iterator[Non
     try:
         lock = locks.acquire(
             Path(f"{entry}.lock"), LOCK_SECONDS,
-            lambda holder: say(f"waiting for {holder}, which prepares {what}"), say)
+            lambda holder: say(f"waiting for {holder}, which prepares {what}"))
     except locks.Busy as holder:
         raise TimeoutError(
             f"waited {LOCK_SECONDS:.0f} s for {holder}, which prepares {what}; end "

@@ -1,5 +1,5 @@
-"""How a process knows who it is, and the scripts in launch/: what they start and what they decide,
-with stand-ins for the programs that they call. tests/test_slurm.py runs them on a real cluster."""
+"""How a process finds its rank, and the scripts in launch/: what they start and decide, with
+stand-ins for the programs that they call. test_slurm.py runs them on a real cluster."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from tests.support.runs import ROOT, SMALL, listening
 RUN, NODE, SBATCH = (ROOT / "launch" / name for name in ("run.sh", "node.sh", "slurm.sbatch"))
 
 
-# ---- how a process knows who it is ---------------------------------------------------------------
+# ---- how a process finds its rank ---------------------------------------------------------------
 
 # A step of 9 processes on 2 nodes, as SLURM 22.05 describes it to one of them.
 STEP = {"SLURM_JOB_ID": "70", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "9",
         "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_STEP_TASKS_PER_NODE": "5,4", "SLURM_NTASKS": "9",
         "SLURM_NODEID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}
-# What the shell of a batch job or of salloc has.
+# The shell of a batch job or of salloc.
 SHELL = {"SLURM_JOB_ID": "70", "SLURM_NTASKS": "9", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
          "SLURM_NODEID": "0", "SLURM_TASKS_PER_NODE": "5,4"}
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "9", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4",
@@ -46,15 +46,14 @@ TORCHRUN = {"RANK": "5", "WORLD_SIZE": "9", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE
     (STEP | {"SLURM_STEP_TASKS_PER_NODE": "3(x2),2,1", "SLURM_NODEID": "2", "SLURM_PROCID": "7",
              "SLURM_LOCALID": "1"}, Launch(7, 9, 1, 2, on_first_node=False)),
     (TORCHRUN, Launch(5, 9, 0, 4, on_first_node=False, attempt=2)),
-    # torchrun's agents are a step of SLURM too, with one task a node
+    # torchrun's agents are a SLURM step too, with one task per node
     (STEP | TORCHRUN, Launch(5, 9, 0, 4, on_first_node=False, attempt=2)),
 ])
 def test_detect(env: dict[str, str], launch: Launch) -> None:
     assert detect(env) == launch
 
 
-def test_rendezvous_is_guessed_by_nobody(programs: Programs, monkeypatch: pytest.MonkeyPatch
-                                         ) -> None:
+def test_rendezvous_is_never_guessed(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
     set_by_user = {"MASTER_ADDR": "first", "MASTER_PORT": "29500"}
     assert rendezvous(STEP | set_by_user) == {}
     monkeypatch.setenv("PATH", str(programs.folder), prepend=os.pathsep)
@@ -69,7 +68,7 @@ def test_rendezvous_is_guessed_by_nobody(programs: Programs, monkeypatch: pytest
                 k: v for k, v in set_by_user.items() if k != name})
 
 
-def test_restarts_in_place_are_known_by_their_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("SLURM_JOB_ID", None), ("TORCHELASTIC_RUN_ID", "none")):
         monkeypatch.delenv(name, raising=False)
         if value:
@@ -98,7 +97,7 @@ case "$*" in
         ;;
 esac
 """
-# A step: it ends with the outcome and exit code of the next line of $STEPS, or waits for STOP.
+# A step: ends with the outcome and exit code in the next line of $STEPS, or waits for STOP.
 SRUN = """#!/bin/bash
 nodes=$(sed 's/.*--nodelist \\([^ ]*\\).*/\\1/' <<<"$*")
 if [[ $* == *printenv* ]]; then [[ " $ALIVE " == *" $nodes "* ]] && echo "$nodes"; exit; fi
@@ -131,7 +130,7 @@ esac
 
 @dataclass
 class Programs:
-    """A folder of stand-ins, and the environment that finds them."""
+    """A folder of stand-ins, and an environment in which they are found."""
 
     folder: Path
     env: dict[str, str]
@@ -170,10 +169,10 @@ BY_HAND = {"NODES": "2", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
 
 
 @pytest.mark.parametrize(("env", "config", "torchrun", "said"), [
-    ({"GPUS": "4"}, {}, f"{ALONE} --nproc-per-node 5", "workers: 4 (one a GPU), and the server"),
+    ({"GPUS": "4"}, {}, f"{ALONE} --nproc-per-node 5", "workers: 4 (one per GPU), and the server"),
     ({"GPUS": "4"}, {"server": "colocated"}, f"{ALONE} --nproc-per-node 4",
-     "workers: 4 (one a GPU)\n"),
-    ({}, {}, f"{ALONE} --nproc-per-node 5", "no GPU: one a client, at most one a core"),
+     "workers: 4 (one per GPU)\n"),
+    ({}, {}, f"{ALONE} --nproc-per-node 5", "no GPU: one per client, at most one per core"),
     ({}, {"num_clients": "3"}, f"{ALONE} --nproc-per-node 4", "workers: 3 ("),
     ({"GPUS": "2"}, {"device": "cpu"}, f"{ALONE} --nproc-per-node 5", "no GPU"),
     ({"WORKERS_PER_NODE": "2"}, {}, f"{ALONE} --nproc-per-node 3", "(WORKERS_PER_NODE)"),
@@ -183,11 +182,11 @@ BY_HAND = {"NODES": "2", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
     (BY_HAND, {}, f"{STATIC.format(0, 'first', 29500)} --nproc-per-node 4", "node 0 of 2"),
     (BY_HAND | {"NODE": "1", "GPUS": "4"}, {},
      f"{STATIC.format(1, 'first', 29500)} --nproc-per-node 4", "node 1 of 2"),
-    # Nobody restarts one of several agents in place.
+    # One of several agents is never restarted in place.
     (BY_HAND | {"NODE": "1", "RESTARTS": "3"}, {},
      f"{STATIC.format(1, 'first', 29500)} --nproc-per-node 3", "workers: 3 ("),
     (STEP | {"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "GPUS": "4"}, {},
-     f"{STATIC.format(1, 'n1', 21121)} --nproc-per-node 4", "node 1 of 2"),
+     "--nnodes 2 --node-rank 1 --max-restarts 0 --nproc-per-node 4", "node 1 of 2"),
 ])
 def test_node(programs: Programs, tmp_path: Path, env: dict[str, str], config: dict[str, str],
               torchrun: str, said: str) -> None:
@@ -199,14 +198,14 @@ def test_node(programs: Programs, tmp_path: Path, env: dict[str, str], config: d
     assert said in output
 
 
-def test_node_takes_no_address_for_granted(programs: Programs) -> None:
+def test_node_needs_an_address(programs: Programs) -> None:
     code, output = programs.run(NODE, "fed_avg", NODES="2", MASTER_PORT="29500")
     assert code != 0
     assert "set MASTER_ADDR to the host name of node 0" in output
     assert "STARTED" not in output
 
 
-def test_node_starts_a_centralised_run_alone(programs: Programs, tmp_path: Path) -> None:
+def test_node_starts_a_central_run_without_torchrun(programs: Programs, tmp_path: Path) -> None:
     (tmp_path / "config").write_text("device: auto\n")
     assert programs.run(NODE, "central", "--lr", "1") == (0, "STARTED -m fedrun central --lr 1\n")
     code, output = programs.run(NODE, "central", NODES="2", NODE="0")
@@ -217,25 +216,25 @@ def test_node_starts_a_centralised_run_alone(programs: Programs, tmp_path: Path)
 # ---- slurm.sbatch --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("steps", "env", "code", "said", "sruns", "requeued"), [
-    (["finished 0"], {}, 0, "over: finished", ["n1,n2"], False),
-    (["stopped 0"], {}, 0, "over: someone stopped the run", ["n1,n2"], False),
-    (["stopped 1"], {}, 0, "over: someone stopped the run", ["n1,n2"], False),
-    (["nothing 1"], {}, 1, "over: the run did not begin", ["n1,n2"], False),
+    (["finished 0"], {}, 0, "done: the run has finished", ["n1,n2"], False),
+    (["stopped 0"], {}, 0, "done: the run was stopped by a user", ["n1,n2"], False),
+    (["stopped 1"], {}, 0, "done: the run was stopped by a user", ["n1,n2"], False),
+    (["nothing 1"], {}, 1, "not retried: the run failed before training started", ["n1,n2"], False),
     (["failed 1"], {}, 0, "requeued: the run failed; restart 1 of 2", ["n1,n2"], True),
-    (["running 137"], {}, 0, "requeued: the run failed", ["n1,n2"], True),  # it could not even say
+    (["running 137"], {}, 0, "requeued: the run failed", ["n1,n2"], True),  # killed before it could record that
     (["nothing 1"], {"SLURM_RESTART_COUNT": "1"}, 0, "restart 2 of 2", ["n1,n2"], True),
-    (["nothing 0"], {}, 0, "over: the run was finished before", ["n1,n2"], False),
+    (["nothing 0"], {}, 0, "done: the run had already finished", ["n1,n2"], False),
     (["failed 1", "finished 0"], {"REQUEUE": "0"}, 0, "started again on n1 n2", ["n1,n2"] * 2,
      False),
     (["failed 1", "finished 0"], {"REQUEUE": "0", "ALIVE": "n2"}, 0, "started again on n2",
      ["n1,n2", "n2"], False),
     (["failed 1", "nothing 1", "finished 0"], {"REQUEUE": "0"}, 0, "restart 2 of 2 here",
      ["n1,n2"] * 3, False),
-    (["failed 1"], {"REQUEUE": "0", "ALIVE": ""}, 1, "over: no node answers", ["n1,n2"], False),
-    (["failed 1"] * 3, {"REQUEUE": "0"}, 1, "started 3 times in this job", ["n1,n2"] * 3, False),
+    (["failed 1"], {"REQUEUE": "0", "ALIVE": ""}, 1, "failed: no node answers", ["n1,n2"], False),
+    (["failed 1"] * 3, {"REQUEUE": "0"}, 1, "the run was started 3 times in this job", ["n1,n2"] * 3, False),
     (["failed 1", "finished 0"], {"SLURM_RESTART_COUNT": "2"}, 0, "restart 1 of 2 here",
      ["n1,n2"] * 2, False),
-    (["failed 1", "finished 0"], {"REFUSED": "1"}, 0, "may not be requeued: scontrol refused",
+    (["failed 1", "finished 0"], {"REFUSED": "1"}, 0, "cannot be requeued: scontrol refused",
      ["n1,n2"] * 2, True),
 ])
 def test_what_follows_a_step(programs: Programs, tmp_path: Path, steps: list[str],
@@ -252,10 +251,10 @@ def test_what_follows_a_step(programs: Programs, tmp_path: Path, steps: list[str
 
 @pytest.mark.parametrize("left", ["stopped", "finished"])
 @pytest.mark.parametrize(("env", "code", "said", "requeued"), [
-    ({}, 1, "over: the run did not begin", False),
+    ({}, 1, "not retried: the run failed before training started", False),
     ({"SLURM_RESTART_COUNT": "1"}, 0, "requeued: the run failed; restart 2 of 2", True),
 ])
-def test_what_another_start_has_left_is_no_outcome(
+def test_the_outcome_of_another_start_is_ignored(
         programs: Programs, tmp_path: Path, left: str, env: dict[str, str], code: int, said: str,
         requeued: bool) -> None:
     leave(tmp_path / "run", left)
@@ -267,7 +266,7 @@ def test_what_another_start_has_left_is_no_outcome(
 
 
 def leave(run_dir: Path, outcome: run_folder.Standing) -> None:
-    """What a run that another script started has left in its folder."""
+    """Write the outcome of a run that another script started."""
     run_dir.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDRUN_START", "7 0 0 1234 1700000000.5")
@@ -277,7 +276,7 @@ def leave(run_dir: Path, outcome: run_folder.Standing) -> None:
 @pytest.mark.parametrize(("sign", "env", "code", "said", "requeued"), [
     (signal.SIGUSR2, {}, 0, "requeued: stopped for the time limit", True),
     (signal.SIGUSR2, {"SLURM_RESTART_COUNT": "9"}, 0, "requeued: stopped for the time limit", True),
-    (signal.SIGUSR2, {"REQUEUE": "0"}, 1, "over: submit it again to go on", False),
+    (signal.SIGUSR2, {"REQUEUE": "0"}, 1, "done: submit the job again to resume the run", False),
     (signal.SIGTERM, {}, 0, "not requeued: cancelled", False),
 ])
 def test_a_signal_becomes_a_stop_for_this_attempt_of_this_job(
@@ -291,13 +290,13 @@ def test_a_signal_becomes_a_stop_for_this_attempt_of_this_job(
 
 @pytest.mark.parametrize(("env", "code", "said"), [
     ({}, 0, "requeued: the run failed; restart 1 of 2"),
-    ({"SLURM_RESTART_COUNT": "2"}, 1, "over: the time limit is near; submit it again to go on"),
+    ({"SLURM_RESTART_COUNT": "2"}, 1, "done: the time limit is near; submit the job again to resume"),
 ])
-def test_a_round_that_is_too_long_for_the_time_limit_is_given_up(
+def test_a_round_that_is_too_long_for_the_time_limit_is_abandoned(
         programs: Programs, tmp_path: Path, env: dict[str, str], code: int, said: str) -> None:
     ended, output = signalled(programs, tmp_path, signal.SIGUSR2, DEAF="1", STOP_SECONDS="1", **env)
     assert (ended, said in output) == (code, True), output
-    assert "seconds: it is given up" in output
+    assert "seconds: it is abandoned" in output
     assert "SRUN got TERM" in output
 
 
@@ -320,7 +319,7 @@ def signalled(programs: Programs, tmp_path: Path, sign: int, **env: str) -> tupl
 @pytest.mark.parametrize(("outcome", "code", "ended"), [
     ("stopped", "1", 0), ("failed", "1", 1), ("", "1", 1), ("", "2", 2), ("", "0", 0),
     ("running", "137", 137), ("finished", "0", 0)])
-def test_run_believes_the_outcome_of_its_own_start_alone(
+def test_run_uses_only_the_outcome_of_its_own_start(
         programs: Programs, tmp_path: Path, outcome: str, code: str, ended: int) -> None:
     leave(tmp_path / "run", "stopped")
     exit_code, output = programs.run(RUN, "fed_avg", OUTCOME=outcome, CODE=code)

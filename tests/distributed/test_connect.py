@@ -93,7 +93,7 @@ def test_our_torchrun_rejects_another_rendezvous_and_guesses_no_address(
         assert message in capfd.readouterr().err
 
 
-# ---- who has connected --------------------------------------------------------------------------------
+# ---- who has connected ---------------------------------------------------------------------------
 
 def test_names_of_ranks() -> None:
     assert named([3]) == "rank 3"
@@ -121,7 +121,7 @@ def test_two_processes_with_the_same_rank() -> None:
     server = store()
     server.add("here", 1)
     server.set("here/1", "")
-    with pytest.raises(NotConnected, match="2 connected, but not machine 0: each needs a different"):
+    with pytest.raises(NotConnected, match="2 connected, but not machine 0: each needs"):
         roll_call(server, 1, 2, SECOND, "machine")
 
 

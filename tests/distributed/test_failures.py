@@ -130,7 +130,7 @@ def test_a_lost_worker_ends_all_ranks(sent: signal.Signals, timeout: int, cache_
         assert launcher.wait(60) == 1
 
 
-def test_a_signal_while_another_rank_is_lost_ends_the_run_at_once(cache_dir: Path, tmp_path: Path) -> None:
+def test_a_signal_while_another_rank_is_lost_ends_at_once(cache_dir: Path, tmp_path: Path) -> None:
     """The end of the round, which a signal waits for, would come only at the timeout."""
     with launched(tmp_path, cache_dir, 3, 100_000, timeout=600) as (launcher, ranks, log):
         assert listening(psutil.Process(launcher.pid)) == {"127.0.0.1"}
@@ -141,7 +141,7 @@ def test_a_signal_while_another_rank_is_lost_ends_the_run_at_once(cache_dir: Pat
 
 
 def test_a_stopped_launcher_does_not_stop_the_run(cache_dir: Path, tmp_path: Path) -> None:
-    """It hosts the store, whose calls have no timeout, but training does not depend on the store."""
+    """It hosts the store, whose calls have no timeout; but training does not use the store."""
     with launched(tmp_path, cache_dir, 3, 200, timeout=20) as (launcher, ranks, log):
         launcher.send_signal(signal.SIGSTOP)
         wait_until(lambda: not any(map(alive, ranks.values())), timeout=90)

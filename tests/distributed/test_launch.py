@@ -221,7 +221,8 @@ def test_node_starts_a_central_run_without_torchrun(programs: Programs, tmp_path
     (["stopped 1"], {}, 0, "done: the run was stopped by a user", ["n1,n2"], False),
     (["nothing 1"], {}, 1, "not retried: the run failed before training started", ["n1,n2"], False),
     (["failed 1"], {}, 0, "requeued: the run failed; restart 1 of 2", ["n1,n2"], True),
-    (["running 137"], {}, 0, "requeued: the run failed", ["n1,n2"], True),  # killed before it could record that
+    # killed before it could record that it failed
+    (["running 137"], {}, 0, "requeued: the run failed", ["n1,n2"], True),
     (["nothing 1"], {"SLURM_RESTART_COUNT": "1"}, 0, "restart 2 of 2", ["n1,n2"], True),
     (["nothing 0"], {}, 0, "done: the run had already finished", ["n1,n2"], False),
     (["failed 1", "finished 0"], {"REQUEUE": "0"}, 0, "started again on n1 n2", ["n1,n2"] * 2,
@@ -231,7 +232,7 @@ def test_node_starts_a_central_run_without_torchrun(programs: Programs, tmp_path
     (["failed 1", "nothing 1", "finished 0"], {"REQUEUE": "0"}, 0, "restart 2 of 2 here",
      ["n1,n2"] * 3, False),
     (["failed 1"], {"REQUEUE": "0", "ALIVE": ""}, 1, "failed: no node answers", ["n1,n2"], False),
-    (["failed 1"] * 3, {"REQUEUE": "0"}, 1, "the run was started 3 times in this job", ["n1,n2"] * 3, False),
+    (["failed 1"] * 3, {"REQUEUE": "0"}, 1, "the run was started 3 times", ["n1,n2"] * 3, False),
     (["failed 1", "finished 0"], {"SLURM_RESTART_COUNT": "2"}, 0, "restart 1 of 2 here",
      ["n1,n2"] * 2, False),
     (["failed 1", "finished 0"], {"REFUSED": "1"}, 0, "cannot be requeued: scontrol refused",
@@ -290,7 +291,7 @@ def test_a_signal_becomes_a_stop_for_this_attempt_of_this_job(
 
 @pytest.mark.parametrize(("env", "code", "said"), [
     ({}, 0, "requeued: the run failed; restart 1 of 2"),
-    ({"SLURM_RESTART_COUNT": "2"}, 1, "done: the time limit is near; submit the job again to resume"),
+    ({"SLURM_RESTART_COUNT": "2"}, 1, "done: the time limit is near; submit the job again"),
 ])
 def test_a_round_that_is_too_long_for_the_time_limit_is_abandoned(
         programs: Programs, tmp_path: Path, env: dict[str, str], code: int, said: str) -> None:

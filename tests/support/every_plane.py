@@ -36,7 +36,8 @@ Made = Callable[[Strategy, DataPlane], Aggregator]
 
 
 def full(exact: bool, average: bool = False) -> Made:
-    return lambda strategy, plane: ExactAggregator(strategy, SIZE, torch.zeros(()), exact, average, plane)
+    return lambda strategy, plane: ExactAggregator(strategy, SIZE, torch.zeros(()), exact, average,
+                                                   plane)
 
 
 CASES: dict[str, tuple[Strategy, Made]] = {
@@ -44,8 +45,8 @@ CASES: dict[str, tuple[Strategy, Made]] = {
     "fed_adam": (FedAdam(), full(True)), "relative": (
         FedFisher(fisher_floor_mode="relative"), full(True)),
     "float": (FedAvg(), full(False)),
-    "int8": (FedAvg(), lambda strategy, plane: Int8Aggregator(strategy, SIZE, torch.zeros(()), CLIENTS,
-                                                       plane))}
+    "int8": (FedAvg(), lambda strategy, plane: Int8Aggregator(strategy, SIZE, torch.zeros(()),
+                                                              CLIENTS, plane))}
 BOUND, WEIGHT = 1e-3, 1 / CLIENTS
 
 

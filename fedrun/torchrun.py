@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import signal
 
-from fedrun.common.errors import FedrunError, InputError
+from fedrun.common.errors import FedrunError, InputError, one_line
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the imports that follow
@@ -93,6 +93,8 @@ def launch(argv: Sequence[str]) -> int:
         return 0
     except NotRestarted:
         return 2
+    except ValueError as error:  # a flag that torchrun rejects, such as --nproc-per-node gpu
+        raise InputError(one_line(error)) from error
     except SignalException as error:
         _say(f"{error.sigval.name}: all processes have ended")
     except ChildFailedError as error:
@@ -123,9 +125,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.standalone or args.rdzv_backend != "static" or args.rdzv_endpoint:
         raise InputError("--standalone, --rdzv-backend and --rdzv-endpoint choose another "
                          "rendezvous than this launcher's own: leave them out")
-    fewest, args.machines = torchrun.parse_min_max_nnodes(args.nnodes)
-    if fewest != args.machines:
-        raise InputError(f"--nnodes {args.nnodes}: must be one number")
+    try:
+        fewest, args.machines = torchrun.parse_min_max_nnodes(args.nnodes)
+    except (ValueError, RuntimeError):
+        fewest = args.machines = 0
+    if fewest != args.machines or args.machines < 1:
+        raise InputError(f"--nnodes {args.nnodes}: must be one number >= 1")
     if args.machines > 1:
         found = {name: str(value) for name, value in (
             ("MASTER_ADDR", args.master_addr), ("MASTER_PORT", args.master_port))

@@ -88,8 +88,10 @@ def test_our_torchrun_rejects_another_rendezvous_and_guesses_no_address(
     for flags, message in ((["--standalone"], "--standalone, --rdzv-backend and --rdzv-endpoint"),
                            (["--rdzv-backend", "c10d"], "leave them out"),
                            (["--nnodes", "1:2"], "--nnodes 1:2: must be one number"),
+                           (["--nnodes", "two"], "--nnodes two: must be one number"),
+                           (["--nproc-per-node", "two"], "nproc_per_node"),
                            (["--nnodes", "2", "--master-port", "1"], "--master-addr: not set")):
-        assert launcher.main([*flags, "--nproc-per-node", "1", "-m", "fedrun"]) == 2
+        assert launcher.main(["--nproc-per-node", "1", *flags, "-m", "fedrun"]) == 2
         assert message in capfd.readouterr().err
 
 

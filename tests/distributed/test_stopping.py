@@ -81,6 +81,27 @@ def test_a_second_signal_ends_at_once(endless: subprocess.Popen[str]) -> None:
     assert endless.returncode == 128 + signal.SIGTERM
 
 
+@pytest.mark.parametrize(("sent", "raised"), [(signal.SIGTERM, SystemExit),
+                                              (signal.SIGINT, KeyboardInterrupt)])
+def test_in_one_process_a_second_signal_raises(sent: signal.Signals, raised: type[BaseException],
+                                               tmp_path: Path) -> None:
+    """So that a notebook survives it; it reaches the main thread, which ends the block."""
+    (tmp_path / "lock").touch()
+
+    def send_two() -> None:
+        with StopRequest(tmp_path, tmp_path / "lock", list, Launch()).listening() as stopping:
+            os.kill(os.getpid(), sent)
+            time.sleep(0.7)
+            assert stopping.asked_by() == sent.name
+            os.kill(os.getpid(), sent)
+            time.sleep(20)
+
+    with pytest.raises(raised) as caught:
+        send_two()
+    if isinstance(caught.value, SystemExit):
+        assert caught.value.code == 128 + sent
+
+
 def test_under_nohup_a_closed_terminal_has_no_effect(tmp_path: Path) -> None:
     (tmp_path / "lock").touch()
     names = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"

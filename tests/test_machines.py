@@ -1,4 +1,4 @@
-"""Machines as they are: users without a home or without rights, full disks, umasks."""
+"""Real machines: users without a home or permissions, full disks, umasks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Wholes = Callable[[str], Outcome]
 
 @pytest.fixture(scope="module")
 def whole(little_text: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Wholes:
-    """The undisturbed run of a method with FLAGS."""
+    """An undisturbed run of a method with FLAGS."""
     folder = tmp_path_factory.mktemp("whole")
 
     @functools.cache
@@ -60,7 +60,7 @@ def error_lines(output: str) -> list[str]:
     return [line for line in output.splitlines() if line.startswith("fedrun: error:")]
 
 
-# ---- whose error it is --------------------------------------------------------------------------
+# ---- errors of users and machines, and bugs -----------------------------------------------------
 
 def raised(call: Callable[[], Any]) -> BaseException:
     with pytest.raises(BaseException) as caught:  # noqa: PT011
@@ -86,12 +86,12 @@ def from_a_library() -> None:
     (lambda: locks.acquire(Path("/proc/self/nowhere/lock"), 0), "/proc/self/nowhere: No such file "
      "or directory"),
 ])
-def test_faults_of_users_and_machines_have_a_line_and_ours_have_none(call: Callable[[], Any],
+def test_errors_of_users_and_machines_have_a_line_and_bugs_have_none(call: Callable[[], Any],
                                                                      line: str | None) -> None:
     assert explain(raised(call)) == line
 
 
-def test_a_library_that_tells_the_system_s_error_in_words() -> None:
+def test_system_errors_that_libraries_raise_as_text() -> None:
     assert explain(Exception("No space left on device (os error 28)")) == (
         "No space left on device (os error 28)")
     assert explain(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate "
@@ -99,7 +99,7 @@ def test_a_library_that_tells_the_system_s_error_in_words() -> None:
     assert explain(Diverged("the loss is nan")) == "the loss is nan"
 
 
-def test_the_line_of_a_disk_names_the_flag_once() -> None:
+def test_a_disk_error_names_the_flag_once() -> None:
     with pytest.raises(ValueError, match=r"^--out /o: No space left on device$"), \
             naming("--out", Path("/o")):
         raise no_space("/o")
@@ -126,7 +126,7 @@ def test_a_user_without_a_home(command: tuple[str, ...], monkeypatch: pytest.Mon
     ("export", "{run}", "{file}/x"),
     ("evaluate", "{run}", "--cache_dir", "{file}/x"),
 ])
-def test_a_place_that_cannot_be_written_is_named_with_its_flag(
+def test_an_output_path_that_cannot_be_written_is_named_with_its_flag(
         command: tuple[str, ...], whole: Wholes, tmp_path: Path,
         capsys: pytest.CaptureFixture[str]) -> None:
     file, run = tmp_path / "file", whole("fed_avg").run_dir
@@ -143,7 +143,7 @@ def test_a_place_that_cannot_be_written_is_named_with_its_flag(
 
 @contextmanager
 def another_user(*private: Path) -> Iterator[None]:
-    """As somebody who may not read the paths: as root, by giving up its rights."""
+    """Run the block as a user who cannot read these paths; root gives up its rights."""
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in private}
     for path in private:
         path.chmod(0)
@@ -161,13 +161,13 @@ def another_user(*private: Path) -> Iterator[None]:
 
 @pytest.fixture
 def shared() -> Iterator[Path]:
-    """A folder that every user may write into."""
+    """A folder that every user can write to."""
     with tempfile.TemporaryDirectory(prefix="fedrun-tests-") as name:
         Path(name).chmod(0o777)
         yield Path(name)
 
 
-def test_a_run_of_another_user_does_not_keep_others_from_being_found(shared: Path) -> None:
+def test_an_unreadable_run_of_another_user_does_not_hide_others(shared: Path) -> None:
     from tests.support.folders import ours
     mine, theirs = ours(shared, seed=0), ours(shared, seed=1, name="theirs")
     with another_user(theirs):
@@ -192,12 +192,12 @@ def test_locks_of_another_user(shared: Path) -> None:
         with pytest.raises(PermissionError, match="unreadable"):
             locks.acquire(shared / "unreadable", 0.0)
     shared.chmod(0o755)
-    if os.geteuid() == 0:  # else it is our own folder, which no mode keeps us from changing
+    if os.geteuid() == 0:  # otherwise we own the folder and could write anyway
         with another_user(), pytest.raises(PermissionError, match="new"):
             locks.acquire(shared / "new", 0.0)
 
 
-def test_a_cache_that_may_only_be_read_is_read(shared: Path, tmp_path: Path) -> None:
+def test_a_read_only_cache_is_used(shared: Path, tmp_path: Path) -> None:
     text = shared / "tale.txt"
     text.write_text("A ship sailed over the sea to find a new land. " * 200 + "\n\n" + "End. " * 99)
     cache = shared / "cache"
@@ -218,7 +218,7 @@ def test_a_cache_that_may_only_be_read_is_read(shared: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("umask", [0o002, pytest.param(0o077, marks=pytest.mark.slow)])
-def test_files_keep_the_umask(umask: int, run_here: Run, tmp_path: Path) -> None:
+def test_files_follow_the_umask(umask: int, run_here: Run, tmp_path: Path) -> None:
     before = os.umask(umask)
     try:
         done = run_here("fed_avg", "--num_clients", 2, "--rounds", 2, "--checkpoint_freq", 1,
@@ -265,7 +265,10 @@ def test_a_file_that_does_not_fit_is_named_with_what_it_needs(tmp_path: Path,
 
 
 class Disk:
-    """Has no room for some of a run's files, from a step on and for some writes."""
+    """A disk that is full for some writes of some of a run's files.
+
+    match: part of the files' paths; writes: which of their writes fail, counted from 1.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, match: str, writes: range) -> None:
         self.match, self.writes, self.count = match, writes, 0
@@ -286,9 +289,9 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.parametrize("method", [pytest.param("fed_avg", marks=SLOW), "central"])
-def test_steps_that_find_the_disk_full_are_there_in_the_end(
+def test_steps_that_did_not_fit_on_the_disk_are_written_later(
         method: str, run_here: Run, whole: Wholes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no checkpoint is made without them, from which a run would go on without them."""
+    """No checkpoint is written without them: a run that resumes from it would lack them."""
     undisturbed = whole(method)
     Disk(monkeypatch, "params/step_", range(2, 5))  # of steps 2 and 3, and of a checkpoint
     full = run_here(method, *flags_of(method))
@@ -298,16 +301,16 @@ def test_steps_that_find_the_disk_full_are_there_in_the_end(
 
 
 @pytest.mark.parametrize("method", ["fed_avg", pytest.param("central", marks=SLOW)])
-def test_a_disk_that_stays_full_ends_the_run_and_with_room_it_ends_in_the_same_bits(
+def test_a_disk_that_stays_full_ends_the_run_and_the_next_start_gives_the_same_bits(
         method: str, run_here: Run, whole: Wholes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before too many steps wait in memory."""
+    """It ends before too many steps wait in memory."""
     with monkeypatch.context() as broken:
         Disk(broken, "deltas/step_", range(2, 10**6))
         full = run_here(method, *flags_of(method))
     assert full.code == 1
     (line,) = error_lines(full.output)
     assert "deltas/step_000002.npz: No space left on device" in line
-    assert "checkpoint" in full.output  # none was made: step 2 was never whole
+    assert "checkpoint" in full.output  # none was written: step 2 was never complete
     assert not list(full.run_dir.glob("checkpoints/*/manifest.json"))
     assert 1 + SnapshotWriter.AT_MOST < 6
     again = run_here(method, *flags_of(method))
@@ -318,7 +321,7 @@ def test_a_disk_that_stays_full_ends_the_run_and_with_room_it_ends_in_the_same_b
 @pytest.mark.parametrize("match", ["clients/client_1"] + [
     pytest.param(name, marks=SLOW) for name in ("model.safetensors", "outcome.json",
                                                 "config.json")])
-def test_a_full_disk_ends_a_run_in_one_line(match: str, run_here: Run, whole: Wholes,
+def test_a_full_disk_ends_a_run_with_one_line(match: str, run_here: Run, whole: Wholes,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
     flags = (*FLAGS, "--client_store", "disk")
     import fedrun.common.files
@@ -352,10 +355,10 @@ def test_a_cache_that_does_not_fit(run_here: Run, tmp_path: Path,
     assert line.startswith(f"fedrun: error: --cache_dir {cache}: {cache}/tokens/")
     assert "No space left on device (" in line
     assert "free)" in line
-    assert not [p for p in (cache / "tokens").iterdir() if p.is_dir()]  # what was made is gone
+    assert not [p for p in (cache / "tokens").iterdir() if p.is_dir()]  # nothing incomplete
 
 
-def test_a_cache_that_is_emptied_under_a_run(run_here: Run, whole: Wholes, tmp_path: Path,
+def test_a_cache_that_is_deleted_during_a_run(run_here: Run, whole: Wholes, tmp_path: Path,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     undisturbed, step, cache = whole("central"), Progress.step, tmp_path / "cache"
 
@@ -371,9 +374,9 @@ def test_a_cache_that_is_emptied_under_a_run(run_here: Run, whole: Wholes, tmp_p
     assert_equal(done, undisturbed)
 
 
-def test_lines_of_events_wait_for_room(run_here: Run, whole: Wholes,
+def test_lines_of_events_wait_for_free_space(run_here: Run, whole: Wholes,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line that was taken in part is finished; none is lost."""
+    """A line that was written in part is completed; none is lost."""
     from fedrun.records import track
     undisturbed = whole("fed_avg")
 

@@ -8,7 +8,6 @@ if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the imports that follow
 
 import os
-import sys
 import threading
 
 from fedrun.common.errors import explain
@@ -17,34 +16,36 @@ from fedrun.common.log import ERROR, log, print_log
 from fedrun.common.terminal import make_printable
 from fedrun.distributed.launch import detect
 from fedrun.distributed.stopping import (
-    HEARTBEAT,
+    HEARTBEAT_THREAD,
     die_with_launcher,
+    end_process,
     interruptible,
     outlive_terminal,
 )
 
 
 def main() -> None:
+    launch = detect(os.environ)
     make_printable()
-    print_log(quiet=detect(os.environ).local_rank > 0)
+    print_log(quiet=launch.local_rank > 0)
     outlive_terminal()
-    threading.excepthook = _in_a_thread
-    if detect(os.environ).alone:
+    threading.excepthook = _report_thread_error
+    if launch.alone:
         code = interruptible(command)
     else:
         die_with_launcher()  # before the imports, which take seconds
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own waits for a collective's end
+        # Python's handler would run only after the collective that the main thread is in.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         code = command()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    in_store = any(thread.name == HEARTBEAT for thread in threading.enumerate())
+    # A heartbeat that the store does not let go would abort Python's shutdown.
+    in_store = any(thread.name == HEARTBEAT_THREAD for thread in threading.enumerate())
     if code or in_store:
-        os._exit(code)  # at once: destructors of process groups would wait for peers that are gone
-    sys.exit()
+        end_process(code)
 
 
-def _in_a_thread(failed: threading.ExceptHookArgs) -> None:
-    """What a library's thread has met is told as what our own code meets."""
+def _report_thread_error(failed: threading.ExceptHookArgs) -> None:
+    """Report an error in a thread, such as a library's, as one in the main thread: in one line if
+    the user or the machine caused it."""
     line = explain(failed.exc_value) if failed.exc_value else None
     if line is None:
         threading.__excepthook__(failed)
@@ -53,6 +54,8 @@ def _in_a_thread(failed: threading.ExceptHookArgs) -> None:
 
 
 def command() -> int:
+    """Run the command line; return its exit code. Where memory or threads are too few even for
+    the imports, print one line."""
     try:
         require_memory()
         from fedrun import cli

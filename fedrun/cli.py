@@ -48,7 +48,11 @@ TOOLS: dict[str, tuple[str, str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code: 0 done, 1 failed, 2 asked for something that cannot be."""
+    """Run one command. Returns the exit code: 0 done, 1 failed, 2 if the user has to change
+    something or a rank or server did not answer.
+
+    Other exceptions are bugs and are raised, for their traceback.
+    """
     argv = sys.argv[1:] if argv is None else argv
     print_log(quiet=detect(os.environ).local_rank > 0)
     try:
@@ -58,16 +62,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse(argv)
         if config is None:
             return 0
-        from fedrun.run import run  # torch is imported here, after everything quick
+        from fedrun.run import run  # imports torch, so only after everything fast
         return run(config)
-    except BrokenPipeError:  # whoever read our output has enough: `fedrun ... | head`
+    except BrokenPipeError:  # the reader of our output has closed it: `fedrun ... | head`
         return 1
-    except UnicodeEncodeError as error:  # by a library that takes only names in UTF-8
-        complain(f"{shortened(visible(error.object), 200)}: this name cannot be used under this "
-                 "locale; set LC_ALL=C.UTF-8, or rename it")
+    except UnicodeEncodeError as error:  # from a library that accepts only UTF-8 paths
+        complain(f"{shortened(visible(error.object), 200)}: this name cannot be used in this "
+                 "locale; set LC_ALL=C.UTF-8, or rename the file")
         return 2
-    except (ValueError, ConnectionError, TimeoutError) as error:  # all told by the flag's name
-        if isinstance(error, ValueError):  # a peer or a hub that does not answer may do so later
+    except (InputError, ConnectionError, TimeoutError) as error:
+        if isinstance(error, InputError):  # a rank or a hub that does not answer may do so later
             refuse()
         complain(one_line(error))
         return 2

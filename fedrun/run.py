@@ -126,8 +126,7 @@ def _connect_and_train(experiment: Experiment, check: CorpusCheck, launch: Launc
         control.share()  # all ranks: nobody writes into the folder before it is ready
         if start.complete:
             return f"done: {config.run_dir}"
-        stopping = StopRequest(config.run_dir, config.run_dir / LOCK, control.lost_peers,
-                               quiet=launch.rank > 0)
+        stopping = StopRequest(config.run_dir, config.run_dir / LOCK, control.lost_peers, launch)
         with stopping.listening():
             for warning in launch_warnings(config, launch) + warnings if launch.rank == 0 else []:
                 log(warning, WARNING)

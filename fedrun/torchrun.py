@@ -1,19 +1,19 @@
-"""torchrun with a store that strangers do not reach.
+"""torchrun with a store that is not open to other machines.
 
     python -m fedrun.torchrun --nproc-per-node 5 -m fedrun fed_avg --num_clients 4
 
-Flags, environment, restarts and log files are torchrun's (its static rendezvous). Of its own it has
-the store: torchrun's listens on all addresses of the machine, and with --standalone the launcher
-unpickles, that is, runs what it finds there. This one listens on the loopback, or where several
-machines meet on the address of MASTER_ADDR, and nothing in it is code. What goes wrong is told in
-one line; the exit code is 1 if a rank has failed, as torchrun's.
+Flags, environment, restarts and log files are those of torchrun (with its static rendezvous). Only
+the store differs: torchrun's listens on all addresses of the machine, and with --standalone the
+launcher unpickles what it finds there, which can run any code. This one listens on the loopback, or
+with several machines on the address of MASTER_ADDR, and holds no code. Errors are one line each.
+The exit code is 1 if a rank has failed, as torchrun's.
 """
 
 from __future__ import annotations
 
 import signal
 
-from fedrun.common.errors import InputError
+from fedrun.common.errors import FedrunError, InputError, one_line
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback from the imports that follow
@@ -29,6 +29,8 @@ from datetime import timedelta
 from pathlib import Path
 
 from fedrun.common.limits import memory_limit, require_files, require_memory, shortage
+from fedrun.common.log import print_log
+from fedrun.distributed.launch import in_slurm_step, rendezvous
 from fedrun.distributed.stopping import (
     LAUNCHER,
     REFUSED,
@@ -38,33 +40,43 @@ from fedrun.distributed.stopping import (
 )
 
 NAME = "fedrun"
-SECONDS_FOR_MACHINES = 600  # that all take to appear, as torchrun has it
+SECONDS_FOR_MACHINES = 600  # until all machines have connected; torchrun's value
 
 
-class NotRestarted(Exception):
-    """A rank has ended because the user has to change something: the next would end alike."""
+class NotRestarted(FedrunError):
+    """A rank ended because the user must change something; a restart would end in the same way."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Start the processes of this machine and wait for their end; the exit code."""
+    """Start the processes of this machine and wait for their end. Returns the exit code."""
+    print_log()
     try:
         require_memory()
         return launch(sys.argv[1:] if argv is None else argv)
     except Exception as error:
-        told = isinstance(error, ValueError | ConnectionError)
-        if not (why := str(error) if told else shortage(error)):
+        expected = isinstance(error, InputError | ConnectionError)
+        if not (why := str(error) if expected else shortage(error)):
             raise
-        print(f"launch: error: {' '.join(why.split())}", file=sys.stderr, flush=True)
+        _say(f"error: {' '.join(why.split())}")
         return 2
 
 
+def _say(line: str) -> None:
+    print(f"launch: {line}", file=sys.stderr, flush=True)
+
+
 def launch(argv: Sequence[str]) -> int:
-    """The same. ValueError and ConnectionError for what the user has to change."""
+    """`main` without its error messages.
+
+    Raises:
+        InputError: the user must change something.
+        ConnectionError: the machines did not find each other.
+    """
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if "LOGLEVEL" not in os.environ:  # what its lines say, ours do
+    if "LOGLEVEL" not in os.environ:  # this launcher prints the same in fewer lines
         for name in ("multiprocessing.api", "agent.server.api"):
             logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     args = parse(argv)
@@ -81,48 +93,61 @@ def launch(argv: Sequence[str]) -> int:
         return 0
     except NotRestarted:
         return 2
+    except ValueError as error:  # a flag that torchrun rejects, such as --nproc-per-node gpu
+        raise InputError(one_line(error)) from error
     except SignalException as error:
-        print(f"launch: {error.sigval.name}: all processes have ended", file=sys.stderr, flush=True)
+        _say(f"{error.sigval.name}: all processes have ended")
     except ChildFailedError as error:
         if refused.exists():
             return 2
-        # All but the first are ended by SIGTERM.
+        # torchrun ends all but the first one that failed by SIGTERM.
         failed = {rank: failure for rank, failure in sorted(error.failures.items())
                   if failure.exitcode != -signal.SIGTERM} or error.failures
         for rank, failure in failed.items():
             how = f"by {failure.signal_name()}" if failure.exitcode < 0 else (
                 f"with exit code {failure.exitcode}")
             hint = memory_limit() if failure.exitcode == -signal.SIGABRT else ""
-            print(f"launch: rank {rank} (process {failure.pid}) ended {how}"
-                  f"{hint and f': out of memory{hint}?'}", file=sys.stderr, flush=True)
+            _say(f"rank {rank} (process {failure.pid}) ended {how}"
+                 f"{hint and f': out of memory{hint}?'}")
     finally:
         scratch.cleanup()
     return 1
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """torchrun's flags; ValueError for those that choose another rendezvous, and where several
-    machines are not told how to meet."""
+    """torchrun's flags. In a SLURM step the address and port of the first machine are optional.
+    InputError for flags that choose another rendezvous, or if that address or port is missing."""
     from torch.distributed import run as torchrun
     parser = torchrun.get_args_parser()
     parser.set_defaults(**{name: None for name in ("master_addr", "master_port")
                            if f"PET_{name.upper()}" not in os.environ})
     args = parser.parse_args(argv)
     if args.standalone or args.rdzv_backend != "static" or args.rdzv_endpoint:
-        raise InputError("--standalone, --rdzv-backend and --rdzv-endpoint choose a rendezvous, "
-                         "and this launcher has its own: leave them out")
-    fewest, args.machines = torchrun.parse_min_max_nnodes(args.nnodes)
-    if fewest != args.machines:
-        raise InputError(f"--nnodes {args.nnodes}: accepted is one number")
-    for name in ("master_addr", "master_port") if args.machines > 1 else ():
-        if getattr(args, name) is None:
-            raise InputError(f"--{name.replace('_', '-')}: not set, though there are "
-                             f"{args.machines} machines: each has to be told where the first is")
+        raise InputError("--standalone, --rdzv-backend and --rdzv-endpoint choose another "
+                         "rendezvous than this launcher's own: leave them out")
+    try:
+        fewest, args.machines = torchrun.parse_min_max_nnodes(args.nnodes)
+    except (ValueError, RuntimeError):
+        fewest = args.machines = 0
+    if fewest != args.machines or args.machines < 1:
+        raise InputError(f"--nnodes {args.nnodes}: must be one number >= 1")
+    if args.machines > 1:
+        found = {name: str(value) for name, value in (
+            ("MASTER_ADDR", args.master_addr), ("MASTER_PORT", args.master_port))
+            if value is not None}
+        if in_slurm_step(os.environ):
+            found |= rendezvous({**os.environ, **found})
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in found:
+                raise InputError(f"--{name.lower().replace('_', '-')}: not set; each of the "
+                                 f"{args.machines} machines needs the address and port of the "
+                                 "first")
+        args.master_addr, args.master_port = found["MASTER_ADDR"], int(found["MASTER_PORT"])
     return args
 
 
 def register(args: argparse.Namespace) -> None:
-    """Make torchrun take our rendezvous, and signals as the shell has set them."""
+    """Make torchrun use our rendezvous, and the signals that this process does not ignore."""
     from torch._C._distributed_c10d import PrefixStore
     from torch.distributed.elastic.rendezvous import (
         RendezvousHandler,
@@ -132,10 +157,10 @@ def register(args: argparse.Namespace) -> None:
     )
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-    from fedrun.distributed.connect import LOOPBACK, gather_all, listen, reach, serve
+    from fedrun.distributed.connect import LOOPBACK, listen, reach, serve, wait_for_all
 
     class Rendezvous(StaticTCPRendezvous):
-        """Static, behind a socket of our own."""
+        """torchrun's static rendezvous, with a store on our own socket."""
 
         def get_backend(self) -> str:
             return NAME
@@ -151,8 +176,8 @@ def register(args: argparse.Namespace) -> None:
                     self.master_addr, self.master_port = self._store.host, self._store.port
                 else:
                     self._store = reach(self.master_addr, self.master_port, bound, False)
-                gather_all(PrefixStore("machines", self._store), self.rank, self.world_size, bound,
-                          "machine")
+                wait_for_all(PrefixStore("machines", self._store), self.rank, self.world_size,
+                             bound, "machine")
             return super().next_rendezvous()
 
     def create(parameters: RendezvousParameters) -> RendezvousHandler:
@@ -161,16 +186,16 @@ def register(args: argparse.Namespace) -> None:
 
     address, port, machine = args.master_addr or LOOPBACK, args.master_port or 0, args.node_rank
     rendezvous_handler_registry.register(NAME, create)
-    # torchrun warns of an address or a number that its own static rendezvous would not see.
+    # torchrun warns if --master-addr or --node-rank is given with a rendezvous other than its own.
     args.rdzv_backend, args.rdzv_endpoint, args.node_rank = NAME, f"{address}:{port}", 0
-    if args.rdzv_id == "none":  # a run that is restarted in place is known by it
+    if args.rdzv_id == "none":  # identifies a run that is restarted in place
         args.rdzv_id = uuid.uuid4().hex if args.machines == 1 else NAME
     args.signals_to_handle = wanted_signals(args.signals_to_handle)
 
 
 def wanted_signals(names: str) -> str:
-    """Of the signals that torchrun passes on those to take: without the hangup that `nohup` has had
-    ignored, which torchrun would take back."""
+    """The signals that torchrun should forward, from its list of names: without SIGHUP if `nohup`
+    made this process ignore it, since torchrun would handle it again."""
     return ",".join(n for n in names.split(",") if n != "SIGHUP" or not hangup_ignored())
 
 

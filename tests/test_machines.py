@@ -34,7 +34,7 @@ def test_a_user_without_a_home(command: tuple[str, ...], monkeypatch: pytest.Mon
 
 @contextmanager
 def another_user(*private: Path) -> Iterator[None]:
-    """As somebody who may not read the paths: as root, by giving up its rights."""
+    """Run the block as a user who cannot read these paths; root gives up its rights."""
     modes = {path: stat.S_IMODE(path.stat().st_mode) for path in private}
     for path in private:
         path.chmod(0)
@@ -52,7 +52,7 @@ def another_user(*private: Path) -> Iterator[None]:
 
 @pytest.fixture
 def shared() -> Iterator[Path]:
-    """A folder that every user may write into."""
+    """A folder that every user can write to."""
     with tempfile.TemporaryDirectory(prefix="fedrun-tests-") as name:
         Path(name).chmod(0o777)
         yield Path(name)
@@ -83,12 +83,12 @@ def test_locks_of_another_user(shared: Path) -> None:
         with pytest.raises(PermissionError, match="unreadable"):
             locks.acquire(shared / "unreadable", 0.0)
     shared.chmod(0o755)
-    if os.geteuid() == 0:  # else it is our own folder, which no mode keeps us from changing
+    if os.geteuid() == 0:  # otherwise we own the folder and could write anyway
         with another_user(), pytest.raises(PermissionError, match="new"):
             locks.acquire(shared / "new", 0.0)
 
 
-def test_a_cache_that_may_only_be_read_is_read(shared: Path, tmp_path: Path) -> None:
+def test_a_read_only_cache_is_used(shared: Path, tmp_path: Path) -> None:
     text = shared / "tale.txt"
     text.write_text("A ship sailed over the sea to find a new land. " * 200 + "\n\n" + "End. " * 99)
     cache = shared / "cache"
@@ -109,7 +109,7 @@ def test_a_cache_that_may_only_be_read_is_read(shared: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("umask", [0o002, pytest.param(0o077, marks=pytest.mark.slow)])
-def test_files_keep_the_umask(umask: int, run_here: Run, tmp_path: Path) -> None:
+def test_files_follow_the_umask(umask: int, run_here: Run, tmp_path: Path) -> None:
     before = os.umask(umask)
     try:
         done = run_here("fed_avg", "--num_clients", 2, "--rounds", 2, "--checkpoint_freq", 1,

@@ -1,1 +1,1 @@
-"""What every wing may use: errors, files, locks, and text for a terminal."""
+"""Used by all other packages: errors, messages, files, locks, limits, text for a terminal."""

@@ -1,4 +1,5 @@
-"""Errors that users can act on: a line that names the flag and what it accepts. Needs no torch."""
+"""Errors that users can act on: one line that names the flag and what it accepts. Does not import
+torch."""
 
 from __future__ import annotations
 
@@ -10,68 +11,71 @@ from typing import Literal
 
 
 class FedrunError(Exception):
-    """Raised on purpose, with a message for the user: one line, printed without a traceback."""
+    """Raised on purpose; its message is one line for the user, printed without a traceback."""
 
 
 class InputError(FedrunError, ValueError):
-    """The user has to change something: a flag, a file, a folder. The message names it."""
+    """The user must change something: a flag, a file or a folder. The message names it."""
 
 
 class Diverged(FedrunError, RuntimeError):
-    """Training has left the finite numbers."""
+    """The loss or the parameters are no longer finite."""
 
 
 class FolderLost(FedrunError, RuntimeError):
-    """The run's folder is no longer this run's: it was removed, renamed, or another run has it."""
+    """The run's folder was removed or renamed, or another run has taken it."""
 
 
-Failure = Literal["error", "diverged"]  # kinds of a failed run, in its outcome.json
+Failure = Literal["error", "diverged"]  # why a run failed, in its outcome.json
 
 
 def require(condition: bool, flag: str, value: object, accepted: str) -> None:
-    """Raise the ValueError of a wrong setting: which flag, what it got, what it accepts."""
+    """Raise the InputError of a wrong setting unless the condition holds.
+
+    accepted: completes "--flag VALUE: must be ...".
+    """
     if not condition:
         raise InputError(f"{flag} {value}: must be {accepted}")
 
 
 def is_component(name: str) -> bool:
-    """Whether a name stands for one file or folder where it is put, never for a path out of it."""
+    """Whether a name is that of a file or folder, and not a path that leads elsewhere."""
     return name not in ("", ".", "..") and not {"/", "\0"} & set(name)
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message with its line breaks folded."""
+    """An error's message on one line."""
     return " ".join(str(error).split())
 
 
 @contextmanager
 def naming(flag: str, path: object) -> Iterator[None]:
-    """Turn the disk's errors inside into a ValueError that names the flag which chose the path."""
+    """Turn an OSError in the block into an InputError that names the flag which chose the path."""
     try:
         yield
     except OSError as error:
-        said = (explain(error) or "").removeprefix(f"{path}: ")
-        raise InputError(f"{flag} {path}: {said}") from error
+        reason = (explain(error) or "").removeprefix(f"{path}: ")
+        raise InputError(f"{flag} {path}: {reason}") from error
 
 
 def explain(error: BaseException) -> str | None:
-    """One line for an error that the user or the machine caused; None for a bug of ours, which
-    needs its traceback.
+    """One line for an error that the user or the machine caused; None for a bug, which needs its
+    traceback.
 
-    A FedrunError says it itself. Otherwise the error, or one that it was raised from, must come
-    from the operating system or from a lack of memory.
+    For a FedrunError, its message. Any other error, or one that it was raised from, must come from
+    the operating system or from a lack of memory.
     """
     if isinstance(error, FedrunError):
         return one_line(error)
     cause: BaseException | None = error
     while cause is not None:
-        if said := _of_the_machine(cause):
-            return said
+        if line := _explain_system_error(cause):
+            return line
         cause = cause.__cause__
     return None
 
 
-def _of_the_machine(error: BaseException) -> str | None:
+def _explain_system_error(error: BaseException) -> str | None:
     text = one_line(error)
     if isinstance(error, OSError):
         if error.strerror is None:
@@ -82,8 +86,8 @@ def _of_the_machine(error: BaseException) -> str | None:
             or "can't allocate memory" in text):
         return f"not enough memory: {text}" if text else "not enough memory"
     if text.startswith("Could not determine home directory"):
-        return ("this user has no home directory, which ~ stands for: set HOME, or give "
+        return ("~ cannot be expanded, since this user has no home directory: set HOME, or give "
                 "--cache_dir and other paths without ~")
-    if re.search(r"\(os error \d+\)", text):  # of a library in Rust, which knows no OSError
+    if re.search(r"\(os error \d+\)", text):  # a library in Rust, which raises no OSError
         return text
     return None

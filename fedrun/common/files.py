@@ -1,7 +1,7 @@
-"""Files that are whole or absent when we write them, and not trusted when we read them.
+"""Files that are written atomically, and not trusted when they are read.
 
 Run folders are copied between machines and edited by hand, so what is read may be damaged, hostile
-or no file at all: everything outside a checksum is read through `read_json`.
+or not a file at all. Everything that no checksum covers is read through `read_json`.
 """
 
 from __future__ import annotations
@@ -21,25 +21,30 @@ from typing import Any, TypeVar
 
 from fedrun.common.errors import InputError
 
-LARGEST_JSON = 1 << 28  # bytes; a history of a million records has less
-DEEPEST_JSON = 50  # brackets within brackets; ours have five
+LARGEST_JSON = 1 << 28  # bytes; a history of a million records is smaller
+DEEPEST_JSON = 50  # levels of nesting; our own files have five
 Kind = TypeVar("Kind", dict[str, Any], list[Any])
 
 
-# Folders that somebody has claimed: what to call before anything is written there.
+# Folders of this process's runs, and the check that is called before each write to one.
 _claims: dict[Path, Callable[[], None]] = {}
 
 
 class DamagedFile(InputError):
-    """A file that is there and does not hold what it should; the message begins with its path."""
+    """A file exists, but its content is wrong. The message starts with its path."""
 
 
 def write_atomic(path: Path, *content: bytes | memoryview, durable: bool = True) -> None:
-    """Write a file whole or not at all: whoever opens it, or a crash, never meets half of it.
+    """Write a file atomically: neither a reader nor a crash can ever find half of it.
 
-    content: in pieces, one after the other. Each time a new file, with the permissions that the
-    umask leaves, takes the place of the one before. Without `durable` it is not forced to the disk:
-    a machine that loses power may lose it.
+    A new file, with the permissions that the umask leaves, replaces the old one.
+
+    content: pieces of the content, in order.
+    durable: wait until the file is on the disk; otherwise it may be lost in a power failure.
+
+    Raises:
+        OSError: it cannot be written; the error names the file.
+        FolderLost: the run's folder belongs to another run (see `claim`).
     """
     check_claim(path)
     name = ""
@@ -47,7 +52,7 @@ def write_atomic(path: Path, *content: bytes | memoryview, durable: bool = True)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp's own is 600
+            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp gives 600
             for piece in content:
                 file.write(piece)
             file.flush()
@@ -56,7 +61,7 @@ def write_atomic(path: Path, *content: bytes | memoryview, durable: bool = True)
         check_claim(path)
         os.replace(name, path)
     except BaseException as error:
-        with suppress(OSError):  # it may be gone, with its folder
+        with suppress(OSError):  # it may have been removed with its folder
             os.unlink(name)
         if isinstance(error, OSError):
             raise on_disk(error, path, sum(map(len, content))) from None
@@ -64,16 +69,18 @@ def write_atomic(path: Path, *content: bytes | memoryview, durable: bool = True)
 
 
 def copy_files(source: Path, target: Path) -> None:
-    """Copy the files below a folder, each whole, without their permissions: those of a cache that
-    is read-only would keep a run from being started again."""
+    """Copy the files below a folder, each one atomically. Permissions are not copied: those of a
+    read-only cache would prevent the run from being started again."""
     for path in sorted(source.rglob("*")):
         if path.is_file():
             write_atomic(target / path.relative_to(source), path.read_bytes())
 
 
 def on_disk(error: OSError, path: Path, needed: int = 0) -> OSError:
-    """A disk's error as one that names the file which was written, and how much room there is where
-    that is what is missing; `needed`: bytes of the file, where they are known."""
+    """An OSError that names the file being written and, if the disk is full, the free space.
+
+    needed: size of the file in bytes, if known.
+    """
     text = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         with suppress(OSError):
@@ -92,22 +99,23 @@ def _size(count: int) -> str:
 
 
 def claim(folder: Path, check: Callable[[], None] | None) -> None:
-    """From now on call `check` before a file below the folder is written: it raises where that must
-    not be. None ends it."""
+    """From now on call `check` before each write to a file below the folder; it raises an error if
+    the file must not be written. None removes the check."""
     _claims.pop(folder, None)
     if check:
         _claims[folder] = check
 
 
 def check_claim(path: Path) -> None:
-    """Call the checks of the folders that a path is in, or is."""
+    """Call the checks of all claimed folders that contain the path, or are the path."""
     for folder, check in list(_claims.items()):
         if path.is_relative_to(folder):
             check()
 
 
 def _umask() -> int:
-    """This process's umask, which only Linux tells without setting it: that is not thread-safe."""
+    """This process's umask, from Linux's /proc: os.umask can only read it by setting it, which is
+    not thread-safe."""
     try:
         with open("/proc/self/status", encoding="ascii", errors="replace") as status:
             return next(int(line.split()[1], 8) for line in status if line.startswith("Umask:"))
@@ -116,12 +124,12 @@ def _umask() -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON that every reader takes: numbers that are not finite become null."""
+    """Write standard JSON: numbers that are not finite become null."""
     write_atomic(path, (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode())
 
 
 def finite(value: Any) -> Any:
-    """A JSON-able value with null in place of NaN and infinities, which JSON does not have."""
+    """A value with None in place of NaN and infinities, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -135,20 +143,20 @@ def read_regular(path: Path, largest: int = LARGEST_JSON) -> bytes:
     """The content of a regular file of at most `largest` bytes.
 
     Raises:
-        OSError: it is not there or cannot be read.
-        DamagedFile: it is something else (a folder, a pipe that would never end), or larger.
+        OSError: the file does not exist or cannot be read.
+        DamagedFile: it is not a regular file (but a folder, or a pipe that never ends), or larger.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > largest:
-            raise DamagedFile(f"{path} has {size} bytes, at most {largest} are expected")
-        return file.read(size)  # not `largest`, which would be allocated
+            raise DamagedFile(f"{path} has {size} bytes; must be at most {largest}")
+        return file.read(size)  # `largest` bytes would be allocated
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """A regular file, open for reading. OSError where it cannot be opened, DamagedFile where it is
-    something else."""
-    # Opening a pipe without O_NONBLOCK waits for somebody to write into it.
+    """Open a regular file for reading. OSError if it cannot be opened, DamagedFile if it is not a
+    regular file."""
+    # Without O_NONBLOCK, opening a pipe waits until another process opens it for writing.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if stat.S_ISREG(os.fstat(handle).st_mode):
         return open(handle, "rb")
@@ -158,47 +166,47 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 @contextmanager
 def plain_name(path: Path) -> Iterator[str]:
-    """Another name of a regular file, for libraries that take only names in UTF-8 and would wait
-    for a pipe. Raises as `open_regular`."""
+    """A path in ASCII to a regular file, for libraries that accept only UTF-8 paths and would block
+    on a pipe. Raises the same errors as `open_regular`."""
     with open_regular(path) as file:
         yield f"/dev/fd/{file.fileno()}"
 
 
 def read_json(path: Path, kind: type[Kind]) -> Kind:
-    """The JSON object (dict) or array (list) in a file; NaN and infinities are read as null.
+    """The JSON object (dict) or array (list) in a file; NaN and infinities become None.
 
     Raises:
-        OSError: it is not there or cannot be read.
-        DamagedFile: it holds anything else.
+        OSError: the file does not exist or cannot be read.
+        DamagedFile: it contains anything else.
     """
     content = read_regular(path)
     try:
         value = json.loads(content, parse_constant=lambda _: None, parse_float=_finite_float)
     except (ValueError, RecursionError) as error:
-        raise DamagedFile(f"{path} is not JSON: {_why(error)}") from None
+        raise DamagedFile(f"{path} is not JSON: {_reason(error)}") from None
     if not isinstance(value, kind):
         expected = "an object" if kind is dict else "an array"
         raise DamagedFile(f"{path} does not hold {expected}")
     if _is_deep(value):
-        raise DamagedFile(f"{path} is nested more than {DEEPEST_JSON} deep")
+        raise DamagedFile(f"{path} is nested more than {DEEPEST_JSON} levels deep")
     return value
 
 
-def _why(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
         return str(error)
-    return "it has a number of thousands of digits"
+    return "it contains a number with thousands of digits"
 
 
 def _finite_float(digits: str) -> float | None:
-    """1e400 is infinite to Python, without being spelt so."""
+    """None for numbers that overflow to infinity, such as 1e400."""
     return value if math.isfinite(value := float(digits)) else None
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether it would exhaust the stack of whoever walks it, printing included."""
+    """Whether the nesting could exhaust the stack of code that walks it, such as printing."""
     level = [value]
     for _ in range(DEEPEST_JSON):
         level = [item for held in level
@@ -208,14 +216,14 @@ def _is_deep(value: Any) -> bool:
 
 
 def number(value: Any) -> float:
-    """A finite number that JSON gave, as a float; nan for anything else."""
+    """A finite number from JSON as a float; nan for anything else."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        with suppress(OverflowError):  # an integer of hundreds of digits
+        with suppress(OverflowError):  # an integer with hundreds of digits
             return float(value) if math.isfinite(value) else math.nan
     return math.nan
 
 
 def whole(value: Any, low: int = 0) -> int | None:
-    """A whole number that JSON gave, of 63 bits and at least `low`; None for anything else."""
+    """An integer from JSON that is >= `low` and < 2**63; None for anything else."""
     found = number(value)
     return int(value) if low <= found < 2**63 and found == int(found) else None

@@ -1,9 +1,9 @@
-"""Locks that one process holds by a file, for a run's folder and for an entry of the token cache.
+"""Locks between processes, each on a file: for a run's folder and for an entry of the token cache.
 
-The kernel keeps them (flock), and frees them however their holder ends. Where the file system has
-none, as many NFS and Lustre mounts, a second file stands for the lock, NAME.held: made by one
-process alone, it names its owner, who touches it every few seconds. It counts for nothing once it
-has not changed for a minute, or its owner was a process of this machine and is gone.
+The kernel holds the lock (flock) and frees it however its owner ends. File systems without flock,
+such as many NFS and Lustre mounts, use a second file as the lock, NAME.held. It is created by one
+process only, names its owner, and is touched by it every few seconds. It is void if it has not
+changed for a minute, or if its owner was a process of this machine and has ended.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import secrets
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -22,29 +21,33 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-BEAT = 5.0  # seconds between an owner's signs of life
-STALE = 60.0  # seconds without one, as others have watched, until a lock may be taken over
-SETTLE = 0.5  # seconds after which the last one of several that take it over at once has done so
-POLL = 0.1
+from fedrun.common.errors import FedrunError
+from fedrun.common.log import WARNING, log
+
+SECONDS_BETWEEN_TOUCHES = 5.0  # by a lock's owner
+SECONDS_UNTIL_STALE = 60.0  # without a touch, as observed by others; then they may take it over
+SECONDS_TO_SETTLE = 0.5  # after which the last of several processes that take it over owns it
+SECONDS_BETWEEN_ATTEMPTS = 0.1
 HELD = ".held"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-class Busy(Exception):
-    """Another process holds the lock; the text says which, as far as that is known."""
+class Busy(FedrunError):
+    """Another process holds the lock. The message says which, if that is known."""
 
 
 class Held:
-    """A lock until it is released, or this process ends.
+    """A lock that this process holds until `release`, or until it ends.
 
-    The first line of the lock's file names the holder; what else it says is the holder's.
+    The first line of the lock's file names the owner; the owner chooses the other lines.
     """
 
-    def __init__(self, path: Path, file: int, lock: _Kernel | _Owner) -> None:
+    def __init__(self, path: Path, file: int, lock: _KernelLock | _FileLock) -> None:
         self.path, self._file, self._lock = path, file, lock
 
     def write(self, *lines: str) -> None:
-        """Write the file: this process, and more lines. OSError where another user owns it."""
+        """Write this process's name and these lines into the lock's file. OSError if the file
+        belongs to another user."""
         if fcntl.fcntl(self._file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.path))
         os.ftruncate(self._file, 0)
@@ -52,8 +55,8 @@ class Held:
         os.fsync(self._file)
 
     def release(self) -> None:
-        """Give it up; the file stays."""
-        self._lock.end()
+        """Free the lock. Its file stays."""
+        self._lock.release()
         os.close(self._file)
 
 
@@ -61,31 +64,34 @@ def this_process() -> str:
     return f"process {os.getpid()} on {platform.node()}"
 
 
-def acquire(path: Path, patience: float, waits: Callable[[str], None] = lambda holder: None,
-            say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
+def acquire(path: Path, patience: float, on_wait: Callable[[str], None] = lambda owner: None
             ) -> Held:
-    """Hold the lock of a file, which is made where there is none, its folder too.
+    """Acquire the lock on a file. The file and its folder are created if necessary.
 
-    waits: called with the holder's name where another process has it. `patience`: seconds to wait
-    for that one; one that has died without the kernel freeing its lock is waited for until that is
-    certain. Raises Busy, and OSError where the file cannot be opened.
+    patience: seconds to wait for another process that holds the lock. If that process may have died
+    and the kernel does not free its lock, wait in any case until that is certain.
+    on_wait: called once with the owner's name if another process holds the lock.
+
+    Raises:
+        Busy: another process still holds the lock.
+        OSError: the file cannot be opened.
     """
     file = _open(path)
-    lock: _Kernel | _Owner = _Kernel(path, file)
-    told = False
+    lock: _KernelLock | _FileLock = _KernelLock(path, file)
+    waiting = False
     deadline = time.monotonic() + patience
     try:
-        while not lock.attempt():
-            if isinstance(lock, _Kernel) and lock.missing:
-                lock = _Owner(path)
-                _say_once(path, say)
+        while not lock.try_acquire():
+            if isinstance(lock, _KernelLock) and lock.unsupported:
+                lock = _FileLock(path)
+                _warn_once(path)
                 continue
-            if not told:
-                waits(lock.holder)
-                told = True
-            if time.monotonic() > deadline and not lock.maybe_dead:
-                raise Busy(lock.holder)
-            time.sleep(POLL)
+            if not waiting:
+                on_wait(lock.owner)
+                waiting = True
+            if time.monotonic() > deadline and not lock.owner_may_be_dead:
+                raise Busy(lock.owner)
+            time.sleep(SECONDS_BETWEEN_ATTEMPTS)
     except BaseException:
         os.close(file)
         raise
@@ -93,8 +99,8 @@ def acquire(path: Path, patience: float, waits: Callable[[str], None] = lambda h
 
 
 def _open(path: Path) -> int:
-    """The open file, read-only where another user owns it. Others' files are opened without
-    O_CREAT, which Linux refuses for them in folders such as /tmp."""
+    """Open the file, read-only if it belongs to another user. Existing files are opened without
+    O_CREAT: in folders such as /tmp Linux refuses it for files of other users."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for flags in (os.O_RDWR, os.O_RDWR | os.O_CREAT):
         try:
@@ -108,108 +114,110 @@ def _open(path: Path) -> int:
     return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
-class _Kernel:
-    """The kernel's lock of an open file."""
+class _KernelLock:
+    """The kernel's lock on an open file (flock)."""
 
-    maybe_dead = False
+    owner_may_be_dead = False
 
     def __init__(self, path: Path, file: int) -> None:
         self.path, self.file = path, file
-        self.missing = False
-        """Whether the file system has no locks."""
+        self.unsupported = False
+        """Whether the file system has no flock."""
 
     @property
-    def holder(self) -> str:
-        """Who has it, by the file's first line."""
+    def owner(self) -> str:
+        """The lock's owner, from the first line of the file."""
         with suppress(OSError):
             name = self.path.read_text(encoding="utf-8", errors="replace").partition("\n")[0]
             return name or "another process"
         return "another process"
 
-    def attempt(self) -> bool:
-        """Take the lock if it is free."""
+    def try_acquire(self) -> bool:
+        """Acquire the lock if it is free."""
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno == errno.EBADF:  # a network file system, and a file of another user's
+            if error.errno == errno.EBADF:  # another user's file on a network file system
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.path)
                                       ) from None
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, *NO_LOCKS):
                 raise
-            self.missing = error.errno in NO_LOCKS
+            self.unsupported = error.errno in NO_LOCKS
             return False
         with suppress(OSError):
             if os.path.samestat(self.path.stat(), os.fstat(self.file)):
                 return True
-        os.dup2(renewed := _open(self.path), self.file, inheritable=False)  # it was removed
-        os.close(renewed)
-        return self.attempt()
+        # The file was removed: its lock protects nothing. Open the new file under the same number.
+        os.dup2(reopened := _open(self.path), self.file, inheritable=False)
+        os.close(reopened)
+        return self.try_acquire()
 
-    def end(self) -> None:
-        """Closing the file frees the lock."""
-
-
-_said: set[str] = set()
+    def release(self) -> None:
+        """Nothing to do: closing the file frees the lock."""
 
 
-def _say_once(path: Path, say: Callable[[str], None]) -> None:
-    if not _said:
-        say(f"fedrun: warning: the file system of {path.parent} has no locks (flock): files "
-            f"*{HELD} stand for them, for up to {STALE:.0f} s after a process has died")
-    _said.add(str(path))
+_warned: set[str] = set()
 
 
-class _Owner:
-    """The file NAME.held, in place of a lock of the kernel's."""
+def _warn_once(path: Path) -> None:
+    if not _warned:
+        log(f"the file system of {path.parent} has no locks (flock): files *{HELD} take their "
+            f"place, for up to {SECONDS_UNTIL_STALE:.0f} s after a process has died", WARNING)
+    _warned.add(str(path))
+
+
+class _FileLock:
+    """The file NAME.held, in place of a lock of the kernel."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.with_name(path.name + HELD)
-        self.holder = "another process"
-        """Who has it, as of the last attempt."""
-        self.maybe_dead = True
-        """Whether that one has shown no sign of life since we look."""
-        self._mine = json.dumps({"holder": this_process(), "pid": os.getpid(), "began": _began(
-            os.getpid()), "machine": _machine(), "token": secrets.token_hex(8)})
-        self._seen: tuple[object, float] = (None, 0.0)
+        self.owner = "another process"
+        """The lock's owner at the last attempt."""
+        self.owner_may_be_dead = True
+        """Whether the owner has not touched the file since the first attempt."""
+        self._content = json.dumps({"holder": this_process(), "pid": os.getpid(),
+                                    "began": _start_time(os.getpid()), "machine": _machine_id(),
+                                    "token": secrets.token_hex(8)})
+        self._seen: tuple[object, float] = (None, 0.0)  # state of the file, and since when
         self._file = -1
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="fedrun-lock", daemon=True)
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._keep_touching, name="fedrun-lock", daemon=True)
 
-    def attempt(self) -> bool:
-        """Make the file, or take it over where its owner is dead."""
+    def try_acquire(self) -> bool:
+        """Create the file, or take it over if its owner is dead."""
         try:
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC,
                                  0o666)
         except FileExistsError:
-            return self._is_dead() and self._take_over()
-        os.write(self._file, self._mine.encode())
+            return self._owner_is_dead() and self._take_over()
+        os.write(self._file, self._content.encode())
         self._thread.start()
         return True
 
-    def _is_dead(self) -> bool:
+    def _owner_is_dead(self) -> bool:
         try:
-            with self.path.open("rb") as file:  # opening it makes a network file system look again
+            with self.path.open("rb") as file:  # opening makes network file systems look again
                 content, status = file.read(10_000), os.fstat(file.fileno())
         except FileNotFoundError:
             return False
         now, state = time.monotonic(), (content, status.st_ino, status.st_mtime_ns)
         if self._seen[0] != state:
-            self.maybe_dead = self._seen[0] is None
+            self.owner_may_be_dead = self._seen[0] is None
             self._seen = state, now
         owner = _parse(content)
-        self.holder = str(owner.get("holder", "another process"))
-        if owner.get("machine") == _machine():
-            self.maybe_dead = False
-            return _began(owner.get("pid")) != owner.get("began")
-        return now - self._seen[1] >= STALE
+        self.owner = str(owner.get("holder", "another process"))
+        if owner.get("machine") == _machine_id():
+            self.owner_may_be_dead = False
+            return _start_time(owner.get("pid")) != owner.get("began")
+        return now - self._seen[1] >= SECONDS_UNTIL_STALE
 
     def _take_over(self) -> bool:
-        """Put our file in its place; of several who do, the last one has it."""
+        """Replace the file by our own. If several processes do so, the last one owns the lock."""
         mine = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}")
         self._file = os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        os.write(self._file, self._mine.encode())
+        os.write(self._file, self._content.encode())
         os.replace(mine, self.path)
-        time.sleep(SETTLE)
+        time.sleep(SECONDS_TO_SETTLE)
         if not self._is_mine():
             os.close(self._file)
             return False
@@ -218,16 +226,16 @@ class _Owner:
 
     def _is_mine(self) -> bool:
         with suppress(OSError):
-            return self.path.read_bytes() == self._mine.encode()
+            return self.path.read_bytes() == self._content.encode()
         return False
 
-    def _beat(self) -> None:
-        while not self._over.wait(BEAT):
-            with suppress(OSError):  # the file itself, whoever may have put another in its place
+    def _keep_touching(self) -> None:
+        while not self._released.wait(SECONDS_BETWEEN_TOUCHES):
+            with suppress(OSError):  # by number: another process may have replaced the file
                 os.utime(self._file)
 
-    def end(self) -> None:
-        self._over.set()
+    def release(self) -> None:
+        self._released.set()
         self._thread.join()
         if self._is_mine():
             self.path.unlink(missing_ok=True)
@@ -242,9 +250,9 @@ def _parse(content: bytes) -> dict[str, Any]:
     return {}
 
 
-def _began(pid: Any) -> float | None:
-    """When a process of this machine began, by which it is told from a later one with its number;
-    None where there is none."""
+def _start_time(pid: Any) -> float | None:
+    """When a process of this machine started, which distinguishes it from a later one with the same
+    ID; None if there is no such process."""
     import psutil
     with suppress(psutil.Error, TypeError, ValueError, OverflowError):
         process = psutil.Process(pid)
@@ -253,9 +261,9 @@ def _began(pid: Any) -> float | None:
     return None
 
 
-def _machine() -> str:
-    """What processes have in common that see each other by number: containers of one machine,
-    which may have its name, do not."""
+def _machine_id() -> str:
+    """Shared by processes that see each other's IDs. Containers of one machine do not, even if they
+    use its name."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}"

@@ -1,7 +1,7 @@
-"""All that fedrun says: one function over the standard library's `logging`.
+"""All messages of fedrun: one function on top of the standard library's `logging`.
 
-The command prints lines to standard output, warnings and errors to standard error. A program that
-uses fedrun as a library gets them from `logging.getLogger("fedrun")` and handles them as it likes.
+The command prints messages to standard output, warnings and errors to standard error. A program
+that uses fedrun as a library receives them from `logging.getLogger("fedrun")`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,20 @@ _PREFIXES = {INFO: "fedrun: ", WARNING: "fedrun: warning: ", ERROR: "fedrun: err
 
 
 def log(line: str, level: int = INFO, trace: str = "") -> None:
-    """Say one line, without a prefix for its level; `trace`: a traceback that belongs to it."""
+    """Log a message of one line. The prefix for its level is added when it is printed.
+
+    trace: a traceback to print above it.
+    """
     LOGGER.log(level, "%s", line, extra={"trace": trace})
 
 
 def print_log(quiet: bool = False, to_stderr: bool = False) -> None:
-    """For the command: print what is said. With `quiet`, warnings and errors alone, since one
-    process a machine is enough for the rest. `to_stderr`: all of it to standard error, for commands
-    whose result goes to standard output."""
+    """For commands: print messages.
+
+    quiet: only warnings and errors, since the first process of each machine prints the rest.
+    to_stderr: print everything to standard error, for commands whose result goes to standard
+    output.
+    """
     for handler in LOGGER.handlers:
         if isinstance(handler, _Terminal):
             handler.to_stderr = to_stderr
@@ -36,8 +42,8 @@ def print_log(quiet: bool = False, to_stderr: bool = False) -> None:
 
 
 class _Terminal(logging.Handler):
-    """Prints above a progress bar, if there is one. An error of the stream is the caller's, as
-    with `print`: whoever reads may have seen enough."""
+    """Prints above the progress bar, if there is one. As with `print`, an error of the stream is
+    raised to the caller: the reader of a pipe may have closed it."""
 
     def __init__(self, to_stderr: bool) -> None:
         super().__init__()
@@ -48,7 +54,7 @@ class _Terminal(logging.Handler):
         text = f"{getattr(record, 'trace', '')}{_PREFIXES[record.levelno]}{line}\n"
         to_stdout = record.levelno < WARNING and not self.to_stderr
         stream = sys.stdout if to_stdout else sys.stderr
-        if tqdm := getattr(sys.modules.get("tqdm"), "tqdm", None):  # None while it is imported
+        if tqdm := getattr(sys.modules.get("tqdm"), "tqdm", None):  # None during its import
             with tqdm.external_write_mode(file=stream):
                 stream.write(text)
         else:

@@ -1,1 +1,1 @@
-"""Ranks: how they start, talk and end. Knows nothing of learning."""
+"""Ranks: how they start, communicate and end. Independent of training."""

@@ -1,14 +1,12 @@
-"""The control plane: small messages through the server.
+"""The control plane: small messages between the server and all ranks.
 
-Besides data_plane.py the only file that calls collectives. Messages are JSON, never pickle; every
-wait has a timeout, and where a rank is missing the error names it.
+Only this module and data_plane.py call collectives. Messages are JSON, never pickle; every wait
+has a timeout, and its error names the ranks that did not answer.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -22,28 +20,29 @@ from torch import Tensor
 from torch._C._distributed_c10d import Store
 
 from fedrun.common.errors import FedrunError
-from fedrun.distributed.stopping import HEARTBEAT
+from fedrun.common.log import ERROR, log
+from fedrun.distributed.stopping import HEARTBEAT_THREAD, end_process
 
-_FAILED = "failed"  # store key under which the first rank that fails says why
+_FAILED = "failed"  # store key that holds the reason of the first rank that failed
 SECONDS_FOR_STORE = 5.0
-HEAD = 4096  # bytes that a message takes at least; most fit, and need no second one for the rest
-_LENGTH = 8
+HEAD_BYTES = 4096  # size of a message's first part; most messages fit and need no second part
+_LENGTH_BYTES = 8
 
 
 class UnresponsiveRanks(FedrunError, RuntimeError):
-    """Ranks that did not answer: dead, stuck or cut off."""
+    """Ranks did not answer in time: dead, stuck or cut off from the network."""
 
 
 class ControlPlane:
-    """The control plane: the server's words to all, and everybody's to the server.
+    """Messages from the server to all ranks, and from all ranks to the server.
 
-    Without a group it is the plane of one process, where nothing travels.
+    Without a group it is the control plane of a single process, where nothing is sent.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, beats: Heartbeat | None = None,
+    def __init__(self, group: dist.ProcessGroup | None = None, heartbeat: Heartbeat | None = None,
                  timeout: timedelta = timedelta(), first_worker: int = 0) -> None:
         self.group = group
-        self.beats = beats
+        self.heartbeat = heartbeat
         self.timeout = timeout
         self.first_worker = first_worker
         self.rank = dist.get_rank(group) if group else 0
@@ -52,19 +51,20 @@ class ControlPlane:
         self._copy_sent: dist.Work | None = None
 
     def share(self, message: Any = None) -> Any:
-        """All ranks: the server's message, on every rank. The others' argument is ignored."""
+        """All ranks: return the server's message. The argument of other ranks is ignored."""
         if self.group is None:
             return message
-        head, rest = _encode(message) if self.rank == 0 else (_empty(HEAD), None)
+        head, rest = _encode(message) if self.rank == 0 else (_empty(HEAD_BYTES), None)
         with self._naming(0):
             dist.broadcast(head, 0, group=self.group)
-            rest = _rest_of(head) if rest is None else rest
+            rest = _buffer_for_rest(head) if rest is None else rest
             if rest.numel():
                 dist.broadcast(rest, 0, group=self.group)
         return _decode(head, rest)
 
     def gather(self, message: Any) -> list[Any] | None:
-        """All ranks: everybody's message in the order of ranks on the server, None elsewhere."""
+        """All ranks: return the messages of all ranks, in rank order, on the server; None on the
+        other ranks."""
         if self.group is None:
             return [message]
         if self.rank:
@@ -72,31 +72,32 @@ class ControlPlane:
                 for part in filter(Tensor.numel, _encode(message)):
                     dist.send(part, 0, group=self.group)
             return None
-        heads = {rank: _empty(HEAD) for rank in range(1, self.world_size)}
+        heads = {rank: _empty(HEAD_BYTES) for rank in range(1, self.world_size)}
         self._receive(heads)
-        rests = {rank: _rest_of(head) for rank, head in heads.items()}
+        rests = {rank: _buffer_for_rest(head) for rank, head in heads.items()}
         self._receive({rank: rest for rank, rest in rests.items() if rest.numel()})
         return [message, *(_decode(heads[rank], rests[rank]) for rank in heads)]
 
     def _receive(self, buffers: dict[int, Tensor]) -> None:
-        """Server: fill one buffer from each rank, or say which ranks are missing."""
+        """Server: fill one buffer from each rank; raise UnresponsiveRanks if any does not send."""
         deadline = time.monotonic() + self.timeout.total_seconds()
         works = {rank: cast(dist.Work, dist.irecv(buffer, rank, group=self.group))
                  for rank, buffer in buffers.items()}
-        lost = {}
+        failures = {}
         for rank, work in works.items():
             left = max(deadline - time.monotonic(), 0.001)
             try:
                 work.wait(timedelta(seconds=left))
             except RuntimeError as error:
-                lost[rank] = str(error).splitlines()[0]
-        if lost:
-            raise self._lost(lost)
+                failures[rank] = str(error).splitlines()[0]
+        if failures:
+            raise self._unresponsive(failures)
 
     def copy_to_server(self, vector: Tensor) -> None:
-        """First worker: start sending a copy of a vector to the server, from a buffer of its own.
+        """First worker: start sending a copy of a vector to the server.
 
-        The vector may change at once; the copy before must be through before this one starts.
+        The copy is sent from a buffer of its own, so the caller may change the vector at once.
+        Waits until the previous copy has been sent.
         """
         self.wait_for_copy()
         if self._copy is None:
@@ -106,7 +107,8 @@ class ControlPlane:
             self._copy_sent = dist.isend(self._copy, 0, group=self.group, tag=1)
 
     def receive_copy(self, size: int, dtype: torch.dtype) -> Tensor:
-        """Server: the vector that the first worker sends, (size,) on the CPU, the caller's own."""
+        """Server: return the vector that the first worker sends, (size,) on the CPU. The caller
+        owns it."""
         if self.first_worker == 0:
             assert self._copy is not None
             return self._copy.clone()
@@ -116,56 +118,59 @@ class ControlPlane:
         return vector
 
     def wait_for_copy(self) -> None:
+        """First worker: wait until the copy that was started last has been sent."""
         if self._copy_sent is not None:
             with self._naming(0):
                 self._copy_sent.wait()
             self._copy_sent = None
 
     def fail(self, error: BaseException) -> None:
-        """A failing rank: let the others know why, between two of their local steps or where they
-        wait for it in vain. Only the first one's reason is kept; the others' follow from it."""
-        if self.beats and not isinstance(error, UnresponsiveRanks):
-            self.beats.tell(f"rank {self.rank} failed with {type(error).__name__}: "
-                            f"{str(error).partition(chr(10))[0]}")
+        """A failing rank: report the reason to the others. They see it between local steps, or
+        when a collective times out. Only the first failure is recorded; later ones are its
+        consequences."""
+        if self.heartbeat and not isinstance(error, UnresponsiveRanks):
+            self.heartbeat.report_failure(f"rank {self.rank} failed with {type(error).__name__}: "
+                                          f"{str(error).partition(chr(10))[0]}")
 
     def peer_failed(self) -> bool:
-        """Whether some rank has failed, as of the last beat; costs nothing."""
-        return self.beats is not None and self.beats.peer_failed
+        """Whether any rank had failed at the last heartbeat; costs nothing."""
+        return self.heartbeat is not None and self.heartbeat.peer_failed
 
     def lost_peers(self) -> list[int]:
-        """Ranks that show no sign of life; takes some seconds. From any thread."""
-        return self.beats.unresponsive() if self.beats else []
+        """Ranks whose heartbeat has stopped. Takes a few seconds; may be called in any thread."""
+        return self.heartbeat.unresponsive() if self.heartbeat else []
 
     def close(self) -> None:
-        """After the last message of a run that has succeeded."""
-        if self.beats:
-            self.beats.stop()
+        """Call after the last message of a run that has succeeded."""
+        if self.heartbeat:
+            self.heartbeat.stop()
 
     @contextmanager
-    def _naming(self, peer: int) -> Iterator[None]:
-        """Turn torch.distributed's errors into one that names the rank that did not answer."""
+    def _naming(self, rank: int) -> Iterator[None]:
+        """Turn an error of torch.distributed into one that names the rank that did not answer."""
         try:
             yield
         except RuntimeError as error:
-            raise self._lost({peer: str(error).splitlines()[0]}) from error
+            raise self._unresponsive({rank: str(error).splitlines()[0]}) from error
 
-    def _lost(self, unanswered: dict[int, str]) -> UnresponsiveRanks:
-        """The error for ranks that did not answer, naming first those that show no life."""
-        names = ", ".join(map(str, unanswered))
-        dead = self.lost_peers()
-        life = f"no sign of life from rank {', '.join(map(str, dead))}, " if dead else ""
-        why = f"{self.beats.reason}; " if self.beats and self.beats.reason else ""
-        return UnresponsiveRanks(f"{why}{life}no word from rank {names} to rank {self.rank} (dead, stuck, "
-                         f"or slower than --timeout {self.timeout.total_seconds():g} s): "
-                         f"{next(iter(unanswered.values()))}")
+    def _unresponsive(self, failures: dict[int, str]) -> UnresponsiveRanks:
+        """The error for ranks that did not answer. Those without a heartbeat come first: the
+        others may only be waiting for them."""
+        silent = ", ".join(map(str, failures))
+        dead = ", ".join(map(str, self.lost_peers()))
+        reason = self.heartbeat.reason if self.heartbeat else ""
+        return UnresponsiveRanks(
+            f"{reason and f'{reason}; '}{dead and f'no heartbeat from rank {dead}, '}"
+            f"no answer from rank {silent} to rank {self.rank} (dead, stuck, or slower than "
+            f"--timeout {self.timeout.total_seconds():g} s): {next(iter(failures.values()))}")
 
 
 class Heartbeat:
-    """Every rank counts up a number in the store, so that the others can tell who is alive: ranks
-    that wait for a lost one are as unresponsive on the wire as the lost one itself.
+    """Each rank increments its counter in the store, so that the others can see who is alive.
+    Collectives cannot show that: a rank that waits for a lost one is as silent as the lost one.
 
-    The store's calls know no timeout, and whoever hosts it may be stopped or cut off: this thread
-    alone touches it, the others look at what it has found.
+    Calls to the store have no timeout, and the process that hosts it may be stopped or cut off.
+    Therefore only this thread calls the store; other threads read what it found.
     """
 
     SECONDS = 0.5
@@ -174,87 +179,87 @@ class Heartbeat:
         self.store, self.rank, self.world_size = store, rank, world_size
         self.peer_failed = False
         self.reason = ""
-        """Why it has, of the first."""
+        """Why the first rank that failed did so."""
         self._own_reason = ""
-        self._told = threading.Event()
+        self._reported = threading.Event()
         self._counts: dict[int, int] = {}
-        self._lookers = 0  # threads that want the others' counts
+        self._readers = 0  # threads that want the counters of all ranks
         self._lock = threading.Lock()
-        self._rounds = 0  # of counts
+        self._reads = 0  # how often the counters of all ranks were read
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=HEARTBEAT, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=HEARTBEAT_THREAD, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         try:
             while not self._stopped.wait(self.SECONDS):
                 self._beat()
-        except RuntimeError:  # the store is gone: either the run is at its end, or its launcher is
+        except RuntimeError:  # no store: the run is about to end, or the launcher has died
             if not self._stopped.wait(6 * self.SECONDS):
-                print(f"fedrun: rank {self.rank}: the launcher is gone: ends at once",
-                      file=sys.stderr, flush=True)
-                os._exit(1)
+                log(f"rank {self.rank}: the launcher has died: exiting", ERROR)
+                end_process(1)
 
     def _beat(self) -> None:
         self.store.add(f"beats/{self.rank}", 1)
         if self._own_reason:
             self.store.compare_set(_FAILED, "", self._own_reason)
-            self._told.set()
+            self._reported.set()
         self.peer_failed = self.store.check([_FAILED])
         if self.peer_failed and not self.reason:
             self.reason = self.store.get(_FAILED).decode()
-        if self._lookers:
+        if self._readers:
             self._counts = {r: self.store.add(f"beats/{r}", 0) for r in range(self.world_size)}
-            self._rounds += 1
+            self._reads += 1
 
-    def tell(self, reason: str) -> None:
-        """Say why this rank fails, and wait until it is said."""
+    def report_failure(self, reason: str) -> None:
+        """Write into the store why this rank fails, and wait until that is done."""
         self._own_reason = reason
-        self._told.wait(SECONDS_FOR_STORE)
+        self._reported.wait(SECONDS_FOR_STORE)
 
     def unresponsive(self) -> list[int]:
-        """Ranks whose count stands still for a few beats; takes as long. None where the store does
-        not answer, or where this rank is at its end."""
+        """Ranks whose counter does not change for six beats (takes twice as long). Empty if the
+        store does not answer or this rank has stopped its heartbeat."""
         with self._lock:
-            self._lookers += 1
-        before, rounds = self._look()
-        after, more_rounds = self._look()
+            self._readers += 1
+        before, reads = self._read()
+        after, more_reads = self._read()
         with self._lock:
-            self._lookers -= 1
-        if rounds == 0 or more_rounds == rounds:
+            self._readers -= 1
+        if reads == 0 or more_reads == reads:
             return []
         return [rank for rank, count in before.items() if after[rank] == count]
 
-    def _look(self) -> tuple[dict[int, int], int]:
+    def _read(self) -> tuple[dict[int, int], int]:
         self._stopped.wait(6 * self.SECONDS)
-        return ({}, 0) if self._stopped.is_set() else (self._counts, self._rounds)
+        return ({}, 0) if self._stopped.is_set() else (self._counts, self._reads)
 
     def stop(self) -> None:
-        """Before the process ends: a thread inside the store would abort the interpreter's end.
-        One that the store does not let go is left to `__main__`, which ends without it."""
+        """Call before the process ends: a thread inside the store would abort Python's shutdown.
+        If the store does not return, the thread is left to `__main__`, which ends the process
+        without that shutdown."""
         self._stopped.set()
         self._thread.join(SECONDS_FOR_STORE)
 
 
 def _encode(message: Any) -> tuple[Tensor, Tensor]:
-    """A message's head, HEAD bytes that begin with its length, and what does not fit there."""
+    """The two parts of a message: HEAD_BYTES bytes that start with its length, and the rest."""
     text = json.dumps(message).encode()
-    whole = len(text).to_bytes(_LENGTH) + text
-    whole += bytes(max(0, HEAD - len(whole)))
-    head, rest = torch.frombuffer(bytearray(whole), dtype=torch.uint8).tensor_split([HEAD])
+    whole = len(text).to_bytes(_LENGTH_BYTES) + text
+    whole += bytes(max(0, HEAD_BYTES - len(whole)))
+    head, rest = torch.frombuffer(bytearray(whole), dtype=torch.uint8).tensor_split([HEAD_BYTES])
     return head, rest
 
 
-def _rest_of(head: Tensor) -> Tensor:
-    """Room for what does not fit there."""
-    length = int.from_bytes(head[:_LENGTH].numpy().tobytes())
-    return _empty(max(0, _LENGTH + length - HEAD))
+def _buffer_for_rest(head: Tensor) -> Tensor:
+    """An uninitialised buffer of the size of a message's second part."""
+    length = int.from_bytes(head[:_LENGTH_BYTES].numpy().tobytes())
+    return _empty(max(0, _LENGTH_BYTES + length - HEAD_BYTES))
 
 
 def _decode(head: Tensor, rest: Tensor) -> Any:
     whole = head.numpy().tobytes() + rest.numpy().tobytes()
-    length = int.from_bytes(whole[:_LENGTH])
-    return json.loads(whole[_LENGTH:_LENGTH + length])
+    length = int.from_bytes(whole[:_LENGTH_BYTES])
+    return json.loads(whole[_LENGTH_BYTES:_LENGTH_BYTES + length])
 
 
 def _empty(size: int) -> Tensor:

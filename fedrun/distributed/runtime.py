@@ -1,8 +1,8 @@
-"""Where do I run: device, network interface and process groups of this rank.
+"""Device, network interface and process groups of this rank.
 
-Topology: the control plane is a gloo group of all ranks; the data plane is one group of the worker
-ranks, NCCL on GPUs and gloo on CPUs, and where workers of several machines share memory on each,
-one of those that send. Rank 0 is the server; alone it is the one worker as well.
+Topology: the control plane is a gloo group of all ranks. The data plane is a group of all workers,
+NCCL on GPUs and gloo on CPUs; if workers share memory on several machines, there is also a group of
+the first worker of each. Rank 0 is the server; in a run of one process it is the only worker too.
 """
 
 from __future__ import annotations
@@ -21,35 +21,39 @@ from torch._C._distributed_c10d import PrefixStore
 
 from fedrun.common.errors import FedrunError, InputError
 from fedrun.common.limits import require_files, shortage
+from fedrun.common.log import WARNING, log
 from fedrun.distributed.connect import (
     LOOPBACK,
     NotConnected,
-    gather_all,
+    explain_wait,
     listen,
     named,
-    patiently,
     reach,
     serve,
     served_by_launcher,
+    wait_for_all,
 )
 from fedrun.distributed.control_plane import ControlPlane, Heartbeat
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.distributed.launch import Launch, rendezvous
-from fedrun.distributed.shared_memory import machine
+from fedrun.distributed.shared_memory import machine_id
 
-# For all ranks to appear: schedulers start nodes unevenly.
+# For all ranks to connect: schedulers start machines at different times.
 STARTUP_TIMEOUT = timedelta(minutes=5)
-SHORTEST_STARTUP = timedelta(minutes=1)  # whatever --timeout says: imports alone take seconds
-# Workers wait longer than the server, whose message names who is lost.
-GRACE = timedelta(seconds=20)
+SHORTEST_STARTUP = timedelta(minutes=1)  # whatever --timeout is: imports alone take seconds
+# Workers time out later than the server: its message, which names the lost rank, must come first.
+EXTRA_WORKER_TIMEOUT = timedelta(seconds=20)
 
 
 def device_index(launch: Launch, dedicated_server: bool, gpus: int) -> int | None:
-    """The GPU of this process on its machine; None for a server that owns none.
+    """The GPU of this process on its machine; None for a dedicated server, which uses no GPU.
 
-    A dedicated server takes no GPU, so on its machine the workers' indices are one lower than
-    their local ranks. Where the launcher shows each process one GPU only, that is number 0; two
-    workers that were shown the same one are found by their UUIDs at the start.
+    On the server's machine the workers' indices are therefore one lower than their local ranks. If
+    the launcher makes only one GPU visible to each process, its index is 0; two workers with the
+    same GPU are detected by its UUID at startup (`difference`).
+
+    Raises:
+        InputError: there are more workers than GPUs on this machine.
     """
     server_here = dedicated_server and not launch.alone and launch.on_first_node
     if server_here and launch.local_rank == 0:
@@ -62,16 +66,16 @@ def device_index(launch: Launch, dedicated_server: bool, gpus: int) -> int | Non
         extra = int(server_here)
         raise InputError(
             f"--device cuda: {workers} workers but {gpus} GPUs on {socket.gethostname()}; start "
-            f"{gpus + extra} processes here (--nproc-per-node {gpus + extra}): fewer workers host "
-            "more clients each")
+            f"{gpus + extra} processes here (--nproc-per-node {gpus + extra}), each worker then "
+            "hosts more clients")
     return index
 
 
 def choose_device(wanted: str, launch: Launch, dedicated_server: bool) -> torch.device:
-    """The device of this process; ValueError where --device asks for one that is not there."""
+    """The device of this process. InputError if --device asks for one that is not available."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if wanted == "cuda" and gpus == 0:
-        raise InputError("--device cuda: no CUDA device is available here; accepted is cpu or auto")
+        raise InputError("--device cuda: no CUDA device is available here; must be cpu or auto")
     if wanted == "cpu" or gpus == 0:
         return torch.device("cpu")
     index = device_index(launch, dedicated_server, gpus)
@@ -79,7 +83,7 @@ def choose_device(wanted: str, launch: Launch, dedicated_server: bool) -> torch.
 
 
 def interface_to(address: str) -> str | None:
-    """The network interface that routes to an address (no packet is sent); None if unknown."""
+    """The network interface that routes to an address; None if unknown. Sends no packet."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((address, 9))
@@ -91,10 +95,10 @@ def interface_to(address: str) -> str | None:
 
 
 def choose_interfaces(launch: Launch, env: Mapping[str, str]) -> dict[str, str]:
-    """Values for GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME that the user has not set.
+    """Values for those of GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME that the user has not set.
 
-    Left alone, gloo binds to whatever the host name resolves to, often 127.0.1.1, which no other
-    machine can reach. ValueError, naming the variable, where no route to MASTER_ADDR is found.
+    By default gloo binds to the address of the host name, often 127.0.1.1, which no other machine
+    can reach. InputError, naming the variable, if no interface routes to MASTER_ADDR.
     """
     names = [n for n in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if n not in env]
     one_machine = launch.local_world_size == launch.world_size
@@ -119,12 +123,12 @@ def address_is_local_only(address: str) -> bool:
 
 @dataclass(frozen=True)
 class Runtime:
-    """This process in the run: who it is, where it computes, whom it talks to."""
+    """This process in the run: its rank, its device and its communication with the other ranks."""
 
     launch: Launch
     device: torch.device
     workers: tuple[int, ...]
-    """Ranks that host clients, in order."""
+    """The ranks that host clients, in order."""
     control: ControlPlane
     data_plane: DataPlane
 
@@ -144,10 +148,15 @@ class Runtime:
 
 @contextmanager
 def connect(launch: Launch, dedicated_server: bool, timeout: float) -> Iterator[ControlPlane]:
-    """Connect all ranks; inside, they can talk. `timeout` in seconds bounds every later wait.
+    """All ranks: connect them for the time of the block. `timeout` (seconds) limits every wait in
+    it.
 
-    Groups are taken down only after success: on an error peers may be gone, and a destructor that
-    waits for them would hide the message.
+    Groups are destroyed only after success: after an error other ranks may be gone, and a
+    destructor that waits for them would hide the message.
+
+    Raises:
+        NotConnected: the ranks did not find each other.
+        InputError: MASTER_ADDR, MASTER_PORT or GLOO_SOCKET_IFNAME is missing or wrong.
     """
     if launch.alone:
         yield ControlPlane()
@@ -157,26 +166,26 @@ def connect(launch: Launch, dedicated_server: bool, timeout: float) -> Iterator[
     os.environ.update(choose_interfaces(launch, os.environ))
     one_machine = launch.local_world_size == launch.world_size
     address = LOOPBACK if one_machine else os.environ["MASTER_ADDR"]
-    port, by_launcher = int(os.environ["MASTER_PORT"]), served_by_launcher()
+    port, by_launcher = _port(os.environ["MASTER_PORT"]), served_by_launcher()
     bound = min(STARTUP_TIMEOUT, max(timedelta(seconds=timeout), SHORTEST_STARTUP))
     served = None
     if launch.rank == 0 and not by_launcher:
         served = serve(listen(address, port, one_machine), bound)
         address = served.host
-    # torchrun restarts workers in place over the same store, which still holds the addresses of the
-    # dead: every attempt gets a name space of its own.
-    place = f"attempt{launch.attempt}"
-    store, beside = (reach(address, port, bound, by_launcher) for _ in range(2))
-    gather_all(PrefixStore(place, store), launch.rank, launch.world_size, bound)
-    # A call that waits in a store keeps all others from it: the heartbeat has one of its own.
-    beats = Heartbeat(PrefixStore(place, beside), launch.rank, launch.world_size)
-    wait = timedelta(seconds=timeout) + (GRACE if launch.rank else timedelta())
-    with making_groups(beats):
+    # torchrun restarts ranks in place with the same store, which still holds the addresses of the
+    # dead ones: each attempt uses keys of its own.
+    prefix = f"attempt{launch.attempt}"
+    # The heartbeat has its own connection: a call that waits in a store blocks all other calls.
+    store, heartbeat_store = (reach(address, port, bound, by_launcher) for _ in range(2))
+    wait_for_all(PrefixStore(prefix, store), launch.rank, launch.world_size, bound)
+    heartbeat = Heartbeat(PrefixStore(prefix, heartbeat_store), launch.rank, launch.world_size)
+    wait = timedelta(seconds=timeout) + (EXTRA_WORKER_TIMEOUT if launch.rank else timedelta())
+    with creating_groups(heartbeat):
         # all ranks, in this order
-        dist.init_process_group("gloo", store=PrefixStore(place, store), rank=launch.rank,
+        dist.init_process_group("gloo", store=PrefixStore(prefix, store), rank=launch.rank,
                                 world_size=launch.world_size, timeout=bound)
-        control = ControlPlane(dist.new_group(backend="gloo", timeout=wait), beats, wait,
-                          first_worker=int(dedicated_server))
+        control = ControlPlane(dist.new_group(backend="gloo", timeout=wait), heartbeat, wait,
+                               first_worker=int(dedicated_server))
     try:
         yield control
     except Exception as error:
@@ -184,66 +193,74 @@ def connect(launch: Launch, dedicated_server: bool, timeout: float) -> Iterator[
         raise
     control.close()
     dist.destroy_process_group()
-    del served  # alive until here
+    del served  # must live until here
+
+
+def _port(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"MASTER_PORT {text}: must be a port number from 1 to 65535") from None
 
 
 @contextmanager
-def making_groups(beats: Heartbeat | None) -> Iterator[None]:
-    """All ranks wait for each other inside; who is missed is named, at the end and while it lasts.
-    """
+def creating_groups(heartbeat: Heartbeat | None) -> Iterator[None]:
+    """All ranks wait for each other in the block. Messages name the missing ranks during the wait,
+    and so does the NotConnected that is raised when it times out."""
     def unresponsive() -> list[int]:
-        return beats.unresponsive() if beats else []
+        return heartbeat.unresponsive() if heartbeat else []
 
     def what() -> str:
         gone = unresponsive()
-        first = next((r for r in range(beats.world_size) if r not in gone), 0) if beats else 0
-        return (f"for {named(gone)}, which shows no sign of life"
-                if gone and beats and beats.rank == first else "")
+        alive = [r for r in range(heartbeat.world_size if heartbeat else 0) if r not in gone]
+        first = bool(alive) and heartbeat is not None and heartbeat.rank == alive[0]
+        return f"for {named(gone)}, which has no heartbeat" if gone and first else ""
 
     try:
-        with patiently(what):
+        with explain_wait(what):
             yield
     except RuntimeError as error:
         if why := shortage(error):
             raise NotConnected(why) from None
         gone = unresponsive()
-        who = f"no sign of life from {named(gone)}" if gone else "some did not answer"
+        who = f"no heartbeat from {named(gone)}" if gone else "some did not answer"
         raise NotConnected(f"the ranks could not be connected: {who} "
                            f"({str(error).splitlines()[0]})") from None
 
 
-def build_runtime(launch: Launch, device: torch.device, control: ControlPlane, identity: Mapping[str, str]
-         ) -> Runtime:
-    """All ranks: compare what has to be equal, and make the data plane.
+def build_runtime(launch: Launch, device: torch.device, control: ControlPlane,
+                  identity: Mapping[str, str]) -> Runtime:
+    """All ranks: check that they match, and create the data plane.
 
-    `identity` is what must be equal on all ranks (digests of config, versions, corpus); entries
-    whose name begins with "worker" need to be equal on the workers only.
+    identity: what must be equal on all ranks (digests of config, versions, corpus). Entries whose
+    name starts with "worker" must be equal on the workers only. FedrunError if they are not, or if
+    two workers use the same GPU.
     """
     if launch.alone:
         return Runtime(launch, device, (0,), control, DataPlane())
     workers = tuple(range(control.first_worker, launch.world_size))
     compare(control, workers, device, identity)
-    # A server without a GPU is no member, so what it names as backend does not matter.
-    with making_groups(control.beats):
+    # A dedicated server is not a member, so the backend that it names does not matter.
+    with creating_groups(control.heartbeat):
         data = dist.new_group(list(workers), backend="nccl" if device.type == "cuda" else "gloo",
                               timeout=control.timeout)
-    plane = DataPlane(data, None if device.type == "cuda" else machine()
+    plane = DataPlane(data, None if device.type == "cuda" else machine_id()
                       ) if launch.rank in workers else DataPlane()
-    known = control.gather({"senders": [workers[w] for w in plane.node_leaders],
-                            "blind on": socket.gethostname() if plane.cannot_map else ""})
-    senders = control.share(known and known[control.first_worker]["senders"])
-    for host in sorted({rank["blind on"] for rank in known or []} - {""}):
-        print(f"fedrun: warning: workers on {host} cannot map each other's memory, and send, which "
-              "is slower", flush=True)
-    if 1 < len(senders) < len(workers):  # all ranks make it, members or not
-        with making_groups(control.beats):
-            plane.inter_node_group = dist.new_group(senders, control.timeout, "gloo")
+    reports = control.gather({"leaders": [workers[w] for w in plane.node_leaders],
+                              "cannot map on": socket.gethostname() if plane.cannot_map else ""})
+    leaders = control.share(reports and reports[control.first_worker]["leaders"])
+    for host in sorted({report["cannot map on"] for report in reports or []} - {""}):
+        log(f"workers on {host} cannot map each other's memory and use all-reduce, which is slower",
+            WARNING)
+    if 1 < len(leaders) < len(workers):
+        with creating_groups(control.heartbeat):  # all ranks, members or not
+            plane.inter_node_group = dist.new_group(leaders, control.timeout, "gloo")
     return Runtime(launch, device, workers, control, plane)
 
 
 def compare(control: ControlPlane, workers: tuple[int, ...], device: torch.device,
             identity: Mapping[str, str]) -> None:
-    """All ranks: end with one message if they were not started alike, or share a GPU."""
+    """All ranks: raise the same FedrunError if ranks do not match, or if two use the same GPU."""
     gpu = {"gpu": str(torch.cuda.get_device_properties(device).uuid),
            "gpus here": str(torch.cuda.device_count())} if device.type == "cuda" else {}
     mine = {**identity, "worker device": device.type, "host": socket.gethostname(), **gpu}
@@ -254,32 +271,33 @@ def compare(control: ControlPlane, workers: tuple[int, ...], device: torch.devic
         raise FedrunError(message)
     if everyone is not None:
         for warning in idle_gpus(everyone):
-            print(f"fedrun: warning: {warning}", flush=True)
+            log(warning, WARNING)
 
 
 def difference(everyone: list[dict[str, str]], workers: tuple[int, ...]) -> str:
-    """What keeps these ranks from training together, in one line; empty if nothing does."""
+    """Why these ranks cannot train together, in one line; empty if they can."""
     for name in everyone[workers[0]]:
         if name in ("host", "gpu", "gpus here"):
             continue
         ranks = workers if name.startswith("worker") else range(len(everyone))
         values = {rank: everyone[rank].get(name) for rank in ranks}
         if len(set(values.values())) > 1:
-            return f"ranks differ in {name}: {values}; start all with the same command and install"
+            return (f"ranks differ in {name}: {values}; use the same command and the same "
+                    "installation on all ranks")
     owner: dict[str, int] = {}
     for rank in workers:
         gpu = everyone[rank].get("gpu")
         if gpu is not None and owner.setdefault(gpu, rank) != rank:
             gpus = everyone[rank]["gpus here"]
-            return (f"ranks {owner[gpu]} and {rank} were given the same GPU {gpu} on "
-                    f"{everyone[rank]['host']}, which has {gpus}: start one worker per GPU "
-                    f"(and the server), fewer workers host more clients each")
+            return (f"ranks {owner[gpu]} and {rank} use the same GPU {gpu} on "
+                    f"{everyone[rank]['host']}, which has {gpus}: start one worker per GPU (and "
+                    "the server); each worker then hosts more clients")
     return ""
 
 
 def idle_gpus(everyone: list[dict[str, str]]) -> list[str]:
-    """A line for each machine that has GPUs which no worker uses."""
-    used: dict[str, int] = {}
+    """A warning for each machine with GPUs that no worker uses."""
+    used: dict[str, int] = {}  # by host
     seen: dict[str, int] = {}
     for rank in everyone:
         if "gpu" in rank:

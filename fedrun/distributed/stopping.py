@@ -1,8 +1,13 @@
-"""Orderly ends that someone asks for: SIGTERM, SIGINT, a closed terminal (SIGHUP), a STOP file in
-the run's folder.
+"""How a process ends early: on SIGTERM, SIGINT, a closed terminal (SIGHUP), a STOP file in the
+run's folder, or the death of its launcher.
 
-The first request ends the run at the next round boundary, with a checkpoint; a second signal ends
-the process at once, and so does one while a peer is gone, since the boundary would never come.
+The first signal ends the run at the next round boundary, with a checkpoint. A second one ends the
+process at once. So does a first one while another rank is lost, since that boundary would never
+come.
+
+In a run of several ranks the process then ends by `end_process`. A single process raises
+KeyboardInterrupt or SystemExit in its main thread, so that a notebook survives; `__main__` turns
+them into the exit code.
 """
 
 from __future__ import annotations
@@ -19,70 +24,93 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from fedrun.common.errors import FolderLost
 from fedrun.common.files import DamagedFile, check_claim, read_regular
+from fedrun.common.log import WARNING, log
+from fedrun.distributed.launch import Launch
 
 STOP = "STOP"
-REFUSED = "FEDRUN_REFUSED"  # the variable that names a file: see `refuse`
-LAUNCHER = "FEDRUN_LAUNCHER"  # the variable by which a launcher tells its process id (torchrun.py)
-LARGEST = 1000  # bytes in it, or it is none
-HEARTBEAT = "fedrun-heartbeat"  # the thread that tells other ranks of this one (control_plane.py)
+REFUSED = "FEDRUN_REFUSED"  # environment variable with the path of a file: see `refuse`
+LAUNCHER = "FEDRUN_LAUNCHER"  # environment variable with the launcher's process ID (torchrun.py)
+STOP_FILE_BYTES = 1000  # a larger file is not a stop request
+HEARTBEAT_THREAD = "fedrun-heartbeat"  # name of the thread in control_plane.py
 SECONDS_BETWEEN_LOOKS = 1.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-DOUBLE = 0.5  # seconds within which two signals are one: launchers send what the terminal sent too
-SECONDS_TO_INTERRUPT = 1.0
-_INTERRUPTED = "fedrun: interrupted; the same command starts again, or resumes"
+# Signals within this time count as one: launchers forward what the terminal has sent as well.
+SECONDS_OF_ONE_REQUEST = 0.5
+SECONDS_TO_RAISE = 1.0
+_INTERRUPTED = "interrupted; run the same command again to start over or resume"
 _PR_SET_PDEATHSIG = 1
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process at once, without Python's shutdown: destructors of process groups would wait
+    for ranks that are gone. The only place that does so.
+
+    Only `__main__` calls this in a run of one process. Flushes standard output and error in the
+    main thread; in others a flush could wait for the main thread forever.
+    """
+    if threading.current_thread() is threading.main_thread():
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError, OSError, ValueError):  # none, or closed
+                stream.flush()
+    os._exit(code)
 
 
 class StopRequest:
     """Whether this process was asked to stop.
 
-    Signals are read by a thread, since the main one may wait in a collective for as long as a round
-    takes, and Python runs handlers between its own instructions only.
+    A thread reads the signals: Python runs handlers only between its own instructions, and the main
+    thread may wait in a collective for as long as a round takes.
     """
 
-    def __init__(self, run_dir: Path, lock: Path, lost_peers: Callable[[], list[int]], quiet: bool
-                 ) -> None:
-        """run_dir: where a STOP file is obeyed; lock: what rank 0 wrote there when the run began;
-        quiet: say nothing of signals."""
+    def __init__(self, run_dir: Path, lock: Path, lost_peers: Callable[[], list[int]],
+                 launch: Launch) -> None:
+        """run_dir: the folder in which a STOP file is obeyed; lock: the file that rank 0 wrote
+        there when the run began; lost_peers: see `ControlPlane`."""
         self.signal = ""
-        """The name of the first signal; empty without one."""
+        """Name of the first signal; empty if there was none."""
         self._file = run_dir / STOP
-        # By the clock of the file system, as STOP's time is: rank 0 has just written the lock.
+        # In the clock of the file system, as STOP's own time is: rank 0 has just written the lock.
         self._since = lock.stat().st_mtime
         self._ignored = ""
-        self._looked = 0.0
+        self._last_look = 0.0
         self._lost_peers = lost_peers
-        self._quiet = quiet
+        self._launch = launch
+        self._last_signal = 0  # that ends a single process at once
+        self._outer_wakeup = -1
         self._over = threading.Event()
-        self._watch = threading.Thread(target=self._watch_peers, name="fedrun-peers", daemon=True)
+        self._peer_watch = threading.Thread(target=self._watch_peers, name="fedrun-peers",
+                                            daemon=True)
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
-        """Obey signals inside; off the main thread, where Python allows no handlers, only files."""
+        """Obey signals inside the block. Outside the main thread, where Python allows no handlers,
+        obey only STOP files."""
         if threading.current_thread() is not threading.main_thread():
             yield self
             return
         here, there = socket.socketpair()
         there.setblocking(False)
-        before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS
+        before = {number: signal.signal(number, self._raise_last) for number in SIGNALS
                   if number != signal.SIGHUP or not hangup_ignored()}
-        old_fd = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+        self._outer_wakeup = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
         thread = threading.Thread(target=self._listen, args=(here,), name="fedrun-signals",
                                   daemon=True)
         thread.start()
         try:
             yield self
         finally:
-            signal.set_wakeup_fd(old_fd)
+            signal.set_wakeup_fd(self._outer_wakeup)
             for number, handler in before.items():
                 signal.signal(number, handler)
             there.close()
             self._over.set()
-            for running in (thread, self._watch):  # none may be inside the store when Python ends
+            # No thread may be inside the store during Python's shutdown.
+            for running in (thread, self._peer_watch):
                 if running.is_alive():
                     running.join()
             here.close()
@@ -90,35 +118,51 @@ class StopRequest:
     def _listen(self, signals: socket.socket) -> None:
         first = 0.0
         while received := signals.recv(1):
-            if received[0] not in SIGNALS:
-                continue  # its handler was there before
-            name = signal.Signals(received[0]).name
-            if self.signal and time.monotonic() - first > DOUBLE:
-                self._end(received[0], f"{name} again: ends at once")
+            number = received[0]
+            if number not in SIGNALS or self._last_signal:
+                continue  # not ours, or the one that `_end` has sent
+            name = signal.Signals(number).name
+            if self.signal and time.monotonic() - first > SECONDS_OF_ONE_REQUEST:
+                self._end(number, f"second signal ({name}): exiting now")
             if not self.signal:
                 self.signal, first = name, time.monotonic()
-                if not self._quiet:
-                    print(f"fedrun: {name}: stops after this round (once more: at once)",
-                          file=sys.stderr, flush=True)
-                self._watch.start()
+                if self._launch.rank == 0:
+                    log(f"{name}: stopping after this round (send it again to exit now)")
+                self._peer_watch.start()
 
     def _watch_peers(self) -> None:
-        """A launcher that has lost one process sends the others SIGTERM."""
+        """A launcher that has lost one process sends SIGTERM to the others."""
         while not self._over.wait(1.0):
             lost = self._lost_peers()
             if lost and not self._over.is_set():
-                self._end(signal.Signals[self.signal], f"{self.signal}, and no sign of life from "
-                          f"rank {', '.join(map(str, lost))}: ends at once")
+                self._end(signal.Signals[self.signal], f"{self.signal}, and no heartbeat from "
+                          f"rank {', '.join(map(str, lost))}: exiting now")
 
     def _end(self, number: int, why: str) -> None:
-        print(f"fedrun: {why}", file=sys.stderr, flush=True)
-        os._exit(128 + number)
+        """End the process from another thread than the main one."""
+        log(why, WARNING)
+        if not self._launch.alone:
+            end_process(128 + number)
+        self._last_signal = number
+        main_thread = threading.main_thread().ident
+        assert main_thread
+        signal.pthread_kill(main_thread, number)  # calls `_raise_last` there
+        if self._outer_wakeup >= 0:
+            with suppress(OSError):  # tell `interruptible`, in case the main thread is stuck
+                os.write(self._outer_wakeup, bytes([number]))
+
+    def _raise_last(self, *_: int | FrameType | None) -> None:
+        """The handler of all signals. Raises only once `_end` has decided so."""
+        if self._last_signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._last_signal:
+            raise SystemExit(128 + self._last_signal)
 
     def lost_folder(self) -> str:
-        """Server: why the run's folder is no longer this run's; empty while it is. Looked at once a
-        second at most: opening a file takes long on a network file system."""
-        if time.monotonic() - self._looked > SECONDS_BETWEEN_LOOKS:
-            self._looked = time.monotonic()
+        """Server: why the run's folder is no longer this run's; empty while it is. Looks at most
+        once a second: opening a file on a network file system is slow."""
+        if time.monotonic() - self._last_look > SECONDS_BETWEEN_LOOKS:
+            self._last_look = time.monotonic()
             try:
                 check_claim(self._file)
             except FolderLost as lost:
@@ -126,20 +170,20 @@ class StopRequest:
         return ""
 
     def asked_by(self) -> str:
-        """Server: who asks for an end: a signal by its name, or the STOP file; empty if nobody."""
-        return self.signal or ("the STOP file" if self._file_says_so() else "")
+        """Server: what asks the run to stop: a signal's name or the STOP file; empty if nothing."""
+        return self.signal or ("the STOP file" if self._stop_file_applies() else "")
 
-    def _file_says_so(self) -> bool:
-        """Whether the STOP file is there and meant for this start of this job.
+    def _stop_file_applies(self) -> bool:
+        """Whether there is a STOP file for this attempt of this job.
 
-        An empty file (`touch`) is meant for whoever runs; a launcher writes its job and attempt
-        into it, since a job that was put back into the queue must not obey what ended it. One that
-        is older than the start is of an earlier run.
+        An empty file (`touch`) is for any run. A launcher writes its job and attempt into it, since
+        a requeued job must not obey the file that stopped it before. A file older than the start
+        belongs to an earlier run.
         """
         try:
             if self._file.stat().st_mtime < self._since:
                 return False
-            meant_for = read_regular(self._file, LARGEST).decode(errors="replace").split()
+            meant_for = read_regular(self._file, STOP_FILE_BYTES).decode(errors="replace").split()
         except OSError:
             return False
         except DamagedFile as error:
@@ -148,34 +192,35 @@ class StopRequest:
         here = [os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")]
         if not meant_for or meant_for == here:
             return True
-        self._ignore(f"{self._file} is for job and attempt {' '.join(meant_for)}; an empty one is "
-                     "for any run")
+        self._ignore(f"{self._file} is for job and attempt {' '.join(meant_for)}; an empty file "
+                     "stops any run")
         return False
 
     def _ignore(self, why: str) -> None:
         if self._ignored != why:
             self._ignored = why
-            print(f"fedrun: {STOP} is ignored: {why}", flush=True)
+            log(f"ignoring {STOP}: {why}", WARNING)
 
     def obeyed(self) -> None:
-        """Server: the file has done its work."""
+        """Server: the run has stopped; remove the STOP file."""
         if self._file.is_file():
             self._file.unlink(missing_ok=True)
 
 
 def hangup_ignored() -> bool:
-    """Whether a closed terminal is nothing to us, as under nohup."""
+    """Whether closing the terminal does not concern this process, as under nohup."""
     return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def interruptible(command: Callable[[], int]) -> int:
-    """The exit code of a command; after Ctrl-C one line, and 130.
+    """Run the command of a single process; return its exit code, also where it ends by SystemExit.
+    After Ctrl-C print one line and return 130.
 
-    Python raises KeyboardInterrupt between its own instructions only. Where the main thread does
-    not come to that for a while, as in the training of a tokenizer, a thread ends the process.
+    Python raises KeyboardInterrupt only between its own instructions. If the main thread does not
+    reach one within SECONDS_TO_RAISE, as while it trains a tokenizer, a thread ends the process.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        return command()  # as for a shell's background jobs
+        return command()  # a background job of the shell
     here, there = socket.socketpair()
     there.setblocking(False)
     raised = threading.Event()
@@ -186,10 +231,13 @@ def interruptible(command: Callable[[], int]) -> int:
 
     def watch() -> None:
         while received := here.recv(1):
-            if (received[0] == signal.SIGINT and not raised.wait(SECONDS_TO_INTERRUPT)
-                    and signal.getsignal(signal.SIGINT) == interrupt):
-                print(_INTERRUPTED, file=sys.stderr, flush=True)
-                os._exit(128 + signal.SIGINT)
+            number = received[0]
+            # Either SIGINT before the run, or the signal that ends the run at once, which its
+            # StopRequest forwards.
+            if number in SIGNALS and not raised.wait(SECONDS_TO_RAISE):
+                if number == signal.SIGINT:
+                    log(_INTERRUPTED, WARNING)
+                end_process(128 + number)
 
     signal.signal(signal.SIGINT, interrupt)
     signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
@@ -197,12 +245,16 @@ def interruptible(command: Callable[[], int]) -> int:
     try:
         return command()
     except KeyboardInterrupt:
-        print(_INTERRUPTED, file=sys.stderr, flush=True)
+        log(_INTERRUPTED, WARNING)
         return 128 + signal.SIGINT
+    except SystemExit as end:
+        if isinstance(end.code, int):
+            return end.code
+        raise
 
 
 class _Terminal(io.FileIO):
-    """A terminal that may be closed: what is written then is lost, and no error."""
+    """A terminal that may be closed: later output is lost without an error."""
 
     def write(self, text: Any, /) -> int:
         try:
@@ -214,7 +266,7 @@ class _Terminal(io.FileIO):
 
 
 def outlive_terminal() -> None:
-    """Let standard output and error be written to after their terminal is closed."""
+    """Allow writing to standard output and error after their terminal has been closed."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and stream.isatty():
@@ -224,35 +276,35 @@ def outlive_terminal() -> None:
 
 
 def refuse() -> None:
-    """Tell our launcher that the user has to change something, so that it starts nothing again."""
+    """Tell the launcher not to restart: the user has to change something first."""
     if mark := os.environ.get(REFUSED):
         with suppress(OSError):
             Path(mark).touch()
 
 
 def die_with_launcher() -> None:
-    """End this process when the one that started it ends, however that happens.
+    """End this process when the one that started it ends, for whatever reason.
 
-    By the kernel, where it is Linux's: a process that is stopped or inside a kernel dies as well.
-    One that has ended before it could be watched is noticed here.
+    On Linux the kernel does so, even if this process is stopped or inside a kernel. If the launcher
+    ended before the kernel was asked, this function ends the process.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if _launcher_is_gone():
-        os._exit(1)  # without a word: nobody has asked for this process any more
+        end_process(1)  # without a message: nobody is waiting for this process any more
 
 
 def _launcher_is_gone() -> bool:
-    """Whether the process that started this one has ended already.
+    """Whether the process that started this one has already ended.
 
-    Another parent than the launcher is a script that it was told to start ranks by, or whoever
-    adopts orphans. torchrun does not tell its number, but serves the store that ranks meet in from
-    before it starts them: on the first machine it is gone where nobody listens any more.
+    A parent other than the launcher is either a script between the two or the process that adopts
+    orphans. torchrun does not pass on its process ID, but it serves the ranks' store from before it
+    starts them: on the first machine, torchrun has ended if nothing listens there.
     """
     if number := os.environ.get(LAUNCHER):
         if os.getppid() == int(number):
             return False
-        import psutil  # seldom needed, and this is before all else
+        import psutil  # rarely needed, and this code runs before everything else
         with suppress(psutil.NoSuchProcess):
             return psutil.Process(int(number)).status() == psutil.STATUS_ZOMBIE
         return True

@@ -302,7 +302,7 @@ def main() -> None:
     parser.add_argument("--out", help="with --task: file for the global model at the end")
     arguments = parser.parse_args()
     if arguments.apart:
-        RUNTIME.machine = lambda: 0
+        RUNTIME.machine_id = lambda: 0
     launch = detect(os.environ)
     PROTOCOL.Server = TimedServer
     TimedServer.block, TimedServer.uncounted = arguments.block, 0
@@ -318,7 +318,7 @@ def main() -> None:
         control = stack.enter_context(connect(launch, True, config.timeout))
         joined = build_runtime(launch, torch.device("cpu"), control, {})
         stopping = StopRequest(config.run_dir, config.run_dir / LOCK, control.lost_peers,
-                               quiet=True)
+                               launch)
         protocol.train_federated(experiment_of(config, data), joined, stopping)
 
 

@@ -1,4 +1,4 @@
-"""What a machine does not allow is told by its name."""
+"""Errors name the limit of the machine that is too low."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def limited(limit: int, soft: int, hard: int, code: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def test_open_files_are_raised_as_far_as_may_be_and_else_named() -> None:
+def test_the_limit_of_open_files_is_raised_if_possible_and_else_named() -> None:
     code = ("import resource; from fedrun.common.limits import require_files; require_files(5); "
             "print(resource.getrlimit(resource.RLIMIT_NOFILE))")
     assert limited(resource.RLIMIT_NOFILE, 24, 64, code) == (0, "(40, 64)\n")
     assert limited(resource.RLIMIT_NOFILE, 50, 64, code) == (0, "(50, 64)\n")
     ended, said = limited(resource.RLIMIT_NOFILE, 24, 32, code)
     assert ended == 1
-    assert said.endswith("TooLittle: a process may have 32 open files here (`ulimit -n`), and 5 "
-                         "processes need 40: raise it, or start fewer\n")
+    assert said.endswith("TooLittle: a process may have 32 open files here (`ulimit -n`), but 5 "
+                         "processes need 40 each: raise the limit or start fewer\n")
 
 
 @pytest.mark.parametrize("module", ["fedrun", "fedrun.torchrun"])
@@ -40,11 +40,11 @@ def test_too_little_memory_is_named_before_torch_is_loaded(module: str) -> None:
     ended, said = limited(resource.RLIMIT_AS, 300 << 20, 300 << 20, code)
     assert ended in (1, 2)
     assert said == (f"{'launch' if 'torchrun' in module else 'fedrun'}: error: a process may have "
-                    "300 MiB of memory here (`ulimit -v`), and at least 700 MiB are needed to "
-                    "begin: raise it\n")
+                    "300 MiB of memory here (`ulimit -v`), but needs at least 700 MiB to "
+                    "start: raise the limit\n")
 
 
-def test_shortages_are_known_by_what_libraries_say() -> None:
+def test_shortages_are_recognised_by_the_messages_of_libraries() -> None:
     def oserror(number: int) -> OSError:
         return OSError(number, os.strerror(number))
 

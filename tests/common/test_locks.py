@@ -1,4 +1,4 @@
-"""Locks with and without the kernel's help, and what a run does whose folder is another's now."""
+"""Locks with and without flock, and runs that lose their folder."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import pytest
 from fedrun.common import locks
 from fedrun.common.errors import FolderLost
 from fedrun.common.files import write_atomic
+from fedrun.distributed.launch import Launch
 from fedrun.distributed.stopping import StopRequest
 from fedrun.records import run_dir as run_folder
 from fedrun.records.run_files import LOCK
@@ -29,12 +30,14 @@ from tests.support.runs import Run, wait_until
 
 @pytest.fixture
 def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system without locks, and an owner that shows its life more often than it would."""
+    """A file system without flock, and shorter times than usual."""
     def missing(*_: Any) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
     monkeypatch.setattr(fcntl, "flock", missing)
-    monkeypatch.setattr(locks, "_said", set())
-    for name, seconds in (("BEAT", 0.1), ("STALE", 1.0), ("SETTLE", 0.05), ("POLL", 0.02)):
+    monkeypatch.setattr(locks, "_warned", set())
+    for name, seconds in (
+            ("SECONDS_BETWEEN_TOUCHES", 0.1), ("SECONDS_UNTIL_STALE", 1.0),
+            ("SECONDS_TO_SETTLE", 0.05), ("SECONDS_BETWEEN_ATTEMPTS", 0.02)):
         monkeypatch.setattr(locks, name, seconds)
 
 
@@ -45,7 +48,7 @@ def either(request: pytest.FixtureRequest) -> None:
 
 
 def owner(tmp_path: Path, **changes: Any) -> Path:
-    """A lock without the kernel's help, as another process has left it."""
+    """A file lock that another process has left behind."""
     held = tmp_path / "lock.held"
     held.write_text(json.dumps({"holder": "process 5 on elsewhere", "pid": 5, "began": 1.0,
                                 "machine": "another", "token": "t"} | changes))
@@ -54,15 +57,14 @@ def owner(tmp_path: Path, **changes: Any) -> Path:
 
 @pytest.mark.usefixtures("either")
 def test_one_at_a_time(tmp_path: Path) -> None:
-    said: list[str] = []
-    first = locks.acquire(tmp_path / "lock", 0.0, say=said.append)
+    first = locks.acquire(tmp_path / "lock", 0.0)
     first.write("token")
     waited: list[str] = []
     with pytest.raises(locks.Busy, match=f"^process {os.getpid()} on {platform.node()}$"):
-        locks.acquire(tmp_path / "lock", 0.0, waited.append, said.append)
+        locks.acquire(tmp_path / "lock", 0.0, waited.append)
     assert waited == [locks.this_process()]
     threading.Timer(0.2, first.release).start()
-    second = locks.acquire(tmp_path / "lock", 20.0, say=said.append)
+    second = locks.acquire(tmp_path / "lock", 20.0)
     second.release()
     assert not (tmp_path / "lock.held").exists()
     assert (tmp_path / "lock").read_text() == f"{locks.this_process()}\ntoken\n"
@@ -70,29 +72,29 @@ def test_one_at_a_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
 @pytest.mark.usefixtures("no_flock")
-def test_a_file_system_without_locks_is_said_once(tmp_path: Path, number: int,
-                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_warning_of_a_file_system_without_locks(
+        tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch,
+        caplog: pytest.LogCaptureFixture) -> None:
     def missing(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
     monkeypatch.setattr(fcntl, "flock", missing)
-    said: list[str] = []
     for name in ("lock", "other"):
-        held = locks.acquire(tmp_path / name, 0.0, say=said.append)
+        held = locks.acquire(tmp_path / name, 0.0)
         assert json.loads((tmp_path / f"{name}.held").read_text())["pid"] == os.getpid()
         held.release()
-    assert len(said) == 1
-    assert "has no locks (flock)" in said[0]
+    (record,) = caplog.records
+    assert "has no locks (flock)" in record.message
 
 
 @pytest.mark.usefixtures("no_flock")
 def test_the_lock_of_a_process_of_this_machine_that_is_gone_counts_for_nothing(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not only once it is stale, which the test would not live to see."""
-    monkeypatch.setattr(locks, "STALE", 1000.0)
+    monkeypatch.setattr(locks, "STALE_SECONDS", 1000.0)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     for pid in (gone.pid, os.getpid()):  # and one whose number another process has now
-        owner(tmp_path, machine=locks._machine(), pid=pid)
+        owner(tmp_path, machine=locks._machine_id(), pid=pid)
         locks.acquire(tmp_path / "lock", 0.0).release()
 
 
@@ -101,29 +103,29 @@ def test_a_lock_from_another_machine_counts_while_its_owner_shows_life(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, over = owner(tmp_path), threading.Event()
 
-    def beat() -> None:
+    def touch() -> None:
         while not over.wait(0.1):
             os.utime(file)
 
-    living = threading.Thread(target=beat)
+    living = threading.Thread(target=touch)
     living.start()
     with monkeypatch.context() as patch:
-        patch.setattr(locks, "STALE", 1000.0)  # which is not waited for
+        patch.setattr(locks, "STALE_SECONDS", 1000.0)  # which is not waited for
         with pytest.raises(locks.Busy, match="process 5 on elsewhere"):
             locks.acquire(tmp_path / "lock", 0.0)
     over.set()
     living.join()
     last_sign = file.stat().st_mtime
     held = locks.acquire(tmp_path / "lock", 0.0)  # waits until it is stale, whatever its patience
-    assert time.time() - last_sign > locks.STALE - 0.1
+    assert time.time() - last_sign > locks.STALE_SECONDS - 0.1
     file.write_text("{}")  # who has lost the lock does not take it from the next
     held.release()
     assert file.exists()
 
 
 @pytest.mark.usefixtures("no_flock")
-def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> None:
-    owner(tmp_path, machine=locks._machine(), pid=2**22)
+def test_only_one_process_takes_over_a_stale_lock(tmp_path: Path) -> None:
+    owner(tmp_path, machine=locks._machine_id(), pid=2**22)
     got: list[locks.Held] = []
     refused: list[BaseException] = []
 
@@ -143,17 +145,16 @@ def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_flock")
-def test_an_owner_shows_life(tmp_path: Path) -> None:
+def test_an_owner_touches_its_lock(tmp_path: Path) -> None:
     held = locks.acquire(tmp_path / "lock", 0.0)
     os.utime(tmp_path / "lock.held", (1, 1))
     wait_until(lambda: (tmp_path / "lock.held").stat().st_mtime > 1, 10)
     held.release()
 
 
-def test_a_lock_file_that_was_removed_meanwhile_is_not_taken(tmp_path: Path,
-                                                             monkeypatch: pytest.MonkeyPatch
-                                                             ) -> None:
-    """The lock of a file that nobody sees any more holds off nobody."""
+def test_the_lock_on_a_removed_file_does_not_count(tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would not keep other processes away, since they cannot see that file."""
     path, flock = tmp_path / "lock", fcntl.flock
 
     def removed(file: int, how: int) -> None:
@@ -186,8 +187,8 @@ def lose(run_dir: Path, how: str) -> None:
     (new / "lock").write_text("process 7 on elsewhere\ntheirs\n")
     (new / "model.safetensors").write_text("theirs")
     (new / "outcome.json").write_text('{"outcome": "running", "step": 3}')
-    run_dir.rename(old)  # at once, whatever threads are writing
-    if how == "taken":  # begun again by somebody after it was removed
+    run_dir.rename(old)  # atomically, whatever other threads write
+    if how == "taken":  # another run was started there after it was removed
         new.rename(run_dir)
     if how != "renamed":
         shutil.rmtree(old)
@@ -201,7 +202,7 @@ def lose(run_dir: Path, how: str) -> None:
         ("removed", ("fed_avg", "--num_clients", 2, "--client_store", "disk"), ()),
         ("taken", ("fed_avg", "--num_clients", 2, "--client_store", "disk"),
          ("--track", "tensorboard"))])])
-def test_a_run_whose_folder_is_lost_ends_in_a_line_and_writes_nothing(
+def test_a_run_that_loses_its_folder_ends_with_one_line_and_writes_nothing(
         run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str,
         flags: tuple[object, ...]) -> None:
     run_dir, step, state = tmp_path / "run", Progress.step, {}
@@ -225,7 +226,7 @@ def test_a_run_whose_folder_is_lost_ends_in_a_line_and_writes_nothing(
     assert run_dir.exists() == (how == "taken")
 
 
-def test_what_is_written_last_is_checked_too(tmp_path: Path) -> None:
+def test_final_writes_are_checked_too(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_folder.lock(run_dir, "ours")
     run_folder.write_outcome(run_dir, "running", 1)
@@ -239,21 +240,21 @@ def test_what_is_written_last_is_checked_too(tmp_path: Path) -> None:
                                                           "outcome.json"]
     assert run_folder.read_outcome(run_dir) == {"outcome": "running", "step": 3}
     run_folder.release(run_dir)
-    write_atomic(run_dir / "x", b"")  # a folder that nobody claims
+    write_atomic(run_dir / "x", b"")  # no run claims this folder
 
 
 # ---- STOP ---------------------------------------------------------------------------------------
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.write_bytes(b"x" * 2000)])
-def test_a_stop_that_is_no_small_file_is_ignored(tmp_path: Path, make: Any,
-                                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stop_that_is_not_a_small_file_is_ignored(tmp_path: Path, make: Any,
+                                                    caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "lock").touch()
-    stopping = StopRequest(tmp_path, tmp_path / LOCK, list, quiet=True)
+    stopping = StopRequest(tmp_path, tmp_path / LOCK, list, Launch())
     make(tmp_path / "STOP")
     for _ in range(3):
         assert stopping.asked_by() == ""
-    assert capsys.readouterr().out.count("STOP is ignored: ") == 1
+    assert caplog.text.count("ignoring STOP: ") == 1
     if not (tmp_path / "STOP").is_file():
         stopping.obeyed()
         assert (tmp_path / "STOP").exists()

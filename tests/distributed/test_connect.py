@@ -1,4 +1,4 @@
-"""How ranks find each other, and what is said where they do not."""
+"""How ranks find each other, and the errors when they do not."""
 
 from __future__ import annotations
 
@@ -43,27 +43,27 @@ def store() -> TCPStore:
 
 # ---- where the store listens ---------------------------------------------------------------------
 
-def test_torchruns_own_store_is_warned_of() -> None:
-    """The real torchrun; one process is enough, since its launcher listens."""
+def test_a_warning_of_torchruns_own_store() -> None:
+    """With the real torchrun. One process is enough, since its launcher listens."""
     code = ("import os; from fedrun.distributed.launch import detect; "
             "from fedrun.distributed.connect import exposure; "
-            "print('SAID', exposure(detect(os.environ)))")
+            "print('WARNING', exposure(detect(os.environ)))")
     ended, output = execute([sys.executable, "-m", "torch.distributed.run", "--standalone",
                              "--no-python", "--nproc-per-node", "1", sys.executable, "-c", code])
     assert ended == 0, output
-    said = next(line for line in output.splitlines() if line.startswith("SAID"))
-    assert "listens on all addresses" in said
-    assert "whoever reaches it can run code as you" in said
+    warning = next(line for line in output.splitlines() if line.startswith("WARNING"))
+    assert "listens on all addresses" in warning
+    assert "whoever connects to it can run code as you" in warning
 
 
 def test_where_the_store_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     with listen("nowhere.invalid", 0, one_machine=True) as one:
-        assert one.getsockname()[0] == "127.0.0.1"  # the machine's name does not matter
+        assert one.getsockname()[0] == "127.0.0.1"  # whatever the machine's name
         port = one.getsockname()[1]
         with pytest.raises(NotConnected, match=f"^MASTER_PORT {port} is in use on "):
             listen("anything", port, one_machine=True)
-    with pytest.raises(NotConnected, match=r"MASTER_PORT 70000: accepted is a port number"):
+    with pytest.raises(NotConnected, match=r"MASTER_PORT 70000: must be a port number"):
         listen("", 70000, one_machine=True)
     with pytest.raises(NotConnected, match=r"MASTER_ADDR nowhere\.invalid: .* cannot resolve"):
         listen("nowhere.invalid", 0, one_machine=False)
@@ -78,14 +78,14 @@ def test_where_the_store_listens(monkeypatch: pytest.MonkeyPatch) -> None:
             assert routed.getsockname()[0] == address
 
 
-def test_behind_a_translated_address_the_store_listens_everywhere_and_says_so(
-        capfd: pytest.CaptureFixture[str]) -> None:
+def test_behind_a_translated_address_the_store_listens_everywhere_with_a_warning(
+        caplog: pytest.LogCaptureFixture) -> None:
     with listen("192.0.2.1", 0, one_machine=False) as anywhere:
         assert anywhere.getsockname()[0] in ("::", "0.0.0.0")
-    assert "MASTER_ADDR 192.0.2.1 (192.0.2.1) is no address of " in capfd.readouterr().err
+    assert "MASTER_ADDR 192.0.2.1 (192.0.2.1) is not an address of " in caplog.text
 
 
-def test_no_loopback_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_loopback_is_an_error_of_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
         raise OSError(101, "Network is unreachable")  # as where the interface is down
     monkeypatch.setattr(socket, "create_connection", unreachable)
@@ -93,17 +93,19 @@ def test_no_loopback_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
         listen("", 0, one_machine=True)
 
 
-def test_our_torchrun_refuses_another_rendezvous_and_guesses_no_address(
+def test_our_torchrun_rejects_another_rendezvous_and_guesses_no_address(
         capfd: pytest.CaptureFixture[str]) -> None:
-    for flags, said in ((["--standalone"], "--standalone, --rdzv-backend and --rdzv-endpoint"),
-                        (["--rdzv-backend", "c10d"], "leave them out"),
-                        (["--nnodes", "1:2"], "--nnodes 1:2: accepted is one number"),
-                        (["--nnodes", "2", "--master-port", "1"], "--master-addr: not set")):
-        assert launcher.main([*flags, "--nproc-per-node", "1", "-m", "fedrun"]) == 2
-        assert said in capfd.readouterr().err
+    for flags, message in ((["--standalone"], "--standalone, --rdzv-backend and --rdzv-endpoint"),
+                           (["--rdzv-backend", "c10d"], "leave them out"),
+                           (["--nnodes", "1:2"], "--nnodes 1:2: must be one number"),
+                           (["--nnodes", "two"], "--nnodes two: must be one number"),
+                           (["--nproc-per-node", "two"], "nproc_per_node"),
+                           (["--nnodes", "2", "--master-port", "1"], "--master-addr: not set")):
+        assert launcher.main(["--nproc-per-node", "1", *flags, "-m", "fedrun"]) == 2
+        assert message in capfd.readouterr().err
 
 
-# ---- who has come --------------------------------------------------------------------------------
+# ---- who has connected ---------------------------------------------------------------------------
 
 def test_names_of_ranks() -> None:
     assert named([3]) == "rank 3"
@@ -111,84 +113,85 @@ def test_names_of_ranks() -> None:
     assert named([0, 1], "machine") == "machines 0-1"
 
 
-def test_a_roll_call_says_whom_it_waits_for_and_ends_naming_them(
-        monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_roll_call_names_the_missing_ranks_while_it_waits_and_when_it_fails(
+        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(connect, "SECONDS_OF_SILENCE", 0.2)
     server = store()
     there = reach("127.0.0.1", server.port, SECOND, served_before=True)
     other = Thread(target=roll_call, args=(there, 2, 3, timedelta(seconds=20)))
     other.start()
-    with pytest.raises(NotConnected, match=r"^rank 0 of 3 did not come within 1 s: not started"):
+    with pytest.raises(NotConnected, match=r"^rank 0 of 3 did not connect within 1 s: not started"):
         roll_call(server, 1, 3, SECOND)
-    # Once: rank 2 leaves it to rank 1.
-    assert capfd.readouterr().err == "fedrun: waits for rank 0 of 3\n"
-    roll_call(reach("127.0.0.1", server.port, SECOND, True), 0, 3, SECOND)  # late is in time
+    # Once: only the lowest rank that is there, rank 1, prints it.
+    assert [record.message for record in caplog.records] == ["waiting for rank 0 of 3"]
+    roll_call(reach("127.0.0.1", server.port, SECOND, True), 0, 3, SECOND)  # rank 2 still waits
     other.join(5)
     assert not other.is_alive()
 
 
-def test_a_number_given_twice_is_told() -> None:
+def test_two_processes_with_the_same_rank() -> None:
     server = store()
     server.add("here", 1)
     server.set("here/1", "")
-    with pytest.raises(NotConnected, match="2 came, but machine 0 is not among them"):
+    with pytest.raises(NotConnected, match="2 connected, but not machine 0: each needs"):
         roll_call(server, 1, 2, SECOND, "machine")
 
 
-def test_a_store_that_is_gone_or_deaf_holds_nobody(monkeypatch: pytest.MonkeyPatch,
-                                                   capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_rank_hangs_on_a_store_that_is_gone_or_silent(monkeypatch: pytest.MonkeyPatch,
+                                                         caplog: pytest.LogCaptureFixture
+                                                         ) -> None:
     monkeypatch.setattr(connect, "SECONDS_OF_SILENCE", 0.2)
     port, began = free_port(), time.monotonic()
     with pytest.raises(NotConnected, match="the launcher of rank 0 has ended"):
         reach("127.0.0.1", port, timedelta(minutes=5), served_before=True)
-    with pytest.raises(NotConnected, match=f"MASTER_PORT {port}: rank 0's store was not reached"):
+    with pytest.raises(NotConnected, match=f"MASTER_PORT {port}: could not connect to rank 0's"):
         reach("127.0.0.1", port, SECOND, served_before=False)
-    with (socket.create_server(("127.0.0.1", 0)) as deaf,
+    with (socket.create_server(("127.0.0.1", 0)) as silent,
           pytest.raises(NotConnected, match="does not answer as a store")):
-        reach("127.0.0.1", deaf.getsockname()[1], SECOND, served_before=True)
+        reach("127.0.0.1", silent.getsockname()[1], SECOND, served_before=True)
     assert time.monotonic() - began < 10
-    assert f"waits for the store of rank 0 at 127.0.0.1:{port} (" in capfd.readouterr().err
+    assert f"waiting for the store of rank 0 at 127.0.0.1:{port} (" in caplog.text
 
 
-def test_two_who_look_for_silent_ranks_at_once_both_see_them(monkeypatch: pytest.MonkeyPatch
-                                                             ) -> None:
+def test_two_threads_that_look_for_unresponsive_ranks_both_find_them(
+        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Heartbeat, "SECONDS", 0.02)
-    beats = Heartbeat(HashStore(), 0, 3)
+    heartbeat = Heartbeat(HashStore(), 0, 3)
     try:
         with ThreadPoolExecutor(2) as pool:
-            first = pool.submit(beats.unresponsive)
-            time.sleep(0.18)  # the second looks from one's middle on beyond its end
-            second = pool.submit(beats.unresponsive)
+            first = pool.submit(heartbeat.unresponsive)
+            time.sleep(0.18)  # the second starts in the middle of the first
+            second = pool.submit(heartbeat.unresponsive)
             assert [first.result(), second.result()] == [[1, 2], [1, 2]]
     finally:
-        beats.stop()
+        heartbeat.stop()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("at", "said"), [
-    ("reach", r"error: rank 2 of 3 did not come within 4 s: not started, stopped"),
-    ("init_process_group", r"error: the ranks could not be connected: no sign of life from rank 2"),
+@pytest.mark.parametrize(("at", "message"), [
+    ("reach", r"error: rank 2 of 3 did not connect within 4 s: not started, stopped"),
+    ("init_process_group", r"error: the ranks could not be connected: no heartbeat from rank 2"),
 ])
 def test_a_rank_that_is_stopped_while_ranks_connect_is_named(
-        at: str, said: str, cache_dir: Path, tmp_path: Path) -> None:
+        at: str, message: str, cache_dir: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     agent = start(
         [*torchrun(3), "-m", "tests.support.stopped_fedrun", "fed_avg", *SMALL, "--num_clients",
          "2", "--data_dir", tmp_path, "--cache_dir", cache_dir, "--timeout", "4"], log,
         {"STOPPED_AT": at, "STOPPED_RANK": "2"})
     with children_of(agent) as ranks:
-        wait_until(lambda: re.search(said, log.read_text()) is not None, 60, log.read_text)
-        assert at != "reach" or "waits for rank 2 of 3\n" in log.read_text()
+        wait_until(lambda: re.search(message, log.read_text()) is not None, 60, log.read_text)
+        assert at != "reach" or "waiting for rank 2 of 3\n" in log.read_text()
         for rank in ranks():  # torchrun would wait for the stopped one
             rank.kill()
         assert agent.wait(60) == 1
         assert "Traceback" not in log.read_text()
 
 
-# ---- who has gone --------------------------------------------------------------------------------
+# ---- who has died --------------------------------------------------------------------------------
 
 def gone(**env: str) -> bool:
-    """Whether a process with these variables ends as an orphan, at its very beginning."""
+    """Whether a process with these environment variables ends at its start as an orphan."""
     code = ("from fedrun.distributed.stopping import die_with_launcher; "
             "die_with_launcher(); print('on')")
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **env}, cwd=ROOT,
@@ -197,7 +200,7 @@ def gone(**env: str) -> bool:
     return done.returncode == 1
 
 
-def test_an_orphan_ends_whose_launcher_has_ended_before_it_looked() -> None:
+def test_an_orphan_ends_if_its_launcher_ended_before_it_started() -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     until_zombie = psutil.Process(ended.pid)
     wait_until(lambda: not alive(until_zombie), 10)
@@ -205,7 +208,7 @@ def test_an_orphan_ends_whose_launcher_has_ended_before_it_looked() -> None:
     ended.wait()
     assert gone(FEDRUN_LAUNCHER=str(ended.pid))
     assert not gone(FEDRUN_LAUNCHER=str(os.getpid()))
-    assert not gone(FEDRUN_LAUNCHER=str(os.getppid()))  # a script that starts the rank is between
+    assert not gone(FEDRUN_LAUNCHER=str(os.getppid()))  # a script between the launcher and the rank
     plain = {"TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
              "MASTER_ADDR": "nowhere.invalid"}
     with socket.create_server(("127.0.0.1", 0)) as there:
@@ -241,8 +244,8 @@ def test_no_rank_outlives_a_launcher_killed_as_it_starts_them(module: list[str],
             agent.wait()
 
 
-def test_what_the_user_has_to_change_is_not_started_again(tmp_path: Path) -> None:
-    """Three restarts would tell the same three times more, and torchrun's own lines bury it."""
+def test_no_restart_if_the_user_has_to_change_something(tmp_path: Path) -> None:
+    """Three restarts would print the same error three times more, among torchrun's own lines."""
     done = subprocess.run(
         [*torchrun(3, restarts=3), "-m", "fedrun", "fed_avg", *SMALL, "--data_dir", str(tmp_path),
          "--dataset", str(tmp_path / "nothing.txt")],

@@ -1,4 +1,4 @@
-"""Vectors among the workers: the same sums whoever shares memory with whom."""
+"""Vectors between workers: the same sums whichever workers share memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedrun.distributed.data_plane import nodes
-from fedrun.distributed.shared_memory import SharedBuffer, attach, machine
+from fedrun.distributed.data_plane import group_by_node
+from fedrun.distributed.shared_memory import SharedBuffer, machine_id
 from tests.support.runs import (
     FAULTY,
     Run,
@@ -28,7 +28,7 @@ from tests.support.runs import (
 def test_nodes_are_the_machines_whose_workers_reach_each_other(drawn: list[tuple[int, bool]]
                                                                ) -> None:
     machines, reached = zip(*drawn, strict=True)
-    found = nodes(machines, reached)
+    found = group_by_node(machines, reached)
     for worker, node in enumerate(found):
         assert worker in node
         assert list(node) == sorted(set(node))
@@ -41,10 +41,10 @@ def test_nodes_are_the_machines_whose_workers_reach_each_other(drawn: list[tuple
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float64])
-def test_a_vector_outlives_its_offer(dtype: torch.dtype) -> None:
-    offer = SharedBuffer(1000 * dtype.itemsize)
-    first, second = (attach(offer.address, 1000, dtype) for _ in range(2))
-    offer.close()
+def test_a_tensor_outlives_its_closed_buffer(dtype: torch.dtype) -> None:
+    buffer = SharedBuffer.create(1000 * dtype.itemsize)
+    first, second = (SharedBuffer.open(buffer.address, 1000, dtype) for _ in range(2))
+    buffer.close()
     assert first.dtype == dtype
     assert first.shape == (1000,)
     assert not first.any()
@@ -53,39 +53,40 @@ def test_a_vector_outlives_its_offer(dtype: torch.dtype) -> None:
     assert torch.equal(second, torch.arange(1000, dtype=dtype))
 
 
-def test_what_is_not_there_is_not_taken_for_something_else(tmp_path: Path) -> None:
-    """A wrong process would have other things under a descriptor's number; to open a pipe waits."""
-    offer = SharedBuffer(8)
-    me, descriptor, stamp = offer.address
+def test_only_the_right_buffer_is_opened(tmp_path: Path) -> None:
+    """Another process may have another file under the descriptor's number; opening a pipe would
+    block."""
+    buffer = SharedBuffer.create(8)
+    me, descriptor, stamp = buffer.address
     os.mkfifo(tmp_path / "pipe")
     pipe = os.open(tmp_path / "pipe", os.O_RDWR)
     (tmp_path / "file").write_bytes(bytes(10_000))
     with open(tmp_path / "file", "r+b") as file:
         for address in ((me, descriptor, stamp ^ 1), (me, pipe, stamp), (me, file.fileno(), stamp),
                         (me, 10_000, stamp), (2**22 + 1, descriptor, stamp)):
-            with pytest.raises(OSError, match=r"fedrun's|this run's|No such file"):
-                attach(address, 8, torch.uint8)
+            with pytest.raises(OSError, match=r"not a buffer|another run|No such file"):
+                SharedBuffer.open(address, 8, torch.uint8)
     os.close(pipe)
-    offer.close()
+    buffer.close()
     with pytest.raises(OSError, match="No such file"):
-        attach(offer.address, 8, torch.uint8)
+        SharedBuffer.open(buffer.address, 8, torch.uint8)
 
 
-def test_a_machine_has_one_number() -> None:
-    code, told = execute([sys.executable, "-c",
-                          "from fedrun.distributed.shared_memory import machine; print(machine())"])
-    assert code == 0, told
-    assert int(told) == machine() > 0
+def test_processes_of_a_machine_have_the_same_machine_id() -> None:
+    code, output = execute([sys.executable, "-c", "from fedrun.distributed.shared_memory import "
+                            "machine_id; print(machine_id())"])
+    assert code == 0, output
+    assert int(output) == machine_id() > 0
 
 
 def test_the_same_bits_on_any_machines() -> None:
-    code, told = execute([*torchrun(5), "-m", "tests.support.every_plane"])
-    assert code == 0, told
-    assert "all the same" in told
+    code, output = execute([*torchrun(5), "-m", "tests.support.every_plane"])
+    assert code == 0, output
+    assert "all the same" in output
 
 
 def test_a_run_on_two_machines(run: Run) -> None:
-    """With a server; workers 1 and 3 share the memory of one, 2 and 4 that of the other."""
+    """With a server; workers 1 and 3 share memory, and so do 2 and 4."""
     flags = ("--rounds", 3, "--num_clients", 4, "--client_moments", "average")
     alone = run("fed_avg", *flags, name="alone")
     apart = run("fed_avg", *flags, name="apart", processes=5,
@@ -95,8 +96,8 @@ def test_a_run_on_two_machines(run: Run) -> None:
     assert without_clocks(apart) == without_clocks(alone)
 
 
-def test_a_worker_that_is_late_finds_what_the_others_do(run: Run, tmp_path: Path) -> None:
-    """Also while a run is resumed, when the common model is written twice."""
+def test_a_slow_worker_gets_the_same_results_as_the_others(run: Run, tmp_path: Path) -> None:
+    """Also while a run resumes, when the shared model is written twice."""
     flags = ("--num_clients", 2, "--rounds", 4, "--val_freq", 2, "--checkpoint_freq", 2,
              "--save_client_deltas", "true")
     whole = run("fed_avg", *flags, name="whole")

@@ -1,4 +1,4 @@
-"""What goes wrong is told in one line, or ends every rank with a message: nothing hangs."""
+"""Every failure ends all ranks with a message of one line; nothing hangs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def error_line(output: str) -> str:
     (("--num_clients", 2, "--local_updates", 30_000), r"--local_updates 30000: .*accepted is up"),
     (("--device", "cuda"), r"--device cuda: no CUDA device is available"),
 ])
-def test_what_cannot_be_is_refused_in_one_line(run: Run, flags: tuple[object, ...], said: str
+def test_impossible_settings_are_an_error_of_one_line(run: Run, flags: tuple[object, ...], said: str
                                                ) -> None:
     outcome = run("fed_avg", *flags)
     assert outcome.code == 2
@@ -52,7 +52,7 @@ def test_an_empty_corpus(run: Run, tmp_path: Path) -> None:
     assert "--dataset" in error_line(outcome.output)
 
 
-def test_under_torchrun_the_line_comes_once(run: Run) -> None:
+def test_under_torchrun_the_error_is_printed_once(run: Run) -> None:
     outcome = run("fed_avg", "--lr", "-1", processes=3)
     assert outcome.code == 2
     assert re.search("--lr -1.0: must be > 0", error_line(outcome.output))
@@ -96,7 +96,7 @@ def test_a_data_dir_that_cannot_be_written(run: Run, tmp_path: Path) -> None:
 @contextmanager
 def launched(tmp_path: Path, cache_dir: Path, processes: int, rounds: int, timeout: int
              ) -> Iterator[tuple[subprocess.Popen[bytes], dict[int, psutil.Process], Path]]:
-    """torchrun, its ranks and the log of a run that has begun; all are ended at the end."""
+    """torchrun, its ranks and the log of a run that has started; all are killed at the end."""
     log, events = tmp_path / "log", tmp_path / "run" / "events.jsonl"
     command = [*torchrun(processes), "-m", "fedrun", "fed_avg", *SMALL, "--data_dir", str(tmp_path),
                "--cache_dir", str(cache_dir), "--run_name", "run", "--rounds", str(rounds),
@@ -120,34 +120,34 @@ def launched(tmp_path: Path, cache_dir: Path, processes: int, rounds: int, timeo
 @pytest.mark.parametrize(("sent", "timeout"), [(signal.SIGKILL, 600), (signal.SIGSTOP, 4)])
 def test_a_lost_worker_ends_all_ranks(sent: signal.Signals, timeout: int, cache_dir: Path,
                                       tmp_path: Path) -> None:
-    """A killed worker is noticed at once, a stopped one at the timeout; the server names it."""
+    """A killed worker is noticed at once, a stopped one at the timeout. The server names it."""
     with launched(tmp_path, cache_dir, 4, 100_000, timeout) as (launcher, ranks, log):
         ranks[2].send_signal(sent)
         began = time.monotonic()
         wait_until(lambda: not any(alive(ranks[r]) for r in (0, 1, 3)), timeout=60)
         took = time.monotonic() - began
         if sent == signal.SIGSTOP:
-            # torchrun has sent SIGTERM, which a stopped process cannot take, and would wait on.
+            # torchrun waits: the stopped process cannot handle the SIGTERM that it was sent.
             assert took < timeout + 20
-            assert "no sign of life from rank 2, " in log.read_text(), log.read_text()
+            assert "no heartbeat from rank 2, " in log.read_text(), log.read_text()
             ranks[2].kill()
         else:
             assert took < 10
         assert launcher.wait(60) == 1
 
 
-def test_a_signal_while_a_peer_is_gone_ends_at_once(cache_dir: Path, tmp_path: Path) -> None:
-    """The round's end, which a signal waits for, would come at the timeout only."""
+def test_a_signal_while_another_rank_is_lost_ends_at_once(cache_dir: Path, tmp_path: Path) -> None:
+    """The end of the round, which a signal waits for, would come only at the timeout."""
     with launched(tmp_path, cache_dir, 3, 100_000, timeout=600) as (launcher, ranks, log):
         assert listening(psutil.Process(launcher.pid)) == {"127.0.0.1"}
         ranks[2].send_signal(signal.SIGSTOP)
         ranks[0].send_signal(signal.SIGTERM)
         wait_until(lambda: not alive(ranks[0]), timeout=30)
-        assert "SIGTERM, and no sign of life from rank 2: ends at once" in log.read_text()
+        assert "SIGTERM, and no heartbeat from rank 2: exiting now" in log.read_text()
 
 
-def test_a_launcher_that_is_stopped_holds_up_nobody(cache_dir: Path, tmp_path: Path) -> None:
-    """It hosts the store, whose calls know no timeout; what matters goes past it."""
+def test_a_stopped_launcher_does_not_stop_the_run(cache_dir: Path, tmp_path: Path) -> None:
+    """It hosts the store, whose calls have no timeout; but training does not use the store."""
     with launched(tmp_path, cache_dir, 3, 200, timeout=20) as (launcher, ranks, log):
         launcher.send_signal(signal.SIGSTOP)
         wait_until(lambda: not any(map(alive, ranks.values())), timeout=90)

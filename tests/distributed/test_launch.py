@@ -25,7 +25,7 @@ TORCHRUN = {"RANK": "5", "WORLD_SIZE": "9", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE
     (STEP | {"SLURM_STEP_TASKS_PER_NODE": "3(x2),2,1", "SLURM_NODEID": "2", "SLURM_PROCID": "7",
              "SLURM_LOCALID": "1"}, Launch(7, 9, 1, 2, on_first_node=False)),
     (TORCHRUN, Launch(5, 9, 0, 4, on_first_node=False, attempt=2)),
-    # torchrun's agents are a step of SLURM too, with one task a node
+    # torchrun's agents are a SLURM step too, with one task per node
     (STEP | TORCHRUN, Launch(5, 9, 0, 4, on_first_node=False, attempt=2)),
 ])
 def test_rank_and_world_are_read_from_slurms_and_torchruns_variables(
@@ -49,7 +49,7 @@ def test_a_missing_rendezvous_address_is_an_error_or_slurms_first_node(
                 k: v for k, v in set_by_user.items() if k != name})
 
 
-def test_restarts_in_place_are_known_by_their_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launch_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("SLURM_JOB_ID", None), ("TORCHELASTIC_RUN_ID", "none")):
         monkeypatch.delenv(name, raising=False)
         if value:

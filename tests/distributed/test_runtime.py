@@ -1,4 +1,4 @@
-"""Launch, devices and interfaces: tables of environments and what they mean."""
+"""Devices, network interfaces, and the comparison of ranks."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ def later(local_rank: int, local: int, world: int) -> Launch:
 
 
 @pytest.mark.parametrize(("launch", "dedicated", "gpus", "index"), [
-    (Launch(), True, 1, 0),                # alone: server and worker share the one GPU
+    (Launch(), True, 1, 0),                # one process: server and worker share the GPU
     (Launch(), True, 4, 0),
-    (first(0, 5), True, 4, None),          # the server owns none
+    (first(0, 5), True, 4, None),          # the server uses none
     (first(1, 5), True, 4, 0),
     (first(4, 5), True, 4, 3),
     (first(0, 4), False, 4, 0),            # colocated: rank 0 works
     (first(3, 4), False, 4, 3),
     (later(0, 4, 9), True, 4, 0),          # other machines have no server
     (later(3, 4, 9), True, 4, 3),
-    (first(1, 3), True, 1, 0),             # one visible GPU a process
+    (first(1, 3), True, 1, 0),             # one visible GPU per process
     (later(2, 4, 9), True, 1, 0),
 ])
 def test_device_index(launch: Launch, dedicated: bool, gpus: int, index: int | None) -> None:
     assert device_index(launch, dedicated, gpus) == index
 
 
-def test_too_few_gpus_prints_the_right_launch_line() -> None:
+def test_too_few_gpus_is_an_error_with_the_right_number_of_processes() -> None:
     with pytest.raises(ValueError, match=r"5 workers but 2 GPUs.*--nproc-per-node 3"):
         device_index(first(5, 6), True, 2)
     with pytest.raises(ValueError, match="--nproc-per-node 2"):
         device_index(later(2, 3, 7), True, 2)
 
 
-def test_interfaces_on_one_machine_are_loopback_unless_the_user_has_chosen() -> None:
+def test_one_machine_uses_the_loopback_unless_the_user_has_chosen() -> None:
     assert choose_interfaces(first(0, 2), {}) == {"GLOO_SOCKET_IFNAME": "lo",
                                                   "NCCL_SOCKET_IFNAME": "lo"}
     assert choose_interfaces(first(0, 2), {"GLOO_SOCKET_IFNAME": "eth7"}) == {
         "NCCL_SOCKET_IFNAME": "lo"}
 
 
-def test_between_machines_a_master_on_loopback_is_refused_by_the_variables_name() -> None:
+def test_between_machines_a_master_on_loopback_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"GLOO_SOCKET_IFNAME.*MASTER_ADDR=127\.0\.1\.1"):
         choose_interfaces(later(0, 1, 2), {"MASTER_ADDR": "127.0.1.1"})
 
@@ -60,14 +60,14 @@ def test_ranks_that_differ_are_named() -> None:
     assert difference([rank(), rank(), rank()], (1, 2)) == ""
     assert "--lr" in difference([rank(), rank(), rank(**{"--lr": "2"})], (1, 2))
     kernels = {"worker kernels": "b"}
-    assert difference([rank(**kernels), rank(), rank()], (1, 2)) == ""  # the server computes little
+    assert difference([rank(**kernels), rank(), rank()], (1, 2)) == ""  # the server trains nothing
     assert "worker kernels" in difference([rank(), rank(), rank(**kernels)], (1, 2))
 
 
 def test_two_workers_on_one_gpu_are_an_error_and_an_idle_one_a_warning() -> None:
     def gpu(uuid: str) -> dict[str, str]:
         return {"gpu": uuid, "gpus here": "3"}
-    assert "ranks 1 and 2 were given the same GPU u1" in difference(
+    assert "ranks 1 and 2 use the same GPU u1" in difference(
         [rank(), rank(**gpu("u1")), rank(**gpu("u1"))], (1, 2))
     assert idle_gpus([rank(), rank(**gpu("u1")), rank(**gpu("u2"))]) == [
         "1 of 3 GPUs on h are idle: raise --nproc-per-node by 1 to use them"]

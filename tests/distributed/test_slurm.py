@@ -1,5 +1,5 @@
 """launch/slurm.sbatch and srun on a real SLURM cluster: the same bits as in one process, whatever
-happens to the job on its way."""
+happens to the job."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A run of five clients on a text of a few pages."""
+    """Flags of a run with five clients on a text of a few pages."""
     folder = tmp_path_factory.mktemp("small")
     (folder / "text").mkdir()
     (folder / "text" / "readme.txt").write_text((ROOT / "README.md").read_text())
@@ -41,7 +41,7 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The parameters' hash after the run in one process, which nothing disturbs."""
+    """The hash of the parameters after an undisturbed run in one process."""
     folder = tmp_path_factory.mktemp("alone")
     code, output = execute([sys.executable, "-m", "fedrun", "fed_avg", *flags, "--data_dir",
                             str(folder), "--run_name", "run"])
@@ -50,7 +50,7 @@ def undisturbed(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> s
 
 
 def parameters(run_dir: Path) -> str:
-    """A hash of the model's bits, name by name."""
+    """A hash of the names and bits of a model's parameters."""
     digest = hashlib.sha256()
     for name, tensor in sorted(load_file(run_dir / "model.safetensors").items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
@@ -72,7 +72,7 @@ def submit(cluster: Cluster, flags: list[str], tmp_path: Path) -> Callable[..., 
     return submit_it
 
 
-def test_two_nodes_have_the_bits_of_one_process(
+def test_two_nodes_give_the_bits_of_one_process(
         submit: Callable[..., Job], undisturbed: str, tmp_path: Path) -> None:
     job = submit()
     assert job.until_over() == "COMPLETED", job.output
@@ -94,10 +94,10 @@ def test_a_job_is_requeued_after_a_failure_and_before_its_time_limit(
     cluster.run("scancel", "--signal=USR2", "--batch", job.number)  # as #SBATCH --signal does
     job.until_said("attempt 1: requeued: stopped for the time limit")
     job.until_said("attempt 2: run folder")
-    (tmp_path / "run" / "STOP").write_text(f"{job.number} 1\n")  # of the attempt before: too late
+    (tmp_path / "run" / "STOP").write_text(f"{job.number} 1\n")  # for the previous attempt: ignored
     assert job.until_over() == "COMPLETED", job.output
     assert job.output.count("fedrun: goes on after step") == 2
-    assert "attempt 2: over: finished" in job.output
+    assert "attempt 2: done: the run has finished" in job.output
     assert parameters(tmp_path / "run") == undisturbed
 
 
@@ -116,7 +116,7 @@ def test_scancel_leaves_a_checkpoint_and_no_process(
     assert (outcome["job"], outcome["attempt"]) == (job.number, 0)
 
 
-def test_without_requeueing_the_clients_of_a_lost_node_go_to_the_others(
+def test_without_requeueing_the_remaining_nodes_take_over_the_clients_of_a_lost_one(
         cluster: Cluster, submit: Callable[..., Job], undisturbed: str, tmp_path: Path) -> None:
     job = submit(options=("--no-requeue",))
     job.until_said("round 10/")
@@ -126,7 +126,7 @@ def test_without_requeueing_the_clients_of_a_lost_node_go_to_the_others(
     finally:
         cluster.start_node(2)
         cluster.until_idle()
-    assert "may not be requeued: it was submitted with --no-requeue" in job.output
+    assert "cannot be requeued: it was submitted with --no-requeue" in job.output
     assert "started again on n1: the run failed; restart 1 of 2 here" in job.output
     assert "node 0 of 1" in job.output
     assert "fedrun: goes on after step" in job.output
@@ -144,5 +144,5 @@ def test_srun_without_torchrun(cluster: Cluster, flags: list[str], undisturbed: 
 
 
 def rank(cluster: Cluster, number: int) -> psutil.Process:
-    """The process of a rank of the run that is on."""
+    """The process of a rank of the running job."""
     return next(p for p in cluster.processes() if p.environ().get("RANK") == str(number))

@@ -1,4 +1,4 @@
-"""Orderly ends: STOP files and signals, and the lock of a run's folder."""
+"""Stopping a run by signals and STOP files, and the lock of its folder."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from fedrun.distributed.launch import Launch
 from fedrun.distributed.stopping import StopRequest, hangup_ignored
 from fedrun.records import checkpoint, run_dir
 from fedrun.torchrun import wanted_signals
@@ -21,7 +22,7 @@ from tests.support.runs import ROOT, SMALL, Run, read_json, wait_until
 @pytest.fixture
 def endless(request: pytest.FixtureRequest, tmp_path: Path, cache_dir: Path
             ) -> Iterator[subprocess.Popen[str]]:
-    """A run that has begun and would go on for hours; its parameter: local updates in a round."""
+    """A run that has started and would take hours; parameter: local updates per round."""
     updates = getattr(request, "param", 4)
     command = [sys.executable, "-m", "fedrun", "fed_avg", *SMALL, "--data_dir", str(tmp_path),
                "--cache_dir", str(cache_dir), "--run_name", "run", "--rounds", "100000",
@@ -45,15 +46,15 @@ def test_two_runs_in_one_folder(run: Run, endless: subprocess.Popen[str], tmp_pa
     assert second.code == 2
     assert f"is in use by process {endless.pid} on " in second.output
     assert endless.poll() is None
-    # Nor does a process that fails without the lock say of the other's run that it has failed.
-    run_dir.write_failure(tmp_path / "run", "no word from rank 1")
+    # A process without the lock that fails must not record a failure of the other run.
+    run_dir.write_failure(tmp_path / "run", "no answer from rank 1")
     assert run_dir.read_outcome(tmp_path / "run")["outcome"] == "running"
 
 
-def test_a_stop_file_ends_the_run_in_order(endless: subprocess.Popen[str], tmp_path: Path) -> None:
+def test_a_stop_file_stops_the_run(endless: subprocess.Popen[str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     other_job = folder / "STOP"
-    other_job.write_text("1234 0\n")  # meant for a job that we are not
+    other_job.write_text("1234 0\n")  # for another job
     time.sleep(1.0)
     assert endless.poll() is None
     other_job.unlink()
@@ -68,18 +69,39 @@ def test_a_stop_file_ends_the_run_in_order(endless: subprocess.Popen[str], tmp_p
 
 @pytest.mark.parametrize("endless", [1_000_000], indirect=True)
 def test_a_second_signal_ends_at_once(endless: subprocess.Popen[str]) -> None:
-    """In the middle of a round, which the first signal waits for."""
+    """In the middle of a round, whose end the first signal waits for."""
     endless.send_signal(signal.SIGHUP)  # the terminal is closed
     time.sleep(1.5)
     assert endless.poll() is None
     endless.send_signal(signal.SIGTERM)
     output, _ = endless.communicate(timeout=10)
-    assert "SIGHUP: stops after this round" in output
-    assert "SIGTERM again: ends at once" in output
+    assert "SIGHUP: stopping after this round" in output
+    assert "second signal (SIGTERM): exiting now" in output
     assert endless.returncode == 128 + signal.SIGTERM
 
 
-def test_under_nohup_a_closed_terminal_is_ignored(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "raised"), [(signal.SIGTERM, SystemExit),
+                                              (signal.SIGINT, KeyboardInterrupt)])
+def test_in_one_process_a_second_signal_raises(sent: signal.Signals, raised: type[BaseException],
+                                               tmp_path: Path) -> None:
+    """So that a notebook survives it; it reaches the main thread, which ends the block."""
+    (tmp_path / "lock").touch()
+
+    def send_two() -> None:
+        with StopRequest(tmp_path, tmp_path / "lock", list, Launch()).listening() as stopping:
+            os.kill(os.getpid(), sent)
+            time.sleep(0.7)
+            assert stopping.asked_by() == sent.name
+            os.kill(os.getpid(), sent)
+            time.sleep(20)
+
+    with pytest.raises(raised) as caught:
+        send_two()
+    if isinstance(caught.value, SystemExit):
+        assert caught.value.code == 128 + sent
+
+
+def test_under_nohup_a_closed_terminal_has_no_effect(tmp_path: Path) -> None:
     (tmp_path / "lock").touch()
     names = "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
     assert not hangup_ignored()
@@ -87,7 +109,7 @@ def test_under_nohup_a_closed_terminal_is_ignored(tmp_path: Path) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
     try:
         assert wanted_signals(names) == "SIGTERM,SIGINT,SIGQUIT"
-        with StopRequest(tmp_path, tmp_path / "lock", list, quiet=True).listening() as stopping:
+        with StopRequest(tmp_path, tmp_path / "lock", list, Launch()).listening() as stopping:
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0.2)
             assert stopping.asked_by() == ""
@@ -95,7 +117,7 @@ def test_under_nohup_a_closed_terminal_is_ignored(tmp_path: Path) -> None:
         signal.signal(signal.SIGHUP, before)
 
 
-def test_what_is_written_to_a_closed_terminal_is_lost_and_no_error() -> None:
+def test_writing_to_a_closed_terminal_is_no_error() -> None:
     code = """
 import os, sys
 from fedrun.distributed.stopping import outlive_terminal
@@ -116,13 +138,15 @@ sys.exit(7)
     assert process.returncode == 7
 
 
-# Between Python's own instructions, and in a library that does not come back to them.
+# Between Python's own instructions, and in a library call that does not return to them.
 @pytest.mark.parametrize("work", ["time.sleep(60)",
                                   "hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)"])
-def test_ctrl_c_before_the_run_begins_is_one_line(work: str) -> None:
+def test_ctrl_c_before_the_run_starts_is_one_line(work: str) -> None:
     code = f"""
 import hashlib, sys, time
+from fedrun.common.log import print_log
 from fedrun.distributed.stopping import interruptible
+print_log()
 def command():
     print("begun", flush=True)
     {work}
@@ -135,5 +159,6 @@ sys.exit(interruptible(command))
     assert process.stdout.readline() == "begun\n"
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=20)
-    assert said == "fedrun: interrupted; the same command starts again, or resumes\n"
+    assert said == ("fedrun: warning: interrupted; run the same command again to start over or "
+                    "resume\n")
     assert process.returncode == 128 + signal.SIGINT

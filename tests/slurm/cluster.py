@@ -1,9 +1,9 @@
 """A real SLURM cluster of two nodes on one machine: one slurmctld, and a slurmd in each of two
-network namespaces that a cable (veth) connects.
+network namespaces connected by a virtual cable (veth).
 
-The namespaces have addresses of their own, so that a process which binds to loopback, or to what
-the machine's host name resolves to, is not reached from the other node, as between real machines.
-They also tell what belongs to a test: every process in them, and no other.
+Each namespace has its own addresses. As between real machines, a process that binds to the
+loopback, or to the address of the machine's host name, cannot be reached from the other node. The
+namespaces also show which processes belong to a test: exactly those inside them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import pytest
 from tests.support.runs import execute, wait_until
 
 ADDRESSES = {1: "10.77.0.1", 2: "10.77.0.2"}
-# As Debian has it: the host name resolves to an address that no other machine can reach.
+# As on Debian: the host name resolves to an address that no other machine can reach.
 HOSTS = "127.0.0.1 localhost\n127.0.1.1 {host}\n10.77.0.1 n1\n10.77.0.2 n2\n"
 NEEDED = ("slurmctld", "slurmd", "srun", "sbatch", "munged", "ip", "nsenter", "unshare",
           "setpriv")
 
 
 def why_not() -> str:
-    """What this machine lacks for a cluster; empty where nothing does."""
+    """Why this machine cannot run a cluster; empty if it can."""
     if missing := [name for name in NEEDED if shutil.which(name) is None]:
         return f"{', '.join(missing)} not installed (Debian: slurm-wlm munge iproute2)"
     if os.geteuid():
@@ -41,7 +41,7 @@ def why_not() -> str:
 
 
 class Cluster:
-    """The running cluster. Commands run on its first node unless another is named."""
+    """The running cluster. Commands run on its first node by default."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -49,8 +49,8 @@ class Cluster:
         self.daemons: list[subprocess.Popen[bytes]] = []
 
     def inside(self, node: int, *command: object) -> list[str]:
-        """A command line that runs a command in a node's network, with the cluster's hosts file
-        (`ip netns exec` would hide the machine's cgroups, which slurmd looks for)."""
+        """A command line that runs a command in a node's network, with the cluster's hosts file.
+        (`ip netns exec` would hide the machine's cgroups, which slurmd needs.)"""
         hosts = f'mount --bind {self.folder}/hosts /etc/hosts && exec "$@"'
         return ["nsenter", f"--net=/run/netns/{self.namespaces[node]}", "unshare", "--mount",
                 "sh", "-c", hosts, "sh", *map(str, command)]
@@ -100,7 +100,7 @@ class Cluster:
         self._daemon(node, "slurmd", "-D", "-N", f"n{node}")
 
     def lose_node(self, node: int) -> None:
-        """Kill all that runs there at once, as when a machine loses its power."""
+        """Kill all processes of a node at once, as in a power failure."""
         for process in self.processes(node, daemons=True):
             process.kill()
 
@@ -110,13 +110,13 @@ class Cluster:
 
     def _daemon(self, node: int, *command: object) -> None:
         with (self.folder / "daemons.log").open("ab") as log:
-            # setpriv: a test session that is killed leaves none behind.
+            # setpriv: daemons die even if the test session is killed.
             self.daemons.append(subprocess.Popen(
                 self.inside(node, "setpriv", "--pdeathsig=KILL", *command), start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, **self.env}))
 
     def stop(self) -> None:
-        """End every process in the namespaces, by its id, and take the namespaces down."""
+        """End every process in the namespaces, by its ID, and delete the namespaces."""
         for sign in (signal.SIGTERM, signal.SIGKILL):
             for process in self.processes(daemons=True):
                 with suppress(psutil.NoSuchProcess):
@@ -130,7 +130,8 @@ class Cluster:
             subprocess.run(["ip", "netns", "delete", namespace], check=False, timeout=10)
 
     def processes(self, *nodes: int, daemons: bool = False) -> list[psutil.Process]:
-        """What runs on these nodes (all), without the cluster's own daemons unless asked for."""
+        """The processes on these nodes (default: all), without the cluster's own daemons unless
+        `daemons` is set."""
         networks = set()
         for node in nodes or self.namespaces:
             with suppress(OSError):
@@ -146,7 +147,7 @@ class Cluster:
 
 
 class Job:
-    """A job that was submitted, and what it printed."""
+    """A submitted job and its output."""
 
     def __init__(self, cluster: Cluster, number: str, output: Path) -> None:
         self.cluster, self.number, self.file = cluster, number, output
@@ -157,9 +158,9 @@ class Job:
 
     @property
     def state(self) -> str:
-        """SLURM's word: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, ..."""
-        _, told = self.cluster.run("scontrol", "show", "job", self.number)
-        return told.partition("JobState=")[2].split()[0]
+        """As SLURM names it: PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, ..."""
+        _, shown = self.cluster.run("scontrol", "show", "job", self.number)
+        return shown.partition("JobState=")[2].split()[0]
 
     def until_said(self, text: str, limit: float = 40) -> None:
         wait_until(lambda: text in self.output, limit,
@@ -178,8 +179,8 @@ def _ip(*words: str) -> None:
 
 @contextmanager
 def running_cluster(folder: Path) -> Iterator[Cluster]:
-    """A cluster for the time of the block. Where there can be none the test is skipped, or fails
-    if REQUIRE_SLURM is set: on the machine that judges a change a skip would say nothing."""
+    """A cluster for the time of the block. If the machine cannot run one, the test is skipped, or
+    fails if REQUIRE_SLURM is set, as where a skip must not hide a fault."""
     if reason := why_not():
         if os.environ.get("REQUIRE_SLURM"):
             pytest.fail(f"REQUIRE_SLURM is set, but there can be no cluster: {reason}")

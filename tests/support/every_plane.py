@@ -1,7 +1,7 @@
-"""Messages, and a round's sum and update on workers spread over machines in every way.
+"""Messages, and the sum and update of a round on workers distributed over machines in all ways.
 
-Started with torchrun on 5 processes. What every worker finds must have the same bits as on one
-worker, and of the workers that share memory only the first may send a sum.
+Started with torchrun on 5 processes. Every worker must get the same bits as a single worker, and of
+the workers that share memory only the first may send a sum.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.exact import MOMENTS, ExactAggregator
 from fedrun.aggregation.int8 import Int8Aggregator
 from fedrun.aggregation.update import ServerUpdate
-from fedrun.distributed import data_plane
-from fedrun.distributed.control_plane import HEAD, ControlPlane
+from fedrun.distributed.control_plane import HEAD_BYTES, ControlPlane
 from fedrun.distributed.data_plane import DataPlane
+from fedrun.distributed.shared_memory import SharedBuffer
 from fedrun.strategies.base import ServerRound, Strategy
 from fedrun.strategies.fed_avg import FedAvg
 from fedrun.strategies.fed_fisher import FedFisher
 from fedrun.strategies.fed_opt import FedAdam
 
-SIZE = 3 * (1 << 16) + 77  # some slices, and a part of one: one worker of five has none
+SIZE = 3 * (1 << 16) + 77  # three slices and a part of one: one worker of five has none
 CLIENTS, ROUNDS = 5, 2
 MACHINES: dict[str, list[int] | None] = {
     "one": [7] * CLIENTS, "two": [7, 7, 8, 8, 8], "mixed": [7, 8, 7, 9, 7],
-    "each its own": [5, 6, 7, 8, 9], "no memory": [0] * CLIENTS, "some memory": [7, 0, 7, 0, 0],
-    "not asked": None}
+    "one each": [5, 6, 7, 8, 9], "no memory": [0] * CLIENTS, "some memory": [7, 0, 7, 0, 0],
+    "GPUs": None}
 Made = Callable[[Strategy, DataPlane], Aggregator]
 
 
@@ -61,7 +61,8 @@ def vectors(client: int, number: int) -> dict[str, Tensor]:
 
 
 def result(case: str, plane: DataPlane, mine: range) -> dict[str, Tensor]:
-    """The model and all else after some rounds, the clients in `mine` on this worker."""
+    """The model and all other results after ROUNDS rounds, with the clients in `mine` on this
+    worker."""
     strategy, made = CASES[case]
     terms = made(strategy, plane)
     update = ServerUpdate(strategy, terms)
@@ -87,7 +88,7 @@ def result(case: str, plane: DataPlane, mine: range) -> dict[str, Tensor]:
 
 
 def connect(group: dist.ProcessGroup, workers: int, machines: list[int] | None) -> DataPlane:
-    """All ranks; those that are no workers get a plane of their own."""
+    """All ranks: the data plane of the first `workers` ranks; the others get one of their own."""
     rank = dist.get_rank()
     machine = machines[rank] if machines is not None else None
     plane = DataPlane(group, machine) if rank < workers else DataPlane()
@@ -106,8 +107,9 @@ def compare(workers: int, group: dist.ProcessGroup, expected: dict[str, dict[str
             continue
         machine = machines[rank] if machines else 0
         here = [w for w in range(workers) if machines and machine and machines[w] == machine]
-        assert plane.node == (tuple(here) or (rank,)), (name, plane.node)
-        assert (rank in plane.node_leaders) == (plane.node[0] == rank), (name, plane.node_leaders)
+        assert plane.node_workers == (tuple(here) or (rank,)), (name, plane.node_workers)
+        assert (rank in plane.node_leaders) == (plane.node_workers[0] == rank), (
+            name, plane.node_leaders)
         mine = range(CLIENTS)[rank::workers]
         for case, whole in expected.items():
             if case != "fed_avg" and name not in ("one", "mixed"):
@@ -123,27 +125,28 @@ def compare(workers: int, group: dist.ProcessGroup, expected: dict[str, dict[str
 
 
 def unreachable(group: dist.ProcessGroup, expected: dict[str, Tensor], fault: str) -> None:
-    """A machine where one worker cannot do a part of it: its workers send, the others' do not."""
-    healthy, rank = getattr(data_plane, fault), dist.get_rank(group)
+    """If a worker cannot create or open a buffer, the workers of its machine share no memory; those
+    of the other machine do."""
+    healthy, rank = getattr(SharedBuffer, fault), dist.get_rank(group)
 
     def faulty(*arguments: Any) -> Any:
-        if rank == 3 and (fault == "SharedBuffer" or arguments[0][0] != os.getpid()):
+        if rank == 3 and (fault == "create" or arguments[0][0] != os.getpid()):
             raise PermissionError
         return healthy(*arguments)
 
-    setattr(data_plane, fault, faulty)
+    setattr(SharedBuffer, fault, staticmethod(faulty))
     plane = connect(group, CLIENTS, [7, 7, 8, 8, 8])
-    assert plane.node == ((0, 1) if rank < 2 else (rank,)), plane.node
-    assert plane.cannot_map == (rank in ((3,) if fault == "attach" else (2, 3, 4)))
+    assert plane.node_workers == ((0, 1) if rank < 2 else (rank,)), plane.node_workers
+    assert plane.cannot_map == (rank in ((3,) if fault == "open" else (2, 3, 4)))
     found = result("fed_avg", plane, range(CLIENTS)[rank::CLIENTS])
-    setattr(data_plane, fault, healthy)
+    setattr(SharedBuffer, fault, staticmethod(healthy))
     assert all(torch.equal(found[what], tensor) for what, tensor in expected.items())
 
 
 def messages() -> None:
-    """Of lengths around what one carries, all in one gather; the server's own as well."""
+    """Messages of lengths around HEAD_BYTES, from the server and from all ranks in one gather."""
     control = ControlPlane(dist.new_group(), timeout=timedelta(seconds=60))
-    for length in (0, HEAD - 12, HEAD - 10, HEAD - 9, HEAD, 3 * HEAD):
+    for length in (0, HEAD_BYTES - 12, HEAD_BYTES - 10, HEAD_BYTES - 9, HEAD_BYTES, 3 * HEAD_BYTES):
         sent = [{"rank": rank, "text": "é" * (length * (rank % 2))} for rank in range(CLIENTS)]
         assert control.share(sent if control.rank == 0 else None) == sent
         assert control.gather(sent[control.rank]) == (None if control.rank else sent)
@@ -158,7 +161,7 @@ def main() -> None:
         compare(workers, dist.new_group(list(range(workers))), expected)
     everybody = dist.group.WORLD
     assert everybody is not None
-    for fault in ("attach", "SharedBuffer"):
+    for fault in ("open", "create"):
         unreachable(everybody, expected["fed_avg"], fault)
     messages()
     dist.barrier()

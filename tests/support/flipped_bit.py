@@ -34,7 +34,7 @@ healthy = Worker.aggregate
 def main() -> None:
     data_dir, *shared = sys.argv[1:]
     patched: Any = runtime
-    patched.machine = lambda: 0
+    patched.machine_id = lambda: 0
     for number, (name, ((rank, at, replica), flags)) in enumerate(RUNS.items()):
 
         def aggregate(worker: Worker, plan: Any, where: Any = (rank, at), replica: str = replica

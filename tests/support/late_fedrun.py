@@ -1,7 +1,7 @@
-"""`fedrun` with a worker that is late, for tests: python late_fedrun.py METHOD FLAG ...
+"""`fedrun` with a slow worker, for tests: python late_fedrun.py METHOD FLAG ...
 
-LATE_RANK waits at whatever it does with what the workers of a machine have in
-common: a neighbour that goes on too early has changed it by then, or has read too little.
+LATE_RANK sleeps around everything it does with memory that the workers of a machine share. A
+neighbour that does not wait for it has changed that memory by then, or has read it too early.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ SECONDS = 0.25
 
 
 def late(owner: Any, name: str, after: bool = False) -> None:
-    """Wait before a function is called, or after it."""
-    prompt = getattr(owner, name)
+    """Sleep before each call of a function, or after it."""
+    original = getattr(owner, name)
 
     def delayed(*args: Any, **kwargs: Any) -> Any:
         time.sleep(0 if after else SECONDS)
-        result = prompt(*args, **kwargs)
+        result = original(*args, **kwargs)
         time.sleep(SECONDS if after else 0)
         return result
 

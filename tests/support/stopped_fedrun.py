@@ -1,4 +1,4 @@
-"""fedrun whose rank STOPPED_RANK is stopped as it calls a function, STOPPED_AT, in runtime.py."""
+"""fedrun whose rank STOPPED_RANK is stopped when it calls STOPPED_AT, a function in runtime.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fedrun as if its ranks were on two machines by turns: python two_machines.py METHOD FLAG ..."""
+"""fedrun as if even and odd ranks were on two machines: python two_machines.py METHOD FLAG ..."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from fedrun.distributed import runtime
 
 if __name__ == "__main__":
     patched: Any = runtime
-    patched.machine = lambda: 1 + int(os.environ["RANK"]) % 2
+    patched.machine_id = lambda: 1 + int(os.environ["RANK"]) % 2
     sys.exit(cli.main())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedrun.common.errors import Diverged, FolderLost, InputError
 from fedrun.common.files import write_json
+from fedrun.common.log import WARNING, log
 from fedrun.config import CentralConfig
 from fedrun.data.batches import Batches, make_batches
 from fedrun.data.partition import client_shards
@@ -23,15 +24,15 @@ from fedrun.records.best import BestModel
 from fedrun.records.checkpoint import (
     GLOBAL,
     Checkpoint,
-    CheckpointCoordinator,
-    CheckpointWriter,
     client_file,
     folder_of,
 )
+from fedrun.records.checkpoint_writer import CheckpointCoordinator, CheckpointWriter
+from fedrun.records.events import Events, Progress
 from fedrun.records.history import RunTotals, half_losses
+from fedrun.records.outcome import write_outcome
 from fedrun.records.provenance import Length
-from fedrun.records.run_dir import SnapshotWriter, save_model, studied, write_outcome
-from fedrun.records.track import Events, Progress
+from fedrun.records.snapshots import SnapshotWriter, save_model, tracked_parameters
 from fedrun.training.evaluate import mean_loss, perplexity, sample_text, validation_pieces
 from fedrun.training.optimizer import LocalOptimizer, scheduled_lr
 from fedrun.training.params import FlatParams
@@ -93,8 +94,8 @@ class Training:
         self.model = new_model(config, data.vocab_size, device)
         self.flat = FlatParams(self.model)
         self.client, self.steps = training_client(config, data, self.flat)
-        self.start = studied(self.flat.views(self.flat.vector))
-        self.studied = SnapshotWriter(config.run_dir, self.start)
+        self.start = tracked_parameters(self.flat.views(self.flat.vector))
+        self.snapshots = SnapshotWriter(config.run_dir, self.start)
         self.history: list[dict[str, Any]] = []
         self.clocks = RunTotals()
         self.last_gradient: Tensor | None = None
@@ -104,9 +105,9 @@ class Training:
         self.progress = Progress("step", self.steps, self.done, self.clocks.tokens)
         self.events = Events(config, "step", self.steps, self.done)
         losses = [(r["step"], r["val_loss"]) for r in self.history if r["val_loss"] is not None]
-        self.best = BestModel(config, losses, self.progress.say) if config.keep == "best" else None
+        self.best = BestModel(config, losses) if config.keep == "best" else None
         self.saver = CheckpointWriter()
-        self.checkpoints = CheckpointCoordinator(config, provenance, 1, self.progress.say, self._write_rest)
+        self.checkpoints = CheckpointCoordinator(config, provenance, 1, self._write_rest)
 
     def step(self) -> None:
         """One optimizer step, evaluated and recorded where it is due."""
@@ -134,7 +135,7 @@ class Training:
         if not math.isfinite(val_loss):
             raise self._diverged("the validation loss is not finite")
         self.clocks.add(0, 0.0, 0, evaluation_seconds=time.monotonic() - before)
-        now = studied(self.flat.views(self.flat.vector))
+        now = tracked_parameters(self.flat.views(self.flat.vector))
         cosine = None if self.last_gradient is None else float(
             torch.nn.functional.cosine_similarity(self.flat.grad, self.last_gradient, dim=0))
         self.last_gradient = self.flat.grad.clone()
@@ -144,19 +145,19 @@ class Training:
             "generated": sample_text(self.model, self.data, self.device), "grad_cosine": cosine,
             "delta_norms": {k: float(((now[k] - self.start[k]) ** 2).sum() ** 0.5) for k in now},
             **self.clocks.now()})
-        last_try = self.done == self.steps or self.studied.full
-        self.studied.add(self.done, now)
+        last_try = self.done == self.steps or self.snapshots.full
+        self.snapshots.add(self.done, now)
         try:
             save_model(config.run_dir / "model.safetensors", self.flat.views(self.flat.vector))
             if self.best:
                 self.best.offer(self.done, val_loss, self.flat.views(self.flat.vector))
             write_json(config.run_dir / "training_history.json", self.history)
-            self.studied.write()
+            self.snapshots.write()
         except OSError as error:  # a full disk: the next evaluation tries again
             if last_try:
                 raise
-            self.progress.say(f"fedrun: warning: step {self.done} could not be written to "
-                              f"{config.run_dir} ({error.strerror}); the run goes on")
+            log(f"step {self.done} could not be written to {config.run_dir} ({error.strerror}); "
+                "training continues", WARNING)
         return perplexity(val_loss)
 
     def _diverged(self, what: str) -> Diverged:
@@ -165,7 +166,7 @@ class Training:
         return Diverged(f"step {self.done}: {what}: --lr {self.config.lr:g} may be too large{kept}")
 
     def _write_rest(self) -> None:
-        self.studied.write()
+        self.snapshots.write()
         self.events.write()
 
     def save(self) -> None:

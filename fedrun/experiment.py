@@ -23,7 +23,7 @@ from fedrun.distributed.launch import Launch
 from fedrun.model.kernels import kernel_path
 from fedrun.model.precision import bf16_in_hardware
 from fedrun.model.pretrained import find_pretrained
-from fedrun.records.provenance import alike_on_all_ranks
+from fedrun.records.provenance import settings_equal_on_all_ranks
 from fedrun.start import RunRefused
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -137,7 +137,7 @@ def identity(config: RunConfig, data: TokenData, device: torch.device,
              provenance: dict[str, Any]) -> dict[str, str]:
     """What must be equal on all ranks for their sums to mean anything."""
     able = config.dtype != "bf16" or bf16_in_hardware(device)
-    return ({f"--{k}": json.dumps(v) for k, v in alike_on_all_ranks(config).items()}
+    return ({f"--{k}": json.dumps(v) for k, v in settings_equal_on_all_ranks(config).items()}
             | {f"version of {k}": v for k, v in provenance["versions"].items()}
             | {"the tokenised corpus": provenance["content"],
                "the tokens of the corpus": data.content,

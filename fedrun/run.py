@@ -39,11 +39,13 @@ from fedrun.model.kernels import kernel_path, on_gpu
 from fedrun.model.memory import TO_LOAD, TO_TRAIN, require_memory
 from fedrun.model.pretrained import find_pretrained
 from fedrun.records.checkpoint import latest_step
+from fedrun.records.outcome import write_failure
 from fedrun.records.provenance import Length, corpus_digests
-from fedrun.records.restore import complete, lost, set_aside
-from fedrun.records.run_dir import ENVIRONMENT, guard, lock_token, release, write_failure
+from fedrun.records.restore import finish_from_checkpoint, move_obstacles, warn_of_missing_records
+from fedrun.records.run_dir import ENVIRONMENT
 from fedrun.records.run_files import LOCK
-from fedrun.records.track import check_tracker
+from fedrun.records.run_lock import guard_run_dir, lock_token, release_run_dir
+from fedrun.records.trackers import check_tracker
 from fedrun.start import RunRefused, StartDecision, decide_start, prepare_run_dir
 from fedrun.unused import idle
 
@@ -118,7 +120,7 @@ def run(config: RunConfig) -> int:
               file=sys.stderr, flush=True)
         return 1
     finally:
-        release(config.run_dir)
+        release_run_dir(config.run_dir)
     if launch.rank == 0:
         print(visible(ended), flush=True)
     return 0
@@ -134,7 +136,7 @@ def _connect_and_train(config: RunConfig, length: Length, check: CorpusCheck, la
         beginning = _agree(control, config, length, device, provenance)
         config = dataclasses.replace(config, dtype=beginning.dtype)
         seen = "" if launch.alone else wait_for_token(config.run_dir, beginning.token)
-        guard(config.run_dir, beginning.token)
+        guard_run_dir(config.run_dir, beginning.token)
         runtime = build_runtime(launch, device, control, identity(config, data, device, provenance) | {
             "the clients' shards": provenance["partition"],
             "the folder of the run (--data_dir has to be one that all machines share)": seen})
@@ -143,17 +145,17 @@ def _connect_and_train(config: RunConfig, length: Length, check: CorpusCheck, la
                     "trains it further, --overwrite starts over)")
         found = beginning.open()
         if launch.rank == 0:
-            said = set_aside(config.run_dir)
+            move_obstacles(config.run_dir)
             prepare_run_dir(config, found)
             write_json(config.run_dir / ENVIRONMENT,
                        environment(launch, device, data) | {"made_with": provenance})
             copy_files(data.tokenizer_path, config.run_dir / "tokenizer")
-            for line in said + (lost(config, found) if found else []):
-                _say(line)
-            if found and beginning.complete:
-                complete(config, data, found)
+            if found:
+                warn_of_missing_records(config, found)
+            if found and beginning.fully_trained:
+                finish_from_checkpoint(config, data, found)
         control.share()  # all ranks: nobody writes into the folder before it is ready
-        if beginning.complete:
+        if beginning.fully_trained:
             return f"done: {config.run_dir}"
         stopping = StopRequest(config.run_dir, config.run_dir / LOCK, control.lost_peers,
                                quiet=launch.rank > 0)
@@ -167,7 +169,8 @@ def _connect_and_train(config: RunConfig, length: Length, check: CorpusCheck, la
         if not stopped:
             return f"done: {config.run_dir}"
         kept = latest_step(config.run_dir)
-        then = f"goes on after step {kept}" if kept else "begins anew: no checkpoint was written"
+        then = (f"resumes from step {kept}" if kept
+                else "starts over: no checkpoint was written")
         return f"stopped by {stopped}: {config.run_dir} (the same command {then})"
 
 
@@ -178,7 +181,7 @@ def _agree(control: ControlPlane, config: RunConfig, length: Length, device: tor
     if control.rank == 0:
         try:
             message = dataclasses.asdict(decide_start(
-                config, length, lambda c: resolve_dtype(c, device), provenance, _say))
+                config, length, lambda c: resolve_dtype(c, device), provenance))
         except RunRefused as error:
             message = {"refused": str(error)}
     message = control.share(message)

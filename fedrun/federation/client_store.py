@@ -35,13 +35,13 @@ from fedrun.config import FederatedConfig
 from fedrun.federation.client import ClientState
 from fedrun.records.checkpoint import (
     Checkpoint,
-    CheckpointWriter,
+    Checksums,
     Files,
-    Sums,
     client_file,
     read_tensors,
     write_tensors,
 )
+from fedrun.records.checkpoint_writer import CheckpointWriter
 from fedrun.records.run_files import CLIENTS
 
 T = TypeVar("T")
@@ -249,7 +249,7 @@ class OnDisk(_Moving):
                  timeout: float) -> None:
         super().__init__(device, timeout)
         self._folder = folder
-        self._sums: Sums = {}
+        self._sums: Checksums = {}
         self._spare: ClientState = {}
         """Tensors of a state that was written, for the next one that is read: memory that is given
         back and asked for again hundreds of times in a round grows by the holes between."""
@@ -278,7 +278,7 @@ class OnDisk(_Moving):
                           str(self._folder)) from error
 
     def load(self, checkpoint: Checkpoint) -> None:
-        sums = checkpoint.sums
+        sums = checkpoint.checksums
         self._sums = {name: sums[name] for name in self._sums}
         with self._naming("written"):
             for name in self._sums:
@@ -288,7 +288,7 @@ class OnDisk(_Moving):
         linked = self._thread.submit(self._link_all, folder, self._leaving)
         saver.begin(folder, step, files, linked)
 
-    def _link_all(self, folder: Path, put_last: Future[None] | None) -> Sums:
+    def _link_all(self, folder: Path, put_last: Future[None] | None) -> Checksums:
         """On the thread, when all that was put before is written: the files as they are."""
         if put_last is not None:
             put_last.result()  # its error, if it has one

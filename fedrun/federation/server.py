@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fedrun.common.errors import Failure, FolderLost, explain
 from fedrun.common.files import write_json
+from fedrun.common.log import WARNING, log
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
 from fedrun.distributed.stopping import StopRequest
@@ -26,10 +27,12 @@ from fedrun.federation import replicas
 from fedrun.federation.plan import RoundDecision, RoundPlan, Schedule, Shards
 from fedrun.model.build import DTYPES, new_model
 from fedrun.records.best import BestModel
-from fedrun.records.checkpoint import Checkpoint, CheckpointCoordinator
+from fedrun.records.checkpoint import Checkpoint
+from fedrun.records.checkpoint_writer import CheckpointCoordinator
+from fedrun.records.events import Events, Progress, cohort_event
 from fedrun.records.history import COHORT_NUMBERS, SECONDS, RunTotals, cohort_record, half_losses
-from fedrun.records.run_dir import SnapshotWriter, save_model, studied, write_failure, write_outcome
-from fedrun.records.track import Events, Progress, cohort_event
+from fedrun.records.outcome import write_failure, write_outcome
+from fedrun.records.snapshots import SnapshotWriter, save_model, tracked_parameters
 from fedrun.training.evaluate import Piece, mean_loss, perplexity, sample_text
 from fedrun.training.optimizer import scheduled_lr
 from fedrun.training.params import FlatParams
@@ -52,7 +55,7 @@ class Server:
         self.model = new_model(config, data.vocab_size, torch.device("cpu"))
         self.flat = FlatParams(self.model)
         self.steps = SnapshotWriter(config.run_dir / "server",
-                                  studied(self.flat.views(self.flat.vector)))
+                                    tracked_parameters(self.flat.views(self.flat.vector)))
         self.history: list[dict[str, Any]] = []
         self.clocks = RunTotals()
         self.reference = config.strategy.first_reference(data.vocab_size, config.cohort_size)
@@ -67,9 +70,8 @@ class Server:
         self.stopping = stopping
         losses = [(r["global_step"], r["server_val_loss"]) for r in self.history
                   if r["server_val_loss"] is not None]
-        self.best = BestModel(config, losses, self.progress.say) if config.keep == "best" else None
-        self.checkpoints = CheckpointCoordinator(config, provenance, workers, self.progress.say,
-                                       self._write_rest)
+        self.best = BestModel(config, losses) if config.keep == "best" else None
+        self.checkpoints = CheckpointCoordinator(config, provenance, workers, self._write_rest)
         self._writer = ThreadPoolExecutor(1, "fedrun-writer",
                                           initializer=lambda: torch.set_num_threads(config.threads))
         self._writing: deque[Future[None]] = deque()
@@ -155,8 +157,8 @@ class Server:
         for client in left_out:
             self._left_out.append([plan.round, client["client"]])
             self._left_out_why.append(client["left_out"])
-            self.progress.say(f"round {plan.round}: client {client['client']} is left out: "
-                              f"{client['left_out']}; its moments are reset")
+            log(f"round {plan.round}: client {client['client']} is left out: "
+                f"{client['left_out']}; its moments are reset")
         train_ppl = perplexity(loss_sum / tokens)
         steps = self.config.local_updates
         seen = {"train_ppl": train_ppl, "left_out": [c["client"] for c in left_out],
@@ -217,7 +219,7 @@ class Server:
         return record
 
     def _save(self, number: int, model: Tensor, record: dict[str, Any]) -> None:
-        """On the writer's thread: the model, its studied parameters, sample text, the history.
+        """On the writer's thread: the model, its tracked parameters, sample text, the history.
 
         On a disk that is full the run goes on, and the next evaluation tries again; the last one
         has to succeed, and so has one for which too many wait.
@@ -225,7 +227,7 @@ class Server:
         run_dir = self.config.run_dir
         last_try = number == self.schedule.rounds or self.steps.full
         self.flat.vector.copy_(model)
-        self.steps.add(number, studied(self.flat.views(model)))
+        self.steps.add(number, tracked_parameters(self.flat.views(model)))
         record["generated"] = sample_text(self.model, self.data, torch.device("cpu"))
         try:
             self._save_model()
@@ -237,8 +239,8 @@ class Server:
         except OSError as error:
             if last_try:
                 raise
-            self.progress.say(f"fedrun: warning: round {number} could not be written to {run_dir} "
-                              f"({error.strerror}); the run goes on")
+            log(f"round {number} could not be written to {run_dir} ({error.strerror}); training "
+                "continues", WARNING)
 
     def _write_rest(self) -> None:
         self.steps.write()
@@ -253,9 +255,8 @@ class Server:
             self._writing.popleft().result()
         if len(self._writing) == PENDING:
             if not self._waited:
-                self.progress.say(f"fedrun: warning: {self.config.run_dir} is written more slowly "
-                                  "than rounds go by: the run waits for its disk (a larger "
-                                  "--val_freq writes less)")
+                log(f"{self.config.run_dir} is written more slowly than rounds go by: the run "
+                    "waits for its disk (a larger --val_freq writes less)", WARNING)
             self._waited = True
             self._writing.popleft().result()
         self._writing.append(self._writer.submit(work))

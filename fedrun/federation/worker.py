@@ -29,8 +29,9 @@ from fedrun.federation.client_store import make_store
 from fedrun.federation.placement import assign_clients
 from fedrun.federation.plan import RoundPlan, Schedule, Shards
 from fedrun.model.build import new_model
-from fedrun.records.checkpoint import GLOBAL, Checkpoint, CheckpointWriter, folder_of
-from fedrun.records.run_dir import save_snapshot, studied
+from fedrun.records.checkpoint import GLOBAL, Checkpoint, folder_of
+from fedrun.records.checkpoint_writer import CheckpointWriter
+from fedrun.records.snapshots import save_snapshot, tracked_parameters
 from fedrun.strategies.base import ClientReport, ServerRound
 from fedrun.strategies.fed_fisher import FedFisher
 from fedrun.training.evaluate import Piece, validation_pieces
@@ -73,7 +74,7 @@ class Worker:
         self.clients = self._host_clients()
         self.store = make_store(config, {k: c.state() for k, c in self.clients.items()},
                                 runtime.device)
-        self.start = studied(self.flat.views(self.global_model))
+        self.start = tracked_parameters(self.flat.views(self.global_model))
         self.saver = CheckpointWriter()
         self._added: list[int] = []  # clients whose terms are in this round's sum
         if checkpoint:
@@ -142,7 +143,7 @@ class Worker:
             report["pieces"] = self._pieces(0, 1)
         if plan.evaluate and self.config.save_client_deltas:
             save_snapshot(self.config.run_dir / f"client_{client.index}", plan.round,
-                         studied(self.flat.views(self.flat.vector)), self.start)
+                          tracked_parameters(self.flat.views(self.flat.vector)), self.start)
         vectors = self._vectors(client)
         left_out = self._add(vectors, planned, plan, report, losses.tokens)
         if left_out:

@@ -21,9 +21,10 @@ from fedrun.common import locks
 from fedrun.common.errors import FolderLost
 from fedrun.common.files import write_atomic
 from fedrun.distributed.stopping import StopRequest
-from fedrun.records import run_dir as run_folder
+from fedrun.records.events import Progress
+from fedrun.records.outcome import read_outcome, write_failure, write_outcome
 from fedrun.records.run_files import LOCK
-from fedrun.records.track import Progress
+from fedrun.records.run_lock import lock_run_dir, release_run_dir
 from tests.support.runs import Run, wait_until
 
 
@@ -226,18 +227,18 @@ def test_a_run_whose_folder_is_lost_ends_in_a_line_and_writes_nothing(
 
 def test_what_is_written_last_is_checked_too(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    run_folder.lock(run_dir, "ours")
-    run_folder.write_outcome(run_dir, "running", 1)
+    lock_run_dir(run_dir, "ours")
+    write_outcome(run_dir, "running", 1)
     lose(run_dir, "taken")
     with pytest.raises(FolderLost, match="taken by process 7 on elsewhere"):
-        run_folder.write_outcome(run_dir, "finished", 3)
-    run_folder.write_failure(run_dir, "why")
+        write_outcome(run_dir, "finished", 3)
+    write_failure(run_dir, "why")
     with pytest.raises(FolderLost):
         write_atomic(run_dir / "server" / "params" / "step_000001.npz", b"")
     assert sorted(p.name for p in run_dir.rglob("*")) == ["lock", "model.safetensors",
                                                           "outcome.json"]
-    assert run_folder.read_outcome(run_dir) == {"outcome": "running", "step": 3}
-    run_folder.release(run_dir)
+    assert read_outcome(run_dir) == {"outcome": "running", "step": 3}
+    release_run_dir(run_dir)
     write_atomic(run_dir / "x", b"")  # a folder that nobody claims
 
 

@@ -15,8 +15,7 @@ import psutil
 import pytest
 
 from fedrun.distributed.launch import Launch, detect, rendezvous
-from fedrun.records import checkpoint
-from fedrun.records import run_dir as run_folder
+from fedrun.records import checkpoint, outcome
 from tests.support.runs import ROOT, SMALL, listening
 
 RUN, NODE, SBATCH = (ROOT / "launch" / name for name in ("run.sh", "node.sh", "slurm.sbatch"))
@@ -74,13 +73,13 @@ def test_restarts_in_place_are_known_by_their_launcher(monkeypatch: pytest.Monke
         monkeypatch.delenv(name, raising=False)
         if value:
             monkeypatch.setenv(name, value)
-    mine = run_folder.launch_id()  # torchrun's static rendezvous calls every run "none"
+    mine = outcome.launch_id()  # torchrun's static rendezvous calls every run "none"
     assert mine.startswith(f"process {os.getppid()} on ")
-    assert run_folder.launch_id() == mine
+    assert outcome.launch_id() == mine
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
-    assert run_folder.launch_id() == "a"
+    assert outcome.launch_id() == "a"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert run_folder.launch_id() == "slurm 7"
+    assert outcome.launch_id() == "slurm 7"
 
 
 # ---- stand-ins -----------------------------------------------------------------------------------
@@ -266,12 +265,12 @@ def test_what_another_start_has_left_is_no_outcome(
     assert ("REQUEUE 7" in output) == requeued
 
 
-def leave(run_dir: Path, outcome: run_folder.Standing) -> None:
+def leave(run_dir: Path, standing: outcome.Standing) -> None:
     """What a run that another script started has left in its folder."""
     run_dir.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDRUN_START", "7 0 0 1234 1700000000.5")
-        run_folder.write_outcome(run_dir, outcome, 5)
+        outcome.write_outcome(run_dir, standing, 5)
 
 
 @pytest.mark.parametrize(("sign", "env", "code", "said", "requeued"), [
@@ -343,7 +342,7 @@ def test_run_survives_a_killed_rank_and_stops_in_order(cache_dir: Path, tmp_path
         assert listening(psutil.Process(process.pid)) == {"127.0.0.1"}
         ranks["1"].kill()
         deadline = time.monotonic() + 60
-        while "fedrun: goes on after step" not in log.read_text():
+        while "fedrun: resuming from step" not in log.read_text():
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
         rounds(tmp_path / "run", 8, log)
@@ -355,9 +354,9 @@ def test_run_survives_a_killed_rank_and_stops_in_order(cache_dir: Path, tmp_path
                 child.kill()
             process.wait(timeout=30)
     assert "stopped by SIGHUP, after round" in log.read_text()
-    found = checkpoint.latest_valid(tmp_path / "run", print)
+    found = checkpoint.latest_valid(tmp_path / "run")
     assert found
-    assert found.step == run_folder.read_outcome(tmp_path / "run")["step"] >= 8
+    assert found.step == outcome.read_outcome(tmp_path / "run")["step"] >= 8
 
 
 def rounds(run_dir: Path, number: int, log: Path) -> None:

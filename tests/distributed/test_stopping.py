@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fedrun.distributed.stopping import StopRequest, hangup_ignored
-from fedrun.records import checkpoint, run_dir
+from fedrun.records import checkpoint, outcome
 from fedrun.torchrun import wanted_signals
 from tests.support.runs import ROOT, SMALL, Run, wait_until
 
@@ -47,8 +47,8 @@ def test_two_runs_in_one_folder(run: Run, endless: subprocess.Popen[str], tmp_pa
     assert f"is in use by process {endless.pid} on " in second.output
     assert endless.poll() is None
     # Nor does a process that fails without the lock say of the other's run that it has failed.
-    run_dir.write_failure(tmp_path / "run", "no word from rank 1")
-    assert run_dir.read_outcome(tmp_path / "run")["outcome"] == "running"
+    outcome.write_failure(tmp_path / "run", "no word from rank 1")
+    assert outcome.read_outcome(tmp_path / "run")["outcome"] == "running"
 
 
 def test_a_stop_file_ends_the_run_in_order(endless: subprocess.Popen[str], tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_stop_file_ends_the_run_in_order(endless: subprocess.Popen[str], tmp_p
     assert "stopped by the STOP file, after round" in output
     assert not (folder / "STOP").exists()
     assert json.loads((folder / "outcome.json").read_text())["outcome"] == "stopped"
-    assert checkpoint.latest_valid(folder, print) is not None
+    assert checkpoint.latest_valid(folder) is not None
 
 
 @pytest.mark.parametrize("endless", [1_000_000], indirect=True)

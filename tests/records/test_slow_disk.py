@@ -1,7 +1,8 @@
-"""A disk that is slow: rounds go on while the server's and the workers' files are being written."""
+"""A slow disk: rounds continue while the server's and the workers' files are being written."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,26 +10,26 @@ from typing import Any
 
 import pytest
 
+from fedrun.common.log import LOGGER
 from fedrun.federation.plan import RoundPlan
 from fedrun.federation.server import PENDING, Server
 from fedrun.federation.worker import Worker
-from fedrun.records import checkpoint, run_dir
-from fedrun.records.track import Progress
+from fedrun.records import checkpoint, snapshots
 from tests.support.runs import Run, assert_equal
 
-SECONDS = 60.0  # that a write is held at most
+MAX_HELD_SECONDS = 60.0  # of a write
 WRITERS = ("fedrun-writer", "fedrun-saver")
 
 
 class Disk:
-    """Holds every write of a background thread until it is let go, and keeps the order of what
-    happens."""
+    """Holds every write of a background thread until `free` is set, and records the order of
+    events."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[str] = []
         self.held = threading.Semaphore(0)
         self.free = threading.Event()
-        for module in (run_dir, checkpoint):
+        for module in (snapshots, checkpoint):
             monkeypatch.setattr(module, "write_atomic", self._slowly(module.write_atomic))
         self.note(monkeypatch, Worker, "train")
         self.note(monkeypatch, Worker, "aggregate")
@@ -37,9 +38,9 @@ class Disk:
         def slow(path: Path, *content: Any, **how: Any) -> None:
             if threading.current_thread().name.startswith(WRITERS):
                 self.held.release()
-                assert self.free.wait(SECONDS), "nobody went on without the disk"
+                assert self.free.wait(MAX_HELD_SECONDS), "nobody continued without the disk"
                 self.seen.append("wrote")
-            elif self.seen:  # a round has begun, and this thread is one that it waits for
+            elif self.seen:  # in a round, on a thread that it waits for
                 self.seen.append(f"{path.name} written in the round's own thread")
             write(path, *content, **how)
         return slow
@@ -55,16 +56,16 @@ class Disk:
 
 def test_all_rounds_pass_while_writes_are_held(run_here: Run,
                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluations, and a checkpoint that the workers' thread is held with."""
+    """The held writes are those of evaluations and of a checkpoint."""
     flags = ("--num_clients", 2, "--rounds", PENDING, "--val_freq", 1, "--checkpoint_freq", 1)
     undisturbed = run_here("fed_avg", *flags, name="undisturbed")
     disk = Disk(monkeypatch)
     end = Worker.end
 
     def end_when_held(worker: Worker, plan: RoundPlan) -> Any:
-        """All rounds have passed: the server's first piece and the workers' first are held."""
-        assert disk.held.acquire(timeout=SECONDS)
-        assert disk.held.acquire(timeout=SECONDS)
+        """After all rounds: the first write of the server and the first of the workers are held."""
+        assert disk.held.acquire(timeout=MAX_HELD_SECONDS)
+        assert disk.held.acquire(timeout=MAX_HELD_SECONDS)
         disk.free.set()
         return end(worker, plan)
 
@@ -78,21 +79,21 @@ def test_all_rounds_pass_while_writes_are_held(run_here: Run,
 
 def test_the_run_waits_when_the_disk_is_far_behind(run_here: Run,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one warning, and no more models in memory than are told."""
+    """With one warning, and no more models in memory than PENDING."""
     disk, rounds = Disk(monkeypatch), PENDING + 3
-    healthy, said = Progress.say, []
+    warned_after: list[int] = []  # rounds
 
-    def say(progress: Progress, line: str) -> None:
-        if "written more slowly" in line:
-            said.append(disk.seen.count("train"))
+    def at_warning(record: logging.LogRecord) -> bool:
+        if "written more slowly" in record.getMessage():
+            warned_after.append(disk.seen.count("train"))
             disk.free.set()
-        healthy(progress, line)
+        return True
 
-    monkeypatch.setattr(Progress, "say", say)
+    monkeypatch.setattr(LOGGER, "filters", [at_warning])
     slow = run_here("fed_avg", "--num_clients", 2, "--rounds", rounds, "--val_freq", 1,
                     "--checkpoint_freq", "none")
     assert slow.code == 0, slow.output
-    assert said == [PENDING + 1]
+    assert warned_after == [PENDING + 1]
     assert "wrote" not in disk.seen[:2 * (PENDING + 1)]
     assert [record["global_step"] for record in slow.history] == list(range(1, rounds + 1))
     assert all(record["generated"] for record in slow.history)
@@ -113,25 +114,25 @@ def test_workers_of_other_processes_do_not_wait_either(run: Run, tmp_path: Path)
     script, trained = tmp_path / "held.py", tmp_path / "trained"
     script.write_text(f"""
 import os, sys, threading, time
-from fedrun.records import run_dir
+from fedrun.records import snapshots
 from fedrun.federation.worker import Worker
 
-write, train = run_dir.write_atomic, Worker.train
+write, train = snapshots.write_atomic, Worker.train
 def held(*args, **how):
-    deadline = time.monotonic() + {SECONDS}
+    deadline = time.monotonic() + {MAX_HELD_SECONDS}
     while threading.current_thread().name.startswith("fedrun-writer") and (
             not os.path.exists({str(trained)!r})):
         if time.monotonic() > deadline:
-            print("nobody went on without the disk", flush=True)
+            print("nobody continued without the disk", flush=True)
             os._exit(1)
         time.sleep(0.01)
     write(*args, **how)
-def told(worker, plan):
+def noted(worker, plan):
     report = train(worker, plan)
     if plan.last:
         open({str(trained)!r}, "w").close()
     return report
-run_dir.write_atomic, Worker.train = held, told
+snapshots.write_atomic, Worker.train = held, noted
 from fedrun.__main__ import main
 main()
 """)

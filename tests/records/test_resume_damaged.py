@@ -43,65 +43,65 @@ def killed(whole: Outcome, tmp_path: Path) -> Outcome:
 # ---- the same inputs under other names -----------------------------------------------------------
 
 def test_the_same_text_and_settings_under_other_names(
-        run_here: Run, whole: Outcome, killed: Outcome, monkeypatch: pytest.MonkeyPatch,
+        run_small_here: Run, whole: Outcome, killed: Outcome, monkeypatch: pytest.MonkeyPatch,
         tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(
         "model: {n_layer: 2, d_model: 64, d_state: 16, headdim: 16}\n")
     monkeypatch.chdir(CORPUS.parent)
-    again = run_here("fed_avg", *FLAGS, "--dataset", CORPUS.name, "--config",
-                     tmp_path / "mine.yaml", "--device", "cpu", "--val_freq", 2, after=killed)
+    again = run_small_here("fed_avg", *FLAGS, "--dataset", CORPUS.name, "--config",
+                           tmp_path / "mine.yaml", "--device", "cpu", "--val_freq", 2, after=killed)
     assert again.code == 0, again.output
     assert again.bits == whole.bits
     assert steps(again) == [1, 4]  # not 3, as with the frequency before
-    named = run_here("fed_avg", *FLAGS, "--dataset", f"../{CORPUS.parent.name}/{CORPUS.name}",
-                     "--eval_clients", after=again)
+    named = run_small_here("fed_avg", *FLAGS, "--dataset", f"../{CORPUS.parent.name}/{CORPUS.name}",
+                           "--eval_clients", after=again)
     assert "finished already" in named.output
 
 
 @pytest.mark.slow
 def test_other_names_of_the_same_inputs_are_the_same_experiment(
-        run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        run_small_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = tmp_path / "texts"
     (texts / "in").mkdir(parents=True)
     shutil.copy(CORPUS, texts / "in" / "a.txt")
     (texts / "tiny.yaml").write_text("model: {n_layer: 2, d_model: 64, d_state: 16, headdim: 16}\n")
-    start = run_here("central", "--rounds", 1)
+    start = run_small_here("central", "--rounds", 1)
     flags = ("--num_clients", 2, "--batches", "clients", "--batch_size", 2, "--device")
-    first = run_here("central", *flags, "auto", "--rounds", 2, "--dataset", texts / "in",
-                     "--tokenizer", start.run_dir / "tokenizer", "--init_from", start.run_dir)
+    first = run_small_here("central", *flags, "auto", "--rounds", 2, "--dataset", texts / "in",
+                           "--tokenizer", start.run_dir / "tokenizer", "--init_from", start.run_dir)
     assert first.code == 0, first.output
-    whole = run_here("central", *flags, "auto", "--rounds", 5, "--dataset", texts / "in",
-                     "--tokenizer", start.run_dir / "tokenizer", "--init_from", start.run_dir)
+    whole = run_small_here("central", *flags, "auto", "--rounds", 5, "--dataset", texts / "in",
+                           "--tokenizer", start.run_dir / "tokenizer", "--init_from", start.run_dir)
     monkeypatch.chdir(texts)
     relative = Path("..") / start.run_dir.name
-    again = run_here("central", *flags, "cpu", "--rounds", 5, "--val_freq", 2, "--dataset", "in/",
-                     "--config", "tiny.yaml", "--tokenizer", f"{relative}/tokenizer/",
-                     "--init_from", f"{relative}/.", after=first)
+    again = run_small_here("central", *flags, "cpu", "--rounds", 5, "--val_freq", 2, "--dataset",
+                           "in/", "--config", "tiny.yaml", "--tokenizer", f"{relative}/tokenizer/",
+                           "--init_from", f"{relative}/.", after=first)
     assert again.code == 0, again.output
     assert "resuming from step 2" in again.output
     assert again.bits == whole.bits
     assert steps(again) == [1, 2, 4, 5]
     # Finished, and asked for by yet another name.
     (texts / "other").symlink_to("in")
-    same = run_here("central", *flags, "cpu", "--rounds", 5, "--dataset", "other", "--config",
-                    "tiny.yaml", "--init_from", start.run_dir, after=again)
+    same = run_small_here("central", *flags, "cpu", "--rounds", 5, "--dataset", "other", "--config",
+                          "tiny.yaml", "--init_from", start.run_dir, after=again)
     assert "finished already" in same.output, same.output
     # Another text, or another first model, is another experiment whatever its name.
     text = (texts / "in" / "a.txt").read_text()
     (texts / "in" / "a.txt").write_text(text.replace("the", "teh", 1))
-    other = run_here("central", *flags, "cpu", "--rounds", 6, "--dataset", "in", "--init_from",
-                     start.run_dir, after=again)
+    other = run_small_here("central", *flags, "cpu", "--rounds", 6, "--dataset", "in",
+                           "--init_from", start.run_dir, after=again)
     assert other.code == 2
     assert re.search(r"other settings \(dataset in/ \(\w{16}\) there, in \(\w{16}\) here\)",
                      other.output)
-    other = run_here("central", *flags, "cpu", "--rounds", 6, "--dataset", "in/", "--init_from",
-                     start.run_dir, after=again)
+    other = run_small_here("central", *flags, "cpu", "--rounds", 6, "--dataset", "in/",
+                           "--init_from", start.run_dir, after=again)
     assert other.code == 2
     assert "--dataset: the text of this run was" in other.output
     (texts / "in" / "a.txt").write_text(text)
     (texts / "changed").symlink_to(first.run_dir)
-    other = run_here("central", *flags, "cpu", "--rounds", 6, "--dataset", "in", "--init_from",
-                     "changed", after=again)
+    other = run_small_here("central", *flags, "cpu", "--rounds", 6, "--dataset", "in",
+                           "--init_from", "changed", after=again)
     assert other.code == 2
     assert re.search(r"init_from .* \(\w{16}\) there, changed \(\w{16}\) here", other.output)
     assert again.bits == whole.bits
@@ -116,30 +116,31 @@ def test_ranks_compare_inputs_by_their_digests() -> None:
 
 # ---- --resume FOLDER -----------------------------------------------------------------------------
 
-def test_the_folder_that_resume_names_has_to_be_there(run_here: Run, whole: Outcome,
-                                                      killed: Outcome, tmp_path: Path) -> None:
+def test_the_folder_that_resume_names_must_exist(run_small_here: Run, whole: Outcome,
+                                                 killed: Outcome, tmp_path: Path) -> None:
     for after in (whole, killed):
-        refused = run_here("fed_avg", *FLAGS, "--resume", tmp_path / "nowhere", after=after)
+        refused = run_small_here("fed_avg", *FLAGS, "--resume", tmp_path / "nowhere", after=after)
         assert refused.code == 2
         assert f"--resume {tmp_path / 'nowhere'}: no such folder" in refused.output
-    empty = run_here("fed_avg", *FLAGS, "--resume", tmp_path, name="new")
+    empty = run_small_here("fed_avg", *FLAGS, "--resume", tmp_path, name="new")
     assert empty.code == 2
     assert f"--resume {tmp_path}: no checkpoint there" in empty.output
 
 
-def test_which_of_two_runs_is_resumed_is_logged(run_here: Run, whole: Outcome, killed: Outcome
+def test_which_of_two_runs_is_resumed_is_logged(run_small_here: Run, whole: Outcome, killed: Outcome
                                                 ) -> None:
-    resumed = run_here("fed_avg", *FLAGS, "--resume", whole.run_dir, after=killed)
+    resumed = run_small_here("fed_avg", *FLAGS, "--resume", whole.run_dir, after=killed)
     assert resumed.code == 0, resumed.output
     assert f"--resume {whole.run_dir} is ignored" in resumed.output
     assert f"resuming from step 2, from {resumed.run_dir}" in resumed.output
     assert resumed.bits == whole.bits
     # Another run can be resumed too, and trained further; its events are not copied.
-    branch = run_here("fed_avg", *FLAGS[:2], "--rounds", 6, "--resume", whole.run_dir, name="new")
+    branch = run_small_here("fed_avg", *FLAGS[:2], "--rounds", 6, "--resume", whole.run_dir,
+                            name="new")
     assert branch.code == 0, branch.output
     assert f"resuming from step 4, from {whole.run_dir}" in branch.output
     assert "events of 4 of the first 4 rounds are missing from" in branch.output
-    assert branch.bits == run_here("fed_avg", *FLAGS[:2], "--rounds", 6).bits
+    assert branch.bits == run_small_here("fed_avg", *FLAGS[:2], "--rounds", 6).bits
     assert numbers(branch) == [5, 6]
 
 
@@ -164,7 +165,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     for name in DAMAGES])
 @pytest.mark.timeout(60)
 def test_damaged_files_are_written_again_from_the_checkpoint(
-        run_here: Run, whole: Outcome, killed: Outcome, damage: str) -> None:
+        run_small_here: Run, whole: Outcome, killed: Outcome, damage: str) -> None:
     for name in ("config.json", "outcome.json", "events.jsonl", "training_history.json",
                  "environment.json", "model.safetensors"):
         DAMAGES[damage](killed.run_dir / name)
@@ -177,7 +178,7 @@ def test_damaged_files_are_written_again_from_the_checkpoint(
     shutil.copytree(killed.run_dir, killed.run_dir.with_name("copy"))
     for pipe in pipes:
         os.mkfifo(killed.run_dir.with_name("copy") / pipe.name)
-    resumed = run_here("fed_avg", *FLAGS, name="copy")
+    resumed = run_small_here("fed_avg", *FLAGS, name="copy")
     assert resumed.code == 0, resumed.output
     assert "resuming from step 2" in resumed.output
     assert "Traceback" not in resumed.output
@@ -195,16 +196,16 @@ def test_damaged_files_are_written_again_from_the_checkpoint(
         assert "is not a file; renamed to events.jsonl.damaged-" in resumed.output
 
 
-def test_missing_parameters_are_a_warning(run_here: Run, killed: Outcome) -> None:
+def test_missing_parameters_are_a_warning(run_small_here: Run, killed: Outcome) -> None:
     shutil.rmtree(killed.run_dir / "server" / "deltas")
-    resumed = run_here("fed_avg", *FLAGS, after=killed)
+    resumed = run_small_here("fed_avg", *FLAGS, after=killed)
     assert "saved parameters of 1 of the first 2 rounds are missing from" in resumed.output
 
 
-def test_other_settings_than_those_of_a_checkpoint_are_refused(run_here: Run, killed: Outcome
+def test_other_settings_than_those_of_a_checkpoint_are_refused(run_small_here: Run, killed: Outcome
                                                                ) -> None:
     (killed.run_dir / "config.json").write_text("null")
-    refused = run_here("fed_avg", *FLAGS, "--lr", "1e-3", after=killed)
+    refused = run_small_here("fed_avg", *FLAGS, "--lr", "1e-3", after=killed)
     assert refused.code == 2
     assert "lr 0.002 there, 0.001 here" in refused.output
     assert (refused.run_dir / "checkpoints" / "step_000002" / "manifest.json").exists()

@@ -16,16 +16,11 @@ from fedrun.data.batches import Batches, make_batches
 from fedrun.distributed.stopping import StopRequest
 from fedrun.experiment import Experiment
 from fedrun.federation.client import Client, LocalLosses, to_device
-from fedrun.records.checkpoint import (
-    GLOBAL,
-    Checkpoint,
-    CheckpointWriter,
-    client_file,
-    folder_of,
-)
+from fedrun.records.checkpoint import GLOBAL, Checkpoint, client_file, folder_of
+from fedrun.records.checkpoint_writer import CheckpointWriter
 from fedrun.records.recorder import Recorder
-from fedrun.records.run_dir import studied
 from fedrun.records.schema import CENTRAL
+from fedrun.records.snapshots import tracked_parameters
 from fedrun.training.evaluate import mean_loss, sample_text, validation_pieces
 from fedrun.training.optimizer import LocalOptimizer, scheduled_lr
 from fedrun.training.params import FlatParams
@@ -100,7 +95,7 @@ class Training:
             raise self._diverged("the validation loss is not finite")
         self.recorder.totals.add(0, 0.0, 0, evaluation_seconds=time.monotonic() - before)
         model = self.flat.vector.to("cpu", copy=True)
-        start, now = self.recorder.start, studied(self.flat.views(model))
+        start, now = self.recorder.start, tracked_parameters(self.flat.views(model))
         cosine = None if self.last_gradient is None else float(
             torch.nn.functional.cosine_similarity(self.flat.grad, self.last_gradient, dim=0))
         self.last_gradient = self.flat.grad.clone()

@@ -29,7 +29,7 @@ from fedrun.model.mamba2 import Mamba2LM
 from fedrun.model.memory import BYTES_TO_LOAD, BYTES_TO_TRAIN, require_memory
 from fedrun.model.precision import bf16_in_hardware
 from fedrun.model.pretrained import Pretrained, find_pretrained
-from fedrun.records.provenance import Length, alike_on_all_ranks, corpus_digests
+from fedrun.records.provenance import Length, corpus_digests, settings_equal_on_all_ranks
 from fedrun.start import RunRefused
 
 Config = TypeVar("Config", bound=RunConfig)
@@ -224,7 +224,7 @@ def identity(experiment: Experiment, device: torch.device) -> dict[str, str]:
     """What must be equal on all ranks for their sums to mean anything."""
     config, provenance = experiment.config, experiment.provenance
     able = config.dtype != "bf16" or bf16_in_hardware(device)
-    return ({f"--{k}": json.dumps(v) for k, v in alike_on_all_ranks(config).items()}
+    return ({f"--{k}": json.dumps(v) for k, v in settings_equal_on_all_ranks(config).items()}
             | {f"version of {k}": v for k, v in provenance["versions"].items()}
             | {"the tokenised corpus": provenance["content"],
                "the tokens of the corpus": experiment.data.content,

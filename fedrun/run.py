@@ -32,10 +32,12 @@ from fedrun.experiment import (
 )
 from fedrun.model.kernels import on_gpu
 from fedrun.records.checkpoint import latest_step
-from fedrun.records.restore import complete, lost, set_aside
-from fedrun.records.run_dir import ENVIRONMENT, guard, lock_token, release, write_failure
+from fedrun.records.outcome import write_failure
+from fedrun.records.restore import finish_from_checkpoint, move_obstacles, warn_of_missing_records
+from fedrun.records.run_dir import ENVIRONMENT
 from fedrun.records.run_files import LOCK
-from fedrun.records.track import check_tracker
+from fedrun.records.run_lock import guard_run_dir, lock_token, release_run_dir
+from fedrun.records.trackers import check_tracker
 from fedrun.start import RunRefused, StartDecision, decide_start, prepare_run_dir
 from fedrun.unused import idle
 
@@ -86,7 +88,7 @@ def run(config: RunConfig) -> int:
             log(f"rank {launch.rank} ends with the error above", ERROR, traceback.format_exc())
         return 1
     finally:
-        release(experiment.config.run_dir)
+        release_run_dir(experiment.config.run_dir)
     if launch.rank == 0:
         log(ended)
     return 0
@@ -105,7 +107,7 @@ def _connect_and_train(experiment: Experiment, check: CorpusCheck, launch: Launc
         experiment = experiment.decided(start.dtype, data)
         config = experiment.config
         token = "" if launch.alone else wait_for_token(config.run_dir, start.token)
-        guard(config.run_dir, start.token)
+        guard_run_dir(config.run_dir, start.token)
         runtime = build_runtime(launch, device, control, identity(experiment, device) | {
             "the folder of the run (--data_dir must be on a file system that all machines share)":
             token})
@@ -114,17 +116,17 @@ def _connect_and_train(experiment: Experiment, check: CorpusCheck, launch: Launc
                     "it further, --overwrite starts over)")
         checkpoint = start.open()
         if launch.rank == 0:
-            notes = set_aside(config.run_dir)
+            move_obstacles(config.run_dir)
             prepare_run_dir(config, checkpoint)
             write_json(config.run_dir / ENVIRONMENT, environment(launch, device, data)
                        | {"made_with": experiment.provenance})
             copy_files(data.tokenizer_path, config.run_dir / "tokenizer")
-            for line in notes + (lost(config, checkpoint) if checkpoint is not None else []):
-                log(line)
-            if checkpoint is not None and start.complete:
-                complete(config, checkpoint, experiment.new_model("cpu"))
+            if checkpoint is not None:
+                warn_of_missing_records(config, checkpoint)
+                if start.fully_trained:
+                    finish_from_checkpoint(config, checkpoint, experiment.new_model("cpu"))
         control.share()  # all ranks: nobody writes into the folder before it is ready
-        if start.complete:
+        if start.fully_trained:
             return f"done: {config.run_dir}"
         stopping = StopRequest(config.run_dir, config.run_dir / LOCK, control.lost_peers, launch)
         with stopping.listening():
@@ -152,7 +154,7 @@ def _agree(control: ControlPlane, experiment: Experiment, device: torch.device) 
         try:
             message = dataclasses.asdict(decide_start(
                 experiment.config, experiment.length, lambda c: resolve_dtype(c, device),
-                experiment.provenance, log))
+                experiment.provenance))
         except RunRefused as error:
             message = {"refused": str(error)}
     message = control.share(message)

@@ -16,7 +16,7 @@ from fedrun.common.errors import explain
 from fedrun.common.files import write_atomic
 from fedrun.data import tokens
 from fedrun.records import checkpoint, run_dir
-from fedrun.records.track import Progress
+from fedrun.records.events import Events, Progress
 from tests.support.disk import full, no_space
 from tests.support.runs import Outcome, Run, assert_equal, error_lines
 
@@ -179,7 +179,6 @@ def test_a_cache_that_is_emptied_under_a_run(run_here: Run, whole: Wholes, tmp_p
 def test_lines_of_events_wait_for_room(run_here: Run, whole: Wholes,
                                        monkeypatch: pytest.MonkeyPatch) -> None:
     """A line that was taken in part is finished; none is lost."""
-    from fedrun.records import track
     undisturbed = whole("fed_avg")
 
     class Full:
@@ -197,14 +196,14 @@ def test_lines_of_events_wait_for_room(run_here: Run, whole: Wholes,
         def close(self) -> None:
             self.real.close()
 
-    begin = track.Events.__init__
+    begin = Events.__init__
 
-    def limited(events: track.Events, *args: Any) -> None:
+    def limited(events: Events, *args: Any) -> None:
         begin(events, *args)
         patched: Any = events
         patched.file = Full(events.file)
 
-    monkeypatch.setattr(track.Events, "__init__", limited)
+    monkeypatch.setattr(Events, "__init__", limited)
     ended = run_here("fed_avg", *FLAGS)
     assert ended.code == 0, ended.output
     assert_equal(ended, undisturbed)

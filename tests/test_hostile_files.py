@@ -1,4 +1,4 @@
-"""Run folders from others: damaged files are named and passed over, all else is shown."""
+"""Run folders from others: damaged files are named and skipped, the rest is shown."""
 
 from __future__ import annotations
 
@@ -39,33 +39,33 @@ def test_json_is_of_its_kind_or_damaged(tmp_path: Path, kind: type) -> None:
 
 @pytest.fixture
 def many_damaged(tmp_path: Path) -> tuple[Path, set[str], set[str]]:
-    """Whole runs among folders that each have one damaged file; names of the whole and others."""
+    """A folder of valid runs and of runs with one damaged file each; the names of both."""
     data_dir = tmp_path / "results"
-    whole, broken = set(), set()
+    valid, broken = set(), set()
     for method in ("central", "fed_avg"):
         run = folders.ours(data_dir, method, "tiny", steps=(1, 30))
         folders.save_steps(run if method == "central" else run / "server", steps=(1, 30))
-        whole.add(run.name)
+        valid.add(run.name)
     for file, kind in (("config.json", dict), ("training_history.json", list)):
         for name, content in hostile.damaged(kind).items():
             run = folders.ours(data_dir, name=f"{file[:3]} {name}", seed=7, steps=(1,))
             hostile.put(run / file, content)
             broken.add(run.name)
-    for number, held in enumerate(hostile.WRONG_TYPES):
+    for number, wrong in enumerate(hostile.WRONG_TYPES):
         run = folders.ours(data_dir, name=f"types {number}", steps=(1,))
-        folders.write(run / "config.json", held)
+        folders.write(run / "config.json", wrong)
         broken.add(run.name)
     run = folders.ours(data_dir, name="records", steps=(1,))
     folders.write(run / "training_history.json", hostile.ODD_RECORDS)
     broken.add(run.name)
-    return data_dir, whole, broken
+    return data_dir, valid, broken
 
 
-def test_damaged_folders_are_named_and_others_drawn(
+def test_damaged_folders_are_named_and_the_others_are_drawn(
         many_damaged: tuple[Path, set[str], set[str]], capsys: pytest.CaptureFixture[str]) -> None:
-    data_dir, whole, broken = many_damaged
+    data_dir, valid, broken = many_damaged
     found = find_runs(data_dir)
-    assert {run.name for run in found.runs} == whole
+    assert {run.name for run in found.runs} == valid
     assert {name for name, _ in found.passed_over} == broken
     reasons = dict(found.passed_over)
     for name, reason in (("con pipe", "config.json is damaged: is not a regular file"),
@@ -77,8 +77,8 @@ def test_damaged_folders_are_named_and_others_drawn(
                          ("types 4", "config.json is not a run's")):
         assert reason in reasons[name]
     assert cli.main(["report", "--data_dir", str(data_dir), "--skip_deltas"]) == 0
-    said = capsys.readouterr().out
-    assert all(said.count(f"passed over {name}: ") == 1 for name in broken)
+    printed = capsys.readouterr().out
+    assert all(printed.count(f"passed over {name}: ") == 1 for name in broken)
     entities = saved.find_entities(data_dir, "server", True, None)
     assert [entity.run.method for entity in entities.entities] == ["fed_avg"]
     assert {name for name, _ in entities.passed_over} >= {n for n in broken if n[:3] == "con"}
@@ -86,7 +86,7 @@ def test_damaged_folders_are_named_and_others_drawn(
     assert page.count("<li>Run ") == len(broken)
 
 
-def test_a_damaged_environment_costs_only_what_it_tells(tmp_path: Path) -> None:
+def test_a_damaged_environment_costs_only_its_own_content(tmp_path: Path) -> None:
     run = folders.ours(tmp_path, "central", "tiny")
     for content in hostile.damaged(dict).values():
         hostile.put(run / "environment.json", content)
@@ -127,8 +127,8 @@ def test_any_history_is_read_or_named(tmp_path_factory: pytest.TempPathFactory,
     if not data_dir.exists():
         folders.ours(data_dir, name="whole")
         folders.ours(data_dir, name="odd")
-    held = {"method": "fed_avg", "config": "tiny", "seed": 0, "local_updates": 1}
-    folders.write(data_dir / "odd" / "config.json", held | odd)
+    content = {"method": "fed_avg", "config": "tiny", "seed": 0, "local_updates": 1}
+    folders.write(data_dir / "odd" / "config.json", content | odd)
     folders.write(data_dir / "odd" / "training_history.json", history)
     found = find_runs(data_dir)
     names = [run.name for run in found.runs] + [name for name, _ in found.passed_over]
@@ -142,17 +142,17 @@ def test_any_history_is_read_or_named(tmp_path_factory: pytest.TempPathFactory,
 
 # ---- events --------------------------------------------------------------------------------------
 
-def test_odd_events_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_odd_events_are_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     run.mkdir()
     real = json.dumps({"event": "round", "round": 4, "train_ppl": 8.5, "tokens": 64}).encode()
     (run / "events.jsonl").write_bytes(hostile.ODD_EVENTS + real + b"\n")
     assert cli.main(["watch", str(run), "--once"]) == 0
-    said = capsys.readouterr().out
-    assert "round 4" in said
-    assert "8.5" in said
-    assert "64 tokens" in said
-    assert "left out 1×" in said  # round 3 is an event
+    screen_text = capsys.readouterr().out
+    assert "round 4" in screen_text
+    assert "8.5" in screen_text
+    assert "64 tokens" in screen_text
+    assert "left out 1×" in screen_text  # round 3 is an event
 
 
 def test_a_line_longer_than_any_event_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -174,7 +174,7 @@ def test_a_line_longer_than_any_event_is_not_kept(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(("content", "reason"), [
     ("pipe", "is not a regular file"), ("folder", "is not a regular file"),
     ("loop", "it has no events.jsonl to follow")])
-def test_what_is_no_file_is_not_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+def test_only_regular_files_are_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                          content: str, reason: str) -> None:
     hostile.put(tmp_path / "events.jsonl", content)
     assert cli.main(["watch", str(tmp_path), "--once"]) == 2
@@ -210,8 +210,8 @@ def test_models_with_a_damaged_file_are_refused_in_a_line(
         commands += [["evaluate", str(run), "--cache_dir", str(tmp_path / "cache")],
                      ["export", str(run), str(tmp_path / "out")]]
     contents = hostile.damaged(dict)
-    for number, held in enumerate(hostile.WRONG_TYPES[:1] if file == "config.json" else ()):
-        contents[f"types {number}"] = json.dumps(held).encode()
+    for number, wrong in enumerate(hostile.WRONG_TYPES[:1] if file == "config.json" else ()):
+        contents[f"types {number}"] = json.dumps(wrong).encode()
     for name, content in contents.items():
         hostile.put(run / file, content)
         for argv in commands:
@@ -228,8 +228,8 @@ def test_models_with_a_damaged_file_are_refused_in_a_line(
 def test_settings_of_other_types_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                            setting: str, value: object) -> None:
     run = folders.with_model(folders.ours(tmp_path, "central", "tiny"))
-    held = json.loads((run / "config.json").read_text())
-    folders.write(run / "config.json", held | {setting: value})
+    content = json.loads((run / "config.json").read_text())
+    folders.write(run / "config.json", content | {setting: value})
     for argv in (["generate", str(run)], ["evaluate", str(run)],
                  ["export", str(run), str(tmp_path / "out")]):
         assert cli.main(argv) == 2
@@ -240,7 +240,7 @@ def test_settings_of_other_types_are_named(tmp_path: Path, capsys: pytest.Captur
 
 # ---- arrays --------------------------------------------------------------------------------------
 
-def test_arrays_that_are_none_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arrays_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = folders.ours(tmp_path, "central", "tiny")
     folders.save_steps(run, params=False, steps=tuple(range(1, 30)))
     deltas = run / "deltas"
@@ -261,7 +261,7 @@ def test_arrays_that_are_none_are_named(tmp_path: Path, capsys: pytest.CaptureFi
     pickled: dict[str, Any] = {key: np.array([[{}]], dtype=object)}
     np.savez(objects, **pickled)
     with (deltas / f"step_{next(steps):06d}.npz").open("wb") as file:
-        np.save(file, good)  # no archive
+        np.save(file, good)  # not an archive
     bomb = deltas / f"step_{next(steps):06d}.npz"
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         header = io.BytesIO()

@@ -35,13 +35,13 @@ from fedrun.config import FederatedConfig
 from fedrun.federation.client import ClientState
 from fedrun.records.checkpoint import (
     Checkpoint,
-    CheckpointWriter,
+    Checksums,
     Files,
-    Sums,
     client_file,
     read_tensors,
     write_tensors,
 )
+from fedrun.records.checkpoint_writer import CheckpointWriter
 from fedrun.records.run_files import CLIENTS
 
 T = TypeVar("T")
@@ -250,7 +250,7 @@ class OnDisk(_Moving):
                  timeout: float) -> None:
         super().__init__(device, timeout)
         self._folder = folder
-        self._sums: Sums = {}
+        self._sums: Checksums = {}
         self._spare: ClientState = {}
         """Tensors of the last stored state, reused for the next one that is read: freeing and
         allocating hundreds of times in a round would fragment the memory."""
@@ -279,7 +279,7 @@ class OnDisk(_Moving):
                           str(self._folder)) from error
 
     def load(self, checkpoint: Checkpoint) -> None:
-        sums = checkpoint.sums
+        sums = checkpoint.checksums
         self._sums = {name: sums[name] for name in self._sums}
         with self._naming("written"):
             for name in self._sums:
@@ -289,7 +289,7 @@ class OnDisk(_Moving):
         linked = self._thread.submit(self._link_all, folder, self._storing)
         writer.begin(folder, step, files, linked)
 
-    def _link_all(self, folder: Path, last_write: Future[None] | None) -> Sums:
+    def _link_all(self, folder: Path, last_write: Future[None] | None) -> Checksums:
         """On the thread, after every earlier write: link the files as they are."""
         if last_write is not None:
             last_write.result()  # raises its error, if there was one

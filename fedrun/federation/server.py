@@ -30,11 +30,11 @@ from fedrun.federation.schedule import Schedule
 from fedrun.model.build import DTYPES
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.records.checkpoint import Checkpoint
+from fedrun.records.events import cohort_event
 from fedrun.records.history import cohort_record
+from fedrun.records.outcome import write_failure
 from fedrun.records.recorder import Recorder
-from fedrun.records.run_dir import write_failure
 from fedrun.records.schema import FEDERATED
-from fedrun.records.track import cohort_event
 from fedrun.strategies.base import ClientReport
 from fedrun.training.evaluate import Piece, mean_loss, sample_text
 from fedrun.training.optimizer import scheduled_lr

@@ -34,8 +34,9 @@ from fedrun.federation.messages import RoundPlan, RoundReport, WorkerReport
 from fedrun.federation.placement import assign_clients
 from fedrun.federation.schedule import Schedule
 from fedrun.model.mamba2 import Mamba2LM
-from fedrun.records.checkpoint import GLOBAL, Checkpoint, CheckpointWriter, folder_of
-from fedrun.records.run_dir import save_snapshot, studied
+from fedrun.records.checkpoint import GLOBAL, Checkpoint, folder_of
+from fedrun.records.checkpoint_writer import CheckpointWriter
+from fedrun.records.snapshots import save_snapshot, tracked_parameters
 from fedrun.strategies.base import ClientReport, ServerRound
 from fedrun.training.evaluate import Piece, validation_pieces
 from fedrun.training.fisher import FisherEstimate
@@ -81,7 +82,7 @@ class Worker:
         self.clients = self._host_clients()
         self.store = make_store(config, {k: c.state() for k, c in self.clients.items()},
                                 runtime.device)
-        self.start = studied(self.flat.views(self.global_model))
+        self.start = tracked_parameters(self.flat.views(self.global_model))
         self.checkpoint_writer = CheckpointWriter()
         self._added: list[int] = []  # clients whose terms are in this round's sum
         if checkpoint is not None:
@@ -166,7 +167,7 @@ class Worker:
         """In rounds that are evaluated: what the flags ask for of a client's own model."""
         if self.config.save_client_deltas:
             save_snapshot(self.config.run_dir / f"client_{client.index}", number,
-                          studied(self.flat.views(self.flat.vector)), self.start)
+                          tracked_parameters(self.flat.views(self.flat.vector)), self.start)
         if self.config.eval_clients:
             return replace(report, validation=self._validate(0, 1))
         return report

@@ -1,20 +1,20 @@
 """--keep best: the model with the lowest validation loss, beside the last one.
 
-    best/model.safetensors    its step and loss stand in the file itself, as metadata
+    best/model.safetensors    its step and loss are in the file's own metadata
          config.json          the run's
          tokenizer/
 
-The folder takes the place of a run's wherever one is read: `generate`, `evaluate`, `export`,
-`--init_from`. What is kept is known from the file alone, so no kill can leave file and record
-apart. After a kill the file may be of a step that the resumed run has still to make again: it will
-be the same model to the bit, and is told from another one by its loss.
+`generate`, `evaluate`, `export` and `--init_from` accept the folder in place of a run's. Which
+model is kept is read from the model file alone, so a kill cannot make the file and a record of it
+disagree. After a kill the file may belong to a step that the resumed run has yet to repeat: that
+step yields the same model to the bit, and a different model is recognised by its loss.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,34 +22,36 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedrun.common.files import write_json
+from fedrun.common.log import WARNING, log
 from fedrun.config import RunConfig
-from fedrun.records.run_dir import save_model
 from fedrun.records.run_files import BEST
+from fedrun.records.snapshots import save_model
 
-_KEY = "fedrun"
+_METADATA_KEY = "fedrun"
 
 
 class BestModel:
-    """Keeps the best of the models that it is offered, in the order of their steps."""
+    """Keeps the best of the models it is offered. They must be offered in the order of their steps.
+    """
 
-    def __init__(self, config: RunConfig, losses: Sequence[tuple[int, float]],
-                 say: Callable[[str], None]) -> None:
-        """losses: (step, validation loss) of what a resumed run has evaluated before."""
+    def __init__(self, config: RunConfig, losses: Sequence[tuple[int, float]]) -> None:
+        """losses: (step, validation loss) of the evaluations before a resumed run's checkpoint."""
         self.folder = config.run_dir / BEST
-        self.kept = _read(self.folder / "model.safetensors")
+        self.kept = _read_step_and_loss(self.folder / "model.safetensors")
         self._unwritten: dict[str, Tensor] | None = None  # the best, while the disk is full
         if losses:
-            step, loss = min(losses, key=lambda one: one[1])
+            step, loss = min(losses, key=lambda evaluation: evaluation[1])
             if self.kept is None or self.kept[1] > loss:
-                say(f"fedrun: warning: --keep best: the best model so far, of step {step}, was not "
-                    "kept; the best of those from here on is")
+                log(f"--keep best: the best model so far, of step {step}, was not kept; the best "
+                    "of the following steps will be", WARNING)
         shutil.copytree(config.run_dir / "tokenizer", self.folder / "tokenizer", dirs_exist_ok=True)
         write_json(self.folder / "config.json", config.to_dict())
 
     def offer(self, step: int, loss: float, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Keep the model of a step, named parameters, if its loss (nats a token) is the lowest.
+        """Keep the model of a step, given as named parameters, if its loss (nats per token) is the
+        lowest so far.
 
-        OSError where it cannot be written: it is tried again at the next offer.
+        Raises OSError if the model cannot be written; the next offer tries again.
         """
         if self.kept is None or loss < self.kept[1] or (step == self.kept[0]
                                                         and loss != self.kept[1]):
@@ -57,19 +59,20 @@ class BestModel:
         if self._unwritten is None or self.kept is None:
             return
         try:
-            # Under one key: the library writes several in any order, and the bits would differ.
-            told = json.dumps({"step": self.kept[0], "val_loss": self.kept[1]})
-            save_model(self.folder / "model.safetensors", self._unwritten.items(), {_KEY: told})
+            # One metadata key: the library writes several in any order, and the bits would differ.
+            metadata = json.dumps({"step": self.kept[0], "val_loss": self.kept[1]})
+            save_model(self.folder / "model.safetensors", self._unwritten.items(),
+                       {_METADATA_KEY: metadata})
         except OSError:
             self._unwritten = {name: t.clone() for name, t in self._unwritten.items()}
             raise
         self._unwritten = None
 
 
-def _read(path: Path) -> tuple[int, float] | None:
-    """Step and loss of the model that is kept; None where there is none that can be read."""
+def _read_step_and_loss(path: Path) -> tuple[int, float] | None:
+    """Step and loss of the kept model; None if there is no readable one."""
     with suppress(OSError, SafetensorError, KeyError, ValueError, TypeError):
         with safe_open(path, framework="pt") as file:
-            told = json.loads(file.metadata()[_KEY])
-        return int(told["step"]), float(told["val_loss"])
+            metadata = json.loads(file.metadata()[_METADATA_KEY])
+        return int(metadata["step"]), float(metadata["val_loss"])
     return None

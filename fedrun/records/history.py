@@ -1,4 +1,4 @@
-"""What a run's history says of a round: losses, weights, norms, clocks."""
+"""What a run's history records of a round: losses, weights, norms, times, tokens."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fedrun.training.evaluate import Piece, mean_loss
 SECONDS = ("local_training_seconds", "aggregation_seconds", "evaluation_seconds")
 COHORT_NUMBERS = ("step_norm", "update_cosine", "gradient_cosine", "noise_ratio",
                   "effective_clients", "avg_client_entropy", "share_under_floor")
-"""What `cohort_record` says of a round in one number each."""
+"""The entries of a `cohort_record` that are one number each."""
 
 
 class RunTotals:
-    """Seconds since the start, and those spent in each kind of work; tokens, bytes exchanged and
-    losses so far."""
+    """Totals of a run so far: seconds since the start and in each kind of work, tokens, bytes
+    exchanged, losses."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
@@ -29,7 +29,11 @@ class RunTotals:
         self._loss_sum, self._loss_tokens = 0.0, 0
 
     def add(self, tokens: int, loss_sum: float, loss_tokens: int, **seconds: float) -> None:
-        """A step or round: tokens seen, its summed loss in nats over how many predictions."""
+        """Add a step or round.
+
+        tokens: seen in it. loss_sum: in nats, over `loss_tokens` predictions. seconds: by the names
+        in SECONDS.
+        """
         self.tokens += tokens
         self._loss_sum += loss_sum
         self._loss_tokens += loss_tokens
@@ -37,31 +41,33 @@ class RunTotals:
             self.seconds[name] += value
 
     def now(self) -> dict[str, Any]:
-        """What every line of events.jsonl and every record has."""
+        """The totals that every line of events.jsonl and every record holds."""
         sent = {"bytes": self.bytes} if self.bytes else {}
         return {"tokens": self.tokens, "seconds": time.monotonic() - self.began
                 } | self.seconds | sent
 
     def state(self) -> dict[str, Any]:
-        """All of it as JSON-able values, to go on from; seconds stand still between."""
+        """All of it as JSON-able values, for a checkpoint. The time between this and `load_state`
+        does not count."""
         kept = {name: value for name, value in vars(self).items() if name != "began"}
         return kept | {"seconds": dict(self.seconds), "elapsed": time.monotonic() - self.began}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
+        """Restore a saved state."""
         vars(self).update(state)
         self.began = time.monotonic() - vars(self).pop("elapsed")
 
     def take_train_loss(self) -> dict[str, float]:
-        """Mean loss in nats a token, and its perplexity, since the last call."""
+        """Mean loss in nats per token, and its perplexity, since the last call."""
         loss = self._loss_sum / self._loss_tokens
         self._loss_sum, self._loss_tokens = 0.0, 0
         return {"train_loss": loss, "train_ppl": perplexity(loss)}
 
 
 def half_losses(pieces: Sequence[Piece]) -> list[float]:
-    """Mean loss over the first and the second half of the validation batches, so that settings can
-    be chosen on one half and reported on the other. The one batch of a tiny split is both."""
+    """Mean loss (nats per token) over the first and the second half of the validation batches, so
+    that settings can be chosen on one half and reported on the other. If there is one batch, it
+    counts as both halves."""
     ordered = sorted(pieces)
     middle = max(len(ordered) // 2, 1)
     halves = (ordered[:middle], ordered[middle:] or ordered)
@@ -106,10 +112,13 @@ def cohort_record(clients: Sequence[ClientReport], measured: Mapping[str, float]
 
 
 def mean_cosine(weights: Sequence[float], norms: Sequence[float], mean_norm: float) -> float | None:
-    """Mean cosine between the vectors of two clients, pairs weighted by p_i p_j |x_i| |x_j|.
+    """Mean cosine between the vectors of two clients, each pair weighted by p_i p_j |x_i| |x_j|;
+    None if there is no pair.
 
-    From norms alone, since terms stream: |sum_i p_i x_i|^2 = sum_i p_i^2 |x_i|^2 + the pairs.
-    None where there is no pair.
+    It is computed from norms alone, since each client's vector is dropped once it is added:
+    |sum_i p_i x_i|^2 = sum_i p_i^2 |x_i|^2 + the sum over pairs.
+
+    weights: p_i. norms: |x_i|. mean_norm: |sum_i p_i x_i|.
     """
     parts = [p * n for p, n in zip(weights, norms, strict=True)]
     squares = math.fsum(x * x for x in parts)

@@ -1,8 +1,9 @@
-"""Whether a folder holds the run that is asked for: its settings, and what it was made with.
+"""Whether a folder holds the run that is asked for: its settings, and its provenance, which is what
+else decides the bits of its results (corpus, partition, kernels, versions).
 
-Older runs know fewer settings than newer ones: what their config.json lacks had its default. Text,
-tokenizer and first weights are compared by what was read, not by how their paths were spelt, so
-that a run can be resumed from another directory.
+Older runs know fewer settings than newer ones: a setting that their config.json lacks had its
+default. Text, tokenizer and first weights are compared by digests of what was read, not by their
+paths, so that a run can be resumed from another directory.
 """
 
 from __future__ import annotations
@@ -11,20 +12,21 @@ import dataclasses
 import hashlib
 import json
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fedrun.common.errors import InputError
+from fedrun.common.log import WARNING, log
 from fedrun.config import RunConfig
 
-LONGEST_SHOWN = 60  # characters of a value in a message: a damaged file may hold anything
-LENGTH = frozenset({"rounds", "n_epochs"})
-READ = {"dataset": "text", "tokenizer": "tokenizer", "init_from": "init_from"}
-"""Settings that name what is read -> the digest of it among what a run was made with."""
+MAX_VALUE_CHARS = 60  # of a value in a message: a damaged file may hold anything
+LENGTH_SETTINGS = frozenset({"rounds", "n_epochs"})
+INPUT_DIGESTS = {"dataset": "text", "tokenizer": "tokenizer", "init_from": "init_from"}
+"""Settings that name an input -> the key of the input's digest in a provenance."""
 
-# Of a corpus's fingerprint: what decides the text, the tokens of a text, and how these are cut; and
-# the names that were in the digest once.
+# Keys of a corpus's fingerprint: those that decide the text, the tokens of a text, and how these
+# are cut into sequences; and names, which older digests include.
 _TEXT = ("dataset_sha256", "document")
 _TOKENIZER = ("tokenizer_sha256", "tokenizers_version", "vocab_size")
 _CUT = ("train_tokens", "validation_tokens", "train_documents", "sequence_length",
@@ -46,82 +48,91 @@ class Length:
 
     @property
     def flag(self) -> str:
-        """The flag that decides it, with its value."""
+        """The flag that decides the length, with its value."""
         return f"--rounds {self.config.rounds}" if self.config.rounds else (
             f"--n_epochs {self.config.n_epochs}")
 
-    def of(self, held: Mapping[str, Any]) -> int | None:
-        """The same of a run with these settings, over the same text; None where they are odd."""
-        rounds, epochs = held.get("rounds"), held.get("n_epochs", 1)
+    def of(self, recorded: Mapping[str, Any]) -> int | None:
+        """The steps of a run with these recorded settings, over the same text; None if they are
+        not integers."""
+        rounds, epochs = recorded.get("rounds"), recorded.get("n_epochs", 1)
         steps = rounds if rounds is not None else epochs
         if type(steps) is not int:
             return None
         return steps if rounds is not None else steps * self.epoch
 
 
-# ---- what a run was made with --------------------------------------------------------------------
+# ---- provenance ----------------------------------------------------------------------------------
 
 def corpus_digests(fingerprint: Mapping[str, Any]) -> dict[str, str]:
-    """Digests of a tokenised corpus: of its text, its tokenizer, all that was read, and `corpus`,
-    with the names it was given, which is all that older checkpoints have."""
-    def digest(names: tuple[str, ...]) -> str:
-        told = {name: fingerprint[name] for name in names if name in fingerprint}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    """Digests of a tokenised corpus: `text`, `tokenizer`, `content` (all that was read), and
+    `corpus`, which includes the names it was given and is all that older checkpoints have."""
+    def digest(keys: tuple[str, ...]) -> str:
+        chosen = {key: fingerprint[key] for key in keys if key in fingerprint}
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
 
     read = _TEXT + _TOKENIZER + _CUT
     return {"text": digest(_TEXT), "tokenizer": digest(_TOKENIZER), "content": digest(read),
             "corpus": digest(read + _NAMES)}
 
 
-def check_provenance(then: Mapping[str, Any], now: Mapping[str, Any],
-                         say: Callable[[str], None]) -> None:
-    """ValueError where the text, the shards or the kernels are not those that a checkpoint was made
-    with; a word where a version is not."""
-    named = [("corpus", "corpus", "--dataset")] if "content" not in then else []
+def check_provenance(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Compare a checkpoint's provenance with this run's.
+
+    Raises InputError if the text, the tokenizer, the shards, the kernels or the first weights
+    differ. A different version of a library is only a warning.
+    """
+    named = [("corpus", "corpus", "--dataset")] if "content" not in recorded else []
     for name, what, flag in (("text", "text", "--dataset"),
                              ("tokenizer", "tokenizer", "--tokenizer"),
                              ("content", "corpus", "--dataset"), *named,
                              ("partition", "partition", "--partition"),
                              ("kernels", "kernels", "--device"),
                              ("init_from", "first model", "--init_from")):
-        if name in then and then[name] != now[name]:
-            raise InputError(f"{flag}: the {what} of this run was {shown(then[name])} and is "
-                             f"{now[name]} now; --overwrite starts over")
-    before = then.get("versions")
+        if name in recorded and recorded[name] != current[name]:
+            raise InputError(f"{flag}: the {what} of this run was {abbreviated(recorded[name])} "
+                             f"and is {current[name]} now; --overwrite starts over")
+    before = recorded.get("versions")
     before = before if isinstance(before, dict) else {}
-    if other := [f"{name} {shown(before.get(name))}, now {version}"
-                 for name, version in now["versions"].items() if before.get(name) != version]:
-        say(f"warning: the last bits may differ: this run was begun with {'; '.join(other)}")
+    if other := [f"{name} {abbreviated(before.get(name))}, now {version}"
+                 for name, version in current["versions"].items() if before.get(name) != version]:
+        log(f"the last bits may differ: this run was started with {'; '.join(other)}", WARNING)
 
 
 # ---- settings ------------------------------------------------------------------------------------
 
-def other_settings(config: RunConfig, held: Mapping[str, Any], then: Mapping[str, Any],
-                   now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings by which `held` is another run than the one asked for, however long either is.
+def conflicting_settings(config: RunConfig, recorded: Mapping[str, Any],
+                         recorded_provenance: Mapping[str, Any], provenance: Mapping[str, Any]
+                         ) -> dict[str, tuple[Any, Any]]:
+    """The settings that make the recorded run a different one from the one asked for: name ->
+    (there, here).
 
-    then, now: what the two were made with; where these agree on what was read, names of it do not
-    matter.
+    The length of a run does not count, nor do the names of an input whose digests, in the two
+    provenances, are equal.
     """
     found = {}
-    for name, (there, here) in differing(config, held).items():
-        digests = [shown(made.get(READ.get(name, ""))) for made in (then, now)]
-        known = name in READ and all(READ[name] in made for made in (then, now))
+    for name, (there, here) in differing_settings(config, recorded).items():
+        key = INPUT_DIGESTS.get(name, "")
+        digests = [abbreviated(one.get(key)) for one in (recorded_provenance, provenance)]
+        known = name in INPUT_DIGESTS and all(
+            key in one for one in (recorded_provenance, provenance))
         if known and digests[0] != digests[1]:
             there, here = f"{there} ({digests[0]})", f"{here} ({digests[1]})"
-        if name not in LENGTH and not (known and digests[0] == digests[1]):
+        if name not in LENGTH_SETTINGS and not (known and digests[0] == digests[1]):
             found[name] = there, here
     return found
 
 
-def differing(config: RunConfig, held: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The settings that decide results and are others in `held`: name -> (there, here).
+def differing_settings(config: RunConfig, recorded: Mapping[str, Any]
+                       ) -> dict[str, tuple[Any, Any]]:
+    """The settings that decide results and have another value in `recorded`: name -> (there, here).
 
-    held: a config.json's content, of any age. Those of the model are named `model.n_layer`. A
-    `--dtype auto` differs from nothing, since it follows what the run began with.
+    recorded: the content of a config.json of any age. The model's settings are named
+    `model.n_layer`. `--dtype auto` never differs, since it becomes the type that the run was
+    started with.
     """
     mine = json.loads(json.dumps(config.results_dict()))
-    theirs = _defaults(config) | {"model": {}} | dict(held)
+    theirs = _defaults(config) | {"model": {}} | dict(recorded)
     if isinstance(theirs["model"], dict):
         shapes = mine.pop("model"), _defaults(config.model) | theirs.pop("model")
         for values, shape in zip((mine, theirs), shapes, strict=True):
@@ -132,26 +143,28 @@ def differing(config: RunConfig, held: Mapping[str, Any]) -> dict[str, tuple[Any
             if theirs.get(name) != value}
 
 
-def alike_on_all_ranks(config: RunConfig) -> dict[str, Any]:
-    """The settings that every rank has to be started with. Paths of what is read may differ."""
-    shared = (config.results_dict().keys() - READ.keys()) | config.only_in_records | {"device"}
-    return {name: value for name, value in config.to_dict().items() if name in shared}
+def settings_equal_on_all_ranks(config: RunConfig) -> dict[str, Any]:
+    """The settings that every rank must be started with. Paths of inputs may differ."""
+    values = config.to_dict()
+    return {name: values[name] for name in values
+            if name in (config.results_dict().keys() - INPUT_DIGESTS.keys()
+                        ) | config.only_in_records | {"device"}}
 
 
-def told(differences: Mapping[str, tuple[Any, Any]]) -> str:
-    """Differences in a line: `lr 0.002 there, 0.001 here`."""
-    return ", ".join(f"{name} {shown(there)} there, {shown(here)} here"
+def describe_differences(differences: Mapping[str, tuple[Any, Any]]) -> str:
+    """Differences as one line: `lr 0.002 there, 0.001 here`."""
+    return ", ".join(f"{name} {abbreviated(there)} there, {abbreviated(here)} here"
                      for name, (there, here) in differences.items())
 
 
-def shown(value: object) -> str:
-    """A value as a message can hold it."""
+def abbreviated(value: object) -> str:
+    """A value as text, at most MAX_VALUE_CHARS of it and an ellipsis."""
     text = reprlib.repr(value) if isinstance(value, (dict, list)) else str(value)
-    return text if len(text) <= LONGEST_SHOWN else text[:LONGEST_SHOWN] + "..."
+    return text if len(text) <= MAX_VALUE_CHARS else text[:MAX_VALUE_CHARS] + "..."
 
 
 def _defaults(settings: Any) -> dict[str, Any]:
-    """The defaults of a dataclass's fields, as JSON has them; a method's lie beside the others."""
+    """The defaults of a dataclass's fields, as JSON has them, together with those of its method."""
     found = {f.name: f.default for f in dataclasses.fields(settings)
              if f.default is not dataclasses.MISSING}
     strategy = getattr(settings, "strategy", None)

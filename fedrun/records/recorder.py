@@ -30,11 +30,12 @@ from fedrun.common.log import WARNING, log
 from fedrun.common.perplexity import perplexity
 from fedrun.config import RunConfig
 from fedrun.records.best import BestModel
-from fedrun.records.checkpoint import CheckpointCoordinator
+from fedrun.records.checkpoint_writer import CheckpointCoordinator
+from fedrun.records.events import Events, Progress
 from fedrun.records.history import COHORT_NUMBERS, RunTotals, half_losses
-from fedrun.records.run_dir import SnapshotWriter, save_model, studied, write_outcome
+from fedrun.records.outcome import write_outcome
 from fedrun.records.schema import Schema
-from fedrun.records.track import Events, Progress
+from fedrun.records.snapshots import SnapshotWriter, save_model, tracked_parameters
 from fedrun.training.evaluate import Piece, mean_loss
 from fedrun.training.params import FlatParams
 
@@ -69,18 +70,18 @@ class Recorder:
         self.config, self.schema, self.total = config, schema, total
         self.totals = RunTotals()
         self.history: list[dict[str, Any]] = []
-        self.start = studied(flat.views(flat.vector))
+        self.start = tracked_parameters(flat.views(flat.vector))
         if state is not None:
             self.history = state["history"]
             self.totals.load_state(state["clocks"])
             write_json(config.run_dir / "training_history.json", self.history)
         self.events = Events(config, schema.unit, total, done)
         self.progress = Progress(schema.unit, total, done, self.totals.tokens)
-        self.checkpoints = CheckpointCoordinator(config, provenance, workers, self.progress.say,
+        self.checkpoints = CheckpointCoordinator(config, provenance, workers,
                                                  self._write_unwritten)
         losses = [(record[schema.step], record[schema.val_loss]) for record in self.history
                   if record[schema.val_loss] is not None]
-        self._best = BestModel(config, losses, self.progress.say) if config.keep == "best" else None
+        self._best = BestModel(config, losses) if config.keep == "best" else None
         self._views = flat.views
         self._snapshots = SnapshotWriter(config.run_dir / schema.snapshots, self.start)
         self._writer = ThreadPoolExecutor(1, "fedrun-writer",
@@ -192,7 +193,7 @@ class Recorder:
               generate: Callable[[], str] | None) -> None:
         run_dir = self.config.run_dir
         must_succeed = number == self.total or self._snapshots.full
-        self._snapshots.add(number, studied(self._views(model)))
+        self._snapshots.add(number, tracked_parameters(self._views(model)))
         if generate is not None:
             record["generated"] = generate()
         try:

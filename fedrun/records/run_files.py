@@ -1,8 +1,9 @@
-"""Which files a run writes into its folder: only these are ever removed, and they tell a run's
-folder from any other.
+"""Which files a run writes into its folder. Only these are ever removed, and a folder is recognised
+as a run's by them.
 
-Users keep notes, figures and whole projects beside their results, so neither a file's place nor a
-`config.json` is enough. Whoever adds a file to run folders adds its name here.
+Users keep notes, figures and whole projects beside their results, so a file's location is not
+enough to remove it, and a `config.json` is not enough to call its folder a run's. Whoever adds a
+file to run folders adds its name here.
 """
 
 from __future__ import annotations
@@ -17,15 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from fedrun.common.files import DamagedFile, check_claim, read_json
-from fedrun.common.old_names import renamed
 
 MARK = "fedrun"
-"""Key of config.json that only runs have: the version that began the run."""
+"""Key of config.json that only runs have: the version of fedrun that started the run."""
 LOCK = "lock"
 OUTCOME = "outcome.json"
 CLIENTS = "clients"
 BEST = "best"
-MANIFEST = "manifest.json"  # of a checkpoint, which is none without it
+MANIFEST = "manifest.json"  # a folder without one is not a checkpoint
 
 _ENTITY = r"((server|client_\d+)/)?"
 _CHECKPOINT = r"(\.checkpoints-\d+-\d+|checkpoints)/step_\d+"
@@ -46,22 +46,23 @@ _FOLDERS = re.compile("|".join((
     rf"{BEST}|({BEST}/)?tokenizer(/additional_chat_templates)?|tensorboard")))
 _PARTIAL = re.compile(r"((?:.*/)?)\.(.+)\.\w{8}", re.ASCII)  # as files.write_atomic names them
 
-# What config.json has had since the first version, which wrote no mark; and files beside it.
+# The first versions wrote no MARK: their config.json has at least these keys, and one of these
+# files is beside it.
 _OLD_KEYS = frozenset({
     "method", "config", "model", "n_epochs", "rounds", "lr", "batch_size", "sequence_length",
     "seed", "val_freq", "dataset", "tokenizer", "data_dir", "run_name", "device", "dtype",
     "threads", "timeout"})
-_BESIDE = (OUTCOME, "training_history.json", "events.jsonl")
+_OLD_FILES = (OUTCOME, "training_history.json", "events.jsonl")
 
 
-def settings(run_dir: Path) -> dict[str, Any] | None:
-    """The settings of the run that a folder holds, by its config.json or, where that is damaged or
-    gone, by its newest checkpoint; None where it holds no run."""
+def recorded_settings(run_dir: Path) -> dict[str, Any] | None:
+    """The settings of the run in a folder, from its config.json or, if that is damaged or missing,
+    from its newest checkpoint; None if it holds no run."""
     with suppress(OSError, DamagedFile):
-        held = read_json(run_dir / "config.json", dict)
-        if MARK in held or (held.keys() >= _OLD_KEYS
-                            and any((run_dir / name).is_file() for name in _BESIDE)):
-            return renamed(held)
+        config = read_json(run_dir / "config.json", dict)
+        if MARK in config or (config.keys() >= _OLD_KEYS
+                              and any((run_dir / name).is_file() for name in _OLD_FILES)):
+            return config
     return _settings_in_checkpoint(run_dir)
 
 
@@ -71,50 +72,50 @@ def _settings_in_checkpoint(run_dir: Path) -> dict[str, Any] | None:
         with suppress(OSError, DamagedFile):
             manifest = read_json(path, dict)
             config = manifest.get("config")
-            if manifest.get("sha256") == manifest_sum(manifest) and isinstance(config, dict):
-                return renamed(config)
+            if manifest.get("sha256") == manifest_checksum(manifest) and isinstance(config, dict):
+                return config
     return None
 
 
-def manifest_sum(manifest: dict[str, Any]) -> str:
-    """The checksum of a checkpoint's manifest itself, which its key `sha256` holds."""
-    told = json.dumps({k: v for k, v in manifest.items() if k != "sha256"}, sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()
+def manifest_checksum(manifest: dict[str, Any]) -> str:
+    """The checksum of a checkpoint's manifest itself, stored under its key `sha256`."""
+    body = json.dumps({k: v for k, v in manifest.items() if k != "sha256"}, sort_keys=True)
+    return hashlib.sha256(body.encode()).hexdigest()
 
 
-def just_begun(run_dir: Path) -> bool:
-    """Whether a folder holds no more than a start leaves that ended before config.json was there:
-    nothing, a lock, an outcome, half-written files."""
-    begun = {LOCK, f"{LOCK}.held", OUTCOME, "STOP", ".STOP"}
-    return all(name in begun or (is_partial(name) and _is_ours(name)) for name, _ in _walk(run_dir))
+def holds_only_a_start(run_dir: Path) -> bool:
+    """Whether a folder holds at most what a start leaves that ended before it wrote config.json: a
+    lock, an outcome, half-written files."""
+    first = {LOCK, f"{LOCK}.held", OUTCOME, "STOP", ".STOP"}
+    return all(name in first or (is_partial(name) and _is_ours(name)) for name, _ in _walk(run_dir))
 
 
 def foreign(run_dir: Path) -> Path | None:
-    """A file or folder that no run writes; None where there is none. Folders count, empty ones too.
+    """A file or folder that no run writes; None if there is none. Empty folders count.
 
-    Raises OSError where a folder cannot be read.
+    Raises OSError if a folder cannot be read.
     """
     return next((run_dir / name for name, is_folder in _walk(run_dir)
                  if not _is_ours(name, is_folder)), None)
 
 
 def remove(run_dir: Path, chosen: Callable[[str], bool]) -> None:
-    """Remove the run's files that are chosen by their paths relative to the folder, and its
-    folders that are empty then. Everything else stays."""
+    """Remove the run's files whose path relative to the folder is `chosen`, and the run's folders
+    that are then empty. Everything else stays."""
     check_claim(run_dir)
     for name, is_folder in _walk(run_dir):
         if not _is_ours(name, is_folder):
             continue
         path = run_dir / name
         if is_folder and not path.is_symlink():
-            with suppress(OSError):  # something is left in it
+            with suppress(OSError):  # it is not empty
                 path.rmdir()
         elif chosen(name):
             path.unlink(missing_ok=True)
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint's files, its manifest first, so that what a kill leaves is none."""
+    """Remove a checkpoint's files, the manifest first: what a kill leaves is then no checkpoint."""
     check_claim(folder)
     with suppress(FileNotFoundError):
         (folder / MANIFEST).unlink(missing_ok=True)
@@ -122,12 +123,12 @@ def remove_checkpoint(folder: Path) -> None:
             partial = _PARTIAL.fullmatch(path.name)
             if re.fullmatch(_CHECKPOINT_FILE, partial[2] if partial else path.name):
                 path.unlink(missing_ok=True)
-    with suppress(OSError):  # it is gone, or something else is left in it
+    with suppress(OSError):  # it is gone, or not empty
         folder.rmdir()
 
 
 def is_partial(name: str) -> bool:
-    """Whether a name is one that `write_atomic` gives a file that is not whole yet."""
+    """Whether a name is that of a half-written file of `write_atomic`."""
     return bool(_PARTIAL.fullmatch(name))
 
 
@@ -139,8 +140,8 @@ def _is_ours(name: str, is_folder: bool = False) -> bool:
 
 
 def _walk(run_dir: Path) -> Iterator[tuple[str, bool]]:
-    """What lies in a folder, as (path relative to it, whether it is a folder), contents before
-    their folder. Symbolic links to folders are folders that are not looked into."""
+    """The content of a folder as (relative path, whether it is a folder), what is in a subfolder
+    before the subfolder. Symbolic links to folders count as folders and are not followed."""
     def fail(error: OSError) -> None:
         raise error
 

@@ -47,8 +47,9 @@ from fedrun.common.old_names import renamed
 from fedrun.common.perplexity import perplexity
 from fedrun.config import RunConfig
 from fedrun.flags import METHODS, Parser, add_flags, method_flags
-from fedrun.records.provenance import READ, corpus_digests, differing
-from fedrun.records.run_dir import ENVIRONMENT, START, read_outcome
+from fedrun.records.outcome import START_VARIABLE, read_outcome
+from fedrun.records.provenance import INPUT_DIGESTS, corpus_digests, differing_settings
+from fedrun.records.run_dir import ENVIRONMENT
 from fedrun.records.schema import read_field
 from fedrun.tools.study_file import Point, Study, StudySetting, notes, read
 from fedrun.unused import NEVER_READ
@@ -66,8 +67,8 @@ def loss_halves(config: RunConfig) -> list[float] | None:
     if not (folder / "config.json").exists():
         return None
     held = renamed(_read(folder / "config.json", dict))
-    differences = differing(config, held)
-    if differences.keys() <= READ.keys() and differences and _same_corpus(config):
+    differences = differing_settings(config, held)
+    if differences.keys() <= INPUT_DIGESTS.keys() and differences and _same_corpus(config):
         differences = {}
     if differences:
         raise InputError(f"study: {folder} holds a run with another {', '.join(differences)}; "
@@ -137,7 +138,7 @@ def start(config: RunConfig) -> float:
     token = os.urandom(8).hex()  # tells this start's outcome from that of an earlier one
     done = subprocess.run([sys.executable, "-m", "fedrun", config.method, *flags],
                           capture_output=True, text=True, check=False,
-                          env={**os.environ, START: token})
+                          env={**os.environ, START_VARIABLE: token})
     errors, outcome = done.stderr.strip()[-2000:], read_outcome(config.run_dir)
     if done.returncode and (outcome.get("start"), outcome.get("kind")) == (token, "diverged"):
         (config.run_dir / "failed.txt").write_text(errors, encoding="utf-8")

@@ -22,9 +22,10 @@ from fedrun.common.errors import FolderLost
 from fedrun.common.files import write_atomic
 from fedrun.distributed.launch import Launch
 from fedrun.distributed.stopping import StopRequest
-from fedrun.records import run_dir as run_folder
+from fedrun.records.events import Progress
+from fedrun.records.outcome import read_outcome, write_failure, write_outcome
 from fedrun.records.run_files import LOCK
-from fedrun.records.track import Progress
+from fedrun.records.run_lock import lock_run_dir, release_run_dir
 from tests.support.runs import Run, wait_until
 
 
@@ -90,7 +91,7 @@ def test_one_warning_of_a_file_system_without_locks(
 def test_the_lock_of_a_process_of_this_machine_that_is_gone_counts_for_nothing(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not only once it is stale, which the test would not live to see."""
-    monkeypatch.setattr(locks, "STALE_SECONDS", 1000.0)
+    monkeypatch.setattr(locks, "SECONDS_UNTIL_STALE", 1000.0)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     for pid in (gone.pid, os.getpid()):  # and one whose number another process has now
@@ -110,14 +111,14 @@ def test_a_lock_from_another_machine_counts_while_its_owner_shows_life(
     living = threading.Thread(target=touch)
     living.start()
     with monkeypatch.context() as patch:
-        patch.setattr(locks, "STALE_SECONDS", 1000.0)  # which is not waited for
+        patch.setattr(locks, "SECONDS_UNTIL_STALE", 1000.0)  # which is not waited for
         with pytest.raises(locks.Busy, match="process 5 on elsewhere"):
             locks.acquire(tmp_path / "lock", 0.0)
     over.set()
     living.join()
     last_sign = file.stat().st_mtime
     held = locks.acquire(tmp_path / "lock", 0.0)  # waits until it is stale, whatever its patience
-    assert time.time() - last_sign > locks.STALE_SECONDS - 0.1
+    assert time.time() - last_sign > locks.SECONDS_UNTIL_STALE - 0.1
     file.write_text("{}")  # who has lost the lock does not take it from the next
     held.release()
     assert file.exists()
@@ -228,18 +229,18 @@ def test_a_run_that_loses_its_folder_ends_with_one_line_and_writes_nothing(
 
 def test_final_writes_are_checked_too(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    run_folder.lock(run_dir, "ours")
-    run_folder.write_outcome(run_dir, "running", 1)
+    lock_run_dir(run_dir, "ours")
+    write_outcome(run_dir, "running", 1)
     lose(run_dir, "taken")
     with pytest.raises(FolderLost, match="taken by process 7 on elsewhere"):
-        run_folder.write_outcome(run_dir, "finished", 3)
-    run_folder.write_failure(run_dir, "why")
+        write_outcome(run_dir, "finished", 3)
+    write_failure(run_dir, "why")
     with pytest.raises(FolderLost):
         write_atomic(run_dir / "server" / "params" / "step_000001.npz", b"")
     assert sorted(p.name for p in run_dir.rglob("*")) == ["lock", "model.safetensors",
                                                           "outcome.json"]
-    assert run_folder.read_outcome(run_dir) == {"outcome": "running", "step": 3}
-    run_folder.release(run_dir)
+    assert read_outcome(run_dir) == {"outcome": "running", "step": 3}
+    release_run_dir(run_dir)
     write_atomic(run_dir / "x", b"")  # no run claims this folder
 
 

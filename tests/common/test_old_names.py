@@ -123,7 +123,7 @@ def test_a_folder_in_the_old_spelling_is_resumed_plotted_and_reported(
     assert "client_state" not in page.replace("<wbr>", "")
     assert "found 3 runs" in capsys.readouterr().out
     (old.run_dir / "config.json").unlink()  # its checkpoints still describe it
-    assert (run_files.settings(old.run_dir) or {}).get("aggregation") == "float"
+    assert (run_files.recorded_settings(old.run_dir) or {}).get("aggregation") == "float"
 
 
 def spell_old(run_dir: Path) -> None:
@@ -133,7 +133,7 @@ def spell_old(run_dir: Path) -> None:
     for manifest in run_dir.glob("checkpoints/*/manifest.json"):
         held = json.loads(manifest.read_text())
         held["config"] = spelled_old(held["config"])
-        manifest.write_text(json.dumps(held | {"sha256": run_files.manifest_sum(held)}))
+        manifest.write_text(json.dumps(held | {"sha256": run_files.manifest_checksum(held)}))
 
 
 def spelled_old(settings: dict[str, Any]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def test_a_folder_that_is_no_run_is_never_replaced(run: Run, tmp_path: Path) -> 
     (tmp_path / "run" / "thesis.tex").write_text("precious")
     outcome = run("fed_avg", "--rounds", 1, "--overwrite")
     assert outcome.code == 2
-    assert "is no run's folder" in error_line(outcome.output)
+    assert "is not a run's folder" in error_line(outcome.output)
     assert (tmp_path / "run" / "thesis.tex").read_text() == "precious"
 
 

@@ -7,7 +7,8 @@ import os
 import pytest
 
 from fedrun.distributed.launch import Launch, detect, rendezvous
-from fedrun.records import run_dir as run_folder
+from fedrun.records import outcome
+from fedrun.records.outcome import launch_id
 from tests.support.launch_programs import SHELL, STEP, Programs
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "9", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4",
@@ -54,10 +55,10 @@ def test_launch_ids(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
         if value:
             monkeypatch.setenv(name, value)
-    mine = run_folder.launch_id()  # torchrun's static rendezvous calls every run "none"
+    mine = outcome.launch_id()  # torchrun's static rendezvous calls every run "none"
     assert mine.startswith(f"process {os.getppid()} on ")
-    assert run_folder.launch_id() == mine
+    assert outcome.launch_id() == mine
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
-    assert run_folder.launch_id() == "a"
+    assert outcome.launch_id() == "a"
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    assert run_folder.launch_id() == "slurm 7"
+    assert launch_id() == "slurm 7"

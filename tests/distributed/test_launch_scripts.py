@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from fedrun.records import checkpoint
-from fedrun.records import run_dir as run_folder
+from fedrun.records.outcome import Standing, read_outcome, write_outcome
 from tests.support.launch_programs import STEP, Programs
 from tests.support.runs import ROOT, SMALL, listening, start, wait_until
 
@@ -115,7 +115,7 @@ def test_a_job_is_finished_requeued_or_restarted_by_the_outcome_of_its_step(
     ({"SLURM_RESTART_COUNT": "1"}, 0, "requeued: the run failed; restart 2 of 2", True),
 ])
 def test_an_outcome_left_by_another_start_is_ignored(
-        programs: Programs, tmp_path: Path, left: run_folder.Standing, env: dict[str, str],
+        programs: Programs, tmp_path: Path, left: Standing, env: dict[str, str],
         code: int, said: str, requeued: bool) -> None:
     leave(tmp_path / "run", left)
     (tmp_path / "steps").write_text("nothing 1\n")
@@ -125,12 +125,12 @@ def test_an_outcome_left_by_another_start_is_ignored(
     assert ("REQUEUE 7" in output) == requeued
 
 
-def leave(run_dir: Path, outcome: run_folder.Standing) -> None:
+def leave(run_dir: Path, outcome: Standing) -> None:
     """What a run that another script started has left in its folder."""
     run_dir.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDRUN_START", "7 0 0 1234 1700000000.5")
-        run_folder.write_outcome(run_dir, outcome, 5)
+        write_outcome(run_dir, outcome, 5)
 
 
 @pytest.mark.parametrize(("sign", "env", "code", "said", "requeued"), [
@@ -196,7 +196,7 @@ def test_run_survives_a_killed_rank_and_stops_in_order(cache_dir: Path, tmp_path
         ranks = {p.environ().get("RANK"): p for p in psutil.Process(process.pid).children(True)}
         assert listening(psutil.Process(process.pid)) == {"127.0.0.1"}
         ranks["1"].kill()
-        wait_until(lambda: "fedrun: goes on after step" in log.read_text(), 60, log.read_text)
+        wait_until(lambda: "fedrun: resuming from step" in log.read_text(), 60, log.read_text)
         rounds(tmp_path / "run", 8, log)
         process.send_signal(signal.SIGHUP)  # the terminal is closed
         assert process.wait(timeout=30) == 0, log.read_text()
@@ -206,9 +206,9 @@ def test_run_survives_a_killed_rank_and_stops_in_order(cache_dir: Path, tmp_path
                 child.kill()
             process.wait(timeout=30)
     assert "stopped by SIGHUP, after round" in log.read_text()
-    found = checkpoint.latest_valid(tmp_path / "run", print)
+    found = checkpoint.latest_valid(tmp_path / "run")
     assert found
-    assert found.step == run_folder.read_outcome(tmp_path / "run")["step"] >= 8
+    assert found.step == read_outcome(tmp_path / "run")["step"] >= 8
 
 
 def rounds(run_dir: Path, number: int, log: Path) -> None:

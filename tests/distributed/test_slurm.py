@@ -12,7 +12,8 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from fedrun.records import checkpoint, run_dir
+from fedrun.records import checkpoint
+from fedrun.records.outcome import read_outcome
 from tests.slurm.cluster import Cluster, Job, running_cluster
 from tests.support.runs import ROOT, execute, read_json, wait_until
 
@@ -96,7 +97,7 @@ def test_a_job_is_requeued_after_a_failure_and_before_its_time_limit(
     job.until_said("attempt 2: run folder")
     (tmp_path / "run" / "STOP").write_text(f"{job.number} 1\n")  # for the previous attempt: ignored
     assert job.until_over() == "COMPLETED", job.output
-    assert job.output.count("fedrun: goes on after step") == 2
+    assert job.output.count("fedrun: resuming from step") == 2
     assert "attempt 2: done: the run has finished" in job.output
     assert parameters(tmp_path / "run") == undisturbed
 
@@ -109,9 +110,9 @@ def test_scancel_leaves_a_checkpoint_and_no_process(
     job.until_said("not requeued: cancelled")
     assert job.until_over() == "CANCELLED"
     wait_until(lambda: not cluster.processes(), 5, lambda: str(cluster.processes()))
-    found = checkpoint.latest_valid(tmp_path / "run", print)
+    found = checkpoint.latest_valid(tmp_path / "run")
     assert found
-    outcome = run_dir.read_outcome(tmp_path / "run")
+    outcome = read_outcome(tmp_path / "run")
     assert (outcome["outcome"], outcome["step"]) == ("stopped", found.step)
     assert (outcome["job"], outcome["attempt"]) == (job.number, 0)
 
@@ -129,7 +130,7 @@ def test_without_requeueing_the_remaining_nodes_take_over_the_clients_of_a_lost_
     assert "cannot be requeued: it was submitted with --no-requeue" in job.output
     assert "started again on n1: the run failed; restart 1 of 2 here" in job.output
     assert "node 0 of 1" in job.output
-    assert "fedrun: goes on after step" in job.output
+    assert "fedrun: resuming from step" in job.output
     assert parameters(tmp_path / "run") == undisturbed
 
 

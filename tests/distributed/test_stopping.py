@@ -14,7 +14,8 @@ import pytest
 
 from fedrun.distributed.launch import Launch
 from fedrun.distributed.stopping import StopRequest, hangup_ignored
-from fedrun.records import checkpoint, run_dir
+from fedrun.records import checkpoint
+from fedrun.records.outcome import read_outcome, write_failure
 from fedrun.torchrun import wanted_signals
 from tests.support.runs import ROOT, SMALL, Run, read_json, wait_until
 
@@ -47,8 +48,8 @@ def test_two_runs_in_one_folder(run: Run, endless: subprocess.Popen[str], tmp_pa
     assert f"is in use by process {endless.pid} on " in second.output
     assert endless.poll() is None
     # A process without the lock that fails must not record a failure of the other run.
-    run_dir.write_failure(tmp_path / "run", "no answer from rank 1")
-    assert run_dir.read_outcome(tmp_path / "run")["outcome"] == "running"
+    write_failure(tmp_path / "run", "no answer from rank 1")
+    assert read_outcome(tmp_path / "run")["outcome"] == "running"
 
 
 def test_a_stop_file_stops_the_run(endless: subprocess.Popen[str], tmp_path: Path) -> None:
@@ -64,7 +65,7 @@ def test_a_stop_file_stops_the_run(endless: subprocess.Popen[str], tmp_path: Pat
     assert "stopped by the STOP file, after round" in output
     assert not (folder / "STOP").exists()
     assert read_json(folder / "outcome.json")["outcome"] == "stopped"
-    assert checkpoint.latest_valid(folder, print) is not None
+    assert checkpoint.latest_valid(folder) is not None
 
 
 @pytest.mark.parametrize("endless", [1_000_000], indirect=True)

@@ -22,7 +22,8 @@ from fedrun.federation import client_store
 from fedrun.federation.client import Client
 from fedrun.federation.client_store import ClientStore, InMemory, OnDevice, OnDisk
 from fedrun.records import checkpoint
-from fedrun.records.checkpoint import GLOBAL, CheckpointWriter, client_file
+from fedrun.records.checkpoint import GLOBAL, client_file
+from fedrun.records.checkpoint_writer import CheckpointWriter
 from fedrun.strategies.base import ServerRound
 from tests.support.disk import no_space
 from tests.support.every_store import RUNS
@@ -102,7 +103,7 @@ def test_a_snapshot_is_of_its_moment_and_is_gone_on_from_in_any_store(
     states.close(SECONDS)
     checkpoint.commit(folder, 4, {}, {}, {}, answer["files"])
     found = checkpoint.read(folder)
-    assert set(found.sums) == {GLOBAL, "server.json", *map(client_file, range(3))}
+    assert set(found.checksums) == {GLOBAL, "server.json", *map(client_file, range(3))}
     for other in STORES.values():
         again = other(tmp_path / "again", {k: state(0) for k in range(3)})
         again.load(found)
@@ -113,7 +114,7 @@ def test_a_snapshot_is_of_its_moment_and_is_gone_on_from_in_any_store(
         saver = CheckpointWriter()  # and on from there
         again.save(saver, tmp_path / "next" / "step_000005", 5, {})
         files = written(saver)["files"]
-        assert files == {name: found.sums[name] for name in map(client_file, range(3))}
+        assert files == {name: found.checksums[name] for name in map(client_file, range(3))}
         again.close(SECONDS)
         shutil.rmtree(tmp_path / "next")
 
@@ -264,7 +265,7 @@ def test_stopped_and_gone_on_from_disk_and_memory(run: Run, tmp_path: Path) -> N
     memory = run("fed_avg", *flags, name="copy")
     disk = run("fed_avg", *flags, "--client_store", "disk", processes=2)
     for resumed in (memory, disk):
-        assert "goes on after step" in resumed.output
+        assert "resuming from step" in resumed.output
         assert_equal(resumed, whole)
 
 
@@ -280,7 +281,7 @@ def test_files_that_a_kill_left_are_not_taken(run: Run, tmp_path: Path, undistur
         file.write_bytes(b"what nobody may take")
     resumed = run("fed_avg", *FLAGS, "--client_store", "disk")
     assert resumed.code == 0, resumed.output
-    assert ("goes on after" in resumed.output) == goes_on
+    assert ("resuming from" in resumed.output) == goes_on
     assert_equal(resumed, undisturbed)
     assert not (resumed.run_dir / "clients").exists()
 

@@ -57,5 +57,5 @@ def test_the_same_bits_in_1_and_3_processes_and_after_a_stop(run: Run, tmp_path:
     assert three.history[-1]["tokens"] == 5 * 2 * 2 * 32
     run("fed_avg", *flags, script=FAULTY, env=fault(tmp_path, "term", "record:2"))
     resumed = run("fed_avg", *flags, processes=2)
-    assert "goes on after step" in resumed.output
+    assert "resuming from step" in resumed.output
     assert resumed.bits == alone.bits

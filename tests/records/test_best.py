@@ -1,4 +1,5 @@
-"""--keep best: which model is kept, that every command takes it, and that no kill confuses it."""
+"""--keep best: which model is kept, that every command accepts it, and that a kill changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from fedrun import cli
 from fedrun.flags import resolve
 from fedrun.records import best as best_module
 from fedrun.records.best import BestModel
-from fedrun.records.run_dir import save_model
+from fedrun.records.snapshots import save_model
 from fedrun.tools import evaluate, generate
 from tests.support.disk import full
 from tests.support.runs import Run, read_json
@@ -26,14 +27,15 @@ Losses = list[tuple[int, float]]
 
 
 @pytest.fixture
-def keeper(tmp_path: Path) -> Callable[..., tuple[BestModel, list[str]]]:
-    """A BestModel as a start of the run makes it, and what it says."""
+def keeper(tmp_path: Path, caplog: pytest.LogCaptureFixture
+           ) -> Callable[..., tuple[BestModel, list[str]]]:
+    """keeper(losses): a BestModel as a start of the run makes it, and what it logs then."""
     config = resolve("fed_avg", {"data_dir": str(tmp_path), "run_name": "run", "keep": "best"})
     (config.run_dir / "tokenizer").mkdir(parents=True)
 
     def start(losses: Losses = []) -> tuple[BestModel, list[str]]:  # noqa: B006
-        said: list[str] = []
-        return BestModel(config, losses, said.append), said
+        caplog.clear()
+        return BestModel(config, losses), caplog.messages
 
     return start
 
@@ -44,42 +46,42 @@ def offer(best: BestModel, *losses: tuple[int, float]) -> None:
 
 
 def kept(best: BestModel) -> tuple[int, float]:
-    """What the file holds."""
+    """Step and loss of the model in the file."""
     path = best.folder / "model.safetensors"
     step, loss = load_file(path)["w"].tolist()
     with safe_open(path, framework="pt") as file:
-        told = json.loads(file.metadata()["fedrun"])
-    assert told == {"step": step, "val_loss": loss}
+        metadata = json.loads(file.metadata()["fedrun"])
+    assert metadata == {"step": step, "val_loss": loss}
     return int(step), loss
 
 
 def test_the_lowest_loss_is_kept_and_the_first_of_equal_ones(keeper: Any) -> None:
-    best, said = keeper()
+    best, logged = keeper()
     seen = []
-    for one in ((1, 5.0), (3, 3.0), (6, 4.0), (9, 3.0), (12, 2.5), (15, 3.5)):
-        offer(best, one)
+    for evaluation in ((1, 5.0), (3, 3.0), (6, 4.0), (9, 3.0), (12, 2.5), (15, 3.5)):
+        offer(best, evaluation)
         seen.append(kept(best)[0])
     assert seen == [1, 3, 3, 3, 12, 12]
-    assert said == []
+    assert logged == []
 
 
 def test_a_resumed_run_knows_what_is_kept(keeper: Any) -> None:
     offer(keeper()[0], (1, 5.0), (3, 3.0), (6, 4.0))
-    best, said = keeper([(1, 5.0), (3, 3.0), (6, 4.0)])
+    best, logged = keeper([(1, 5.0), (3, 3.0), (6, 4.0)])
     offer(best, (9, 3.5))
     assert kept(best) == (3, 3.0)
-    offer(best, (12, 2.5))  # and it is killed here, after a checkpoint of step 6
+    offer(best, (12, 2.5))  # killed here, after a checkpoint of step 6
     best, _ = keeper([(1, 5.0), (3, 3.0), (6, 4.0)])
     offer(best, (9, 3.5), (12, 2.5), (15, 2.75))
     assert kept(best) == (12, 2.5)
     best, _ = keeper([(1, 5.0), (3, 3.0), (6, 4.0)])
     offer(best, (9, 3.5), (12, 2.625))  # another model at that step
     assert kept(best) == (12, 2.625)
-    assert said == []
+    assert logged == []
 
 
 @pytest.mark.parametrize("damage", ["none", "cut", "no metadata"])
-def test_a_best_model_that_was_not_kept_is_told(keeper: Any, damage: str) -> None:
+def test_a_best_model_that_was_not_kept_is_a_warning(keeper: Any, damage: str) -> None:
     best, _ = keeper()
     offer(best, (1, 5.0), (3, 3.0))
     path = best.folder / "model.safetensors"
@@ -89,8 +91,8 @@ def test_a_best_model_that_was_not_kept_is_told(keeper: Any, damage: str) -> Non
         os.truncate(path, path.stat().st_size - 1)
     else:
         save_model(path, [("w", torch.zeros(2))])
-    best, said = keeper([(1, 5.0), (3, 3.0)])
-    assert "--keep best: the best model so far, of step 3, was not kept" in said[0]
+    best, logged = keeper([(1, 5.0), (3, 3.0)])
+    assert "--keep best: the best model so far, of step 3, was not kept" in logged[0]
     offer(best, (6, 4.0))
     assert kept(best) == (6, 4.0)
 

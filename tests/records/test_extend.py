@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from fedrun.records import checkpoint, run_dir
+from fedrun.records import checkpoint
+from fedrun.records.outcome import read_outcome, write_outcome
 from fedrun.tools.watch import Follower, RunState
 from tests.support.runs import Outcome, Run, numbers, outcome_of, steps
 
@@ -17,10 +18,10 @@ FEDERATED = ("--num_clients", 3, *VAL_FREQ)
 
 
 def states(run: Outcome) -> dict[str, Any]:
-    """Checksums of all that the last checkpoint holds but for the server's clocks and history."""
-    found = checkpoint.latest_valid(run.run_dir, pytest.fail)
+    """Checksums of the last checkpoint's files, without the server's totals and history."""
+    found = checkpoint.latest_valid(run.run_dir)
     assert found is not None
-    return {name: sums for name, sums in found.sums.items() if name != checkpoint.SERVER}
+    return {name: entry for name, entry in found.checksums.items() if name != checkpoint.SERVER}
 
 
 @pytest.mark.parametrize(("method", "flags"), [
@@ -42,18 +43,18 @@ def test_six_rounds_extended_by_six_have_the_bits_of_twelve(
     half = run_here(method, *flags, "--rounds", 6, name="half")
     further = run_here(method, *flags, "--rounds", 12, after=half)
     assert further.code == 0, further.output
-    assert "goes on after step 6" in further.output
+    assert "resuming from step 6" in further.output
     assert further.bits == whole.bits != half.bits
     assert states(further) == states(whole)  # of every client, and the server
     assert steps(whole) == [1, 5, 10, 12]
-    assert steps(further) == [1, 5, 6, 10, 12]  # the sixth was the last one then
+    assert steps(further) == [1, 5, 6, 10, 12]  # the sixth was the last one at first
     assert further.history[-1]["val_loss_halves"] == whole.history[-1]["val_loss_halves"]
     assert numbers(further) == list(range(1, 13))
     followed = RunState("run")
     for event in Follower(further.run_dir / "events.jsonl").new():
         followed.update(event)
     assert (followed.number, followed.total, followed.ended) == (12, 12, True)
-    assert run_dir.read_outcome(further.run_dir)["step"] == 12
+    assert read_outcome(further.run_dir)["step"] == 12
     assert outcome_of(further) == "finished"
     assert further.config["rounds"] == 12
     again = run_here(method, *flags, "--rounds", 12, after=further)
@@ -94,7 +95,7 @@ def test_where_the_schedule_depends_on_the_length_it_has_to_be_asked_for(
     assert "--extend does so anyway" in said[0]
     further = run_here(method, *flags, "--rounds", 5, "--extend", after=half)
     assert further.code == 0, further.output
-    assert "the result differs from one long run's" in further.output
+    assert "the result differs from that of one long run" in further.output
     assert steps(further)[-1] == 5
     whole = run_here(method, *flags, "--rounds", 5, name="whole")
     assert further.bits != whole.bits
@@ -118,7 +119,7 @@ def test_a_run_that_was_ended_after_its_last_checkpoint_is_finished_from_it(
     done = run_here(method, "--rounds", 2, name="done")
     root = done.run_dir if method == "central" else done.run_dir / "server"
     parameters = (root / "deltas" / "step_000002.npz").read_bytes()
-    run_dir.write_outcome(done.run_dir, "running", 0)
+    write_outcome(done.run_dir, "running", 0)
     (root / "deltas" / "step_000002.npz").unlink()
     history = (done.run_dir / "training_history.json").read_bytes()
     bits = done.bits
@@ -141,7 +142,7 @@ def test_a_stop_is_no_end_unless_it_was_evaluated(run_here: Run) -> None:
     config = ("central", "--val_freq", 3)
     done = run_here(*config, "--rounds", 4, "--checkpoint_freq", 2, name="done")
     shutil.rmtree(done.run_dir / "checkpoints" / "step_000004")
-    run_dir.write_outcome(done.run_dir, "stopped", 2, "SIGTERM")
+    write_outcome(done.run_dir, "stopped", 2, "SIGTERM")
     refused = run_here(*config, "--rounds", 2, after=done)
     assert refused.code == 2
     assert "--rounds 2: the run has done 2 steps already" in refused.output

@@ -1,8 +1,9 @@
-"""Kill any process at any moment, start again: the final model is the undisturbed one, to the bit.
+"""Kill any process at any moment and start again: the final model is the undisturbed one, bit for
+bit.
 
 20 kills (rank, stage, round) from a seeded generator, spread over local training, reduction,
-evaluation and the writing of checkpoints, torchrun itself among them; clients' states rest in
-memory or on disk, before and after. `make soak` draws 200.
+evaluation and the writing of checkpoints; some kill torchrun itself. Clients' states are kept in
+memory or on disk, before and after the kill. `make soak` draws 200.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ from tests.support.runs import (
 )
 
 STAGES = {"train": "worker", "reduce": "worker", "reduced": "worker", "evaluate": "worker",
-          "half-written": "worker", "judge": "server", "record": "server",
+          "half-written": "worker", "decide": "server", "record": "server",
           "before-manifest": "server", "after-manifest": "server", "finish": "server"}
 KILLS = int(os.environ.get("KILLS", "20"))
 WORKERS = 2
-LIMIT = 100.0
+LIMIT_SECONDS = 100.0
 
 pytestmark = pytest.mark.slow
 
 
 def draw(number: int) -> tuple[str, str, int]:
-    """(what is killed, stage:round, rank that gets there)."""
+    """(what is killed, stage:round, the rank that reaches it)."""
     generator = random.Random(1000 + number)
-    stage = list(STAGES)[number % len(STAGES)]  # each of them as often
+    stage = list(STAGES)[number % len(STAGES)]  # each equally often
     rank = 0 if STAGES[stage] == "server" else generator.randint(1, WORKERS)
     rounds = {"evaluate": [1, 3, 6, 7], "finish": [7], "half-written": [2, 4, 6],
               "before-manifest": [2, 4, 6], "after-manifest": [2, 4, 6]}
@@ -62,13 +63,13 @@ def begin(tmp_path: Path, cache_dir: Path, processes: int, store: str, env: dict
 def end_of_all(launcher: subprocess.Popen[bytes], struck: Path, log: Path) -> float:
     """Wait for the launcher and all it started; seconds from the kill to the last one's end."""
     with children_of(launcher) as children:
-        wait_until(lambda: launcher.poll() is not None and not any(map(alive, children())), LIMIT,
-                   log.read_text)
+        wait_until(lambda: launcher.poll() is not None and not any(map(alive, children())),
+                   LIMIT_SECONDS, log.read_text)
         assert struck.exists(), log.read_text()
         return time.time() - struck.stat().st_mtime
 
 
-longest: list[float] = []
+seconds_to_end: list[float] = []
 
 
 @pytest.mark.parametrize("number", range(KILLS))
@@ -80,12 +81,12 @@ def test_a_kill_costs_no_bit(number: int, tmp_path: Path, cache_dir: Path, undis
     processes = generator.choice([1, 2, 3])
     stores = generator.choices(["memory", "disk"], k=2)
     killed = begin(tmp_path, cache_dir, 1 + WORKERS, stores[0], env, log)
-    longest.append(end_of_all(killed, tmp_path / "struck", log))
-    assert longest[-1] < 15, (what, at, rank)
+    seconds_to_end.append(end_of_all(killed, tmp_path / "struck", log))
+    assert seconds_to_end[-1] < 15, (what, at, rank)
     again = begin(tmp_path, cache_dir, processes, stores[1], env, log)
-    assert again.wait(LIMIT) == 0, log.read_text()
+    assert again.wait(LIMIT_SECONDS) == 0, log.read_text()
     assert_equal(Outcome(0, log.read_text(), tmp_path / "run"), undisturbed)
     if number == KILLS - 1:
         with capsys.disabled():
-            print(f"\n{len(longest)} kills survived; from a kill to the last process's end: "
-                  f"{max(longest):.1f} s at most")
+            print(f"\n{len(seconds_to_end)} kills survived; from a kill to the last process's end: "
+                  f"{max(seconds_to_end):.1f} s at most")

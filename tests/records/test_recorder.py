@@ -19,10 +19,11 @@ from torch import nn
 from fedrun.common.errors import FolderLost
 from fedrun.flags import resolve
 from fedrun.records import checkpoint, recorder
-from fedrun.records.checkpoint import GLOBAL, CheckpointWriter, folder_of, latest_valid
+from fedrun.records.checkpoint import GLOBAL, folder_of, latest_valid
+from fedrun.records.checkpoint_writer import CheckpointWriter
 from fedrun.records.recorder import MAX_PENDING, Recorder
-from fedrun.records.run_dir import SnapshotWriter
 from fedrun.records.schema import CENTRAL, FEDERATED, Schema, read_field
+from fedrun.records.snapshots import SnapshotWriter
 from fedrun.training.params import FlatParams
 
 TOTAL = 6
@@ -133,7 +134,7 @@ def test_a_checkpoint_holds_the_history_until_its_step(start: Start, schema: Sch
     evaluate(run, 3)
     run.commit_checkpoints([saver.written(wait=True)])
     run.close()
-    found = latest_valid(run.config.run_dir, print)
+    found = latest_valid(run.config.run_dir)
     assert found is not None
     assert found.step == 2
     state = found.server

@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from fedrun.flags import resolve
-from fedrun.records import checkpoint, run_dir
+from fedrun.records import checkpoint
+from fedrun.records.outcome import read_outcome
 from fedrun.start import prepare_run_dir
 from tests.support.runs import (
     FAULTY,
@@ -45,7 +46,7 @@ from tests.support.runs import (
         ("fed_entropy", FLAGS),
         ("fed_sgd", FLAGS)]),
 ])
-def test_stopped_and_gone_on_in_another_world(run: Run, tmp_path: Path, method: str,
+def test_stopped_and_resumed_in_another_world(run: Run, tmp_path: Path, method: str,
                                               flags: tuple[object, ...]) -> None:
     whole = run(method, *flags, name="whole")
     assert whole.code == 0, whole.output
@@ -58,7 +59,7 @@ def test_stopped_and_gone_on_in_another_world(run: Run, tmp_path: Path, method: 
     assert last in ("step_000005", "step_000006")  # the signal came while round 5 was recorded
     resumed = run(method, *flags, processes=1 if method == "central" else 3)
     assert resumed.code == 0, resumed.output
-    assert f"goes on after step {int(last[5:])}" in resumed.output
+    assert f"resuming from step {int(last[5:])}" in resumed.output
     assert_equal(resumed, whole)
     again = run(method, *flags)
     assert again.code == 0
@@ -71,7 +72,7 @@ def test_stopped_and_gone_on_in_another_world(run: Run, tmp_path: Path, method: 
     pytest.param(0, "after-manifest:7", marks=pytest.mark.slow)])  # nothing is left to train
 def test_killed_and_restarted_in_place(run: Run, tmp_path: Path, undisturbed: Outcome, rank: int,
                                        at: str) -> None:
-    """torchrun --max-restarts goes on by itself."""
+    """By torchrun --max-restarts."""
     killed = run("fed_avg", *FLAGS, "--overwrite", processes=3, script=FAULTY, restarts=1,
                  env=fault(tmp_path, "kill", at, rank))
     assert killed.code == 0, killed.output
@@ -98,7 +99,7 @@ def test_a_launcher_that_is_killed_leaves_no_orphans(run: Run, tmp_path: Path,
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
-    """What a run leaves that is killed after its checkpoint of round 6."""
+    """The folder of a run that was killed after its checkpoint of round 6."""
     folder = tmp_path_factory.mktemp("killed")
     done = subprocess.run(
         [sys.executable, "-m", FAULTY, "fed_avg", *SMALL, *map(str, FLAGS), "--data_dir",
@@ -106,30 +107,30 @@ def killed(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
         capture_output=True, env={**os.environ, **fault(folder, "kill", "after-manifest:6")})
     assert done.returncode == -signal.SIGKILL
     checkpoints = folder / "run" / "checkpoints"
-    shutil.rmtree(checkpoints / "step_000007", ignore_errors=True)  # half of it, if it was begun
+    shutil.rmtree(checkpoints / "step_000007", ignore_errors=True)  # half-written, if it was begun
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step_000004", "step_000006"]
     return folder / "run"
 
 
 @pytest.fixture
 def stopped(killed: Path, tmp_path: Path) -> Outcome:
-    """The same as a copy that a test may go on from."""
+    """A copy of it that a test may resume."""
     shutil.copytree(killed, tmp_path / "run")
     return Outcome(-signal.SIGKILL, "", tmp_path / "run")
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "no manifest", "no file", "other step"])
-def test_a_damaged_checkpoint_is_not_taken(stopped: Outcome, damage: str) -> None:
+def test_a_damaged_checkpoint_is_skipped(stopped: Outcome, damage: str,
+                                         caplog: pytest.LogCaptureFixture) -> None:
     folder = stopped.run_dir / "checkpoints" / "step_000006"
     assert checkpoint.read(folder).step == 6
-    said: list[str] = []
     break_it(folder, damage)
-    with pytest.raises(ValueError, match="is not whole"):
+    with pytest.raises(ValueError, match="is invalid"):
         checkpoint.read(folder)
-    found = checkpoint.latest_valid(stopped.run_dir, said.append)
+    found = checkpoint.latest_valid(stopped.run_dir)
     assert found is not None
     assert found.step == 4
-    assert "step_000006 is not whole" in said[0]
+    assert "step_000006 is invalid" in caplog.messages[0]
 
 
 def break_it(folder: Path, damage: str) -> None:
@@ -147,20 +148,19 @@ def break_it(folder: Path, damage: str) -> None:
         (file if damage == "no file" else folder / "manifest.json").unlink()
 
 
-def test_checkpoints_of_which_none_is_whole_are_not_thrown_away(run: Run, stopped: Outcome
-                                                                ) -> None:
+def test_invalid_checkpoints_are_not_thrown_away(run: Run, stopped: Outcome) -> None:
     for step in ("step_000004", "step_000006"):
         break_it(stopped.run_dir / "checkpoints" / step, "truncate")
     refused = run("fed_avg", *FLAGS)
     assert refused.code == 2
-    assert "none of the checkpoints in" in refused.output
-    assert "--overwrite begins anew" in refused.output
+    assert "all checkpoints in" in refused.output
+    assert "--overwrite starts over" in refused.output
     assert (stopped.run_dir / "model.safetensors").exists()
 
 
 def test_a_kill_while_the_folder_is_emptied(stopped: Outcome, monkeypatch: pytest.MonkeyPatch
                                             ) -> None:
-    """Between any two removals: what is left can be begun from, and is no finished run."""
+    """Between any two removals: a run can start from what is left, and it is not a finished run."""
     removals, limit, ready = 0, 0, False
 
     def counted(remove: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,8 +183,8 @@ def test_a_kill_while_the_folder_is_emptied(stopped: Outcome, monkeypatch: pytes
             ready = True
         except KeyboardInterrupt:
             assert stopped.config != held
-            assert run_dir.read_outcome(stopped.run_dir)["outcome"] == "running"
-            assert checkpoint.latest_valid(stopped.run_dir, print) is None
+            assert read_outcome(stopped.run_dir)["outcome"] == "running"
+            assert checkpoint.latest_valid(stopped.run_dir) is None
             limit += 1
     assert limit > 3
     left = {path.name for path in stopped.run_dir.iterdir()}
@@ -195,22 +195,22 @@ def test_a_disk_that_is_full_for_a_while(run: Run, tmp_path: Path, undisturbed: 
     """What cannot be written at one evaluation is there after the next."""
     script = tmp_path / "full.py"
     script.write_text(
-        "import errno, os\nfrom fedrun.records import run_dir\nfrom fedrun.__main__ import main\n"
-        "whole, calls = run_dir.write_atomic, 0\n"
+        "import errno, os\nfrom fedrun.records import snapshots\nfrom fedrun.__main__ import main\n"
+        "write, calls = snapshots.write_atomic, 0\n"
         "def full(path, *content, **how):\n"
         "    global calls\n"
         "    calls += path.name == 'model.safetensors'\n"
         "    if 2 <= calls <= 3:\n"
         "        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))\n"
-        "    whole(path, *content, **how)\n"
-        "run_dir.write_atomic = full\nmain()\n")
+        "    write(path, *content, **how)\n"
+        "snapshots.write_atomic = full\nmain()\n")
     full = run("fed_avg", *FLAGS, script=script)
     assert full.code == 0, full.output
     assert "round 3 could not be written" in full.output
     assert_equal(full, undisturbed)
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(
         run: Run, stopped: Outcome, undisturbed: Outcome) -> None:
     break_it(stopped.run_dir / "checkpoints" / "step_000006", "flip")
     stale = stopped.run_dir / "STOP"  # of an earlier start: ignored
@@ -218,8 +218,8 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
     os.utime(stale, (1, 1))
     resumed = run("fed_avg", *FLAGS)
     assert resumed.code == 0, resumed.output
-    assert re.search(r"step_000006 is not whole: client_1.* is damaged", resumed.output)
-    assert "goes on after step 4" in resumed.output
+    assert re.search(r"step_000006 is invalid: client_1.* is damaged", resumed.output)
+    assert "resuming from step 4" in resumed.output
     assert_equal(resumed, undisturbed)
 
 
@@ -229,35 +229,35 @@ def test_other_settings_are_refused_with_their_names(run: Run, stopped: Outcome)
     assert "lr 0.002 there, 0.001 here" in refused.output
     neutral = run("fed_avg", *FLAGS, "--timeout", 100, "--checkpoint_freq", "none")
     assert neutral.code == 0, neutral.output
-    assert "goes on after step 6" in neutral.output
+    assert "resuming from step 6" in neutral.output
 
 
 @pytest.mark.slow
 def test_resume_never_and_from_another_run(run: Run, killed: Path, stopped: Outcome,
                                            undisturbed: Outcome) -> None:
-    anew = run("fed_avg", *FLAGS, "--resume", "never")
-    assert "goes on" not in anew.output
-    assert_equal(anew, undisturbed)
+    fresh = run("fed_avg", *FLAGS, "--resume", "never")
+    assert "resuming" not in fresh.output
+    assert_equal(fresh, undisturbed)
     other = run("fed_avg", *FLAGS, "--resume", "never", "--lr", "1e-3")
     assert other.code == 2
-    assert anew.bits == undisturbed.bits
+    assert fresh.bits == undisturbed.bits
     finished = run("fed_avg", *FLAGS, processes=3)
     assert "finished already" in finished.output
-    shutil.rmtree(anew.run_dir)
-    shutil.copytree(killed, anew.run_dir)
+    shutil.rmtree(fresh.run_dir)
+    shutil.copytree(killed, fresh.run_dir)
     branch = run("fed_avg", *FLAGS, "--resume", stopped.run_dir, name="branch")
-    assert "goes on after step 6" in branch.output
+    assert "resuming from step 6" in branch.output
     assert branch.bits == undisturbed.bits
     exact = run("fed_avg", *FLAGS, "--resume", stopped.run_dir / "checkpoints" / "step_000004",
                 name="exact")
-    assert "goes on after step 4" in exact.output
+    assert "resuming from step 4" in exact.output
     assert exact.bits == undisturbed.bits
     missing = run("fed_avg", *FLAGS, "--resume", stopped.run_dir / "nowhere", name="missing")
     assert missing.code == 2
     assert "--resume" in missing.output
 
 
-def test_a_full_disk_costs_the_checkpoint_and_nothing_else(run: Run, tmp_path: Path,
+def test_a_full_disk_costs_only_the_checkpoint(run: Run, tmp_path: Path,
                                                            undisturbed: Outcome) -> None:
     """A limit on the size of files, between that of the model and of a client's moments."""
     size = (undisturbed.run_dir / "model.safetensors").stat().st_size * 3 // 2
@@ -285,8 +285,8 @@ def test_a_folder_that_not_all_ranks_share_is_refused(run: Run, tmp_path: Path) 
 
 
 def test_the_type_of_products_is_the_servers_and_stays(run: Run, tmp_path: Path) -> None:
-    """By --dtype auto: what rank 0's hardware has, an error on a rank that has it not; and what a
-    run began with, whatever the hardware has when it goes on."""
+    """With --dtype auto: the type is what rank 0's hardware has, and an error on a rank that lacks
+    it. A resumed run keeps its type, whatever the hardware has by then."""
     script = tmp_path / "hardware.py"
     script.write_text("import os\nimport fedrun.experiment\nfrom fedrun.__main__ import main\n"
                       "has = os.environ['HAS_BF16'].split()\n"
@@ -303,5 +303,5 @@ def test_the_type_of_products_is_the_servers_and_stays(run: Run, tmp_path: Path)
     begun = run("fed_avg", *FLAGS, "--dtype", "auto", script=script, env=env)
     assert outcome_of(begun) == "stopped", begun.output
     resumed = run("fed_avg", *FLAGS, "--dtype", "auto", script=script, env={**env, "HAS_BF16": "0"})
-    assert "goes on after step" in resumed.output, resumed.output
+    assert "resuming from step" in resumed.output, resumed.output
     assert resumed.config["dtype"] == "fp32"

@@ -1,4 +1,4 @@
-"""Resuming in a folder that was moved, renamed, edited, damaged, or filled by a stranger."""
+"""Resuming in a folder that was moved, renamed, edited, damaged or forged."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 from fedrun import cli
 from fedrun.flags import resolve
 from fedrun.records import checkpoint, run_files
-from fedrun.records import run_dir as run_folder
-from fedrun.records.provenance import alike_on_all_ranks
+from fedrun.records.outcome import write_outcome
+from fedrun.records.provenance import settings_equal_on_all_ranks
 from tests.support import hostile
 from tests.support.runs import CORPUS, Outcome, Run, numbers, outcome_of, steps
 
@@ -33,15 +33,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory, little_text: tuple[str, ...]
 
 @pytest.fixture
 def killed(whole: Outcome, tmp_path: Path) -> Outcome:
-    """What the same leaves that is killed in its last round."""
+    """The folder of the same run, killed in its last round."""
     folder = tmp_path / "killed"
     shutil.copytree(whole.run_dir, folder)
     shutil.rmtree(folder / "checkpoints" / "step_000004")
-    run_folder.write_outcome(folder, "running", 0)
+    write_outcome(folder, "running", 0)
     return Outcome(-9, "", folder)
 
 
-# ---- the same under other names ------------------------------------------------------------------
+# ---- the same inputs under other names -----------------------------------------------------------
 
 def test_the_same_text_and_settings_under_other_names(
         run_here: Run, whole: Outcome, killed: Outcome, monkeypatch: pytest.MonkeyPatch,
@@ -61,7 +61,7 @@ def test_the_same_text_and_settings_under_other_names(
 
 
 @pytest.mark.slow
-def test_other_names_of_what_was_read_are_no_other_experiment(
+def test_other_names_of_the_same_inputs_are_the_same_experiment(
         run_here: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = tmp_path / "texts"
     (texts / "in").mkdir(parents=True)
@@ -78,41 +78,41 @@ def test_other_names_of_what_was_read_are_no_other_experiment(
                      name="whole")
     monkeypatch.chdir(texts)
     relative = Path("..") / start.run_dir.name
-    again = run_here("central", *flags, "cpu", "--rounds", 5, "--val_freq", 2, "--dataset", "in/",
-                     "--config", "tiny.yaml", "--tokenizer", f"{relative}/tokenizer/",
-                     "--init_from", f"{relative}/.", after=first)
+    again = run_here("central", *flags, "cpu", "--rounds", 5, "--val_freq", 2, "--dataset",
+                           "in/", "--config", "tiny.yaml", "--tokenizer", f"{relative}/tokenizer/",
+                           "--init_from", f"{relative}/.", after=first)
     assert again.code == 0, again.output
-    assert "goes on after step 2" in again.output
+    assert "resuming from step 2" in again.output
     assert again.bits == whole.bits
     assert steps(again) == [1, 2, 4, 5]
     # Finished, and asked for by yet another name.
     (texts / "other").symlink_to("in")
     same = run_here("central", *flags, "cpu", "--rounds", 5, "--dataset", "other", "--config",
-                    "tiny.yaml", "--init_from", start.run_dir, after=again)
+                          "tiny.yaml", "--init_from", start.run_dir, after=again)
     assert "finished already" in same.output, same.output
     # Another text, or another first model, is another experiment whatever its name.
     text = (texts / "in" / "a.txt").read_text()
     (texts / "in" / "a.txt").write_text(text.replace("the", "teh", 1))
-    other = run_here("central", *flags, "cpu", "--rounds", 6, "--dataset", "in", "--init_from",
-                     start.run_dir, after=again)
+    other = run_here("central", *flags, "cpu", "--rounds", 6, "--dataset", "in",
+                           "--init_from", start.run_dir, after=again)
     assert other.code == 2
     assert re.search(r"other settings \(dataset in/ \(\w{16}\) there, in \(\w{16}\) here\)",
                      other.output)
-    other = run_here("central", *flags, "cpu", "--rounds", 6, "--dataset", "in/", "--init_from",
-                     start.run_dir, after=again)
+    other = run_here("central", *flags, "cpu", "--rounds", 6, "--dataset", "in/",
+                           "--init_from", start.run_dir, after=again)
     assert other.code == 2
     assert "--dataset: the text of this run was" in other.output
     (texts / "in" / "a.txt").write_text(text)
     (texts / "changed").symlink_to(first.run_dir)
-    other = run_here("central", *flags, "cpu", "--rounds", 6, "--dataset", "in", "--init_from",
-                     "changed", after=again)
+    other = run_here("central", *flags, "cpu", "--rounds", 6, "--dataset", "in",
+                           "--init_from", "changed", after=again)
     assert other.code == 2
     assert re.search(r"init_from .* \(\w{16}\) there, changed \(\w{16}\) here", other.output)
     assert again.bits == whole.bits
 
 
-def test_ranks_compare_what_they_read_by_its_digest() -> None:
-    shared = alike_on_all_ranks(resolve("fed_avg", {"eval_clients": True}))
+def test_ranks_compare_inputs_by_their_digests() -> None:
+    shared = settings_equal_on_all_ranks(resolve("fed_avg", {"eval_clients": True}))
     assert not shared.keys() & {"dataset", "tokenizer", "init_from", "data_dir", "config"}
     assert shared.keys() > {"method", "model", "lr", "rounds", "n_epochs", "device", "val_freq",
                             "eval_clients", "save_client_deltas", "weighting"}
@@ -120,12 +120,12 @@ def test_ranks_compare_what_they_read_by_its_digest() -> None:
 
 # ---- --resume FOLDER -----------------------------------------------------------------------------
 
-def test_the_folder_that_resume_names_has_to_be_there(run_here: Run, whole: Outcome,
-                                                      killed: Outcome, tmp_path: Path) -> None:
+def test_the_folder_that_resume_names_must_exist(run_here: Run, whole: Outcome,
+                                                 killed: Outcome, tmp_path: Path) -> None:
     for after in (whole, killed):
         refused = run_here("fed_avg", *FLAGS, "--resume", tmp_path / "nowhere", after=after)
         assert refused.code == 2
-        assert f"--resume {tmp_path / 'nowhere'}: there is no such folder" in refused.output
+        assert f"--resume {tmp_path / 'nowhere'}: no such folder" in refused.output
     empty = run_here("fed_avg", *FLAGS, "--resume", tmp_path, name="new")
     assert empty.code == 2
     assert f"--resume {tmp_path}: no checkpoint there" in empty.output
@@ -135,19 +135,20 @@ def test_the_folders_own_checkpoint_goes_before_that_of_resume(
         run_here: Run, whole: Outcome, killed: Outcome) -> None:
     resumed = run_here("fed_avg", *FLAGS, "--resume", whole.run_dir, after=killed)
     assert resumed.code == 0, resumed.output
-    assert f"--resume {whole.run_dir} is not taken" in resumed.output
-    assert f"goes on after step 2, from {resumed.run_dir}" in resumed.output
+    assert f"--resume {whole.run_dir} is ignored" in resumed.output
+    assert f"resuming from step 2, from {resumed.run_dir}" in resumed.output
     assert resumed.bits == whole.bits
-    # Another run is gone on with as well, and trained further; its events stay where they are.
-    branch = run_here("fed_avg", *FLAGS[:2], "--rounds", 6, "--resume", whole.run_dir, name="new")
+    # Another run can be resumed too, and trained further; its events are not copied.
+    branch = run_here("fed_avg", *FLAGS[:2], "--rounds", 6, "--resume", whole.run_dir,
+                            name="new")
     assert branch.code == 0, branch.output
-    assert f"goes on after step 4, from {whole.run_dir}" in branch.output
+    assert f"resuming from step 4, from {whole.run_dir}" in branch.output
     assert "events of 4 of the first 4 rounds are not in" in branch.output
     assert branch.bits == run_here("fed_avg", *FLAGS[:2], "--rounds", 6, name="six").bits
     assert numbers(branch) == [5, 6]
 
 
-# ---- files of strangers --------------------------------------------------------------------------
+# ---- damaged and forged files --------------------------------------------------------------------
 
 def write(content: bytes) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(content)
@@ -167,14 +168,14 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     pytest.param(name, marks=[pytest.mark.slow] * (name not in ("null", "bit", "pipe")))
     for name in DAMAGES])
 @pytest.mark.timeout(60)
-def test_what_is_damaged_is_made_from_the_checkpoint(run_here: Run, whole: Outcome, killed: Outcome,
-                                                     damage: str) -> None:
+def test_damaged_files_are_written_again_from_the_checkpoint(
+        run_here: Run, whole: Outcome, killed: Outcome, damage: str) -> None:
     for name in ("config.json", "outcome.json", "events.jsonl", "training_history.json",
                  "environment.json", "model.safetensors"):
         DAMAGES[damage](killed.run_dir / name)
     if damage == "strange":  # settings of another run
         shutil.copy(whole.run_dir / "config.json", killed.run_dir)
-    # What cannot be copied is put into the copy that the run is resumed in.
+    # Pipes cannot be copied: they are made in the copy that the run is resumed in.
     pipes = [p for p in killed.run_dir.iterdir() if p.is_fifo()]
     for pipe in pipes:
         pipe.unlink()
@@ -183,7 +184,7 @@ def test_what_is_damaged_is_made_from_the_checkpoint(run_here: Run, whole: Outco
         os.mkfifo(killed.run_dir.with_name("copy") / pipe.name)
     resumed = run_here("fed_avg", *FLAGS, name="copy")
     assert resumed.code == 0, resumed.output
-    assert "goes on after step 2" in resumed.output
+    assert "resuming from step 2" in resumed.output
     assert "Traceback" not in resumed.output
     assert resumed.bits == whole.bits
     assert [r["server_val_loss"] for r in resumed.history] == [
@@ -192,21 +193,21 @@ def test_what_is_damaged_is_made_from_the_checkpoint(run_here: Run, whole: Outco
     held = resumed.config
     assert held["rounds"] == 4
     lost = 1 if damage == "bit" else 2
-    assert f"events of {lost} of the first 2 rounds are not in" in resumed.output or (
+    assert f"events of {lost} of the first 2 rounds are missing from" in resumed.output or (
         lost == 1 and numbers(resumed) == [1, 2, 3, 4])
     assert numbers(resumed) == ([3, 4] if lost == 2 else [1, 2, 3, 4])
     if damage == "folder":
-        assert "is no file; it is now events.jsonl.damaged-" in resumed.output
+        assert "is not a file; renamed to events.jsonl.damaged-" in resumed.output
 
 
-def test_parameters_that_are_lost_are_told(run_here: Run, killed: Outcome) -> None:
+def test_missing_parameters_are_a_warning(run_here: Run, killed: Outcome) -> None:
     shutil.rmtree(killed.run_dir / "server" / "deltas")
     resumed = run_here("fed_avg", *FLAGS, after=killed)
-    assert "saved parameters of 1 of the first 2 rounds are not in" in resumed.output
+    assert "saved parameters of 1 of the first 2 rounds are missing from" in resumed.output
 
 
-def test_other_settings_are_refused_by_what_a_checkpoint_says_too(run_here: Run, killed: Outcome
-                                                                  ) -> None:
+def test_other_settings_than_those_of_a_checkpoint_are_refused(run_here: Run, killed: Outcome
+                                                               ) -> None:
     (killed.run_dir / "config.json").write_text("null")
     refused = run_here("fed_avg", *FLAGS, "--lr", "1e-3", after=killed)
     assert refused.code == 2
@@ -215,10 +216,10 @@ def test_other_settings_are_refused_by_what_a_checkpoint_says_too(run_here: Run,
 
 
 def crafted(folder: Path, **changes: Any) -> None:
-    """A manifest whose own checksum is right, whatever it says."""
+    """Change a manifest and make its own checksum right again."""
     body = json.loads((folder / "manifest.json").read_text()) | changes
     (folder / "manifest.json").write_text(
-        json.dumps(body | {"sha256": run_files.manifest_sum(body)}))
+        json.dumps(body | {"sha256": run_files.manifest_checksum(body)}))
 
 
 def in_manifest(spoil: Callable[[Path], object]) -> Callable[[Path], object]:
@@ -228,7 +229,7 @@ def in_manifest(spoil: Callable[[Path], object]) -> Callable[[Path], object]:
 HOSTILE: dict[str, Callable[[Path], object]] = {
     **{name: in_manifest(spoil) for name, spoil in DAMAGES.items()},
     "files are a list": lambda folder: crafted(folder, files=[1]),
-    "sums are numbers": lambda folder: crafted(folder, files={"client_0.safetensors": 3}),
+    "checksums are numbers": lambda folder: crafted(folder, files={"client_0.safetensors": 3}),
     "no settings": lambda folder: crafted(folder, config=None),
     "a step of its own": lambda folder: crafted(folder, step="4"),
     "a file elsewhere": lambda folder: crafted(
@@ -240,20 +241,21 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.timeout(60)
-def test_a_hostile_checkpoint_is_passed_over(whole: Outcome, tmp_path: Path) -> None:
+def test_a_hostile_checkpoint_is_skipped(whole: Outcome, tmp_path: Path,
+                                         caplog: pytest.LogCaptureFixture) -> None:
     for number, (name, spoil) in enumerate(HOSTILE.items()):
         run_dir = tmp_path / f"hostile{number}"
         shutil.copytree(whole.run_dir / "checkpoints", run_dir / "checkpoints")
         spoil(run_dir / "checkpoints" / "step_000004")
         (run_dir / "checkpoints" / ("step_" + "9" * 200)).mkdir()
-        said: list[str] = []
-        found = checkpoint.latest_valid(run_dir, said.append)
+        caplog.clear()
+        found = checkpoint.latest_valid(run_dir)
         assert found is not None, name
         assert found.step == 2, name
-        assert len(said) == 1, name
-        assert "step_000004 is not whole" in said[0], name
-        assert len(said[0]) < 500, name
-        config = run_files.settings(run_dir)
+        warning, = caplog.messages
+        assert "step_000004 is invalid" in warning, name
+        assert len(warning) < 500, name
+        config = run_files.recorded_settings(run_dir)
         assert config is not None, name
         assert config["num_clients"] == 2, name
         checkpoint.delete_after(run_dir, 2)

@@ -1,4 +1,4 @@
-"""A run's folder is told from any other, and only files that a run writes are ever removed."""
+"""A run's folder is recognised, and only files that a run writes are ever removed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fedrun import start
 from fedrun.common.errors import is_component
 from fedrun.flags import resolve
 from fedrun.records import checkpoint, run_files
-from fedrun.records import run_dir as run_folder
 from fedrun.records.provenance import Length
+from fedrun.records.run_dir import clear_run_dir, truncate_after
 from fedrun.tools.study_file import read
 from tests.support.runs import Run
 
@@ -47,21 +47,22 @@ def test_a_study_name_is_one_path_component(tmp_path: Path) -> None:
     {"config.json": {"name": "my-web-app", "version": "1.0.0"}, "src/main.py": "precious"},
     {"config.json": {"architectures": ["Mamba2ForCausalLM"]}, "model.safetensors": "precious"},
     {"config.json": {"method": "fed_avg", "model": {}}, "outcome.json": "{}"},
-    {"config.json": CONFIG},  # the settings of an old run, and nothing that one has written
+    {"config.json": CONFIG},  # the settings of an old run, without its other files
     {"config.json": "null"},
     {"model.safetensors": "precious"},
     {"notes.txt": "precious"},
     {"checkpoints/step_000002/manifest.json": {"config": CONFIG, "sha256": "0"}},
 ])
-def test_what_is_no_run_is_refused_and_left_alone(tmp_path: Path, held: dict[str, object]) -> None:
+def test_a_folder_that_is_not_a_runs_is_refused_and_left_alone(
+        tmp_path: Path, held: dict[str, object]) -> None:
     for name, content in held.items():
         write(tmp_path / "run" / name, content)
     before = contents(tmp_path)
     for overwrite in (False, True):
         config = resolve("fed_avg", {"data_dir": tmp_path, "run_name": "run",
                                      "overwrite": overwrite})
-        with pytest.raises(start.RunRefused, match="exists and is no run's folder"):
-            start.decide_start(config, Length(config, 1), lambda c: "fp32", {}, print)
+        with pytest.raises(start.RunRefused, match="exists and is not a run's folder"):
+            start.decide_start(config, Length(config, 1), lambda c: "fp32", {})
     assert contents(tmp_path) == before
 
 
@@ -70,19 +71,19 @@ def test_what_is_no_run_is_refused_and_left_alone(tmp_path: Path, held: dict[str
     {"config.json": CONFIG, "outcome.json": {"outcome": "running"}},
     {"config.json": CONFIG, "events.jsonl": ""},
 ])
-def test_a_run_is_known_by_its_mark_or_by_what_old_ones_wrote(tmp_path: Path,
-                                                              held: dict[str, object]) -> None:
+def test_a_run_is_recognised_by_its_mark_or_by_what_old_ones_wrote(
+        tmp_path: Path, held: dict[str, object]) -> None:
     for name, content in held.items():
         write(tmp_path / name, content)
-    assert run_files.settings(tmp_path) == held["config.json"]
+    assert run_files.recorded_settings(tmp_path) == held["config.json"]
 
 
-def test_a_run_whose_config_is_damaged_is_known_by_its_checkpoint(tmp_path: Path) -> None:
+def test_a_run_whose_config_is_damaged_is_recognised_by_its_checkpoint(tmp_path: Path) -> None:
     for step in (2, 4):
         folder = checkpoint.folder_of(tmp_path, step)
         checkpoint.commit(folder, step, CONFIG | {"seed": step}, {}, {}, {})
     write(tmp_path / "config.json", "null")
-    assert run_files.settings(tmp_path) == json.loads(json.dumps(CONFIG | {"seed": 4}))
+    assert run_files.recorded_settings(tmp_path) == json.loads(json.dumps(CONFIG | {"seed": 4}))
 
 
 def test_overwrite_refuses_a_run_with_files_of_the_user_and_names_one(run_here: Run) -> None:
@@ -113,19 +114,19 @@ RUNS = ("params/step_000009.npz", "server/deltas/step_000009.npz", "clients/clie
         ".checkpoints-17-5/step_000002/manifest.json")
 
 
-def test_cutting_back_and_emptying_leave_files_of_the_user(tmp_path: Path) -> None:
+def test_truncating_and_clearing_leave_files_of_the_user(tmp_path: Path) -> None:
     for name in (*MINE, *RUNS, "params/step_000003.npz", "events.jsonl", "training_history.json",
                  "checkpoints/step_000006/manifest.json", "checkpoints/step_000002/manifest.json"):
         write(tmp_path / name)
     elsewhere = write(tmp_path.parent / "elsewhere" / "params" / "step_000009.npz")
     (tmp_path / "client_1").symlink_to(elsewhere.parent.parent)
-    run_folder.truncate_after(tmp_path, 3)
+    truncate_after(tmp_path, 3)
     checkpoint.delete_after(tmp_path, 3)
     left = contents(tmp_path)
     assert set(MINE) < set(left)
     assert not set(RUNS) & set(left)
     assert {"params/step_000003.npz", "checkpoints/step_000002/manifest.json"} < set(left)
     assert "checkpoints/step_000006/manifest.json" not in left
-    run_folder.clear(tmp_path, lambda: None)
+    clear_run_dir(tmp_path, lambda: None)
     assert set(contents(tmp_path)) == set(MINE)
     assert elsewhere.exists()

@@ -1,4 +1,4 @@
-"""A disk that is slow: rounds go on while the server's and the workers' files are being written."""
+"""A slow disk: rounds continue while the server's and the workers' files are being written."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import pytest
 
 from fedrun.federation.messages import RoundPlan
 from fedrun.federation.worker import Worker
-from fedrun.records import checkpoint, run_dir
+from fedrun.records import checkpoint, snapshots
 from fedrun.records.recorder import MAX_PENDING, Recorder
 from tests.support.runs import Run, assert_equal
 
-SECONDS = 60.0  # that a write is held at most
+MAX_HELD_SECONDS = 60.0  # of a write
 WRITERS = ("fedrun-writer", "fedrun-saver")
 
 
 class Disk:
-    """Holds every write of a background thread until it is let go, and keeps the order of what
-    happens."""
+    """Holds every write of a background thread until `free` is set, and records the order of
+    events."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[str] = []
         self.held = threading.Semaphore(0)
         self.free = threading.Event()
-        for module in (run_dir, checkpoint):
+        for module in (snapshots, checkpoint):
             monkeypatch.setattr(module, "write_atomic", self._slowly(module.write_atomic))
         self.note(monkeypatch, Worker, "train")
         self.note(monkeypatch, Worker, "aggregate")
@@ -36,9 +36,9 @@ class Disk:
         def slow(path: Path, *content: Any, **how: Any) -> None:
             if threading.current_thread().name.startswith(WRITERS):
                 self.held.release()
-                assert self.free.wait(SECONDS), "nobody went on without the disk"
+                assert self.free.wait(MAX_HELD_SECONDS), "nobody continued without the disk"
                 self.seen.append("wrote")
-            elif self.seen:  # a round has begun, and this thread is one that it waits for
+            elif self.seen:  # in a round, on a thread that it waits for
                 self.seen.append(f"{path.name} written in the round's own thread")
             write(path, *content, **how)
         return slow
@@ -62,8 +62,8 @@ def test_all_rounds_pass_while_writes_are_held(run_here: Run,
 
     def finish_when_held(worker: Worker, plan: RoundPlan) -> Any:
         """All rounds have passed: the server's first piece and the workers' first are held."""
-        assert disk.held.acquire(timeout=SECONDS)
-        assert disk.held.acquire(timeout=SECONDS)
+        assert disk.held.acquire(timeout=MAX_HELD_SECONDS)
+        assert disk.held.acquire(timeout=MAX_HELD_SECONDS)
         disk.free.set()
         return finish(worker, plan)
 
@@ -90,25 +90,25 @@ def test_workers_of_other_processes_do_not_wait_either(run: Run, tmp_path: Path)
     script, trained = tmp_path / "held.py", tmp_path / "trained"
     script.write_text(f"""
 import os, sys, threading, time
-from fedrun.records import run_dir
+from fedrun.records import snapshots
 from fedrun.federation.worker import Worker
 
-write, train = run_dir.write_atomic, Worker.train
+write, train = snapshots.write_atomic, Worker.train
 def held(*args, **how):
-    deadline = time.monotonic() + {SECONDS}
+    deadline = time.monotonic() + {MAX_HELD_SECONDS}
     while threading.current_thread().name.startswith("fedrun-writer") and (
             not os.path.exists({str(trained)!r})):
         if time.monotonic() > deadline:
-            print("nobody went on without the disk", flush=True)
+            print("nobody continued without the disk", flush=True)
             os._exit(1)
         time.sleep(0.01)
     write(*args, **how)
-def told(worker, plan):
+def noted(worker, plan):
     report = train(worker, plan)
     if plan.last:
         open({str(trained)!r}, "w").close()
     return report
-run_dir.write_atomic, Worker.train = held, told
+snapshots.write_atomic, Worker.train = held, noted
 from fedrun.__main__ import main
 main()
 """)

@@ -1,11 +1,13 @@
-"""`fedrun` with a fault in it, for tests.
+"""`fedrun` with an injected fault, for tests.
 
-FAULT=raise|nan|beyond: in step FAULT_STEP (from 0) of client FAULT_CLIENT (or of `all`).
-FAULT=kill|stop|term: at FAULT_AT, `stage:step`, on rank FAULT_RANK; once, as the file FAULT_ONCE
-says: SIGKILL, SIGSTOP or SIGTERM to this process, or with FAULT=launcher SIGKILL to its parent, or
-with FAULT=disk the error of a full one.
-Workers train, reduce, evaluate and write their files; the server judges, records, commits
-checkpoints and finishes; a central run steps.
+FAULT=raise|nan|beyond: in step FAULT_STEP (from 0) of client FAULT_CLIENT (or of `all`): an
+    exception, a parameter that is NaN, one beyond the bound of an update.
+FAULT=kill|stop|term|launcher|disk: at FAULT_AT, `stage:step`, on rank FAULT_RANK, and only once:
+    the file FAULT_ONCE is made then. SIGKILL, SIGSTOP or SIGTERM to this process, SIGKILL to its
+    parent, or the error of a full disk.
+
+Stages of workers: train, reduce, reduced, evaluate, half-written. Of the server: decide, record,
+before-manifest, after-manifest, finish. Of a central run: step.
 """
 
 from __future__ import annotations
@@ -19,15 +21,15 @@ from typing import Any
 from fedrun import __main__, central
 from fedrun.federation import server, worker
 from fedrun.federation.client import Client
-from fedrun.records import checkpoint
+from fedrun.records import checkpoint_writer
 
-SENT = {"kill": signal.SIGKILL, "launcher": signal.SIGKILL, "stop": signal.SIGSTOP,
-        "term": signal.SIGTERM}
+SIGNALS = {"kill": signal.SIGKILL, "launcher": signal.SIGKILL, "stop": signal.SIGSTOP,
+           "term": signal.SIGTERM}
 FAULT = os.environ["FAULT"]
 
 
 def strike(stage: str, step: int) -> None:
-    """The fault, if it is due here."""
+    """Cause the fault if it is due here."""
     if (os.environ.get("FAULT_AT") != f"{stage}:{step}"
             or os.environ.get("RANK", "0") != os.environ["FAULT_RANK"]):
         return
@@ -37,11 +39,11 @@ def strike(stage: str, step: int) -> None:
         return
     if FAULT == "disk":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    os.kill(os.getppid() if FAULT == "launcher" else os.getpid(), SENT[FAULT])
+    os.kill(os.getppid() if FAULT == "launcher" else os.getpid(), SIGNALS[FAULT])
 
 
 def before(owner: Any, name: str, stage: str, step_of: Callable[..., int]) -> None:
-    """Strike when a function is called."""
+    """Strike before each call of a function."""
     healthy = getattr(owner, name)
 
     def faulty(*args: Any, **kwargs: Any) -> Any:
@@ -52,7 +54,7 @@ def before(owner: Any, name: str, stage: str, step_of: Callable[..., int]) -> No
 
 
 def after(owner: Any, name: str, stage: str, step_of: Callable[..., int]) -> None:
-    """Strike when a function has been called."""
+    """Strike after each call of a function."""
     healthy = getattr(owner, name)
 
     def faulty(*args: Any, **kwargs: Any) -> Any:
@@ -74,23 +76,25 @@ def of_plan(_: Any, plan: Any, *__: Any) -> int:
 current = {"round": 0}
 
 
-def remembered(_: Any, plan: Any) -> int:
-    current["round"] = int(plan.round)
+def of_plan_remembered(worker: Any, plan: Any) -> int:
+    """The round of the plan, kept for `evaluate`, which gets no plan."""
+    current["round"] = of_plan(worker, plan)
     return current["round"]
 
 
-def first_files(folder: Any, files: Any) -> Any:
-    """Write half of a snapshot's files, and stop there if that is the fault."""
+def write_in_halves(folder: Any, files: Any) -> Any:
+    """Write a checkpoint's tensor files, and strike when half of them are written."""
     names = list(files)
-    sums = whole_files(folder, {name: files[name] for name in names[:len(names) // 2]})
+    checksums = healthy_write(folder, {name: files[name] for name in names[:len(names) // 2]})
     strike("half-written", of_folder(folder))
-    return sums | whole_files(folder, {name: files[name] for name in names[len(names) // 2:]})
+    return checksums | healthy_write(
+        folder, {name: files[name] for name in names[len(names) // 2:]})
 
 
-def due(checkpoints: checkpoint.CheckpointCoordinator, number: int, last: bool) -> bool:
-    """A checkpoint by the round's number alone, however slowly the one before is written: a fault
-    at a round is to find its round on a busy machine too."""
-    every = checkpoints.config.checkpoint_freq
+def due(coordinator: checkpoint_writer.CheckpointCoordinator, number: int, last: bool) -> bool:
+    """Whether a checkpoint is due by the round's number alone, however slowly the last one is
+    written: a fault at the checkpoint of a round must be reached on a busy machine too."""
+    every = coordinator.config.checkpoint_freq
     return every is not None and (last or number % every == 0)
 
 
@@ -109,18 +113,18 @@ if FAULT in ("raise", "nan", "beyond"):
     patched.next_batch = faulty_batch
 else:
     after(Client, "next_batch", "train", lambda client: client.steps_done)
-    before(worker.Worker, "aggregate", "reduce", remembered)
+    before(worker.Worker, "aggregate", "reduce", of_plan_remembered)
     after(worker.Worker, "aggregate", "reduced", of_plan)
     before(worker.Worker, "evaluate", "evaluate", lambda *_: current["round"])
-    whole_files = checkpoint.write_tensors
-    patched = checkpoint
-    patched.write_tensors = first_files
-    patched = checkpoint.CheckpointCoordinator
+    patched = checkpoint_writer
+    healthy_write = patched.write_tensors
+    patched.write_tensors = write_in_halves
+    patched = checkpoint_writer.CheckpointCoordinator
     patched.due = due
-    before(server.Server, "decide", "judge", of_plan)
+    before(server.Server, "decide", "decide", of_plan)
     before(server.Server, "record", "record", of_plan)
-    before(checkpoint, "commit", "before-manifest", of_folder)
-    after(checkpoint, "commit", "after-manifest", of_folder)
+    before(checkpoint_writer, "commit", "before-manifest", of_folder)
+    after(checkpoint_writer, "commit", "after-manifest", of_folder)
     before(server.Server, "finish", "finish", of_plan)
     after(central.Training, "step", "step", lambda training: training.done)
 

@@ -1,7 +1,7 @@
 """Small run folders for the tests of figures and the report, made without training.
 
-Both forms that exist: this project's, with config.json and full records, and those of the study it
-grew from, which have names, short records, and npz keys without a layer.
+Of both forms that exist: this project's, with config.json and full records, and those of the study
+it grew from, with settings in the folder's name, short records, and npz keys without a layer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 ROWS, COLUMNS = 24, 16
-STEPS = (1, 30, 60, 90)
+STEPS = (1, 30, 60, 90)  # evaluated
 
 
 def perplexity_at(step: int, seed: int, gain: float) -> float:
@@ -30,16 +30,16 @@ def ours(data_dir: Path, method: str = "fed_avg", config: str = "tiny", local_up
     """A run folder as `fedrun` writes it, without a model."""
     central = method == "central"
     batch = 16 if central else 4
-    tokens_a_step = batch * 256 * (1 if central else 4 * local_updates)
+    tokens_per_step = batch * 256 * (1 if central else 4 * local_updates)
     updates = "" if central else f"_lu_{local_updates}"
     prefix = "federated" if method == "fed_avg" else method
     path = data_dir / (name or f"{prefix}_config_{config}{updates}_seed_{seed}")
     path.mkdir(parents=True)
-    held = {"method": method, "config": config, "seed": seed, "lr": 5e-4, "batch_size": batch,
-            "sequence_length": 256, "dataset": "pydocs", "tokenizer": "bpe:400"}
+    contents = {"method": method, "config": config, "seed": seed, "lr": 5e-4, "batch_size": batch,
+                "sequence_length": 256, "dataset": "pydocs", "tokenizer": "bpe:400"}
     if not central:
-        held |= {"num_clients": 4, "local_updates": local_updates}
-    write(path / "config.json", held | settings)
+        contents |= {"num_clients": 4, "local_updates": local_updates}
+    write(path / "config.json", contents | settings)
     write(path / "environment.json", {"processes": 5, "device": "cpu", "device_name": "x86_64",
                                       "versions": {"torch": "2.13.0"},
                                       "corpus": {"dataset": "pydocs"}})
@@ -47,7 +47,7 @@ def ours(data_dir: Path, method: str = "fed_avg", config: str = "tiny", local_up
     for step in steps:
         value = perplexity_at(step * local_updates, seed, gain)
         record = {"train_loss": math.log(1.1 * value), "train_ppl": 1.1 * value,
-                  "tokens": step * tokens_a_step, "seconds": 0.5 * step + 0.01 * seed,
+                  "tokens": step * tokens_per_step, "seconds": 0.5 * step + 0.01 * seed,
                   "generated": f"<b>Once & again</b> {step}"}
         if central:
             record |= {"step": step, "val_loss": math.log(value), "val_ppl": value}
@@ -61,7 +61,7 @@ def ours(data_dir: Path, method: str = "fed_avg", config: str = "tiny", local_up
 
 def study(data_dir: Path, local_updates: int | None = None, seed: int = 0,
           config: str = "pure_ssm_1_layer", method: str = "federated") -> Path:
-    """A run folder as the study left it; central where `local_updates` is None."""
+    """A run folder as the study left it; of a central run if `local_updates` is None."""
     if local_updates is None:
         path = data_dir / f"central_config_{config}_seed_{seed}"
         records = [{"step": step, "train_loss": math.log(perplexity_at(step, seed, 1) + 20),
@@ -76,7 +76,7 @@ def study(data_dir: Path, local_updates: int | None = None, seed: int = 0,
 
 
 def change(step: int, seed: int, layer: int = 0) -> np.ndarray:
-    """A change of in_proj (ROWS, COLUMNS) of two strong directions and noise, growing with step."""
+    """A change of in_proj (ROWS, COLUMNS): two strong directions and noise, times step."""
     left = np.random.default_rng([seed, layer]).normal(size=(ROWS, 2))
     right = np.random.default_rng([seed, layer, 1]).normal(size=(2, COLUMNS))
     noise = np.random.default_rng([seed, layer, 2]).normal(size=(ROWS, COLUMNS))
@@ -103,13 +103,15 @@ def save_steps(folder: Path, seed: int = 0, layers: int = 1, deltas: bool = True
 
 def with_model(path: Path, words: Sequence[str] = ("once", "upon", "a", "time"),
                fill: float | None = None) -> Path:
-    """The run folder, with a model that was not trained and a tokenizer that knows these words;
-    `fill`: the value of all its parameters."""
+    """Add an untrained model and a tokenizer to a run folder, and return the folder.
+
+    words: the vocabulary. fill: the value of all parameters; None for random ones.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     from fedrun.model.config import ModelConfig
     from fedrun.model.mamba2 import Mamba2LM
-    from fedrun.records.run_dir import save_model
+    from fedrun.records.snapshots import save_model
     shape = ModelConfig(n_layer=1, d_model=32, d_state=16, headdim=16)
     model = Mamba2LM(shape, len(words))
     model.init_weights(0)
@@ -121,8 +123,8 @@ def with_model(path: Path, words: Sequence[str] = ("once", "upon", "a", "time"),
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     (path / "tokenizer").mkdir()
     tokenizer.save(str(path / "tokenizer" / "tokenizer.json"))
-    held = json.loads((path / "config.json").read_text())
-    write(path / "config.json", held | {"model": dataclasses.asdict(shape)})
+    contents = json.loads((path / "config.json").read_text())
+    write(path / "config.json", contents | {"model": dataclasses.asdict(shape)})
     return path
 
 

@@ -1,14 +1,13 @@
-"""`fedrun` that dies, or finds its disk full, at a chosen call that changes files; then the same
-command without a fault:
+"""Runs `fedrun` with a fault at a chosen call that changes files, then the same command without:
 
     python kill_points.py DATA_DIR CACHE_DIR POINT,POINT,... METHOD FLAG ...
 
-A point is fault:stage:number. The fault: `kill`, before the call, or within a write; `full`: no
-room from there on; `short`: no room for some calls. Numbers count calls, from 1 on: from the
-beginning (stage `start`), or from the first one on a checkpoint's files (`checkpoint`). Prints a
-JSON object for each point.
+A point is fault:stage:number. Faults: `kill` (before the call, or within a write), `full` (the disk
+is full from that call on) and `short` (it is full for SHORT_CALLS calls). The number counts calls
+from 1: from the first one of the run (stage `start`, or `cold-start` with an empty cache) or from
+the first one on a checkpoint's files (`checkpoint`). Prints a JSON object for each point.
 
-Runs are forked from this process, which has the imports behind it.
+Runs are forked from this process, so that they need not repeat its imports.
 """
 
 from __future__ import annotations
@@ -26,13 +25,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-WRITING = set("wax+")
-SHORT = 12  # calls
+WRITE_MODES = set("wax+")
+SHORT_CALLS = 12
 NEEDS_ROOM = {"open", "write", "mkdir", "fsync", "link", "rename", "replace", "truncate"}
 
 
 class Shim:
-    """Stands before the functions by which Python changes files, those below some folders."""
+    """Wraps the functions by which Python changes files, and faults those calls that concern files
+    below some folders."""
 
     def __init__(self, point: str, folders: Sequence[Path], log: Path) -> None:
         self.fault, self.stage, number = point.split(":")
@@ -50,7 +50,7 @@ class Shim:
             module.open = self.open
 
     def watched(self, place: Any) -> str:
-        """The path, if it is one of those that count."""
+        """The path of a name or descriptor, if it is below one of the folders; else empty."""
         try:
             path = os.readlink(f"/proc/self/fd/{place}") if isinstance(place, int) else os.path.\
                 abspath(os.fsdecode(place))
@@ -59,13 +59,13 @@ class Shim:
         return path if any(path.startswith(f"{folder}/") for folder in self.folders) else ""
 
     def due(self, what: str, path: str) -> bool:
-        """Whether this call is the one, or one of those that find no room."""
+        """Count a call; whether it is to fault."""
         if self.stage == "start" or self.count or "/checkpoints" in path:
             self.count += 1
         if self.count == self.number:
             with self.real_open(self.log, "w") as file:
                 file.write(f"{what} {path}")
-        short = self.fault == "short" and self.count >= self.number + SHORT
+        short = self.fault == "short" and self.count >= self.number + SHORT_CALLS
         if self.count < self.number or short or (self.fault != "kill" and what not in NEEDS_ROOM):
             return False
         self.strikes += 1
@@ -88,7 +88,7 @@ class Shim:
         return call
 
     def open(self, file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        path = self.watched(file) if WRITING & set(mode) else ""
+        path = self.watched(file) if WRITE_MODES & set(mode) else ""
         if not path:
             return self.real_open(file, mode, *args, **kwargs)
         if not isinstance(file, int) and self.due("open", path):
@@ -97,7 +97,7 @@ class Shim:
 
 
 class File:
-    """An open file whose writes count; of the one that is struck, half is written."""
+    """An open file whose writes are counted. A write that faults is half done."""
 
     def __init__(self, real: Any, path: str, shim: Shim) -> None:
         self._real, self._path, self._shim = real, path, shim
@@ -105,7 +105,7 @@ class File:
     def write(self, content: Any) -> Any:
         if self._shim.due("write", self._path):
             if self._shim.fault != "kill" and isinstance(self._real, io.FileIO):
-                if self._shim.strikes == 1:  # as the system does: a part, then the error
+                if self._shim.strikes == 1:  # as the system does: a partial write, then the error
                     return self._real.write(content[:len(content) // 2])
                 self._shim.strike(self._path)
             half = content if isinstance(content, str) else memoryview(content).cast("B")
@@ -129,7 +129,8 @@ class File:
 
 def run(argv: Sequence[str], log: Path, before: Callable[[], None] = lambda: None
         ) -> tuple[int, str]:
-    """`fedrun` in a process of its own; its exit code, negative for a signal, and its output."""
+    """Run `fedrun` in a forked process, after calling `before` there. Returns its exit code
+    (negative for a signal) and its output."""
     from fedrun import cli
     sys.stdout.flush()
     if (pid := os.fork()) == 0:
@@ -152,15 +153,15 @@ def run(argv: Sequence[str], log: Path, before: Callable[[], None] = lambda: Non
 def main(argv: Sequence[str]) -> None:
     import torch
 
-    import fedrun.run  # noqa: F401  (and all it needs)
+    import fedrun.run  # noqa: F401  (imported once, before forking)
     torch.set_num_threads(1)
     data_dir, cache_dir, points, command = Path(argv[0]), Path(argv[1]), argv[2], argv[3:]
     logs = data_dir / "logs"
     logs.mkdir(parents=True)
-    cold = shutil.copytree(cache_dir, data_dir / "cache")
+    warm = shutil.copytree(cache_dir, data_dir / "cache")
     for number, point in enumerate(points.split(",")):
-        name, cache = f"run{number}", cold
-        if ":cold-" in point:  # nothing is tokenised yet
+        name, cache = f"run{number}", warm
+        if ":cold-" in point:
             cache = data_dir / f"cache{number}"
         flags = [*command, "--data_dir", str(data_dir / "runs"), "--cache_dir", str(cache),
                  "--run_name", name]

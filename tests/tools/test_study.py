@@ -13,7 +13,7 @@ import yaml
 
 from fedrun.config import RunConfig
 from fedrun.flags import resolve
-from fedrun.records import run_dir
+from fedrun.records.outcome import write_outcome
 from fedrun.run import run
 from fedrun.tools import study, study_file
 from fedrun.tools.study_file import Study, StudySetting
@@ -178,7 +178,7 @@ def test_a_damaged_run_is_named(name: str, content: bytes | None, said: str, tmp
     (config.run_dir / "config.json").write_text(json.dumps(config.to_dict()))
     (config.run_dir / "training_history.json").write_text(
         '[{"val_loss_halves": [1.5, null]}]')
-    run_dir.write_outcome(config.run_dir, "finished", 2)
+    write_outcome(config.run_dir, "finished", 2)
     assert study.loss_halves(config) == [1.5, math.inf]
     if content is None:
         (config.run_dir / name).unlink()

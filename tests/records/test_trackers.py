@@ -1,5 +1,5 @@
-"""What trackers are told: TensorBoard for real, the hosted ones through stand-ins of their
-interface (init, log, finish)."""
+"""What trackers receive: TensorBoard itself, the hosted ones as stand-ins with their interface
+(init, log, finish)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import pytest
 
 from fedrun import cli
 from fedrun.flags import resolve
-from fedrun.records import run_dir
-from fedrun.records.track import Events, check_tracker, cohort_event, scalars
+from fedrun.records.events import Events, cohort_event
+from fedrun.records.run_dir import clear_run_dir, truncate_after
+from fedrun.records.trackers import check_tracker, scalars
 from fedrun.strategies.base import ClientReport
 from tests.support.runs import Run, read_json
 
@@ -32,9 +33,9 @@ def test_tensorboard_has_the_numbers_of_the_history(run: Run) -> None:
             "tokens_per_second", "bytes", "seconds/local_training", "seconds/aggregation",
             "seconds/evaluation", "client_3/weight", "client_0/norm", "client_0/loss",
             "step_norm"} <= tags
-    told = {point.step: point.value for point in read.Scalars("perplexity/validation")}
-    assert told == {r["global_step"]: pytest.approx(r["server_val_ppl"])
-                    for r in outcome.history}
+    received = {point.step: point.value for point in read.Scalars("perplexity/validation")}
+    assert received == {r["global_step"]: pytest.approx(r["server_val_ppl"])
+                        for r in outcome.history}
     assert [p.step for p in read.Scalars("perplexity/train")] == [1, 2, 3, 4]
     assert read.Scalars("client_0/weight")[0].value == pytest.approx(0.25, abs=1e-3)
 
@@ -50,8 +51,8 @@ def test_bytes_count_every_parameter_both_ways(run: Run) -> None:
 
 
 def stand_in(package: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
-    """A module with the interface of a hosted tracker; the calls it gets. Trackio's `init` takes no
-    id: a run is known by its name there, and another name is made up where it is taken."""
+    """Install a module with the interface of a hosted tracker; returns the calls it gets. Trackio's
+    `init` has no id: it identifies a run by its name, and makes up another one if that is taken."""
     calls: list[tuple[str, Any]] = []
     names: list[str] = []
     fake = types.ModuleType(package)
@@ -88,10 +89,10 @@ def test_hosted_trackers_get_every_round_and_their_runs_id(
     events.add("round", round=2, train_ppl=3.0, tokens=40, seconds=4.0)
     events.add("end", tokens=40, seconds=4.0)
     events.close()
-    (_, (*first, identifier, resume, lr)), *told = calls
+    (_, (*first, identifier, resume, lr)), *logged = calls
     assert (first, lr) == (["fedrun", "mine"], 0.25)
     assert resume == ("allow" if package == "wandb" else "never")
-    assert told == [
+    assert logged == [
         ("log", (1, {"tokens": 10.0, "seconds/all": 2.0, "tokens_per_second": 5.0})),
         ("log", (2, {"perplexity/train": 3.0, "tokens": 40.0, "seconds/all": 4.0,
                      "tokens_per_second": 15.0})),
@@ -107,14 +108,14 @@ def test_a_resumed_run_is_one_run_for_its_tracker(
     config = resolve("fed_avg", {"track": package, "data_dir": str(tmp_path), "run_name": "mine"})
     config.run_dir.mkdir()
     Events(config, "round", total=4).close()
-    run_dir.truncate_after(config.run_dir, 2)
+    truncate_after(config.run_dir, 2)
     Events(config, "round", total=4, done=2).close()
-    run_dir.clear(config.run_dir, lambda: None)  # --overwrite
+    clear_run_dir(config.run_dir, lambda: None)  # --overwrite
     Events(config, "round", total=4).close()
     (_, name, identifier, *_), resumed, other = (what for call, what in calls if call == "init")
     assert resumed[1:4] == (name, identifier, "allow")
     assert name == "mine"
-    assert other[1:3] != (name, identifier)  # what was replaced is not added to
+    assert other[1:3] != (name, identifier)  # the run that was replaced is not continued
     monkeypatch.setenv("WANDB_RUN_ID", "theirs")
     Events(config, "round", total=4, done=2).close()
     assert calls[-2][1][2] == ("theirs" if package == "wandb" else None)

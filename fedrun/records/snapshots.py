@@ -1,0 +1,79 @@
+"""A run's model on disk, and snapshots of the parameters whose change over the run is plotted."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors.torch import save
+from torch import Tensor
+
+from fedrun.common.files import write_atomic
+
+# The tracked parameters of a Mamba-2 block: name in the model -> name in a snapshot.
+_TRACKED = {"in_proj.weight": "in_proj", "A_log": "A_log", "D": "D", "dt_bias": "dt_bias"}
+
+
+def save_model(path: Path, tensors: Iterable[tuple[str, Tensor]],
+               metadata: dict[str, str] | None = None) -> None:
+    """Write a model as safetensors, with the names and shapes of `tensors`."""
+    write_atomic(path, save({name: t.contiguous().cpu() for name, t in tensors}, metadata))
+
+
+def tracked_parameters(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, np.ndarray]:
+    """Copies of in_proj, A_log, D and dt_bias of every layer as float32, keyed `layers.0.in_proj`.
+
+    These are the parameters whose snapshots a run saves. tensors: a model's, by name.
+    """
+    found = {}
+    for name, tensor in tensors:
+        _, _, rest = name.partition("layers.")
+        layer, _, parameter = rest.partition(".mixer.")
+        if parameter in _TRACKED:
+            array = tensor.detach().float().cpu().numpy()
+            found[f"layers.{layer}.{_TRACKED[parameter]}"] = array.copy()
+    return found
+
+
+def save_snapshot(folder: Path, step: int, now: Mapping[str, np.ndarray],
+                  start: Mapping[str, np.ndarray]) -> None:
+    """Write tracked parameters to `folder`/params/step_000030.npz, and their change since the start
+    to `folder`/deltas/step_000030.npz."""
+    deltas = {f"delta_{name}": now[name] - start[name] for name in now}
+    for kind, arrays in (("params", now), ("deltas", deltas)):
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        write_atomic(folder / kind / f"step_{step:06d}.npz", buffer.getvalue())
+
+
+class SnapshotWriter:
+    """Saves snapshots of one model at its evaluated steps.
+
+    While the disk is full they queue in memory. The next evaluation tries again, and so does the
+    next checkpoint, which is not committed without them.
+    """
+
+    MAX_QUEUED = 3  # snapshots of a model's size each
+
+    def __init__(self, folder: Path, start: Mapping[str, np.ndarray]) -> None:
+        """start: the tracked parameters before the first step."""
+        self._folder, self._start = folder, start
+        self._queue: list[tuple[int, Mapping[str, np.ndarray]]] = []
+
+    @property
+    def full(self) -> bool:
+        """Whether the queue has no place for another snapshot."""
+        return len(self._queue) >= self.MAX_QUEUED
+
+    def add(self, step: int, now: Mapping[str, np.ndarray]) -> None:
+        """Queue the tracked parameters of a step for the next `write`."""
+        self._queue.append((step, now))
+
+    def write(self) -> None:
+        """Write the queued snapshots, oldest first. Raises OSError if the disk does not take them;
+        those not written stay queued."""
+        while self._queue:
+            save_snapshot(self._folder, *self._queue[0], self._start)
+            self._queue.pop(0)

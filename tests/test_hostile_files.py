@@ -73,7 +73,7 @@ def test_damaged_folders_are_named_and_the_others_are_drawn(
                          ("tra folder", "training_history.json is damaged: is not a regular file"),
                          ("tra large", f"training_history.json is damaged: has {1 << 33} bytes"),
                          ("tra nested", "nested more than"), ("tra deep", "nested too deeply"),
-                         ("tra long", "a number of thousands of digits"), ("records", "no record"),
+                         ("tra long", "a number with thousands of digits"), ("records", "no record"),
                          ("types 4", "config.json is not a run's")):
         assert reason in reasons[name]
     assert cli.main(["report", "--data_dir", str(data_dir), "--skip_deltas"]) == 0

@@ -183,7 +183,7 @@ class RunConfig:
         check(0 <= self.size_skew < math.inf, "--size_skew", self.size_skew, ">= 0")
         check(0 <= self.seed < 2**63, "--seed", self.seed, "an integer in [0, 2^63)")
         require_dataset(self.dataset)
-        _ = self.text_options  # refuses what no text could be read with
+        _ = self.text_options  # raises for options that no text could be read with
         check(self.partition in get_args(Partition) or (self.partition.startswith(COLUMN)
               and self.partition != COLUMN), "--partition", self.partition,
               f"{', '.join(get_args(Partition))} or {COLUMN}NAME")
@@ -334,12 +334,7 @@ class FederatedConfig(RunConfig):
                 "keep or reset with --aggregation int8")
         require(self.cohort_size <= INT8_COHORT, "--cohort", self.cohort_size,
                 f"at most {INT8_COHORT} clients in a round with --aggregation int8")
-        self._accept_only("with --aggregation int8", sync="round")
-
-    def _accept_only(self, why: str, **accepted: Any) -> None:
-        for flag, value in accepted.items():
-            require(getattr(self, flag) == value, f"--{flag}", getattr(self, flag),
-                    f"{value} {why}".lower())
+        require(self.sync == "round", "--sync", self.sync, "round with --aggregation int8")
 
     def warnings(self) -> list[str]:
         """One line for each setting that works but is hardly what was meant (see unused.py too)."""

@@ -54,7 +54,7 @@ def _report_thread_error(failed: threading.ExceptHookArgs) -> None:
 
 
 def command() -> int:
-    """Run the command line; return its exit code. Where memory or threads are too few even for
+    """Run the command line; return its exit code. If memory or threads are too few even for
     the imports, print one line."""
     try:
         require_memory()

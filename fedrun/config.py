@@ -82,7 +82,7 @@ class RunConfig:
     """Column that holds the text; several (title,body) are joined by a blank line. none: the column
     text, or the only column with texts."""
     encoding: str | None = None
-    """Encoding of text files, for example latin-1. none: UTF-8, or as a byte-order mark says."""
+    """Encoding of text files, for example latin-1. none: UTF-8, or given by a byte-order mark."""
     validation_split: str | None = None
     """Split to validate on, for example test. none: validation, or else a share of the train
     rows."""
@@ -227,7 +227,7 @@ class RunConfig:
         return values | strategy
 
     def results_dict(self) -> dict[str, Any]:
-        """The part of `to_dict` that decides the results: where it is equal, so are the results."""
+        """The part of `to_dict` that decides the results: if it is equal, so are the results."""
         ignored = self.not_in_results | self.only_in_records
         return {k: v for k, v in self.to_dict().items() if k not in ignored}
 
@@ -273,8 +273,8 @@ class FederatedConfig(RunConfig):
     model w near the global one w_t. No effect at --local_updates 1, where w is w_t."""
     client_moments: Literal["keep", "reset", "average"] = "keep"
     """What happens to a client's AdamW moments after a round: kept for its next one (keep), set to
-    zero (reset), or averaged over the cohort together with the updates (average), for which 24
-    bytes a parameter are sent instead of 4 (with --aggregation float 12)."""
+    zero (reset), or averaged over the cohort together with the updates (average), which sends 24
+    bytes per parameter instead of 4 (12 with --aggregation float)."""
     client_store: Literal["memory", "disk"] = "memory"
     """Where the state of clients that are not training is kept: in the host's memory, or in files
     in the run's folder (disk), so that hundreds of clients take the memory of two."""
@@ -337,7 +337,7 @@ class FederatedConfig(RunConfig):
         require(self.sync == "round", "--sync", self.sync, "round with --aggregation int8")
 
     def warnings(self) -> list[str]:
-        """One line for each setting that works but is hardly what was meant (see unused.py too)."""
+        """One line for each setting that works but is probably a mistake (see unused.py too)."""
         found = self.strategy.warnings(self.local_updates)
         if self.client_moments == "reset" and self.local_updates == 1:
             found.append("--client_moments reset with --local_updates 1 makes every step "

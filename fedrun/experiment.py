@@ -84,9 +84,9 @@ class Experiment:
 
 
 def prepare_experiment(config: RunConfig, device: torch.device) -> Experiment:
-    """Read the weights and the text and deal the text out.
+    """Read the weights and the text, and partition the text into shards.
 
-    device: where this rank computes. InputError for what only the text or the weights can refuse.
+    device: where this rank computes. InputError if the text or the weights do not fit the settings.
     """
     pretrained = None
     if config.init_from is not None:
@@ -119,7 +119,7 @@ def with_pretrained(config: Config, pretrained: Pretrained) -> Config:
         raise InputError(f"--init_from {config.init_from}: this run would overwrite it; choose "
                          "another --run_name or --data_dir")
     tokenizer = config.tokenizer if pretrained.tokenizer is None else str(pretrained.tokenizer)
-    # The name of the folder that is meant, because `.` and `..` are none.
+    # The folder's real name, because `.` and `..` are not names.
     name = re.sub(r"[^\w-]", "_", Path(os.path.abspath(Path(config.init_from).expanduser())).name)
     return dataclasses.replace(config, config=name, model=pretrained.model, tokenizer=tokenizer)
 
@@ -151,7 +151,7 @@ def shards_of(config: RunConfig, data: TokenData) -> Shards:
 
 class CorpusCheck:
     """One rank on each machine verifies the checksums of the corpus's cached files, in a thread
-    beside connecting; what is damaged is named and made again."""
+    during connecting; damaged entries are reported and rebuilt."""
 
     def __init__(self, experiment: Experiment, launch: Launch) -> None:
         self.config, self.data = experiment.config, experiment.data
@@ -173,7 +173,7 @@ class CorpusCheck:
 
     def agree(self, control: ControlPlane) -> TokenData:
         """All ranks: the corpus, mapped from verified files. RunRefused on all of them if it is
-        damaged on some machine and cannot be made again."""
+        damaged on some machine and cannot be rebuilt."""
         if self._thread is not None:
             self._thread.join()
         problems = control.gather(self._problem)
@@ -193,7 +193,7 @@ def workers_device(config: RunConfig, device: torch.device) -> torch.device:
 
 
 def resolve_dtype(config: RunConfig, device: torch.device) -> Dtype:
-    """What --dtype means on this machine: by what the hardware can do, never by a timing.
+    """What --dtype means on this machine: decided by hardware capability, never by a timing.
 
     InputError for bf16 without hardware.
     """

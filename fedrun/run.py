@@ -1,4 +1,4 @@
-"""One run on this rank, from its preparation to its end, whatever that is."""
+"""One run on this rank, from preparation to its end, successful or not."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def wait_for_token(run_dir: Path, token: str) -> str:
 
 
 def warnings(given: RunConfig, experiment: Experiment) -> list[str]:
-    """Settings that have no effect, or hardly the one that was meant. `given`: before --init_from
+    """Settings that have no effect, or probably not the intended one. `given`: before --init_from
     changed the config."""
     config = experiment.config
     found = list(idle(given).values())

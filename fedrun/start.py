@@ -31,6 +31,7 @@ from fedrun.records.provenance import (
 )
 from fedrun.records.run_dir import ENVIRONMENT, clear_run_dir, truncate_after
 from fedrun.records.run_lock import lock_run_dir
+from fedrun.records.schema import read_field
 
 _RESUME_VALUES = "auto, never, a run's folder or one of its checkpoints"
 
@@ -44,7 +45,7 @@ class StartDecision:
     """What rank 0 decided; sent to the other ranks as JSON."""
 
     dtype: Dtype
-    """Of the matrix products. A resumed run keeps the one it was started with."""
+    """Type of the matrix products. A resumed run keeps the type it was started with."""
     token: str
     """What every rank must read in the lock of the run's folder."""
     checkpoint: str | None = None
@@ -65,7 +66,7 @@ def decide_start(config: RunConfig, length: Length, resolve_dtype: Callable[[Run
                  provenance: dict[str, Any]) -> StartDecision:
     """Rank 0: lock the run's folder and decide how the run starts. Nothing else is written yet.
 
-    provenance: what decides the bits beside the settings. Of a run that is resumed, inputs, shards
+    provenance: what decides the bits besides the settings. For a resumed run, inputs, shards
     and kernels must be the same; `versions` should be. Raises RunRefused if the folder is in use or
     cannot be written, is not a run's, or holds another run.
     """
@@ -237,7 +238,7 @@ def _check_length(config: RunConfig, length: Length, found: Checkpoint) -> bool:
     """
     before, now = length.of(found.config), length.steps
     if found.step > now:
-        raise InputError(f"{length.flag}: {found.folder} is {found.step} steps into its run, more "
+        raise InputError(f"{length.flag}: {found.folder} is at step {found.step}, more "
                          f"than {now}; choose another --run_name, or --overwrite to start over")
     if before != now and config.lr_schedule != "constant":
         if not config.extend:
@@ -250,7 +251,7 @@ def _check_length(config: RunConfig, length: Length, found: Checkpoint) -> bool:
     if found.step < now:
         return False
     last = found.server["history"][-1:]
-    if not last or last[0].get("global_step", last[0].get("step")) != now:
+    if not last or read_field(last[0], "step") != now:
         raise InputError(f"{length.flag}: the run has already done {now} steps, and was stopped "
                          "there without an evaluation; must be more")
     return True

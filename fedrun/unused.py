@@ -49,7 +49,7 @@ IDLE: dict[str, Callable[[Any], str]] = {
     "alpha": lambda c: _batches_all(c) or (
         "" if c.partition == "dirichlet" else "without --partition dirichlet"),
     "extend": lambda c: "" if c.lr_schedule != "constant" else
-    "with --lr_schedule constant, where a run can be trained further without it",
+    "with --lr_schedule constant: such a run can be trained further without it",
     "prox_mu": lambda c: "with --local_updates 1" if c.local_updates == 1 else "",
     "client_store": lambda c: "with one client, whose state always stays in place"
     if c.num_clients == 1 else "",

@@ -13,7 +13,7 @@ from fedrun.federation.client import Client
 from fedrun.flags import resolve
 from fedrun.plots import runs
 from fedrun.tools import study, watch
-from tests.support.runs import Run
+from tests.support.runs import Run, error_lines
 from tests.support.spoiled import spoil_updates
 
 
@@ -40,14 +40,13 @@ def test_central_ends_in_one_line_and_keeps_the_last_good_model(
     outcome = run_here("central", "--rounds", 9)
     assert outcome.code == 1
     model = outcome.run_dir / "model.safetensors"
-    line, = (line for line in outcome.output.splitlines()
-             if line.startswith("fedrun: ") and "train ppl" not in line)
-    assert line == ("fedrun: step 5: the model is no longer finite: --lr 0.002 may be too large; "
-                    f"the last good model is in {model}")
+    (line,) = error_lines(outcome.output)
+    assert line == ("fedrun: error: step 5: the model is no longer finite: --lr 0.002 may be too "
+                    f"large; the last good model is in {model}")
     assert "Traceback" not in outcome.output
     assert outcome.bits == good.bits
     recorded = strictly((outcome.run_dir / "outcome.json").read_text())
-    assert (recorded["outcome"], "fedrun: " + recorded["reason"]) == ("failed", line)
+    assert (recorded["outcome"], "fedrun: error: " + recorded["reason"]) == ("failed", line)
     events = [strictly(e) for e in (outcome.run_dir / "events.jsonl").read_text().splitlines()]
     assert events[-1]["event"] == "end"
 

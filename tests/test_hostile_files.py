@@ -73,12 +73,13 @@ def test_damaged_folders_are_named_and_the_others_are_drawn(
                          ("tra folder", "training_history.json is damaged: is not a regular file"),
                          ("tra large", f"training_history.json is damaged: has {1 << 33} bytes"),
                          ("tra nested", "nested more than"), ("tra deep", "nested too deeply"),
-                         ("tra long", "a number with thousands of digits"), ("records", "no record"),
+                         ("tra long", "a number with thousands of digits"),
+                         ("records", "no record"),
                          ("types 4", "config.json is not a run's")):
         assert reason in reasons[name]
     assert cli.main(["report", "--data_dir", str(data_dir), "--skip_deltas"]) == 0
     printed = capsys.readouterr().out
-    assert all(printed.count(f"passed over {name}: ") == 1 for name in broken)
+    assert all(printed.count(f"skipped {name}: ") == 1 for name in broken)
     entities = saved.find_entities(data_dir, "server", True, None)
     assert [entity.run.method for entity in entities.entities] == ["fed_avg"]
     assert {name for name, _ in entities.passed_over} >= {n for n in broken if n[:3] == "con"}
@@ -288,7 +289,7 @@ def test_arrays_that_would_fill_the_memory_are_refused(tmp_path: Path,
 @pytest.mark.parametrize(("other", "wanted"), [
     ({"steps": (60, 90)}, "runs that saved a step in common"),
     ({"layers": 1}, "runs whose in_proj have the same shape")])
-def test_runs_that_have_no_mean_are_told(tmp_path: Path, other: dict[str, Any], wanted: str
+def test_runs_without_a_common_mean_are_reported(tmp_path: Path, other: dict[str, Any], wanted: str
                                          ) -> None:
     folders.save_steps(folders.ours(tmp_path, "central", "tiny", steps=(1,)), steps=(1, 30))
     second = folders.ours(tmp_path, "central", "tiny", seed=1, steps=(1,))

@@ -1,4 +1,4 @@
-"""The plan of the package, as fedrun/README.md tells it, held against the code."""
+"""The code follows the package structure described in fedrun/README.md."""
 
 from __future__ import annotations
 

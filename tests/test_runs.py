@@ -163,7 +163,7 @@ def test_a_client_that_raises_ends_every_rank(run: Run, processes: int) -> None:
                      outcome.output)
 
 
-def test_the_outcome_names_a_worker_that_fails_after_the_verdict(run: Run, tmp_path: Path) -> None:
+def test_the_outcome_names_a_worker_that_fails_after_the_decision(run: Run, tmp_path: Path) -> None:
     """When the others wait for it in a collective, and learn only that it is gone."""
     outcome = run("fed_avg", "--num_clients", 3, "--rounds", 9, processes=4, script=FAULTY,
                   env={"FAULT": "disk", "FAULT_AT": "reduce:2", "FAULT_RANK": "2",

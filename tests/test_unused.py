@@ -1,4 +1,4 @@
-"""Flags that do nothing: refused where a command never reads them, told where they are idle."""
+"""Flags that do nothing: refused if a command never reads them, else a warning."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ IDLE_CASES: list[tuple[str, dict[str, Any], dict[str, Any], str, dict[str, Any]]
 
 
 @pytest.mark.parametrize(("method", "flag", "makes_idle", "said", "makes_it_act"), IDLE_CASES)
-def test_a_flag_that_others_make_idle_is_told(
+def test_a_flag_without_effect_is_a_warning(
         method: str, flag: dict[str, Any], makes_idle: dict[str, Any], said: str,
         makes_it_act: dict[str, Any]) -> None:
     (name,) = flag
@@ -132,7 +132,7 @@ def test_whatever_a_run_does_not_read_is_in_the_tables(
     assert unread - set(IDLE) - set(NEVER_READ.get(method, ())) == never
 
 
-def test_a_study_tells_what_a_flag_does_not_change(study_file: str, tmp_path: Path,
+def test_a_study_warns_of_flags_without_effect(study_file: str, tmp_path: Path,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     path = Path(study_file)
     content = yaml.safe_load(path.read_text())

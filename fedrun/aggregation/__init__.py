@@ -1,1 +1,1 @@
-"""The sum over a cohort, and the server update that is made of it."""
+"""The sum over a cohort, and the server update computed from it."""

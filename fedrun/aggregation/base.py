@@ -6,7 +6,7 @@
     aggregator.reduce()                        # workers <-> workers
     mean, moments = aggregator.means(a, b, aggregator.total_weight())
 
-The server update that is made of the means is in update.py.
+The server update computed from the means is in update.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Aggregator(ABC):
     """
 
     moments: tuple[str, ...] = ()
-    """AdamW's moments that are averaged beside the method's own sums, by name."""
+    """AdamW's moments that are averaged in addition to the method's own sums."""
 
     def __init__(self, size: int, plane: DataPlane | None, length: int, dtype: torch.dtype,
                  scratch: Tensor) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fedrun.strategies.base import BoundExponents, Strategy
 
-# Of a mean loss: its gradients have norms around one, and exceed this only in runs that diverge.
+# For a mean loss: gradient norms are around one and exceed this only in runs that diverge.
 LARGEST_GRADIENT = 16.0
 
 

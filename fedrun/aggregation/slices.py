@@ -59,7 +59,7 @@ class SliceTable:
 
 def max_abs(vector: Tensor) -> float:
     """The largest absolute value; NaN if an element is NaN."""
-    # Both are NaN where one element is; together they are faster than torch.aminmax.
+    # Both are NaN if any element is; together they are faster than torch.aminmax.
     return max(-vector.amin().item(), vector.amax().item())
 
 

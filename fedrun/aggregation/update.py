@@ -1,4 +1,4 @@
-"""The server update: what a method makes of the means over a cohort, slice by slice."""
+"""The server update: applies a method's update from the means over a cohort, slice by slice."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ class TokenData:
     def load_topics(self) -> Topics:
         """The topics of the train split's documents.
 
-        They are computed once and cached; where the cache is read-only, in each process.
+        They are computed once and cached; if the cache is read-only, in each process.
 
         Raises:
             InputError: the cache cannot be written, for another reason than being read-only.
@@ -251,7 +251,7 @@ def _sequences(
 
 def _load_or_build(entry: Path, dataset: str, tokenizer: str, options: TextOptions, check: bool
                    ) -> dict[str, Any]:
-    """The manifest of `entry`, which is built first where it is missing or damaged."""
+    """The manifest of `entry`, which is built first if it is missing or damaged."""
     damage = ""
     try:
         if (meta := read_manifest(entry, check)) is not None:

@@ -138,7 +138,7 @@ def reach(address: str, port: int, bound: timedelta, served_before: bool) -> TCP
                                              wait_for_workers=False), bound)
         except RuntimeError as error:
             raise NotConnected(f"MASTER_ADDR {address}, MASTER_PORT {port}: what listens there "
-                               "does not answer as a store: it is stopped, or another program "
+                               "does not respond as a store: it is suspended, or another program "
                                f"({str(error).splitlines()[0]})") from None
 
 

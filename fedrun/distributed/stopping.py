@@ -208,12 +208,12 @@ class StopRequest:
 
 
 def hangup_ignored() -> bool:
-    """Whether closing the terminal does not concern this process, as under nohup."""
+    """Whether this process ignores SIGHUP (a closed terminal), as under nohup."""
     return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def interruptible(command: Callable[[], int]) -> int:
-    """Run the command of a single process; return its exit code, also where it ends by SystemExit.
+    """Run the command of a single process; return its exit code, also if it raises SystemExit.
     After Ctrl-C print one line and return 130.
 
     Python raises KeyboardInterrupt only between its own instructions. If the main thread does not

@@ -144,7 +144,7 @@ def to_device(batch: Tensor, device: torch.device) -> Tensor:
 
 def mean_entropy(model: Mamba2LM, sequences: np.ndarray, holdout: np.ndarray,
                  batch_size: int, batches: int) -> float:
-    """Mean predictive entropy in nats a token over at most `batches` batches of the holdout."""
+    """Mean predictive entropy in nats per token over at most `batches` batches of the holdout."""
     device = next(model.parameters()).device
     entropy, tokens = 0.0, 0
     for start in range(0, len(holdout), batch_size)[:batches]:

@@ -118,7 +118,7 @@ class OnDevice(ClientStore):
 
 
 class _Moving(ClientStore):
-    """States that are stored off the device, where `_read` and `_write` say.
+    """States that are stored off the device; subclasses define `_read` and `_write`.
 
     timeout: seconds to wait for one transfer.
     """

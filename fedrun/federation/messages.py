@@ -36,7 +36,7 @@ class RoundPlan:
     gradient_bound: float
     """No element of a gradient is larger, for methods that sum gradients or their squares."""
     entropy_reference: float
-    """What the method made of the clients' entropies in the round before."""
+    """The method's reference entropy, computed from the previous round."""
     start_from_global: bool
     """Whether clients receive the global model first (always, except under --sync epoch)."""
     evaluate: bool

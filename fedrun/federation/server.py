@@ -1,6 +1,6 @@
 """The server: the plan of each round, the decision on it, and the run's record.
 
-It hosts no clients and sums nothing. What it records is written beside the training of the next
+It hosts no clients and sums nothing. What it records is written during the training of the next
 rounds (see records/recorder.py).
 """
 

@@ -142,7 +142,7 @@ def _softmax(x: Tensor, weight: Tensor, matmul_dtype: torch.dtype, expected: Ten
         if shifted:
             for rows, block in _cast_blocks(weight, matmul_dtype):
                 torch.mm(block, columns, out=exponentials[rows])
-            shift = exponentials.amax(0)
+            shift = exponentials.amax(0)  # it still holds logits
         total = x.new_zeros(columns.shape[1])
         for rows, block in _cast_blocks(weight, matmul_dtype):
             part = exponentials[rows]

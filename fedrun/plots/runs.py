@@ -79,7 +79,7 @@ class Run:
     history: list[Record]
     tokens_inferred: bool
     damage: str = ""
-    """Damage that the figures can do without, in words."""
+    """Damage that does not affect the figures, as text."""
 
     @property
     def name(self) -> str:
@@ -125,7 +125,7 @@ class Found:
             variant = f", {shortened(group.variant, LONGEST)}" * bool(group.variant)
             seeds = ", ".join(str(seed) for seed in sorted(run.seed for run in group.runs))
             lines.append(f"  {group.config}: {group.method}{updates}{variant}, seeds {seeds}")
-        return "\n".join(lines + [f"passed over {n}: {reason}" for n, reason in self.passed_over])
+        return "\n".join(lines + [f"skipped {n}: {reason}" for n, reason in self.passed_over])
 
 
 class Damaged(Exception):

@@ -86,7 +86,7 @@ class FoundEntities:
     def __str__(self) -> str:
         return "\n".join([
             f"found {len(self.entities)} runs with saved changes of {self.entity}",
-            *(f"passed over {name}: {reason}" for name, reason in self.passed_over)])
+            *(f"skipped {name}: {reason}" for name, reason in self.passed_over)])
 
 
 def find_entities(data_dir: Path, entity: str, federated: bool, config: str | None

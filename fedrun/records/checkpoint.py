@@ -78,7 +78,7 @@ class Checkpoint:
 
     @property
     def checksums(self) -> Checksums:
-        """Of its files, as the manifest records them."""
+        """Checksums of its files, as recorded in the manifest."""
         return {str(name): entry for name, entry in _manifest(self.folder)["files"].items()}
 
     def tensors(self, name: str) -> dict[str, Tensor]:

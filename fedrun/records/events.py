@@ -95,7 +95,7 @@ class Events:
                 self.tracker = None
 
     def write(self) -> None:
-        """Write the lines that the disk has not taken yet. Safe to call from any thread.
+        """Write the lines that a full disk has rejected so far. Safe to call from any thread.
 
         Raises OSError, naming the file, if it fails again; a line written in part is completed at
         the next call.
@@ -118,7 +118,7 @@ class Events:
 
 
 def cohort_event(clients: Sequence[ClientReport]) -> list[dict[str, Any]]:
-    """What an event records of each client of a round: its loss in nats a token, its share of the
+    """What an event records of each client of a round: its loss in nats per token, its share of the
     weight, and, if they were measured, the norm of its update and its entropy."""
     def measured(client: ClientReport) -> dict[str, float]:
         values = {"norm": client.norm, "entropy": client.entropy}

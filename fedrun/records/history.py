@@ -97,8 +97,8 @@ def cohort_record(clients: Sequence[ClientReport], measured: Mapping[str, float]
         known = [h for h in entropies if h is not None]
         record |= {"client_entropies": entropies,
                    "avg_client_entropy": math.fsum(known) / len(known)}
-    if "under_floor" in measured:
-        record["share_under_floor"] = measured["under_floor"]
+    record |= {f"share_{name}": share for name, share in measured.items()
+               if name not in ("step_norm", "mean_norm")}
     norms = [c.norm or 0.0 for c in clients]
     record["gradient_norms" if gradients else "update_norms"] = norms
     if "mean_norm" in measured:

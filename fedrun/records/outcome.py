@@ -26,7 +26,7 @@ def write_outcome(run_dir: Path, outcome: Standing, step: int, reason: str = "",
                   kind: Failure | None = None) -> None:
     """Write outcome.json.
 
-    `start` in it is FEDRUN_START, by which the script that started this run tells its outcome from
+    `start` in it is FEDRUN_START, which lets the starting script distinguish this outcome from
     an earlier run's. Scripts decide by `kind`, the kind of a failure; the reason is for readers.
     """
     write_json(run_dir / OUTCOME, {

@@ -63,7 +63,7 @@ class Recorder:
         total: the rounds or steps of the run.
         flat: the model as it is before the first of them, also in a run that resumes: snapshots
             hold the change since then. Later only its layout is used.
-        provenance, workers: what checkpoints record beside the settings, and how many processes
+        provenance, workers: what checkpoints record besides the settings, and how many processes
             write files of them.
         done, state: number and content of the checkpoint that the run resumes from.
         """
@@ -210,7 +210,7 @@ class Recorder:
                 f"({error.strerror}); the next evaluation tries again", WARNING)
 
     def _write_unwritten(self) -> None:
-        """Before a checkpoint is committed: what a full disk has not taken yet. A run that resumes
+        """Before a checkpoint is committed: write what a full disk has rejected. A run that resumes
         from the checkpoint does not repeat the steps that it belongs to."""
         self._snapshots.write()
         self.events.write()

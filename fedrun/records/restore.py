@@ -24,12 +24,18 @@ from fedrun.records.history import RunTotals
 from fedrun.records.outcome import write_outcome
 from fedrun.records.run_dir import ENVIRONMENT, MAX_EVENTS_BYTES
 from fedrun.records.run_files import OUTCOME
+from fedrun.records.schema import CENTRAL, FEDERATED, Schema
 from fedrun.records.snapshots import save_model, save_snapshot, tracked_parameters
 from fedrun.training.params import FlatParams
 
 _FILES = ("config.json", ENVIRONMENT, OUTCOME, "events.jsonl", "training_history.json",
-          "model.safetensors")
-_FOLDERS = ("checkpoints", "tokenizer", "params", "deltas", "server", "clients")
+          "model.safetensors", "tracker.json")
+_FOLDERS = ("checkpoints", "tokenizer", "params", "deltas", "server", "clients", "best",
+            "tensorboard")
+
+
+def _schema(config: RunConfig) -> Schema:
+    return FEDERATED if isinstance(config, FederatedConfig) else CENTRAL
 
 
 def move_obstacles(run_dir: Path) -> None:
@@ -47,19 +53,18 @@ def warn_of_missing_records(config: RunConfig, checkpoint: Checkpoint) -> None:
     """A warning for each kind of record that the folder lacks of the steps up to a checkpoint's:
     events, snapshots."""
     run_dir = config.run_dir
-    federated = isinstance(config, FederatedConfig)
-    unit, root = ("round", run_dir / "server") if federated else ("step", run_dir)
-    recorded = {str(event.get(unit)) for event in _events(run_dir / "events.jsonl")}
+    schema = _schema(config)
+    root = run_dir / schema.snapshots
+    recorded = {str(event.get(schema.unit)) for event in _events(run_dir / "events.jsonl")}
     events = [step for step in range(1, checkpoint.step + 1) if str(step) not in recorded]
-    evaluated = [record.get("global_step", record.get("step"))
-                 for record in checkpoint.server["history"]]
+    evaluated = [record[schema.step] for record in checkpoint.server["history"]]
     snapshots = [step for step in evaluated if not all(
         (root / kind / f"step_{step:06d}.npz").is_file() for kind in ("params", "deltas"))]
     for what, missing, path in (("events", events, run_dir / "events.jsonl"),
                                 ("saved parameters", snapshots, root / "params")):
         if missing:
-            log(f"{what} of {len(missing)} of the first {checkpoint.step} {unit}s are missing from "
-                f"{path}", WARNING)
+            log(f"{what} of {len(missing)} of the first {checkpoint.step} {schema.unit}s are "
+                f"missing from {path}", WARNING)
 
 
 def _events(path: Path) -> list[Mapping[str, Any]]:
@@ -79,19 +84,19 @@ def finish_from_checkpoint(config: RunConfig, checkpoint: Checkpoint, model: Mam
 
     model: the run's model at its start, on the CPU.
     """
-    federated = isinstance(config, FederatedConfig)
+    schema = _schema(config)
     run_dir, state = config.run_dir, checkpoint.server
     flat = FlatParams(model)
     start = tracked_parameters(flat.views(flat.vector))
     flat.vector.copy_(checkpoint.tensors(GLOBAL)["model"])
     save_model(run_dir / "model.safetensors", flat.views(flat.vector))
     write_json(run_dir / "training_history.json", state["history"])
-    save_snapshot(run_dir / "server" if federated else run_dir, checkpoint.step,
+    save_snapshot(run_dir / schema.snapshots, checkpoint.step,
                   tracked_parameters(flat.views(flat.vector)), start)
     totals = RunTotals()
     totals.load_state(state["clocks"])
-    events = Events(dataclasses.replace(config, track="none"), "round" if federated else "step",
-                    checkpoint.step, checkpoint.step)
+    events = Events(dataclasses.replace(config, track="none"), schema.unit, checkpoint.step,
+                    checkpoint.step)
     events.add("end", **totals.now())
     events.close()
     write_outcome(run_dir, "finished", checkpoint.step)

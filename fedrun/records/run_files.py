@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrun.common.files import DamagedFile, check_claim, read_json
+from fedrun.common.old_names import renamed
 
 MARK = "fedrun"
 """Key of config.json that only runs have: the version of fedrun that started the run."""
@@ -62,7 +63,7 @@ def recorded_settings(run_dir: Path) -> dict[str, Any] | None:
         config = read_json(run_dir / "config.json", dict)
         if MARK in config or (config.keys() >= _OLD_KEYS
                               and any((run_dir / name).is_file() for name in _OLD_FILES)):
-            return config
+            return renamed(config)
     return _settings_in_checkpoint(run_dir)
 
 
@@ -73,7 +74,7 @@ def _settings_in_checkpoint(run_dir: Path) -> dict[str, Any] | None:
             manifest = read_json(path, dict)
             config = manifest.get("config")
             if manifest.get("sha256") == manifest_checksum(manifest) and isinstance(config, dict):
-                return config
+                return renamed(config)
     return None
 
 

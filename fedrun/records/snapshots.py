@@ -11,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedrun.common.files import write_atomic
+from fedrun.model.names import mixer_parameter
 
 # The tracked parameters of a Mamba-2 block: name in the model -> name in a snapshot.
 _TRACKED = {"in_proj.weight": "in_proj", "A_log": "A_log", "D": "D", "dt_bias": "dt_bias"}
@@ -29,8 +30,7 @@ def tracked_parameters(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, np.nd
     """
     found = {}
     for name, tensor in tensors:
-        _, _, rest = name.partition("layers.")
-        layer, _, parameter = rest.partition(".mixer.")
+        layer, parameter = mixer_parameter(name)
         if parameter in _TRACKED:
             array = tensor.detach().float().cpu().numpy()
             found[f"layers.{layer}.{_TRACKED[parameter]}"] = array.copy()

@@ -25,8 +25,8 @@ ADAMW_EPS = 1e-8  # torch.optim.AdamW's default; of local training and of method
 
 @dataclass(frozen=True)
 class BoundExponents:
-    """The largest element of a vector, as powers of two numbers known before training: how far
-    local steps can move a parameter, and the largest element of a gradient."""
+    """The largest element of a vector, as exponents of two quantities known before training: how
+    far local steps can move a parameter, and the largest element of a gradient."""
 
     update: int = 0
     gradient: int = 0
@@ -52,7 +52,7 @@ class ClientReport:
     loss_sum: float
     """Sum of their losses, in nats."""
     entropy: float | None = None
-    """Mean predictive entropy of the trained model on the client's holdout, in nats a token; for
+    """Mean predictive entropy of the trained model on the client's holdout, in nats per token; for
     methods with a holdout."""
     weight: float = 0.0
     """The client's weight p_k, not normalised; 0 if it is left out."""
@@ -101,7 +101,7 @@ class ServerRound:
 
 @dataclass(frozen=True)
 class Strategy:
-    """A method of aggregation: what is summed over the clients, and what is made of the sum."""
+    """A method of aggregation: what is summed over the clients, and how the model is updated."""
 
     inputs: ClassVar[tuple[str, ...]] = ("delta",)
     """The client vectors that the terms are made of, by their names in CLIENT_VECTORS. With
@@ -175,7 +175,7 @@ class Strategy:
         """A client's weight after its training. Weights need not sum to one: the sum of the terms
         is divided by theirs. If this raises a ValueError, the client is left out.
 
-        entropy_reference: what `next_entropy_reference` made of the round before.
+        entropy_reference: what `next_entropy_reference` returned for the previous round.
         """
         return planned
 
@@ -216,10 +216,10 @@ class Strategy:
     def count_diagnostics(self, mean: Mapping[str, Tensor], context: ServerRound
                           ) -> Mapping[str, Tensor]:
         """Numbers of elements (0-dim) with some property, by the names in `diagnostics`; the
-        history shows them as shares of all elements. Called before `server_update`, with the same
-        arguments."""
+        history shows them as shares of all elements, `share_NAME`. Called before `server_update`,
+        with the same arguments."""
         return {}
 
     def warnings(self, local_updates: int) -> list[str]:
-        """Settings that are accepted but hardly do what was meant, a line each."""
+        """One line for each setting that is accepted but probably not what was intended."""
         return []

@@ -2,7 +2,7 @@
 
     w <- w + sum_k a_k d_k,   a = softmax(-H / T) over the cohort
 
-H_k is the mean predictive entropy, in nats a token, of client k's trained model on a part of its
+H_k is the mean predictive entropy, in nats per token, of client k's trained model on a part of its
 shard that it never trains on. Terms are added as they come, so the softmax is normalised at the
 end: a client adds exp((H_ref - H_k) / T) d_k, where H_ref is the soft minimum of the last round's
 entropies, which makes the weights sum to about one. (A method of 2022 is also called FedEntropy; it

@@ -101,7 +101,7 @@ def _text_to_read(args: argparse.Namespace, settings: Mapping[str, Any]
                                       encoding=args.encoding or options.encoding)
     if args.split not in (None, "train", "validation"):
         options = dataclasses.replace(options, validation_split=args.split, val_fraction=None)
-    # Of another text everything is evaluated unless a split is named; of the run's own, what was
+    # Any other text is evaluated in full unless a split is named; of the run's own, only what was
     # held out from its training.
     return dataset, dataclasses.replace(
         options, hold_out=dataset == own or args.split in ("train", "validation"))

@@ -46,6 +46,7 @@ from fedrun.common.log import WARNING, log
 from fedrun.common.old_names import renamed
 from fedrun.common.perplexity import perplexity
 from fedrun.config import RunConfig
+from fedrun.data.text_options import TextOptions
 from fedrun.flags import METHODS, Parser, add_flags, method_flags
 from fedrun.records.outcome import START_VARIABLE, read_outcome
 from fedrun.records.provenance import INPUT_DIGESTS, corpus_digests, differing_settings
@@ -115,13 +116,15 @@ def _same_corpus(config: RunConfig) -> bool:
         return False
     made = _read(config.run_dir / ENVIRONMENT, dict).get("made_with")
     return isinstance(made, dict) and made.get("content") == _content(
-        config.dataset, config.tokenizer, config.sequence_length, config.cache_dir)
+        config.dataset, config.tokenizer, config.sequence_length, config.cache_dir,
+        config.text_options)
 
 
 @functools.cache
-def _content(dataset: str, tokenizer: str, length: int, cache_dir: Path) -> str:
+def _content(dataset: str, tokenizer: str, length: int, cache_dir: Path, options: TextOptions
+             ) -> str:
     from fedrun.data.tokens import prepare
-    data = prepare(dataset, tokenizer, length, cache_dir)
+    data = prepare(dataset, tokenizer, length, cache_dir, options=options)
     return corpus_digests(data.fingerprint)["content"]
 
 
@@ -135,7 +138,7 @@ def start(config: RunConfig) -> float:
     flags = [f"--{name}={'none' if value is None else value}"
              for name, value in config.to_dict().items()
              if name not in ("method", "model") and name not in NEVER_READ.get(config.method, {})]
-    token = os.urandom(8).hex()  # tells this start's outcome from that of an earlier one
+    token = os.urandom(8).hex()  # distinguishes this start's outcome from an earlier one
     done = subprocess.run([sys.executable, "-m", "fedrun", config.method, *flags],
                           capture_output=True, text=True, check=False,
                           env={**os.environ, START_VARIABLE: token})
@@ -276,7 +279,7 @@ def budget(study: Study) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run whatever of a study is not finished, and write its table."""
+    """Run the unfinished runs of a study, and write its table."""
     parser = Parser(
         prog="fedrun study", description=__doc__, allow_abbrev=False,
         usage="fedrun study FILE [--jobs N] [--results FOLDER] [--dry_run] [--flag value ...]",

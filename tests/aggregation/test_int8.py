@@ -1,4 +1,4 @@
-"""The eight-bit wire: against a reference in numpy, nothing lost, the same bits in every world."""
+"""Int8 aggregation: against a numpy reference, nothing lost, the same bits in every world."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_same_bits_whatever_the_order_and_placement() -> None:
 
 
 def test_sent_and_residual_add_up_to_what_was_trained() -> None:
-    """All that was sent and all that is owed add up to all that was trained; what is owed is at
+    """What was sent and the residuals add up to all that was trained; a residual is at
     most half a step of its block."""
     weights, rounds = [0.7, 0.2, 0.1], 20
     residuals = [torch.zeros(SIZE, dtype=torch.float64) for _ in weights]
@@ -134,7 +134,7 @@ def test_sent_and_residual_add_up_to_what_was_trained() -> None:
 
 @pytest.mark.parametrize(("last", "why"), [
     (math.nan, "delta not finite"), (-45.0, "delta exceeds its bound: 45 > 1")])
-def test_a_client_that_is_left_out_adds_nothing_and_owes_as_before(last: float, why: str) -> None:
+def test_a_left_out_client_adds_nothing_and_keeps_its_residual(last: float, why: str) -> None:
     deltas = drawn(3)
     bad = deltas[1].clone()
     bad[SIZE - 1] = last
@@ -152,7 +152,7 @@ def test_a_client_that_is_left_out_adds_nothing_and_owes_as_before(last: float, 
     assert float((model - expected).norm() / expected.norm()) < 0.05
 
 
-def test_what_a_client_owes_outlives_a_round_in_which_it_is_left_out(
+def test_a_residual_survives_a_round_in_which_its_client_is_left_out(
         run_here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a residual that is lost would be seen: the final bits depend on it."""
     healthy, owed = Client.forget, []
@@ -181,7 +181,7 @@ def test_what_a_client_owes_outlives_a_round_in_which_it_is_left_out(
         assert torch.equal(before, after)
 
 
-def test_wire_bytes_are_those_that_the_collectives_carry() -> None:
+def test_bytes_sent_are_those_that_the_collectives_transfer() -> None:
     class Counting(DataPlane):
         carried = 0
 

@@ -92,7 +92,7 @@ def test_links_are_followed_once_and_never_up(tmp_path: Path) -> None:
     assert "broken" in corpus.read.partition("not read")[2]
 
 
-def test_what_cannot_be_read_is_left_out_and_said(tmp_path: Path) -> None:
+def test_unreadable_files_are_left_out_and_reported(tmp_path: Path) -> None:
     folder = write(tmp_path / "set", "a.txt", "b.txt", "c.jsonl", "README.md", ".hidden.txt",
                    "__pycache__/d.txt")
     (folder / "photo.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
@@ -207,7 +207,7 @@ def test_other_encodings_are_named_with_file_place_and_way_out(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be", "utf-32-le"])
-def test_a_byte_order_mark_tells_the_encoding_and_is_no_text(tmp_path: Path, encoding: str) -> None:
+def test_a_byte_order_mark_sets_the_encoding_and_is_not_text(tmp_path: Path, encoding: str) -> None:
     text = "".join(f"{line} café\n" for line in lines("it"))
     (tmp_path / "a.txt").write_bytes(("\ufeff" + text).encode(encoding))
     assert load(tmp_path / "a.txt").train == text.splitlines(keepends=True)[:38]

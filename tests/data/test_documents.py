@@ -54,7 +54,7 @@ def test_rows_without_headings_are_documents() -> None:
 
 
 @needs_shared_data
-def test_real_wikitext_has_its_articles_and_tells_their_topics(tmp_path: Path) -> None:
+def test_real_wikitext_has_its_articles_and_their_topics(tmp_path: Path) -> None:
     data = prepare(str(WIKITEXT), str(GPT2), 256, tmp_path)
     documents, tokenizer = data.load_documents(), data.load_tokenizer()
     assert len(documents) == 60  # as many as WikiText's test split is known to have

@@ -125,7 +125,7 @@ def test_text_columns_are_named_by_a_flag_that_the_error_names(tmp_path: Path) -
         load(write(tmp_path / "texts", "a.txt"), text_column="body")
 
 
-def test_tables_that_do_not_do_are_no_reason_to_hide_the_text_beside_them(tmp_path: Path) -> None:
+def test_unusable_tables_do_not_hide_the_text_files_beside_them(tmp_path: Path) -> None:
     folder = write(tmp_path / "set", "a.txt")
     for name in ("one.json", "two.json"):
         (folder / name).write_text(json.dumps({"lr": 0.1, "seed": 3}))

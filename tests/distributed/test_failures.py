@@ -34,7 +34,7 @@ def error_line(output: str) -> str:
 @pytest.mark.parametrize(("flags", "said"), [
     (("--num_clients", 50_000), r"--num_clients 50000"),
     (("--num_clients", 2, "--batch_size", 30_000), r"--batch_size"),
-    (("--num_clients", 2, "--local_updates", 30_000), r"--local_updates 30000: .*accepted is up"),
+    (("--num_clients", 2, "--local_updates", 30_000), r"--local_updates 30000: .*must be at most"),
     (("--device", "cuda"), r"--device cuda: no CUDA device is available"),
 ])
 def test_impossible_settings_are_an_error_of_one_line(run: Run, flags: tuple[object, ...], said: str

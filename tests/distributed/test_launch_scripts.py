@@ -28,10 +28,10 @@ BY_HAND = {"NODES": "2", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
 
 
 @pytest.mark.parametrize(("env", "config", "torchrun", "said"), [
-    ({"GPUS": "4"}, {}, f"{ALONE} --nproc-per-node 5", "workers: 4 (one a GPU), and the server"),
+    ({"GPUS": "4"}, {}, f"{ALONE} --nproc-per-node 5", "workers: 4 (one per GPU), and the server"),
     ({"GPUS": "4"}, {"server": "colocated"}, f"{ALONE} --nproc-per-node 4",
-     "workers: 4 (one a GPU)\n"),
-    ({}, {}, f"{ALONE} --nproc-per-node 5", "no GPU: one a client, at most one a core"),
+     "workers: 4 (one per GPU)\n"),
+    ({}, {}, f"{ALONE} --nproc-per-node 5", "no GPU: one per client, at most one per core"),
     ({}, {"num_clients": "3"}, f"{ALONE} --nproc-per-node 4", "workers: 3 ("),
     ({"GPUS": "2"}, {"device": "cpu"}, f"{ALONE} --nproc-per-node 5", "no GPU"),
     ({"WORKERS_PER_NODE": "2"}, {}, f"{ALONE} --nproc-per-node 3", "(WORKERS_PER_NODE)"),
@@ -45,7 +45,7 @@ BY_HAND = {"NODES": "2", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
     (BY_HAND | {"NODE": "1", "RESTARTS": "3"}, {},
      f"{STATIC.format(1, 'first', 29500)} --nproc-per-node 3", "workers: 3 ("),
     (STEP | {"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "GPUS": "4"}, {},
-     f"{STATIC.format(1, 'n1', 21121)} --nproc-per-node 4", "node 1 of 2"),
+     "--nnodes 2 --node-rank 1 --max-restarts 0 --nproc-per-node 4", "node 1 of 2"),
 ])
 def test_node_starts_a_worker_for_each_gpu_client_or_core(
         programs: Programs, tmp_path: Path, env: dict[str, str], config: dict[str, str],
@@ -76,25 +76,25 @@ def test_node_starts_a_centralised_run_alone(programs: Programs, tmp_path: Path)
 # ---- slurm.sbatch --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("steps", "env", "code", "said", "sruns", "requeued"), [
-    (["finished 0"], {}, 0, "over: finished", ["n1,n2"], False),
-    (["stopped 0"], {}, 0, "over: someone stopped the run", ["n1,n2"], False),
-    (["stopped 1"], {}, 0, "over: someone stopped the run", ["n1,n2"], False),
-    (["nothing 1"], {}, 1, "over: the run did not begin", ["n1,n2"], False),
+    (["finished 0"], {}, 0, "done: the run has finished", ["n1,n2"], False),
+    (["stopped 0"], {}, 0, "done: the run was stopped by a user", ["n1,n2"], False),
+    (["stopped 1"], {}, 0, "done: the run was stopped by a user", ["n1,n2"], False),
+    (["nothing 1"], {}, 1, "not retried: the run failed before training started", ["n1,n2"], False),
     (["failed 1"], {}, 0, "requeued: the run failed; restart 1 of 2", ["n1,n2"], True),
     (["running 137"], {}, 0, "requeued: the run failed", ["n1,n2"], True),  # it could not even say
     (["nothing 1"], {"SLURM_RESTART_COUNT": "1"}, 0, "restart 2 of 2", ["n1,n2"], True),
-    (["nothing 0"], {}, 0, "over: the run was finished before", ["n1,n2"], False),
+    (["nothing 0"], {}, 0, "done: the run had already finished", ["n1,n2"], False),
     (["failed 1", "finished 0"], {"REQUEUE": "0"}, 0, "started again on n1 n2", ["n1,n2"] * 2,
      False),
     (["failed 1", "finished 0"], {"REQUEUE": "0", "ALIVE": "n2"}, 0, "started again on n2",
      ["n1,n2", "n2"], False),
     (["failed 1", "nothing 1", "finished 0"], {"REQUEUE": "0"}, 0, "restart 2 of 2 here",
      ["n1,n2"] * 3, False),
-    (["failed 1"], {"REQUEUE": "0", "ALIVE": ""}, 1, "over: no node answers", ["n1,n2"], False),
+    (["failed 1"], {"REQUEUE": "0", "ALIVE": ""}, 1, "failed: no node answers", ["n1,n2"], False),
     (["failed 1"] * 3, {"REQUEUE": "0"}, 1, "started 3 times in this job", ["n1,n2"] * 3, False),
     (["failed 1", "finished 0"], {"SLURM_RESTART_COUNT": "2"}, 0, "restart 1 of 2 here",
      ["n1,n2"] * 2, False),
-    (["failed 1", "finished 0"], {"REFUSED": "1"}, 0, "may not be requeued: scontrol refused",
+    (["failed 1", "finished 0"], {"REFUSED": "1"}, 0, "cannot be requeued: scontrol refused",
      ["n1,n2"] * 2, True),
 ])
 def test_a_job_is_finished_requeued_or_restarted_by_the_outcome_of_its_step(
@@ -111,7 +111,7 @@ def test_a_job_is_finished_requeued_or_restarted_by_the_outcome_of_its_step(
 
 @pytest.mark.parametrize("left", ["stopped", "finished"])
 @pytest.mark.parametrize(("env", "code", "said", "requeued"), [
-    ({}, 1, "over: the run did not begin", False),
+    ({}, 1, "not retried: the run failed before training started", False),
     ({"SLURM_RESTART_COUNT": "1"}, 0, "requeued: the run failed; restart 2 of 2", True),
 ])
 def test_an_outcome_left_by_another_start_is_ignored(
@@ -136,7 +136,7 @@ def leave(run_dir: Path, outcome: Standing) -> None:
 @pytest.mark.parametrize(("sign", "env", "code", "said", "requeued"), [
     (signal.SIGUSR2, {}, 0, "requeued: stopped for the time limit", True),
     (signal.SIGUSR2, {"SLURM_RESTART_COUNT": "9"}, 0, "requeued: stopped for the time limit", True),
-    (signal.SIGUSR2, {"REQUEUE": "0"}, 1, "over: submit it again to go on", False),
+    (signal.SIGUSR2, {"REQUEUE": "0"}, 1, "done: submit the job again to resume the run", False),
     (signal.SIGTERM, {}, 0, "not requeued: cancelled", False),
 ])
 def test_a_signal_becomes_a_stop_for_this_attempt_of_this_job(
@@ -150,13 +150,14 @@ def test_a_signal_becomes_a_stop_for_this_attempt_of_this_job(
 
 @pytest.mark.parametrize(("env", "code", "said"), [
     ({}, 0, "requeued: the run failed; restart 1 of 2"),
-    ({"SLURM_RESTART_COUNT": "2"}, 1, "over: the time limit is near; submit it again to go on"),
+    ({"SLURM_RESTART_COUNT": "2"}, 1,
+     "done: the time limit is near; submit the job again to resume the run"),
 ])
 def test_a_round_that_is_too_long_for_the_time_limit_is_given_up(
         programs: Programs, tmp_path: Path, env: dict[str, str], code: int, said: str) -> None:
     ended, output = signalled(programs, tmp_path, signal.SIGUSR2, DEAF="1", STOP_SECONDS="1", **env)
     assert (ended, said in output) == (code, True), output
-    assert "seconds: it is given up" in output
+    assert "seconds: it is abandoned" in output
     assert "SRUN got TERM" in output
 
 

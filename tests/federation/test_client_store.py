@@ -68,7 +68,7 @@ def written(saver: CheckpointWriter) -> dict[str, Any]:
 # ---- one store -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", STORES)
-def test_what_is_put_is_taken_whatever_its_names(kind: str, tmp_path: Path) -> None:
+def test_checkout_returns_what_checkin_stored(kind: str, tmp_path: Path) -> None:
     states = STORES[kind](tmp_path, {k: state(0) for k in range(3)})
     for turn in range(1, 7):
         client = turn % 3
@@ -86,7 +86,7 @@ def test_what_is_put_is_taken_whatever_its_names(kind: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("kind", STORES)
-def test_a_snapshot_is_of_its_moment_and_is_gone_on_from_in_any_store(
+def test_a_snapshot_is_consistent_and_any_store_resumes_from_it(
         kind: str, links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not links:
         monkeypatch.setattr(os, "link", refused)
@@ -159,7 +159,7 @@ def test_files_are_what_safetensors_reads(kind: torch.dtype, tmp_path: Path) -> 
         assert told == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def test_a_disk_that_is_full_is_told_at_the_next_call(tmp_path: Path,
+def test_a_full_disk_is_reported_at_the_next_call(tmp_path: Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     states = STORES["disk"](tmp_path, {k: state(0) for k in range(3)})
 
@@ -177,7 +177,7 @@ def test_a_disk_that_is_full_is_told_at_the_next_call(tmp_path: Path,
     states.close(SECONDS)
 
 
-def test_a_disk_that_does_not_answer_is_not_waited_for_for_ever(
+def test_an_unresponsive_disk_is_not_waited_for_forever(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     states = OnDisk(tmp_path, {0: state(0), 1: state(0)}, CPU, timeout=0.1)
     answers = threading.Event()
@@ -254,7 +254,7 @@ def test_same_bits_in_memory_and_on_disk_in_1_2_3_and_5_processes(
     assert len(seen) == len(RUNS)
 
 
-def test_stopped_and_gone_on_from_disk_and_memory(run: Run, tmp_path: Path) -> None:
+def test_stopped_and_resumed_from_disk_and_memory(run: Run, tmp_path: Path) -> None:
     flags = ("--num_clients", 6, "--cohort", 4, "--rounds", 5)
     whole = run("fed_avg", *flags, name="whole")
     stopped = run("fed_avg", *flags, "--client_store", "disk", processes=3, script=FAULTY,

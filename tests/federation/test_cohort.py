@@ -1,4 +1,4 @@
-"""--cohort: clients drawn anew for each round, the same in every world."""
+"""--cohort: clients drawn again for each round, the same in every world."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def test_weights_and_config_survive_the_way_to_transformers_and_back() -> None:
     ("use_bias", "yes", "model.proj_bias yes")])
 def test_another_model_is_refused_by_name(name: str, value: object, said: str) -> None:
     config = to_transformers_config(CONFIG, VOCAB).to_dict() | {name: value}
-    with pytest.raises(ValueError, match=rf"{said}.*: (must be|accepted is) "):
+    with pytest.raises(ValueError, match=rf"{said}.*: must be "):
         from_transformers_config(config)
 
 

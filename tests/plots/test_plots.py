@@ -180,7 +180,7 @@ def test_damaged_and_shorter_runs_are_named(tmp_path: Path, capsys: pytest.Captu
     for path, reason in ((torn, "training_history.json is damaged"), (young, "(yet)"),
                          (empty, "no record"), (strange, "config.json is not a run's"),
                          (nameless, "does not give")):
-        (line,) = [li for li in said.splitlines() if li.startswith(f"passed over {path.name}:")]
+        (line,) = [li for li in said.splitlines() if li.startswith(f"skipped {path.name}:")]
         assert reason in line
     assert f"left out federated_config_{CONFIG}_lu_1_seed_1: shorter" in said
     assert f"skipped 2_lu_comparison_{CONFIG}: needs" in said
@@ -336,7 +336,7 @@ def test_damaged_arrays_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["plot", "deltas", "--data_dir", str(tmp_path), "--output_dir",
                      str(tmp_path / "plots")]) == 0
     said = capsys.readouterr().out
-    assert f"passed over {run.name}/deltas/step_000060.npz: is damaged" in said
-    assert f"passed over {run.name}/deltas/step_000090.npz: has no in_proj" in said
-    assert f"passed over central_config_{CONFIG}_seed_1: no deltas" in said
+    assert f"skipped {run.name}/deltas/step_000060.npz: is damaged" in said
+    assert f"skipped {run.name}/deltas/step_000090.npz: has no in_proj" in said
+    assert f"skipped central_config_{CONFIG}_seed_1: no deltas" in said
     assert cli.main(["plot", "federated-deltas", "--data_dir", str(tmp_path)]) == 1

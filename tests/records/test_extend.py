@@ -91,8 +91,8 @@ def test_where_the_schedule_depends_on_the_length_it_has_to_be_asked_for(
     assert refused.code == 2
     said = [line for line in refused.output.splitlines() if "error" in line]
     assert len(said) == 1
-    assert "--rounds 5: this run was one of 3 steps" in said[0]
-    assert "--extend does so anyway" in said[0]
+    assert "--rounds 5: this run was started with 3 steps" in said[0]
+    assert "--extend allows that" in said[0]
     further = run_here(method, *flags, "--rounds", 5, "--extend", after=half)
     assert further.code == 0, further.output
     assert "the result differs from that of one long run" in further.output
@@ -115,7 +115,7 @@ def test_a_run_that_kept_no_checkpoint_cannot_be_trained_further(run_here: Run) 
 @pytest.mark.parametrize("method", [pytest.param("central", marks=pytest.mark.slow), "fed_avg"])
 def test_a_run_that_was_ended_after_its_last_checkpoint_is_finished_from_it(
         run_here: Run, method: str) -> None:
-    """Not trained for ever: no round comes after the last one."""
+    """It must not train forever: no round follows the last one."""
     done = run_here(method, "--rounds", 2, name="done")
     root = done.run_dir if method == "central" else done.run_dir / "server"
     parameters = (root / "deltas" / "step_000002.npz").read_bytes()
@@ -145,10 +145,10 @@ def test_a_stop_is_no_end_unless_it_was_evaluated(run_here: Run) -> None:
     write_outcome(done.run_dir, "stopped", 2, "SIGTERM")
     refused = run_here(*config, "--rounds", 2, after=done)
     assert refused.code == 2
-    assert "--rounds 2: the run has done 2 steps already" in refused.output
+    assert "--rounds 2: the run has already done 2 steps" in refused.output
     less = run_here(*config, "--rounds", 1, after=done)
     assert less.code == 2
-    assert "is 2 steps into its run, more than 1" in less.output
+    assert "is at step 2, more than 1" in less.output
     shorter = run_here(*config, "--rounds", 3, after=done)
     assert shorter.code == 0, shorter.output
     assert steps(shorter) == [1, 3]

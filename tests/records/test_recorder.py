@@ -18,7 +18,7 @@ from torch import nn
 
 from fedrun.common.errors import FolderLost
 from fedrun.flags import resolve
-from fedrun.records import checkpoint, recorder
+from fedrun.records import checkpoint_writer, recorder
 from fedrun.records.checkpoint import GLOBAL, folder_of, latest_valid
 from fedrun.records.checkpoint_writer import CheckpointWriter
 from fedrun.records.recorder import MAX_PENDING, Recorder
@@ -152,7 +152,7 @@ def test_a_checkpoint_holds_the_history_until_its_step(start: Start, schema: Sch
 
 def test_the_thread_writes_in_the_order_of_the_calls(start: Start, monkeypatch: pytest.MonkeyPatch
                                                      ) -> None:
-    """One checkpoint after the evaluation before it; both while training goes on."""
+    """One checkpoint after the evaluation before it; both while training continues."""
     written: list[str] = []
     free = threading.Event()
 
@@ -169,7 +169,7 @@ def test_the_thread_writes_in_the_order_of_the_calls(start: Start, monkeypatch: 
     run, saver = start(), CheckpointWriter()
     noting(recorder, "save_model")
     noting(recorder, "write_json")
-    noting(checkpoint, "commit")
+    noting(checkpoint_writer, "commit")
     evaluate(run, 1)
     run.begin_checkpoint(1)
     saver.begin(folder_of(run.config.run_dir, 1), 1, {GLOBAL: {"model": torch.ones(2)}})

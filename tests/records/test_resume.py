@@ -280,7 +280,7 @@ def test_a_folder_that_not_all_ranks_share_is_refused(run: Run, tmp_path: Path) 
                       f"    sys.argv += ['--data_dir', {str(tmp_path / 'local')!r}]\nmain()\n")
     apart = run("fed_avg", *FLAGS, processes=3, script=script)
     assert apart.code == 1
-    assert "--data_dir has to be one that all machines share" in apart.output
+    assert "--data_dir must be on a file system that all machines share" in apart.output
     assert "2: ''" in apart.output, apart.output
 
 
@@ -297,7 +297,7 @@ def test_the_type_of_products_is_the_servers_and_stays(run: Run, tmp_path: Path)
                 env={"HAS_BF16": "0 1"})
     assert mixed.code == 1
     assert "worker hardware for --dtype" in mixed.output
-    env = fault(tmp_path, "term", "record:4") | {"HAS_BF16": "none"}
+    env = fault(tmp_path, "term", "record:4") | {"HAS_BF16": "none", "PYTHONPATH": str(ROOT)}
     script.write_text(script.read_text().replace(
         "main()\n", "from tests.support import faulty_fedrun\nfaulty_fedrun.__main__.main()\n"))
     begun = run("fed_avg", *FLAGS, "--dtype", "auto", script=script, env=env)

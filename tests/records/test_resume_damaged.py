@@ -143,7 +143,7 @@ def test_the_folders_own_checkpoint_goes_before_that_of_resume(
                             name="new")
     assert branch.code == 0, branch.output
     assert f"resuming from step 4, from {whole.run_dir}" in branch.output
-    assert "events of 4 of the first 4 rounds are not in" in branch.output
+    assert "events of 4 of the first 4 rounds are missing from" in branch.output
     assert branch.bits == run_here("fed_avg", *FLAGS[:2], "--rounds", 6, name="six").bits
     assert numbers(branch) == [5, 6]
 

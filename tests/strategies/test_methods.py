@@ -19,7 +19,7 @@ from fedrun.federation.schedule import Schedule
 from fedrun.flags import resolve
 from fedrun.strategies import STRATEGIES
 from tests.support.every_method import METHODS
-from tests.support.runs import Outcome, Run, execute, torchrun, without_clocks
+from tests.support.runs import Outcome, Run, error_lines, execute, torchrun, without_clocks
 from tests.support.spoiled import spoil_updates
 
 
@@ -286,9 +286,7 @@ def test_a_round_ends_the_run_where_more_than_half_are_left_out(
     if not ends:
         assert outcome.history[-1]["left_out"] == [[2, 0], [2, 1]]
         return
-    line, = (line for line in outcome.output.splitlines()
-             if re.match(r"fedrun: round \d+: \d", line))
-    assert "Traceback" not in outcome.output
+    (line,) = error_lines(outcome.output)
     counts = f"{len(bad) if cohort is None else 1} of {cohort or clients}"
     assert re.search(counts + r" clients are left out, more than half \(client \d: delta exceeds "
                      r"its bound: 4\d[.\d]* > 0\.\d+"

@@ -20,7 +20,7 @@ from tests.support.runs import Run
 
 @dataclass(frozen=True)
 class OwnFisher(FedAvg):
-    """FedFisher, written anew on the base classes alone."""
+    """FedFisher, reimplemented on the base classes alone."""
 
     inputs: ClassVar[tuple[str, ...]] = ("delta", "fisher")
 

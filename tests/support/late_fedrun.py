@@ -33,7 +33,7 @@ def late(owner: Any, name: str, after: bool = False) -> None:
 
 if os.environ["RANK"] == os.environ["LATE_RANK"]:
     late(DataPlane, "barrier", after=True)
-    late(worker, "studied")  # copies the model at the start
+    late(worker, "tracked_parameters")  # copies the model at the start
     late(ServerUpdate, "apply")
     late(worker.Worker, "evaluate")
 

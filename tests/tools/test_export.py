@@ -258,7 +258,8 @@ def test_an_unusual_model_is_trained_exported_and_loaded(
     capsys.readouterr()
     original = str(tmp_path / "original")
     assert cli.main(["export", str(tmp_path / "run"), "--to", "mamba_ssm", original]) == 2
-    assert "--to mamba_ssm: norms with an epsilon of 0.0001" in capsys.readouterr().err
+    assert ("--to mamba_ssm: must be hf for a model whose norms have an epsilon of 0.0001"
+            in capsys.readouterr().err)
     assert not (tmp_path / "original").exists()
     config = tmp_path / "run" / "config.json"
     config.write_text(config.read_text().replace('"norm_eps": 0.0001', '"norm_eps": 1e-05'))
@@ -317,7 +318,7 @@ def test_what_cannot_be_loaded(trained: Outcome, tmp_path: Path,
     assert "--top_k -1" in error("generate", str(run), "--top_k", "-1")
     assert "--device tpu9" in error("evaluate", str(run), "--device", "tpu9")
     assert "exists already" in error("export", str(run), str(run))
-    assert "would replace it" in error("fed_avg", "--init_from", str(run), "--data_dir",
+    assert "would overwrite it" in error("fed_avg", "--init_from", str(run), "--data_dir",
                                        str(tmp_path), "--run_name", "run")
     shutil.rmtree(run / "tokenizer")
     assert "give --tokenizer" in error("export", str(run), str(tmp_path / "out"))
@@ -338,4 +339,4 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
     shutil.rmtree(run / "tokenizer")
     assert cli.main(["fed_avg", "--dataset", "pydocs", "--tokenizer", "bpe:500", "--init_from",
                      str(run), "--cache_dir", str(cache_dir), "--data_dir", str(tmp_path)]) == 2
-    assert "--tokenizer bpe:500: its 500 tokens are more than the 400" in capsys.readouterr().err
+    assert "--tokenizer bpe:500: has 500 tokens, more than the 400" in capsys.readouterr().err

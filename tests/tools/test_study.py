@@ -153,7 +153,7 @@ def test_shipped_studies_are_valid(name: str, tmp_path: Path) -> None:
     ("{reference: a, grid: 3, settings: {a: {method: central}}}", "grid 3: must be a mapping"),
     ("[" * 1100, "cannot be read as YAML"),
 ])
-def test_a_wrong_study_is_told_before_anything_runs(text: str, said: str, tmp_path: Path) -> None:
+def test_an_invalid_study_is_reported_before_any_run(text: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=said):

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedrun.config import RunConfig
 from fedrun.data.batches import make_batches
 from fedrun.model.mamba2 import Mamba2LM
-from fedrun.training.fisher import FisherEstimate, batch_gradient
+from fedrun.training.fisher import FisherEstimate
 from fedrun.training.optimizer import LocalOptimizer
 from fedrun.training.params import FlatParams
 
@@ -113,8 +113,8 @@ class Client:
         for step in range(steps):
             between_steps()
             batch = self.next_batch()
-            loss, count = (fisher.gradient(model, batch) if fisher is not None
-                           else batch_gradient(model, self.flat, batch))
+            loss, count = (model.compute_grad(batch) if fisher is None
+                           else fisher.gradient(model, batch))
             if prox_mu:
                 assert anchor is not None
                 self.flat.grad.add_(self.flat.vector - anchor, alpha=prox_mu)
@@ -125,7 +125,7 @@ class Client:
 
     def gradient(self, model: Mamba2LM) -> LocalLosses:
         """The gradient of the next batch's mean loss in flat.grad; no step."""
-        loss, tokens = batch_gradient(model, self.flat, self.next_batch())
+        loss, tokens = model.compute_grad(self.next_batch())
         return LocalLosses(loss.double(), tokens)
 
     def next_batch(self) -> Tensor:

@@ -256,20 +256,20 @@ class Mamba2LM(nn.Module):
                                     matmul_dtype_for(self.compute_dtype, hidden))
         return loss, targets.numel()
 
-    def accumulate_grad(self, input_ids: Tensor, fresh: bool = False) -> tuple[Tensor, int]:
-        """Return the same as `loss`, and add the gradient of the mean loss to every .grad in place.
+    def compute_grad(self, input_ids: Tensor) -> tuple[Tensor, int]:
+        """Return the same as `loss`, and write the gradient of the mean loss to every .grad.
 
-        The result is that of `(loss / count).backward()`, with fewer passes over tensors of the
-        embedding's size: both gradients of a tied weight are added to .grad directly. With `fresh`,
-        .grad is overwritten, which saves setting it to zero.
+        Overwrites existing .grad tensors in place. The result is that of `zero_grad()` and
+        `(loss / count).backward()`, with fewer passes over tensors of the embedding's size: the
+        head's gradient is not set to zero before, and both gradients of a tied weight go to .grad
+        directly.
         """
-        for p in (self.lm_head.weight, self.backbone.embedding.weight):
+        assert len(input_ids), "without a sequence, nothing would overwrite the head's gradient"
+        for p in self.parameters():
             if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        if fresh:
-            for p in self.parameters():
-                if p is not self.lm_head.weight and p.grad is not None:
-                    p.grad.zero_()
+                p.grad = torch.empty_like(p)
+            if p is not self.lm_head.weight:
+                p.grad.zero_()
         weight, grad_weight = self.lm_head.weight.detach(), self.lm_head.weight.grad
         embedding, grad_embedding = (self.backbone.embedding.weight.detach(),
                                      self.backbone.embedding.weight.grad)
@@ -278,9 +278,9 @@ class Mamba2LM(nn.Module):
         matmul_dtype = matmul_dtype_for(self.compute_dtype, weight)
         count = input_ids[:, 1:].numel()
         loss = weight.new_zeros(())
-        length, end = input_ids.shape[1], 0
+        length, end, add = input_ids.shape[1], 0, False
         while end < len(input_ids):  # a chunk of the head at a time
-            chunk = chunk_tokens(weight, matmul_dtype, add=not fresh)
+            chunk = chunk_tokens(weight, matmul_dtype, add)
             start, end = end, end + max(1, chunk // length)
             # The layers take fewer tokens at a time, so that their activations stay in the cache.
             ids = input_ids[start:end].split(max(1, chunk_tokens(weight, matmul_dtype) // length))
@@ -288,8 +288,7 @@ class Mamba2LM(nn.Module):
             hidden = [self.hidden_of(part)[:, :-1] for part in embedded]
             part_loss, grad = linear_cross_entropy_gradients(
                 torch.cat([part.detach() for part in hidden]).flatten(0, 1), weight,
-                input_ids[start:end, 1:].flatten(), matmul_dtype, 1 / count, grad_weight,
-                add=not fresh)
+                input_ids[start:end, 1:].flatten(), matmul_dtype, 1 / count, grad_weight, add)
             grads = grad.unflatten(0, (-1, length - 1)).split([len(part) for part in ids])
             for tokens, leaf, top, grad in zip(ids, embedded, hidden, grads, strict=True):
                 top.backward(grad)
@@ -297,7 +296,7 @@ class Mamba2LM(nn.Module):
                 grad_embedding.index_add_(0, tokens.flatten(), leaf.grad.flatten(0, 1))
                 leaf.grad = None
             loss += part_loss
-            fresh = False
+            add = True
         return loss, count
 
     @torch.no_grad()

@@ -24,17 +24,12 @@ from fedrun.strategies.base import FisherSettings
 from fedrun.training.params import FlatParams
 
 
-def batch_gradient(model: Mamba2LM, flat: FlatParams, batch: Tensor) -> tuple[Tensor, int]:
-    """Write the gradient of a batch's mean loss to flat.grad; returns summed loss and tokens.
-
-    batch: (sequences, sequence_length)
-    """
-    flat.grad.zero_()
-    return model.accumulate_grad(batch)
-
-
 class FisherEstimate:
-    """Averages one estimate per batch over a round, in `diagonal` (size,)."""
+    """Averages one estimate per batch over a round, in `diagonal` (size,).
+
+    flat: of the model whose gradients are estimated from, so that `model.compute_grad` writes to
+    flat.grad.
+    """
 
     def __init__(self, flat: FlatParams, settings: FisherSettings) -> None:
         self.flat = flat
@@ -51,10 +46,13 @@ class FisherEstimate:
         self._batches = 0
 
     def gradient(self, model: Mamba2LM, batch: Tensor) -> tuple[Tensor, int]:
-        """Do what `batch_gradient` does, and add this batch's estimate to `diagonal`."""
+        """Do what `model.compute_grad` does, and add this batch's estimate to `diagonal`.
+
+        batch: (sequences, sequence_length). Returns the summed loss and the number of tokens.
+        """
         self._batches += 1
         if self.settings.estimate == "batch":
-            loss, tokens = batch_gradient(model, self.flat, batch)
+            loss, tokens = model.compute_grad(batch)
             self.diagonal.addcmul_(self.flat.grad, self.flat.grad)
             return loss, tokens
         if self.settings.estimate == "sequence":
@@ -66,7 +64,7 @@ class FisherEstimate:
         total, tokens, count = self._mean.zero_(), 0, len(batch)
         losses = []
         for sequence in batch.split(1):
-            loss, tokens = batch_gradient(model, self.flat, sequence)
+            loss, tokens = model.compute_grad(sequence)
             self.diagonal.addcmul_(self.flat.grad, self.flat.grad, value=tokens**2 / count)
             total.add_(self.flat.grad, alpha=1 / count)  # sequences have equal token counts
             losses.append(loss)
@@ -80,7 +78,7 @@ class FisherEstimate:
         mean, spread = self._mean.zero_(), self._spread.zero_()
         losses, tokens = [], 0
         for seen, part in enumerate(batch.chunk(count), start=1):
-            loss, part_tokens = batch_gradient(model, self.flat, part)
+            loss, part_tokens = model.compute_grad(part)
             losses.append(loss)
             tokens += part_tokens
             # Welford's running mean and sum of squared deviations avoid cancellation in fp32.

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
-from fedrun.training.fisher import batch_gradient
 from fedrun.training.params import FlatParams
 
 
@@ -50,7 +49,7 @@ class Task:
         """A client's local updates in round `number`, in place; returns the summed loss, 0-dim."""
         total = torch.zeros((), dtype=torch.float64)
         for step in range(self.steps):
-            loss, _ = batch_gradient(model, flat, self._batch(client, number, step))
+            loss, _ = model.compute_grad(self._batch(client, number, step))
             flat.vector.add_(flat.grad, alpha=-self.lr)
             total += loss
         return total

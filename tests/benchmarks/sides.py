@@ -45,7 +45,7 @@ class Ours:
         self.batch = torch.randint(VOCAB, (arguments.batch, arguments.length))
 
     def train(self) -> None:
-        self.model.accumulate_grad(self.batch, fresh=True)
+        self.model.compute_grad(self.batch)
         self.adamw.step(0)
 
     def floor(self) -> float:
@@ -78,7 +78,7 @@ class Ours:
             adamw = timed("adamw", bind(self.adamw.step, 0))
             total = 0.0
             for _ in range(steps):
-                total += seconds(lambda: self.model.accumulate_grad(self.batch, fresh=True))
+                total += seconds(lambda: self.model.compute_grad(self.batch))
                 total += seconds(adamw)
         found = {part: value / steps for part, value in spent.items()}
         return found | {"rest": total / steps - sum(found.values())}

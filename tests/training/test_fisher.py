@@ -13,14 +13,14 @@ from torch.nn.functional import cross_entropy
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.strategies.base import FisherSettings
-from fedrun.training.fisher import FisherEstimate, batch_gradient
+from fedrun.training.fisher import FisherEstimate
 from fedrun.training.params import FlatParams
 
 BATCH, LENGTH, VOCAB = 6, 9, 13
 
 
 class Bigram(nn.Module):
-    """A language model that torch.func can differentiate, with Mamba2LM's accumulate_grad."""
+    """A language model that torch.func can differentiate, with Mamba2LM's compute_grad."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,8 @@ class Bigram(nn.Module):
         logits = self.mixer(torch.tanh(self.embedding(tokens[:, :-1])))
         return cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
 
-    def accumulate_grad(self, tokens: Tensor) -> tuple[Tensor, int]:
+    def compute_grad(self, tokens: Tensor) -> tuple[Tensor, int]:
+        self.zero_grad(set_to_none=False)
         loss, count = self(tokens), tokens[:, 1:].numel()
         (loss / count).backward()
         return loss.detach(), count
@@ -126,8 +127,8 @@ def test_scope_is_zero_outside_the_mixers(model: Bigram) -> None:
             super().__init__()
             self.layers = model
 
-        def accumulate_grad(self, tokens: Tensor) -> tuple[Tensor, int]:
-            return model.accumulate_grad(tokens)
+        def compute_grad(self, tokens: Tensor) -> tuple[Tensor, int]:
+            return model.compute_grad(tokens)
 
     named: Any = Named()
     flat = FlatParams(named)
@@ -145,6 +146,6 @@ def test_the_embedding_and_head_of_mamba_count_once() -> None:
     fisher = FisherEstimate(flat, FisherSettings())
     fisher.gradient(language_model, batches()[0])
     diagonal = fisher.finish().clone()
-    batch_gradient(language_model, flat, batches()[0])
+    language_model.compute_grad(batches()[0])
     assert torch.equal(diagonal, flat.grad**2)
     assert flat.size == sum(p.numel() for p in language_model.parameters())

@@ -163,4 +163,4 @@ def train_central(experiment: Experiment, device: torch.device, stopping: StopRe
         training.recorder.end_thread()  # the caller releases the run's folder
     if stop:
         stopping.obeyed()
-    return stop and f"{stop}, after step {training.done}"
+    return f"{stop}, after step {training.done}" if stop else ""

@@ -177,7 +177,7 @@ class CorpusCheck:
         if self._thread is not None:
             self._thread.join()
         problems = control.gather(self._problem)
-        problem = control.share(problems and next(filter(None, problems), ""))
+        problem = control.share("" if problems is None else next(filter(None, problems), ""))
         if problem:
             raise RunRefused(problem)
         return self.data.reopen()

@@ -81,11 +81,11 @@ def decide_start(config: RunConfig, length: Length, resolve_dtype: Callable[[Run
                                 resolve_dtype)
         if _starts_over(config):
             recorded = None
-        finished = _finished_step(path) if recorded else None
+        finished = None if recorded is None else _finished_step(path)
         if finished == length.steps:
             return StartDecision(_dtype(config, recorded, resolve_dtype), token, finished=True)
         found = _checkpoint_to_resume(config, recorded, named)
-        if finished:
+        if finished is not None:
             _refuse_to_extend(config, length, finished, found)
         if found is None:
             return StartDecision(_dtype(config, None, resolve_dtype), token)
@@ -110,13 +110,12 @@ def prepare_run_dir(config: RunConfig, found: Checkpoint | None) -> None:
     After a kill between any two lines the same command can start from what is left.
     """
     path = config.run_dir
-    inside = found is not None and found.folder.resolve().is_relative_to(path.resolve())
-    if found and inside:
+    if found is not None and found.folder.resolve().is_relative_to(path.resolve()):
         checkpoint.delete_after(path, found.step)
         truncate_after(path, found.step)
     else:
         clear_run_dir(path, lambda: _write_description(config, 0))
-    _write_description(config, found.step if found else 0)
+    _write_description(config, 0 if found is None else found.step)
 
 
 def _write_description(config: RunConfig, step: int) -> None:
@@ -195,25 +194,30 @@ def _checkpoint_to_resume(config: RunConfig, recorded: dict[str, Any] | None, na
     recorded: settings of the run in the folder. named: the folder that --resume names.
     """
     restart = _is_restart(config.run_dir)
-    inside = named is not None and named.resolve().is_relative_to(config.run_dir.resolve())
-    if named and inside and not restart:
+    if (named is not None and not restart
+            and named.resolve().is_relative_to(config.run_dir.resolve())):
         return _checkpoint_in(named)
     # A named folder of another run is where this one was started from: its own checkpoints are
     # newer.
-    own = checkpoint.latest_valid(config.run_dir) if recorded else None
-    if own and named and not restart:
+    own = None if recorded is None else checkpoint.latest_valid(config.run_dir)
+    if named is None:
+        return own
+    if own is None:
+        return _checkpoint_in(named)
+    if not restart:
         log(f"--resume {named} is ignored: {config.run_dir} has checkpoints of its own "
             f"(--overwrite starts over from {named})")
-    return own if own or named is None else _checkpoint_in(named)
+    return own
 
 
 def _checkpoint_in(path: Path) -> Checkpoint:
     """The checkpoint that `--resume PATH` means: PATH itself, or the newest one of a run."""
     if (path / checkpoint.MANIFEST).exists():
         return checkpoint.read(path)
-    if found := checkpoint.latest_valid(path):
-        return found
-    raise InputError(f"--resume {path}: no checkpoint there; must be {_RESUME_VALUES}")
+    found = checkpoint.latest_valid(path)
+    if found is None:
+        raise InputError(f"--resume {path}: no checkpoint there; must be {_RESUME_VALUES}")
+    return found
 
 
 def _refuse_to_extend(config: RunConfig, length: Length, finished: int, found: Checkpoint | None

@@ -71,7 +71,7 @@ def test_printed_config_is_a_config_again(
         parsed("fed_avg", *flags).results_dict() | {"config": ""})
 
 
-@pytest.mark.parametrize(("argv", "said"), [
+@pytest.mark.parametrize(("argv", "message"), [
     (["fed_avgg"], "unknown command 'fed_avgg', did you mean fed_avg?"),
     (["fed_avg", "--num_client", "3"], "did you mean --num_clients?"),
     (["fed_avg", "--num_clients", "0"], "--num_clients 0: must be an integer >= 1"),
@@ -88,14 +88,14 @@ def test_printed_config_is_a_config_again(
     (["central", "--local_updates", "4"], "unknown flag --local_updates"),
 ])
 def test_a_wrong_value_gets_one_line_and_exit_code_2(
-        argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+        argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(argv) == 2
     captured = capsys.readouterr()
-    assert re.search(said.replace("?", "\\?"), captured.err)
+    assert re.search(message.replace("?", "\\?"), captured.err)
     assert captured.err.count("\n") == 1
 
 
-@pytest.mark.parametrize(("text", "said"), [
+@pytest.mark.parametrize(("text", "message"), [
     ("learning_rate: 1\n", "unknown key 'learning_rate'"),
     ("model: {layers: 2}\n", "section `model` accepts n_layer"),
     ("model: {headdim: 48}\n", "model.headdim"),
@@ -103,12 +103,12 @@ def test_a_wrong_value_gets_one_line_and_exit_code_2(
     ("- a\n", "must be a mapping of settings"),
     ("a: [\n", "cannot be read as YAML"),
 ])
-def test_a_wrong_file_is_named_with_its_key(tmp_path: Path, text: str, said: str) -> None:
+def test_a_wrong_file_is_named_with_its_key(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match="--config") as caught:
         resolve("fed_avg", {"config": str(path)})
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_every_flag_has_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,9 +67,9 @@ def test_commands_print_nothing_that_a_terminal_obeys(run: Path, capsys: pytest.
             ([hostile.ESCAPES], 1), (["study", str(run) + "3"], 1),
             (["fed_avg", f"--{hostile.ESCAPES}"], 1), (["fed_avg", "--lr", hostile.ESCAPES], 1)):
         cli.main(argv)
-        said = "".join(capsys.readouterr())
-        assert not obeyed(said), argv
-        assert said.count(r"\x1b") >= shown, argv
+        message = "".join(capsys.readouterr())
+        assert not obeyed(message), argv
+        assert message.count(r"\x1b") >= shown, argv
 
 
 def test_a_result_is_itself_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,9 +207,9 @@ def test_a_model_that_is_no_longer_finite_makes_no_text(
         reason: str) -> None:
     run = folders.with_model(folders.ours(tmp_path, "central", "tiny"), fill=fill)
     assert cli.main(["generate", str(run), "--prompt", "once", *flags]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    assert said.err == (f"fedrun: error: RUN {run}: {reason}: the model has diverged and cannot "
+    message = capsys.readouterr()
+    assert message.out == ""
+    assert message.err == (f"fedrun: error: RUN {run}: {reason}: the model has diverged and cannot "
                         "generate text\n")
 
 

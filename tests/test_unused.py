@@ -33,7 +33,7 @@ def study_file(tmp_path: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize(("argv", "said"), [
+@pytest.mark.parametrize(("argv", "message"), [
     (["central", "--timeout", "60"], "--timeout: not used by central (a single process"),
     (["study", "FILE", "--seed", "5"], "--seed: not used by study (the study's file"),
     (["study", "FILE", "--run_name", "x"], "--run_name: not used by study"),
@@ -45,11 +45,11 @@ def study_file(tmp_path: Path) -> str:
     (["study", "FILE", "--grid", "lr"], "unknown flag --grid"),
     (["study", "FILE", "--jobs", "0"], "jobs 0: "),
 ])
-def test_a_flag_that_nothing_reads_is_an_error(argv: list[str], said: str, study_file: str,
+def test_a_flag_that_nothing_reads_is_an_error(argv: list[str], message: str, study_file: str,
                                                capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([study_file if a == "FILE" else a for a in argv]) == 2
     captured = capsys.readouterr()
-    assert said in captured.err
+    assert message in captured.err
     assert captured.err.count("\n") == 1
 
 
@@ -85,12 +85,12 @@ IDLE_CASES: list[tuple[str, dict[str, Any], dict[str, Any], str, dict[str, Any]]
 ]
 
 
-@pytest.mark.parametrize(("method", "flag", "makes_idle", "said", "makes_it_act"), IDLE_CASES)
+@pytest.mark.parametrize(("method", "flag", "makes_idle", "message", "makes_it_act"), IDLE_CASES)
 def test_a_flag_without_effect_is_a_warning(
-        method: str, flag: dict[str, Any], makes_idle: dict[str, Any], said: str,
+        method: str, flag: dict[str, Any], makes_idle: dict[str, Any], message: str,
         makes_it_act: dict[str, Any]) -> None:
     (name,) = flag
-    assert said in idle(resolve(method, flag | makes_idle))[name]
+    assert message in idle(resolve(method, flag | makes_idle))[name]
     assert name not in idle(resolve(method, makes_idle))
     assert name not in idle(resolve(method, flag | makes_it_act))
 
@@ -140,18 +140,18 @@ def test_a_study_warns_of_flags_without_effect(study_file: str, tmp_path: Path,
     path.write_text(yaml.safe_dump(content))
     argv = ["study", study_file, "--results", str(tmp_path), "--dry_run"]
     assert cli.main([*argv, "--lr", "5e-4", "--alpha=0.1", "--n-epochs", "2"]) == 0
-    said = capsys.readouterr().err
-    assert "--lr does not apply to central, tuned on a grid of it" in said
-    assert "--n_epochs 2 has no effect with --rounds" in said
-    assert "--alpha 0.1 has no effect" in said
+    message = capsys.readouterr().err
+    assert "--lr does not apply to central, tuned on a grid of it" in message
+    assert "--n_epochs 2 has no effect with --rounds" in message
+    assert "--alpha 0.1 has no effect" in message
     assert cli.main([*argv, "--overwrite", "--batch_size", "8"]) == 0
     assert "warning" not in capsys.readouterr().err
 
 
 def test_tools_warn_of_flags_without_effect(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["generate", "no/such", "--top_k", "3", "--seed", "1"]) == 2
-    said = capsys.readouterr().err
-    assert "--top_k 3 has no effect with --temperature 0" in said
-    assert "--seed 1 has no effect with --temperature 0" in said
+    message = capsys.readouterr().err
+    assert "--top_k 3 has no effect with --temperature 0" in message
+    assert "--seed 1 has no effect with --temperature 0" in message
     assert cli.main(["generate", "no/such", "--top_k", "3", "--temperature", "1"]) == 2
     assert "no effect" not in capsys.readouterr().err

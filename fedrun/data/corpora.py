@@ -221,7 +221,7 @@ def _local_splits(dataset: str, options: TextOptions) -> tuple[Splits, str]:
             columns = _choose_columns((table for part in tables.values() for _, table in part),
                                       options)
         except ValueError as error:
-            raise InputError(f"{error}{found.other_kinds()}") from error
+            raise InputError(f"{error}{found.describe_other_kinds()}") from error
         for split, part in tables.items():
             lacking = [file for file, table in part if not set(columns) & set(table.columns)]
             found.leave_out(f"without the column {columns[0]}",

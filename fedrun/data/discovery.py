@@ -52,6 +52,8 @@ class FoundFiles:
     splits: dict[str, list[DataFile]] = field(default_factory=dict)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """Names of files, by the reason why they are left out."""
+    other_kinds: set[str] = field(default_factory=set)
+    """The reasons of those that are of other kinds than the files that are read."""
     doubtful: list[DataFile] = field(default_factory=list)
     """Files of the train split whose names contain the name of another split."""
 
@@ -72,10 +74,10 @@ class FoundFiles:
                          f"{first_of(self.doubtful)}")
         return "; ".join(parts)
 
-    def other_kinds(self) -> str:
+    def describe_other_kinds(self) -> str:
         """For an error about the kind of files that was chosen: the files of other kinds."""
         return "".join(f"; not read: {len(names)} {reason} ({first_of(names)})"
-                       for reason, names in self.left_out.items() if reason.startswith("of "))
+                       for reason, names in self.left_out.items() if reason in self.other_kinds)
 
 
 def first_of(names: Iterable[object]) -> str:
@@ -275,8 +277,10 @@ def _of_one_kind(files: list[DataFile], found: FoundFiles, encoding: str | None,
         return []
     best = max(ranked, key=lambda key: (ranked[key], -KIND_PREFERENCE.index(key[1])))[1]
     for kind in sorted(set(kinds.values()) - {best}):
-        found.leave_out(f"of {kind}, fewer than of {best} (name them to read them)",
-                        (file.name.as_posix() for file, other in kinds.items() if other == kind))
+        reason = f"of {kind}, fewer than of {best} (name them to read them)"
+        found.other_kinds.add(reason)
+        found.leave_out(reason, (file.name.as_posix() for file, other in kinds.items()
+                                 if other == kind))
     return [file for file in files if kinds.get(file) == best]
 
 

@@ -163,7 +163,8 @@ class _Moving(ClientStore):
     def checkin(self, client: int, state: ClientState) -> None:
         assert self._fetched is None or self._fetched[0] != client, "what was fetched is outdated"
         self._settle()
-        trained = torch.cuda.current_stream().record_event() if self._stream else None
+        trained = (None if self._stream is None
+                   else torch.cuda.current_stream().record_event())
         self._storing = self._thread.submit(self._store, client, state, trained)
 
     def close(self, timeout: float) -> None:

@@ -47,13 +47,13 @@ class CheckpointWriter:
 
         wait: wait for the write in progress, if there is one.
         """
-        if wait or (self._writing and self._writing.done()):
+        if self._writing is not None and (wait or self._writing.done()):
             self._wait()
         written, self._written = self._written, []
         return written
 
     def _wait(self) -> None:
-        if self._writing:
+        if self._writing is not None:
             self._written.append(self._writing.result())
             self._writing = None
 
@@ -61,7 +61,7 @@ class CheckpointWriter:
 def _write(folder: Path, step: int, files: Files, linked: Future[Checksums] | None
            ) -> dict[str, Any]:
     try:
-        checksums = linked.result() if linked else {}
+        checksums = {} if linked is None else linked.result()
         for name in checksums:
             with (folder / name).open("rb") as file:
                 os.fsync(file.fileno())

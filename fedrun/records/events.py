@@ -86,7 +86,7 @@ class Events:
         with suppress(OSError):  # a full disk delays lines, it does not stop the run
             self.write()
         step = values.get("round", values.get("step"))
-        if self.tracker and step is not None:
+        if self.tracker is not None and step is not None:
             check_claim(self.path)
             try:
                 self.tracker.log(scalars(values), step)
@@ -111,7 +111,7 @@ class Events:
         with suppress(OSError):
             self.write()
         self.file.close()
-        if self.tracker:
+        if self.tracker is not None:
             with suppress(FolderLost, OSError):
                 check_claim(self.path)
                 self.tracker.close()

@@ -198,7 +198,7 @@ class Recorder:
             record["generated"] = generate()
         try:
             self.save_model(model)
-            if self._best:
+            if self._best is not None:
                 self._best.offer(number, record[self.schema.val_loss], self._views(model))
             write_json(run_dir / "training_history.json",
                        [r for r in self.history if r[self.schema.step] <= number])

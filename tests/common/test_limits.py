@@ -27,9 +27,9 @@ def test_the_limit_of_open_files_is_raised_if_possible_and_else_named() -> None:
             "print(resource.getrlimit(resource.RLIMIT_NOFILE))")
     assert limited(resource.RLIMIT_NOFILE, 24, 64, code) == (0, "(40, 64)\n")
     assert limited(resource.RLIMIT_NOFILE, 50, 64, code) == (0, "(50, 64)\n")
-    ended, said = limited(resource.RLIMIT_NOFILE, 24, 32, code)
+    ended, message = limited(resource.RLIMIT_NOFILE, 24, 32, code)
     assert ended == 1
-    assert said.endswith("TooLittle: a process may have 32 open files here (`ulimit -n`), but 5 "
+    assert message.endswith("TooLittle: a process may have 32 open files here (`ulimit -n`), but 5 "
                          "processes need 40 each: raise the limit or start fewer\n")
 
 
@@ -37,9 +37,10 @@ def test_the_limit_of_open_files_is_raised_if_possible_and_else_named() -> None:
 def test_too_little_memory_is_named_before_torch_is_loaded(module: str) -> None:
     code = (f"import sys, runpy; sys.argv[1:] = ['fed_avg']; "
             f"runpy.run_module('{module}', run_name='__main__', alter_sys=True)")
-    ended, said = limited(resource.RLIMIT_AS, 300 << 20, 300 << 20, code)
+    ended, message = limited(resource.RLIMIT_AS, 300 << 20, 300 << 20, code)
     assert ended in (1, 2)
-    assert said == (f"{'launch' if 'torchrun' in module else 'fedrun'}: error: a process may have "
+    who = "launch" if "torchrun" in module else "fedrun"
+    assert message == (f"{who}: error: a process may have "
                     "300 MiB of memory here (`ulimit -v`), but needs at least 700 MiB to "
                     "start: raise the limit\n")
 

@@ -218,10 +218,10 @@ def test_a_run_that_loses_its_folder_ends_with_one_line_and_writes_nothing(
     outcome = run_here(*flags, "--rounds", 8, "--val_freq", 2, "--checkpoint_freq", 2)
     assert outcome.code == 1, outcome.output
     assert "Traceback" not in outcome.output
-    said = [line for line in outcome.output.splitlines() if "the folder of this run was" in line]
-    assert len(said) == 1, outcome.output
+    message = [line for line in outcome.output.splitlines() if "the folder of this run was" in line]
+    assert len(message) == 1, outcome.output
     expected = "taken by process 7 on elsewhere" if how == "taken" else "removed or renamed"
-    assert expected in said[0]
+    assert expected in message[0]
     if how != "renamed":
         assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == state
     assert run_dir.exists() == (how == "taken")

@@ -40,18 +40,18 @@ def test_old_names_become_todays(before: dict[str, Any], now: dict[str, Any]) ->
     assert renamed(renamed(before)) == now
 
 
-@pytest.mark.parametrize(("argv", "said"), [
+@pytest.mark.parametrize(("argv", "message"), [
     (["--wire", "int8"], "--wire int8: this flag is now --aggregation int8"),
     (["--wire=int8"], "--wire int8: this flag is now --aggregation int8"),
     (["--reduce", "float"], "--reduce float: this flag is now --aggregation float"),
     (["--client-state", "reset"], "--client_state reset: this flag is now --client_moments reset"),
     (["--wire"], "--wire: this flag is now --aggregation"),
 ])
-def test_an_old_flag_gets_the_new_one(argv: list[str], said: str,
+def test_an_old_flag_gets_the_new_one(argv: list[str], message: str,
                                       capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["fed_avg"], ["study", "no/such.yaml"]):
         assert cli.main([*command, *argv]) == 2
-        assert capsys.readouterr().err == f"fedrun: error: {said}\n"
+        assert capsys.readouterr().err == f"fedrun: error: {message}\n"
 
 
 def test_old_flags_are_refused_in_python_and_not_in_the_help() -> None:

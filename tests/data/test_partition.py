@@ -265,13 +265,13 @@ def test_the_values_of_a_column_are_sources_and_no_client_has_anothers(tmp_path:
         client_shards(by_source, 3, "by_source", 1.0, 0.0, 0)
 
 
-@pytest.mark.parametrize(("flags", "said"), [
+@pytest.mark.parametrize(("flags", "message"), [
     ({"partition": "column:"}, "--partition column:"),
     ({"partition": "sorted"}, "contiguous, shuffled, dirichlet, documents, by_source or column"),
     ({"alpha": 0}, "--alpha 0"), ({"size_skew": -1}, "--size_skew -1"),
     ({"size_skew": "inf"}, "--size_skew inf")])
-def test_wrong_values_name_the_flag(flags: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_wrong_values_name_the_flag(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         resolve("fed_avg", flags)
 
 

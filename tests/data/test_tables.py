@@ -93,7 +93,7 @@ def test_records_are_read_as_they_are(tmp_path: Path) -> None:
         assert load(tmp_path / f"{n}.json").train == ["a", "b"]
 
 
-@pytest.mark.parametrize(("name", "content", "said"), [
+@pytest.mark.parametrize(("name", "content", "message"), [
     ("a.jsonl", '{"text": "a"}\n{"text": "b"}\n{"text"\n', r"line 3: not JSON: "),
     ("a.json", "[1, 2]", "must contain objects with named values"),
     ("a.json", "[" * 100_000, "not JSON: .*recursion"),
@@ -102,10 +102,10 @@ def test_records_are_read_as_they_are(tmp_path: Path) -> None:
     ("a.csv", "text\n" + "a,b,c\n" * 9, "not a table: its lines have more values than the header"),
     ("a.parquet", "PAR1 and no more", "cannot be read: "), ("a.arrow", "no" * 40, "cannot be read"),
 ])
-def test_a_damaged_table_is_named_with_the_place(tmp_path: Path, name: str, content: str, said: str
-                                                 ) -> None:
+def test_a_damaged_table_is_named_with_the_place(tmp_path: Path, name: str, content: str,
+                                                 message: str) -> None:
     (tmp_path / name).write_text(content)
-    with pytest.raises(ValueError, match=rf"^--dataset \S*{name}: {said}"):
+    with pytest.raises(ValueError, match=rf"^--dataset \S*{name}: {message}"):
         load(tmp_path / name)
 
 

@@ -31,17 +31,17 @@ def error_line(output: str) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize(("flags", "said"), [
+@pytest.mark.parametrize(("flags", "message"), [
     (("--num_clients", 50_000), r"--num_clients 50000"),
     (("--num_clients", 2, "--batch_size", 30_000), r"--batch_size"),
     (("--num_clients", 2, "--local_updates", 30_000), r"--local_updates 30000: .*must be at most"),
     (("--device", "cuda"), r"--device cuda: no CUDA device is available"),
 ])
-def test_impossible_settings_are_an_error_of_one_line(run: Run, flags: tuple[object, ...], said: str
-                                               ) -> None:
+def test_impossible_settings_are_an_error_of_one_line(run: Run, flags: tuple[object, ...],
+                                                      message: str) -> None:
     outcome = run("fed_avg", *flags)
     assert outcome.code == 2
-    assert re.search(said, error_line(outcome.output))
+    assert re.search(message, error_line(outcome.output))
     assert not outcome.run_dir.exists()
 
 

@@ -27,7 +27,7 @@ STATIC = "--nnodes 2 --node-rank {} --max-restarts 0 --master-addr {} --master-p
 BY_HAND = {"NODES": "2", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
 
 
-@pytest.mark.parametrize(("env", "config", "torchrun", "said"), [
+@pytest.mark.parametrize(("env", "config", "torchrun", "message"), [
     ({"GPUS": "4"}, {}, f"{ALONE} --nproc-per-node 5", "workers: 4 (one per GPU), and the server"),
     ({"GPUS": "4"}, {"server": "colocated"}, f"{ALONE} --nproc-per-node 4",
      "workers: 4 (one per GPU)\n"),
@@ -49,13 +49,13 @@ BY_HAND = {"NODES": "2", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}
 ])
 def test_node_starts_a_worker_for_each_gpu_client_or_core(
         programs: Programs, tmp_path: Path, env: dict[str, str], config: dict[str, str],
-        torchrun: str, said: str) -> None:
+        torchrun: str, message: str) -> None:
     settings = {"num_clients": "6", "server": "dedicated", "device": "auto"} | config
     (tmp_path / "config").write_text("".join(f"{k}: {v}\n" for k, v in settings.items()))
     code, output = programs.run(NODE, "fed_avg", "--lr", "1e-3", **env)
     assert code == 0, output
     assert f"STARTED -m fedrun.torchrun {torchrun} -m fedrun fed_avg --lr 1e-3" in output
-    assert said in output
+    assert message in output
 
 
 def test_node_requires_a_master_address_between_machines(programs: Programs) -> None:
@@ -75,7 +75,7 @@ def test_node_starts_a_centralised_run_alone(programs: Programs, tmp_path: Path)
 
 # ---- slurm.sbatch --------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("steps", "env", "code", "said", "sruns", "requeued"), [
+@pytest.mark.parametrize(("steps", "env", "code", "message", "sruns", "requeued"), [
     (["finished 0"], {}, 0, "done: the run has finished", ["n1,n2"], False),
     (["stopped 0"], {}, 0, "done: the run was stopped by a user", ["n1,n2"], False),
     (["stopped 1"], {}, 0, "done: the run was stopped by a user", ["n1,n2"], False),
@@ -99,29 +99,29 @@ def test_node_starts_a_centralised_run_alone(programs: Programs, tmp_path: Path)
 ])
 def test_a_job_is_finished_requeued_or_restarted_by_the_outcome_of_its_step(
         programs: Programs, tmp_path: Path, steps: list[str], env: dict[str, str], code: int,
-        said: str, sruns: list[str], requeued: bool) -> None:
+        message: str, sruns: list[str], requeued: bool) -> None:
     (tmp_path / "steps").write_text("\n".join(steps) + "\n")
     ended, output = programs.run(SBATCH, "fed_avg", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n[1-2]",
                                  RESTARTS="2", **env)
-    assert (ended, said in output) == (code, True), output
+    assert (ended, message in output) == (code, True), output
     started = [line.split()[-1] for line in output.splitlines() if line.startswith("SRUN")]
     assert started == sruns
     assert ("REQUEUE 7" in output) == requeued
 
 
 @pytest.mark.parametrize("left", ["stopped", "finished"])
-@pytest.mark.parametrize(("env", "code", "said", "requeued"), [
+@pytest.mark.parametrize(("env", "code", "message", "requeued"), [
     ({}, 1, "not retried: the run failed before training started", False),
     ({"SLURM_RESTART_COUNT": "1"}, 0, "requeued: the run failed; restart 2 of 2", True),
 ])
 def test_an_outcome_left_by_another_start_is_ignored(
         programs: Programs, tmp_path: Path, left: Standing, env: dict[str, str],
-        code: int, said: str, requeued: bool) -> None:
+        code: int, message: str, requeued: bool) -> None:
     leave(tmp_path / "run", left)
     (tmp_path / "steps").write_text("nothing 1\n")
     ended, output = programs.run(SBATCH, "fed_avg", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n[1-2]",
                                  RESTARTS="2", **env)
-    assert (ended, said in output) == (code, True), output
+    assert (ended, message in output) == (code, True), output
     assert ("REQUEUE 7" in output) == requeued
 
 
@@ -133,30 +133,30 @@ def leave(run_dir: Path, outcome: Standing) -> None:
         write_outcome(run_dir, outcome, 5)
 
 
-@pytest.mark.parametrize(("sign", "env", "code", "said", "requeued"), [
+@pytest.mark.parametrize(("sign", "env", "code", "message", "requeued"), [
     (signal.SIGUSR2, {}, 0, "requeued: stopped for the time limit", True),
     (signal.SIGUSR2, {"SLURM_RESTART_COUNT": "9"}, 0, "requeued: stopped for the time limit", True),
     (signal.SIGUSR2, {"REQUEUE": "0"}, 1, "done: submit the job again to resume the run", False),
     (signal.SIGTERM, {}, 0, "not requeued: cancelled", False),
 ])
 def test_a_signal_becomes_a_stop_for_this_attempt_of_this_job(
-        programs: Programs, tmp_path: Path, sign: int, env: dict[str, str], code: int, said: str,
+        programs: Programs, tmp_path: Path, sign: int, env: dict[str, str], code: int, message: str,
         requeued: bool) -> None:
     ended, output = signalled(programs, tmp_path, sign, **env)
-    assert (ended, said in output) == (code, True), output
+    assert (ended, message in output) == (code, True), output
     assert f"OBEYED 7 {env.get('SLURM_RESTART_COUNT', '0')}" in output
     assert ("REQUEUE 7" in output) == requeued
 
 
-@pytest.mark.parametrize(("env", "code", "said"), [
+@pytest.mark.parametrize(("env", "code", "message"), [
     ({}, 0, "requeued: the run failed; restart 1 of 2"),
     ({"SLURM_RESTART_COUNT": "2"}, 1,
      "done: the time limit is near; submit the job again to resume the run"),
 ])
 def test_a_round_that_is_too_long_for_the_time_limit_is_given_up(
-        programs: Programs, tmp_path: Path, env: dict[str, str], code: int, said: str) -> None:
+        programs: Programs, tmp_path: Path, env: dict[str, str], code: int, message: str) -> None:
     ended, output = signalled(programs, tmp_path, signal.SIGUSR2, DEAF="1", STOP_SECONDS="1", **env)
-    assert (ended, said in output) == (code, True), output
+    assert (ended, message in output) == (code, True), output
     assert "seconds: it is abandoned" in output
     assert "SRUN got TERM" in output
 

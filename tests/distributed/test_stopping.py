@@ -159,7 +159,7 @@ sys.exit(interruptible(command))
     assert process.stdout
     assert process.stdout.readline() == "begun\n"
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=20)
-    assert said == ("fedrun: warning: interrupted; run the same command again to start over or "
+    _, message = process.communicate(timeout=20)
+    assert message == ("fedrun: warning: interrupted; run the same command again to start over or "
                     "resume\n")
     assert process.returncode == 128 + signal.SIGINT

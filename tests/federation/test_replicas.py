@@ -54,7 +54,7 @@ def report(model: str, state: str = "s", not_finite: str = "") -> RoundReport:
                        not_finite=[not_finite] if not_finite else [])
 
 
-@pytest.mark.parametrize(("reports", "said"), [
+@pytest.mark.parametrize(("reports", "message"), [
     ([NONE, report("a"), report("a"), NONE], ""),
     ([NONE, NONE], ""),
     ([NONE, report("a"), report("b"), report("a")],
@@ -65,9 +65,9 @@ def report(model: str, state: str = "s", not_finite: str = "") -> RoundReport:
      r"on rank 0 and rank 1 differ, and nothing shows which one is right"),
     ([report("a"), report("a", not_finite="model")], r"no longer finite \(model\)"),
 ])
-def test_the_ranks_of_the_minority_are_named(reports: list[RoundReport], said: str) -> None:
+def test_the_ranks_of_the_minority_are_named(reports: list[RoundReport], message: str) -> None:
     wrong = replicas.compare(reports)
-    assert bool(re.search(said, wrong)) if said else not wrong
+    assert bool(re.search(message, wrong)) if message else not wrong
 
 
 def test_the_copy_that_is_written_is_compared_too() -> None:

@@ -53,7 +53,7 @@ def test_weights_and_config_survive_the_way_to_transformers_and_back() -> None:
     assert from_transformers_config(config) == (CONFIG, VOCAB)
 
 
-@pytest.mark.parametrize(("name", "value", "said"), [
+@pytest.mark.parametrize(("name", "value", "message"), [
     ("hidden_act", "gelu", "hidden_act gelu"), ("residual_in_fp32", False, "residual_in_fp32"),
     ("num_heads", 3, "num_heads 3"), ("num_hidden_layers", 10**9, "model.n_layer 1000000000"),
     ("num_hidden_layers", 1.5, "model.n_layer 1.5"), ("hidden_size", 10**6, "model.d_model"),
@@ -62,9 +62,9 @@ def test_weights_and_config_survive_the_way_to_transformers_and_back() -> None:
     ("time_step_limit", 3, "limits of step sizes 3"),
     ("time_step_limit", [0.0, 10**400], "limits of step sizes"),
     ("use_bias", "yes", "model.proj_bias yes")])
-def test_another_model_is_refused_by_name(name: str, value: object, said: str) -> None:
+def test_another_model_is_refused_by_name(name: str, value: object, message: str) -> None:
     config = to_transformers_config(CONFIG, VOCAB).to_dict() | {name: value}
-    with pytest.raises(ValueError, match=rf"{said}.*: must be "):
+    with pytest.raises(ValueError, match=rf"{message}.*: must be "):
         from_transformers_config(config)
 
 

@@ -36,7 +36,7 @@ def test_the_configs_of_published_models_are_read(tmp_path: Path) -> None:
     assert (found.model, found.vocab_size, found.tokenizer) == (shape, 50288, None)
 
 
-@pytest.mark.parametrize(("change", "said"), [
+@pytest.mark.parametrize(("change", "message"), [
     ({"ssm_cfg": {"layer": "Mamba1"}}, "ssm_cfg.layer Mamba1"), ({"ssm_cfg": {}}, "Mamba1"),
     ({"attn_layer_idx": [3]}, "attn_layer_idx"), ({"tie_embeddings": 1}, "model.tie_embeddings 1"),
     ({"ssm_cfg": {"layer": "Mamba2", "D_has_hdim": True}}, "D_has_hdim"),
@@ -48,9 +48,9 @@ def test_the_configs_of_published_models_are_read(tmp_path: Path) -> None:
     ({"ssm_cfg": {"layer": "Mamba2", "dt_limit": [0.1]}}, "limits of step sizes"),
     ({"ssm_cfg": {"layer": "Mamba2", "norm_before_gate": True}}, "norm_before_gate")])
 def test_settings_that_we_do_not_implement_are_refused_by_name(
-        change: dict[str, object], said: str) -> None:
+        change: dict[str, object], message: str) -> None:
     config = {"d_model": 64, "n_layer": 1, "vocab_size": 10, "ssm_cfg": {"layer": "Mamba2"}}
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         from_mamba_ssm_config(config | change)
 
 
@@ -72,18 +72,18 @@ def test_a_usual_shape_is_recorded_as_it_was_before_others_could_be() -> None:
     assert ModelConfig(**json.loads(json.dumps(unusual.to_dict()))) == unusual
 
 
-@pytest.mark.parametrize(("shape", "said"), [
+@pytest.mark.parametrize(("shape", "message"), [
     ("{n_layer: 100, d_model: 131072}", ": a model of "), ("{n_layer: 1.5}", "model.n_layer 1.5"),
     ("{n_layer: 1000000000}", "model.n_layer 1000000000: must be an integer in [1, "),
     ("{tie_embeddings: 3}", "model.tie_embeddings 3: must be true or false")])
 def test_a_shape_that_cannot_be_trained_is_a_line(
-        tmp_path: Path, cache_dir: Path, shape: str, said: str, capsys: pytest.CaptureFixture[str]
-        ) -> None:
+        tmp_path: Path, cache_dir: Path, shape: str, message: str,
+        capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "shape.yaml").write_text(f"model: {shape}\n")
     argv = [flag for flag in SMALL if flag not in ("--config", "tiny")]
     assert cli.main(["central", *argv, "--config", str(tmp_path / "shape.yaml"), "--data_dir",
                      str(tmp_path / "runs"), "--cache_dir", str(cache_dir)]) == 2
     text = capsys.readouterr().err.splitlines()[-1]
     assert text.startswith(f"fedrun: error: --config {tmp_path / 'shape.yaml'}")
-    assert said in text
+    assert message in text
     assert not (tmp_path / "runs").exists()

@@ -89,10 +89,10 @@ def test_where_the_schedule_depends_on_the_length_it_has_to_be_asked_for(
     half = run_here(method, *flags, "--rounds", 3, name="half")
     refused = run_here(method, *flags, "--rounds", 5, after=half)
     assert refused.code == 2
-    said = [line for line in refused.output.splitlines() if "error" in line]
-    assert len(said) == 1
-    assert "--rounds 5: this run was started with 3 steps" in said[0]
-    assert "--extend allows that" in said[0]
+    message = [line for line in refused.output.splitlines() if "error" in line]
+    assert len(message) == 1
+    assert "--rounds 5: this run was started with 3 steps" in message[0]
+    assert "--extend allows that" in message[0]
     further = run_here(method, *flags, "--rounds", 5, "--extend", after=half)
     assert further.code == 0, further.output
     assert "the result differs from that of one long run" in further.output

@@ -193,7 +193,7 @@ def test_a_run_is_named_after_method_config_and_seed(method: str) -> None:
 
 # ---- combinations that cannot work, or hardly do ------------------------------------------------
 
-@pytest.mark.parametrize(("method", "flags", "said"), [
+@pytest.mark.parametrize(("method", "flags", "message"), [
     ("fed_sgd", {"local_updates": 2}, "--local_updates 2: must be 1 for fed_sgd"),
     ("fed_sgd", {"client_moments": "average"}, "--client_moments average: must be keep"),
     ("fed_sgd", {"grad_clip": 1}, "--grad_clip"),
@@ -213,20 +213,20 @@ def test_a_run_is_named_after_method_config_and_seed(method: str) -> None:
     ("fed_adam", {"tau": 0}, "--tau 0"),
     ("central", {"batches": "clients", "batch_size": 6}, "--batch_size 6: must be a multiple"),
 ])
-def test_wrong_combinations_name_the_flag(method: str, flags: dict[str, Any], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_wrong_combinations_name_the_flag(method: str, flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         resolve(method, flags)
 
 
-@pytest.mark.parametrize(("method", "flags", "said"), [
+@pytest.mark.parametrize(("method", "flags", "message"), [
     ("diloco", {"local_updates": 7}, "steady steps 7 times as long"),
     ("fed_momentum", {"momentum_form": "heavy_ball"}, "steady steps 10 times as long"),
     ("fed_avg", {"client_moments": "reset"}, "sign descent"),
 ])
-def test_questionable_settings_warn(method: str, flags: dict[str, Any], said: str) -> None:
+def test_questionable_settings_warn(method: str, flags: dict[str, Any], message: str) -> None:
     config: Any = resolve(method, flags)
     (warning,) = config.warnings()
-    assert said in warning
+    assert message in warning
     usual: Any = resolve(method, flags | {"local_updates": 8, "client_moments": "keep"})
     assert usual.warnings() == []
 
@@ -296,7 +296,7 @@ def test_a_round_ends_the_run_where_more_than_half_are_left_out(
         assert outcome.bits == good.bits
 
 
-@pytest.mark.parametrize(("off", "val_freq", "checkpoint_freq", "said"), [
+@pytest.mark.parametrize(("off", "val_freq", "checkpoint_freq", "message"), [
     (3e38, 1, "none", r"round 2: the global model is no longer finite \(model\): "),
     (3e38, 3, 2, r"round 2: the global model is no longer finite \(model\): "),
     (3e38, 3, "none", r"round 3: 2 of 2 clients are left out, more than half \(client 0: delta not "
@@ -304,7 +304,7 @@ def test_a_round_ends_the_run_where_more_than_half_are_left_out(
     (1.5e38, 1, "none", r"round 2: the validation loss is not finite: ")])
 def test_a_ruined_model_is_not_kept_for_the_last_good_one(
         run_here: Run, monkeypatch: pytest.MonkeyPatch, off: float, val_freq: int,
-        checkpoint_freq: int | str, said: str) -> None:
+        checkpoint_freq: int | str, message: str) -> None:
     """Of floats that are finite each, while a server's momentum makes more of them."""
     flags = ("--num_clients", 2, "--aggregation", "float", "--server_lr", 1, "--val_freq", val_freq,
              "--checkpoint_freq", checkpoint_freq)
@@ -314,7 +314,7 @@ def test_a_ruined_model_is_not_kept_for_the_last_good_one(
     assert outcome.code == 1, outcome.output
     assert "Traceback" not in outcome.output
     kept = re.escape(str(outcome.run_dir / "model.safetensors"))
-    assert re.search(rf"{said}--lr (0\.002 )?may be too large; the last good model is in {kept}",
+    assert re.search(rf"{message}--lr (0\.002 )?may be too large; the last good model is in {kept}",
                      outcome.output), outcome.output
     assert outcome.bits == good.bits
     assert [r["global_step"] for r in outcome.history] == [1]

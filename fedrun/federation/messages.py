@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,15 +101,18 @@ def encode(message: Any) -> dict[str, Any]:
 
 def decode(kind: type[Message], values: Mapping[str, Any]) -> Message:
     """The message of this dataclass that `encode` made `values` of; TypeError for other fields."""
-    hints = typing.get_type_hints(kind)
+    nested = _lists_of_dataclasses(kind)
+    return kind(**{name: [decode(nested[name], one) for one in value] if name in nested else value
+                   for name, value in values.items()})
 
-    def field_of(name: str, value: Any) -> Any:
-        inner = next(iter(typing.get_args(hints.get(name))), None)
-        if isinstance(inner, type) and dataclasses.is_dataclass(inner):
-            return [decode(inner, one) for one in value]
-        return value
 
-    return kind(**{name: field_of(name, value) for name, value in values.items()})
+@functools.cache  # resolving type hints takes as long as decoding
+def _lists_of_dataclasses(kind: type) -> dict[str, type]:
+    """Of the fields that are lists of dataclasses: name -> dataclass."""
+    found = {name: next(iter(typing.get_args(hint)), None)
+             for name, hint in typing.get_type_hints(kind).items()}
+    return {name: inner for name, inner in found.items()
+            if isinstance(inner, type) and dataclasses.is_dataclass(inner)}
 
 
 def clients_of(plan: RoundPlan, reports: Sequence[WorkerReport]) -> list[ClientReport]:

@@ -9,8 +9,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -94,6 +92,10 @@ class RoundReport:
     """Checkpoint files that were written since the last report (`CheckpointWriter.written`)."""
 
 
+_NESTED: dict[type, dict[str, type]] = {WorkerReport: {"clients": ClientReport}}
+"""Fields that are lists of dataclasses."""
+
+
 def encode(message: Any) -> dict[str, Any]:
     """A message as JSON-able values."""
     return dataclasses.asdict(message)
@@ -101,18 +103,9 @@ def encode(message: Any) -> dict[str, Any]:
 
 def decode(kind: type[Message], values: Mapping[str, Any]) -> Message:
     """The message of this dataclass that `encode` made `values` of; TypeError for other fields."""
-    nested = _lists_of_dataclasses(kind)
+    nested = _NESTED.get(kind, {})
     return kind(**{name: [decode(nested[name], one) for one in value] if name in nested else value
                    for name, value in values.items()})
-
-
-@functools.cache  # resolving type hints takes as long as decoding
-def _lists_of_dataclasses(kind: type) -> dict[str, type]:
-    """Of the fields that are lists of dataclasses: name -> dataclass."""
-    found = {name: next(iter(typing.get_args(hint)), None)
-             for name, hint in typing.get_type_hints(kind).items()}
-    return {name: inner for name, inner in found.items()
-            if isinstance(inner, type) and dataclasses.is_dataclass(inner)}
 
 
 def clients_of(plan: RoundPlan, reports: Sequence[WorkerReport]) -> list[ClientReport]:

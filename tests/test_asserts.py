@@ -75,9 +75,9 @@ def test_an_effect_is_seen(statement: str) -> None:
 def test_a_cohort_below_the_number_of_workers_without_asserts(
         run_here: Run, run: Run, little_text: tuple[str, ...]) -> None:
     """Workers without a client in a round hold the sum of an earlier one, and add zeros."""
-    code, told = execute([sys.executable, "-c", "import sys; print(sys.flags.optimize)"],
+    code, reported = execute([sys.executable, "-c", "import sys; print(sys.flags.optimize)"],
                          env={"PYTHONOPTIMIZE": "1"})
-    assert (code, told) == (0, "1\n")
+    assert (code, reported) == (0, "1\n")
     flags = (*little_text, "--num_clients", 3, "--cohort", 1, "--rounds", 4)
     alone = run_here("fed_avg", *flags, name="alone")
     optimized = run("fed_avg", *flags, processes=4, env={"PYTHONOPTIMIZE": "1"})

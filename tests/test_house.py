@@ -84,9 +84,9 @@ def test_modules_of_a_wing_import_in_no_circle() -> None:
 def test_only_ranks_know_torch_distributed() -> None:
     for module, path in MODULES.items():
         if wing(f"{module}.x") not in ("distributed", "torchrun"):
-            told = [name for _, name in imports(path) if "distributed" in name
+            reported = [name for _, name in imports(path) if "distributed" in name
                     and name.startswith("torch")]
-            assert not told, f"{module} imports {told}"
+            assert not reported, f"{module} imports {reported}"
 
 
 def is_fixture(node: ast.stmt) -> bool:

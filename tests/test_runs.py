@@ -169,9 +169,9 @@ def test_the_outcome_names_a_worker_that_fails_after_the_decision(run: Run, tmp_
                   env={"FAULT": "disk", "FAULT_AT": "reduce:2", "FAULT_RANK": "2",
                        "FAULT_ONCE": str(tmp_path / "once")}, limit=60)
     assert outcome.code == 1
-    told = outcome.outcome
-    assert (told["outcome"], told["kind"]) == ("failed", "error")
-    assert "rank 2 failed with OSError: [Errno 28] No space left" in told["reason"]
+    reported = outcome.outcome
+    assert (reported["outcome"], reported["kind"]) == ("failed", "error")
+    assert "rank 2 failed with OSError: [Errno 28] No space left" in reported["reason"]
 
 
 @pytest.mark.parametrize(("fault", "why"), [

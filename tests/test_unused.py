@@ -98,7 +98,7 @@ def test_a_flag_without_effect_is_a_warning(
 def test_every_rule_has_a_case() -> None:
     assert {name for _, flag, *_ in IDLE_CASES for name in flag} == {*IDLE, "config"}
     for method in ("central", *STRATEGIES):
-        assert not idle(resolve(method, {"rounds": 7})), "defaults are never told"
+        assert not idle(resolve(method, {"rounds": 7})), "defaults cause no warning"
 
 
 WORDS = {"config", "data_dir", "run_name"}  # read by the config itself: they name the run's folder

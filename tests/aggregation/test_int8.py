@@ -126,9 +126,9 @@ def test_sent_and_residual_add_up_to_what_was_trained() -> None:
         trained += sum(w * d for w, d in zip(weights, deltas, strict=True))
         sent += one_round([[0, 1, 2]], deltas, weights, residuals)
     assert torch.allclose(sent + sum(residuals), trained, rtol=0, atol=1e-12)
-    owed = torch.stack([r.abs() for r in residuals]).amax(0)
+    residuals_seen = torch.stack([r.abs() for r in residuals]).amax(0)
     largest = torch.stack([d.abs() for d in drawn(3, seed=rounds - 1)]).amax()
-    assert float(owed.max()) < float(largest) / 10
+    assert float(residuals_seen.max()) < float(largest) / 10
     assert float((sent - trained).norm()) < 0.02 * float(trained.norm())
 
 
@@ -155,12 +155,12 @@ def test_a_left_out_client_adds_nothing_and_keeps_its_residual(last: float, why:
 def test_a_residual_survives_a_round_in_which_its_client_is_left_out(
         run_here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """And a residual that is lost would be seen: the final bits depend on it."""
-    healthy, owed = Client.forget, []
+    healthy, residuals_seen = Client.forget, []
 
     def forget(client: Client) -> None:
         before = client.vectors["residual"].clone()
         healthy(client)
-        owed.append((before, client.vectors["residual"].clone()))
+        residuals_seen.append((before, client.vectors["residual"].clone()))
 
     monkeypatch.setattr(Client, "forget", forget)
     broken_train = Client.train
@@ -175,8 +175,8 @@ def test_a_residual_survives_a_round_in_which_its_client_is_left_out(
     outcome = run_here("fed_avg", "--num_clients", 2, "--rounds", 3, "--aggregation", "int8",
                        "--local_updates", 2)
     assert outcome.code == 0, outcome.output
-    assert len(owed) == 2
-    for before, after in owed:
+    assert len(residuals_seen) == 2
+    for before, after in residuals_seen:
         assert bool(before.any())
         assert torch.equal(before, after)
 

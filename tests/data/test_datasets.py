@@ -98,10 +98,10 @@ def test_unreadable_files_are_left_out_and_reported(tmp_path: Path) -> None:
     (folder / "photo.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
     corpus = load(folder)
     assert files_in(corpus.train) == ["a.txt", "b.txt"]
-    for told in ("train: 2 files (2 .txt)", "not read: 1 not text (photo.png)",
+    for reported in ("train: 2 files (2 .txt)", "not read: 1 not text (photo.png)",
                  "1 of json, fewer than of text (name them to read them) (c.jsonl)",
                  "1 describing the dataset (README.md)"):
-        assert told in corpus.read
+        assert reported in corpus.read
     assert files_in(load(folder / "c.jsonl").train) == ["c.jsonl"]
     notes = load(write(tmp_path / "notes", "README.md", "other.md"))
     assert files_in(notes.train) == ["README.md", "other.md"]

@@ -74,7 +74,7 @@ def test_code_that_comes_with_a_tokenizer_is_neither_run_nor_asked_for(
 
 def test_nothing_is_loaded_in_a_way_that_could_run_code() -> None:
     """Every call in the sources that loads a file, with the argument that makes it safe."""
-    told = {"torch.load": ("weights_only", True), "AutoTokenizer.from_pretrained":
+    reported = {"torch.load": ("weights_only", True), "AutoTokenizer.from_pretrained":
             ("trust_remote_code", False), "np.load": ("allow_pickle", False)}
     safe = {"nn.Embedding.from_pretrained", "json.load",
             "json.loads", "yaml.safe_load", "datasets.load_dataset", "Documents.load",
@@ -87,8 +87,8 @@ def test_nothing_is_loaded_in_a_way_that_could_run_code() -> None:
             if not isinstance(node, ast.Call):
                 continue
             name = ast.unparse(node.func)
-            if name in told:
-                flag, value = told[name]
+            if name in reported:
+                flag, value = reported[name]
                 given = {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg == flag}
                 # numpy's own default is the safe one.
                 assert given.get(flag, value if name == "np.load" else None) == value, file

@@ -63,13 +63,13 @@ def submit(cluster: Cluster, flags: list[str], tmp_path: Path) -> Callable[..., 
     """submit("--rounds", 4, options=["--no-requeue"]): a job of launch/slurm.sbatch."""
     def submit_it(*more: object, options: tuple[str, ...] = (), **env: str) -> Job:
         output = tmp_path / "slurm.out"
-        code, told = cluster.run(
+        code, reported = cluster.run(
             "sbatch", "--parsable", f"--output={output}", *options, "launch/slurm.sbatch",
             "fed_avg", *flags, "--data_dir", tmp_path, "--run_name", "run", *more,
             env={"PYTHON": sys.executable, "WORKERS_PER_NODE": "1", "RESTARTS": "2",
                  "LOG_DIR": str(tmp_path / "logs"), **env})
-        assert code == 0, told
-        return Job(cluster, told.strip(), output)
+        assert code == 0, reported
+        return Job(cluster, reported.strip(), output)
     return submit_it
 
 

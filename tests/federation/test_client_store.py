@@ -154,9 +154,9 @@ def test_files_are_what_safetensors_reads(kind: torch.dtype, tmp_path: Path) -> 
     assert_same(load_file(tmp_path / "file"), vectors)
     assert_same(checkpoint.read_tensors(tmp_path / "file"), vectors)
     assert load_file(tmp_path / "empty") == {}
-    for name, told in sums.items():
+    for name, reported in sums.items():
         content = (tmp_path / name).read_bytes()
-        assert told == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        assert reported == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def test_a_full_disk_is_reported_at_the_next_call(tmp_path: Path,
@@ -170,9 +170,9 @@ def test_a_full_disk_is_reported_at_the_next_call(tmp_path: Path,
     saver = CheckpointWriter()
     states.save(saver, tmp_path / "step_000001", 1, {})
     assert "No space left on device" in written(saver)["error"]  # and no older state of client 0
-    told = rf"--client_store disk: .* cannot be written \(No space left.*{tmp_path}/clients"
+    reported = rf"--client_store disk: .* cannot be written \(No space left.*{tmp_path}/clients"
     for call in (lambda: states.checkout(1), lambda: states.checkin(1, state(1))):
-        with pytest.raises(OSError, match=told):
+        with pytest.raises(OSError, match=reported):
             call()
     states.close(SECONDS)
 
@@ -335,10 +335,10 @@ def test_256_clients_take_the_memory_of_16(run: Run, tmp_path: Path) -> None:
                       "--config", model, "--client_store", "disk", "--batch_size", 1,
                       script=script, processes=3, name=str(clients), limit=150)
         assert outcome.code == 0, outcome.output
-        told = [list(map(int, (outcome.run_dir / f"peak_{rank}").read_text().split()))
+        reported = [list(map(int, (outcome.run_dir / f"peak_{rank}").read_text().split()))
                 for rank in (1, 2)]
-        peaks[clients] = [1024 * kib for kib, _, _ in told]
-        assert [hosted for _, _, hosted in told] == [clients // 2] * 2
+        peaks[clients] = [1024 * kib for kib, _, _ in reported]
+        assert [hosted for _, _, hosted in reported] == [clients // 2] * 2
     slack = 0.2 * max(peaks[16])
-    assert (128 - 8) * 2 * 4 * told[0][1] > 2 * slack  # what the states alone would add in memory
+    assert (128 - 8) * 2 * 4 * reported[0][1] > 2 * slack  # the states alone, in memory
     assert max(peaks[256]) <= max(peaks[16]) + slack

@@ -24,26 +24,26 @@ FLAGS = ("--num_clients", "3", "--rounds", "5")
 def test_a_digest_sees_every_bit_and_depends_on_no_split(
         dtype: torch.dtype, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     vector = torch.randn(size, generator=torch.Generator().manual_seed(0), dtype=dtype)
-    told = replicas.digest(vector)
+    reported = replicas.digest(vector)
     monkeypatch.setitem(replicas._ROWS_AT_ONCE, "cpu", 256)  # as on a GPU
-    assert replicas.digest(vector.clone()) == told
+    assert replicas.digest(vector.clone()) == reported
     monkeypatch.undo()
     bits = vector.view(torch.int32)
     for place in {0, size // 2, size - 1}:
         for bit in (1, 1 << 20, -(1 << 31)):
             bits[place] ^= bit
-            assert replicas.digest(vector) != told
+            assert replicas.digest(vector) != reported
             bits[place] ^= bit
-    assert replicas.digest(vector) == told
+    assert replicas.digest(vector) == reported
 
 
 def test_a_digest_depends_on_the_place() -> None:
     vector = torch.arange(200_000, dtype=torch.float64)
-    told = {replicas.digest(vector)}
+    reported = {replicas.digest(vector)}
     for a, b in ((0, 1), (0, 1 << 15), (5, 199_999)):  # of a row, of a column, of neither
         vector[[a, b]] = vector[[b, a]]
-        told.add(replicas.digest(vector))
-    assert len(told) == 4
+        reported.add(replicas.digest(vector))
+    assert len(reported) == 4
 
 
 NONE = RoundReport()  # of a rank without a replica of its own
@@ -72,12 +72,12 @@ def test_the_ranks_of_the_minority_are_named(reports: list[RoundReport], message
 
 def test_the_copy_that_is_written_is_compared_too() -> None:
     model = torch.randn(1000)
-    told = [NONE, RoundReport(replicas=replicas.digests({"model": model}))]
-    assert replicas.compare(told, model) == ""
+    reported = [NONE, RoundReport(replicas=replicas.digests({"model": model}))]
+    assert replicas.compare(reported, model) == ""
     copy = model.clone()
     copy[5] = -copy[5]
     assert "the copy of the global model that rank 0 received differs from that of rank 1" in (
-        replicas.compare(told, copy))
+        replicas.compare(reported, copy))
 
 
 def test_a_copy_that_differs_is_not_written(run_here: Run, monkeypatch: pytest.MonkeyPatch
@@ -134,8 +134,8 @@ def test_a_flipped_bit_ends_the_run_and_costs_none(flipped: tuple[Path, str], ru
                            "differs from that on ranks 1, 3: ")
     assert line.endswith(f"the last good model is in {ended.run_dir / 'model.safetensors'}")
     assert "Traceback" not in output
-    told = ended.outcome
-    assert (told["outcome"], told["reason"]) == ("failed", line.removeprefix("fedrun: "))
+    reported = ended.outcome
+    assert (reported["outcome"], reported["reason"]) == ("failed", line.removeprefix("fedrun: "))
     assert [record["global_step"] for record in ended.history] == [1]
     assert ended.bits == run_here("fed_avg", *FLAGS, "--rounds", 1, name="first").bits
     whole = run_here("fed_avg", *FLAGS, name="whole")

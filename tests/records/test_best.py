@@ -130,11 +130,11 @@ def test_a_run_keeps_its_best_model_as_a_folder_for_every_command(
     assert any(not torch.equal(model[name], value) for name, value in whole.model.items())
     if method == "central":
         return
-    told: list[str] = []
-    monkeypatch.setattr("builtins.print", lambda *line, **_: told.append(" ".join(map(str, line))))
+    printed: list[str] = []
+    monkeypatch.setattr("builtins.print", lambda *line, **_: printed.append(" ".join(map(str, line))))
     held = read_json(best / "config.json")
     assert evaluate.main([str(best), "--cache_dir", held["cache_dir"]]) == 0
-    assert json.loads(told[-1])["loss"] == pytest.approx(min(losses), abs=1e-6)
+    assert json.loads(printed[-1])["loss"] == pytest.approx(min(losses), abs=1e-6)
     assert generate.main([str(best), "--max_new_tokens", "3"]) == 0
     assert cli.main(["fed_avg", "--init_from", str(best), "--data_dir", str(tmp_path), "--run_name",
                      "run", "--overwrite"]) == 2

@@ -249,8 +249,8 @@ def test_a_client_beyond_the_bound_is_left_out(
     assert re.fullmatch(rf"{what} exceeds its bound: (45|44\.9\d*|45\.0\d*) > {bound}", why), why
     assert f"round 2: client 1 is left out: {why}; its moments are reset" in outcome.output
     events = outcome.events
-    told = [(e["left_out"], e["left_out_why"]) for e in events if e["event"] == "round"]
-    assert told == [([], []), ([1], [why]), ([], [])]
+    reported = [(e["left_out"], e["left_out_why"]) for e in events if e["event"] == "round"]
+    assert reported == [([], []), ([1], [why]), ([], [])]
     assert all(bool(torch.isfinite(v).all()) for v in outcome.model.values())
     if method == "fed_avg" and not flags:  # the same as with one that is not finite
         monkeypatch.undo()

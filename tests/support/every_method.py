@@ -1,6 +1,6 @@
 """Every method's run in one set of processes: python every_method.py DATA_DIR SHARED_FLAG ...
 
-Whole runs one after the other, each connecting anew as after a restart of torchrun.
+Whole runs one after the other, each connecting again, as after a restart of torchrun.
 """
 
 from __future__ import annotations

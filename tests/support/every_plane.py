@@ -72,15 +72,15 @@ def result(case: str, plane: DataPlane, mine: range) -> dict[str, Tensor]:
     measured: dict[str, float] = {}
     for number in range(ROUNDS):
         terms.begin(Bounds(BOUND))
-        owed = []
+        residuals = []
         for client in mine:
             reported = vectors(client, number)
-            owed.append(reported["residual"])
+            residuals.append(reported["residual"])
             inputs = ["parameters" if name == "delta" else name for name in strategy.inputs]
             wanted = (*inputs, *terms.moments, *(["residual"] if case == "int8" else []))
             reported["parameters"] = reported.pop("delta").add_(model)
             assert not terms.add({n: reported[n] for n in wanted}, WEIGHT, start=model)
-        terms.reduce(owed)
+        terms.reduce(residuals)
         measured |= update.apply(model, state, ServerRound(number + 1, 1e-3), moments, measure=True)
         # As after a round of messages: a fast worker is already at the next.
     return {"model": model.clone(), **{n: v.clone() for n, v in (state | moments).items()},

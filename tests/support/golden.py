@@ -82,9 +82,9 @@ def main(argv: Sequence[str]) -> int:
                 found[name] = {run: result(folder / run) for run in names}
             made += len(names)
             for run in names:
-                told = difference(found["before"][run], found["now"][run])
-                differing += bool(told)
-                print(f"{run:<20} {processes} processes  {told or 'equal'}", flush=True)
+                reported = difference(found["before"][run], found["now"][run])
+                differing += bool(reported)
+                print(f"{run:<20} {processes} processes  {reported or 'equal'}", flush=True)
     print(f"{differing} of {made} runs differ from {args.against}")
     return int(differing > 0)
 

@@ -131,7 +131,8 @@ def test_a_run_keeps_its_best_model_as_a_folder_for_every_command(
     if method == "central":
         return
     printed: list[str] = []
-    monkeypatch.setattr("builtins.print", lambda *line, **_: printed.append(" ".join(map(str, line))))
+    monkeypatch.setattr("builtins.print",
+                        lambda *words, **_: printed.append(" ".join(map(str, words))))
     held = read_json(best / "config.json")
     assert evaluate.main([str(best), "--cache_dir", held["cache_dir"]]) == 0
     assert json.loads(printed[-1])["loss"] == pytest.approx(min(losses), abs=1e-6)

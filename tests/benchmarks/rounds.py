@@ -37,8 +37,9 @@ def sides(task: Task, clients: int, workers: int, peers: tuple[str, ...], folder
 
     ours = [sys.executable, "-m", "tests.benchmarks.fedrun_rounds", "--clients", str(clients),
             "--block", str(BLOCK), *what("fedrun")]
-    return {"fedrun": Ranks(ours, workers + int(workers > 1))} | {
-        peer: peer_side(peer, workers, clients, what(peer)) for peer in peers}
+    # Peers first: while an environment is built, nobody asks our ranks, who would give up waiting.
+    others = {peer: peer_side(peer, workers, clients, what(peer)) for peer in peers}
+    return {"fedrun": Ranks(ours, workers + int(workers > 1))} | others
 
 
 def main() -> None:

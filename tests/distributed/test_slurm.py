@@ -79,7 +79,7 @@ def test_two_nodes_give_the_bits_of_one_process(
     assert job.until_over() == "COMPLETED", job.output
     assert "node 0 of 2" in job.output
     assert "node 1 of 2" in job.output
-    assert f"[rank 0] round {ROUNDS}/{ROUNDS}" in job.output
+    assert f"[rank 0] fedrun: round {ROUNDS}/{ROUNDS}" in job.output
     assert "[rank 1]" not in job.output
     assert list((tmp_path / "logs" / "node1").rglob("stderr.log"))
     assert parameters(tmp_path / "run") == undisturbed

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FixedLocator
 
@@ -20,7 +21,7 @@ from fedrun.plots.curves import Curve
 from fedrun.plots.runs import Axis
 
 STEEP = 0.1  # of a run
-ABOVE_OWN_END = 1.5
+ABOVE_OWN_END = 1.25
 """The axis ends at this multiple of a curve's last value, unless the curve stays below it."""
 ABOVE_LOWEST_END = 6.0
 """And at this multiple of the lowest last value, so that a diverged run does not flatten others."""
@@ -28,8 +29,9 @@ MARGIN = 0.04  # of the axis, above and below
 SMALLEST_RATIO = 1.02  # between the ends of the axis, for flat curves
 INSET = (0.40, 0.36)  # of a panel's width and height
 TICKS = (0.14, 0.10)  # of a panel, for the inset's tick labels at its left and below it
-UPPER_RIGHT = (0.59, 0.60)  # lower left corner of an inset in a panel
-PLACES = [UPPER_RIGHT, *((x, y) for y in (0.60, 0.45, 0.30, 0.12) for x in (0.59, 0.40, 0.16))]
+PLACES = [(x, y) for y in (0.60, 0.45, 0.30, 0.12) for x in (0.59, 0.40, 0.16)]
+"""Lower left corners that an inset may have in a panel, the best first."""
+BESIDE = 2.0  # inches: width of an inset beside the panels
 
 
 @dataclass(frozen=True)
@@ -101,19 +103,32 @@ def apply(drawn: Sequence[Drawn], axis: Axis, view: View) -> str:
     by_panel = {ax: [d for d in drawn if d.ax is ax] for ax in panels}
     cut = {ax: here for ax, here in by_panel.items()
            if any(d.curve.mean.max() > high for d in here)}
-    high = max([high, *(_headroom(ax, here) for ax, here in cut.items()
-                        if min(_hidden(ax, here).values()))])
-    for ax in panels:
-        ax.set_ylim(low, high)
+    hidden = {ax: _hidden(ax, here) for ax, here in cut.items()}
+    if any(min(found.values()) for found in hidden.values()):
+        _inset_beside(panels, drawn, axis)
+        return ""
     for ax, here in cut.items():
-        hidden = _hidden(ax, here)
-        _inset(ax, here, axis, min(hidden, key=lambda place: hidden[place]))
+        places = hidden[ax]
+        _inset(ax, here, axis, (*min(places, key=lambda place: places[place]), *INSET))
     return ""
 
 
-def _inset(ax: Axes, drawn: Sequence[Drawn], axis: Axis, place: tuple[float, float]) -> None:
-    """Draw the whole curves small, with the lower left corner at `place`, in parts of the panel."""
-    inset = ax.inset_axes((*place, *INSET))
+def _inset_beside(panels: Sequence[Axes], drawn: Sequence[Drawn], axis: Axis) -> None:
+    """One inset for all panels at the right of the first row, where it hides nothing."""
+    fig = panels[0].get_figure()
+    last = [ax for ax in panels if ax.get_subplotspec().is_first_row()][-1]  # type: ignore
+    columns = last.get_subplotspec().get_gridspec().ncols  # type: ignore[union-attr]
+    assert isinstance(fig, Figure)
+    width, height = fig.get_size_inches()
+    part = BESIDE * columns / (width - 1)
+    fig.set_size_inches(width + BESIDE + 0.6, height)
+    _inset(last, drawn, axis, (1.03 + 0.6 * part / BESIDE, 0.55, part, 0.4))
+
+
+def _inset(ax: Axes, drawn: Sequence[Drawn], axis: Axis,
+           box: tuple[float, float, float, float]) -> None:
+    """Draw the whole curves small; box: left, bottom, width and height in parts of the panel."""
+    inset = ax.inset_axes(box)
     for one in drawn:
         inset.plot(one.curve.x, one.curve.mean, color=one.line.get_color(),
                    linestyle=one.line.get_linestyle(), linewidth=1.0)
@@ -131,26 +146,11 @@ def _inset(ax: Axes, drawn: Sequence[Drawn], axis: Axis, place: tuple[float, flo
 
 def _hidden(ax: Axes, drawn: Sequence[Drawn]) -> dict[tuple[float, float], int]:
     """How much of the curves an inset would hide at each of PLACES."""
-    across, heights = _heights(ax, drawn)
+    left, right = ax.get_xlim()
     low, high = np.log(ax.get_ylim())
-    up = (heights - low) / (high - low)
+    across = np.linspace(0, 1, 200)
+    curves = np.array([np.interp(left + across * (right - left), d.curve.x, np.log(d.curve.mean),
+                                 left=np.inf, right=np.inf) for d in drawn])
+    up = (curves - low) / (high - low)
     return {(x, y): int(((across > x - TICKS[0]) & (across < x + INSET[0]) & (up > y - TICKS[1])
                          & (up < y + INSET[1] + 0.04)).sum()) for x, y in PLACES}
-
-
-def _headroom(ax: Axes, drawn: Sequence[Drawn]) -> float:
-    """Where the y-axis has to end for an inset in the upper right corner to hide nothing."""
-    across, heights = _heights(ax, drawn)
-    below = heights[np.isfinite(heights) & (across > UPPER_RIGHT[0] - TICKS[0])]
-    low = np.log(ax.get_ylim()[0])
-    return float(np.exp(low + (below.max(initial=low) - low) / (UPPER_RIGHT[1] - TICKS[1] - 0.01)))
-
-
-def _heights(ax: Axes, drawn: Sequence[Drawn]) -> tuple[np.ndarray, np.ndarray]:
-    """Positions across the panel, from 0 to 1, and the curves' logarithms there (curves,
-    positions); infinite where a curve has no value."""
-    left, right = ax.get_xlim()
-    across = np.linspace(0, 1, 200)
-    return across, np.array([np.interp(left + across * (right - left), d.curve.x,
-                                       np.log(d.curve.mean), left=np.inf, right=np.inf)
-                             for d in drawn])

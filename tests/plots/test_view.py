@@ -63,6 +63,18 @@ def test_methods_are_told_apart(tmp_path: Path, ends: dict[str, float]) -> None:
     assert len(inset.lines) == 3
 
 
+def test_methods_are_told_apart_beside_central_training(tmp_path: Path) -> None:
+    """Which ends so far below them that nothing is left of the panel for an inset."""
+    folders.study(tmp_path, end=299.0)
+    for method, end in ENDS.items():
+        folders.study(tmp_path, 1, method=method, end=end)
+    figure = figure_of(tmp_path, METHODS)
+    apart = np.diff(ends_in_pixels(figure))
+    assert (apart > 1.5 * figure.axes[0].lines[0].get_linewidth() * figure.dpi / 72).all()
+    (inset,) = insets(figure.axes[0])
+    assert len(inset.lines) == 4
+
+
 def test_what_the_user_asks_to_see(tmp_path: Path) -> None:
     for method, end in ENDS.items():
         folders.study(tmp_path / "runs", 1, method=method, end=end)

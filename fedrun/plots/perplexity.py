@@ -12,8 +12,10 @@ curves is shown, and where the y-axis ends: `plots/view.py`.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,9 @@ from matplotlib.lines import Line2D
 from fedrun.common.terminal import say
 from fedrun.plots import style
 from fedrun.plots.curves import Curve
+from fedrun.plots.protocols import protocols
 from fedrun.plots.runs import Axis, Group, Measure, Run
-from fedrun.plots.selection import Selection, updates_text
+from fedrun.plots.selection import Selection, natural, updates_text
 from fedrun.plots.view import WHOLE_FINDING, Drawn, View, apply
 
 Result = Figure | str
@@ -37,17 +40,39 @@ PANELS_PER_ROW = 3
 
 def figures(runs: Sequence[Run], axis: Axis, config: str | None = None,
             view: View = WHOLE_FINDING) -> tuple[dict[str, Result], list[str]]:
-    """All figures of one config, or of every config found, by name; and the runs left out."""
-    selection = Selection(runs, axis, view)
+    """All figures of one config, or of every config found, by name; and the runs left out.
+
+    Where runs have several protocols (`plots/protocols.py`), each has figures of its own, with the
+    protocol in their names.
+    """
     made: dict[str, Result] = {}
+    left_out: dict[str, None] = {}
+
+    def draw(name: str, members: Sequence[Run], figure: Callable[[Selection], Result]) -> None:
+        drawn: dict[str, Result] = {}
+        found = protocols(members) or {"": []}
+        for protocol, its in found.items():
+            selection = Selection(its, axis, view, protocol)
+            suffix = "_" + re.sub(r"[^\w.=-]+", "_", protocol) if protocol else ""
+            drawn[name + suffix] = figure(selection)
+            left_out.update(selection.left_out)
+        able = {n: result for n, result in drawn.items() if not isinstance(result, str)}
+        reason = str(next(iter(drawn.values()))) + (
+            f", in the same protocol; there are {len(found)}: {'; '.join(found)}"
+            if len(found) > 1 else "")
+        made.update(able)
+        if not able:
+            made[name] = reason
+
     with style.drawing():
-        for name in [config] if config else selection.configs:
-            made[f"1_central_vs_fed_{name}"] = central_vs_fed(selection, name)
-            made[f"2_lu_comparison_{name}"] = lu_comparison(selection, name)
-            made[f"3_method_comparison_{name}"] = method_comparison(selection, name)
-        made["4_multi_config_comparison"] = multi_config_comparison(selection)
-        made["5_configs_in_one_axes"] = configs_in_one_axes(selection)
-    return made, list(selection.left_out)
+        for own in [config] if config else natural({run.config for run in runs}):
+            members = [run for run in runs if run.config == own]
+            for number, figure in enumerate((central_vs_fed, lu_comparison, method_comparison), 1):
+                draw(f"{number}_{figure.__name__}_{own}", members,
+                     functools.partial(figure, config=own))
+        draw("4_multi_config_comparison", runs, multi_config_comparison)
+        draw("5_configs_in_one_axes", runs, configs_in_one_axes)
+    return made, list(left_out)
 
 
 def central_vs_fed(selection: Selection, config: str) -> Result:

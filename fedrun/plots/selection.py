@@ -18,9 +18,11 @@ BANDS = "bands: one standard deviation over the seeds, around their mean"
 class Selection:
     """The groups of runs that a set of figures is drawn from, and notes for the reader."""
 
-    def __init__(self, runs: Iterable[Run], axis: Axis, view: View = WHOLE_FINDING) -> None:
+    def __init__(self, runs: Iterable[Run], axis: Axis, view: View = WHOLE_FINDING,
+                 protocol: str = "") -> None:
         self.axis: Axis = axis
         self.view = view
+        self.protocol = protocol
         self.groups = groups(runs)
         self.notes: dict[str, None] = {}
         """Lines below the current figure, in order."""
@@ -76,7 +78,8 @@ class Selection:
 
     def foot(self) -> str:
         """Return the notes for the current figure and clear them."""
-        text = "\n".join(textwrap.fill(note, NOTE_WIDTH) for note in self.notes)
+        protocol = [f"protocol: {style.text(self.protocol, 2 * NOTE_WIDTH)}"] * bool(self.protocol)
+        text = "\n".join(textwrap.fill(note, NOTE_WIDTH) for note in [*protocol, *self.notes])
         self.notes.clear()
         return text
 

@@ -324,7 +324,8 @@ def test_changes_are_computed_where_only_parameters_were_saved(tmp_path: Path) -
     assert entity.changed_steps == list(folders.STEPS[1:])
     change = entity.changes(0, [30])[30]
     np.testing.assert_allclose(change, folders.change(30, 0) - folders.change(1, 0), atol=1e-6)
-    assert "since step 1" in deltas.heatmap(entity, 0).get_suptitle()
+    title = deltas.heatmap(entity, 0, 1.0).get_suptitle()
+    assert "since step 1, layer not said by its files" in title
 
 
 def test_damaged_arrays_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,8 @@ class Curve:
     mean: np.ndarray
     std: np.ndarray | None
     seeds: list[int]
+    steps: np.ndarray
+    """Local optimizer steps of a client; of a central run, its optimizer steps."""
     left_out: list[str]
     """Runs that are shorter than the others or repeat a seed."""
 
@@ -41,4 +43,5 @@ def curve(group: Group, measure: Measure, axis: Axis) -> Curve | None:
         return None
     x, y = np.moveaxis(np.array([[points[s] for s in steps] for points in chosen.values()]), 2, 0)
     std = y.std(axis=0, ddof=1) if len(y) > 1 else None
-    return Curve(x.mean(axis=0), y.mean(axis=0), std, sorted(chosen), left_out)
+    return Curve(x.mean(axis=0), y.mean(axis=0), std, sorted(chosen),
+                 np.array(steps) * group.local_updates, left_out)

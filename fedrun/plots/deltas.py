@@ -27,8 +27,9 @@ from fedrun.plots.saved import Entity, FoundEntities
 
 ROWS_AND_COLUMNS = 80  # of the matrix in a heatmap
 HEATMAPS = 10  # steps in a figure
-TOP_VALUES = 6  # singular values drawn over the steps
-SUBSCRIPTS = "₁₂₃₄₅₆"
+TOP_VALUES = 8  # singular values drawn over the steps
+SUBSCRIPTS = "₁₂₃₄₅₆₇₈"
+WIDE = 10  # the ratio of singular values from which on their axis is logarithmic
 ENERGY = 0.95
 COLOUR_QUANTILE = 0.995
 """The colour scale ends at this quantile of the changes. If it ended at the largest change, one
@@ -75,12 +76,14 @@ def figures(found: FoundEntities, layer: int | None = 0) -> dict[str, Figure | s
     families = _families(found.entities)
     with style.drawing():
         for number in layers:
+            limit = common_limit([e for e in found.entities if number in e.layers], number)
             suffix = f"_layer{number}" if number else ""
             for entity in found.entities:
                 name = (f"heatmap_{_family(entity)}_seed_{entity.run.seed}_{entity.name}"
                         if found.federated else f"heatmap_structure_{entity.run.name}")
                 made[_unused(made, name + suffix, entity)] = (
-                    heatmap(entity, number) if number in entity.layers else _no_layer(entity))
+                    heatmap(entity, number, limit) if number in entity.layers
+                    else _no_layer(entity))
             for family, members in families.items():
                 having = [e for e in members if number in e.layers]
                 entity_suffix = "" if found.entity in ("server", "central") else f"_{found.entity}"
@@ -111,13 +114,33 @@ def _families(entities: Sequence[Entity]) -> dict[str, list[Entity]]:
     return families
 
 
-def heatmap(entity: Entity, layer: int) -> Figure:
-    """The rows and columns that changed most by the last step, shown at up to ten steps."""
+def common_limit(entities: Sequence[Entity], layer: int) -> float:
+    """Where the colour scale of these entities' heatmaps ends, so that they can be compared."""
+    limits = []
+    for entity in entities:
+        shown = _shown(entity, layer)[0]
+        limits.append(float(np.quantile(np.abs(np.stack(list(shown.values()))), COLOUR_QUANTILE)))
+    return max(limits, default=0.0) or 1.0
+
+
+def _shown(entity: Entity, layer: int
+           ) -> tuple[dict[int, np.ndarray], np.ndarray, np.ndarray, tuple[int, ...]]:
+    """What a heatmap shows: the change at up to ten steps in the rows and the columns that changed
+    most by the last one; these rows and columns; the whole shape."""
     steps = evenly(entity.changed_steps, HEATMAPS)
     changes = entity.changes(layer, steps)
     rows, columns = strongest(changes[steps[-1]])
-    shown = {step: change[np.ix_(rows, columns)] for step, change in changes.items()}
-    limit = float(np.quantile(np.abs(np.stack(list(shown.values()))), COLOUR_QUANTILE)) or 1.0
+    return ({step: change[np.ix_(rows, columns)] for step, change in changes.items()}, rows,
+            columns, changes[steps[-1]].shape)
+
+
+def heatmap(entity: Entity, layer: int, limit: float) -> Figure:
+    """The rows and columns that changed most by the last step, shown at up to ten steps.
+
+    limit: where the colour scale ends, from `common_limit`.
+    """
+    shown, rows, columns, (total_rows, total_columns) = _shown(entity, layer)
+    steps = list(shown)
     across = min(5, len(steps))
     down = -(-len(steps) // across)
     fig = style.figure(1.6 + 2.5 * across, 1.5 + 2.6 * down)
@@ -135,11 +158,10 @@ def heatmap(entity: Entity, layer: int) -> Figure:
         unused.remove()
     fig.colorbar(image, ax=axes[:len(steps)], extend="both", label="change of the weight",
                  shrink=0.9, pad=0.015)
-    total_rows, total_columns = changes[steps[-1]].shape
     fig.supxlabel(f"the {len(columns)} of {total_columns} inputs that changed most", fontsize=12)
     fig.supylabel(f"the {len(rows)} of {total_rows} outputs", fontsize=12)
-    fig.suptitle(f"Change of in_proj since {entity.since}, layer {layer}\n{_title(entity)}, "
-                 f"seed {entity.run.seed}")
+    fig.suptitle(f"Change of in_proj since {entity.since}, {_layer(entity, layer)}\n"
+                 f"{_title(entity)}, seed {entity.run.seed}")
     return fig
 
 
@@ -159,14 +181,20 @@ def evolution(entities: Sequence[Entity], layer: int) -> Figure:
             std = series.std(axis=0, ddof=1)
             ax.fill_between(steps, series.mean(axis=0) - std, series.mean(axis=0) + std,
                             color=colour, alpha=style.BAND_OPACITY, linewidth=0)
-    ax.set_ylim(bottom=0)
+    means = values.mean(axis=0)[:, :len(shades)]
+    if means.min() > 0 and means.max() > WIDE * means.min():
+        ax.set_ylim(means.min() / 1.2, means.max() * 1.2)
+        style.log_axis(ax)
+    else:
+        ax.set_ylim(bottom=0)
     ax.set_xlim(left=0)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.set_xlabel("step" if entities[0].run.method == "central" else "round")
     ax.set_ylabel("singular value")
-    ax.set_title(f"Largest singular values of the change of in_proj, layer {layer}\n"
+    ax.set_title(f"Largest singular values of the change of in_proj, "
+                 f"{_layer(entities[0], layer)}\n"
                  f"{_title(entities[0], len(values))}")
-    style.legend_below(fig, handles, TOP_VALUES)
+    style.legend_below(fig, handles, TOP_VALUES // 2)
     return fig
 
 
@@ -195,7 +223,8 @@ def spectrum(entities: Sequence[Entity], layer: int) -> Figure:
     ax.set_xlabel("number of the singular value")
     ax.set_ylabel("singular value")
     when = "step" if entities[0].run.method == "central" else "round"
-    ax.set_title(f"Singular values of the change of in_proj, layer {layer}, {when} {steps[-1]}\n"
+    ax.set_title(f"Singular values of the change of in_proj, {_layer(entities[0], layer)}, "
+                 f"{when} {steps[-1]}\n"
                  f"{_title(entities[0], len(final))}")
     style.legend_below(fig, handles, 2)
     return fig
@@ -208,6 +237,11 @@ def _over_seeds(entities: Sequence[Entity], layer: int, last_only: bool = False
     steps = sorted(common)[-1:] if last_only else sorted(common)
     return steps, np.array([[singular_values(change) for change in
                              e.changes(layer, steps).values()] for e in entities])
+
+
+def _layer(entity: Entity, layer: int) -> str:
+    """The layer in words."""
+    return f"layer {layer}" if entity.says_layer else "layer not said by its files"
 
 
 def _family(entity: Entity) -> str:

@@ -4,16 +4,18 @@
     2_lu_comparison_{config}       the same number of tokens in rounds of 1, 8, ... local updates
     3_method_comparison_{config}   every method found, a panel for each number of local updates
     4_multi_config_comparison      every config found, and the final perplexities side by side
+    5_configs_in_one_axes          every config as a line, a panel for each method
 
-Runs with several seeds are drawn as their mean with a band of one standard deviation.
+Runs with several seeds are drawn as their mean with a band of one standard deviation. What of the
+curves is shown, and where the y-axis ends: `plots/view.py`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,97 +25,54 @@ from matplotlib.lines import Line2D
 
 from fedrun.common.terminal import say
 from fedrun.plots import style
-from fedrun.plots.curves import Curve, curve
-from fedrun.plots.runs import INFERRED, Axis, Group, Measure, Run, groups
+from fedrun.plots.curves import Curve
+from fedrun.plots.protocols import protocols
+from fedrun.plots.runs import Axis, Group, Measure, Run
+from fedrun.plots.selection import Selection, natural, updates_text
+from fedrun.plots.view import WHOLE_FINDING, Drawn, View, apply
 
 Result = Figure | str
 """A figure, or why there is none: the runs that it needs."""
 
-LU_LINES = {1: "-", 8: (0, (5, 2)), 60: (0, (1.2, 1.6)), 240: (0, (6, 2, 1.2, 2))}
 TRAIN: dict[str, Any] = {"linestyle": (0, (1.2, 1.6)), "linewidth": 1.5, "marker": None}
 PANELS_PER_ROW = 3
-NOTE_WIDTH = 100  # characters that fit under the narrowest figure
 
 
-class Selection:
-    """The groups of runs that a set of figures is drawn from, and notes for the reader."""
+def figures(runs: Sequence[Run], axis: Axis, config: str | None = None,
+            view: View = WHOLE_FINDING) -> tuple[dict[str, Result], list[str]]:
+    """All figures of one config, or of every config found, by name; and the runs left out.
 
-    def __init__(self, runs: Iterable[Run], axis: Axis) -> None:
-        self.axis: Axis = axis
-        self.groups = groups(runs)
-        self.notes: dict[str, None] = {}
-        """Lines below the current figure, in order."""
-        self.left_out: dict[str, None] = {}
-        """Runs left out so far, with the reason, to be printed."""
-
-    def group(self, method: str, config: str, local_updates: int) -> Group | None:
-        """The group for one line: the best variant if there are several, with a note about it."""
-        variants = [g for g in self.groups if (g.method, g.config, g.local_updates)
-                    == (method, config, local_updates)]
-        if not variants:
-            return None
-        best = min(variants, key=lambda g: g.final_ppl)
-        if len(variants) > 1:
-            where = f"{style.label(method)}, {_updates(local_updates)}" \
-                if method != "central" else style.label(method)
-            differs = style.text(best.variant, 2 * NOTE_WIDTH)
-            self.notes[f"{where}: {differs}, the best of {len(variants)} variants"] = None
-        return best
-
-    def curve(self, group: Group, measure: Measure) -> Curve | None:
-        found = curve(group, measure, self.axis)
-        if found is None and measure == "val_ppl":
-            for run in group.runs:
-                self.left_out[f"{run.name}: its history has no {self.axis}"] = None
-        if found is not None:
-            for name in found.left_out:
-                self.left_out[
-                    f"{name}: shorter than other seeds, or a second run of the same seed"] = None
-            if self.axis == "tokens" and any(
-                    run.tokens_inferred for run in group.runs if run.name not in found.left_out):
-                self.notes[INFERRED] = None
-        return found
-
-    def methods(self, config: str) -> list[str]:
-        """Methods with runs of this config, in the order of the palette."""
-        order = list(style.LOOKS)
-        return sorted({g.method for g in self.groups if g.config == config},
-                      key=lambda m: (order.index(m) if m in order else len(order), m))
-
-    def updates(self, config: str, methods: Sequence[str]) -> list[int]:
-        """Numbers of local updates in federated runs of these methods."""
-        return sorted({g.local_updates for g in self.groups if g.config == config
-                       and g.method in methods and g.method != "central"})
-
-    @property
-    def configs(self) -> list[str]:
-        return natural({g.config for g in self.groups})
-
-    def foot(self) -> str:
-        """Return the notes for the current figure and clear them."""
-        text = "\n".join(textwrap.fill(note, NOTE_WIDTH) for note in self.notes)
-        self.notes.clear()
-        return text
-
-
-def natural(names: Iterable[str]) -> list[str]:
-    """Sorted, with numbers compared by value: 2_layer before 10_layer."""
-    return sorted(names, key=lambda n: [(p.isdigit(), int(p) if p.isdigit() else 0, p)
-                                        for p in re.split(r"(\d+)", n)])
-
-
-def figures(runs: Sequence[Run], axis: Axis, config: str | None = None
-            ) -> tuple[dict[str, Result], list[str]]:
-    """All figures of one config, or of every config found, by name; and the runs left out."""
-    selection = Selection(runs, axis)
+    Where runs have several protocols (`plots/protocols.py`), each has figures of its own, with the
+    protocol in their names.
+    """
     made: dict[str, Result] = {}
+    left_out: dict[str, None] = {}
+
+    def draw(name: str, members: Sequence[Run], figure: Callable[[Selection], Result]) -> None:
+        drawn: dict[str, Result] = {}
+        found = protocols(members) or {"": []}
+        for protocol, its in found.items():
+            selection = Selection(its, axis, view, protocol)
+            suffix = "_" + re.sub(r"[^\w.=-]+", "_", protocol) if protocol else ""
+            drawn[name + suffix] = figure(selection)
+            left_out.update(selection.left_out)
+        able = {n: result for n, result in drawn.items() if not isinstance(result, str)}
+        reason = str(next(iter(drawn.values()))) + (
+            f", in the same protocol; there are {len(found)}: {'; '.join(found)}"
+            if len(found) > 1 else "")
+        made.update(able)
+        if not able:
+            made[name] = reason
+
     with style.drawing():
-        for name in [config] if config else selection.configs:
-            made[f"1_central_vs_fed_{name}"] = central_vs_fed(selection, name)
-            made[f"2_lu_comparison_{name}"] = lu_comparison(selection, name)
-            made[f"3_method_comparison_{name}"] = method_comparison(selection, name)
-        made["4_multi_config_comparison"] = multi_config_comparison(selection)
-    return made, list(selection.left_out)
+        for own in [config] if config else natural({run.config for run in runs}):
+            members = [run for run in runs if run.config == own]
+            for number, figure in enumerate((central_vs_fed, lu_comparison, method_comparison), 1):
+                draw(f"{number}_{figure.__name__}_{own}", members,
+                     functools.partial(figure, config=own))
+        draw("4_multi_config_comparison", runs, multi_config_comparison)
+        draw("5_configs_in_one_axes", runs, configs_in_one_axes)
+    return made, list(left_out)
 
 
 def central_vs_fed(selection: Selection, config: str) -> Result:
@@ -128,10 +87,10 @@ def central_vs_fed(selection: Selection, config: str) -> Result:
     handles = []
     for group in (central, fed):
         label = style.label(group.method)
-        label += f", {_updates(group.local_updates)}" if group.method != "central" else ""
+        label += f", {updates_text(group.local_updates)}" if group.method != "central" else ""
         line = _draw(ax, selection, group, "val_ppl")
         _draw(ax, selection, group, "train_ppl", **TRAIN)
-        handles += _named([(line, label + _seeds(selection.curve(group, "val_ppl")))])
+        handles += _named([(line, label + selection.seeds([group]))])
     if not ax.lines:
         return _nothing_on(selection.axis)
     ax.set_title(style.title("Central and federated training", config))
@@ -147,22 +106,24 @@ def lu_comparison(selection: Selection, config: str) -> Result:
     if not methods:
         return (f"needs runs of one method and --config {config} with different --local_updates, "
                 "such as 1 and 8")
+    counts = selection.updates(config, methods)
+    looks = {updates: style.line_look(place) for place, updates in enumerate(counts)}
     fig, axes = _panels(len(methods))
-    drawn: dict[int, None] = {}
+    lines: dict[int, Any] = {}
+    drawn: dict[int, list[Group]] = {}
     for ax, method in zip(axes, methods, strict=True):
         for updates in selection.updates(config, [method]):
             group = selection.group(method, config, updates)
             assert group is not None
-            if _draw(ax, selection, group, "val_ppl", linestyle=_lu_line(updates),
-                     markerfacecolor=_lu_face(updates)):
-                drawn[updates] = None
+            if line := _draw(ax, selection, group, "val_ppl", **looks[updates]):
+                lines[updates] = line
+                drawn.setdefault(updates, []).append(group)
         ax.set_title(style.label(method))
     if not drawn:
         return _nothing_on(selection.axis)
     fig.suptitle(style.title("Local updates in a round", config))
-    colour = style.look(methods[0]).colour if len(methods) == 1 else "#444444"
-    handles = [Line2D([], [], color=colour, linestyle=_lu_line(u), marker="o",
-                      markerfacecolor=_lu_face(u), label=_updates(u)) for u in drawn]
+    handles = _named([(lines[u], updates_text(u) + selection.seeds(drawn[u]))
+                      for u in sorted(drawn)])
     return _finish(fig, axes, selection, handles, 4)
 
 
@@ -173,17 +134,20 @@ def method_comparison(selection: Selection, config: str) -> Result:
     if len(methods) < 2 or not panels:
         return f"needs runs of two or more methods with --config {config}"
     fig, axes = _panels(len(panels))
-    drawn: dict[str, Any] = {}
+    lines: dict[str, Any] = {}
+    drawn: dict[str, list[Group]] = {}
     for ax, updates in zip(axes, panels, strict=True):
         for method in methods:
             group = selection.group(method, config, 1 if method == "central" else updates)
             if group and (line := _draw(ax, selection, group, "val_ppl")):
-                drawn[method] = line
-        ax.set_title(_updates(updates))
+                lines[method] = line
+                drawn.setdefault(method, []).append(group)
+        ax.set_title(updates_text(updates))
     if not drawn:
         return _nothing_on(selection.axis)
     fig.suptitle(style.title("Methods", config))
-    handles = _named([(drawn[m], style.label(m)) for m in methods if m in drawn])
+    handles = _named([(lines[m], style.label(m) + selection.seeds(drawn[m]))
+                      for m in methods if m in drawn])
     return _finish(fig, axes, selection, handles, 3)
 
 
@@ -197,6 +161,7 @@ def multi_config_comparison(selection: Selection) -> Result:
     fig, axes = _panels(len(configs) + 1)
     finals: dict[str, list[tuple[int, Curve]]] = {}
     lines: dict[str, Any] = {}
+    drawn: dict[str, list[Group]] = {}
     for place, (ax, config) in enumerate(zip(axes, configs, strict=False)):
         for method in selection.methods(config):
             own = [g.local_updates for g in selection.groups
@@ -204,6 +169,7 @@ def multi_config_comparison(selection: Selection) -> Result:
             group = selection.group(method, config, min(own))
             if group and (line := _draw(ax, selection, group, "val_ppl")):
                 lines[method] = line
+                drawn.setdefault(method, []).append(group)
                 found = selection.curve(group, "val_ppl")
                 assert found is not None
                 finals.setdefault(method, []).append((place, found))
@@ -221,8 +187,42 @@ def multi_config_comparison(selection: Selection) -> Result:
     last.set_xticks(range(len(configs)), _short(configs))
     last.set_xlim(-0.5, len(configs) - 0.5)
     fig.suptitle("Configs (the fewest local updates of each method)")
-    handles = _named([(line, style.label(m)) for m, line in lines.items()])
+    handles = _named([(line, style.label(m) + selection.seeds(drawn[m]))
+                      for m, line in lines.items()])
     return _finish(fig, axes, selection, handles, 3, curves=axes[:-1])
+
+
+def configs_in_one_axes(selection: Selection) -> Result:
+    """One panel for each method with runs of several configs, such as depths, and a line for each
+    config at the fewest local updates that all of them have."""
+    panels: dict[str, list[Group]] = {}
+    for method in {g.method: None for g in selection.groups}:
+        configs = [c for c in selection.configs if method in selection.methods(c)]
+        shared = set.intersection(*(
+            {g.local_updates for g in selection.groups if (g.method, g.config) == (method, c)}
+            for c in configs))
+        if len(configs) > 1 and shared:
+            found = [selection.group(method, c, min(shared)) for c in configs]
+            panels[method] = [group for group in found if group]
+    if not panels:
+        return "needs runs of one method with two or more configs and the same --local_updates"
+    looks = {name: style.line_look(place) for place, name in enumerate(selection.configs)}
+    fig, axes = _panels(len(panels))
+    lines: dict[str, Any] = {}
+    drawn: dict[str, list[Group]] = {}
+    for ax, (method, groups) in zip(axes, panels.items(), strict=True):
+        for group in groups:
+            if line := _draw(ax, selection, group, "val_ppl", **looks[group.config]):
+                lines[group.config] = line
+                drawn.setdefault(group.config, []).append(group)
+        what = f", {updates_text(groups[0].local_updates)}" if method != "central" else ""
+        ax.set_title(style.label(method) + what)
+    if not lines:
+        return _nothing_on(selection.axis)
+    fig.suptitle("Configs in one axes")
+    handles = _named([(lines[c], style.text(c, 28) + selection.seeds(drawn[c]))
+                      for c in selection.configs if c in lines])
+    return _finish(fig, axes, selection, handles, 3)
 
 
 def single(run: Run, axis: Axis) -> Figure:
@@ -237,7 +237,9 @@ def single(run: Run, axis: Axis) -> Figure:
         if _draw(ax, selection, group, "train_ppl", **TRAIN):
             handles.append(Line2D([], [], color=style.look(run.method).colour, label="train",
                                   **TRAIN))
-        return _finish(fig, [ax], selection, handles, 2, ylabel="perplexity")
+        finished = _finish(fig, [ax], selection, handles, 2, ylabel="perplexity")
+        assert isinstance(finished, Figure)
+        return finished
 
 
 # ---- pieces of figures ---------------------------------------------------------------------------
@@ -266,9 +268,10 @@ def _draw(ax: Axes, selection: Selection, group: Group, measure: Measure, **kwar
     settings: dict[str, Any] = {"color": look.colour, "marker": look.marker, "markevery": every}
     (line,) = ax.plot(found.x, found.mean, **settings | kwargs)
     line.set_gid(f"{group.method} {group.config} {group.local_updates} {measure}")
+    selection.drawn.append(Drawn(ax, line, found))
     if found.std is not None:
         low = (found.mean - found.std).clip(min=1.0)  # no perplexity is below 1
-        ax.fill_between(found.x, low, found.mean + found.std, color=look.colour,
+        ax.fill_between(found.x, low, found.mean + found.std, color=line.get_color(),
                         alpha=style.BAND_OPACITY, linewidth=0)
     return line
 
@@ -282,9 +285,14 @@ def _named(lines: Iterable[tuple[Line2D | None, str]]) -> list[Line2D]:
 
 def _finish(fig: Figure, axes: Sequence[Axes], selection: Selection, handles: Sequence[Line2D],
             columns: int, curves: Sequence[Axes] | None = None,
-            ylabel: str = "validation perplexity") -> Figure:
+            ylabel: str = "validation perplexity") -> Result:
     for ax in axes if curves is None else curves:
         style.work_axis(ax, selection.axis)
+    wanting = apply(selection.drawn, selection.axis, selection.view)
+    selection.drawn.clear()
+    if wanting:
+        selection.foot()
+        return wanting
     style.log_axis(axes[0])
     for ax in axes:
         if ax.get_subplotspec().is_first_col():  # type: ignore[union-attr]
@@ -302,23 +310,6 @@ def _short(configs: Sequence[str]) -> list[str]:
         words = [w[:-1] for w in words]
     columns = max(40 // len(configs), 5)
     return ["\n".join(style.text(part, columns) for part in w[:4]) for w in words]
-
-
-def _lu_line(updates: int) -> Any:
-    return LU_LINES.get(updates, (0, (3, 1.5, 1, 1.5, 1, 1.5)))
-
-
-def _lu_face(updates: int) -> str | None:
-    """Hollow markers for more than one local update."""
-    return None if updates == 1 else "white"
-
-
-def _updates(count: int) -> str:
-    return f"{count} local update{'s' * (count != 1)}"
-
-
-def _seeds(found: Curve | None) -> str:
-    return f" ({len(found.seeds)} seeds)" if found and len(found.seeds) > 1 else ""
 
 
 def _nothing_on(axis: Axis) -> str:

@@ -44,7 +44,7 @@ LARGEST = 1e30  # tokens, seconds or bytes; a larger number is damage
 LONGEST = 300  # columns for the settings of a variant in a line
 
 # Settings in which runs may differ and still be repetitions of one experiment.
-_NO_VARIANT = FederatedConfig.not_in_results | {
+NO_VARIANT = FederatedConfig.not_in_results | {
     "method", "config", "local_updates", "seed", "device", "threads", "eval_clients",
     "save_client_deltas", "val_freq", MARK}
 
@@ -313,19 +313,19 @@ def groups(runs: Iterable[Run]) -> list[Group]:
 
 def _varying(family: Sequence[Run]) -> list[str]:
     """Settings that differ. One that older runs do not record is not compared."""
-    known = [_flat(run.settings) for run in family if run.settings]
-    shared = [n for n in (known or [{}])[0] if n not in _NO_VARIANT and all(n in s for s in known)]
+    known = [flat(run.settings) for run in family if run.settings]
+    shared = [n for n in (known or [{}])[0] if n not in NO_VARIANT and all(n in s for s in known)]
     return [n for n in shared if len({json.dumps(s[n]) for s in known}) > 1]
 
 
 def _variant(run: Run, varying: Sequence[str]) -> str:
     if varying and not run.settings:
         return "without config.json"
-    settings = _flat(run.settings)
+    settings = flat(run.settings)
     return visible(", ".join(f"{name}={settings[name]}" for name in varying))
 
 
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+def flat(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with nested ones flattened: model.n_layer."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():

@@ -40,6 +40,9 @@ class Entity:
     is_delta: bool
     shapes: dict[int, tuple[int, ...]]
     """(rows, columns) of each layer's in_proj, the same in all files."""
+    says_layer: bool = True
+    """Whether the files say which layer they hold. Those of the original study hold one layer, of
+    several the last, without saying so; it counts as layer 0 here."""
     variant: str = ""
     """The settings in which it differs from other runs of its method."""
 
@@ -86,6 +89,8 @@ class FoundEntities:
     def __str__(self) -> str:
         return "\n".join([
             f"found {len(self.entities)} runs with saved changes of {self.entity}",
+            *(f"note {e.run.name}: its files hold one layer without saying which; those of older "
+              "runs hold the last one" for e in self.entities if not e.says_layer),
             *(f"skipped {name}: {reason}" for name, reason in self.passed_over)])
 
 
@@ -127,7 +132,8 @@ def _read_entity(run: Run, name: str, folder: Path) -> tuple[Entity, list[tuple[
                 shapes, files[int(step[1])] = found, path
             except Damaged as damaged:
                 damage.append((visible(str(path.relative_to(run.path))), str(damaged)))
-        entity = Entity(run, name, folder, dict(sorted(files.items())), kind == "deltas", shapes)
+        entity = Entity(run, name, folder, dict(sorted(files.items())), kind == "deltas", shapes,
+                        not files or _says_layer(next(iter(files.values()))))
         if entity.changed_steps:
             return entity, damage
     reasons = "; ".join(f"{file} {reason}" for file, reason in damage)
@@ -151,6 +157,12 @@ def _in_proj(path: Path) -> dict[int, np.ndarray]:
     if not found or not all(map(_is_matrix, found.values())):
         raise Damaged("has no in_proj that is a matrix of finite values")
     return found
+
+
+def _says_layer(path: Path) -> bool:
+    """Whether the keys of a file that has been read name layers."""
+    with open_regular(path) as content, np.load(content) as file:
+        return any(key["layer"] for name in file.files if (key := IN_PROJ.fullmatch(name)))
 
 
 def _is_matrix(array: np.ndarray) -> bool:

@@ -74,6 +74,15 @@ def look(method: str) -> Look:
     return Look(method, _OTHER_COLOURS[number % len(_OTHER_COLOURS)], "*")
 
 
+def line_look(place: int) -> dict[str, Any]:
+    """Colour, line and marker of a figure's line number `place` where the method does not tell
+    lines apart."""
+    looks = list(LOOKS.values())[1:]
+    chosen = looks[(0, 3, 2, 4, 1, 5, 6, 7, 8)[place % 9]]
+    return {"color": chosen.colour, "marker": chosen.marker,
+            "linestyle": ("-", (0, (5, 2)), (0, (1.2, 1.6)))[place % 3]}
+
+
 def shade(method: str, strength: float) -> tuple[float, float, float]:
     """The method's colour at strength 1, fading to white at 0."""
     red, green, blue = to_rgb(look(method).colour)

@@ -9,10 +9,11 @@ As PNG and SVG, without a display. Does not import torch.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedrun.common.errors import InputError, naming
+from fedrun.common.errors import InputError, naming, require
 from fedrun.common.terminal import say
 from fedrun.flags import Parser, closest
 
@@ -56,11 +57,27 @@ def _perplexities(text: str, argv: Sequence[str]) -> int:
     parser.add_argument("--x", choices=AXES, default="tokens",
                         help="quantity on the x-axis (default: tokens, which compares runs at "
                              "equal work)")
+    parser.add_argument("--from", type=int, metavar="STEP", dest="start",
+                        help="start at this local step of a client and fit the y-axis to what "
+                             "follows; 0: the whole run (default: the y-axis fits what the "
+                             "curves do after a tenth of the run, and an inset shows them "
+                             "whole)")
+    parser.add_argument("--y_max", type=float, metavar="PERPLEXITY",
+                        help="end the y-axis here (default: where the curves do)")
+    parser.add_argument("--where", action="append", default=[], metavar="SETTING=VALUE",
+                        help="only runs with this value, such as sync=epoch; may be repeated "
+                             "(default: all; runs whose settings differ get figures of their own)")
     args = parser.parse_args(argv)
+    require(args.start is None or args.start >= 0, "--from", args.start, ">= 0")
+    require(args.y_max is None or 1 < args.y_max < math.inf, "--y_max", args.y_max,
+            "a finite number > 1")
     from fedrun.plots import perplexity
+    from fedrun.plots.protocols import where
+    from fedrun.plots.view import View
     found = find_runs(args.data_dir)
     say(str(found))
-    drawn, left_out = perplexity.figures(found.runs, args.x, args.config)
+    drawn, left_out = perplexity.figures(where(found.runs, args.where), args.x, args.config,
+                                        View(args.start, args.y_max))
     for line in left_out:
         say(f"left out {line}")
     with naming("--out_dir", args.out_dir):

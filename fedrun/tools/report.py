@@ -94,11 +94,12 @@ def page(found: Found, data_dir: Path, axis: Any, with_deltas: bool) -> str:
                 continue
             made |= {name: figure for name, figure in deltas.figures(found_saved).items()
                      if not name.startswith("heatmap_")}
+            limit = deltas.common_limit([e for e in found_saved.entities if 0 in e.layers], 0)
             with style.drawing():
                 for entity in found_saved.entities:
                     if 0 in entity.layers:
                         heatmaps.setdefault(entity.run.path, []).append(
-                            picture("how in_proj changed", deltas.heatmap(entity, 0)))
+                            picture("how in_proj changed", deltas.heatmap(entity, 0, limit)))
     lowest = {config: min(r.final.val_ppl for r in found.runs if r.config == config)
               for config in {r.config for r in found.runs}}
     runs = sorted(found.runs, key=lambda r: (r.config, r.final.val_ppl, r.name))

@@ -112,8 +112,9 @@ def test_a_folder_in_the_old_spelling_is_resumed_plotted_and_reported(
     assert "aggregation float there, exact here" in other.output
 
     spell_old(whole.run_dir)
-    folders.ours(tmp_path, "central")
     settings = find_pretrained(str(whole.run_dir), "RUN").settings
+    folders.ours(tmp_path, "central", **{name: settings[name] for name in (
+        "dataset", "dtype", "sequence_length")})  # of one protocol, so that one figure has both
     assert (settings["client_moments"], settings["aggregation"]) == ("average", "float")
     assert cli.main(["report", "--data_dir", str(tmp_path)]) == 0
     assert cli.main(["plot", "perplexities", "--data_dir", str(tmp_path), "--out_dir",

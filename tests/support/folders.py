@@ -59,17 +59,30 @@ def ours(data_dir: Path, method: str = "fed_avg", config: str = "tiny", local_up
     return path
 
 
+def ending_at(end: float) -> dict[int, float]:
+    """A made-up curve in the form of the study's: from 50,000 to a lowest value, then up to `end`.
+    """
+    return {step: end * (1 + 80 * math.exp(-step / 12) - 0.24 * math.exp(-((step - 300) / 130)**2))
+            if step < 600 else end for step in (1, *range(30, 601, 30))}
+
+
 def study(data_dir: Path, local_updates: int | None = None, seed: int = 0,
-          config: str = "pure_ssm_1_layer", method: str = "federated") -> Path:
-    """A run folder as the study left it; of a central run if `local_updates` is None."""
+          config: str = "pure_ssm_1_layer", method: str = "federated",
+          end: float | None = None) -> Path:
+    """A run folder as the study left it; of a central run if `local_updates` is None.
+
+    end: the last perplexity of a made-up curve of the study's length and form.
+    """
+    curve = {step: perplexity_at(step, seed, 1) for step in STEPS} if end is None \
+        else ending_at(end)
     if local_updates is None:
         path = data_dir / f"central_config_{config}_seed_{seed}"
-        records = [{"step": step, "train_loss": math.log(perplexity_at(step, seed, 1) + 20),
-                    "val_loss": math.log(perplexity_at(step, seed, 1))} for step in STEPS]
+        records = [{"step": step, "train_loss": math.log(value + 20), "val_loss": math.log(value)}
+                   for step, value in curve.items()]
     else:
         path = data_dir / f"{method}_config_{config}_lu_{local_updates}_seed_{seed}"
-        records = [{"global_step": step, "train_ppl": perplexity_at(step, seed, 1) + 20,
-                    "server_val_ppl": perplexity_at(step, seed, 1)} for step in STEPS]
+        records = [{"global_step": step, "train_ppl": value + 20, "server_val_ppl": value}
+                   for step, value in curve.items()]
     path.mkdir(parents=True)
     write(path / "training_history.json", records)
     return path

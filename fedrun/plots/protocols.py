@@ -1,0 +1,108 @@
+"""The protocol of a run: all of its settings that a figure of methods, local updates and configs
+does not compare, such as --sync, --sampling or --client_moments.
+
+Lines of one figure have the same protocol. What a study tunes or a method has for itself is no part
+of it: --lr and the settings of a strategy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from fedrun.common.errors import InputError
+from fedrun.common.terminal import visible
+from fedrun.config import CentralConfig, FederatedConfig
+from fedrun.flags import closest
+from fedrun.plots.runs import NO_VARIANT, Run, flat
+
+_NOT_COMPARED = NO_VARIANT | {"model", "strategy", "rounds", "n_epochs", "epoch_passes", "lr"}
+_NOT_CENTRAL = {"batch_size", "num_clients", "partition", "alpha", "size_skew", "batches"}
+"""Settings in which a central run cannot agree with federated ones, or that it does not use."""
+WITHOUT = "without config.json"
+
+
+def _defaults(config: type) -> dict[str, Any]:
+    """A setting that an older run does not record had its default."""
+    return {f.name: f.default for f in dataclasses.fields(config)
+            if f.default is not dataclasses.MISSING and f.name not in _NOT_COMPARED}
+
+
+_FEDERATED = _defaults(FederatedConfig) | {"weighting": "samples"}
+_CENTRAL = {n: v for n, v in _defaults(CentralConfig).items() if n not in _NOT_CENTRAL}
+
+
+def protocols(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """The runs of each protocol by its name: the settings that differ, `sync=epoch, alpha=0.5`.
+
+    A central run belongs to every protocol whose settings it shares, as far as it has them. The
+    name is empty if there is one protocol.
+    """
+    own = [(run, _settings(run)) for run in runs]
+    known = [settings for _, settings in own if settings]
+    varying = sorted(name for name in _FEDERATED
+                     if len({s[name] for s in known if name in s}) > 1)
+    found: dict[str, list[Run]] = {}
+    values: dict[str, dict[str, str]] = {}
+    for central in (False, True):
+        for run, settings in own:
+            if (run.method == "central") != central:
+                continue
+            its = {name: settings[name] for name in varying if name in settings}
+            name = ", ".join(f"{n}={json.loads(v)}" for n, v in its.items()) if settings \
+                else WITHOUT
+            homes = [other for other, theirs in values.items()
+                     if central and bool(settings) == (other != WITHOUT)
+                     and all(its[n] == theirs[n] for n in its if n in theirs)] or [name]
+            for home in homes:
+                values.setdefault(home, its)
+                found.setdefault(home, []).append(run)
+    if len(found) == 1:
+        return {"": next(iter(found.values()))}
+    return {visible(name): members for name, members in sorted(found.items())}
+
+
+def where(runs: Sequence[Run], conditions: Sequence[str]) -> list[Run]:
+    """The runs that meet all `conditions`, NAME=VALUE; central runs need not have the setting.
+
+    Raises InputError for a condition in another form, and for a setting that no run has.
+    """
+    kept = list(runs)
+    for condition in conditions:
+        name, equals, value = condition.partition("=")
+        if not (name and equals):
+            raise InputError(f"--where {condition}: must be SETTING=VALUE, such as sync=epoch")
+        name = name.replace("-", "_")
+        all_settings = {run.path: _all(run) for run in runs}
+        known = {n for settings in all_settings.values() for n in settings}
+        if name not in known:
+            raise InputError(f"--where {condition}: no run has the setting {name!r}"
+                             f"{closest(name, known)}")
+        kept = [run for run in kept if _text(all_settings[run.path].get(name)) == value.lower()
+                or (run.method == "central" and name not in all_settings[run.path])]
+    return kept
+
+
+def _settings(run: Run) -> dict[str, str]:
+    """The values that belong to the protocol, as JSON; none for a run without config.json."""
+    if not run.settings:
+        return {}
+    defaults = _CENTRAL if run.method == "central" else _FEDERATED
+    recorded = flat(run.settings)
+    return {name: json.dumps(recorded.get(name, default)) for name, default in defaults.items()}
+
+
+def _all(run: Run) -> dict[str, Any]:
+    """All that --where can ask for."""
+    named = {"method": run.method, "config": run.config, "seed": run.seed}
+    if run.method != "central":
+        named["local_updates"] = run.local_updates
+    if not run.settings:
+        return named
+    return (_CENTRAL if run.method == "central" else _FEDERATED) | flat(run.settings) | named
+
+
+def _text(value: Any) -> str:
+    return str(value).lower()

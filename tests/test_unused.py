@@ -38,7 +38,6 @@ def study_file(tmp_path: Path) -> str:
     (["study", "FILE", "--seed", "5"], "--seed: not used by study (the study's file"),
     (["study", "FILE", "--run_name", "x"], "--run_name: not used by study"),
     (["study", "FILE", "--data-dir=x"], "--data_dir: not used by study"),
-    (["study", "FILE", "--checkpoint_freq", "3"], "--checkpoint_freq: not used by study"),
     (["study", "FILE", "--lr", "1e-3"], "--lr: every setting of"),
     (["study", "FILE", "--roundz", "3"], "unknown flag --roundz, did you mean --rounds?"),
     (["study", "FILE", "--rounds"], "--rounds: expected one argument"),

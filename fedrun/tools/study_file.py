@@ -13,6 +13,7 @@ import yaml
 
 from fedrun.common.errors import InputError, is_component, one_line, require
 from fedrun.common.old_names import renamed
+from fedrun.common.perplexity import perplexity
 from fedrun.config import RunConfig
 from fedrun.flags import closest, resolve
 from fedrun.unused import idle, refuse_unread
@@ -82,8 +83,13 @@ class Study:
         flags = setting.flags | dict(point) | {"seed": seed}
         suffix = "".join(f"_{name}_{value:g}" for name, value in point)
         return resolve(flags.pop("method"), flags | {
-            "data_dir": self.folder / "runs", "run_name": f"{setting.name}{suffix}_seed_{seed}",
-            "checkpoint_freq": None})
+            "data_dir": self.folder / "runs", "run_name": f"{setting.name}{suffix}_seed_{seed}"})
+
+    def tuned_ratio(self, setting: StudySetting) -> float:
+        """The setting's perplexity at its best point divided by the reference's at its own, both
+        with the tuning seed."""
+        reference = self.settings[self.reference]
+        return perplexity(setting.tuned[setting.best] - reference.tuned[reference.best])
 
 
 def read(path: Path, results: Path, overrides: Mapping[str, Any]) -> Study:

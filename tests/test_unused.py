@@ -131,20 +131,31 @@ def test_whatever_a_run_does_not_read_is_in_the_tables(
     assert unread - set(IDLE) - set(NEVER_READ.get(method, ())) == never
 
 
-def test_a_study_warns_of_flags_without_effect(study_file: str, tmp_path: Path,
-                                                   capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_refuses_flags_without_effect(study_file: str, tmp_path: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
     path = Path(study_file)
     content = yaml.safe_load(path.read_text())
     content["settings"]["two"]["grid"] = {"local_updates": [2]}
+    content["axes"] = {"config": ["tiny"]}
     path.write_text(yaml.safe_dump(content))
-    argv = ["study", study_file, "--results", str(tmp_path), "--dry_run"]
-    assert cli.main([*argv, "--lr", "5e-4", "--alpha=0.1", "--n-epochs", "2"]) == 0
-    said = capsys.readouterr().err
-    assert "--lr does not apply to central, tuned on a grid of it" in said
-    assert "--n_epochs 2 has no effect with --rounds" in said
-    assert "--alpha 0.1 has no effect" in said
-    assert cli.main([*argv, "--overwrite", "--batch_size", "8"]) == 0
-    assert "warning" not in capsys.readouterr().err
+    argv = ["study", study_file, "--results", str(tmp_path), "--print_config"]
+    assert cli.main([*argv, "--lr", "5e-4", "--num_clients", "2", "--overwrite"]) == 0
+    captured = capsys.readouterr()
+    assert "--lr does not apply to central_tiny, tuned on a grid of it" in captured.err
+    rows = yaml.safe_load(captured.out)["settings"]
+    assert (rows["two_tiny"]["lr"], rows["two_tiny"]["num_clients"]) == (5e-4, 2)
+    assert rows["central_tiny"]["lr"] == 1e-3
+    for flags, said in ((["--n-epochs", "2"], "--n_epochs 2 has no effect with --rounds in any"),
+                        (["--alpha=0.1"], "--alpha 0.1 has no effect"),
+                        (["--temperature", "2"], "--temperature: no setting of the study has"),
+                        (["--config", "study"], "--config: an axis of"),
+                        (["--axes", "config"], "--axes config: must be FLAG=VALUE,VALUE"),
+                        (["--axes", "momentum=1"], "axes momentum: must be a flag of a setting"),
+                        (["--scale", "huge"], "--scale huge: must be one of"),
+                        (["--report_seeds", "1,a"], "must be integers"),
+                        (["--seed", "5", "--lr", "0.01"], "--seed: not used by study")):
+        assert cli.main([*argv, *flags]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_tools_warn_of_flags_without_effect(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,9 +19,19 @@ not repeated, so that the same command resumes a study.
     extensions: 3               # how often a grid may grow at its edge
     grid: {lr: [1e-3, 2e-3]}    # for settings without a grid of their own
     base: {config: study}       # flags for all runs; flags on the command line override them
+    axes:                       # every setting at every combination of these that its method has
+      config: [study, tiny]     # and that it does not set itself; compared to the reference there
+      local_updates: [1, 8]
+      seed: [1, 2, 3]           # in place of report_seeds and tune_seed
+    scales:                     # --scale small: another base, axes or grid, in results/NAME_small
+      small: {base: {dataset: pydocs}}
     settings:
       central: {method: central, rounds: 240}
       averaged: {method: fed_avg, rounds: 240, grid: {lr: [1e-3]}}
+      entropy: {method: fed_entropy, rounds: 240, only_first: [config]}  # the axis's first value
+
+Several processes, on one machine or on several that share the folder, can run the same command:
+they share the runs out. SIGTERM and Ctrl-C stop the runs with a checkpoint.
 """
 
 from __future__ import annotations
@@ -29,6 +39,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+
+import yaml
 
 from fedrun.common.log import WARNING, log
 from fedrun.flags import METHODS, Parser, add_flags, method_flags
@@ -57,7 +69,7 @@ def tune(study: Study) -> None:
 def repeat(study: Study) -> None:
     """Run the settings that are close enough to the reference again, with the reported seeds."""
     kept = [s for s in study.settings.values()
-            if study.tuned_ratio(s) <= study.prune or s.name in study.always]
+            if study.tuned_ratio(s) <= study.prune or {s.name, s.of} & {*study.always}]
     run_all(study.folder, [study.config(s, s.best, seed) for seed in study.report_seeds
                            for s in kept], study.jobs)
 
@@ -76,23 +88,36 @@ def main(argv: Sequence[str]) -> int:
     """Run the unfinished runs of a study, and write its table."""
     parser = Parser(
         prog="fedrun study", description=__doc__, allow_abbrev=False,
-        usage="fedrun study FILE [--jobs N] [--results FOLDER] [--dry_run] [--flag value ...]",
+        usage="fedrun study FILE [options] [--flag value ...]",
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="the study's YAML file")
     parser.add_argument("--jobs", metavar="N",
                         help="runs at the same time (default: as in FILE, or 1)")
     parser.add_argument("--results", type=Path, default=Path("results"),
                         help="folder in which the study's folder is created (default: results/)")
+    parser.add_argument("--name", metavar="TEXT",
+                        help="name of the study's folder (default: as in FILE, or FILE's own)")
+    parser.add_argument("--report_seeds", metavar="N,N",
+                        help="seeds of the reported runs (default: as in FILE)")
+    parser.add_argument("--axes", metavar="FLAG=VALUE,VALUE", action="append",
+                        help="values of an axis (may be given several times)")
+    parser.add_argument("--scale", metavar="NAME", help="one of the scales in FILE")
     parser.add_argument("--dry_run", action="store_true",
                         help="print how many runs are left, and exit")
+    parser.add_argument("--print_config", action="store_true",
+                        help="print the resolved settings of all runs as YAML, and exit")
     add_flags(parser, {name: flag for method in METHODS
                        for name, flag in method_flags(method).items()}, hidden=True)
     given = vars(parser.parse_intermixed_args(argv))
-    path, results, dry_run = given.pop("file"), given.pop("results"), given.pop("dry_run")
+    path, results = given.pop("file"), given.pop("results")
+    dry_run, print_config = given.pop("dry_run"), given.pop("print_config")
     overrides = {name: value for name, value in given.items() if value is not None}
     study = read(path, results, overrides)
     for line in notes(study, overrides):
         log(line, WARNING)
+    if print_config:
+        print(yaml.safe_dump(study.to_dict(), sort_keys=False), end="")
+        return 0
     print(budget(study), flush=True)
     if dry_run:
         return 0

@@ -18,10 +18,11 @@ from fedrun.tools.study_runs import history, loss_halves, number
 def table(study: Study) -> list[dict[str, Any]]:
     """One row for each setting, best first: perplexities, and ratios to the reference."""
     rows = []
-    reference = study.settings[study.reference]
     for setting in study.settings.values():
+        reference = study.reference_of(setting)
         row: dict[str, Any] = {
-            "setting": setting.name, "flags": setting.flags, "best": dict(setting.best),
+            "setting": setting.name, "reference": reference.name, "flags": setting.flags,
+            "best": dict(setting.best),
             "tuned_ppl": {_shown(p): perplexity(loss) for p, loss in sorted(setting.tuned.items())},
             "tuned_ratio": study.tuned_ratio(setting)}
         ratios, final, best = [], [], []
@@ -49,7 +50,9 @@ def table(study: Study) -> list[dict[str, Any]]:
 def markdown(study: Study, rows: Sequence[dict[str, Any]]) -> str:
     """The rows of `table` as Markdown, below a sentence that says what they show."""
     seeds = ", ".join(map(str, study.report_seeds))
-    lines = [f"Perplexity against {study.reference}. Tuned: seed {study.tune_seed}, first half of "
+    axes = list(study.reference_of(next(iter(study.settings.values()))).axis)
+    against = study.reference + (f" at the same {' and '.join(axes)}" if axes else "")
+    lines = [f"Perplexity against {against}. Tuned: seed {study.tune_seed}, first half of "
              f"the validation split. Ratio: seeds {seeds}, second half, paired by seed. Final and "
              "best: whole split, mean over these seeds.", "",
              "| setting | tuned at | tuned ratio | ratio | final ppl | best ppl |",

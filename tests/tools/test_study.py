@@ -202,7 +202,61 @@ def test_shipped_studies_are_valid(name: str, tmp_path: Path) -> None:
             assert steps == 240
 
 
+AXES = """
+reference: central
+axes: {config: [study, tiny], local_updates: [1, 8], seed: [3, 4]}
+grid: {lr: [0.001]}
+scales: {small: {base: {dataset: pydocs}, axes: {config: [tiny]}}}
+base: {rounds: 8, num_clients: 2}
+settings:
+  central: {method: central}
+  averaged: {method: fed_avg}
+  entropy: {method: fed_entropy, only_first: [config], local_updates: 2}
+"""
+
+
+def test_axes_make_rows_with_a_reference_each(tmp_path: Path) -> None:
+    path = tmp_path / "axes.yaml"
+    path.write_text(AXES)
+    found = study_file.read(path, tmp_path, {})
+    assert (found.tune_seed, found.report_seeds) == (3, [3, 4])
+    assert {name: found.reference_of(s).name for name, s in found.settings.items()} == {
+        "central_study": "central_study", "central_tiny": "central_tiny",
+        "averaged_study_local_updates_1": "central_study",
+        "averaged_study_local_updates_8": "central_study",
+        "averaged_tiny_local_updates_1": "central_tiny",
+        "averaged_tiny_local_updates_8": "central_tiny",
+        "entropy_study": "central_study"}
+    row = found.settings["averaged_tiny_local_updates_8"]
+    config = found.config(row, row.points()[0], 4)
+    assert (config.config, config.to_dict()["local_updates"]) == ("tiny", 8)
+    assert config.name == "averaged_tiny_local_updates_8_lr_0.001_seed_4"
+
+    small = study_file.read(path, tmp_path, {
+        "scale": "small", "axes": ["local-updates=4"], "report_seeds": "7", "temperature": "2"})
+    assert small.folder == tmp_path / "axes_small"
+    assert small.report_seeds == [7]
+    assert [*small.settings] == ["central_tiny", "averaged_tiny_local_updates_4", "entropy_tiny"]
+    settings = small.to_dict()["settings"]
+    assert {row["dataset"] for row in settings.values()} == {"pydocs"}
+    assert settings["entropy_tiny"]["temperature"] == 2  # which only this method has
+    assert study_file.read(path, tmp_path, {"name": "mine"}).folder == tmp_path / "mine"
+
+    path.write_text(AXES.replace("{method: fed_avg}", "{method: fed_avg, config: wide.yaml}"))
+    with pytest.raises(ValueError, match=r"wide\.yaml"):
+        study_file.read(path, tmp_path, {})
+    path.write_text(AXES.replace("{method: fed_avg}", "{method: fed_avg, config: study_federated}"))
+    with pytest.raises(ValueError, match=r"averaged.*: central is not run at the same values"):
+        study_file.read(path, tmp_path, {})
+
+
 @pytest.mark.parametrize(("text", "said"), [
+    ("{reference: a, axes: {config: tiny}, settings: {a: {method: central}}}",
+     "axes.config tiny: must be a list"),
+    ("{reference: a, base: {temperature: 1}, settings: {a: {method: central}}}",
+     "base: temperature: no setting"),
+    ("{reference: a, settings: {a: {method: fedavg}}}", "settings.a: method fedavg: must be one"),
+    ("{reference: a, settings: {a: {method: central, only_first: [lr]}}}", "only_first"),
     ("{settings: {a: {method: central}}}", "reference"),
     ("{reference: a, settings: {a: {lr: 1}}}", "settings.a"),
     ("{reference: a, seeds: [1], settings: {a: {method: central}}}", "unknown key 'seeds'"),

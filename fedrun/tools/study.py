@@ -43,6 +43,7 @@ from pathlib import Path
 import yaml
 
 from fedrun.common.log import WARNING, log
+from fedrun.config import RunConfig
 from fedrun.flags import METHODS, Parser, add_flags, method_flags
 from fedrun.tools.study_file import Study, notes, read
 from fedrun.tools.study_queue import Stopped, run_all
@@ -74,12 +75,23 @@ def repeat(study: Study) -> None:
                            for s in kept], study.jobs)
 
 
+def unfinished(study: Study) -> list[RunConfig]:
+    """The runs that are left, if every setting is repeated and no grid grows. Which value is
+    repeated is not known before the tuning: any of them costs the same."""
+    settings = study.settings.values()
+    grid = [study.config(s, p, study.tune_seed) for s in settings for p in s.points()]
+    repeats = [study.config(s, s.points()[0], seed) for s in settings
+               for seed in study.report_seeds]
+    return [config for config in {c.name: c for c in grid + repeats}.values()
+            if loss_halves(config) is None]
+
+
 def budget(study: Study) -> str:
     """A line that says how many runs the study makes at most, and how many of its grid are left."""
     grid = [study.config(s, p, study.tune_seed) for s in study.settings.values()
             for p in s.points()]
     left = sum(loss_halves(config) is None for config in grid)
-    repeats = len(study.settings) * len(study.report_seeds)
+    repeats = len(study.settings) * len({*study.report_seeds} - {study.tune_seed})
     return (f"{study.folder.name}: {len(study.settings)} settings, {len(grid)} runs on the grid "
             f"({left} to do), at most {repeats} repeated with other seeds, {study.jobs} at a time")
 
@@ -103,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
                         help="values of an axis (may be given several times)")
     parser.add_argument("--scale", metavar="NAME", help="one of the scales in FILE")
     parser.add_argument("--dry_run", action="store_true",
-                        help="print how many runs are left, and exit")
+                        help="print how many runs are left and what they cost here, and exit")
     parser.add_argument("--print_config", action="store_true",
                         help="print the resolved settings of all runs as YAML, and exit")
     add_flags(parser, {name: flag for method in METHODS
@@ -119,6 +131,9 @@ def main(argv: Sequence[str]) -> int:
         print(yaml.safe_dump(study.to_dict(), sort_keys=False), end="")
         return 0
     print(budget(study), flush=True)
+    if left := unfinished(study):
+        from fedrun.tools.study_cost import estimate  # imports torch
+        print(estimate(left).describe(study.jobs), flush=True)
     if dry_run:
         return 0
     try:

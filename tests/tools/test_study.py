@@ -67,7 +67,13 @@ def test_a_whole_study_and_its_resumption(tmp_path: Path, cache_dir: Path,
     monkeypatch.setattr(study_queue, "start", start_here)
     argv = [str(little_study(tmp_path, cache_dir)), "--results", str(tmp_path)]
     assert study.main([*argv, "--dry_run"]) == 0
-    assert "5 runs on the grid (5 to do)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "5 runs on the grid (5 to do)" in said
+    # 4 steps or rounds of 2 x 32 tokens, of two clients in all but the central runs; each setting's
+    # grid, and two seeds more.
+    tokens = 4 * 2 * 32 * ((2 + 2) + 2 * ((2 + 2) + (1 + 2)))
+    assert f"to do: 11 runs, {tokens:,} tokens of training, about" in said
+    assert "tiny, 2 x 32 tokens: " in said
     assert study.main(argv) == 0
     rows = {r["setting"]: r for r in json.loads((tmp_path / "little" / "table.json").read_text())}
     assert rows["central"]["ratios"] == [1, 1]

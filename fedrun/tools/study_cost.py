@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from fedrun.common.log import LOGGER, WARNING
 from fedrun.config import FederatedConfig, RunConfig
 from fedrun.distributed.launch import detect
 from fedrun.distributed.runtime import choose_device
@@ -63,12 +66,17 @@ def estimate(configs: Iterable[RunConfig]) -> Cost:
     fit the text or the machine."""
     lengths: dict[str, Experiment] = {}
     shapes: dict[str, Shape] = {}
+    texts: set[str] = set()
     runs, tokens, seconds = 0, 0, 0.0
     for config in configs:
         device = choose_device(config.device, detect({}), False)
         key = _key({k: v for k, v in config.results_dict().items() if k not in NOT_IN_LENGTH})
         if key not in lengths:
-            lengths[key] = prepare_experiment(config, device)
+            text = _key([config.dataset, config.tokenizer, config.sequence_length,
+                         dataclasses.asdict(config.text_options)])
+            with _saying(text not in texts):
+                lengths[key] = prepare_experiment(config, device)
+            texts.add(text)
         experiment = lengths[key]
         shape_key = _key([config.to_dict()[name] for name in (
             "model", "init_from", "tokenizer", "dataset", "batch_size", "sequence_length", "dtype",
@@ -106,6 +114,18 @@ def measure(experiment: Experiment, device: torch.device) -> Shape:
         torch.set_num_threads(threads)
     return Shape(f"{config.config_name}, {config.batch_size} x {config.sequence_length} tokens",
                  step, batch * math.ceil(len(data.validation) / BATCH_SEQUENCES))
+
+
+@contextmanager
+def _saying(aloud: bool) -> Iterator[None]:
+    """Print messages in the block, unless the same text was described before."""
+    level = LOGGER.level
+    if not aloud:
+        LOGGER.setLevel(WARNING)
+    try:
+        yield
+    finally:
+        LOGGER.setLevel(level)
 
 
 def _seconds(work: Callable[[], Any], device: torch.device) -> float:

@@ -24,7 +24,7 @@ Point = tuple[tuple[str, float], ...]
 DEFAULTS: dict[str, Any] = {
     "name": None, "jobs": 1, "reference": None, "tune_seed": 0, "report_seeds": [],
     "prune": math.inf, "repeat": [], "extensions": 0, "grid": {}, "axes": {}, "scales": {},
-    "base": {}, "settings": None}
+    "published": {}, "base": {}, "settings": None}
 OPTIONS = ("jobs", "name", "report_seeds", "axes", "scale")
 """What the command line says of the study itself, not of its runs."""
 
@@ -85,6 +85,9 @@ class Study:
     always: list[str]
     """Names, of rows or of settings in the file, that are repeated whatever their tuned ratio."""
     settings: dict[str, StudySetting]
+    published: dict[str, str]
+    """Row -> the final perplexity that others have published; empty if these runs are not theirs,
+    since another scale was chosen, or a flag given that decides results."""
 
     def config(self, setting: StudySetting, point: Point, seed: int) -> RunConfig:
         """The config of one run. ValueError for flags that its method does not have."""
@@ -163,7 +166,9 @@ def read(path: Path, results: Path, overrides: Mapping[str, Any]) -> Study:
                 "one of " + ", ".join(values["settings"]))
     study = Study(results / str(values["name"]), number("jobs", int, 1), values["reference"],
                   number("tune_seed", int, 0), _seeds(f"{where}report_seeds", values),
-                  number("prune", float, 0), list(values["repeat"]), settings)
+                  number("prune", float, 0), list(values["repeat"]), settings,
+                  {} if flags.keys() - RunConfig.not_in_results else
+                  {str(row): str(figure) for row, figure in values["published"].items()})
     for setting in settings.values():
         study.config(setting, setting.points()[0], 0)  # reports wrong flags before anything runs
         study.reference_of(setting)
@@ -191,7 +196,7 @@ def _merged(path: Path, given: Mapping[str, Any], options: Mapping[str, Any]) ->
         require(isinstance(of_scale, dict) and of_scale.keys() <= {"base", "axes", "grid"},
                 f"study {path}: scales.{scale}", of_scale, "a mapping with base, axes, grid")
         _check_kinds(f"study {path}: scales.{scale}: ", of_scale)
-        values["name"] = f"{values['name']}_{scale}"
+        values |= {"name": f"{values['name']}_{scale}", "published": {}}
         values |= {key: values[key] | content for key, content in of_scale.items()}
     axes = dict(values["axes"])
     for text in options.get("axes", ()):

@@ -41,8 +41,12 @@ def table(study: Study) -> list[dict[str, Any]]:
         if ratios:
             row |= {"ratios": ratios, "ratio_mean": statistics.mean(ratios),
                     "ratio_std": statistics.stdev(ratios) if len(ratios) > 1 else 0.0}
+        if setting.name in study.published:
+            row["published_final_ppl"] = study.published[setting.name]
         if final:
-            row |= {"final_ppl": statistics.mean(final), "best_ppl": statistics.mean(best)}
+            row |= {"final_ppl": statistics.mean(final),
+                    "final_ppl_std": statistics.stdev(final) if len(final) > 1 else 0.0,
+                    "best_ppl": statistics.mean(best)}
         rows.append(row)
     return sorted(rows, key=lambda r: (r.get("ratio_mean", math.inf), r["tuned_ratio"]))
 
@@ -54,16 +58,21 @@ def markdown(study: Study, rows: Sequence[dict[str, Any]]) -> str:
     against = study.reference + (f" at the same {' and '.join(axes)}" if axes else "")
     lines = [f"Perplexity against {against}. Tuned: seed {study.tune_seed}, first half of "
              f"the validation split. Ratio: seeds {seeds}, second half, paired by seed. Final and "
-             "best: whole split, mean over these seeds.", "",
-             "| setting | tuned at | tuned ratio | ratio | final ppl | best ppl |",
-             "|---|---|---|---|---|---|"]
+             "best: whole split, mean over these seeds"
+             f"{'' if len(study.report_seeds) < 2 else ', final with deviation'}.", "",
+             "| setting | tuned at | tuned ratio | ratio | final ppl | best ppl |"
+             + " published |" * bool(study.published),
+             "|---|---|---|---|---|---|" + "---|" * bool(study.published)]
     for row in rows:
         ratio = f"{row['ratio_mean']:.4f}" if "ratio_mean" in row else "not repeated"
         if len(row.get("ratios", ())) > 1:
             ratio += f" ± {row['ratio_std']:.4f}"
         final, best = (f"{row[k]:.2f}" if k in row else "" for k in ("final_ppl", "best_ppl"))
+        if "final_ppl" in row and len(study.report_seeds) > 1:
+            final += f" ± {row['final_ppl_std']:.2f}"
         lines.append(f"| {row['setting']} | {_shown(tuple(row['best'].items()))} | "
-                     f"{row['tuned_ratio']:.4f} | {ratio} | {final} | {best} |")
+                     f"{row['tuned_ratio']:.4f} | {ratio} | {final} | {best} |"
+                     + f" {row.get('published_final_ppl', '')} |" * bool(study.published))
     return "\n".join(lines) + "\n"
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fedrun.config import RunConfig
 from fedrun.flags import resolve
 from fedrun.records.outcome import write_outcome
 from fedrun.run import run
-from fedrun.tools import study, study_file, study_queue, study_runs
+from fedrun.tools import plot, study, study_file, study_queue, study_runs
 from fedrun.tools.study_file import Study, StudySetting
 from tests.support.runs import (
     ROOT,
@@ -191,6 +192,48 @@ def test_grids_grow_at_their_edges_alone() -> None:
     hopeless = StudySetting("h", {}, {"lr": [1.0, 2.0]}, extensions=2)
     hopeless.tuned = dict.fromkeys(hopeless.points(), math.inf)
     assert not hopeless.extend()
+
+
+ORIGINAL = ROOT / "configs" / "experiments" / "original.yaml"
+
+
+def test_the_original_grid(tmp_path: Path) -> None:
+    found = study_file.read(ORIGINAL, tmp_path, {})
+    configs = {config.name: config for config in study.unfinished(found)}
+    assert len(configs) == 36
+    assert Counter(config.method for config in configs.values()) == {
+        "central": 9, "fed_avg": 18, "fed_momentum": 3, "fed_entropy": 3, "fed_fisher": 3}
+    assert set(found.published) < set(found.settings)
+    assert not study_file.read(ORIGINAL, tmp_path, {"dataset": "pydocs"}).published
+    small = study_file.read(ORIGINAL, tmp_path, {"scale": "small"})
+    assert len(study.unfinished(small)) == 36
+    assert not small.published
+    for config in study.unfinished(small):
+        whole = configs[config.name.replace("tiny_1_layer", "ssm_1_layer_padded")
+                        .replace("tiny_4_layer", "ssm_4_layer_padded")
+                        .replace("tiny", "ssm_2_layer_padded").replace("0.002", "0.0005")]
+        assert config.model.n_layer == whole.model.n_layer
+        differing = {name for name, value in config.results_dict().items()
+                     if whole.results_dict()[name] != value}
+        assert differing == {"dataset", "tokenizer", "model", "lr"} - (
+            set() if config.model != whole.model else {"model"})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_part_of_the_original_grid_at_its_small_scale(tmp_path: Path, cache_dir: Path) -> None:
+    """One seed of one layer, for ten rounds: all methods, both numbers of local updates, and their
+    figures."""
+    argv = [str(ORIGINAL), "--scale", "small", "--results", str(tmp_path), "--axes",
+            "config=tiny_1_layer", "--axes", "seed=0", "--rounds", "10", "--val_freq", "5",
+            "--cache_dir", str(cache_dir), "--jobs", "2"]
+    assert study.main(argv) == 0
+    rows = json.loads((tmp_path / "original_small" / "table.json").read_text())
+    assert len(rows) == 6
+    assert {row["reference"] for row in rows} == {"central_tiny_1_layer"}
+    assert plot.main(["perplexities", "--data_dir", str(tmp_path / "original_small" / "runs"),
+                      "--out_dir", str(tmp_path / "figures")]) == 0
+    assert list((tmp_path / "figures").glob("*.png"))
 
 
 @pytest.mark.parametrize("name", sorted(

@@ -17,6 +17,7 @@ from fedrun.common.terminal import make_printable
 from fedrun.distributed.launch import detect
 from fedrun.distributed.stopping import (
     HEARTBEAT_THREAD,
+    LAUNCHER,
     die_with_launcher,
     end_process,
     interruptible,
@@ -31,6 +32,8 @@ def main() -> None:
     outlive_terminal()
     threading.excepthook = _report_thread_error
     if launch.alone:
+        if LAUNCHER in os.environ:  # a run of a study
+            die_with_launcher()
         code = interruptible(command)
     else:
         die_with_launcher()  # before the imports, which take seconds

@@ -14,8 +14,7 @@ NEVER_READ: dict[str, dict[str, str]] = {
     "central": {"timeout": "a single process waits for no other"},
     "study": {"seed": "the study's file sets the seeds: tune_seed and report_seeds",
               "run_name": "a study names its runs after their settings",
-              "data_dir": "the runs of a study are in its folder under --results",
-              "checkpoint_freq": "the runs of a study are short and keep no checkpoints"}}
+              "data_dir": "the runs of a study are in its folder under --results"}}
 """Command -> the flags that it refuses, each with the reason."""
 
 

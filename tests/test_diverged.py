@@ -12,7 +12,7 @@ import pytest
 from fedrun.federation.client import Client
 from fedrun.flags import resolve
 from fedrun.plots import runs
-from fedrun.tools import study, watch
+from fedrun.tools import study_runs, watch
 from tests.support.runs import Run, error_lines
 from tests.support.spoiled import spoil_updates
 
@@ -79,4 +79,4 @@ def test_numbers_that_are_not_finite_are_null_and_readers_accept_them(
     held = outcome.config
     (outcome.run_dir / "config.json").write_text(json.dumps(held | config.to_dict() | {
         "dtype": "fp32"}, default=str))
-    assert study.loss_halves(config) == [math.inf, 3.0]
+    assert study_runs.loss_halves(config) == [math.inf, 3.0]

@@ -38,7 +38,6 @@ def study_file(tmp_path: Path) -> str:
     (["study", "FILE", "--seed", "5"], "--seed: not used by study (the study's file"),
     (["study", "FILE", "--run_name", "x"], "--run_name: not used by study"),
     (["study", "FILE", "--data-dir=x"], "--data_dir: not used by study"),
-    (["study", "FILE", "--checkpoint_freq", "3"], "--checkpoint_freq: not used by study"),
     (["study", "FILE", "--lr", "1e-3"], "--lr: every setting of"),
     (["study", "FILE", "--roundz", "3"], "unknown flag --roundz, did you mean --rounds?"),
     (["study", "FILE", "--rounds"], "--rounds: expected one argument"),
@@ -131,20 +130,31 @@ def test_whatever_a_run_does_not_read_is_in_the_tables(
     assert not unread - set(IDLE) - set(NEVER_READ.get(method, ()))
 
 
-def test_a_study_warns_of_flags_without_effect(study_file: str, tmp_path: Path,
-                                                   capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_study_refuses_flags_without_effect(study_file: str, tmp_path: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
     path = Path(study_file)
     content = yaml.safe_load(path.read_text())
     content["settings"]["two"]["grid"] = {"local_updates": [2]}
+    content["axes"] = {"config": ["tiny"]}
     path.write_text(yaml.safe_dump(content))
-    argv = ["study", study_file, "--results", str(tmp_path), "--dry_run"]
-    assert cli.main([*argv, "--lr", "5e-4", "--alpha=0.1", "--n-epochs", "2"]) == 0
-    message = capsys.readouterr().err
-    assert "--lr does not apply to central, tuned on a grid of it" in message
-    assert "--n_epochs 2 has no effect with --rounds" in message
-    assert "--alpha 0.1 has no effect" in message
-    assert cli.main([*argv, "--overwrite", "--batch_size", "8"]) == 0
-    assert "warning" not in capsys.readouterr().err
+    argv = ["study", study_file, "--results", str(tmp_path), "--print_config"]
+    assert cli.main([*argv, "--lr", "5e-4", "--num_clients", "2", "--overwrite"]) == 0
+    captured = capsys.readouterr()
+    assert "--lr does not apply to central_tiny, tuned on a grid of it" in captured.err
+    rows = yaml.safe_load(captured.out)["settings"]
+    assert (rows["two_tiny"]["lr"], rows["two_tiny"]["num_clients"]) == (5e-4, 2)
+    assert rows["central_tiny"]["lr"] == 1e-3
+    for flags, message in ((["--n-epochs", "2"], "--n_epochs 2 has no effect with --rounds in any"),
+                        (["--alpha=0.1"], "--alpha 0.1 has no effect"),
+                        (["--temperature", "2"], "--temperature: no setting of the study has"),
+                        (["--config", "study"], "--config: an axis of"),
+                        (["--axes", "config"], "--axes config: must be FLAG=VALUE,VALUE"),
+                        (["--axes", "momentum=1"], "axes momentum: must be a flag of a setting"),
+                        (["--scale", "huge"], "--scale huge: must be one of"),
+                        (["--report_seeds", "1,a"], "must be integers"),
+                        (["--seed", "5", "--lr", "0.01"], "--seed: not used by study")):
+        assert cli.main([*argv, *flags]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_tools_warn_of_flags_without_effect(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,9 @@ import yaml
 
 from fedrun.common.errors import InputError, is_component, one_line, require
 from fedrun.common.old_names import renamed
+from fedrun.common.perplexity import perplexity
 from fedrun.config import RunConfig
-from fedrun.flags import closest, resolve
+from fedrun.flags import METHODS, closest, method_flags, resolve
 from fedrun.unused import idle, refuse_unread
 
 Point = tuple[tuple[str, float], ...]
@@ -22,7 +23,10 @@ Point = tuple[tuple[str, float], ...]
 
 DEFAULTS: dict[str, Any] = {
     "name": None, "jobs": 1, "reference": None, "tune_seed": 0, "report_seeds": [],
-    "prune": math.inf, "repeat": [], "extensions": 0, "grid": {}, "base": {}, "settings": None}
+    "prune": math.inf, "repeat": [], "extensions": 0, "grid": {}, "axes": {}, "scales": {},
+    "published": {}, "base": {}, "settings": None}
+OPTIONS = ("jobs", "name", "report_seeds", "axes", "scale")
+"""What the command line says of the study itself, not of its runs."""
 
 
 @dataclass
@@ -35,6 +39,10 @@ class StudySetting:
     extensions: int = 0
     tuned: dict[Point, float] = field(default_factory=dict)
     """Point -> loss on the first half of the validation split, in nats per token."""
+    of: str = ""
+    """The setting's name in the file, which `name` extends by its values of the axes."""
+    axis: dict[str, Any] = field(default_factory=dict)
+    """Axis -> this row's value, which is also in `flags`."""
 
     def points(self) -> list[Point]:
         """All points of the grid."""
@@ -70,27 +78,56 @@ class Study:
     folder: Path
     jobs: int
     reference: str
+    """Its name in the file: there is a reference for each value of its axes."""
     tune_seed: int
     report_seeds: list[int]
     prune: float
     always: list[str]
-    """Names of the settings that are repeated whatever their tuned ratio is."""
+    """Names, of rows or of settings in the file, that are repeated whatever their tuned ratio."""
     settings: dict[str, StudySetting]
+    published: dict[str, str]
+    """Row -> the final perplexity that others have published; empty if these runs are not theirs,
+    since another scale was chosen, or a flag given that decides results."""
 
     def config(self, setting: StudySetting, point: Point, seed: int) -> RunConfig:
         """The config of one run. ValueError for flags that its method does not have."""
         flags = setting.flags | dict(point) | {"seed": seed}
         suffix = "".join(f"_{name}_{value:g}" for name, value in point)
         return resolve(flags.pop("method"), flags | {
-            "data_dir": self.folder / "runs", "run_name": f"{setting.name}{suffix}_seed_{seed}",
-            "checkpoint_freq": None})
+            "data_dir": self.folder / "runs", "run_name": f"{setting.name}{suffix}_seed_{seed}"})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the file and the command line lead to, for YAML: of each row the grid, and all
+        settings at its first point with the tuning seed."""
+        return {"folder": str(self.folder), "jobs": self.jobs, "reference": self.reference,
+                "tune_seed": self.tune_seed, "report_seeds": self.report_seeds,
+                "prune": self.prune, "repeat": self.always,
+                "settings": {s.name: {"grid": s.grid} | self.config(
+                    s, s.points()[0], self.tune_seed).to_dict() for s in self.settings.values()}}
+
+    def reference_of(self, setting: StudySetting) -> StudySetting:
+        """The row of the reference at the setting's values of the axes; the first, for axes that
+        the setting's method does not have. ValueError if there is none."""
+        for found in self.settings.values():
+            if found.of == self.reference and all(
+                    setting.flags.get(flag, value) == value for flag, value in found.axis.items()):
+                return found
+        raise InputError(f"study: {setting.name}: {self.reference} is not run at the same values "
+                         "of the axes; there is nothing to compare it to")
+
+    def tuned_ratio(self, setting: StudySetting) -> float:
+        """The setting's perplexity at its best point divided by the reference's at its own, both
+        with the tuning seed."""
+        reference = self.reference_of(setting)
+        return perplexity(setting.tuned[setting.best] - reference.tuned[reference.best])
 
 
 def read(path: Path, results: Path, overrides: Mapping[str, Any]) -> Study:
     """The study in a YAML file; its folder will be in `results`.
 
-    overrides: flags from the command line, for all runs; may include `jobs`.
-    Raises ValueError, naming the file and the key, for wrong or unknown values.
+    overrides: from the command line: flags, for all runs whose method has them, and the OPTIONS of
+    the study itself. Raises ValueError, naming the file and the key, or the flag, for wrong or
+    unknown values and for flags without an effect.
     """
     require(path.is_file(), "study", path, "the path of a YAML file")
     try:
@@ -98,75 +135,168 @@ def read(path: Path, results: Path, overrides: Mapping[str, Any]) -> Study:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError(f"study {path}: cannot be read as YAML: {one_line(error)}") from None
     require(isinstance(given, dict), "study", path, "a mapping with " + ", ".join(DEFAULTS))
-    for key in given:
-        if key not in DEFAULTS:
-            raise InputError(f"study {path}: unknown key {key!r}{closest(str(key), DEFAULTS)}")
-    refuse_unread("study", overrides)
-    values = DEFAULTS | {"name": path.stem} | given
-    overrides = dict(overrides)
-    values["jobs"] = overrides.pop("jobs", values["jobs"])
+    flags = {name: value for name, value in overrides.items() if name not in OPTIONS}
+    refuse_unread("study", flags)
+    values = _merged(path, given, {k: v for k, v in overrides.items() if k in OPTIONS})
+    where = f"study {path}: "
 
     def number(key: str, kind: type[int] | type[float], lowest: float) -> Any:
         try:
             value = kind(values[key])
         except (TypeError, ValueError):
             value = math.nan
-        require(value >= lowest, f"study {path}: {key}", values[key],
+        require(value >= lowest, f"{where}{key}", values[key],
                 f"{'an integer ' if kind is int else ''}>= {lowest:g}")
         return value
 
-    for key, kind in (("settings", dict), ("base", dict), ("grid", dict), ("repeat", list),
-                      ("report_seeds", list)):
-        require(isinstance(values[key], kind), f"study {path}: {key}", values[key],
-                "a mapping" if kind is dict else "a list")
-    require(is_component(str(values["name"])), f"study {path}: name", values["name"],
+    require(is_component(str(values["name"])), f"{where}name", values["name"],
             "a folder name without slashes, not . or ..")
-    require(bool(values["settings"]), f"study {path}: settings", values["settings"],
+    require(bool(values["settings"]), f"{where}settings", values["settings"],
             "a mapping with at least one name and its flags")
-    require(values["reference"] in values["settings"], f"study {path}: reference",
+    require(values["reference"] in values["settings"], f"{where}reference",
             values["reference"], "one of " + ", ".join(values["settings"]))
-    for name in values["repeat"]:
-        require(name in values["settings"], f"study {path}: repeat", name,
-                "one of " + ", ".join(values["settings"]))
-    refuse_unread("study", values["base"], f"study {path}: base: ")
-    settings = {}
+    refuse_unread("study", values["base"], f"{where}base: ")
+    expanded: list[StudySetting] = []
     for name, own in values["settings"].items():
-        where = f"study {path}: settings.{name}"
-        require(isinstance(own, dict), where, own, "flags with a `method`")
-        refuse_unread("study", own, where + ": ")
-        flags = renamed(values["base"] | own) | overrides
-        require("method" in flags, where, own, "flags with a `method`")
-        grid = flags.pop("grid", values["grid"])
-        try:
-            grid = {flag: [float(v) for v in grid_values] for flag, grid_values in grid.items()}
-        except (AttributeError, TypeError, ValueError):
-            raise InputError(f"{where}: grid {grid}: must be a list of numbers for each flag"
-                             ) from None
-        settings[name] = StudySetting(name, flags, grid, number("extensions", int, 0))
+        expanded += _expand(f"{where}settings.{name}", str(name), own, values, flags,
+                            number("extensions", int, 0))
+    settings = {setting.name: setting for setting in expanded}
+    for name in values["repeat"]:
+        require(name in settings or name in values["settings"], f"{where}repeat", name,
+                "one of " + ", ".join(values["settings"]))
     study = Study(results / str(values["name"]), number("jobs", int, 1), values["reference"],
-                  number("tune_seed", int, 0), [int(s) for s in values["report_seeds"]],
-                  number("prune", float, 0), list(values["repeat"]), settings)
+                  number("tune_seed", int, 0), _seeds(f"{where}report_seeds", values),
+                  number("prune", float, 0), list(values["repeat"]), settings,
+                  {} if flags.keys() - RunConfig.not_in_results else
+                  {str(row): str(figure) for row, figure in values["published"].items()})
     for setting in settings.values():
         study.config(setting, setting.points()[0], 0)  # reports wrong flags before anything runs
-    _refuse_gridded(path, study, overrides)
+        study.reference_of(setting)
+    for flag in values["axes"]:
+        require(any(flag in s.axis for s in expanded), f"{where}axes", flag,
+                "a flag of a setting that does not set it itself")
+    for flag in values["base"]:
+        _refuse_unknown(f"{where}base: {flag}", flag, settings.values())
+    _refuse_without_effect(path, study, flags)
     return study
 
 
-def _refuse_gridded(path: Path, study: Study, overrides: Collection[str]) -> None:
-    """ValueError for a flag from the command line that every setting's grid overrides."""
+def _merged(path: Path, given: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a study's file with its defaults, the chosen scale and the options."""
+    for key in given:
+        if key not in DEFAULTS:
+            raise InputError(f"study {path}: unknown key {key!r}{closest(str(key), DEFAULTS)}")
+    values = DEFAULTS | {"name": path.stem} | dict(given)
+    _check_kinds(f"study {path}: ", values)
+    if "scale" in options:
+        scale = options["scale"]
+        require(scale in values["scales"], "--scale", scale,
+                f"one of those under `scales` in {path}: {', '.join(values['scales']) or 'none'}")
+        of_scale = values["scales"][scale]
+        require(isinstance(of_scale, dict) and of_scale.keys() <= {"base", "axes", "grid"},
+                f"study {path}: scales.{scale}", of_scale, "a mapping with base, axes, grid")
+        _check_kinds(f"study {path}: scales.{scale}: ", of_scale)
+        values |= {"name": f"{values['name']}_{scale}", "published": {}}
+        values |= {key: values[key] | content for key, content in of_scale.items()}
+    axes = dict(values["axes"])
+    for text in options.get("axes", ()):
+        flag, equals, listed = text.partition("=")
+        require(bool(equals and listed), "--axes", text, "FLAG=VALUE,VALUE")
+        axes[flag.replace("-", "_")] = listed.split(",")
+    for flag, listed in axes.items():
+        require(isinstance(listed, list) and bool(listed), f"study {path}: axes.{flag}", listed,
+                "a list of values")
+    if "seed" in axes:
+        seeds = axes.pop("seed")
+        require("report_seeds" not in given or "seed" not in given.get("axes", {}),
+                f"study {path}: report_seeds", values["report_seeds"],
+                "left out beside an axis `seed`")
+        values |= {"report_seeds": seeds} | ({} if "tune_seed" in given else {
+            "tune_seed": seeds[0]})
+    if "report_seeds" in options:
+        values["report_seeds"] = options["report_seeds"].split(",")
+    values |= {key: options[key] for key in ("jobs", "name") if key in options}
+    values |= {"base": renamed(values["base"]), "axes": renamed(axes)}
+    return values
+
+
+def _check_kinds(where: str, values: Mapping[str, Any]) -> None:
+    for key, default in DEFAULTS.items():
+        kind = dict if key == "settings" else type(default)
+        if kind in (dict, list) and key in values:
+            require(isinstance(values[key], kind), where + key, values[key],
+                    "a mapping" if kind is dict else "a list")
+
+
+def _seeds(where: str, values: Mapping[str, Any]) -> list[int]:
+    try:
+        return [int(seed) for seed in values["report_seeds"]]
+    except (TypeError, ValueError):
+        raise InputError(f"{where} {values['report_seeds']}: must be integers") from None
+
+
+def _expand(where: str, name: str, own: Any, values: Mapping[str, Any],
+            overrides: Mapping[str, Any], extensions: int) -> list[StudySetting]:
+    """The rows that a setting of the file makes: one for each combination of values of the axes
+    that its method has and that it does not set itself."""
+    require(isinstance(own, dict), where, own, "flags with a `method`")
+    refuse_unread("study", own, where + ": ")
+    own = renamed(own)
+    grid, only_first = own.pop("grid", values["grid"]), own.pop("only_first", [])
+    try:
+        grid = {flag: [float(v) for v in grid_values] for flag, grid_values in grid.items()}
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(f"{where}: grid {grid}: must be a list of numbers for each flag"
+                         ) from None
+    require(isinstance(only_first, list) and set(only_first) <= values["axes"].keys(),
+            f"{where}: only_first", only_first, "a list of axes")
+    method = own.get("method", values["base"].get("method"))
+    require(method is not None, where, own, "flags with a `method`")
+    require(method in METHODS, f"{where}: method", method, "one of " + ", ".join(METHODS))
+    known = method_flags(method)
+    flags = {flag: value for flag, value in (values["base"] | own | overrides).items()
+             if flag in known or flag in own or flag == "method"} | {"method": method}
+    axes = {flag: listed[:1] if flag in only_first else listed
+            for flag, listed in values["axes"].items()
+            if flag in known and flag not in own and flag not in grid}
+    rows = []
+    for chosen in itertools.product(*axes.values()):
+        axis = {flag: known[flag].parse(value, f"{where}: {flag} ")
+                for flag, value in zip(axes, chosen, strict=True)}
+        suffix = "".join(f"_{Path(value).stem}" if isinstance(value, str) else f"_{flag}_{value}"
+                         for flag, value in axis.items())
+        rows.append(StudySetting(name + suffix, flags | axis, {k: list(v) for k, v in grid.items()},
+                                 extensions, of=name, axis=axis))
+    return rows
+
+
+def _refuse_unknown(what: str, flag: str, settings: Collection[StudySetting]) -> None:
+    """ValueError for a flag that no setting's method has."""
+    known = {name for setting in settings for name in method_flags(setting.flags["method"])}
+    if flag not in known | {"method"}:
+        raise InputError(f"{what}: no setting of the study has this flag{closest(flag, known)}")
+
+
+def _refuse_without_effect(path: Path, study: Study, overrides: Collection[str]) -> None:
+    """ValueError for a flag from the command line that has no effect in any setting."""
+    settings = study.settings.values()
     for flag in overrides:
-        if all(flag in setting.grid for setting in study.settings.values()):
+        _refuse_unknown(f"--{flag}", flag, settings)
+        if any(flag in setting.axis for setting in settings):
+            raise InputError(f"--{flag}: an axis of {path}; --axes {flag}=VALUE,VALUE replaces its "
+                             "values")
+        if all(flag in setting.grid for setting in settings):
             raise InputError(f"--{flag}: every setting of {path} has a grid for it, which "
                              "overrides the flag; change the grid in the file")
+        reached = [s for s in settings if flag in s.flags and flag not in s.grid]
+        why = [idle(study.config(s, s.points()[0], 0)).get(flag) for s in reached]
+        if all(why):
+            raise InputError(f"{why[0]} in any setting of {path} that it reaches")
 
 
 def notes(study: Study, overrides: Collection[str]) -> list[str]:
-    """A warning for each flag from the command line that the grid of some setting overrides, or
-    that has no effect in any setting."""
-    found = []
-    for flag in overrides:
-        if gridded := [s.name for s in study.settings.values() if flag in s.grid]:
-            found.append(f"--{flag} does not apply to {', '.join(gridded)}, tuned on a grid of it")
-    warnings = [idle(study.config(s, s.points()[0], 0)) for s in study.settings.values()]
-    return found + [warnings[0][flag] for flag in overrides
-                    if all(flag in of_setting for of_setting in warnings)]
+    """A warning for each flag from the command line that the grid of some setting overrides."""
+    gridded = {flag: [s.name for s in study.settings.values() if flag in s.grid]
+               for flag in overrides}
+    return [f"--{flag} does not apply to {', '.join(names)}, tuned on a grid of it"
+            for flag, names in gridded.items() if names]

@@ -16,7 +16,7 @@ from fedrun.flags import resolve
 from fedrun.model.pretrained import find_pretrained
 from fedrun.plots.runs import groups, read_run
 from fedrun.records import run_files
-from fedrun.tools import study, study_file
+from fedrun.tools import study_file, study_runs
 from tests.support import folders
 from tests.support.runs import FAULTY, FLAGS, Run, fault, outcome_of
 
@@ -166,4 +166,4 @@ def test_a_study_takes_its_runs_in_the_old_spelling(tmp_path: Path) -> None:
     folders.write(path / "outcome.json", {"outcome": "finished", "step": 90})
     folders.write(path / "training_history.json", [{"global_step": 90,
                                                     "val_loss_halves": [1.5, 2.5]}])
-    assert study.loss_halves(config) == [1.5, 2.5]
+    assert study_runs.loss_halves(config) == [1.5, 2.5]

@@ -1,0 +1,88 @@
+"""What the runs of a study left in their folders."""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+from fedrun.common.errors import InputError, one_line
+from fedrun.common.files import DamagedFile, Kind, read_json
+from fedrun.common.old_names import renamed
+from fedrun.config import RunConfig
+from fedrun.data.text_options import TextOptions
+from fedrun.records.outcome import read_outcome
+from fedrun.records.provenance import INPUT_DIGESTS, corpus_digests, differing_settings
+from fedrun.records.run_dir import ENVIRONMENT
+
+
+def loss_halves(config: RunConfig) -> list[float] | None:
+    """A finished run's losses on the two halves of the validation split, in nats per token; None if
+    it is not finished.
+
+    Infinite for a run that failed, for example because its learning rate is too large. Raises
+    ValueError if the folder holds a run with other settings, or damaged files.
+    """
+    folder = config.run_dir
+    if not (folder / "config.json").exists():
+        return None
+    held = renamed(_read(folder / "config.json", dict))
+    differences = differing_settings(config, held)
+    if differences.keys() <= INPUT_DIGESTS.keys() and differences and _same_corpus(config):
+        differences = {}
+    if differences:
+        raise InputError(f"study: {folder} holds a run with another {', '.join(differences)}; "
+                         "remove it, or give the study another name")
+    if (folder / "failed.txt").exists():
+        return [math.inf, math.inf]
+    if read_outcome(folder).get("outcome") != "finished":
+        return None
+    halves = history(config)[-1].get("val_loss_halves")
+    if not isinstance(halves, list) or len(halves) != 2:
+        raise _damaged(f"{folder / 'training_history.json'} has no val_loss_halves at its end")
+    return [number(loss) for loss in halves]
+
+
+def history(config: RunConfig) -> list[dict[str, Any]]:
+    """The history of a finished run. ValueError if it is damaged."""
+    path = config.run_dir / "training_history.json"
+    records = _read(path, list)
+    if not records or not all(isinstance(record, dict) for record in records):
+        raise _damaged(f"{path} does not hold a list of records")
+    return records
+
+
+def _read(path: Path, kind: type[Kind]) -> Kind:
+    try:
+        return read_json(path, kind)
+    except (OSError, DamagedFile) as error:
+        raise _damaged(one_line(error)) from None
+
+
+def _damaged(what: str) -> InputError:
+    return InputError(f"study: {what}; remove the run's folder and start the study again to repeat "
+                      "it")
+
+
+def number(loss: object) -> float:
+    """A loss or perplexity from a history, in which null stands for infinity."""
+    return float(loss) if isinstance(loss, (int, float)) else math.inf
+
+
+def _same_corpus(config: RunConfig) -> bool:
+    """Whether a run read the same text and tokenizer as `config` would, by other paths."""
+    if config.init_from:
+        return False
+    made = _read(config.run_dir / ENVIRONMENT, dict).get("made_with")
+    return isinstance(made, dict) and made.get("content") == _content(
+        config.dataset, config.tokenizer, config.sequence_length, config.cache_dir,
+        config.text_options)
+
+
+@functools.cache
+def _content(dataset: str, tokenizer: str, length: int, cache_dir: Path, options: TextOptions
+             ) -> str:
+    from fedrun.data.tokens import prepare
+    data = prepare(dataset, tokenizer, length, cache_dir, options=options)
+    return corpus_digests(data.fingerprint)["content"]

@@ -89,6 +89,9 @@ class RunConfig:
     val_fraction: float | None = None
     """Share of the train rows to hold out for validation, instead of using a validation split.
     none: a twentieth if there is no such split."""
+    row_separator: Literal["newline", "none"] = "newline"
+    """Whether each row that does not end with a newline gets one (newline), or is tokenised as it
+    is (none), so that an empty row of WikiText is no token."""
     tokenizer: str = "gpt2"
     """A tokenizer's hub name, folder or tokenizer.json, or bpe:N to train a byte-level BPE with N
     tokens on the training text, which needs no network."""
@@ -195,7 +198,8 @@ class RunConfig:
     def text_options(self) -> TextOptions:
         """The flags that decide which text is read."""
         return text_options_of({name: getattr(self, name) for name in (
-            "text_column", "encoding", "val_fraction", "validation_split", "partition")})
+            "text_column", "encoding", "val_fraction", "validation_split", "partition",
+            "row_separator")})
 
     @property
     def config_name(self) -> str:

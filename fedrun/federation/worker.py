@@ -95,7 +95,8 @@ class Worker:
         optimizer = LocalOptimizer(self.flat, config, self.schedule.rounds * config.local_updates)
         hosted = assign_clients(work, len(self.runtime.workers))[self._index]
         return {k: Client(k, self.shards.train[k], self.data.train, self.flat, config, optimizer,
-                          keeps_moments=config.client_moments == "keep") for k in hosted}
+                          keeps_moments=config.client_moments in ("keep", "reset_epoch"))
+                for k in hosted}
 
     @property
     def _index(self) -> int:
@@ -133,7 +134,9 @@ class Worker:
         steps = self.config.local_updates
         first_step = (plan.round - 1) * steps
         if self.strategy.trains:
-            if self.config.client_moments == "reset":
+            moments = self.config.client_moments
+            if moments == "reset" or (moments == "reset_epoch"
+                                      and self.schedule.in_epoch(plan.round) == 0):
                 client.optimizer.reset()
             if self.moments is not None:
                 client.optimizer.load_moments(self.moments, first_step)

@@ -138,6 +138,22 @@ def test_schedule_and_clipping_by_hand(run_here: Run) -> None:
     assert clipped.history[0]["step_norm"] < 1e-3 * steps[1]
 
 
+def test_moments_can_be_reset_at_each_epoch_alone(run_here: Run) -> None:
+    """Without a first moment, AdamW's first step is lr times the sign; later ones are shorter."""
+    flags = ("--num_clients", 2, "--batch_size", 16, "--val_freq", 1, "--n_epochs", 3,
+             "--epoch_passes", 0.1, "--weight_decay", 0, "--beta1", 0, "--beta2", 0.9)
+    kept, renewed = (run_here("fed_avg", *flags, "--client_moments", s, name=s)
+                     for s in ("keep", "reset_epoch"))
+    assert kept.code == renewed.code == 0, renewed.output
+    norms = [r["update_norms"][0] for r in renewed.history]
+    rounds = len(norms) // 3
+    assert rounds > 1
+    firsts = norms[::rounds]
+    assert firsts == pytest.approx([firsts[0]] * 3, rel=1e-2)
+    assert [r["update_norms"][0] for r in kept.history[:rounds]] == norms[:rounds]
+    assert kept.history[rounds]["update_norms"][0] < 0.97 * norms[rounds]
+
+
 def test_padded_vocabulary(run_here: Run, tmp_path: Path) -> None:
     preset = tmp_path / "padded.yaml"
     preset.write_text("model: {n_layer: 1, d_model: 16, d_state: 8, headdim: 8, "
@@ -198,6 +214,7 @@ def test_a_run_is_named_after_method_config_and_seed(method: str) -> None:
     ("fed_sgd", {"client_moments": "average"}, "--client_moments average: must be keep"),
     ("fed_sgd", {"grad_clip": 1}, "--grad_clip"),
     ("fed_avg", {"sync": "epoch", "client_moments": "average"}, "--client_moments average"),
+    ("fed_avg", {"client_moments": "reset_epoch", "cohort": 2}, "with --cohort, where a client"),
     ("fed_avg", {"sync": "epoch", "prox_mu": 1}, "--prox_mu"),
     ("fed_avg", {"beta1": 0.99, "beta2": 0.98}, "--beta2 0.98"),
     ("fed_avg", {"prox_mu": -1}, "--prox_mu -1"),

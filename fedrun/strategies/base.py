@@ -71,7 +71,7 @@ class FisherSettings:
     estimate: Literal["batch", "sequence", "corrected"] = "batch"
     microbatches: int = 2
     """Parts of a batch, for `corrected`; they must divide the batch."""
-    scope: Literal["all", "mixers"] = "all"
+    scope: Literal["all", "untied", "mixers"] = "all"
     """Parameters outside the scope have a Fisher diagonal of zero."""
 
     def gradient_scale(self, batch_size: int, sequence_length: int) -> float:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -160,11 +161,15 @@ class Worker:
         return report
 
     def _entropy(self, client: Client) -> float | None:
-        """The mean entropy of its trained model on its holdout, if the method has one."""
-        if not self.strategy.holdout:
+        """The mean entropy of its trained model on its holdout, or without one on the validation
+        split, if the method measures it."""
+        if not self.strategy.holdout_batches:
             return None
-        return mean_entropy(self.model, self.data.train, self.shards.holdout[client.index],
-                            self.config.batch_size, self.strategy.holdout_batches)
+        sequences, rows = self.data.validation, np.arange(len(self.data.validation))
+        if self.strategy.holdout:
+            sequences, rows = self.data.train, self.shards.holdout[client.index]
+        return mean_entropy(self.model, sequences, rows, self.config.batch_size,
+                            self.strategy.holdout_batches)
 
     def _measure(self, client: Client, report: ClientReport, number: int) -> ClientReport:
         """In rounds that are evaluated: what the flags ask for of a client's own model."""

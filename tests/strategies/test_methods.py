@@ -15,6 +15,7 @@ from fedrun.data.batches import DrawnBatches
 from fedrun.data.partition import split_holdout
 from fedrun.data.tokens import TokenData
 from fedrun.experiment import shards_of
+from fedrun.federation.client import mean_entropy
 from fedrun.federation.schedule import Schedule
 from fedrun.flags import resolve
 from fedrun.strategies import STRATEGIES
@@ -105,6 +106,32 @@ def test_noise_ratio_of_gradients(run_here: Run) -> None:
     assert 0 < record["gradient_cosine"] < 1  # early in training gradients point alike
     one = run_here("fed_sgd", "--num_clients", 1, "--rounds", 1, name="one").history[-1]
     assert one["noise_ratio"] == pytest.approx(1, abs=1e-5)
+
+
+def test_entropy_is_measured_on_the_text_that_was_asked_for(
+        run_here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the validation split every client measures the same sequences, and trains on its whole
+    shard."""
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def spy(model: Any, sequences: np.ndarray, numbers: np.ndarray, *rest: int) -> float:
+        seen.append((sequences, numbers))
+        return mean_entropy(model, sequences, numbers, *rest)
+
+    monkeypatch.setattr("fedrun.federation.worker.mean_entropy", spy)
+    flags = ("--num_clients", 2, "--rounds", 1, "--entropy_holdout", 0.25)
+    held, shared = (run_here("fed_entropy", *flags, "--entropy_on", text, name=text)
+                    for text in ("holdout", "validation"))
+    assert held.code == shared.code == 0, shared.output
+    (train, first), (_, second), (validation, all_of_it), other = seen
+    assert not set(first) & set(second)
+    assert len(all_of_it) == len(validation) < len(train)
+    assert np.array_equal(validation, other[0])
+    assert np.array_equal(all_of_it, other[1])
+    assert "--entropy_holdout 0.25 has no effect with --entropy_on validation" in shared.output
+    config: Any = resolve("fed_entropy", {"entropy_on": "validation"})
+    assert config.strategy.holdout == 0
+    assert len(set(shared.history[-1]["client_entropies"])) == 2, "of two models"
 
 
 def test_prox_pulls_clients_back_and_does_nothing_at_one_step(run_here: Run) -> None:

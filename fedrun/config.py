@@ -89,6 +89,9 @@ class RunConfig:
     val_fraction: float | None = None
     """Share of the train rows to hold out for validation, instead of using a validation split.
     none: a twentieth if there is no such split."""
+    row_separator: Literal["newline", "none"] = "newline"
+    """Whether each row that does not end with a newline gets one (newline), or is tokenised as it
+    is (none), so that an empty row of WikiText is no token."""
     tokenizer: str = "gpt2"
     """A tokenizer's hub name, folder or tokenizer.json, or bpe:N to train a byte-level BPE with N
     tokens on the training text, which needs no network."""
@@ -195,7 +198,8 @@ class RunConfig:
     def text_options(self) -> TextOptions:
         """The flags that decide which text is read."""
         return text_options_of({name: getattr(self, name) for name in (
-            "text_column", "encoding", "val_fraction", "validation_split", "partition")})
+            "text_column", "encoding", "val_fraction", "validation_split", "partition",
+            "row_separator")})
 
     @property
     def config_name(self) -> str:
@@ -271,10 +275,11 @@ class FederatedConfig(RunConfig):
     prox_mu: float = 0.0
     """Weight mu of FedProx's term (mu/2) |w - w_t|^2 in the clients' loss, which keeps a client's
     model w near the global one w_t. No effect at --local_updates 1, where w is w_t."""
-    client_moments: Literal["keep", "reset", "average"] = "keep"
+    client_moments: Literal["keep", "reset", "reset_epoch", "average"] = "keep"
     """What happens to a client's AdamW moments after a round: kept for its next one (keep), set to
-    zero (reset), or averaged over the cohort together with the updates (average), which sends 24
-    bytes per parameter instead of 4 (12 with --aggregation float)."""
+    zero (reset; reset_epoch: only at the start of each epoch), or averaged over the cohort together
+    with the updates (average), which sends 24 bytes per parameter instead of 4 (12 with
+    --aggregation float)."""
     client_store: Literal["memory", "disk"] = "memory"
     """Where the state of clients that are not training is kept: in the host's memory, or in files
     in the run's folder (disk), so that hundreds of clients take the memory of two."""
@@ -311,7 +316,10 @@ class FederatedConfig(RunConfig):
         require(self.prox_mu == 0 or self.sync == "round", "--prox_mu", self.prox_mu,
                 "0 with --sync epoch, where clients do not know the global model")
         require(self.client_moments != "average" or self.sync == "round", "--client_moments",
-                self.client_moments, "keep or reset with --sync epoch")
+                self.client_moments, "keep, reset or reset_epoch with --sync epoch")
+        require(self.client_moments != "reset_epoch" or self.cohort is None, "--client_moments",
+                self.client_moments, "keep, reset or average with --cohort, where a client may not "
+                "train in an epoch's first round")
         if self.aggregation == "int8":
             self._check_int8()
         self.strategy.check(self)
@@ -331,7 +339,7 @@ class FederatedConfig(RunConfig):
         require(fits, "--aggregation", "int8",
                 f"exact or float for {self.method} (int8 carries only updates)")
         require(self.client_moments != "average", "--client_moments", self.client_moments,
-                "keep or reset with --aggregation int8")
+                "keep, reset or reset_epoch with --aggregation int8")
         require(self.cohort_size <= INT8_COHORT, "--cohort", self.cohort_size,
                 f"at most {INT8_COHORT} clients in a round with --aggregation int8")
         require(self.sync == "round", "--sync", self.sync, "round with --aggregation int8")

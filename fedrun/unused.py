@@ -54,6 +54,8 @@ IDLE: dict[str, Callable[[Any], str]] = {
     if c.num_clients == 1 else "",
     "weighting": _one_client,
     "temperature": _one_client,
+    "entropy_holdout": lambda c: "" if c.strategy.entropy_on == "holdout"
+    else "with --entropy_on validation",
     "fisher_microbatches": lambda c: "" if c.strategy.fisher == "corrected"
     else "without --fisher corrected",
     "momentum_form": lambda c: "" if c.strategy.server_momentum else "with --server_momentum 0"}

@@ -99,7 +99,7 @@ def test_steps_that_find_the_disk_full_are_there_in_the_end(
         method: str, run_here: Run, whole: Wholes, monkeypatch: pytest.MonkeyPatch) -> None:
     """And no checkpoint is made without them, from which a run would resume without them."""
     undisturbed = whole(method)
-    Disk(monkeypatch, "params/step_", range(2, 5))  # of steps 2 and 3, and of a checkpoint
+    Disk(monkeypatch, "params/step_", range(3, 6))  # of steps 2 and 3, and of a checkpoint
     ended = run_here(method, *flags_of(method))
     assert ended.code == 0, ended.output
     assert "could not be written" in ended.output

@@ -74,6 +74,8 @@ IDLE_CASES: list[tuple[str, dict[str, Any], dict[str, Any], str, dict[str, Any]]
     ("fed_avg", {"client_store": "disk"}, {"num_clients": 1}, "with one client", {}),
     ("fed_avg", {"weighting": "uniform"}, {"cohort": 1}, "with one client in a round", {}),
     ("fed_entropy", {"temperature": 0.5}, {"num_clients": 1}, "with one client in a round", {}),
+    ("fed_entropy", {"entropy_holdout": 0.2}, {"entropy_on": "validation"},
+     "--entropy_holdout 0.2 has no effect with --entropy_on validation", {}),
     ("fed_fisher", {"fisher_microbatches": 4}, {}, "without --fisher corrected",
      {"fisher": "corrected"}),
     ("fed_momentum", {"momentum_form": "nesterov"}, {"server_momentum": 0},

@@ -7,7 +7,6 @@ recorded, since files can be damaged later, and the cache may be read-only.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -53,7 +52,7 @@ def entry_name(dataset: str, tokenizer: str, options: TextOptions = TextOptions(
         importlib.metadata.version("tokenizers"),
         dataset,
         corpora.file_signature(corpora.local_files(dataset)),
-        dataclasses.astuple(options),
+        options.key,
         tokenizer,
         corpora.file_signature(tokenizer_files),
     ]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal
 
 from fedrun.common.errors import InputError, require
 
@@ -28,6 +29,8 @@ class TextOptions:
     """The split to validate on; None: the validation split, if there is one."""
     partition: str = ""
     """by_source or column:NAME, for which a share of every source is held out; else empty."""
+    row_separator: Literal["newline", "none"] = "newline"
+    """Whether a row that does not end with a newline gets one before it is tokenised."""
     hold_out: bool = True
     """Whether a dataset without a validation split has one held out of its train rows; otherwise
     all of its text is validation text."""
@@ -49,6 +52,14 @@ class TextOptions:
         """The names in `text_column`; empty if it is None."""
         return [] if self.text_column is None else [
             name.strip() for name in self.text_column.split(",")]
+
+    @property
+    def key(self) -> list[Any]:
+        """All options for the cache's key. A separator that is the default is left out, so that
+        text that was tokenised before there was a choice is found."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        separator = values.pop("row_separator")
+        return [*values.values(), *([] if separator == "newline" else [separator])]
 
     @property
     def source_column(self) -> str | None:
@@ -75,7 +86,8 @@ def text_options_of(settings: Mapping[str, Any]) -> TextOptions:
     partition = text("partition") or ""
     return TextOptions(text("text_column"), text("encoding"),
                    fraction if isinstance(fraction, float) else None, text("validation_split"),
-                   partition if partition == "by_source" or partition.startswith(COLUMN) else "")
+                   partition if partition == "by_source" or partition.startswith(COLUMN) else "",
+                   "none" if text("row_separator") == "none" else "newline")
 
 
 def require_dataset(dataset: str) -> None:

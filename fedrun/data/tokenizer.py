@@ -56,8 +56,10 @@ def tokenizer_name(tokenizer: str) -> str:
     return path.resolve().name if path.is_dir() else tokenizer
 
 
-def save_tokenizer(name: str, corpus: corpora.Corpus, folder: Path) -> Tokenizer:
+def save_tokenizer(name: str, corpus: corpora.Corpus, folder: Path, separator: str) -> Tokenizer:
     """Train or fetch the tokenizer `name` (the value of --tokenizer), save it and load it.
+
+    separator: --row_separator, for training.
 
     Raises:
         InputError: there is no such tokenizer, or it is not usable.
@@ -67,7 +69,7 @@ def save_tokenizer(name: str, corpus: corpora.Corpus, folder: Path) -> Tokenizer
 
     size = bpe_size(name)
     if size is not None:
-        _train_bpe(corpus.train, size, folder)
+        _train_bpe(corpus.train, size, folder, separator)
     else:
         _fetch_tokenizer(name).save_pretrained(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -78,14 +80,14 @@ def save_tokenizer(name: str, corpus: corpora.Corpus, folder: Path) -> Tokenizer
     return tokenizer
 
 
-def _train_bpe(rows: list[str], size: int, folder: Path) -> None:
+def _train_bpe(rows: list[str], size: int, folder: Path, separator: str) -> None:
     """Train a byte-level BPE with at most `size` tokens and save it (Sennrich et al. 2016; on bytes
     as in GPT-2, Radford et al. 2019). The same rows give the same files.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = _splitter(rows)
+    bpe.pre_tokenizer = _splitter(rows, separator)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
@@ -93,7 +95,7 @@ def _train_bpe(rows: list[str], size: int, folder: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    bpe.train_from_iterator(with_newlines(rows), trainer)
+    bpe.train_from_iterator(separated(rows, separator), trainer)
     folder.mkdir()
     bpe.save(str(folder / "tokenizer.json"))
     config = {
@@ -105,7 +107,7 @@ def _train_bpe(rows: list[str], size: int, folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
-def _splitter(rows: list[str]) -> PreTokenizer:
+def _splitter(rows: list[str], separator: str) -> PreTokenizer:
     """GPT-2's pre-tokenizer: splits text into words and works on bytes.
 
     Words longer than LONGEST_WORD (lines of DNA, for example) are cut, since training time grows
@@ -117,7 +119,7 @@ def _splitter(rows: list[str]) -> PreTokenizer:
 
     plain: PreTokenizer = ByteLevel(add_prefix_space=False)
     may_have_long_words = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
-    candidates = (row for row in with_newlines(rows) if may_have_long_words.search(row))
+    candidates = (row for row in separated(rows, separator) if may_have_long_words.search(row))
     spans = (span for row in candidates for _, span in plain.pre_tokenize_str(row))
     if all(end - begin <= LONGEST_WORD for begin, end in spans):
         return plain
@@ -229,7 +231,7 @@ def _unknown(tokenizer: Tokenizer, texts: list[str]) -> str:
 
 
 def write_ids(
-    path: Path, rows: list[str], tokenizer: Tokenizer, dtype: np.dtype, flag: str
+    path: Path, rows: list[str], tokenizer: Tokenizer, dtype: np.dtype, flag: str, separator: str
 ) -> np.ndarray:
     """Write the token ids of all rows to a new file, concatenated; return the number of tokens of
     each row, int64, (n_rows,)."""
@@ -237,7 +239,7 @@ def write_ids(
 
     counts: list[int] = []
     with path.open("wb") as file, tqdm(total=len(rows), unit=" rows", disable=None) as bar:
-        texts = with_newlines(rows)
+        texts = separated(rows, separator)
         while batch := list(itertools.islice(texts, ROWS_AT_ONCE)):
             encodings = encode(tokenizer, batch, flag)
             ids = np.fromiter(itertools.chain.from_iterable(e.ids for e in encodings), dtype)
@@ -247,6 +249,7 @@ def write_ids(
     return np.array(counts, dtype=np.int64)
 
 
-def with_newlines(rows: Iterable[str]) -> Iterator[str]:
-    """The rows in the form in which they are tokenised: each ends with a newline."""
-    return (row if row.endswith("\n") else row + "\n" for row in rows)
+def separated(rows: Iterable[str], separator: str) -> Iterator[str]:
+    """The rows in the form in which they are tokenised: each ends with a newline (newline), or as
+    they are (none)."""
+    return (row if separator == "none" or row.endswith("\n") else row + "\n" for row in rows)

@@ -166,8 +166,9 @@ def prepare(
     """Token sequences of `dataset`, from the cache, which is filled first if necessary.
 
     Each split is tokenised row by row, without special tokens and with a newline at the end of each
-    row. The tokens are concatenated and cut into sequences of `sequence_length` tokens that do not
-    overlap; the remainder is dropped. Any number of processes of a machine may call this at once.
+    row (--row_separator none: as it is). The tokens are concatenated and cut into sequences of
+    `sequence_length` tokens that do not overlap; the remainder is dropped. Any number of processes
+    of a machine may call this at once.
 
     Args:
         options: the flags that decide which text is read.
@@ -278,13 +279,14 @@ def _build(entry: Path, dataset: str, tokenizer: str, options: TextOptions) -> d
         shutil.rmtree(leftover, ignore_errors=True)
     work.mkdir()
     log(visible(f"tokenising {corpus.name} with {tokenizer}, once on this machine"))
-    loaded = save_tokenizer(tokenizer, corpus, work / "tokenizer")
+    loaded = save_tokenizer(tokenizer, corpus, work / "tokenizer", options.row_separator)
     vocab_size = max(loaded.get_vocab().values()) + 1
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
     rows = {"train": corpus.train, "validation": corpus.validation}
     row_tokens = {
         split: write_ids(
-            work / f"{split}.bin", rows[split], loaded, dtype, f"--tokenizer {tokenizer}"
+            work / f"{split}.bin", rows[split], loaded, dtype, f"--tokenizer {tokenizer}",
+            options.row_separator
         )
         for split in rows
     }

@@ -142,13 +142,14 @@ def to_device(batch: Tensor, device: torch.device) -> Tensor:
         batch.to(device))
 
 
-def mean_entropy(model: Mamba2LM, sequences: np.ndarray, holdout: np.ndarray,
+def mean_entropy(model: Mamba2LM, sequences: np.ndarray, numbers: np.ndarray,
                  batch_size: int, batches: int) -> float:
-    """Mean predictive entropy in nats per token over at most `batches` batches of the holdout."""
+    """Mean predictive entropy in nats per token over at most `batches` batches of the sequences
+    with these numbers, from the first on."""
     device = next(model.parameters()).device
     entropy, tokens = 0.0, 0
-    for start in range(0, len(holdout), batch_size)[:batches]:
-        rows = holdout[start:start + batch_size]
+    for start in range(0, len(numbers), batch_size)[:batches]:
+        rows = numbers[start:start + batch_size]
         batch = torch.from_numpy(sequences[rows].astype(np.int64)).to(device)
         summed, count = model.entropy(batch)
         entropy += float(summed)

@@ -45,7 +45,7 @@ class Schedule:
     def plan(self, number: int, entropy_reference: float, save: bool = False) -> RoundPlan:
         """The plan of round `number`, counted from 1."""
         config = self.config
-        in_epoch = (number - 1) % max(self.rounds_per_epoch, 1)
+        in_epoch = self.in_epoch(number)
         every_round = config.sync == "round"
         # Without a sync, clients and their mean, the global model, each drift by at most one
         # round's bound per round, so they are at most twice that apart.
@@ -65,6 +65,10 @@ class Schedule:
             start_from_global=every_round or in_epoch == 0,
             evaluate=number == 1 or number % config.val_freq == 0 or last,
             save=save, last=last)
+
+    def in_epoch(self, number: int) -> int:
+        """A round's place in its epoch, from 0; an epoch shorter than a round has that one."""
+        return (number - 1) % max(self.rounds_per_epoch, 1)
 
     def cohort(self, number: int) -> list[int]:
         """The clients of a round, drawn without replacement: a function of (seed, round) alone."""

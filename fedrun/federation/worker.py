@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,7 +96,8 @@ class Worker:
         optimizer = LocalOptimizer(self.flat, config, self.schedule.rounds * config.local_updates)
         hosted = assign_clients(work, len(self.runtime.workers))[self._index]
         return {k: Client(k, self.shards.train[k], self.data.train, self.flat, config, optimizer,
-                          keeps_moments=config.client_moments == "keep") for k in hosted}
+                          keeps_moments=config.client_moments in ("keep", "reset_epoch"))
+                for k in hosted}
 
     @property
     def _index(self) -> int:
@@ -133,7 +135,9 @@ class Worker:
         steps = self.config.local_updates
         first_step = (plan.round - 1) * steps
         if self.strategy.trains:
-            if self.config.client_moments == "reset":
+            moments = self.config.client_moments
+            if moments == "reset" or (moments == "reset_epoch"
+                                      and self.schedule.in_epoch(plan.round) == 0):
                 client.optimizer.reset()
             if self.moments is not None:
                 client.optimizer.load_moments(self.moments, first_step)
@@ -157,11 +161,15 @@ class Worker:
         return report
 
     def _entropy(self, client: Client) -> float | None:
-        """The mean entropy of its trained model on its holdout, if the method has one."""
-        if not self.strategy.holdout:
+        """The mean entropy of its trained model on its holdout, or without one on the validation
+        split, if the method measures it."""
+        if not self.strategy.holdout_batches:
             return None
-        return mean_entropy(self.model, self.data.train, self.shards.holdout[client.index],
-                            self.config.batch_size, self.strategy.holdout_batches)
+        sequences, rows = self.data.validation, np.arange(len(self.data.validation))
+        if self.strategy.holdout:
+            sequences, rows = self.data.train, self.shards.holdout[client.index]
+        return mean_entropy(self.model, sequences, rows, self.config.batch_size,
+                            self.strategy.holdout_batches)
 
     def _measure(self, client: Client, report: ClientReport, number: int) -> ClientReport:
         """In rounds that are evaluated: what the flags ask for of a client's own model."""

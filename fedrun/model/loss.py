@@ -49,10 +49,17 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor,
     """Sum over tokens of -log softmax(hidden @ weight.T)[target], in nats: a 0-dim tensor.
 
     hidden: (tokens, d_model); weight: (vocab, d_model); targets: (tokens,), integers. Matrix
-    products run in matmul_dtype (default: hidden's type), everything else in hidden's type.
+    products run in matmul_dtype (default: hidden's type), everything else in hidden's type. Without
+    gradients (`no_grad`, `inference_mode`, or nothing that requires one) it is one product instead
+    of three, with the same bits.
     """
+    matmul_dtype = matmul_dtype or hidden.dtype
+    # Asked here, because an autograd function cannot know: its needs_input_grad tells what requires
+    # gradients, whatever the grad mode, and in its forward pass the mode is always off.
+    if not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
+        return _loss(hidden, weight, targets, matmul_dtype)
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, matmul_dtype or hidden.dtype)
+        hidden, weight, targets, matmul_dtype)
     return loss
 
 
@@ -62,8 +69,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor,
                 matmul_dtype: torch.dtype) -> Tensor:
-        if not any(ctx.needs_input_grad):
-            return _loss(hidden, weight, targets, matmul_dtype)
         grad_weight = torch.empty_like(weight)
         loss, grad_hidden = linear_cross_entropy_gradients(
             hidden, weight, targets, matmul_dtype, 1.0, grad_weight, add=False)
@@ -95,8 +100,8 @@ def linear_cross_entropy_gradients(
         start, end = end, end + chunk_tokens(weight, matmul_dtype, add)
         x, target, grad_x = (t[start:end] for t in (hidden, targets, grad_hidden))
         expected = x.new_empty(x.shape[1], _aligned(len(x)))
-        exponentials, shift, total = _softmax(x, weight, matmul_dtype, expected,
-                                              None if add else grad_weight)
+        exponentials = _logits_memory(x, weight, matmul_dtype, None if add else grad_weight)
+        shift, total = _softmax(x, weight, matmul_dtype, exponentials, expected)
         at_target = _logit_of(x, weight, target, matmul_dtype)
         loss += (shift + torch.log(total) - at_target).sum()
         # d loss / d logits = softmax - one-hot, with softmax = exponentials / total
@@ -111,51 +116,67 @@ def linear_cross_entropy_gradients(
 
 
 def _loss(hidden: Tensor, weight: Tensor, targets: Tensor, matmul_dtype: torch.dtype) -> Tensor:
+    """The summed loss alone, in the chunks of `linear_cross_entropy_gradients`: the same bits."""
     loss = hidden.new_zeros(())
-    chunk = chunk_tokens(weight, matmul_dtype)
-    for x, target in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        _, shift, total = _softmax(x, weight, matmul_dtype)
+    end = 0
+    while end < len(hidden):
+        start, end = end, end + chunk_tokens(weight, matmul_dtype, add=end > 0)
+        x, target = hidden[start:end], targets[start:end]
+        # On a CPU a block's logits are read at once, and the rare shift computes them twice.
+        kept = None if x.is_cpu else _logits_memory(x, weight, matmul_dtype)
+        shift, total = _softmax(x, weight, matmul_dtype, kept)
         loss += (shift + torch.log(total) - _logit_of(x, weight, target, matmul_dtype)).sum()
     return loss
 
 
-def _softmax(x: Tensor, weight: Tensor, matmul_dtype: torch.dtype, expected: Tensor | None = None,
-             out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The unnormalised softmax of a chunk's logits.
+def _logits_memory(x: Tensor, weight: Tensor, matmul_dtype: torch.dtype,
+                   out: Tensor | None = None) -> Tensor:
+    """Memory for the logits of a chunk, (vocab, aligned tokens): in `out`, a tensor of the weight's
+    shape, if they fit there, else memory that the next call reuses."""
+    shape = len(weight), _aligned(len(x))
+    if out is not None and shape[1] * matmul_dtype.itemsize <= out.shape[1] * out.itemsize:
+        return out.view(matmul_dtype)[:, :shape[1]]
+    return _scratch.empty("logits", shape, matmul_dtype, x.device)
 
-    Returns exp(logits - shift) (vocab, tokens), whose last columns are padding, then the shift and
-    the sum of the exponentials, (tokens,) each. The exponentials are stored in `out`, a tensor of
-    the weight's shape, if they fit there, else in memory that the next call reuses. If `expected`
-    (d_model, tokens) is given, weight.T @ exponentials is written to it: the expectation of the
-    weight's rows under the softmax, not normalised either.
+
+def _softmax(x: Tensor, weight: Tensor, matmul_dtype: torch.dtype, exponentials: Tensor | None,
+             expected: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The unnormalised softmax of a chunk's logits: the shift and the sum of exp(logits - shift),
+    (tokens,) each.
+
+    exp(logits - shift) (vocab, tokens), whose last columns are padding, is stored in
+    `exponentials`; None keeps only one block of it at a time. If `expected` (d_model, tokens) is
+    given, weight.T @ exponentials is written to it: the expectation of the weight's rows under the
+    softmax, not normalised either.
     """
     columns = _columns(x, matmul_dtype)
-    shape = len(weight), columns.shape[1]
-    if out is not None and shape[1] * matmul_dtype.itemsize <= out.shape[1] * out.itemsize:
-        exponentials = out.view(matmul_dtype)[:, :shape[1]]
-    else:
-        exponentials = _scratch.empty("logits", shape, matmul_dtype, x.device)
+
+    def product(rows: slice, block: Tensor) -> Tensor:
+        part = _scratch.empty("part", (len(block), columns.shape[1]), matmul_dtype, x.device
+                              ) if exponentials is None else exponentials[rows]
+        return torch.mm(block, columns, out=part)
+
     # Unless logits are extreme, exp needs no shift, which saves two passes. On a CPU the check is
     # free; on another device it would have to wait for the device, so the shift is always applied.
     for shifted in (False, True) if x.is_cpu else (True,):
         shift = x.new_zeros(columns.shape[1])
         if shifted:
-            for rows, block in _cast_blocks(weight, matmul_dtype):
-                torch.mm(block, columns, out=exponentials[rows])
-            shift = exponentials.amax(0)  # it still holds logits
+            shift = torch.stack([product(rows, block).amax(0) for rows, block
+                                 in _cast_blocks(weight, matmul_dtype)]).amax(0)
         total = x.new_zeros(columns.shape[1])
         for rows, block in _cast_blocks(weight, matmul_dtype):
-            part = exponentials[rows]
+            if shifted and exponentials is not None:
+                part = exponentials[rows]  # it still holds logits
+            else:
+                part = product(rows, block)
             if shifted:
                 part.sub_(shift)
-            else:
-                torch.mm(block, columns, out=part)
             total += part.exp_().sum(0)
             if expected is not None:
                 _product(block.T, part, expected, add=rows.start > 0)
         if shifted or SAFE_TOTAL[0] < total.min() <= total.max() < SAFE_TOTAL[1]:
             break
-    return exponentials, shift[:len(x)].to(x.dtype), total[:len(x)]
+    return shift[:len(x)].to(x.dtype), total[:len(x)]
 
 
 @torch.no_grad()
@@ -250,7 +271,8 @@ class _Scratch(threading.local):
         size = math.prod(shape)
         buffer = self.buffers.get((name, dtype))
         if buffer is None or len(buffer) < size:
-            buffer = self.buffers[name, dtype] = torch.empty(size, dtype=dtype)
+            with torch.inference_mode(False):  # else training could not write to it later
+                buffer = self.buffers[name, dtype] = torch.empty(size, dtype=dtype)
         return buffer[:size].view(shape)
 
 

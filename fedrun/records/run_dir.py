@@ -8,6 +8,7 @@
     best/                  with --keep best: the model with the lowest validation loss (best.py)
     server/params/step_000030.npz, server/deltas/...    snapshots (snapshots.py); of a central run:
                                                         params/, deltas/
+    server/params/step_000000.npz                       the start
     checkpoints/           to resume from (checkpoint.py)
     clients/               states of clients while the run lasts, with --client_store disk
     tracker.json           the run's id at a hosted tracker (--track wandb or trackio)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.torch import save
@@ -43,13 +44,18 @@ def save_snapshot(folder: Path, step: int, now: Mapping[str, np.ndarray],
     to `folder`/deltas/step_000030.npz."""
     deltas = {f"delta_{name}": now[name] - start[name] for name in now}
     for kind, arrays in (("params", now), ("deltas", deltas)):
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
-        write_atomic(folder / kind / f"step_{step:06d}.npz", buffer.getvalue())
+        _write(folder / kind, step, arrays)
+
+
+def _write(folder: Path, step: int, arrays: Mapping[str, Any]) -> None:
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_atomic(folder / f"step_{step:06d}.npz", buffer.getvalue())
 
 
 class SnapshotWriter:
-    """Saves snapshots of one model at its evaluated steps.
+    """Saves snapshots of one model at its evaluated steps, and before them its start, as
+    params/step_000000.npz.
 
     While the disk is full they queue in memory. The next evaluation tries again, and so does the
     next checkpoint, which is not committed without them.
@@ -59,7 +65,7 @@ class SnapshotWriter:
 
     def __init__(self, folder: Path, start: Mapping[str, np.ndarray]) -> None:
         """start: the tracked parameters before the first step."""
-        self._folder, self._start = folder, start
+        self._folder, self._start, self._start_written = folder, start, False
         self._queue: list[tuple[int, Mapping[str, np.ndarray]]] = []
 
     @property
@@ -72,8 +78,11 @@ class SnapshotWriter:
         self._queue.append((step, now))
 
     def write(self) -> None:
-        """Write the queued snapshots, oldest first. Raises OSError if the disk does not take them;
-        those not written stay queued."""
+        """Write the start if this process has not yet, and the queued snapshots, oldest first.
+        Raises OSError if the disk does not take them; those not written stay queued."""
+        if not self._start_written:
+            _write(self._folder / "params", 0, self._start)
+            self._start_written = True
         while self._queue:
             save_snapshot(self._folder, *self._queue[0], self._start)
             self._queue.pop(0)

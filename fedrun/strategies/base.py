@@ -52,8 +52,8 @@ class ClientReport:
     loss_sum: float
     """Sum of their losses, in nats."""
     entropy: float | None = None
-    """Mean predictive entropy of the trained model on the client's holdout, in nats per token; for
-    methods with a holdout."""
+    """Mean predictive entropy of the trained model, in nats per token; for methods that measure it
+    (`holdout_batches`)."""
     weight: float = 0.0
     """The client's weight p_k, not normalised; 0 if it is left out."""
     norm: float | None = None
@@ -71,7 +71,7 @@ class FisherSettings:
     estimate: Literal["batch", "sequence", "corrected"] = "batch"
     microbatches: int = 2
     """Parts of a batch, for `corrected`; they must divide the batch."""
-    scope: Literal["all", "mixers"] = "all"
+    scope: Literal["all", "untied", "mixers"] = "all"
     """Parameters outside the scope have a Fisher diagonal of zero."""
 
     def gradient_scale(self, batch_size: int, sequence_length: int) -> float:
@@ -141,7 +141,8 @@ class Strategy:
 
     @property
     def holdout_batches(self) -> int:
-        """The entropy is measured on at most this many batches of the holdout."""
+        """The entropy is measured on at most this many batches of the holdout, or without one of
+        the validation split; 0: not measured."""
         return 0
 
     def check(self, config: Any) -> None:

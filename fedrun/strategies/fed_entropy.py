@@ -3,10 +3,11 @@
     w <- w + sum_k a_k d_k,   a = softmax(-H / T) over the cohort
 
 H_k is the mean predictive entropy, in nats per token, of client k's trained model on a part of its
-shard that it never trains on. Terms are added as they come, so the softmax is normalised at the
-end: a client adds exp((H_ref - H_k) / T) d_k, where H_ref is the soft minimum of the last round's
-entropies, which makes the weights sum to about one. (A method of 2022 is also called FedEntropy; it
-selects clients by the entropy of their averaged labels. Ours selects none.)
+shard that it never trains on (or on the validation split: --entropy_on). Terms are added as they
+come, so the softmax is normalised at the end: a client adds exp((H_ref - H_k) / T) d_k, where H_ref
+is the soft minimum of the last round's entropies, which makes the weights sum to about one. (A
+method of 2022 is also called FedEntropy; it selects clients by the entropy of their averaged
+labels. Ours selects none.)
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from fedrun.common.errors import InputError, require
 from fedrun.strategies.base import ClientReport, ServerRound, Strategy
@@ -33,7 +34,11 @@ class FedEntropy(Strategy):
     """Temperature T of the softmax over -H, in nats. A small one prefers the most certain clients,
     a large one weighs all alike."""
     entropy_batches: int = 5
-    """The entropy is measured on at most this many batches of the holdout."""
+    """The entropy is measured on at most this many batches."""
+    entropy_on: Literal["holdout", "validation"] = "holdout"
+    """Text that the entropy is measured on: what each client holds out of its own shard (holdout),
+    or the validation split, the same for all (validation), from which the run's validation loss is
+    then not independent. Clients train on their whole shards with validation."""
     entropy_holdout: float = 0.1
     """Fraction of a client's shard that is held out to measure its entropy."""
 
@@ -49,7 +54,7 @@ class FedEntropy(Strategy):
 
     @property
     def holdout(self) -> float:
-        return self.entropy_holdout
+        return self.entropy_holdout if self.entropy_on == "holdout" else 0.0
 
     @property
     def holdout_batches(self) -> int:

@@ -39,9 +39,10 @@ class FedFisher(FedAvg):
     fisher_floor_mode: Literal["absolute", "relative"] = "absolute"
     """Whether the floor is a number (absolute) or a multiple of the cohort's mean of F (relative;
     this sums a third vector)."""
-    fisher_scope: Literal["all", "mixers"] = "all"
-    """Parameters that are weighted by their Fisher information: all, or those of the mixers only,
-    while embedding, head and norms are averaged plainly."""
+    fisher_scope: Literal["all", "untied", "mixers"] = "all"
+    """Parameters that are weighted by their Fisher information, while the others are averaged
+    plainly: all, all but the embedding that is tied to the head (untied), or those of the mixers
+    only (mixers)."""
 
     inputs: ClassVar[tuple[str, ...]] = ("delta", "fisher")
     diagnostics: ClassVar[tuple[str, ...]] = ("under_floor",)

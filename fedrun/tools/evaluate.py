@@ -95,7 +95,9 @@ def _text_to_read(args: argparse.Namespace, settings: Mapping[str, Any]
     """The dataset, and how to read it: the run's own as in its training, unless flags differ."""
     own = settings.get("dataset", "wikitext-2")
     dataset = own if args.dataset is None else args.dataset
-    options = text_options_of(settings) if dataset == own else TextOptions()
+    options = text_options_of(settings)
+    if dataset != own:
+        options = TextOptions(row_separator=options.row_separator)
     if args.text_column is not None or args.encoding is not None:
         options = dataclasses.replace(options, text_column=args.text_column or options.text_column,
                                       encoding=args.encoding or options.encoding)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fedrun.model.mamba2 import Mamba2LM
-from fedrun.model.names import in_mixer
+from fedrun.model.names import in_mixer, tied_parameter
 from fedrun.strategies.base import FisherSettings
 from fedrun.training.params import FlatParams
 
@@ -97,8 +97,8 @@ class FisherEstimate:
         Zero outside --fisher_scope: the method's floor then makes the average there a plain one.
         """
         self.diagonal.div_(self._batches)
-        if self.settings.scope == "mixers":
-            for name, view in self.flat.views(self.diagonal):
-                if not in_mixer(name):
-                    view.zero_()
+        scope, tied = self.settings.scope, tied_parameter(part.name for part in self.flat.slices)
+        for name, view in self.flat.views(self.diagonal):
+            if (scope == "mixers" and not in_mixer(name)) or (scope == "untied" and name == tied):
+                view.zero_()
         return self.diagonal

@@ -264,7 +264,7 @@ def test_residuals_are_part_of_a_checkpoint(run: Run, tmp_path: Path) -> None:
     ("fed_fisher", {}, "--aggregation int8: must be exact or float for fed_fisher"),
     ("fed_entropy", {}, "--aggregation int8: must be exact or float for fed_entropy"),
     ("fed_sgd", {}, "--aggregation int8: must be exact or float for fed_sgd"),
-    ("fed_avg", {"client_moments": "average"}, "--client_moments average: must be keep or reset"),
+    ("fed_avg", {"client_moments": "average"}, "--client_moments average: must be keep, reset or"),
     ("fed_avg", {"sync": "epoch"}, "--sync epoch: must be round with --aggregation int8"),
     ("fed_avg", {"num_clients": "127"}, "--cohort 127: must be at most 126 clients"),
 ])

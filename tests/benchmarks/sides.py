@@ -1,7 +1,8 @@
 """One side of the comparison in step.py: `python -m tests.benchmarks.sides ours ...`.
 
-ours: a step as `fedrun` trains, with fused AdamW on one flat vector. stock:
-transformers.Mamba2ForCausalLM as installed, with torch.optim.AdamW; bf16 is under torch.autocast.
+ours: a step as `fedrun` trains, with fused AdamW on one flat vector, and a batch of an evaluation.
+stock: transformers.Mamba2ForCausalLM as installed, with torch.optim.AdamW, and its forward pass;
+bf16 is under torch.autocast.
 """
 
 from __future__ import annotations
@@ -47,6 +48,11 @@ class Ours:
     def train(self) -> None:
         self.model.compute_grad(self.batch)
         self.adamw.step(0)
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """One batch of an evaluation."""
+        self.model.loss(self.batch)
 
     def floor(self) -> float:
         shapes = products(self.config, VOCAB, *self.batch.shape)
@@ -108,10 +114,19 @@ class Stock:
 
     def train(self) -> None:
         self.adamw.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            loss = self.model(self.batch, labels=self.batch).loss
-        loss.backward()
+        self.loss().backward()
         self.adamw.step()
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """The forward pass with the loss of one batch."""
+        self.loss()
+
+    def loss(self) -> torch.Tensor:
+        """Mean loss of the batch: a 0-dim tensor."""
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            loss: torch.Tensor = self.model(self.batch, labels=self.batch).loss
+        return loss
 
 
 def bind(work: Callable[..., object], *args: object) -> Callable[[], object]:
@@ -135,7 +150,9 @@ def main() -> None:
     one = build(ModelConfig(n_layer=arguments.layers), arguments)
     commands = {name: getattr(one, name) for name in ("floor", "parts", "token")
                 if hasattr(one, name)}
-    answer(commands | {"step": lambda: seconds(one.train), "memory": lambda: peak_mib() - before})
+    answer(commands | {"step": lambda: seconds(one.train),
+                       "evaluation": lambda: seconds(one.evaluate),
+                       "memory": lambda: peak_mib() - before})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Our training step against that of transformers: time, peak memory and distance from the floor.
+An evaluation (a batch, without gradients) stands beside the forward pass of transformers.
 
     python -m tests.benchmarks.step                          # the whole table, as markdown
     python -m tests.benchmarks.step --layers 1 --batch 4 --json
@@ -15,13 +16,15 @@ import argparse
 import json
 import statistics
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from fedrun.model.precision import bf16_in_hardware
 from tests.benchmarks.common import Side, machine, spread
 
 SIDES = "tests.benchmarks.sides"
 WARM_UP = 2
+T = TypeVar("T")
 
 
 def compare(layers: int, batch: int, dtype: str, stock_dtype: str, threads: int,
@@ -30,24 +33,35 @@ def compare(layers: int, batch: int, dtype: str, stock_dtype: str, threads: int,
     shape = ("--layers", str(layers), "--batch", str(batch))
     sides = {"ours": Side(SIDES, "ours", *shape, "--dtype", dtype, threads=threads),
              "stock": Side(SIDES, "stock", *shape, "--dtype", stock_dtype, threads=threads)}
-    samples: dict[str, list[float]] = {name: [] for name in sides}
-    for repetition in range(WARM_UP + repetitions):
-        for name, side in sides.items():
-            taken = side.ask("step")
-            time.sleep(0.05)  # until the threads of this side are idle
-            if repetition >= WARM_UP:
-                samples[name].append(taken)
+    samples = in_turns(sides, "step", repetitions)
     memory = {name: side.ask("memory") for name, side in sides.items()}
+    evaluations = in_turns(sides, "evaluation", repetitions)
     sides["stock"].close()
     floor, parts = sides["ours"].ask("floor"), sides["ours"].ask("parts")
     sides["ours"].close()
     ours_s, stock_s = (statistics.median(samples[name]) for name in ("ours", "stock"))
+    our_evaluation, stock_evaluation = (statistics.median(evaluations[name])
+                                        for name in ("ours", "stock"))
     return {"layers": layers, "batch": batch, "dtype": dtype, "stock_dtype": stock_dtype,
             "threads": threads, "ours_s": ours_s, "stock_s": stock_s, "speedup": stock_s / ours_s,
             "ours_spread": spread(samples["ours"]), "stock_spread": spread(samples["stock"]),
             "ours_mib": memory["ours"], "stock_mib": memory["stock"],
             "memory_ratio": memory["ours"] / memory["stock"], "floor_s": floor,
-            "floor_ratio": ours_s / floor, "parts_s": parts}
+            "floor_ratio": ours_s / floor, "parts_s": parts,
+            "evaluation_s": our_evaluation, "stock_evaluation_s": stock_evaluation,
+            "evaluation_speedup": stock_evaluation / our_evaluation}
+
+
+def in_turns(sides: Mapping[T, Side], command: str, repetitions: int) -> dict[T, list[float]]:
+    """The seconds of a command on each side, which take turns."""
+    samples: dict[T, list[float]] = {name: [] for name in sides}
+    for repetition in range(WARM_UP + repetitions):
+        for name, side in sides.items():
+            taken = side.ask(command)
+            time.sleep(0.05)  # until the threads of this side are idle
+            if repetition >= WARM_UP:
+                samples[name].append(taken)
+    return samples
 
 
 def lengths(dtype: str, threads: int, tokens: int = 4096) -> dict[int, float]:
@@ -55,13 +69,7 @@ def lengths(dtype: str, threads: int, tokens: int = 4096) -> dict[int, float]:
     cuts = [length for length in (256, 512, 1024, 2048, 4096) if length <= tokens]
     sides = {length: Side(SIDES, "ours", "--batch", str(tokens // length), "--length", str(length),
                           "--dtype", dtype, threads=threads) for length in cuts}
-    samples: dict[int, list[float]] = {length: [] for length in cuts}
-    for repetition in range(WARM_UP + 5):
-        for length, side in sides.items():
-            taken = side.ask("step")
-            time.sleep(0.05)
-            if repetition >= WARM_UP:
-                samples[length].append(taken)
+    samples = in_turns(sides, "step", repetitions=5)
     for side in sides.values():
         side.close()
     return {length: statistics.median(values) for length, values in samples.items()}
@@ -83,6 +91,13 @@ def row(found: dict[str, Any]) -> str:
             f"| {found['stock_s']:.3f} ±{found['stock_spread']:.0%} | {found['speedup']:.2f} "
             f"| {found['ours_mib']:.0f} / {found['stock_mib']:.0f} | {found['memory_ratio']:.2f} "
             f"| {found['floor_ratio']:.2f} | {head:.0f} | {scan:.0f} | {adamw:.0f} | {rest:.0f} |")
+
+
+def evaluation_row(found: dict[str, Any]) -> str:
+    return (f"| an evaluation: {found['layers']} | {found['batch']} "
+            f"| {found['dtype']} / {found['stock_dtype']} | {found['evaluation_s']:.3f} "
+            f"| {found['stock_evaluation_s']:.3f} | {found['evaluation_speedup']:.2f} "
+            + "|" * 8)
 
 
 HEADER = """\
@@ -116,7 +131,7 @@ def main() -> None:
                 found = compare(layers, batch, dtype, arguments.stock_dtype, arguments.threads,
                                 arguments.repetitions)
                 if not arguments.json:
-                    print(row(found), flush=True)
+                    print(row(found), evaluation_row(found), sep="\n", flush=True)
     if arguments.json:
         print(json.dumps(found))
         return

@@ -174,10 +174,13 @@ def test_how_text_is_read_is_part_of_the_caches_key_and_logged_at_every_start(
     caplog.set_level("INFO", "fedrun")
     choices: list[dict[str, Any]] = [
         {}, {"text_column": "text"}, {"encoding": "latin-1"}, {"val_fraction": 0.1},
-        {"validation_split": "test"}, {"partition": "column:user"}, {"hold_out": False}]
+        {"validation_split": "test"}, {"partition": "column:user"}, {"hold_out": False},
+        {"row_separator": "none"}]
     names = {cache_entry.entry_name("pydocs", "bpe:400", TextOptions(**choice))
              for choice in choices}
     assert len(names) == len(choices)
+    assert TextOptions().key == [None, None, None, None, "", True], \
+        "the key of text that was tokenised before --row_separator existed"
     folder = write(tmp_path / "set", "a.txt", "b.txt", "c.json")
     for _ in ("cold", "warm"):
         caplog.clear()

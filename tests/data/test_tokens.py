@@ -12,6 +12,7 @@ import pytest
 from fedrun.data.corpora import load_corpus
 from fedrun.data.text_options import TextOptions
 from fedrun.data.tokens import prepare
+from fedrun.flags import resolve
 from tests.support.runs import fresh_python
 from tests.support.texts import GPT2, WIKITEXT, needs_shared_data, text_file
 
@@ -34,6 +35,25 @@ def test_tokens_are_those_of_the_rows_end_to_end(tmp_path: Path) -> None:
     assert data.load_tokenizer()("Once upon a time,")["input_ids"] == [7454, 2402, 257, 640, 11]
     assert data.fingerprint["dataset_sha256"] == corpus.fingerprint
     json.dumps(data.fingerprint)
+
+
+@pytest.mark.parametrize("tokenizer", ["bpe:300", pytest.param(str(GPT2), marks=needs_shared_data)])
+def test_without_a_row_separator_rows_are_tokenised_as_they_are(tmp_path: Path, tokenizer: str
+                                                                ) -> None:
+    rows = ["", " = Kea = \n", "", " The kea is a parrot . \n", "", "without an end"] * 9
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    with_newlines, as_they_are = (
+        prepare(str(file), tokenizer, 8, tmp_path, resolve("fed_avg", flags).text_options)
+        for flags in ({}, {"row_separator": "none"}))
+    for data, ends in ((with_newlines, "\n"), (as_they_are, "")):
+        corpus = load_corpus(str(file))
+        ids = [i for row in corpus.train
+               for i in data.tokenizer.encode(row if row.endswith("\n") else row + ends).ids]
+        assert len(ids) == data.fingerprint["train_tokens"]
+        assert data.train.reshape(-1).tolist() == ids[:data.train.size]
+        assert data.load_documents().starts[-1] == len(ids)
+    assert as_they_are.fingerprint["train_tokens"] < with_newlines.fingerprint["train_tokens"]
 
 
 def test_bpe_decodes_to_the_text_it_was_trained_on(tmp_path: Path) -> None:

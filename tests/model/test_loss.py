@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +88,49 @@ def test_only_one_gradient_is_needed(wanted: str) -> None:
     got, = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), leaf)
     expected, = torch.autograd.grad(plain(hidden, weight, targets), leaf)
     torch.testing.assert_close(got, expected)
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of all matrix products that the head computes, in order."""
+    made: list[torch.Size] = []
+
+    def counted(work: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            made.append(kwargs["out"].shape)
+            return work(*args, **kwargs)
+        return run
+
+    for name in ("mm", "addmm"):
+        monkeypatch.setattr(torch, name, counted(getattr(torch, name)))
+    return made
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("width", [16, 128])
+@pytest.mark.parametrize("offset", [0.0, 300.0])
+def test_without_gradients_the_head_computes_the_logits_only(
+        mode: Callable[[], AbstractContextManager[None]], width: int, offset: float,
+        products: list[torch.Size], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves that require gradients, as an evaluation's parameters do: one product a block of the
+    vocabulary against three, to the same bits. Logits that need a shift are computed again."""
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 256)
+    monkeypatch.setattr(loss_module, "_scratch", loss_module._Scratch())
+    hidden, weight, targets = example(300, torch.float32, width)
+    with torch.no_grad():
+        hidden[:, 0], weight[:, 0] = 1.0, weight[:, 0] + offset
+    with mode():
+        evaluated = linear_cross_entropy(hidden, weight, targets)
+    blocks = {40, 97 % 40}  # rows of the vocabulary: every product is one of logits
+    assert {rows for rows, _ in products} == blocks
+    of_evaluation = len(products)
+    trained = linear_cross_entropy(hidden, weight, targets)  # in memory that the mode left usable
+    assert trained.item() == evaluated.item()
+    of_training = len(products) - of_evaluation
+    ours, theirs = (3, 5) if offset else (1, 3)
+    assert of_training * ours == of_evaluation * theirs
+    assert trained.requires_grad
+    assert not evaluated.requires_grad
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 300.0])

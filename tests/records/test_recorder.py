@@ -73,12 +73,17 @@ def history_of(run: Recorder) -> list[dict[str, Any]]:
 
 
 def snapshots_of(run: Recorder) -> list[str]:
-    """The names below params/ and deltas/, which are the same."""
+    """The names below params/ and deltas/, which are the same but for the start's parameters."""
     folder = run.config.run_dir / run.schema.snapshots
     names = [sorted(path.name for path in (folder / kind).glob("*.npz"))
              for kind in ("params", "deltas")]
-    assert names[0] == names[1]
-    return names[0]
+    assert names[0] == ["step_000000.npz", *names[1]]
+    start = np.load(folder / "params" / "step_000000.npz")
+    for name in names[1]:
+        now, change = (np.load(folder / kind / name) for kind in ("params", "deltas"))
+        for key in start.files:
+            np.testing.assert_array_equal(now[key] - start[key], change[f"delta_{key}"])
+    return names[1]
 
 
 def fill(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> Callable[[], None]:

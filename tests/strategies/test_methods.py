@@ -15,6 +15,7 @@ from fedrun.data.batches import DrawnBatches
 from fedrun.data.partition import split_holdout
 from fedrun.data.tokens import TokenData
 from fedrun.experiment import shards_of
+from fedrun.federation.client import mean_entropy
 from fedrun.federation.schedule import Schedule
 from fedrun.flags import resolve
 from fedrun.strategies import STRATEGIES
@@ -107,6 +108,32 @@ def test_noise_ratio_of_gradients(run_here: Run) -> None:
     assert one["noise_ratio"] == pytest.approx(1, abs=1e-5)
 
 
+def test_entropy_is_measured_on_the_text_that_was_asked_for(
+        run_here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the validation split every client measures the same sequences, and trains on its whole
+    shard."""
+    seen: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def spy(model: Any, sequences: np.ndarray, numbers: np.ndarray, *rest: int) -> float:
+        seen.append((sequences, numbers))
+        return mean_entropy(model, sequences, numbers, *rest)
+
+    monkeypatch.setattr("fedrun.federation.worker.mean_entropy", spy)
+    flags = ("--num_clients", 2, "--rounds", 1, "--entropy_holdout", 0.25)
+    held, shared = (run_here("fed_entropy", *flags, "--entropy_on", text, name=text)
+                    for text in ("holdout", "validation"))
+    assert held.code == shared.code == 0, shared.output
+    (train, first), (_, second), (validation, all_of_it), other = seen
+    assert not set(first) & set(second)
+    assert len(all_of_it) == len(validation) < len(train)
+    assert np.array_equal(validation, other[0])
+    assert np.array_equal(all_of_it, other[1])
+    assert "--entropy_holdout 0.25 has no effect with --entropy_on validation" in shared.output
+    config: Any = resolve("fed_entropy", {"entropy_on": "validation"})
+    assert config.strategy.holdout == 0
+    assert len(set(shared.history[-1]["client_entropies"])) == 2, "of two models"
+
+
 def test_prox_pulls_clients_back_and_does_nothing_at_one_step(run_here: Run) -> None:
     free, pulled = (run_here("fed_avg", "--num_clients", 2, "--rounds", 1, "--local_updates", 4,
                              "--prox_mu", mu, "--beta1", 0, name=f"mu{mu}") for mu in (0, 30))
@@ -136,6 +163,22 @@ def test_schedule_and_clipping_by_hand(run_here: Run) -> None:
     # Shortened to 1e-12, gradients vanish beside AdamW's epsilon.
     clipped = run_here("fed_avg", *flags, "--grad_clip", 1e-12, name="clipped")
     assert clipped.history[0]["step_norm"] < 1e-3 * steps[1]
+
+
+def test_moments_can_be_reset_at_each_epoch_alone(run_here: Run) -> None:
+    """Without a first moment, AdamW's first step is lr times the sign; later ones are shorter."""
+    flags = ("--num_clients", 2, "--batch_size", 16, "--val_freq", 1, "--n_epochs", 3,
+             "--epoch_passes", 0.1, "--weight_decay", 0, "--beta1", 0, "--beta2", 0.9)
+    kept, renewed = (run_here("fed_avg", *flags, "--client_moments", s, name=s)
+                     for s in ("keep", "reset_epoch"))
+    assert kept.code == renewed.code == 0, renewed.output
+    norms = [r["update_norms"][0] for r in renewed.history]
+    rounds = len(norms) // 3
+    assert rounds > 1
+    firsts = norms[::rounds]
+    assert firsts == pytest.approx([firsts[0]] * 3, rel=1e-2)
+    assert [r["update_norms"][0] for r in kept.history[:rounds]] == norms[:rounds]
+    assert kept.history[rounds]["update_norms"][0] < 0.97 * norms[rounds]
 
 
 def test_padded_vocabulary(run_here: Run, tmp_path: Path) -> None:
@@ -198,6 +241,7 @@ def test_a_run_is_named_after_method_config_and_seed(method: str) -> None:
     ("fed_sgd", {"client_moments": "average"}, "--client_moments average: must be keep"),
     ("fed_sgd", {"grad_clip": 1}, "--grad_clip"),
     ("fed_avg", {"sync": "epoch", "client_moments": "average"}, "--client_moments average"),
+    ("fed_avg", {"client_moments": "reset_epoch", "cohort": 2}, "with --cohort, where a client"),
     ("fed_avg", {"sync": "epoch", "prox_mu": 1}, "--prox_mu"),
     ("fed_avg", {"beta1": 0.99, "beta2": 0.98}, "--beta2 0.98"),
     ("fed_avg", {"prox_mu": -1}, "--prox_mu -1"),

@@ -139,6 +139,20 @@ def test_scope_is_zero_outside_the_mixers(model: Bigram) -> None:
     assert values["layers.mixer.weight"].all()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_scope_untied_leaves_out_a_tied_embedding_alone(tied: bool) -> None:
+    """The floor then makes it a plain average; an embedding and a head of their own are weighted
+    like everything else."""
+    language_model = Mamba2LM(ModelConfig(d_model=16, d_state=4, headdim=8, tie_embeddings=tied),
+                              VOCAB)
+    language_model.init_weights(0)
+    flat = FlatParams(language_model)
+    fisher = FisherEstimate(flat, FisherSettings(scope="untied"))
+    fisher.gradient(language_model, batches()[0])
+    without = {name for name, value in flat.views(fisher.finish()) if not value.any()}
+    assert without == ({"backbone.embedding.weight"} if tied else set())
+
+
 def test_the_embedding_and_head_of_mamba_count_once() -> None:
     language_model = Mamba2LM(ModelConfig(d_model=16, d_state=4, headdim=8), VOCAB)
     language_model.init_weights(0)

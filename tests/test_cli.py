@@ -21,6 +21,14 @@ def parsed(*argv: str) -> RunConfig:
     return config
 
 
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_padded_presets_differ_in_the_padding_alone(layers: int) -> None:
+    padded, plain = (parsed("fed_avg", "--config", name).model.to_dict() for name in (
+        f"ssm_{layers}_layer_padded", f"pure_ssm_{layers}_layer"))
+    assert padded == plain | {"pad_vocab_multiple": 8}
+    assert parsed("fed_avg", "--config", f"ssm_{layers}_layer_padded").model.rows(50257) == 50264
+
+
 def test_defaults_are_those_of_the_study() -> None:
     central, federated = parsed("central"), parsed("fed_avg")
     assert (central.batch_size, central.val_freq) == (16, 10)

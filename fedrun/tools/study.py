@@ -37,13 +37,16 @@ they share the runs out. SIGTERM and Ctrl-C stop the runs with a checkpoint.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
+from fedrun.common.errors import InputError
 from fedrun.common.log import WARNING, log
 from fedrun.config import RunConfig
+from fedrun.distributed.launch import detect
 from fedrun.flags import METHODS, Parser, add_flags, method_flags
 from fedrun.tools.study_file import Study, notes, read
 from fedrun.tools.study_queue import Stopped, run_all
@@ -121,6 +124,11 @@ def main(argv: Sequence[str]) -> int:
     add_flags(parser, {name: flag for method in METHODS
                        for name, flag in method_flags(method).items()}, hidden=True)
     given = vars(parser.parse_intermixed_args(argv))
+    launch = detect(os.environ)
+    if not launch.alone:  # every rank would pass its own rank on to its runs
+        raise InputError(f"study: starts its runs itself, but {launch.world_size} processes were "
+                         "started together: use `python -m fedrun study`, several times to share "
+                         "a study out")
     path, results = given.pop("file"), given.pop("results")
     dry_run, print_config = given.pop("dry_run"), given.pop("print_config")
     overrides = {name: value for name, value in given.items() if value is not None}

@@ -160,6 +160,13 @@ def test_a_study_that_is_stopped_killed_and_joined(tmp_path: Path, cache_dir: Pa
     assert {row["setting"] for row in rows} == {"central", "one"}
 
 
+def test_a_study_under_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="2 processes were started together: use `python -m"):
+        study.main([str(ORIGINAL)])
+
+
 def test_a_run_that_diverges_counts_as_infinitely_bad(tmp_path: Path, cache_dir: Path) -> None:
     path = little_study(tmp_path, cache_dir)
     wanted = yaml.safe_load(path.read_text())

@@ -58,7 +58,8 @@ def figures(runs: Sequence[Run], axis: Axis, config: str | None = None,
             left_out.update(selection.left_out)
         able = {n: result for n, result in drawn.items() if not isinstance(result, str)}
         reason = str(next(iter(drawn.values()))) + (
-            f", in the same protocol; there are {len(found)}: {'; '.join(found)}"
+            f", in the same protocol; there are {len(found)}: "
+            + "; ".join(protocol or "the defaults" for protocol in found)
             if len(found) > 1 else "")
         made.update(able)
         if not able:

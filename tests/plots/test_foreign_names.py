@@ -72,7 +72,7 @@ def test_our_own_symbols_are_drawn(tmp_path: Path) -> None:
     figure = made["averaged_svd_evolution_tiny"]
     assert isinstance(figure, Figure)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "σ₁", "σ₂", "σ₃", "σ₄", "σ₅", "σ₆"]
+        "σ₁", "σ₂", "σ₃", "σ₄", "σ₅", "σ₆", "σ₇", "σ₈"]
     style.write(figure, io.BytesIO(), "svg")
 
 

@@ -88,7 +88,7 @@ def test_page_in_a_browser(data_dir: Path, tmp_path: Path, width: int) -> None:
     assert "(inferred)" in rows["federated_config_pure_ssm_1_layer_lu_1_seed_0"]["tokens"]
 
     names = [name for name, _ in seen["images"]]
-    assert {"1_central_vs_fed_tiny", "3_method_comparison_tiny", "4_multi_config_comparison",
+    assert {"1_central_vs_fed_tiny", "3_method_comparison_tiny",
             "averaged_svd_evolution_tiny", "svd_spectrum_fed_avg_tiny_lu_8"} <= set(names)
     assert names.count("perplexity") == 4
     assert names.count("how in_proj changed") == 3

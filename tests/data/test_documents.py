@@ -180,6 +180,7 @@ def test_topics_are_found_once_and_alike_whatever_the_threads(
     assert "found topics among" in done.stderr
     assert json.loads(done.stdout) == pydocs_tokens.load_topics().of_document.tolist()
     caplog.set_level("INFO", "fedrun")
+    caplog.clear()
     monkeypatch.setattr(tokens, "find_topics", None)
     assert pydocs_tokens.load_topics().of_document.max() == topics.TOPICS - 1
     assert not caplog.messages

@@ -216,7 +216,7 @@ def test_a_disk_that_stays_full_ends_the_run(start: Start, last: int,
 
 
 def test_no_checkpoint_without_the_snapshots_before_it(
-        start: Start, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     run, saver = start(), CheckpointWriter()
     empty = fill(monkeypatch, SnapshotWriter, "write")
     for number in (1, 2):
@@ -231,7 +231,7 @@ def test_no_checkpoint_without_the_snapshots_before_it(
         run.wait()
     folders = sorted(path.name for path in (run.config.run_dir / "checkpoints").iterdir())
     assert folders == ["step_000002"]
-    assert "step_000001" in "".join(capfd.readouterr())
+    assert "step_000001" in "".join(caplog.messages)
     assert snapshots_of(run) == ["step_000001.npz"]
     run.close()
 

@@ -129,13 +129,13 @@ def test_a_flipped_bit_ends_the_run_and_costs_none(flipped: tuple[Path, str], ru
                                                    little_text: tuple[str, ...]) -> None:
     folder, output = flipped
     ended = Outcome(1, output, folder / "model")
-    line = next(line for line in output.splitlines() if line.startswith("fedrun: round 3: "))
-    assert line.startswith("fedrun: round 3: the replica of the global model (model) on rank 2 "
-                           "differs from that on ranks 1, 3: ")
+    line = next(line for line in output.splitlines() if line.startswith("fedrun: error: round 3: "))
+    assert line.startswith("fedrun: error: round 3: the replica of the global model (model) on "
+                           "rank 2 differs from that on ranks 1, 3: ")
     assert line.endswith(f"the last good model is in {ended.run_dir / 'model.safetensors'}")
     assert "Traceback" not in output
-    reported = ended.outcome
-    assert (reported["outcome"], reported["reason"]) == ("failed", line.removeprefix("fedrun: "))
+    reported, reason = ended.outcome, line.removeprefix("fedrun: error: ")
+    assert (reported["outcome"], reported["reason"]) == ("failed", reason)
     assert [record["global_step"] for record in ended.history] == [1]
     assert ended.bits == run_here("fed_avg", *FLAGS, "--rounds", 1, name="first").bits
     whole = run_here("fed_avg", *FLAGS, name="whole")

@@ -49,7 +49,7 @@ def write_atomic(path: Path, *content: bytes | memoryview, durable: bool = True)
     check_claim(path)
     name = ""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
             os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp gives 600
@@ -64,7 +64,27 @@ def write_atomic(path: Path, *content: bytes | memoryview, durable: bool = True)
         with suppress(OSError):  # it may have been removed with its folder
             os.unlink(name)
         if isinstance(error, OSError):
+            check_claim(path)
             raise on_disk(error, path, sum(map(len, content))) from None
+        raise
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it, except a folder that a run has claimed: if that is lost
+    between the check and this, it must not appear again.
+
+    Raises:
+        OSError: it cannot be created.
+        FolderLost: the run's folder belongs to another run, or is gone (see `claim`).
+    """
+    check_claim(folder)
+    if folder in _claims or folder.is_dir():
+        return
+    make_folder(folder.parent)
+    try:
+        folder.mkdir(exist_ok=True)
+    except FileNotFoundError:
+        check_claim(folder)
         raise
 
 

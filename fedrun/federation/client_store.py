@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from fedrun.common.errors import FolderLost
-from fedrun.common.files import check_claim
+from fedrun.common.files import check_claim, make_folder
 from fedrun.config import FederatedConfig
 from fedrun.federation.client import ClientState
 from fedrun.records.checkpoint import (
@@ -294,8 +294,7 @@ class OnDisk(_Moving):
         """On the thread, after every earlier write: link the files as they are."""
         if last_write is not None:
             last_write.result()  # raises its error, if there was one
-        check_claim(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         for name in self._sums:
             _link(self._folder / name, folder / name)
         return dict(self._sums)

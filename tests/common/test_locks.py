@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -19,7 +20,7 @@ import pytest
 
 from fedrun.common import locks
 from fedrun.common.errors import FolderLost
-from fedrun.common.files import write_atomic
+from fedrun.common.files import claim, write_atomic
 from fedrun.distributed.launch import Launch
 from fedrun.distributed.stopping import StopRequest
 from fedrun.records.events import Progress
@@ -225,6 +226,31 @@ def test_a_run_that_loses_its_folder_ends_with_one_line_and_writes_nothing(
     if how != "renamed":
         assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == state
     assert run_dir.exists() == (how == "taken")
+
+
+@pytest.mark.parametrize("checks", range(5))
+def test_a_folder_that_is_lost_between_a_check_and_a_write_is_not_made_again(
+        tmp_path: Path, checks: int) -> None:
+    folder, seen = tmp_path / "run", itertools.count()
+    folder.mkdir()
+
+    def check() -> None:
+        if not folder.exists():
+            raise FolderLost
+        if next(seen) == checks:
+            shutil.rmtree(folder)
+
+    def write() -> None:
+        for name in "abc":
+            write_atomic(folder / "below" / name / "file", b"")
+
+    claim(folder, check)
+    try:
+        with pytest.raises(FolderLost):
+            write()
+    finally:
+        claim(folder, None)
+    assert not folder.exists()
 
 
 def test_final_writes_are_checked_too(tmp_path: Path) -> None:

@@ -113,7 +113,8 @@ def config_classes(method: str) -> tuple[type[RunConfig], type[Strategy] | None]
 
 def method_flags(method: str) -> dict[str, Flag]:
     """All flags of a method, with the defaults of its YAML file where it has one."""
-    return _method_flags(method, *config_classes(method))
+    run_class, strategy = config_classes(method)
+    return _method_flags(method, run_class, strategy)
 
 
 @functools.cache

@@ -21,8 +21,8 @@ def test_a_method_of_your_own(tmp_path: Path, run: Run) -> None:
     one, three = (run("fed_sign", *flags, processes=n, name=str(n)) for n in (1, 3))
     assert one.code == three.code == 0, one.output + three.output
     assert one.bits == three.bits
-    help_text = fresh_python("from fedrun import cli; cli.main(sys.argv[1:])", "fed_sign",
-                             "--plugin", str(plugin), "--help")
+    help_text = fresh_python("import sys; from fedrun import cli; cli.main(sys.argv[1:])",
+                             "fed_sign", "--plugin", str(plugin), "--help")
     assert "How far every parameter moves in a round." in " ".join(help_text.split())
 
 

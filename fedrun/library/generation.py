@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fedrun.common.errors import InputError, require
+from fedrun.common.log import WARNING, log
 from fedrun.data.tokenizer import encode, read_tokenizer
 from fedrun.library.tokenizers import need_tokenizer
 from fedrun.model.generate import generate
@@ -32,6 +33,10 @@ def continue_text(found: Pretrained, prompt: str, max_new_tokens: int = 100,
     for flag, value, low in (("max_new_tokens", max_new_tokens, 1), ("top_k", top_k, 0),
                              ("temperature", temperature, 0), ("seed", seed, 0)):
         require(value >= low, f"--{flag}", value, f">= {low}")
+    for flag, value in (("top_k", top_k), ("seed", seed)):
+        if value and not temperature:
+            log(f"--{flag} {value} has no effect with --temperature 0, which draws no tokens at "
+                "random", WARNING)
     path = need_tokenizer(found, tokenizer)
     words = read_tokenizer(path if path.is_file() else path / "tokenizer.json", "--tokenizer")
     ids = encode(words, [prompt], "--prompt")[0].ids

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedrun.common.log import WARNING, log
 from fedrun.common.terminal import argument_text, say_text
 from fedrun.tools.common import model_parser, parse
 
@@ -27,11 +26,6 @@ def main(argv: Sequence[str]) -> int:
                         help="a tokenizer's folder or tokenizer.json, for a model without one")
     args = parse(parser, argv)
     args.prompt = argument_text(args.prompt, "--prompt")
-    for flag, value in (("top_k", args.top_k), ("seed", args.seed)):
-        if value and not args.temperature:
-            log(f"--{flag} {value} has no effect with --temperature 0, which draws no tokens at "
-                "random", WARNING)
-
     from fedrun.library.generation import continue_text
     from fedrun.model.pretrained import find_pretrained
     say_text(continue_text(find_pretrained(args.model, "RUN"), args.prompt, args.max_new_tokens,

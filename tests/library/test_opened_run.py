@@ -24,7 +24,7 @@ def trained(run_here: Run) -> Outcome:
     return done
 
 
-def test_what_a_folder_holds(trained: Outcome, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+def test_what_a_folder_holds(trained: Outcome, tmp_path: Path, capfd: pytest.CaptureFixture[str],
                              cache_dir: Path) -> None:
     run = fedrun.open_run(trained.run_dir)
     assert eval(repr(run), {"fedrun": fedrun}).folder == run.folder
@@ -42,16 +42,17 @@ def test_what_a_folder_holds(trained: Outcome, tmp_path: Path, capsys: pytest.Ca
 
     text = run.generate("The import statement", max_new_tokens=5, temperature=1.0, seed=3)
     assert text.startswith("The import statement")
-    capsys.readouterr()
+    capfd.readouterr()
     assert cli.main(["generate", str(trained.run_dir), "--prompt", "The import statement",
                      "--max_new_tokens", "5", "--temperature", "1", "--seed", "3"]) == 0
-    assert capsys.readouterr().out == text + "\n"
+    assert capfd.readouterr().out == text + "\n"
 
     found = run.evaluate(cache_dir=cache_dir)
+    capfd.readouterr()
     assert found["loss"] == pytest.approx(trained.history[-1]["server_val_loss"], rel=1e-3)
     assert found["perplexity"] == perplexity(found["loss"])
     assert cli.main(["evaluate", str(trained.run_dir), "--cache_dir", str(cache_dir)]) == 0
-    assert json.loads(capsys.readouterr().out) == {"model": str(trained.run_dir)} | found
+    assert json.loads(capfd.readouterr().out) == {"model": str(trained.run_dir)} | found
 
     out = run.export(tmp_path / "hf")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in out.iterdir()}

@@ -31,6 +31,7 @@ from fedrun.model.precision import bf16_in_hardware
 from fedrun.model.pretrained import Pretrained, find_pretrained
 from fedrun.records.provenance import Length, corpus_digests, settings_equal_on_all_ranks
 from fedrun.start import RunRefused
+from fedrun.strategies.plugins import method_digest
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -107,7 +108,8 @@ def prepare_experiment(config: RunConfig, device: torch.device) -> Experiment:
         **corpus_digests(data.fingerprint),
         "partition": shards.digest() if isinstance(config, FederatedConfig) else "",
         "versions": versions(), "kernels": kernel_path(workers_device(config, device)),
-        "init_from": None if pretrained is None else pretrained.digest()}
+        "init_from": None if pretrained is None else pretrained.digest(),
+        "plugin": method_digest(config.method)}
     return Experiment(config, data, shards, pretrained, provenance)
 
 
@@ -230,5 +232,6 @@ def identity(experiment: Experiment, device: torch.device) -> dict[str, str]:
                "the tokens of the corpus": experiment.data.content,
                "the clients' shards": provenance["partition"],
                "the weights of --init_from": str(provenance["init_from"]),
+               "the code of the method (--plugin)": provenance["plugin"],
                "worker kernels": kernel_path(device),
                "worker hardware for --dtype": config.dtype if able else "none"})

@@ -47,7 +47,7 @@ from fedrun.common.errors import InputError
 from fedrun.common.log import WARNING, log
 from fedrun.config import RunConfig
 from fedrun.distributed.launch import detect
-from fedrun.flags import METHODS, Parser, add_flags, method_flags
+from fedrun.flags import Parser, add_flags, method_flags, methods
 from fedrun.tools.study_file import Study, notes, read
 from fedrun.tools.study_queue import Stopped, run_all
 from fedrun.tools.study_runs import loss_halves
@@ -121,7 +121,7 @@ def main(argv: Sequence[str]) -> int:
                         help="print how many runs are left and what they cost here, and exit")
     parser.add_argument("--print_config", action="store_true",
                         help="print the resolved settings of all runs as YAML, and exit")
-    add_flags(parser, {name: flag for method in METHODS
+    add_flags(parser, {name: flag for method in methods()
                        for name, flag in method_flags(method).items()}, hidden=True)
     given = vars(parser.parse_intermixed_args(argv))
     launch = detect(os.environ)

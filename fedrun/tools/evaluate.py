@@ -15,6 +15,7 @@ from fedrun.common.errors import InputError
 from fedrun.common.files import finite
 from fedrun.common.log import print_log
 from fedrun.common.perplexity import perplexity
+from fedrun.data.hub import CACHE_DIR
 from fedrun.data.text_options import TextOptions, text_options_of
 from fedrun.tools.common import model_parser, need_tokenizer, parse
 
@@ -43,14 +44,16 @@ def main(argv: Sequence[str]) -> int:
                         help="where to compute (default: cpu)")
     parser.add_argument("--tokenizer", metavar="FOLDER",
                         help="a tokenizer's folder or tokenizer.json, for a model without one")
-    parser.add_argument("--cache_dir", type=Path, default=Path("~/.cache/fedrun"), metavar="FOLDER",
-                        help="folder for tokenised text (default: %(default)s)")
+    parser.add_argument("--cache_dir", type=Path, default=CACHE_DIR, metavar="FOLDER",
+                        help="folder for tokenised text and for what comes from the hub (default: "
+                             "%(default)s)")
     args = parse(parser, argv)
 
     import torch
 
     from fedrun.data.corpora import ALL_OF_THE_TEXT
     from fedrun.data.tokens import prepare
+    from fedrun.model.precision import exact_fp32
     from fedrun.model.pretrained import find_pretrained
     from fedrun.training.evaluate import mean_loss, validation_pieces
 
@@ -59,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {args.device}: {error}") from None
-    found = find_pretrained(args.model, "RUN")
+    found = find_pretrained(args.model, "RUN", args.cache_dir)
     length = found.settings.get("sequence_length", 256) if args.sequence_length is None \
         else args.sequence_length
     if length < 2:
@@ -74,6 +77,8 @@ def main(argv: Sequence[str]) -> int:
     if data.vocab_size > found.vocab_size:
         raise InputError(f"--tokenizer {args.tokenizer}: not the tokenizer of {args.model}, whose "
                          f"vocabulary has {found.vocab_size} tokens")
+    if args.dtype == "fp32":
+        exact_fp32()
     model = found.build(torch.bfloat16 if args.dtype == "bf16" else torch.float32).to(device)
     whole = data.fingerprint["validation_from"] == ALL_OF_THE_TEXT
     pieces = validation_pieces(model, data.train if args.split == "train" else data.validation,

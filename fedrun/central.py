@@ -21,7 +21,8 @@ from fedrun.records.checkpoint_writer import CheckpointWriter
 from fedrun.records.recorder import Recorder
 from fedrun.records.schema import CENTRAL
 from fedrun.records.snapshots import tracked_parameters
-from fedrun.training.evaluate import mean_loss, sample_text, validation_pieces
+from fedrun.training.cosines import StepCosines
+from fedrun.training.evaluate import mean_loss, sample_prompt, sample_text, validation_pieces
 from fedrun.training.optimizer import LocalOptimizer, scheduled_lr
 from fedrun.training.params import FlatParams
 
@@ -64,6 +65,8 @@ class Training:
         self.flat = FlatParams(self.model)
         self.client, self.steps = training_client(experiment, self.flat), experiment.length.steps
         self.last_gradient: Tensor | None = None
+        """Of the last evaluated step, (size,)."""
+        self.step_cosines = StepCosines(self._next_evaluated)
         self.done, state = (0, None) if checkpoint is None else (checkpoint.step, checkpoint.server)
         self.recorder = Recorder(config, CENTRAL, self.steps, self.flat, experiment.provenance, 1,
                                  self.done, state)
@@ -81,11 +84,15 @@ class Training:
         self.done += 1
         if not torch.isfinite(self.flat.vector.sum()):
             raise self._diverged("the model is no longer finite")
-        record = None
-        if self.done == 1 or self.done % config.val_freq == 0 or self.done == self.steps:
-            record = self._evaluate()
+        self.step_cosines.add(self.done, self.flat.grad)
+        record = self._evaluate() if self.done == self._next_evaluated(self.done) else None
         self.recorder.step(self.done, perplexity(loss_sum / losses.tokens),
                            scheduled_lr(config, self.done - 1, self.steps), record)
+
+    def _next_evaluated(self, step: int) -> int:
+        """The first step that is evaluated, from `step` on."""
+        every = self.config.val_freq
+        return 1 if step == 1 else min(-(-step // every) * every, self.steps)
 
     def _evaluate(self) -> dict[str, Any]:
         """Evaluate the model and record it; returns the record."""
@@ -101,7 +108,8 @@ class Training:
         self.last_gradient = self.flat.grad.clone()
         return self.recorder.evaluated(
             self.done, pieces, model, sample_text(self.model, self.data, self.device),
-            grad_cosine=cosine,
+            prompt=sample_prompt(self.data).text, grad_cosine=cosine,
+            grad_cosine_mean10=self.step_cosines.mean(self.done),
             delta_norms={k: float(((now[k] - start[k]) ** 2).sum() ** 0.5) for k in now})
 
     def _diverged(self, what: str) -> Diverged:
@@ -112,11 +120,13 @@ class Training:
 
     def save(self) -> None:
         """Start to write a checkpoint of this step."""
-        gradient = {} if self.last_gradient is None else {"last_gradient": self.last_gradient}
+        kept = {"last_gradient": self.last_gradient,
+                "previous_gradient": self.step_cosines.previous}
+        gradients = {name: gradient for name, gradient in kept.items() if gradient is not None}
         folder = folder_of(self.config.run_dir, self.done)
-        self.recorder.begin_checkpoint(self.done)
+        self.recorder.begin_checkpoint(self.done, step_cosines=self.step_cosines.state())
         self.checkpoint_writer.begin(
-            folder, self.done, {GLOBAL: {"model": self.flat.vector} | gradient,
+            folder, self.done, {GLOBAL: {"model": self.flat.vector} | gradients,
                                 client_file(0): self.client.state()})
 
     def commit(self) -> None:
@@ -128,6 +138,11 @@ class Training:
         self.flat.vector.copy_(tensors["model"])
         if "last_gradient" in tensors:
             self.last_gradient = tensors["last_gradient"].to(self.device)
+        previous = tensors.get("previous_gradient")
+        # A copy, because sums over a file's bytes, which need not be aligned, may round otherwise.
+        self.step_cosines.load_state(
+            checkpoint.server.get("step_cosines", []),  # older checkpoints have none
+            None if previous is None else previous.to(self.device, copy=True))
         self.client.load_state(checkpoint.tensors(client_file(0)))
 
     def close(self, stop: str) -> None:
@@ -140,8 +155,9 @@ def train_central(experiment: Experiment, device: torch.device, stopping: StopRe
     """Train for all epochs or `rounds` optimizer steps, evaluating every `val_freq` of them.
 
     In a record, `grad_cosine` is the cosine between the gradient of this step and that of the
-    record before, and `delta_norms` are Frobenius norms of the change since the start. Returns who
-    asked to stop before the last step, or "" after it. Raises Diverged.
+    record before, `grad_cosine_mean10` the mean of the last ten between a step and the step before
+    it, and `delta_norms` are Frobenius norms of the change since the start. Returns who asked to
+    stop before the last step, or "" after it. Raises Diverged.
     """
     training = Training(experiment, device, checkpoint)
     stop = ""

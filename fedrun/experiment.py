@@ -91,7 +91,7 @@ def prepare_experiment(config: RunConfig, device: torch.device) -> Experiment:
     """
     pretrained = None
     if config.init_from is not None:
-        pretrained = find_pretrained(config.init_from, "--init_from")
+        pretrained = find_pretrained(config.init_from, "--init_from", config.cache_dir)
         config = with_pretrained(config, pretrained)
     data = prepare(config.dataset, config.tokenizer, config.sequence_length,
                    config.cache_dir.expanduser(),

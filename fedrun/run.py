@@ -30,7 +30,8 @@ from fedrun.experiment import (
     prepare_experiment,
     resolve_dtype,
 )
-from fedrun.model.kernels import on_gpu
+from fedrun.model.kernels import ignores_determinism, import_warning
+from fedrun.model.precision import exact_fp32
 from fedrun.records.checkpoint import latest_step
 from fedrun.records.outcome import write_failure
 from fedrun.records.restore import finish_from_checkpoint, move_obstacles, warn_of_missing_records
@@ -63,7 +64,8 @@ def run(config: RunConfig) -> int:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL uses the current device
     if config.deterministic:
-        make_deterministic()
+        make_deterministic(config.device != "cpu" and config.dtype != "fp64"
+                           and torch.cuda.is_available())
     experiment = prepare_experiment(config, device)
     check = CorpusCheck(experiment, launch)
     _ = experiment.length  # refused before connecting if there is nothing to do
@@ -106,6 +108,8 @@ def _connect_and_train(experiment: Experiment, check: CorpusCheck, launch: Launc
         start = _agree(control, experiment, device)
         experiment = experiment.decided(start.dtype, data)
         config = experiment.config
+        if config.dtype == "fp32":
+            exact_fp32()
         token = "" if launch.alone else wait_for_token(config.run_dir, start.token)
         guard_run_dir(config.run_dir, start.token)
         runtime = build_runtime(launch, device, control, identity(experiment, device) | {
@@ -167,11 +171,26 @@ def _dedicated(config: RunConfig) -> bool:
     return isinstance(config, FederatedConfig) and config.server == "dedicated"
 
 
-def make_deterministic() -> None:
-    """Deterministic kernels of torch, cuBLAS and mamba-ssm; call before the first of them runs."""
+def make_deterministic(official_kernels: bool) -> None:
+    """Deterministic kernels of torch, cuBLAS, mamba-ssm and causal-conv1d; call before the first of
+    them is imported.
+
+    official_kernels: whether workers take the last two where they are installed: on GPUs, but in
+    fp64. InputError if they have no deterministic mode.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ["MAMBA_DETERMINISTIC"] = "1"
+    os.environ |= {"MAMBA_DETERMINISTIC": "1", "CAUSAL_CONV1D_DETERMINISTIC": "1"}
+    # Under these mamba-ssm chooses the kernels' blocks by a timing, or otherwise than other ranks.
+    for name in [*os.environ]:
+        if name == "TRITON_CACHE_AUTOTUNING" or name.startswith("TRITON_AUTOTUNE_BLOCK_SIZE_"):
+            del os.environ[name]
     torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory before it is written; filling it first would cost a pass over it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if official_kernels and (package := ignores_determinism()):
+        raise InputError("--deterministic: the results would differ from run to run with the "
+                         f"installed {package} (pip install --upgrade); without the package, "
+                         "torch does its part")
 
 
 def wait_for_token(run_dir: Path, token: str) -> str:
@@ -204,7 +223,6 @@ def launch_warnings(config: RunConfig, launch: Launch) -> list[str]:
                          f"{workers - config.num_clients} will only help to evaluate")
         if launch.alone and config.server != FederatedConfig.server:
             found.append(f"--server {config.server} has no effect in one process")
-    if config.device != "cpu" and torch.cuda.is_available() and on_gpu() == "own":
-        found.append("mamba-ssm is not installed: GPUs scan sequences by torch alone, which is "
-                     "slower (see the README on GPUs)")
+    if config.device != "cpu" and torch.cuda.is_available() and import_warning():
+        found.append(import_warning())
     return found

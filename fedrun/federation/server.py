@@ -36,7 +36,7 @@ from fedrun.records.outcome import write_failure
 from fedrun.records.recorder import Recorder
 from fedrun.records.schema import FEDERATED
 from fedrun.strategies.base import ClientReport
-from fedrun.training.evaluate import Piece, mean_loss, sample_text
+from fedrun.training.evaluate import Piece, mean_loss, sample_prompt, sample_text
 from fedrun.training.optimizer import scheduled_lr
 from fedrun.training.params import FlatParams
 
@@ -178,7 +178,8 @@ class Server:
         """The history's record of an evaluated round."""
         measured = next(report.measured for report in reports if report.measured)
         fields = cohort_record(clients, measured, gradients=not self.config.strategy.trains)
-        fields |= {"left_out": self._left_out, "left_out_why": self._left_out_why}
+        fields |= {"left_out": self._left_out, "left_out_why": self._left_out_why,
+                   "prompt": sample_prompt(self.data).text}
         if self.config.cohort is not None:
             fields["cohort"] = plan.cohort
         if self.config.eval_clients:

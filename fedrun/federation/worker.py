@@ -83,7 +83,8 @@ class Worker:
         self.clients = self._host_clients()
         self.store = make_store(config, {k: c.state() for k, c in self.clients.items()},
                                 runtime.device)
-        self.start = tracked_parameters(self.flat.views(self.global_model))
+        self.start = tracked_parameters(self.flat.views(self.global_model)
+                                        ) if config.save_client_deltas else {}
         self.checkpoint_writer = CheckpointWriter()
         self._added: list[int] = []  # clients whose terms are in this round's sum
         if checkpoint is not None:

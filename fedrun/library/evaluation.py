@@ -13,9 +13,11 @@ import torch
 from fedrun.common.errors import InputError
 from fedrun.common.perplexity import perplexity
 from fedrun.data.corpora import ALL_OF_THE_TEXT
+from fedrun.data.hub import CACHE_DIR
 from fedrun.data.text_options import TextOptions, text_options_of
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.library.tokenizers import need_tokenizer
+from fedrun.model.precision import exact_fp32
 from fedrun.training.evaluate import mean_loss, validation_pieces
 
 if TYPE_CHECKING:
@@ -25,8 +27,7 @@ if TYPE_CHECKING:
 def evaluate(found: Pretrained, dataset: str | None = None, split: str | None = None, *,
              text_column: str | None = None, encoding: str | None = None,
              sequence_length: int | None = None, dtype: str = "fp32", device: str = "cpu",
-             tokenizer: str | None = None, cache_dir: Path = Path("~/.cache/fedrun")
-             ) -> dict[str, Any]:
+             tokenizer: str | None = None, cache_dir: Path = CACHE_DIR) -> dict[str, Any]:
     """Loss in nats per token and perplexity, with the number of tokens and what was read.
 
     dataset: the text, as for training; None: what the run was trained on.
@@ -56,6 +57,8 @@ def evaluate(found: Pretrained, dataset: str | None = None, split: str | None = 
     if data.vocab_size > found.vocab_size:
         raise InputError(f"--tokenizer {tokenizer}: not the tokenizer of {found.folder}, whose "
                          f"vocabulary has {found.vocab_size} tokens")
+    if dtype == "fp32":
+        exact_fp32()
     model = found.build(torch.bfloat16 if dtype == "bf16" else torch.float32).to(place)
     whole = data.fingerprint["validation_from"] == ALL_OF_THE_TEXT
     pieces = validation_pieces(model, data.train if split == "train" else data.validation, place)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedrun.common.files import finite
 from fedrun.common.log import print_log
+from fedrun.data.hub import CACHE_DIR
 from fedrun.tools.common import model_parser, parse
 
 
@@ -32,8 +33,9 @@ def main(argv: Sequence[str]) -> int:
                         help="where to compute (default: cpu)")
     parser.add_argument("--tokenizer", metavar="FOLDER",
                         help="a tokenizer's folder or tokenizer.json, for a model without one")
-    parser.add_argument("--cache_dir", type=Path, default=Path("~/.cache/fedrun"), metavar="FOLDER",
-                        help="folder for tokenised text (default: %(default)s)")
+    parser.add_argument("--cache_dir", type=Path, default=CACHE_DIR, metavar="FOLDER",
+                        help="folder for tokenised text and for what comes from the hub (default: "
+                             "%(default)s)")
     args = parse(parser, argv)
 
     from fedrun.library.evaluation import evaluate
@@ -42,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
     given = vars(args)
     name = given.pop("model")
     print_log(to_stderr=True)
-    result = {"model": name} | evaluate(find_pretrained(name, "RUN"), **given)
+    result = {"model": name} | evaluate(
+        find_pretrained(name, "RUN", args.cache_dir), **given)
     print(json.dumps(finite(result), indent=1, allow_nan=False))
     return 0

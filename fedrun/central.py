@@ -75,20 +75,27 @@ class Training:
         """One optimizer step, recorded, and evaluated if that is due."""
         config, before = self.config, time.monotonic()
         losses: LocalLosses = self.client.train(self.model, 1, self.done)
-        loss_sum = losses.loss_sum.item()
+        loss_sum = losses.loss_sum.item()  # the step's only wait for a GPU
+        if not math.isfinite(loss_sum):  # of the model that the step before has left
+            raise self._diverged("the model is no longer finite")
         self.recorder.totals.add(config.batch_size * config.sequence_length, loss_sum,
                                  losses.tokens, local_training_seconds=time.monotonic() - before)
         self.done += 1
-        if not torch.isfinite(self.flat.vector.sum()):
-            raise self._diverged("the model is no longer finite")
         record = None
         if self.done == 1 or self.done % config.val_freq == 0 or self.done == self.steps:
             record = self._evaluate()
         self.recorder.step(self.done, perplexity(loss_sum / losses.tokens),
                            scheduled_lr(config, self.done - 1, self.steps), record)
 
+    def _require_finite(self) -> None:
+        """Raise Diverged rather than write a model that is not finite. After every step its loss
+        tells as much, at the next one, without another pass over the parameters."""
+        if not torch.isfinite(self.flat.vector.sum()):
+            raise self._diverged("the model is no longer finite")
+
     def _evaluate(self) -> dict[str, Any]:
         """Evaluate the model and record it; returns the record."""
+        self._require_finite()
         before = time.monotonic()
         pieces = validation_pieces(self.model, self.data.validation, self.device)
         if not math.isfinite(mean_loss(pieces)):
@@ -108,10 +115,12 @@ class Training:
         self.recorder.wait()  # for the last good model, if it is still being written
         path = self.config.run_dir / "model.safetensors"
         kept = f"; the last good model is in {path}" if path.exists() else ""
-        return Diverged(f"step {self.done}: {what}: --lr {self.config.lr:g} may be too large{kept}")
+        step = max(self.done, 1)
+        return Diverged(f"step {step}: {what}: --lr {self.config.lr:g} may be too large{kept}")
 
     def save(self) -> None:
-        """Start to write a checkpoint of this step."""
+        """Start to write a checkpoint of this step. Raises Diverged."""
+        self._require_finite()
         gradient = {} if self.last_gradient is None else {"last_gradient": self.last_gradient}
         folder = folder_of(self.config.run_dir, self.done)
         self.recorder.begin_checkpoint(self.done)

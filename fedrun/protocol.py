@@ -19,7 +19,7 @@ from fedrun.common.limits import shortage
 from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.runtime import Runtime
 from fedrun.distributed.stopping import StopRequest
-from fedrun.experiment import Experiment
+from fedrun.experiment import Experiment, workers_device
 from fedrun.federation.messages import (
     RoundDecision,
     RoundPlan,
@@ -108,11 +108,20 @@ def train_federated(experiment: Experiment, runtime: Runtime, stopping: StopRequ
 
 def make_server(experiment: Experiment, schedule: Schedule, runtime: Runtime,
                 stopping: StopRequest, checkpoint: Checkpoint | None) -> Server | None:
-    """The server on rank 0, None elsewhere."""
+    """The server on rank 0, None elsewhere.
+
+    Its sample texts keep no GPU waiting, unless a run is to be repeatable with all that it records.
+    Beside GPUs they are made with fp32 products: its processor may have no others.
+    """
     if not runtime.is_server:
         return None
-    return Server(experiment.federated, experiment.data, schedule, experiment.new_model("cpu"),
-                  stopping, experiment.provenance, len(runtime.workers), checkpoint)
+    config, made = experiment.federated, experiment
+    gpus = workers_device(config, runtime.device).type == "cuda"
+    if gpus and config.dtype == "bf16":  # whose parameters are fp32 too
+        made = experiment.decided("fp32", experiment.data)
+    return Server(config, experiment.data, schedule, made.new_model("cpu"), stopping,
+                  experiment.provenance, len(runtime.workers), checkpoint,
+                  skips_texts=gpus and not config.deterministic)
 
 
 def make_worker(experiment: Experiment, schedule: Schedule, runtime: Runtime,

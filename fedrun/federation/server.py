@@ -46,8 +46,13 @@ class Server:
 
     def __init__(self, config: FederatedConfig, data: TokenData, schedule: Schedule,
                  model: Mamba2LM, stopping: StopRequest, provenance: dict[str, Any], workers: int,
-                 checkpoint: Checkpoint | None = None) -> None:
-        """model: the run's model at its start, on the CPU; workers: how many there are."""
+                 checkpoint: Checkpoint | None = None, skips_texts: bool = False) -> None:
+        """
+        model: the run's model at its start, on the CPU.
+        workers: how many there are.
+        skips_texts: whether an evaluation goes without a sample text for which training would have
+            to wait (see records/sample_texts.py).
+        """
         self.config, self.data, self.schedule, self.model = config, data, schedule, model
         self.flat = FlatParams(model)
         self.entropy_reference = config.strategy.first_entropy_reference(data.vocab_size,
@@ -58,7 +63,7 @@ class Server:
         if state is not None:
             self._load(state)
         self.recorder = Recorder(config, FEDERATED, schedule.rounds, self.flat, provenance, workers,
-                                 step, state)
+                                 step, state, skips_texts)
         self.stopping = stopping
 
     @property
@@ -189,7 +194,7 @@ class Server:
                                        lambda: self._sample(model), **fields)
 
     def _sample(self, model: Tensor) -> str:
-        """Sample text of a global model (size,); on the recorder's thread."""
+        """Sample text of a global model (size,); on a thread of the recorder's."""
         self.flat.vector.copy_(model)
         return sample_text(self.model, self.data, torch.device("cpu"))
 

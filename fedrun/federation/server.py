@@ -198,29 +198,30 @@ class Server:
         self.flat.vector.copy_(model)
         return sample_text(self.model, self.data, torch.device("cpu"))
 
-    def end_early(self, decision: RoundDecision, model: Tensor | None, reports: list[RoundReport]
-                  ) -> None:
-        """Save the model of the last complete round and print why the run ends.
+    def announce(self, decision: RoundDecision) -> None:
+        """Record and print why the run ends early."""
+        *trace, line = decision.error.splitlines(keepends=True)
+        write_failure(self.config.run_dir, line, decision.kind)
+        log(line, ERROR, "".join(trace))
+
+    def end_early(self, model: Tensor | None, reports: list[RoundReport]) -> None:
+        """Save the model of the last complete round, and say where the last good one is.
 
         The model is not saved if its replicas differ or it is not finite. model: (size,), None if
-        it is not good; reports: of all ranks, with digests of what they hold now.
+        it is not good or nobody could send it; reports: of all ranks, with digests of what they
+        hold now.
         """
-        reason = decision.error
         try:
             self.recorder.close()
             if model is not None and not replicas.compare(reports, model):
                 self.recorder.save_model(model)
-        except FolderLost as lost:
-            reason = str(lost)
+        except FolderLost:
+            return  # as announced, or nothing of this run is there any more
         except OSError as error:
-            reason += f" (the last good model could not be saved: {explain(error)})"
-        finally:  # whatever happened to the writer, the reason is printed
-            path = self.config.run_dir / "model.safetensors"
-            if path.exists():
-                reason += f"; the last good model is in {path}"
-            *trace, line = reason.splitlines(keepends=True)
-            write_failure(self.config.run_dir, line, decision.kind)
-            log(line, ERROR, "".join(trace))
+            log(f"the last good model could not be saved: {explain(error)}", WARNING)
+        path = self.config.run_dir / "model.safetensors"
+        if path.exists():
+            log(f"the last good model is in {path}")
 
     def finish(self, plan: RoundPlan, decision: RoundDecision, reports: list[RoundReport]) -> None:
         """Wait until everything is written, and record how the run ended."""

@@ -78,12 +78,12 @@ class Training:
         """One optimizer step, recorded, and evaluated if that is due."""
         config, before = self.config, time.monotonic()
         losses: LocalLosses = self.client.train(self.model, 1, self.done)
-        loss_sum = losses.loss_sum.item()
+        loss_sum = losses.loss_sum.item()  # the step's only wait for a GPU
+        if not math.isfinite(loss_sum):  # of the model that the step before has left
+            raise self._diverged("the model is no longer finite")
         self.recorder.totals.add(config.batch_size * config.sequence_length, loss_sum,
                                  losses.tokens, local_training_seconds=time.monotonic() - before)
         self.done += 1
-        if not torch.isfinite(self.flat.vector.sum()):
-            raise self._diverged("the model is no longer finite")
         self.step_cosines.add(self.done, self.flat.grad)
         record = self._evaluate() if self.done == self._next_evaluated(self.done) else None
         self.recorder.step(self.done, perplexity(loss_sum / losses.tokens),
@@ -94,8 +94,15 @@ class Training:
         every = self.config.val_freq
         return 1 if step == 1 else min(-(-step // every) * every, self.steps)
 
+    def _require_finite(self) -> None:
+        """Raise Diverged rather than write a model that is not finite. After every step its loss
+        tells as much, at the next one, without another pass over the parameters."""
+        if not torch.isfinite(self.flat.vector.sum()):
+            raise self._diverged("the model is no longer finite")
+
     def _evaluate(self) -> dict[str, Any]:
         """Evaluate the model and record it; returns the record."""
+        self._require_finite()
         before = time.monotonic()
         pieces = validation_pieces(self.model, self.data.validation, self.device)
         if not math.isfinite(mean_loss(pieces)):
@@ -116,10 +123,12 @@ class Training:
         self.recorder.wait()  # for the last good model, if it is still being written
         path = self.config.run_dir / "model.safetensors"
         kept = f"; the last good model is in {path}" if path.exists() else ""
-        return Diverged(f"step {self.done}: {what}: --lr {self.config.lr:g} may be too large{kept}")
+        step = max(self.done, 1)
+        return Diverged(f"step {step}: {what}: --lr {self.config.lr:g} may be too large{kept}")
 
     def save(self) -> None:
-        """Start to write a checkpoint of this step."""
+        """Start to write a checkpoint of this step. Raises Diverged."""
+        self._require_finite()
         kept = {"last_gradient": self.last_gradient,
                 "previous_gradient": self.step_cosines.previous}
         gradients = {name: gradient for name, gradient in kept.items() if gradient is not None}

@@ -94,7 +94,7 @@ class ControlPlane:
             raise self._unresponsive(failures)
 
     def copy_to_server(self, vector: Tensor) -> None:
-        """First worker: start sending a copy of a vector to the server.
+        """A worker, usually the first: start sending a copy of a vector to the server.
 
         The copy is sent from a buffer of its own, so the caller may change the vector at once.
         Waits until the previous copy has been sent.
@@ -106,15 +106,16 @@ class ControlPlane:
         if self.rank:
             self._copy_sent = dist.isend(self._copy, 0, group=self.group, tag=1)
 
-    def receive_copy(self, size: int, dtype: torch.dtype) -> Tensor:
-        """Server: return the vector that the first worker sends, (size,) on the CPU. The caller
-        owns it."""
-        if self.first_worker == 0:
+    def receive_copy(self, size: int, dtype: torch.dtype, sender: int | None = None) -> Tensor:
+        """Server: return the vector that a worker sends, by default the first, (size,) on the CPU.
+        The caller owns it."""
+        sender = self.first_worker if sender is None else sender
+        if sender == 0:
             assert self._copy is not None
             return self._copy.clone()
         vector = torch.empty(size, dtype=dtype)
-        with self._naming(self.first_worker):
-            dist.recv(vector, self.first_worker, group=self.group, tag=1)
+        with self._naming(sender):
+            cast(dist.Work, dist.irecv(vector, sender, group=self.group, tag=1)).wait(self.timeout)
         return vector
 
     def wait_for_copy(self) -> None:

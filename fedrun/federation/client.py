@@ -71,7 +71,11 @@ class Client:
     def forget(self) -> None:
         """Reset what local training leaves behind, because the update was left out. The residual of
         earlier updates stays."""
-        self.vectors.pop("parameters", None)
+        dropped = self.vectors.pop("parameters", None)
+        if dropped is not None and dropped.is_cuda:
+            # Its memory is of the store's stream, which must not reuse it while training may still
+            # read it: nobody waits for that here, as the store does before it frees a state.
+            dropped.record_stream(torch.cuda.current_stream())
         self.optimizer.reset()
 
     def state(self) -> ClientState:

@@ -17,3 +17,9 @@ def bf16_in_hardware(device: torch.device | str) -> bool:
         return torch.cuda.get_device_capability(device) >= (8, 0)
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+def accumulate_in_fp32() -> None:
+    """Let no matrix product on a GPU add up its parts in bf16, as cuBLAS may where it splits long
+    sums; the head's second product sums over the vocabulary."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

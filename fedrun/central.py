@@ -15,7 +15,7 @@ from fedrun.common.perplexity import perplexity
 from fedrun.data.batches import Batches, make_batches
 from fedrun.distributed.stopping import StopRequest
 from fedrun.experiment import Experiment
-from fedrun.federation.client import Client, LocalLosses, to_device
+from fedrun.federation.client import Client, LocalLosses
 from fedrun.records.checkpoint import GLOBAL, Checkpoint, client_file, folder_of
 from fedrun.records.checkpoint_writer import CheckpointWriter
 from fedrun.records.recorder import Recorder
@@ -41,7 +41,7 @@ class PooledClients(Client):
         rows = [torch.from_numpy(batches.read(self.steps_done, self.sequences, shard))
                 for shard, batches in self.parts]
         self.steps_done += 1
-        return to_device(torch.cat(rows), self.flat.vector.device)
+        return self.memory.load(torch.cat(rows))
 
 
 def training_client(experiment: Experiment, flat: FlatParams) -> Client:

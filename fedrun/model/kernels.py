@@ -92,6 +92,33 @@ def path_for(x: Tensor) -> KernelPath:
     return on_gpu() if x.is_cuda and x.dtype != torch.float64 else "own"
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Whether Triton kernels of our own run for a tensor: where those of mamba-ssm do, because they
+    show that Triton works there (it needs a C compiler at run time)."""
+    return path_for(x) != "own" and _has_triton()
+
+
+@functools.cache
+def _torch_has_rms_norm() -> bool:
+    name = "aten::_fused_rms_norm_backward"
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"))
+
+
+def has_rms_norm(x: Tensor) -> bool:
+    """Whether torch's RMS norm is one kernel for a tensor and not a dozen: on a GPU."""
+    return x.is_cuda and _torch_has_rms_norm()
+
+
+def split_conv1d_takes(taps: int, channels: int) -> bool:
+    """Whether causal-conv1d's kernels can convolve this many channels with this many taps."""
+    return 2 <= taps <= 4 and channels % 8 == 0
+
+
 def kernel_path(device: torch.device | str) -> str:
     """A name for the code that runs on a device. Ranks compare it, as it decides the last bits."""
     device = torch.device(device)

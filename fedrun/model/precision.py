@@ -29,3 +29,9 @@ def exact_fp32() -> None:
     os.environ["TRITON_F32_DEFAULT"] = "ieee"
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def accumulate_in_fp32() -> None:
+    """Let no matrix product on a GPU add up its parts in bf16, as cuBLAS may where it splits long
+    sums; the head's second product sums over the vocabulary."""
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False

@@ -31,7 +31,8 @@ def little_study(tmp_path: Path, cache_dir: Path) -> Path:
     text = tmp_path / "little.txt"
     text.write_text("\n\n".join(topics[name] for name in sorted(topics)[:25]), encoding="utf-8")
     base = {k.removeprefix("--"): v for k, v in zip(SMALL[::2], SMALL[1::2], strict=True)}
-    base |= {"dataset": str(text), "cache_dir": str(cache_dir)}
+    base |= {"dataset": str(text), "cache_dir": str(cache_dir), "val_freq": "1000",
+             "checkpoint_freq": "none"}
     del base["lr"]
     path = tmp_path / "little.yaml"
     path.write_text(WHOLE.format(base=json.dumps(base)))

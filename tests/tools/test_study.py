@@ -86,26 +86,27 @@ def test_a_run_that_diverges_counts_as_infinitely_bad(tmp_path: Path, cache_dir:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_a_part_of_the_original_grid_at_its_small_scale(tmp_path: Path, cache_dir: Path) -> None:
-    """One seed of one and two layers, for ten rounds: all methods, both numbers of local updates,
+    """One seed of one and two layers, for six rounds: all methods, both numbers of local updates,
     and their figures, by one command."""
     argv = [str(ORIGINAL), "--scale", "small", "--results", str(tmp_path), "--axes",
-            "config=tiny_1_layer,tiny", "--axes", "seed=0", "--rounds", "10", "--val_freq", "5",
+            "config=tiny_1_layer,tiny", "--axes", "seed=0", "--rounds", "6", "--val_freq", "3",
             "--cache_dir", str(cache_dir), "--jobs", "2"]
     assert study.main(argv) == 0
     folder = tmp_path / "original_small"
     rows = json.loads((folder / "table.json").read_text())
     assert {row["reference"] for row in rows} == {"central_tiny_1_layer", "central_tiny"}
     assert len(rows) == 9
-    drawn = {path.stem for path in (folder / "figures").glob("*.png")}
-    for config in ("tiny_1_layer", "tiny"):
-        assert {f"1_central_vs_fed_{config}", f"2_lu_comparison_{config}",
-                f"3_method_comparison_{config}", f"averaged_svd_evolution_{config}",
-                f"averaged_final_spectrum_{config}", *(
-                    f"{kind}_fed_avg_{config}_lu_{updates}{entity}"
-                    for kind in ("svd_evolution", "svd_spectrum") for updates in (1, 8)
-                    for entity in ("", "_client_0"))} <= drawn
-    assert {"4_multi_config_comparison", "5_configs_in_one_axes",
-            "heatmap_fed_fisher_tiny_1_layer_lu_1_seed_0_server",
-            "heatmap_fed_avg_tiny_lu_8_seed_0_client_0"} <= drawn
+    drawn = sorted(path.stem for path in (folder / "figures").glob("*.png"))
+    svd = [f"{kind}_fed_avg_{{}}_lu_{updates}{entity}" for kind in ("svd_evolution", "svd_spectrum")
+           for updates in (1, 8) for entity in ("", "_client_0")]
+    for name in (
+            "1_central_vs_fed_{}", "2_lu_comparison_{}", "3_method_comparison_{}",
+            "averaged_svd_evolution_{}", "averaged_final_spectrum_{}", *svd,
+            "heatmap_structure_central_{}", "heatmap_fed_avg_{}_lu_8_seed_0_client_0"):
+        for config in ("tiny_1_layer", "tiny"):
+            assert any(stem.startswith(name.format(config)) for stem in drawn), (name, drawn)
+    for name in ("4_multi_config_comparison", "5_configs_in_one_axes",
+                 "heatmap_fed_fisher_tiny_1_layer_lu_1_seed_0_server"):
+        assert any(stem.startswith(name) for stem in drawn), (name, drawn)

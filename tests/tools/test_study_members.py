@@ -152,7 +152,7 @@ def test_a_stop_file_stops_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def two_long_runs(tmp_path: Path, cache_dir: Path) -> tuple[Path, list[Path]]:
     """A study's file, and the folders that its runs will have."""
     path = little_study(tmp_path, cache_dir)
-    change(path, {"checkpoint_freq": 20, "val_freq": 1000, "device": "cpu"}, report_seeds=[],
+    change(path, {"checkpoint_freq": 20, "device": "cpu"}, report_seeds=[],
            extensions=0, grid={"lr": [1e-3]}, settings={
                "central": {"method": "central", "rounds": 600},
                "one": {"method": "fed_avg", "num_clients": 1, "rounds": 400}})

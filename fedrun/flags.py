@@ -87,6 +87,7 @@ def flags_of(cls: type) -> dict[str, Flag]:
     return found
 
 
+@functools.cache  # a study resolves hundreds of configs
 def _docstrings(cls: type) -> dict[str, str]:
     """Field name -> the string literal below the field in the class body; {} without a source file,
     as in a notebook."""

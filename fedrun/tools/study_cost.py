@@ -61,9 +61,12 @@ class Cost:
                                   for shape in self.shapes])
 
 
-def estimate(configs: Iterable[RunConfig]) -> Cost:
+def estimate(configs: Iterable[RunConfig], workers: int = 1) -> Cost:
     """Prepare the text, and measure. Raises InputError as the runs would, for settings that do not
-    fit the text or the machine."""
+    fit the text or the machine.
+
+    workers: processes that train the clients of one federated run, as fast as one alone.
+    """
     lengths: dict[str, Experiment] = {}
     shapes: dict[str, Shape] = {}
     texts: set[str] = set()
@@ -83,14 +86,15 @@ def estimate(configs: Iterable[RunConfig]) -> Cost:
             "device", "threads")])
         if shape_key not in shapes:
             shapes[shape_key] = measure(experiment, device)
-        steps, updates = experiment.length.steps, 1
+        steps, updates, in_turn = experiment.length.steps, 1, 1
         if isinstance(config, FederatedConfig):
             updates = config.local_updates * config.cohort_size
+            in_turn = config.local_updates * math.ceil(config.cohort_size / workers)
         evaluations = 1 + steps // config.val_freq + bool(steps % config.val_freq)
         runs += 1
         tokens += steps * updates * config.batch_size * config.sequence_length
         shape = shapes[shape_key]
-        seconds += steps * updates * shape.step + evaluations * shape.evaluation
+        seconds += steps * in_turn * shape.step + evaluations * shape.evaluation
     return Cost(runs, tokens, seconds, list(shapes.values()))
 
 

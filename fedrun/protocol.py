@@ -98,6 +98,7 @@ def train_federated(experiment: Experiment, runtime: Runtime, stopping: StopRequ
         # 6. Record the round.                                               server
         if server is not None:
             server.record(plan, decision, trained, reports, model)
+        control.compiling(False)  # what was not compiled before the first round is so now
         last = plan.last or bool(decision.stop)
 
     control.wait_for_copy()

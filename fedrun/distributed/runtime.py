@@ -26,6 +26,7 @@ from fedrun.common.log import WARNING, log
 from fedrun.distributed.connect import (
     LOOPBACK,
     NotConnected,
+    answered,
     explain_wait,
     listen,
     named,
@@ -34,7 +35,7 @@ from fedrun.distributed.connect import (
     served_by_launcher,
     wait_for_all,
 )
-from fedrun.distributed.control_plane import ControlPlane, Heartbeat
+from fedrun.distributed.control_plane import ControlPlane, Heartbeat, UnresponsiveRanks
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.distributed.launch import Launch, rendezvous
 from fedrun.distributed.shared_memory import machine_id
@@ -111,7 +112,9 @@ def choose_interfaces(launch: Launch, env: Mapping[str, str]) -> dict[str, str]:
                              f"{socket.gethostname()} to MASTER_ADDR={address}; set it to the "
                              "interface that connects the machines (`ip route` shows them)")
         return {}
-    return dict.fromkeys(names, interface)
+    # NCCL takes the name for a prefix, ib1 for ib10 too, unless it begins with "=".
+    chosen = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
+    return {name: chosen[name] for name in names}
 
 
 def address_is_local_only(address: str) -> bool:
@@ -241,12 +244,17 @@ def build_runtime(launch: Launch, device: torch.device, control: ControlPlane,
         return Runtime(launch, device, (0,), control, DataPlane())
     workers = tuple(range(control.first_worker, launch.world_size))
     compare(control, workers, device, identity)
+    # A collective's error is raised where it is waited for. By default a thread of torch's watches
+    # over NCCL, and aborts the process before the ranks that are lost could be named.
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     # A dedicated server is not a member, so the backend that it names does not matter.
     with creating_groups(control.heartbeat):
         data = dist.new_group(list(workers), backend="nccl" if device.type == "cuda" else "gloo",
                               timeout=control.timeout)
-    plane = DataPlane(data, None if device.type == "cuda" else machine_id()
-                      ) if launch.rank in workers else DataPlane()
+    plane = DataPlane()
+    if launch.rank in workers:
+        plane = DataPlane(data, None if device.type == "cuda" else machine_id(), control)
+        probe(plane, device)
     reports = control.gather({"leaders": [workers[w] for w in plane.node_leaders],
                               "cannot map on": socket.gethostname() if plane.cannot_map else ""})
     leaders = control.share(reports and reports[control.first_worker]["leaders"])
@@ -257,6 +265,26 @@ def build_runtime(launch: Launch, device: torch.device, control: ControlPlane,
         with creating_groups(control.heartbeat):  # all ranks, members or not
             plane.inter_node_group = dist.new_group(leaders, control.timeout, "gloo")
     return Runtime(launch, device, workers, control, plane)
+
+
+def probe(plane: DataPlane, device: torch.device) -> None:
+    """Workers: whether they can sum vectors, before any of them trains. FedrunError, naming the
+    device, if not."""
+    library = "NCCL" if device.type == "cuda" else "gloo"
+    said = f"for {library} to connect the workers" if plane.worker == 0 else ""
+    try:
+        with explain_wait(lambda: said):
+            # In a thread: connecting has no timeout of its own in NCCL.
+            wrong = answered(lambda: plane.probe(device), STARTUP_TIMEOUT)
+            why = wrong and f"{wrong} is wrong"
+    except UnresponsiveRanks:
+        raise
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+    if why:
+        advice = "; NCCL_DEBUG=WARN shows more" if device.type == "cuda" else ""
+        raise FedrunError(f"--device {device.type}: {library} failed between the workers, on "
+                          f"{device} of {socket.gethostname()}: {why}{advice}")
 
 
 def compare(control: ControlPlane, workers: tuple[int, ...], device: torch.device,

@@ -80,7 +80,7 @@ def check_provenance(recorded: Mapping[str, Any], current: Mapping[str, Any]) ->
     """Compare a checkpoint's provenance with this run's.
 
     Raises InputError if the text, the tokenizer, the shards, the kernels, the first weights or
-    the code of the method differ. A different version of a library is only a warning.
+    the code of the method differ. Another GPU, or another version of a library, is only a warning.
     """
     named = [("corpus", "corpus", "--dataset")] if "content" not in recorded else []
     for name, what, flag in (("text", "text", "--dataset"),
@@ -95,8 +95,12 @@ def check_provenance(recorded: Mapping[str, Any], current: Mapping[str, Any]) ->
                              f"and is {current[name]} now; --overwrite starts over")
     before = recorded.get("versions")
     before = before if isinstance(before, dict) else {}
-    if other := [f"{name} {abbreviated(before.get(name))}, now {version}"
-                 for name, version in current["versions"].items() if before.get(name) != version]:
+    pairs = {name: (before.get(name, "unknown"), version)
+             for name, version in current["versions"].items()}
+    if gpu := current.get("gpu"):
+        pairs["GPU"] = recorded.get("gpu", "unknown"), gpu
+    if other := [f"{name} {abbreviated(there)}, now {here}"
+                 for name, (there, here) in pairs.items() if there != here]:
         log(f"the last bits may differ: this run was started with {'; '.join(other)}", WARNING)
 
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
+from fedrun.common.errors import FedrunError
+from fedrun.distributed.data_plane import DataPlane
 from fedrun.distributed.launch import Launch
 from fedrun.distributed.runtime import (
     choose_interfaces,
@@ -15,6 +20,7 @@ from fedrun.distributed.runtime import (
     device_index,
     difference,
     idle_gpus,
+    probe,
 )
 
 
@@ -52,9 +58,9 @@ def test_too_few_gpus_is_an_error_with_the_right_number_of_processes() -> None:
 
 def test_one_machine_uses_the_loopback_unless_the_user_has_chosen() -> None:
     assert choose_interfaces(first(0, 2), {}) == {"GLOO_SOCKET_IFNAME": "lo",
-                                                  "NCCL_SOCKET_IFNAME": "lo"}
+                                                  "NCCL_SOCKET_IFNAME": "=lo"}  # not a prefix
     assert choose_interfaces(first(0, 2), {"GLOO_SOCKET_IFNAME": "eth7"}) == {
-        "NCCL_SOCKET_IFNAME": "lo"}
+        "NCCL_SOCKET_IFNAME": "=lo"}
 
 
 def test_between_machines_a_master_on_loopback_is_an_error() -> None:
@@ -128,3 +134,40 @@ def test_a_server_without_a_gpu_reports_those_that_it_sees(monkeypatch: pytest.M
                 {"--device": json.dumps(device)})
     assert [each["gpus seen"] for each in gathered] == ["GPU-0 GPU-1", ""]
     assert "gpu" not in gathered[0]
+
+
+def test_a_data_plane_that_cannot_sum_is_named_before_training() -> None:
+    def wrong(_: torch.device) -> str:
+        return "the sum of int32"
+
+    def broken(_: torch.device) -> str:
+        raise RuntimeError("NCCL error: unhandled system error\nLast error: Cuda failure 1")
+
+    plane: Any = SimpleNamespace(worker=1, probe=wrong)
+    with pytest.raises(FedrunError, match=r"^--device cpu: gloo failed between the workers, on cpu "
+                                          r"of \S+: the sum of int32 is wrong$"):
+        probe(plane, torch.device("cpu"))
+    plane.probe = broken
+    with pytest.raises(FedrunError, match=r"^--device cuda: NCCL failed between the workers, on "
+                                          r"cuda:3 of \S+: NCCL error: unhandled system error; "
+                                          r"NCCL_DEBUG=WARN shows more$"):
+        probe(plane, torch.device("cuda", 3))
+
+
+@pytest.mark.parametrize(("through", "wrong"), [
+    (None, ""), (torch.float32, "the sum of int32"), (torch.float64, "the sum of int64"),
+    (torch.float16, "the sum of int32")])
+def test_the_first_sums_are_of_numbers_that_need_every_bit(
+        monkeypatch: pytest.MonkeyPatch, through: torch.dtype | None, wrong: str) -> None:
+    """Two workers; all that a library sums goes through a type, which may be too narrow."""
+    def all_reduce(vector: Tensor, operation: dist.ReduceOp.RedOpType, **_: Any) -> None:
+        other = vector - 1  # what the second worker gives
+        if operation == dist.ReduceOp.SUM:
+            both = [one.to(through or one.dtype) for one in (vector, other)]
+            vector.copy_(both[0] + both[1])
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(dist, "get_world_size", lambda _: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda _: 0)
+    group: Any = object()
+    assert DataPlane(group).probe(torch.device("cpu")) == wrong

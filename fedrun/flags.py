@@ -114,13 +114,12 @@ def config_classes(method: str) -> tuple[type[RunConfig], type[Strategy] | None]
 
 def method_flags(method: str) -> dict[str, Flag]:
     """All flags of a method, with the defaults of its YAML file where it has one."""
-    run_class, strategy = config_classes(method)
-    return _method_flags(method, run_class, strategy)
+    return _method_flags(method, *config_classes(method))
 
 
 @functools.cache
-def _method_flags(method: str, run_class: type[RunConfig], strategy: type[Strategy] | None
-                  ) -> dict[str, Flag]:
+def _method_flags(method: str, run_class: Any, strategy: Any) -> dict[str, Flag]:
+    """For these two classes: a notebook may define a method's class again."""
     known, own = flags_of(run_class), flags_of(strategy) if strategy else {}
     if taken := known.keys() & own.keys():
         raise InputError(f"the method {method} has a field {min(taken)!r}, which is a flag of "

@@ -21,7 +21,7 @@ from fedrun.common.limits import shortage
 from fedrun.distributed.control_plane import ControlPlane, UnresponsiveRanks
 from fedrun.distributed.runtime import Runtime
 from fedrun.distributed.stopping import StopRequest
-from fedrun.experiment import Experiment, workers_device
+from fedrun.experiment import Experiment
 from fedrun.federation.messages import (
     RoundDecision,
     RoundPlan,
@@ -120,7 +120,7 @@ def make_server(experiment: Experiment, schedule: Schedule, runtime: Runtime,
     if not runtime.is_server:
         return None
     config, made = experiment.federated, experiment
-    gpus = workers_device(config, runtime.device).type == "cuda"
+    gpus = bool(experiment.provenance.get("gpu"))
     if gpus and config.dtype == "bf16":  # whose parameters are fp32 too
         made = experiment.decided("fp32", experiment.data)
     return Server(config, experiment.data, schedule, made.new_model("cpu"), stopping,

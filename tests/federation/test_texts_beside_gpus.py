@@ -3,6 +3,7 @@ device."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,20 @@ from tests.support.experiments import experiment_of
 from tests.support.made_data import made
 
 
-@pytest.mark.parametrize(("device", "dtype", "deterministic", "products", "skips"), [
-    ("cpu", "bf16", False, torch.bfloat16, False), ("cpu", "fp32", False, torch.float32, False),
-    ("cuda", "bf16", False, torch.float32, True), ("cuda", "fp32", False, torch.float32, True),
-    ("cuda", "bf16", True, torch.float32, False)])
-def test_texts_beside_gpus(device: str, dtype: str, deterministic: bool, products: torch.dtype,
-                           skips: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("gpu", "dtype", "deterministic", "products", "skips"), [
+    ("", "bf16", False, torch.bfloat16, False), ("", "fp32", False, torch.float32, False),
+    ("H100", "bf16", False, torch.float32, True), ("H100", "fp32", False, torch.float32, True),
+    ("H100", "bf16", True, torch.float32, False)])
+def test_texts_beside_gpus(gpu: str, dtype: str, deterministic: bool, products: torch.dtype,
+                           skips: bool, tmp_path: Path) -> None:
     config = resolve("fed_avg", {
         "config": "tiny", "num_clients": "2", "rounds": "3", "sequence_length": "8",
         "data_dir": str(tmp_path), "run_name": "run", "dtype": dtype,
         "deterministic": deterministic})
     assert isinstance(config, FederatedConfig)
     config.run_dir.mkdir()
-    experiment = experiment_of(config, made([100, 100], sequence_length=8))
-    monkeypatch.setattr(protocol, "workers_device", lambda *_: torch.device(device))
+    experiment = replace(experiment_of(config, made([100, 100], sequence_length=8)),
+                         provenance={"gpu": gpu})
     runtime = Runtime(detect({}), torch.device("cpu"), (0,), ControlPlane(), DataPlane())
     stopping: Any = None
     server = protocol.make_server(experiment, Schedule(config, experiment.shards.sizes), runtime,

@@ -114,7 +114,8 @@ def config_classes(method: str) -> tuple[type[RunConfig], type[Strategy] | None]
 
 def method_flags(method: str) -> dict[str, Flag]:
     """All flags of a method, with the defaults of its YAML file where it has one."""
-    return _method_flags(method, *config_classes(method))
+    classes: Any = config_classes(method)  # mypy takes classes for values without a hash
+    return _method_flags(method, *classes)
 
 
 @functools.cache

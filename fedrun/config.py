@@ -176,7 +176,8 @@ class RunConfig:
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name}", value, "an integer >= 1, or none")
         require(0 < self.lr < math.inf, "--lr", self.lr, "> 0")
-        require(self.epoch_passes > 0, "--epoch_passes", self.epoch_passes, "> 0")
+        require(0 < self.epoch_passes < math.inf, "--epoch_passes", self.epoch_passes,
+                "a finite number > 0")
         require(0 <= self.beta1 < 1, "--beta1", self.beta1, "in [0, 1)")
         require(self.beta1**2 < self.beta2 < 1, "--beta2", self.beta2,
                 "above the square of --beta1 and below 1 (otherwise AdamW's steps are unbounded)")

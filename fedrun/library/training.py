@@ -93,7 +93,7 @@ def _unchanged_process() -> Iterator[None]:
         yield
     finally:
         if monitored and tqdm.monitor is not None:  # a thread of progress bars
-            tqdm.monitor.exit()
+            tqdm.monitor.exit()  # type: ignore[no-untyped-call]
             tqdm.monitor = None
         os.environ.clear()
         os.environ.update(before)

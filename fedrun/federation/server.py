@@ -7,6 +7,7 @@ rounds (see records/recorder.py).
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,10 +34,10 @@ from fedrun.records.checkpoint import Checkpoint
 from fedrun.records.events import cohort_event
 from fedrun.records.history import cohort_record
 from fedrun.records.outcome import write_failure
-from fedrun.records.recorder import Recorder
+from fedrun.records.recorder import ON_ROUND, OnRound, Recorder
 from fedrun.records.schema import FEDERATED
 from fedrun.strategies.base import ClientReport
-from fedrun.training.evaluate import Piece, mean_loss, sample_text
+from fedrun.training.evaluate import Piece, mean_loss, sample_prompt, sample_text
 from fedrun.training.optimizer import scheduled_lr
 from fedrun.training.params import FlatParams
 
@@ -46,19 +47,27 @@ class Server:
 
     def __init__(self, config: FederatedConfig, data: TokenData, schedule: Schedule,
                  model: Mamba2LM, stopping: StopRequest, provenance: dict[str, Any], workers: int,
-                 checkpoint: Checkpoint | None = None) -> None:
-        """model: the run's model at its start, on the CPU; workers: how many there are."""
+                 checkpoint: Checkpoint | None = None, skips_texts: bool = False,
+                 on_round: OnRound | None = None) -> None:
+        """
+        model: the run's model at its start, on the CPU.
+        workers: how many there are.
+        skips_texts: whether an evaluation goes without a sample text for which training would have
+            to wait (see records/sample_texts.py).
+        on_round: called when a round is recorded.
+        """
         self.config, self.data, self.schedule, self.model = config, data, schedule, model
         self.flat = FlatParams(model)
         self.entropy_reference = config.strategy.first_entropy_reference(data.vocab_size,
                                                                          config.cohort_size)
         self._left_out: list[list[int]] = []  # round and client, since the last record
         self._left_out_why: list[str] = []
+        self._saved = 0  # the last round whose checkpoint was begun
         step, state = (0, None) if checkpoint is None else (checkpoint.step, checkpoint.server)
         if state is not None:
             self._load(state)
         self.recorder = Recorder(config, FEDERATED, schedule.rounds, self.flat, provenance, workers,
-                                 step, state)
+                                 step, state, skips_texts, on_round)
         self.stopping = stopping
 
     @property
@@ -72,7 +81,11 @@ class Server:
         return DTYPES[self.config.dtype]
 
     def plan(self, number: int) -> RoundPlan:
-        """The plan of round `number`, counted from 1."""
+        """The plan of round `number`, counted from 1; or of the one before it, which is to be the
+        last, if `on_round` has asked for that."""
+        if self.recorder.stop:
+            return replace(self.schedule.plan(number - 1, self.entropy_reference), evaluate=False,
+                           save=self._saved < number - 1, stop=ON_ROUND)
         due = self.recorder.checkpoint_due(number)
         return self.schedule.plan(number, self.entropy_reference, save=due)
 
@@ -162,10 +175,15 @@ class Server:
                            left_out_why=[c.left_out for c in left_out],
                            clients=cohort_event(clients))
         if plan.save or decision.stop:
-            self.recorder.begin_checkpoint(plan.round, reference=self.entropy_reference,
-                                           left_out=list(self._left_out),
-                                           left_out_why=list(self._left_out_why))
+            self.begin_checkpoint(plan)
         self.recorder.commit_checkpoints(report.written for report in reports)
+
+    def begin_checkpoint(self, plan: RoundPlan) -> None:
+        """Keep the server's state after a round, whose workers have begun to write a checkpoint."""
+        self._saved = plan.round
+        self.recorder.begin_checkpoint(plan.round, reference=self.entropy_reference,
+                                       left_out=list(self._left_out),
+                                       left_out_why=list(self._left_out_why))
 
     def _load(self, state: dict[str, Any]) -> None:
         self.entropy_reference = state["reference"]
@@ -178,7 +196,8 @@ class Server:
         """The history's record of an evaluated round."""
         measured = next(report.measured for report in reports if report.measured)
         fields = cohort_record(clients, measured, gradients=not self.config.strategy.trains)
-        fields |= {"left_out": self._left_out, "left_out_why": self._left_out_why}
+        fields |= {"left_out": self._left_out, "left_out_why": self._left_out_why,
+                   "prompt": sample_prompt(self.data).text}
         if self.config.cohort is not None:
             fields["cohort"] = plan.cohort
         if self.config.eval_clients:
@@ -189,33 +208,34 @@ class Server:
                                        lambda: self._sample(model), **fields)
 
     def _sample(self, model: Tensor) -> str:
-        """Sample text of a global model (size,); on the recorder's thread."""
+        """Sample text of a global model (size,); on a thread of the recorder's."""
         self.flat.vector.copy_(model)
         return sample_text(self.model, self.data, torch.device("cpu"))
 
-    def end_early(self, decision: RoundDecision, model: Tensor | None, reports: list[RoundReport]
-                  ) -> None:
-        """Save the model of the last complete round and print why the run ends.
+    def announce(self, decision: RoundDecision) -> None:
+        """Record and print why the run ends early."""
+        *trace, line = decision.error.splitlines(keepends=True)
+        write_failure(self.config.run_dir, line, decision.kind)
+        log(line, ERROR, "".join(trace))
+
+    def end_early(self, model: Tensor | None, reports: list[RoundReport]) -> None:
+        """Save the model of the last complete round, and say where the last good one is.
 
         The model is not saved if its replicas differ or it is not finite. model: (size,), None if
-        it is not good; reports: of all ranks, with digests of what they hold now.
+        it is not good or nobody could send it; reports: of all ranks, with digests of what they
+        hold now.
         """
-        reason = decision.error
         try:
             self.recorder.close()
             if model is not None and not replicas.compare(reports, model):
                 self.recorder.save_model(model)
-        except FolderLost as lost:
-            reason = str(lost)
+        except FolderLost:
+            return  # as announced, or nothing of this run is there any more
         except OSError as error:
-            reason += f" (the last good model could not be saved: {explain(error)})"
-        finally:  # whatever happened to the writer, the reason is printed
-            path = self.config.run_dir / "model.safetensors"
-            if path.exists():
-                reason += f"; the last good model is in {path}"
-            *trace, line = reason.splitlines(keepends=True)
-            write_failure(self.config.run_dir, line, decision.kind)
-            log(line, ERROR, "".join(trace))
+            log(f"the last good model could not be saved: {explain(error)}", WARNING)
+        path = self.config.run_dir / "model.safetensors"
+        if path.exists():
+            log(f"the last good model is in {path}")
 
     def finish(self, plan: RoundPlan, decision: RoundDecision, reports: list[RoundReport]) -> None:
         """Wait until everything is written, and record how the run ended."""

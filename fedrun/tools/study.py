@@ -58,7 +58,7 @@ from fedrun.common.log import WARNING, log
 from fedrun.config import RunConfig
 from fedrun.distributed.launch import Launch, detect, without_rank
 from fedrun.distributed.stopping import LAUNCHER, StopRequest
-from fedrun.flags import METHODS, Parser, add_flags, method_flags
+from fedrun.flags import Parser, add_flags, method_flags, methods
 from fedrun.records.outcome import START_VARIABLE, read_outcome, write_outcome
 from fedrun.tools.study_devices import places, remark, visible_gpus
 from fedrun.tools.study_file import Study, notes, read
@@ -210,7 +210,7 @@ def main(argv: Sequence[str]) -> int:
                         help="print the resolved settings of all runs as YAML, and exit")
     parser.add_argument("--print_run_dir", action="store_true",
                         help="print the path of the study's folder and exit (for launch scripts)")
-    add_flags(parser, {name: flag for method in METHODS
+    add_flags(parser, {name: flag for method in methods()
                        for name, flag in method_flags(method).items()}, hidden=True)
     given = vars(parser.parse_intermixed_args(argv))
     path, results = given.pop("file"), given.pop("results")

@@ -21,6 +21,7 @@ from fedrun.distributed.launch import detect
 from fedrun.distributed.runtime import choose_device
 from fedrun.experiment import Experiment, prepare_experiment, resolve_dtype
 from fedrun.federation.client import Client
+from fedrun.model.hardware import hardware
 from fedrun.training.evaluate import BATCH_SEQUENCES, validation_pieces
 from fedrun.training.optimizer import LocalOptimizer
 from fedrun.training.params import FlatParams
@@ -101,7 +102,7 @@ def estimate(configs: Iterable[RunConfig], workers: int = 1) -> Cost:
 def measure(experiment: Experiment, device: torch.device) -> Shape:
     """Time the second of two steps, and one batch of the validation split."""
     config = experiment.config
-    experiment = experiment.decided(resolve_dtype(config, device), experiment.data)
+    experiment = experiment.decided(resolve_dtype(config, [hardware(device)]), experiment.data)
     config, data = experiment.config, experiment.data
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)

@@ -15,7 +15,7 @@ from fedrun.common.errors import InputError, is_component, one_line, require
 from fedrun.common.old_names import renamed
 from fedrun.common.perplexity import perplexity
 from fedrun.config import RunConfig
-from fedrun.flags import METHODS, closest, method_flags, resolve
+from fedrun.flags import closest, method_flags, methods, resolve
 from fedrun.unused import idle, refuse_unread
 
 Point = tuple[tuple[str, float], ...]
@@ -270,7 +270,7 @@ def _expand(where: str, name: str, own: Any, values: Mapping[str, Any],
             f"{where}: only_first", only_first, "a list of axes")
     method = own.get("method", values["base"].get("method"))
     require(method is not None, where, own, "flags with a `method`")
-    require(method in METHODS, f"{where}: method", method, "one of " + ", ".join(METHODS))
+    require(method in methods(), f"{where}: method", method, "one of " + ", ".join(methods()))
     known = method_flags(method)
     flags = {flag: value for flag, value in (values["base"] | own | overrides).items()
              if flag in known or flag in own or flag == "method"} | {"method": method}

@@ -65,7 +65,7 @@ def table(fig: Figure, rows: Sequence[Sequence[str]],
         handletextpad=0.8 if lines else 0.0, labelspacing=0.0,
         handleheight=HEIGHT,
         # Columns without lines have the room of a line before them too.
-        columnspacing=GAP - (sample + 0.8 if lines else 0.0), title=notes or None,
+        columnspacing=GAP - (sample + 0.8 if lines else 0.0), title=f"{notes}\n" if notes else None,
         title_fontsize=FONT)
     for head in legend.get_texts()[::len(rows)]:
         head.set_fontweight("bold")

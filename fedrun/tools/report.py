@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(prog="fedrun report", allow_abbrev=False,
                     description="Write one self-contained HTML page about all runs in a folder.")
     parser.add_argument("--data_dir", type=Path, default=Path("results"), metavar="FOLDER",
-                        help="folder with run folders (default: results/)")
+                        help="folder with run folders, or of a study (default: results/)")
     parser.add_argument("--out", type=Path, metavar="FILE",
                         help="file to write (default: report.html in --data_dir)")
     parser.add_argument("--x", choices=AXES, default="tokens",

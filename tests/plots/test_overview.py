@@ -110,6 +110,19 @@ def test_many_runs_share_the_look_of_their_settings(tmp_path: Path) -> None:
     assert other["seeds"] == "0, 1, 2, 3, 4, 5"
 
 
+def test_cells_of_a_row_are_on_a_line(tmp_path: Path) -> None:
+    """Whatever letters are in them."""
+    for number in range(30):
+        folders.ours(tmp_path, "fed_avg", CONFIG, name=str(number), lr=0.001 * number,
+                     tokenizer="gg__" if number % 2 else "nn")
+    figure = overview(tmp_path)
+    assert not is_cut_off(figure)
+    texts = figure.legends[0].get_texts()
+    heights = [text.get_transform().transform((0, 0))[1] for text in texts]
+    rows = np.array(heights).reshape(-1, len(table(figure)) + 1)
+    assert np.ptp(rows, axis=0).max() < 1, "pixels"
+
+
 def test_looks_of_lines_differ() -> None:
     looks = [style.line_look(place) for place in range(27)]
     assert len({(look["color"], look["linestyle"]) for look in looks}) == 27

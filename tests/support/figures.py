@@ -24,8 +24,9 @@ def all_figures(data_dir: Path) -> Iterator[tuple[str, Result]]:
 
 def is_cut_off(figure: Figure) -> bool:
     """Whether any text or line reaches beyond the figure."""
-    with style.drawing():
+    with style.drawing():  # saving a figure draws it twice too: insets move with their panels
         FigureCanvasAgg(figure).draw()
+        figure.draw_without_rendering()
     content, (across, down) = figure.get_tightbbox(), figure.get_size_inches()
     return not (content.x0 > -0.02 and content.x1 < across + 0.02
                 and content.y0 > -0.02 and content.y1 < down + 0.02)

@@ -36,7 +36,7 @@ def test_commands_and_flags_in_the_readme_exist() -> None:
     known = {f"--{name}" for m in methods for name in flags.method_flags(m)}
     known |= {"--plugin", "--print_config", "--help", "--nproc-per-node", "--node-rank",
               "--extra-index-url", "--no-build-isolation", "--no-deps", "--standalone",
-              "--axes", "--scale", "--dry_run"}
+              "--axes", "--scale", "--dry_run", "--from", "--y_max", "--where"}
     named = set(re.findall(r"`(--[a-z0-9_-]+)", README))
     assert named
     assert named - known == set()

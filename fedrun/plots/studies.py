@@ -15,7 +15,7 @@ from fedrun.common.errors import InputError, one_line, require
 from fedrun.common.files import DamagedFile, Kind, number, read_json
 from fedrun.common.old_names import renamed
 from fedrun.common.terminal import visible
-from fedrun.flags import METHODS, resolve
+from fedrun.flags import methods, resolve
 from fedrun.plots.run_folder import Damaged, Run, from_settings, with_history
 
 HISTORIES, TABLE = "histories.json", "table.json"
@@ -86,7 +86,7 @@ def _settings(folder: Path) -> tuple[dict[str, dict[str, Any]], list[tuple[str, 
         given = renamed(flags) | best
         at = setting + "".join(f"_{name}_{number(value):g}" for name, value in best.items())
         try:
-            require(given["method"] in METHODS, "method", given["method"], " or ".join(METHODS))
+            require(given["method"] in methods(), "method", given["method"], " or ".join(methods()))
             of_run = {n: v for n, v in given.items() if n != "method"}
             found[at] = resolve(given["method"], of_run).to_dict()
         except InputError as error:  # a preset that is elsewhere, a flag of another version

@@ -7,6 +7,7 @@ import re
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +47,14 @@ def _source_of(text: str) -> Callable[[type], str]:
             return real(cls)
         return text[text.index("@dataclass"):]
     return getsource
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "results" / "gallery" / "README.md"],
+                         ids=["README", "gallery"])
+def test_pictures_exist(page: Path) -> None:
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert pictures
+    assert [name for name in pictures if not (page.parent / name).is_file()] == []
 
 
 def test_commands_and_flags_in_the_readme_exist() -> None:

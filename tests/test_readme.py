@@ -26,6 +26,14 @@ def test_a_method_of_your_own(tmp_path: Path, run: Run) -> None:
     assert "How far every parameter moves in a round." in " ".join(help_text.split())
 
 
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "results" / "gallery" / "README.md"],
+                         ids=["README", "gallery"])
+def test_pictures_exist(page: Path) -> None:
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert pictures
+    assert [name for name in pictures if not (page.parent / name).is_file()] == []
+
+
 def test_commands_and_flags_in_the_readme_exist() -> None:
     launch = r"^(?:python -m fedrun|.*torchrun .*-m fedrun|fedrun) (.*)$"
     for line in re.findall(launch, README, re.M):

@@ -128,13 +128,15 @@ def install() -> None:
     def memory(read: Any) -> Any:
         return lambda device=None: int(read(index_of(device)))
 
-    def nothing(*_: Any, **__: Any) -> None:
-        pass
+    def nothing() -> Any:
+        """A function that does nothing: a new one each time, since torch's compiler, which
+        --deterministic imports, keeps a table of the functions of torch.cuda."""
+        return lambda *_, **__: None
 
     replaced = {
         "is_available": lambda: count > 0, "device_count": lambda: count,
-        "is_initialized": lambda: count > 0, "init": nothing, "_lazy_init": nothing,
-        "manual_seed": nothing, "manual_seed_all": nothing, "empty_cache": nothing,
+        "is_initialized": lambda: count > 0, "init": nothing(), "_lazy_init": nothing(),
+        "manual_seed": nothing(), "manual_seed_all": nothing(), "empty_cache": nothing(),
         "current_device": current_device,
         "set_device": lambda device: ops.exchange_device(index_of(device)),
         "_exchange_device": lambda index: int(ops.exchange_device(index)),
@@ -142,7 +144,7 @@ def install() -> None:
         "get_device_name": lambda device=None: NAME,
         "get_device_capability": lambda device=None: (9, 0),
         "get_device_properties": properties,
-        "Stream": Stream, "Event": Event, "set_stream": nothing,
+        "Stream": Stream, "Event": Event, "set_stream": nothing(),
         "current_stream": lambda device=None: Stream(device),
         "default_stream": lambda device=None: Stream(device),
         "stream": lambda stream: nullcontext(), "is_current_stream_capturing": lambda: False,
@@ -156,7 +158,7 @@ def install() -> None:
     for name, value in replaced.items():
         setattr(cuda, name, value)
     tensor: Any = torch.Tensor
-    tensor.record_stream = nothing
+    tensor.record_stream = nothing()
     # A process that ends right after a backward pass would be aborted: a thread of autograd's for
     # the device still waits for Python's lock, to release what the pass has used.
     atexit.register(time.sleep, 0.05)

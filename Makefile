@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 # One thread a process, in tests and benchmarks too.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-all soak bench check gallery clean
+.PHONY: demo test test-all soak bench coverage check gallery clean
 
 # 4 clients and a server in parallel on the documentation that comes with Python; no network
 # is needed once the environment stands.
@@ -40,6 +40,13 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m tests.benchmarks.overhead --workers 2 --peers
 	$(BIN)/python -m tests.benchmarks.rounds
 	$(BIN)/python -m tests.benchmarks.efficiency
+
+# Which lines the tests of `make test` run, in processes that they start too.
+coverage: $(VENV)/.ready
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest $(TOGETHER)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 check: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -15,13 +15,14 @@ from fedrun.common.perplexity import perplexity
 from fedrun.data.batches import Batches, make_batches
 from fedrun.distributed.stopping import StopRequest
 from fedrun.experiment import Experiment
-from fedrun.federation.client import Client, LocalLosses, to_device
+from fedrun.federation.client import Client, LocalLosses
 from fedrun.records.checkpoint import GLOBAL, Checkpoint, client_file, folder_of
 from fedrun.records.checkpoint_writer import CheckpointWriter
 from fedrun.records.recorder import Recorder
 from fedrun.records.schema import CENTRAL
 from fedrun.records.snapshots import tracked_parameters
-from fedrun.training.evaluate import mean_loss, sample_text, validation_pieces
+from fedrun.training.cosines import StepCosines
+from fedrun.training.evaluate import mean_loss, sample_prompt, sample_text, validation_pieces
 from fedrun.training.optimizer import LocalOptimizer, scheduled_lr
 from fedrun.training.params import FlatParams
 
@@ -40,7 +41,7 @@ class PooledClients(Client):
         rows = [torch.from_numpy(batches.read(self.steps_done, self.sequences, shard))
                 for shard, batches in self.parts]
         self.steps_done += 1
-        return to_device(torch.cat(rows), self.flat.vector.device)
+        return self.memory.load(torch.cat(rows))
 
 
 def training_client(experiment: Experiment, flat: FlatParams) -> Client:
@@ -64,6 +65,8 @@ class Training:
         self.flat = FlatParams(self.model)
         self.client, self.steps = training_client(experiment, self.flat), experiment.length.steps
         self.last_gradient: Tensor | None = None
+        """Of the last evaluated step, (size,)."""
+        self.step_cosines = StepCosines(self._next_evaluated)
         self.done, state = (0, None) if checkpoint is None else (checkpoint.step, checkpoint.server)
         self.recorder = Recorder(config, CENTRAL, self.steps, self.flat, experiment.provenance, 1,
                                  self.done, state)
@@ -75,20 +78,31 @@ class Training:
         """One optimizer step, recorded, and evaluated if that is due."""
         config, before = self.config, time.monotonic()
         losses: LocalLosses = self.client.train(self.model, 1, self.done)
-        loss_sum = losses.loss_sum.item()
+        loss_sum = losses.loss_sum.item()  # the step's only wait for a GPU
+        if not math.isfinite(loss_sum):  # of the model that the step before has left
+            raise self._diverged("the model is no longer finite")
         self.recorder.totals.add(config.batch_size * config.sequence_length, loss_sum,
                                  losses.tokens, local_training_seconds=time.monotonic() - before)
         self.done += 1
-        if not torch.isfinite(self.flat.vector.sum()):
-            raise self._diverged("the model is no longer finite")
-        record = None
-        if self.done == 1 or self.done % config.val_freq == 0 or self.done == self.steps:
-            record = self._evaluate()
+        self.step_cosines.add(self.done, self.flat.grad)
+        record = self._evaluate() if self.done == self._next_evaluated(self.done) else None
         self.recorder.step(self.done, perplexity(loss_sum / losses.tokens),
                            scheduled_lr(config, self.done - 1, self.steps), record)
 
+    def _next_evaluated(self, step: int) -> int:
+        """The first step that is evaluated, from `step` on."""
+        every = self.config.val_freq
+        return 1 if step == 1 else min(-(-step // every) * every, self.steps)
+
+    def _require_finite(self) -> None:
+        """Raise Diverged rather than write a model that is not finite. After every step its loss
+        tells as much, at the next one, without another pass over the parameters."""
+        if not torch.isfinite(self.flat.vector.sum()):
+            raise self._diverged("the model is no longer finite")
+
     def _evaluate(self) -> dict[str, Any]:
         """Evaluate the model and record it; returns the record."""
+        self._require_finite()
         before = time.monotonic()
         pieces = validation_pieces(self.model, self.data.validation, self.device)
         if not math.isfinite(mean_loss(pieces)):
@@ -101,22 +115,27 @@ class Training:
         self.last_gradient = self.flat.grad.clone()
         return self.recorder.evaluated(
             self.done, pieces, model, sample_text(self.model, self.data, self.device),
-            grad_cosine=cosine,
+            prompt=sample_prompt(self.data).text, grad_cosine=cosine,
+            grad_cosine_mean10=self.step_cosines.mean(self.done),
             delta_norms={k: float(((now[k] - start[k]) ** 2).sum() ** 0.5) for k in now})
 
     def _diverged(self, what: str) -> Diverged:
         self.recorder.wait()  # for the last good model, if it is still being written
         path = self.config.run_dir / "model.safetensors"
         kept = f"; the last good model is in {path}" if path.exists() else ""
-        return Diverged(f"step {self.done}: {what}: --lr {self.config.lr:g} may be too large{kept}")
+        step = max(self.done, 1)
+        return Diverged(f"step {step}: {what}: --lr {self.config.lr:g} may be too large{kept}")
 
     def save(self) -> None:
-        """Start to write a checkpoint of this step."""
-        gradient = {} if self.last_gradient is None else {"last_gradient": self.last_gradient}
+        """Start to write a checkpoint of this step. Raises Diverged."""
+        self._require_finite()
+        kept = {"last_gradient": self.last_gradient,
+                "previous_gradient": self.step_cosines.previous}
+        gradients = {name: gradient for name, gradient in kept.items() if gradient is not None}
         folder = folder_of(self.config.run_dir, self.done)
-        self.recorder.begin_checkpoint(self.done)
+        self.recorder.begin_checkpoint(self.done, step_cosines=self.step_cosines.state())
         self.checkpoint_writer.begin(
-            folder, self.done, {GLOBAL: {"model": self.flat.vector} | gradient,
+            folder, self.done, {GLOBAL: {"model": self.flat.vector} | gradients,
                                 client_file(0): self.client.state()})
 
     def commit(self) -> None:
@@ -128,6 +147,11 @@ class Training:
         self.flat.vector.copy_(tensors["model"])
         if "last_gradient" in tensors:
             self.last_gradient = tensors["last_gradient"].to(self.device)
+        previous = tensors.get("previous_gradient")
+        # A copy, because sums over a file's bytes, which need not be aligned, may round otherwise.
+        self.step_cosines.load_state(
+            checkpoint.server.get("step_cosines", []),  # older checkpoints have none
+            None if previous is None else previous.to(self.device, copy=True))
         self.client.load_state(checkpoint.tensors(client_file(0)))
 
     def close(self, stop: str) -> None:
@@ -140,8 +164,9 @@ def train_central(experiment: Experiment, device: torch.device, stopping: StopRe
     """Train for all epochs or `rounds` optimizer steps, evaluating every `val_freq` of them.
 
     In a record, `grad_cosine` is the cosine between the gradient of this step and that of the
-    record before, and `delta_norms` are Frobenius norms of the change since the start. Returns who
-    asked to stop before the last step, or "" after it. Raises Diverged.
+    record before, `grad_cosine_mean10` the mean of the last ten between a step and the step before
+    it, and `delta_norms` are Frobenius norms of the change since the start. Returns who asked to
+    stop before the last step, or "" after it. Raises Diverged.
     """
     training = Training(experiment, device, checkpoint)
     stop = ""

@@ -1,6 +1,7 @@
 """The command line: commands, with flags made from the dataclasses in config.py.
 
     fedrun fed_avg --num_clients 8 --lr 1e-3
+    fedrun fed_sign --plugin my_method.py
     python -m fedrun.torchrun --nproc-per-node 5 -m fedrun fed_avg --num_clients 4
 """
 
@@ -21,14 +22,15 @@ from fedrun.config import RunConfig
 from fedrun.distributed.launch import detect
 from fedrun.distributed.stopping import refuse
 from fedrun.flags import (
-    METHODS,
     Parser,
     add_flags,
     closest,
     method_flags,
+    methods,
     resolve,
     with_underscores,
 )
+from fedrun.strategies.plugins import load_plugin
 from fedrun.unused import NEVER_READ, refuse_unread
 
 SECONDS_FOR_RANK_0 = 15.0
@@ -45,6 +47,23 @@ TOOLS: dict[str, tuple[str, str]] = {
     "evaluate": ("compute a run's loss and perplexity on any text", "fedrun.tools.evaluate"),
     "export": ("write a run's model for transformers or mamba_ssm", "fedrun.tools.export"),
 }
+# Headings of a method's help -> flags, in the order in which they are shown. The method's own
+# flags come under its name.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "model": ("config", "init_from"),
+    "data": ("dataset", "tokenizer", "sequence_length", "text_column", "encoding",
+             "row_separator", "validation_split", "val_fraction", "sampling"),
+    "federation": ("num_clients", "cohort", "local_updates", "sync", "batches", "partition",
+                   "alpha", "size_skew"),
+    "length of the training": ("rounds", "n_epochs", "epoch_passes"),
+    "local training": ("lr", "lr_schedule", "warmup", "batch_size", "beta1", "beta2",
+                       "weight_decay", "grad_clip", "prox_mu", "client_moments", "seed"),
+    "aggregation": ("weighting", "aggregation"),
+    "evaluation and records": ("val_freq", "eval_clients", "save_client_deltas", "keep", "track",
+                               "data_dir", "run_name", "overwrite", "resume", "extend",
+                               "checkpoint_freq"),
+    "machine": ("device", "dtype", "threads", "deterministic", "server", "client_store",
+                "cache_dir", "timeout")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     print_log(quiet=detect(os.environ).local_rank > 0)
     try:
+        argv = load_plugins(argv)
         if argv and argv[0] in TOOLS:
             tool = importlib.import_module(TOOLS[argv[0]][1])
             return int(tool.main([with_underscores(a) for a in argv[1:]]))
@@ -82,6 +102,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def load_plugins(argv: Sequence[str]) -> list[str]:
+    """Load what --plugin names, which may be the command itself. Returns the other arguments."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--plugin", action="append", default=[])
+    named, rest = parser.parse_known_args(argv)
+    for plugin in named.plugin:
+        load_plugin(plugin)
+    if shadowed := TOOLS.keys() & methods().keys():
+        raise InputError(f"--plugin: {min(shadowed)} is a command of fedrun; give the "
+                         "method another name")
+    return rest
+
+
 def complain(line: str) -> None:
     """Print the error that ends the command.
 
@@ -103,8 +136,8 @@ def parse(argv: Sequence[str]) -> RunConfig | None:
         print(f"fedrun {__version__}")
         return None
     method = argv[0].replace("-", "_")
-    if method not in METHODS:
-        known = [*METHODS, *TOOLS]
+    if method not in methods():
+        known = [*methods(), *TOOLS]
         raise InputError(f"unknown command {argv[0]!r}{closest(method, known)}; "
                          f"must be one of {', '.join(known)}")
     flags = vars(method_parser(method).parse_args([with_underscores(a) for a in argv[1:]]))
@@ -124,22 +157,30 @@ def parse(argv: Sequence[str]) -> RunConfig | None:
 
 def method_parser(method: str) -> argparse.ArgumentParser:
     """A parser for the flags of one method, with help and defaults."""
-    parser = Parser(prog=f"fedrun {method}", description=METHODS[method], allow_abbrev=False,
+    parser = Parser(prog=f"fedrun {method}", description=methods()[method], allow_abbrev=False,
                      formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30,
                                                                          width=100))
     known, unread = method_flags(method), NEVER_READ.get(method, {})
-    add_flags(parser, {name: flag for name, flag in known.items() if name not in unread})
+    shown = {name: flag for name, flag in known.items() if name not in unread}
+    for heading, names in GROUPS.items():
+        if group := {name: shown.pop(name) for name in names if name in shown}:
+            add_flags(parser.add_argument_group(heading), group)
+    add_flags(parser.add_argument_group(f"the method {method}"), shown)
     add_flags(parser, {name: known[name] for name in unread}, hidden=True)
-    parser.add_argument("--print_config", action="store_true",
+    others = parser.add_argument_group("other")
+    others.add_argument("--plugin", metavar="FILE|MODULE",
+                        help="A Python file or module with a method of your own; it is run. May be "
+                             "given several times.")
+    others.add_argument("--print_config", action="store_true",
                         help="Print the resolved settings as YAML and exit.")
-    parser.add_argument("--print_run_dir", action="store_true",
+    others.add_argument("--print_run_dir", action="store_true",
                         help="Print the path of the run's folder and exit (for launch scripts).")
     return parser
 
 
 def overview() -> str:
     """What `fedrun --help` prints: the commands, one a line."""
-    commands = METHODS | {name: text for name, (text, _) in TOOLS.items()}
+    commands = methods() | {name: text for name, (text, _) in TOOLS.items()}
     width = max(map(len, commands))
     lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in commands.items())
     return (f"fedrun {__version__}: federated training of Mamba-2 language models\n\n"

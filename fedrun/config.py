@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from fedrun.common.errors import is_component, require
+from fedrun.data.hub import CACHE_DIR
 from fedrun.data.text_options import COLUMN, TextOptions, require_dataset, text_options_of
 from fedrun.model.config import ModelConfig
 from fedrun.strategies import FedAvg, Strategy
@@ -118,8 +119,9 @@ class RunConfig:
     # ---- run folder
     data_dir: Path = Path("results")
     """Folder in which the run's own folder is created."""
-    cache_dir: Path = Path("~/.cache/fedrun")
-    """Folder for tokenised text, shared by all runs on a machine."""
+    cache_dir: Path = CACHE_DIR
+    """Folder for tokenised text and, unless HF_HOME, HF_HUB_CACHE or HF_DATASETS_CACHE is set, for
+    what comes from the hub; shared by all runs on a machine."""
     run_name: str | None = None
     """Name of the run's folder. none: made of method, config and seed."""
     overwrite: bool = False
@@ -166,40 +168,38 @@ class RunConfig:
     only_in_records: ClassVar[frozenset[str]] = frozenset({"val_freq"})
 
     def __post_init__(self) -> None:
-        check = require
         for name, lowest in (("n_epochs", 1), ("warmup", 0), ("batch_size", 1), ("val_freq", 1),
                              ("sequence_length", 2), ("threads", 1)):
             value = getattr(self, name)
-            check(value >= lowest, f"--{name}", value, f"an integer >= {lowest}")
+            require(value >= lowest, f"--{name}", value, f"an integer >= {lowest}")
         for name in ("rounds", "checkpoint_freq"):
             value = getattr(self, name)
-            check(value is None or value >= 1, f"--{name}", value, "an integer >= 1, or none")
-        check(0 < self.lr < math.inf, "--lr", self.lr, "> 0")
-        check(self.epoch_passes > 0, "--epoch_passes", self.epoch_passes, "> 0")
-        check(0 <= self.beta1 < 1, "--beta1", self.beta1, "in [0, 1)")
-        check(self.beta1**2 < self.beta2 < 1, "--beta2", self.beta2,
-              "above the square of --beta1 and below 1 (otherwise AdamW's steps are unbounded)")
-        check(0 <= self.weight_decay < math.inf, "--weight_decay", self.weight_decay, ">= 0")
-        check(self.grad_clip is None or self.grad_clip > 0, "--grad_clip", self.grad_clip,
-              "> 0, or none")
-        check(0 < self.alpha < math.inf, "--alpha", self.alpha, "> 0")
-        check(0 <= self.size_skew < math.inf, "--size_skew", self.size_skew, ">= 0")
-        check(0 <= self.seed < 2**63, "--seed", self.seed, "an integer in [0, 2^63)")
+            require(value is None or value >= 1, f"--{name}", value, "an integer >= 1, or none")
+        require(0 < self.lr < math.inf, "--lr", self.lr, "> 0")
+        require(0 < self.epoch_passes < math.inf, "--epoch_passes", self.epoch_passes,
+                "a finite number > 0")
+        require(0 <= self.beta1 < 1, "--beta1", self.beta1, "in [0, 1)")
+        require(self.beta1**2 < self.beta2 < 1, "--beta2", self.beta2,
+                "above the square of --beta1 and below 1 (otherwise AdamW's steps are unbounded)")
+        require(0 <= self.weight_decay < math.inf, "--weight_decay", self.weight_decay, ">= 0")
+        require(self.grad_clip is None or self.grad_clip > 0, "--grad_clip", self.grad_clip,
+                "> 0, or none")
+        require(0 < self.alpha < math.inf, "--alpha", self.alpha, "> 0")
+        require(0 <= self.size_skew < math.inf, "--size_skew", self.size_skew, ">= 0")
+        require(0 <= self.seed < 2**63, "--seed", self.seed, "an integer in [0, 2^63)")
         require_dataset(self.dataset)
         _ = self.text_options  # raises for options that no text could be read with
-        check(self.partition in get_args(Partition) or (self.partition.startswith(COLUMN)
-              and self.partition != COLUMN), "--partition", self.partition,
-              f"{', '.join(get_args(Partition))} or {COLUMN}NAME")
-        check(0 < self.timeout < math.inf, "--timeout", self.timeout, "> 0 (seconds)")
-        check(self.run_name is None or is_component(self.run_name), "--run_name", self.run_name,
-              "a folder name without slashes, not . or ..")
+        require(self.partition in get_args(Partition) or (self.partition.startswith(COLUMN)
+                and self.partition != COLUMN), "--partition", self.partition,
+                f"{', '.join(get_args(Partition))} or {COLUMN}NAME")
+        require(0 < self.timeout < math.inf, "--timeout", self.timeout, "> 0 (seconds)")
+        require(self.run_name is None or is_component(self.run_name), "--run_name", self.run_name,
+                "a folder name without slashes, not . or ..")
 
     @property
     def text_options(self) -> TextOptions:
         """The flags that decide which text is read."""
-        return text_options_of({name: getattr(self, name) for name in (
-            "text_column", "encoding", "val_fraction", "validation_split", "partition",
-            "row_separator")})
+        return text_options_of(vars(self))
 
     @property
     def config_name(self) -> str:
@@ -217,18 +217,12 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved config as JSON-able values, the strategy's settings on the same level."""
-        def plain(value: Any) -> Any:
-            if isinstance(value, Path):
-                return str(value)
-            if isinstance(value, ModelConfig):
-                return value.to_dict()
-            if dataclasses.is_dataclass(value) and not isinstance(value, type):
-                return dataclasses.asdict(value)
-            return value
-
-        values = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        strategy: dict[str, Any] = values.pop("strategy", {})
-        return values | strategy
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["model"] = self.model.to_dict()
+        if "strategy" in values:
+            values |= dataclasses.asdict(values.pop("strategy"))
+        return {name: str(value) if isinstance(value, Path) else value
+                for name, value in values.items()}
 
     def results_dict(self) -> dict[str, Any]:
         """The part of `to_dict` that decides the results: if it is equal, so are the results."""

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import threading
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,20 +18,22 @@ import numpy as np
 import torch
 
 from fedrun.common.errors import InputError
+from fedrun.common.log import WARNING, log
 from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
 from fedrun.data.partition import Shards, client_shards
 from fedrun.data.tokens import TokenData, prepare, verify
+from fedrun.distributed.connect import named
 from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.launch import Launch
 from fedrun.federation.schedule import rounds_per_epoch
 from fedrun.model.build import new_model
-from fedrun.model.kernels import kernel_path
+from fedrun.model.hardware import Hardware, together
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.model.memory import BYTES_TO_LOAD, BYTES_TO_TRAIN, require_memory
-from fedrun.model.precision import bf16_in_hardware
 from fedrun.model.pretrained import Pretrained, find_pretrained
 from fedrun.records.provenance import Length, corpus_digests, settings_equal_on_all_ranks
 from fedrun.start import RunRefused
+from fedrun.strategies.plugins import method_digest
 
 Config = TypeVar("Config", bound=RunConfig)
 
@@ -39,7 +42,8 @@ Config = TypeVar("Config", bound=RunConfig)
 class Experiment:
     """What every rank builds from the flags before it connects, to the same content on all ranks.
 
-    After connecting, `decided` makes it final: the type of the matrix products is rank 0's.
+    After connecting, `on` adds what it is computed on, and `decided` the type of the matrix
+    products, which is rank 0's decision.
     """
 
     config: RunConfig
@@ -78,6 +82,16 @@ class Experiment:
         return dataclasses.replace(self, config=dataclasses.replace(self.config, dtype=dtype),
                                    data=data)
 
+    def on(self, workers: Iterable[Hardware]) -> Experiment:
+        """The same with the workers' kernels, GPUs and libraries in its provenance."""
+        found = list(workers)
+        gpu_versions = {name: together(worker.versions.get(name, "none") for worker in found)
+                        for name in dict.fromkeys(n for worker in found for n in worker.versions)}
+        return dataclasses.replace(self, provenance=self.provenance | {
+            "versions": versions() | gpu_versions,
+            "kernels": together(worker.kernels for worker in found),
+            "gpu": together(worker.gpu for worker in found)})
+
     def new_model(self, device: torch.device | str) -> Mamba2LM:
         """The model at the start of the run: the same weights on every rank and every device."""
         return new_model(self.config, self.data.vocab_size, torch.device(device), self.pretrained)
@@ -90,7 +104,7 @@ def prepare_experiment(config: RunConfig, device: torch.device) -> Experiment:
     """
     pretrained = None
     if config.init_from is not None:
-        pretrained = find_pretrained(config.init_from, "--init_from")
+        pretrained = find_pretrained(config.init_from, "--init_from", config.cache_dir)
         config = with_pretrained(config, pretrained)
     data = prepare(config.dataset, config.tokenizer, config.sequence_length,
                    config.cache_dir.expanduser(),
@@ -106,8 +120,8 @@ def prepare_experiment(config: RunConfig, device: torch.device) -> Experiment:
     provenance = {
         **corpus_digests(data.fingerprint),
         "partition": shards.digest() if isinstance(config, FederatedConfig) else "",
-        "versions": versions(), "kernels": kernel_path(workers_device(config, device)),
-        "init_from": None if pretrained is None else pretrained.digest()}
+        "init_from": None if pretrained is None else pretrained.digest(),
+        "plugin": method_digest(config.method)}
     return Experiment(config, data, shards, pretrained, provenance)
 
 
@@ -183,26 +197,59 @@ class CorpusCheck:
         return self.data.reopen()
 
 
-# ---- type and provenance -------------------------------------------------------------------------
+# ---- hardware and provenance ---------------------------------------------------------------------
 
-def workers_device(config: RunConfig, device: torch.device) -> torch.device:
-    """A device like the workers': a dedicated server computes on the CPU, but answers for the GPUs
-    of its machine. Ranks that answer differently do not train together (see `identity`)."""
-    on_gpu = config.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda", 0) if on_gpu else device
+def hardware_of_workers(control: ControlPlane, here: Hardware) -> dict[int, Hardware]:
+    """All ranks: the hardware of every worker, by rank. here: this rank's."""
+    everyone = control.share(control.gather(dataclasses.asdict(here)))
+    return {rank: Hardware(**values) for rank, values in enumerate(everyone)
+            if rank >= control.first_worker}
 
 
-def resolve_dtype(config: RunConfig, device: torch.device) -> Dtype:
-    """What --dtype means on this machine: decided by hardware capability, never by a timing.
+def require_alike(workers: Mapping[int, Hardware], deterministic: bool) -> None:
+    """Rank 0: whether the workers compute the same bits.
 
-    InputError for bf16 without hardware.
+    Raises RunRefused if they run different kernels, and under --deterministic if anything else
+    differs that decides the last bits; without it that is a warning.
     """
-    has_bf16 = bf16_in_hardware(workers_device(config, device))
-    if config.dtype == "bf16" and not has_bf16:
-        raise InputError(f"--dtype bf16: {platform.node()} has no hardware for it and would "
+    found = differing(workers)
+    if kernels := found.pop("kernels", ""):
+        raise RunRefused(f"--device: the workers run different kernels: {kernels}; use the same "
+                         "installation on all machines")
+    if not found:
+        return
+    line = "; ".join(f"{name} {values}" for name, values in found.items())
+    if deterministic:
+        raise RunRefused(f"--deterministic: the workers differ ({line}), so results would depend "
+                         "on which of them trains a client; must be alike")
+    log(f"the workers differ, and with them the last bits of their clients: {line}", WARNING)
+
+
+def differing(workers: Mapping[int, Hardware]) -> dict[str, str]:
+    """What the workers differ in, by name: each value, and the ranks that have it."""
+    seen = {rank: {"kernels": worker.kernels, "GPU": worker.gpu} | worker.versions
+            for rank, worker in workers.items()}
+    found = {}
+    for name in dict.fromkeys(n for values in seen.values() for n in values):
+        ranks: dict[str, list[int]] = {}
+        for rank, values in seen.items():
+            ranks.setdefault(values.get(name) or "none", []).append(rank)
+        if len(ranks) > 1:
+            found[name] = ", ".join(f"{value} on {named(those)}" for value, those in ranks.items())
+    return found
+
+
+def resolve_dtype(config: RunConfig, workers: Iterable[Hardware]) -> Dtype:
+    """What --dtype means on these workers: decided by hardware capability, never by a timing.
+
+    InputError for bf16 if one of them lacks the hardware.
+    """
+    lacking = [worker.host for worker in workers if not worker.bf16]
+    if config.dtype == "bf16" and lacking:
+        raise InputError(f"--dtype bf16: {lacking[0]} has no hardware for it and would "
                          "emulate it, many times slower than fp32; must be auto, fp32 or fp64")
     if config.dtype == "auto":
-        return "bf16" if has_bf16 else "fp32"
+        return "fp32" if lacking else "bf16"
     return config.dtype
 
 
@@ -212,23 +259,28 @@ def versions() -> dict[str, str]:
                                          "tokenizers")}
 
 
-def environment(launch: Launch, device: torch.device, data: TokenData) -> dict[str, object]:
-    """What a reader of the run folder needs to know of the machine and the data."""
-    return {"versions": versions(), "processes": launch.world_size, "device": str(device),
-            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda"
-            else platform.processor() or platform.machine(), "host": platform.node(),
-            "kernels": kernel_path(device), "corpus": data.fingerprint}
+def environment(experiment: Experiment, launch: Launch, workers: Mapping[int, Hardware]
+                ) -> dict[str, object]:
+    """What a reader of the run folder needs to know of the machines and the data."""
+    made_with, found = experiment.provenance, workers.values()
+    return {"versions": made_with["versions"], "processes": launch.world_size,
+            "device": together(worker.device.partition(":")[0] for worker in found),
+            "device_name": together(worker.name for worker in found), "host": platform.node(),
+            "kernels": made_with["kernels"],
+            "workers": [{"rank": rank, "host": worker.host, "device": worker.device,
+                         "device_name": worker.gpu or worker.name}
+                        for rank, worker in workers.items()],
+            "corpus": experiment.data.fingerprint, "made_with": made_with}
 
 
-def identity(experiment: Experiment, device: torch.device) -> dict[str, str]:
+def identity(experiment: Experiment) -> dict[str, str]:
     """What must be equal on all ranks for their sums to mean anything."""
-    config, provenance = experiment.config, experiment.provenance
-    able = config.dtype != "bf16" or bf16_in_hardware(device)
-    return ({f"--{k}": json.dumps(v) for k, v in settings_equal_on_all_ranks(config).items()}
-            | {f"version of {k}": v for k, v in provenance["versions"].items()}
+    provenance = experiment.provenance
+    return ({f"--{k}": json.dumps(v)
+             for k, v in settings_equal_on_all_ranks(experiment.config).items()}
+            | {f"version of {k}": v for k, v in versions().items()}
             | {"the tokenised corpus": provenance["content"],
                "the tokens of the corpus": experiment.data.content,
                "the clients' shards": provenance["partition"],
                "the weights of --init_from": str(provenance["init_from"]),
-               "worker kernels": kernel_path(device),
-               "worker hardware for --dtype": config.dtype if able else "none"})
+               "the code of the method (--plugin)": provenance["plugin"]})

@@ -27,6 +27,7 @@ from fedrun.common.old_names import NEW_NAMES, moved, renamed
 from fedrun.config import CentralConfig, FederatedConfig, RunConfig
 from fedrun.model.config import ModelConfig
 from fedrun.strategies import STRATEGIES, Strategy, strategy_class
+from fedrun.strategies.plugins import load_installed
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,22 @@ def flags_of(cls: type) -> dict[str, Flag]:
         optional = isinstance(hint, types.UnionType) and type(None) in args
         choices = args if typing.get_origin(hint) is Literal else ()
         kind = str if choices else next(a for a in args if a is not type(None)) if args else hint
-        found[f.name] = Flag(f.name, kind, choices, optional, f.default, helps[f.name])
+        require(kind in (str, int, float, bool, Path) and f.default is not dataclasses.MISSING,
+                f"{cls.__name__}.{f.name}", hint,
+                "an int, float, bool, str or Literal, perhaps | None, with a default")
+        found[f.name] = Flag(f.name, kind, choices, optional, f.default,
+                             f.metadata.get("help") or helps.get(f.name, ""))
     return found
 
 
+@functools.cache  # a study resolves hundreds of configs
 def _docstrings(cls: type) -> dict[str, str]:
-    """Field name -> the string literal below the field in the class body."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    """Field name -> the string literal below the field in the class body; {} without a source file,
+    as in a notebook."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    except (OSError, TypeError):
+        return {}
     assert isinstance(tree, ast.ClassDef)
     return {a.target.id: " ".join(s.value.value.split())
             for a, s in zip(tree.body, tree.body[1:], strict=False)
@@ -102,11 +112,20 @@ def config_classes(method: str) -> tuple[type[RunConfig], type[Strategy] | None]
     return FederatedConfig, strategy_class(method)
 
 
-@functools.cache
 def method_flags(method: str) -> dict[str, Flag]:
     """All flags of a method, with the defaults of its YAML file where it has one."""
-    run_class, strategy = config_classes(method)
-    known = flags_of(run_class) | (flags_of(strategy) if strategy else {})
+    classes: Any = config_classes(method)  # mypy takes classes for values without a hash
+    return _method_flags(method, *classes)
+
+
+@functools.cache
+def _method_flags(method: str, run_class: Any, strategy: Any) -> dict[str, Flag]:
+    """For these two classes: a notebook may define a method's class again."""
+    known, own = flags_of(run_class), flags_of(strategy) if strategy else {}
+    if taken := known.keys() & own.keys():
+        raise InputError(f"the method {method} has a field {min(taken)!r}, which is a flag of "
+                         "every run; give it another name")
+    known |= own
     defaults = _read_yaml(configs_dir() / "methods" / f"{method}.yaml", optional=True)
     unknown = set(defaults) - set(known)
     assert not unknown, f"configs/methods/{method}.yaml sets {unknown}"
@@ -192,9 +211,11 @@ def _read_yaml(path: Path, optional: bool = False) -> dict[str, Any]:
 
 # ---- parsing ------------------------------------------------------------------------------------
 
-METHODS = {"central": "centralised training, the baseline: all the data in one process"} | {
-    name: (cls.__doc__ or "").split("\n")[0] for name, cls in STRATEGIES.items()}
-"""Command -> what it does, in one line."""
+def methods() -> dict[str, str]:
+    """Command -> what it does, in one line; those of plugins last."""
+    load_installed()
+    return {"central": "centralised training, the baseline: all the data in one process"} | {
+        name: (cls.__doc__ or "").split("\n")[0] for name, cls in STRATEGIES.items()}
 
 
 def with_underscores(argument: str) -> str:
@@ -226,7 +247,7 @@ class _OldFlag(argparse.Action):
         raise InputError(moved(self.dest, values))
 
 
-def add_flags(parser: argparse.ArgumentParser, flags: Mapping[str, Flag],
+def add_flags(parser: argparse._ActionsContainer, flags: Mapping[str, Flag],
               hidden: bool = False) -> None:
     """Add the flags to a parser, with their defaults in the help. A flag that is not given is None
     in the parsed arguments.

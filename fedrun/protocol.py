@@ -9,14 +9,16 @@ the same.
 from __future__ import annotations
 
 import traceback
+from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
 from typing import NoReturn, TypeVar
 
 from torch import Tensor
 
 from fedrun.common.errors import FedrunError, explain
 from fedrun.common.limits import shortage
-from fedrun.distributed.control_plane import ControlPlane
+from fedrun.distributed.control_plane import ControlPlane, UnresponsiveRanks
 from fedrun.distributed.runtime import Runtime
 from fedrun.distributed.stopping import StopRequest
 from fedrun.experiment import Experiment
@@ -37,6 +39,7 @@ Message = TypeVar("Message")
 Report = TypeVar("Report", WorkerReport, RoundReport)
 
 STORE_SECONDS = 5.0  # to close the client store of a failed run, whose disk may not answer
+MODEL_SECONDS = 60.0  # to send the last model of a failed run, whose workers may not answer
 
 
 class RunEnded(FedrunError, RuntimeError):
@@ -95,6 +98,7 @@ def train_federated(experiment: Experiment, runtime: Runtime, stopping: StopRequ
         # 6. Record the round.                                               server
         if server is not None:
             server.record(plan, decision, trained, reports, model)
+        control.compiling(False)  # what was not compiled before the first round is so now
         last = plan.last or bool(decision.stop)
 
     control.wait_for_copy()
@@ -108,11 +112,20 @@ def train_federated(experiment: Experiment, runtime: Runtime, stopping: StopRequ
 
 def make_server(experiment: Experiment, schedule: Schedule, runtime: Runtime,
                 stopping: StopRequest, checkpoint: Checkpoint | None) -> Server | None:
-    """The server on rank 0, None elsewhere."""
+    """The server on rank 0, None elsewhere.
+
+    Its sample texts keep no GPU waiting, unless a run is to be repeatable with all that it records.
+    Beside GPUs they are made with fp32 products: its processor may have no others.
+    """
     if not runtime.is_server:
         return None
-    return Server(experiment.federated, experiment.data, schedule, experiment.new_model("cpu"),
-                  stopping, experiment.provenance, len(runtime.workers), checkpoint)
+    config, made = experiment.federated, experiment
+    gpus = bool(experiment.provenance.get("gpu"))
+    if gpus and config.dtype == "bf16":  # whose parameters are fp32 too
+        made = experiment.decided("fp32", experiment.data)
+    return Server(config, experiment.data, schedule, made.new_model("cpu"), stopping,
+                  experiment.provenance, len(runtime.workers), checkpoint,
+                  skips_texts=gpus and not config.deterministic)
 
 
 def make_worker(experiment: Experiment, schedule: Schedule, runtime: Runtime,
@@ -161,18 +174,43 @@ def copy_model(server: Server | None, worker: Worker | None, runtime: Runtime) -
 
 def end(decision: RoundDecision, server: Server | None, worker: Worker | None, runtime: Runtime,
         model_is_good: bool = True) -> NoReturn:
-    """All ranks: end as the server has decided. Nobody leaves before it has printed the reason and
-    saved the model if it is good, because a launcher kills all ranks as soon as one exits."""
+    """All ranks: end as the server has decided. It prints the reason first: whoever failed may be
+    killed by its CUDA libraries next, and a launcher kills all ranks as soon as one is gone. Nobody
+    leaves before it has saved the model too, if that is good."""
+    if server is not None:
+        server.announce(decision)
     model, reports = None, list[RoundReport]()
     if model_is_good:
-        model = copy_model(server, worker, runtime)
-        reports = gather(runtime.control, check_replicas(worker))
+        with suppress(UnresponsiveRanks):
+            model, reports = last_model(server, worker, runtime)
     if server is not None:
-        server.end_early(decision, model, reports)
+        server.end_early(model, reports)
     if worker is not None:
         worker.store.close(STORE_SECONDS)
-    runtime.control.share()
+    with suppress(UnresponsiveRanks):  # the reason for the end is known
+        runtime.control.share()
     raise RunEnded(decision.error)
+
+
+def last_model(server: Server | None, worker: Worker | None, runtime: Runtime
+               ) -> tuple[Tensor | None, list[RoundReport]]:
+    """All ranks: the global model, (size,), and the digests of its replicas on the server.
+
+    The model is from the first worker that can still compute a digest of its own, and None if there
+    is none. After an error in a CUDA call a process can make no other, and all hold the same model.
+    """
+    control = runtime.control
+    if server is not None:
+        control.timeout = min(control.timeout, timedelta(seconds=MODEL_SECONDS))
+    reports = gather(control, check_replicas(worker))
+    able = [rank for rank, report in enumerate(reports) if report.replicas]
+    sender = control.share(able[0] if able else None)
+    if sender is None:
+        return None, reports
+    if worker is not None and runtime.rank == sender:
+        control.copy_to_server(worker.global_model)
+    return (None if server is None else
+            control.receive_copy(server.size, server.dtype, sender)), reports
 
 
 def check_replicas(worker: Worker | None) -> RoundReport:

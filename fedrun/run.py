@@ -6,6 +6,7 @@ import dataclasses
 import os
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,22 @@ from fedrun.config import FederatedConfig, RunConfig
 from fedrun.distributed.connect import NotConnected, exposure
 from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.launch import Launch, detect
-from fedrun.distributed.runtime import build_runtime, choose_device, connect
+from fedrun.distributed.runtime import Runtime, build_runtime, choose_device, connect
 from fedrun.distributed.stopping import StopRequest
 from fedrun.experiment import (
     CorpusCheck,
     Experiment,
     environment,
+    hardware_of_workers,
     identity,
     prepare_experiment,
+    require_alike,
     resolve_dtype,
 )
-from fedrun.model.kernels import on_gpu
+from fedrun.model.compilation import compile_kernels, use_local_cache
+from fedrun.model.hardware import Hardware, hardware, together
+from fedrun.model.kernels import ignores_determinism, import_warning
+from fedrun.model.precision import exact_fp32
 from fedrun.records.checkpoint import latest_step
 from fedrun.records.outcome import write_failure
 from fedrun.records.restore import finish_from_checkpoint, move_obstacles, warn_of_missing_records
@@ -62,8 +68,10 @@ def run(config: RunConfig) -> int:
     device = choose_device(config.device, launch, _dedicated(config))
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL uses the current device
+        use_local_cache(config.deterministic)
     if config.deterministic:
-        make_deterministic()
+        make_deterministic(config.device != "cpu" and config.dtype != "fp64"
+                           and torch.cuda.is_available())
     experiment = prepare_experiment(config, device)
     check = CorpusCheck(experiment, launch)
     _ = experiment.length  # refused before connecting if there is nothing to do
@@ -100,15 +108,21 @@ def _connect_and_train(experiment: Experiment, check: CorpusCheck, launch: Launc
 
     warnings: to be printed when it starts.
     """
-    config = experiment.config
+    config, here = experiment.config, hardware(device)
     with connect(launch, _dedicated(config), config.timeout) as control:
         data = check.agree(control)
-        start = _agree(control, experiment, device)
+        workers = hardware_of_workers(control, here)
+        experiment = experiment.on(workers.values())
+        start = _agree(control, experiment, workers)
         experiment = experiment.decided(start.dtype, data)
         config = experiment.config
+        if config.dtype == "fp32":
+            exact_fp32()
+        if launch.rank == 0 and (line := describe_gpus(workers)):
+            log(line)  # before the workers connect, which can fail
         token = "" if launch.alone else wait_for_token(config.run_dir, start.token)
         guard_run_dir(config.run_dir, start.token)
-        runtime = build_runtime(launch, device, control, identity(experiment, device) | {
+        runtime = build_runtime(launch, device, control, identity(experiment) | {
             "the folder of the run (--data_dir must be on a file system that all machines share)":
             token})
         if start.finished:
@@ -118,8 +132,7 @@ def _connect_and_train(experiment: Experiment, check: CorpusCheck, launch: Launc
         if launch.rank == 0:
             move_obstacles(config.run_dir)
             prepare_run_dir(config, checkpoint)
-            write_json(config.run_dir / ENVIRONMENT, environment(launch, device, data)
-                       | {"made_with": experiment.provenance})
+            write_json(config.run_dir / ENVIRONMENT, environment(experiment, launch, workers))
             copy_files(data.tokenizer_path, config.run_dir / "tokenizer")
             if checkpoint is not None:
                 warn_of_missing_records(config, checkpoint)
@@ -132,12 +145,45 @@ def _connect_and_train(experiment: Experiment, check: CorpusCheck, launch: Launc
         with stopping.listening():
             for warning in launch_warnings(config, launch) + warnings if launch.rank == 0 else []:
                 log(warning, WARNING)
+            compile_in_turn(experiment, runtime, workers)
             if isinstance(config, FederatedConfig):
                 stopped = protocol.train_federated(experiment, runtime, stopping, checkpoint)
             else:
                 stopped = central.train_central(experiment, device, stopping, checkpoint)
         return f"stopped by {stopped}: {config.run_dir} ({_next(config)})" if stopped else (
             f"done: {config.run_dir}")
+
+
+def describe_gpus(workers: Mapping[int, Hardware]) -> str:
+    """One line on the workers' GPUs and what runs on them; empty if they compute on CPUs."""
+    found = [worker for worker in workers.values() if worker.gpu]
+    if not found:
+        return ""
+    libraries = ", ".join(f"{name} {version}" for name, version in found[0].versions.items())
+    return (f"GPUs: {len(found)} x {together(worker.gpu for worker in found)}; kernels "
+            f"{found[0].kernels}; {libraries}")
+
+
+def compile_in_turn(experiment: Experiment, runtime: Runtime, workers: Mapping[int, Hardware]
+                    ) -> None:
+    """All ranks, if workers are GPUs: the first worker of each machine compiles the kernels of a
+    local step; then the others do, and find them in the machine's cache.
+
+    From here to the end of the first round a rank may be silent for longer than after it.
+    """
+    if not any(worker.gpu for worker in workers.values()):
+        return
+    config, control, me = experiment.config, runtime.control, runtime.rank
+    control.compiling(True)  # until the first round is done: see protocol.py
+    if me == 0 and any(not worker.kernels.endswith("own") for worker in workers.values()):
+        log("compiling kernels: minutes, unless an earlier run has left them in the cache")
+    first = {worker.host: rank for rank, worker in reversed(list(workers.items()))}
+    for turn in (True, False):
+        if me in workers and turn == (me in first.values()):
+            compile_kernels(config, experiment.data.vocab_size, runtime.device, config.batch_size,
+                            config.sequence_length)
+        control.gather(None)
+        control.share()  # all ranks: nobody goes on before these have compiled
 
 
 def _next(config: RunConfig) -> str:
@@ -147,13 +193,15 @@ def _next(config: RunConfig) -> str:
             "the same command starts over: no checkpoint was written")
 
 
-def _agree(control: ControlPlane, experiment: Experiment, device: torch.device) -> StartDecision:
+def _agree(control: ControlPlane, experiment: Experiment, workers: Mapping[int, Hardware]
+           ) -> StartDecision:
     """All ranks: how rank 0 decides to start. RunRefused on all of them if it refuses."""
-    message: dict[str, Any] = {}
+    config, message = experiment.config, dict[str, Any]()
     if control.rank == 0:
         try:
+            require_alike(workers, config.deterministic)
             message = dataclasses.asdict(decide_start(
-                experiment.config, experiment.length, lambda c: resolve_dtype(c, device),
+                config, experiment.length, lambda c: resolve_dtype(c, workers.values()),
                 experiment.provenance))
         except RunRefused as error:
             message = {"refused": str(error)}
@@ -167,11 +215,26 @@ def _dedicated(config: RunConfig) -> bool:
     return isinstance(config, FederatedConfig) and config.server == "dedicated"
 
 
-def make_deterministic() -> None:
-    """Deterministic kernels of torch, cuBLAS and mamba-ssm; call before the first of them runs."""
+def make_deterministic(official_kernels: bool) -> None:
+    """Deterministic kernels of torch, cuBLAS, mamba-ssm and causal-conv1d; call before the first of
+    them is imported.
+
+    official_kernels: whether workers take the last two where they are installed: on GPUs, but in
+    fp64. InputError if they have no deterministic mode.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ["MAMBA_DETERMINISTIC"] = "1"
+    os.environ |= {"MAMBA_DETERMINISTIC": "1", "CAUSAL_CONV1D_DETERMINISTIC": "1"}
+    # Under these mamba-ssm chooses the kernels' blocks by a timing, or otherwise than other ranks.
+    for name in [*os.environ]:
+        if name == "TRITON_CACHE_AUTOTUNING" or name.startswith("TRITON_AUTOTUNE_BLOCK_SIZE_"):
+            del os.environ[name]
     torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory before it is written; filling it first would cost a pass over it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if official_kernels and (package := ignores_determinism()):
+        raise InputError("--deterministic: the results would differ from run to run with the "
+                         f"installed {package} (pip install --upgrade); without the package, "
+                         "torch does its part")
 
 
 def wait_for_token(run_dir: Path, token: str) -> str:
@@ -204,7 +267,6 @@ def launch_warnings(config: RunConfig, launch: Launch) -> list[str]:
                          f"{workers - config.num_clients} will only help to evaluate")
         if launch.alone and config.server != FederatedConfig.server:
             found.append(f"--server {config.server} has no effect in one process")
-    if config.device != "cpu" and torch.cuda.is_available() and on_gpu() == "own":
-        found.append("mamba-ssm is not installed: GPUs scan sequences by torch alone, which is "
-                     "slower (see the README on GPUs)")
+    if config.device != "cpu" and torch.cuda.is_available() and import_warning():
+        found.append(import_warning())
     return found

@@ -34,6 +34,7 @@ from fedrun.distributed.launch import in_slurm_step, rendezvous
 from fedrun.distributed.stopping import (
     LAUNCHER,
     REFUSED,
+    die_with_launcher,
     hangup_ignored,
     interruptible,
     outlive_terminal,
@@ -201,4 +202,6 @@ def wanted_signals(names: str) -> str:
 
 if __name__ == "__main__":
     outlive_terminal()
+    if LAUNCHER in os.environ:  # ranks of a study's run
+        die_with_launcher()
     sys.exit(interruptible(main))

@@ -2,11 +2,12 @@
 # Start the processes of one machine: a worker for each GPU and, on the first machine, the server.
 #
 #   NODES=2 NODE=0 MASTER_ADDR=first MASTER_PORT=29500 launch/node.sh fed_avg --num_clients 8
+#   launch/node.sh study FILE --workers 2   # a study's runs, one on every two GPUs at a time
 #
 # In a SLURM step with one task per node (launch/slurm.sbatch) these four are set automatically.
 # Other settings:
 #   WORKERS_PER_NODE  number of workers here (default: one per GPU; without GPUs, one per client of
-#                     this node, at most one per core)
+#                     this node, at most one per core; for a study, as many runs as its file says)
 #   RESTARTS          restarts in place after a failure (one machine only; default 0)
 #   ROUND_SECONDS     how long after SIGTERM the ranks may take to finish their round (default 600)
 #   MASTER_PORT       on one machine: the port of its store (default: a free port, on the loopback)
@@ -23,7 +24,7 @@ say() { echo "launch: $*"; }
 settings=$("$python" -m fedrun "$@" --print_config)
 setting() { sed -n "s/^$1: //p" <<<"$settings"; }
 
-if [[ -z $(setting num_clients) ]]; then
+if [[ ${1:-} != study && -z $(setting num_clients) ]]; then
     ((nodes == 1)) || { say "$1 runs in one process, not on $nodes nodes" >&2; exit 2; }
     exec "$python" -m fedrun "$@"
 fi
@@ -34,6 +35,15 @@ if ((workers == 0)) && [[ $(setting device) != cpu ]]; then
     # Ask torch, as the workers do: it respects CUDA_VISIBLE_DEVICES and the scheduler's limits.
     workers=$("$python" -c 'import torch; print(torch.cuda.device_count())')
     why="one per GPU"
+fi
+if [[ ${1:-} == study ]]; then
+    group=$(setting workers) jobs=() shown="runs at a time: as in its file"
+    if ((workers >= group)); then
+        jobs=(--jobs $((workers / group))) shown="runs at a time: $((workers / group)) ($why)"
+    fi
+    say "node $node of $nodes on $(hostname): a study, $shown"
+    unset SLURM_STEP_ID # the machines of a study meet in its folder alone: no process has a rank
+    exec "$python" -m fedrun study "${jobs[@]}" "${@:2}" # flags that are given again count
 fi
 if ((workers == 0)); then
     share=$((($(setting num_clients) + nodes - 1) / nodes))

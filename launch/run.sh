@@ -2,8 +2,10 @@
 # Train on one machine: a worker for each GPU, and the server. Without GPUs, CLIENTS workers.
 #
 #   launch/run.sh fed_avg --num_clients 8
+#   launch/run.sh study configs/experiments/original.yaml    # a run on each GPU at a time
 #
-# After a failure the run resumes from its last checkpoint, at most RESTARTS times (default 3).
+# After a failure the run resumes from its last checkpoint, at most RESTARTS times (default 3; a study
+# is not restarted).
 # Ctrl-C, `kill` or a closed terminal (not under nohup) stops it with a checkpoint at the end of the
 # round; the same command resumes it. For other settings see node.sh, which starts the processes.
 set -uo pipefail
@@ -28,7 +30,7 @@ while wait "$agent" 2>/dev/null; code=$?; kill -0 "$agent" 2>/dev/null; do :; do
 outcome=$run_dir/outcome.json
 if ((code != 0)) && grep -q "\"start\": \"$FEDRUN_START\"" "$outcome" 2>/dev/null &&
     grep -q '"outcome": "stopped"' "$outcome"; then
-    echo "launch: stopped in order; the same command resumes the run"
+    echo "launch: stopped in order; the same command resumes it"
     exit 0
 fi
 exit "$code"

@@ -86,6 +86,7 @@ def test_printed_config_is_a_config_again(
     (["fed_avg", "--num_clients", "2.5"], "--num_clients 2.5: must be an integer"),
     (["fed_avg", "--lr", "-1"], "--lr -1.0: must be > 0"),
     (["fed_avg", "--lr", "nan"], "--lr nan"),
+    (["central", "--epoch_passes", "inf"], "--epoch_passes inf: must be a finite number > 0"),
     (["fed_avg", "--lr"], "--lr: expected one argument"),
     (["fed_avg", "--sync", "never"], "--sync never: must be round or epoch"),
     (["fed_avg", "--rounds", "0"], "--rounds 0"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import torch
 
 from fedrun.federation.client import Client
 from fedrun.flags import resolve
@@ -49,6 +50,39 @@ def test_central_ends_in_one_line_and_keeps_the_last_good_model(
     assert (recorded["outcome"], "fedrun: error: " + recorded["reason"]) == ("failed", line)
     events = [strictly(e) for e in (outcome.run_dir / "events.jsonl").read_text().splitlines()]
     assert events[-1]["event"] == "end"
+
+
+@pytest.mark.parametrize("frequencies", [("--val_freq", 100, "--checkpoint_freq", 4),
+                                         ("--val_freq", 4)])
+def test_central_looks_at_the_parameters_before_it_writes_them(
+        run_here: Run, monkeypatch: pytest.MonkeyPatch, frequencies: tuple[object, ...]) -> None:
+    """The step's own loss cannot tell. Else it looks at losses alone, without a pass over the
+    parameters after each step."""
+    good = run_here("central", *frequencies, "--rounds", 1, name="good")
+    healthy, isfinite = Client.train, torch.isfinite
+    done, looks = [0], list[int]()
+
+    def faulty(client: Client, *args: Any, **how: Any) -> Any:
+        losses = healthy(client, *args, **how)
+        done[0] = client.steps_done
+        if client.steps_done == 4:
+            client.flat.vector[-7] = math.nan
+        return losses
+
+    def look(tensor: torch.Tensor) -> torch.Tensor:
+        looks.append(done[0])
+        return isfinite(tensor)
+
+    monkeypatch.setattr(torch, "isfinite", look)
+    monkeypatch.setattr(Client, "train", faulty)
+    outcome = run_here("central", *frequencies, "--rounds", 9)
+    assert outcome.code == 1
+    (line,) = error_lines(outcome.output)
+    assert line.startswith("fedrun: error: step 4: the model is no longer finite: --lr 0.002 ")
+    assert outcome.outcome["kind"] == "diverged"
+    assert outcome.bits == good.bits
+    assert not list(outcome.run_dir.glob("checkpoints/*"))
+    assert looks == [1, 4]
 
 
 def test_numbers_that_are_not_finite_are_null_and_readers_accept_them(

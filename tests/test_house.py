@@ -135,10 +135,10 @@ import fedrun
 assert fedrun.__file__.startswith({str(place)!r}), fedrun.__file__
 for name in {modules!r}:
     importlib.import_module(name)
-from fedrun.flags import METHODS, configs_dir, resolve
+from fedrun.flags import configs_dir, methods, resolve
 presets = sorted(path.stem for path in (configs_dir() / "models").glob("*.yaml"))
 assert len(presets) >= 6, presets
-for method in METHODS:
+for method in methods():
     resolve(method, {{}})
 for preset in presets:
     resolve("fed_avg", {{"config": preset}})

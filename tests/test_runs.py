@@ -115,6 +115,7 @@ def test_what_a_federated_run_writes(run: Run) -> None:
     assert record["tokens"] == 4 * 3 * 2 * 32
     assert len(record["client_val_ppls"]) == 3
     assert len(record["generated"]) >= 100  # tokens, each a character or more
+    assert record["prompt"] == "Once upon a time,"
     assert min(r["server_val_ppl"] for r in outcome.history) == record["server_val_ppl"]
     config = outcome.config
     assert config["num_clients"] == 3
@@ -141,8 +142,9 @@ def test_what_a_central_run_writes(run: Run) -> None:
     assert outcome.code == 0, outcome.output
     assert [r["step"] for r in outcome.history] == [1, 3, 4]
     record = outcome.history[-1]
-    assert {"val_loss", "val_ppl", "train_loss", "generated", "grad_cosine", "delta_norms",
-            "tokens", "seconds"} <= set(record)
+    assert {"val_loss", "val_ppl", "train_loss", "generated", "grad_cosine",
+            "grad_cosine_mean10", "delta_norms", "tokens", "seconds"} <= set(record)
+    assert record["prompt"] == "Once upon a time,"
     assert 0 < record["grad_cosine"] < 1  # early in training gradients point alike
     deltas = np.load(outcome.run_dir / "deltas" / "step_000004.npz")
     for name, norm in record["delta_norms"].items():

@@ -50,6 +50,10 @@ class Aggregator(ABC):
         return self._buffer
 
     @property
+    def device(self) -> torch.device:
+        return self._scratch.device
+
+    @property
     def bytes_sent(self) -> int:
         """Payload of one round for a worker that sends."""
         return self._buffer.nbytes

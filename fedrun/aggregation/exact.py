@@ -16,14 +16,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import cycle
 
 import torch
 from torch import Tensor
 
+from fedrun.aggregation import triton_sum
 from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.bounds import Bounds, bound_exceeded
-from fedrun.aggregation.slices import max_abs, slice_width
+from fedrun.aggregation.slices import Peaks, slice_width
 from fedrun.distributed.data_plane import DataPlane
+from fedrun.model.kernels import uses_triton
 from fedrun.strategies.base import CLIENT_VECTORS, Strategy
 
 # Bits below the sign, one of them spare.
@@ -67,7 +70,12 @@ class ExactAggregator(Aggregator):
         self._rounded = torch.empty(width, dtype=dtype, device=like.device)
         self._bounds = dict.fromkeys(CLIENT_VECTORS, torch.finfo(like.dtype).max)
         self._scales = [1.0] * count
-        self._table = self.slices.table(strategy.global_means) if strategy.global_means else None
+        self._table = self.slices.table(strategy.global_means, like.device
+                                        ) if strategy.global_means else None
+        # A vector itself is the term, nothing that the method computes.
+        self._in_one_pass = (exact and uses_triton(like) and like.dtype == torch.float32
+                             and strategy.inputs == ("delta",) == tuple(strategy.sums)
+                             and type(strategy).client_term is Strategy.client_term)
 
     @property
     def buffer(self) -> Tensor:
@@ -94,14 +102,17 @@ class ExactAggregator(Aggregator):
                             for exponents in self._exponents]
 
     def add(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None = None) -> str:
-        for index, slices in self._read(client, start):
-            if left_out := self._bound_exceeded(slices):
-                if self.exact:
-                    self._subtract(client, weight, start, index)
-                return left_out
-            if self.exact:
-                self._add_slice(slices, weight, index)
-        if not self.exact:  # floats cannot be subtracted exactly, so everything was checked first
+        if self.exact:
+            peaks = self._add_integers(client, weight, start)
+        else:
+            peaks = Peaks()
+            for _, slices in self._read(client, start):
+                peaks.add(*slices.values())
+        if left_out := self._bound_exceeded(client, start, peaks):
+            if self.exact and not self._stale:
+                self._add_integers(client, weight, start, undo=True)
+            return left_out
+        if not self.exact:  # floats cannot be taken back exactly: everything was checked first
             for index, slices in self._read(client, start):
                 self._add_slice(slices, weight, index)
         if self._stale:
@@ -109,6 +120,26 @@ class ExactAggregator(Aggregator):
             self._stale = False
         self._buffer[-1] += round(weight * 2.0**self._bits) if self.exact else weight
         return ""
+
+    def _add_integers(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None,
+                      undo: bool = False) -> Peaks:
+        """Add a client's terms, or take them back, which restores every bit. Its vectors are
+        checked in the same pass, and since their peaks are read after it, a GPU is waited for once.
+        """
+        peaks = Peaks()
+        if self._in_one_pass:
+            sums = zip(self._names, self._scales, self._buffer[:-1].split(self.size), strict=True)
+            for name, scale, own in sums:
+                trained = client.get("parameters") if name == "delta" else None
+                peaks.add(triton_sum.add_term(
+                    client[name] if trained is None else trained,
+                    None if trained is None else start, own, weight * scale,
+                    2.0**_BITS[own.dtype], first=self._stale, undo=undo))
+            return peaks
+        for index, slices in self._read(client, start):
+            peaks.add(*slices.values())
+            self._add_slice(slices, weight, index, undo)
+        return peaks
 
     def _read(self, client: Mapping[str, Tensor], start: Tensor | None
               ) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -124,14 +155,17 @@ class ExactAggregator(Aggregator):
                                             out=_fitting(self._rows[-1], trained))
             yield index, slices
 
-    def _bound_exceeded(self, slices: Mapping[str, Tensor]) -> str:
-        """Why these slices cannot be added: the first vector with an element that is not finite or
-        exceeds its bound. Empty if they can."""
-        found = (bound_exceeded(name, max_abs(vector), self._bounds[name])
-                 for name, vector in slices.items())
+    def _bound_exceeded(self, client: Mapping[str, Tensor], start: Tensor | None, peaks: Peaks
+                        ) -> str:
+        """Why the client cannot be added: its first vector with an element that is not finite or
+        exceeds its bound. Empty if it can."""
+        names = ["delta" if start is not None and name == "parameters" else name for name in client]
+        found = (bound_exceeded(name, peak, self._bounds[name])
+                 for name, peak in zip(cycle(names), peaks.read(), strict=False))
         return next(filter(None, found), "")
 
-    def _add_slice(self, slices: Mapping[str, Tensor], weight: float, index: int) -> None:
+    def _add_slice(self, slices: Mapping[str, Tensor], weight: float, index: int,
+                   undo: bool = False) -> None:
         terms = (*self.strategy.client_term(slices), *(slices[name] for name in self.moments))
         for i, (term, scale) in enumerate(zip(terms, self._scales, strict=True)):
             scaled = torch.mul(term, weight * scale, out=_fitting(self._rows[i], term))
@@ -141,19 +175,13 @@ class ExactAggregator(Aggregator):
             if self._stale:
                 own.copy_(scaled)
             elif self.exact:  # torch converts floats to integers much faster than it adds them
-                own.add_(_fitting(self._rounded, scaled).copy_(scaled))
+                rounded = _fitting(self._rounded, scaled).copy_(scaled)
+                if undo:
+                    own.sub_(rounded)
+                else:
+                    own.add_(rounded)
             else:
                 own.add_(scaled)
-
-    def _subtract(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None,
-                  stop: int) -> None:
-        """Undo what a client has added to integers before slice `stop`."""
-        if self._stale:
-            return
-        for index, slices in self._read(client, start):
-            if index == stop:
-                return
-            self._add_slice(slices, -weight, index)
 
     def total_weight(self) -> float:
         return float(sum(part[-1].item() for part in self._reduced)) / 2.0**self._bits

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.bounds import Bounds, bound_exceeded
-from fedrun.aggregation.slices import max_abs, slice_width
+from fedrun.aggregation.slices import Peaks, slice_width
 from fedrun.config import INT8_COHORT
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.strategies.base import Strategy
@@ -83,8 +83,10 @@ class Int8Aggregator(Aggregator):
     def add(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None = None) -> str:
         """As `Aggregator.add`; the weighted update is added to the client's `residual` (size,),
         which does not change if the client is left out."""
+        peaks = Peaks()
         for a, b in self.slices.ranges:
-            peak = max_abs(self._update(client, start, a, b))
+            peaks.add(self._update(client, start, a, b))
+        for peak in peaks.read():
             if left_out := bound_exceeded("delta", peak, self._bound):
                 return left_out
         residual = client["residual"]
@@ -92,8 +94,8 @@ class Int8Aggregator(Aggregator):
         for a, b in self.slices.ranges:
             residual[a:b].add_(self._update(client, start, a, b), alpha=weight)
             first, last, blocks = self._blocks(residual, a, b)
-            peaks = blocks.abs_().amax(1).div_(levels)
-            torch.maximum(self.peaks[first:last], peaks, out=self.peaks[first:last])
+            of_blocks = blocks.abs_().amax(1).div_(levels)
+            torch.maximum(self.peaks[first:last], of_blocks, out=self.peaks[first:last])
         self.buffer[-2] += round(weight * 2**_WEIGHT_BITS)
         self.buffer[-1] += levels
         self._levels.append(levels)

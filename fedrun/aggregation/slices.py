@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fedrun.distributed.data_plane import DataPlane
 
-# Elements of a slice. On a GPU, where kernel launches cost more than memory, a slice is large.
-_SLICE = {"cpu": 1 << 16, "cuda": 1 << 24}
+# Elements of a slice. A GPU's L2 cache holds a few of 8 MB.
+_SLICE = {"cpu": 1 << 16, "cuda": 1 << 21}
 
 
 def slice_width(size: int, device: torch.device) -> int:
@@ -34,32 +34,56 @@ class Slices:
         """Index, first element and end of each slice in this worker's section."""
         return ((i, *self.ranges[i]) for i in self._plane.section(len(self.ranges)))
 
-    def table(self, names: Sequence[str]) -> SliceTable:
-        return SliceTable(names, len(self.ranges), self._plane)
+    def table(self, names: Sequence[str], device: torch.device) -> SliceTable:
+        return SliceTable(names, len(self.ranges), self._plane, device)
 
 
 class SliceTable:
     """One number for each slice, under several names.
 
-    The worker that owns a slice writes its number; all read them after the next `barrier`.
+    The worker that owns a slice writes its number; all read them after the next `barrier`. On a GPU
+    the table is there, so that only reading it waits.
     """
 
-    def __init__(self, names: Sequence[str], slices: int, plane: DataPlane) -> None:
-        memory = plane.replicated(torch.zeros(len(names) * slices, dtype=torch.float64))
+    def __init__(self, names: Sequence[str], slices: int, plane: DataPlane, device: torch.device
+                 ) -> None:
+        memory = plane.replicated(torch.zeros(len(names) * slices, dtype=torch.float64,
+                                              device=device))
         self._rows = dict(zip(names, memory.view(len(names), -1), strict=True))
 
-    def write(self, name: str, index: int, value: float | Tensor) -> None:
-        """The number of slice `index`; a tensor is 0-dim."""
+    def write(self, name: str, index: int, value: Tensor) -> None:
+        """The number of slice `index`, 0-dim."""
         self._rows[name][index] = value
 
     def sum(self, name: str) -> float:
         """Sum over all workers' slices, exact (fsum), hence independent of who owns which slice."""
         return math.fsum(self._rows[name].tolist())
 
+    def norm(self, name: str) -> float:
+        """The norm of a vector whose slices have the norms of this name; exact in the same way."""
+        return root_of_squares(self._rows[name].tolist())
+
+
+class Peaks:
+    """The largest absolute values of vectors, which stay on their device until they are read: a GPU
+    is waited for once, not for each of them."""
+
+    def __init__(self) -> None:
+        self._found: list[Tensor] = []
+
+    def add(self, *vectors: Tensor) -> None:
+        for vector in vectors:
+            # Both are NaN if any element is; together they are faster than torch.aminmax on a CPU.
+            self._found += (vector.amin(), vector.amax())
+
+    def read(self) -> list[float]:
+        """One for each vector, in order; NaN if an element is NaN."""
+        extremes = iter(torch.stack(self._found).tolist())
+        return [max(-low, high) for low, high in zip(extremes, extremes, strict=True)]
+
 
 def max_abs(vector: Tensor) -> float:
     """The largest absolute value; NaN if an element is NaN."""
-    # Both are NaN if any element is; together they are faster than torch.aminmax.
     return max(-vector.amin().item(), vector.amax().item())
 
 
@@ -72,8 +96,15 @@ def norm(vector: Tensor, origin: Tensor | None = None) -> float:
     slices: Iterable[Tensor] = vector.split(width)
     if origin is not None:
         slices = map(torch.sub, slices, origin.split(width))
-    return math.sqrt(math.fsum(map(squared_norm, slices)))
+    return root_of_squares(torch.stack(list(map(double_norm, slices))).tolist())
 
 
-def squared_norm(vector: Tensor) -> float:
-    return float(torch.linalg.vector_norm(vector, dtype=torch.float64)) ** 2
+def double_norm(vector: Tensor) -> Tensor:
+    """Euclidean norm in double precision, 0-dim, still on the vector's device."""
+    measured: Tensor = torch.linalg.vector_norm(vector, dtype=torch.float64)
+    return measured
+
+
+def root_of_squares(norms: Iterable[float]) -> float:
+    """The norm of a vector from those of its slices."""
+    return math.sqrt(math.fsum(norm**2 for norm in norms))

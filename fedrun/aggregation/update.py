@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
 
 from fedrun.aggregation.base import Aggregator
-from fedrun.aggregation.slices import squared_norm
+from fedrun.aggregation.slices import double_norm
 from fedrun.strategies.base import ServerRound, Strategy
 
 
@@ -23,7 +22,9 @@ class ServerUpdate:
     def __init__(self, strategy: Strategy, aggregator: Aggregator) -> None:
         self.strategy = strategy
         self.aggregator = aggregator
-        self._table = aggregator.slices.table(("mean_norm", "step_norm", *strategy.diagnostics))
+        self._measured = next((n for n in ("delta", "gradient") if n in strategy.sums), None)
+        self._table = aggregator.slices.table(("mean_norm", "step_norm", *strategy.diagnostics),
+                                              aggregator.device)
 
     def apply(self, model: Tensor, state: Mapping[str, Tensor], context: ServerRound,
               moments: Mapping[str, Tensor] | None = None, measure: bool = False
@@ -40,7 +41,6 @@ class ServerUpdate:
         assert weight > 0, "the server ends a round in which no client is left"
         if strategy.global_means:
             context = replace(context, global_mean=aggregator.global_means(weight))
-        measured = {"delta", "gradient"} & strategy.sums.keys()
         for index, a, b in aggregator.slices.own():
             mean, mean_moments = aggregator.means(a, b, weight)
             for name, tensor in mean_moments.items():
@@ -52,13 +52,14 @@ class ServerUpdate:
                 assert counts.keys() == set(strategy.diagnostics)
                 for name, count in counts.items():
                     table.write(name, index, count)
-                table.write("mean_norm", index, sum(squared_norm(mean[n]) for n in measured))
+                if self._measured:
+                    table.write("mean_norm", index, double_norm(mean[self._measured]))
             strategy.server_update(model[a:b], {k: v[a:b] for k, v in state.items()}, mean, context)
             if measure:
-                table.write("step_norm", index, squared_norm(before.sub_(model[a:b])))
+                table.write("step_norm", index, double_norm(before.sub_(model[a:b])))
         aggregator.plane.barrier()
         if not measure:
             return {}
-        norms = {"step_norm"} | ({"mean_norm"} if measured else set())
-        return ({name: math.sqrt(table.sum(name)) for name in sorted(norms)}
+        norms = ("mean_norm", "step_norm") if self._measured else ("step_norm",)
+        return ({name: table.norm(name) for name in norms}
                 | {name: table.sum(name) / aggregator.size for name in strategy.diagnostics})

@@ -22,7 +22,7 @@ from fedrun.data.discovery import (
     matching_files,
 )
 from fedrun.data.documents import Documents, TextFile
-from fedrun.data.hub import HUB_ID, hub_tables
+from fedrun.data.hub import CACHE_DIR, HUB_ID, hub_tables
 from fedrun.data.pydocs import (
     PYDOCS_HELD_OUT,
     pydocs_documents,
@@ -73,8 +73,11 @@ class Corpus:
         return digest.hexdigest()
 
 
-def load_corpus(dataset: str, options: TextOptions = TextOptions()) -> Corpus:  # noqa: B008
+def load_corpus(dataset: str, options: TextOptions = TextOptions(),  # noqa: B008
+                cache_dir: Path = CACHE_DIR) -> Corpus:
     """Read all text of `dataset` (the value of `--dataset`).
+
+    cache_dir: the value of --cache_dir, for what comes from the hub.
 
     If there is no validation split, the last twentieth of the train rows is held out; see
     validation.py for exceptions.
@@ -89,7 +92,8 @@ def load_corpus(dataset: str, options: TextOptions = TextOptions()) -> Corpus:  
     local = bool(local_files(dataset))
     name = dataset_name(dataset)
     try:
-        splits, read = _local_splits(dataset, options) if local else _hub_splits(dataset, options)
+        splits, read = (_local_splits(dataset, options) if local
+                        else _hub_splits(dataset, options, cache_dir))
         wanted = _validation_split(list(splits), options)
         # An evaluation may ask for the only split of a dataset that has no train split.
         train = splits["train" if "train" in splits else str(wanted)]()
@@ -197,8 +201,8 @@ def _require_train(splits: Iterable[str], validation: str | None, options: TextO
                          "files whatever their names, give one file or a pattern")
 
 
-def _hub_splits(dataset: str, options: TextOptions) -> tuple[Splits, str]:
-    tables = hub_tables(dataset, ALIASES.get(dataset, dataset))
+def _hub_splits(dataset: str, options: TextOptions, cache_dir: Path) -> tuple[Splits, str]:
+    tables = hub_tables(dataset, ALIASES.get(dataset, dataset), cache_dir)
     wanted = _validation_split(list(tables), options)
     _require_train(tables, wanted, options)
     used = [tables[split] for split in ("train", wanted) if split in tables]

@@ -1,28 +1,66 @@
-"""The Hugging Face hub: whether it can be reached, and its datasets."""
+"""The Hugging Face hub: whether it can be reached, where its files are kept, and its datasets."""
 
 from __future__ import annotations
 
 import functools
+import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 from fedrun.common.errors import InputError, one_line
 from fedrun.data.table_files import Table, is_text_type
 
 HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
 HUB_SECONDS = 5.0  # the hub counts as unreachable if it takes longer to answer
+CACHE_DIR = Path("~/.cache/fedrun")
+"""The default of --cache_dir."""
+CACHE_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
+"""Variables with which a user tells the hub's libraries where to keep files."""
+Loaded = TypeVar("Loaded")
 
 
-def hub_tables(dataset: str, hub_id: str) -> dict[str, Table]:
+class HubFolders(NamedTuple):
+    """Where the hub's libraries keep what they download, laid out as below HF_HOME; None: where
+    they do by themselves."""
+
+    hub: Path | None = None
+    """Of models, tokenizers and a dataset's own files."""
+    datasets: Path | None = None
+    """Of datasets as the library prepares them."""
+
+
+def from_hub(cache_dir: Path, load: Callable[[HubFolders], Loaded]) -> Loaded:
+    """`load(folders)`, with the folders for what comes from the hub: in `cache_dir`, unless one of
+    CACHE_VARIABLES says where.
+
+    Without a network, what other programs have left in the libraries' own folders is found as well.
+    Raises what `load` raises.
+    """
+    own = HubFolders()
+    if any(os.environ.get(name) for name in CACHE_VARIABLES):
+        return load(own)
+    folder = cache_dir.expanduser().absolute()
+    folders = HubFolders(folder / "hub", folder / "datasets")
+    try:
+        return load(folders)
+    except Exception as error:  # the libraries raise many types for what is not in a cache
+        if hub_answers() or isinstance(error, InputError):
+            raise
+        return load(own)
+
+
+def hub_tables(dataset: str, hub_id: str, cache_dir: Path) -> dict[str, Table]:
     """The splits of a dataset, from the hub or from its cache on this machine.
 
     Args:
         dataset: the value of --dataset, for messages.
         hub_id: owner/name or owner/name:config.
+        cache_dir: the value of --cache_dir.
     Raises:
         InputError: the hub has no such dataset, or it cannot be loaded.
         ConnectionError: the hub cannot be reached, and the dataset is not in its cache.
@@ -33,9 +71,15 @@ def hub_tables(dataset: str, hub_id: str) -> dict[str, Table]:
         datasets.disable_progress_bars()
     asked = HUB_ID.fullmatch(hub_id)
     assert asked is not None, "local_files() refuses anything else"
+
+    def load(folders: HubFolders) -> Any:
+        folder = folders.datasets
+        with _settings(folders.hub, offline=not hub_answers()):
+            return datasets.load_dataset(asked["name"], asked["config"],
+                                         cache_dir=None if folder is None else str(folder))
+
     try:
-        with nullcontext() if hub_answers() else _offline():
-            splits = datasets.load_dataset(asked["name"], asked["config"])
+        splits = from_hub(cache_dir, load)
     except Exception as error:  # the library raises many types for user errors
         refused = isinstance(error, datasets.exceptions.DatasetsError)
         if hub_answers() and (refused or not isinstance(error, OSError)):
@@ -102,14 +146,20 @@ def hub_unreachable(flag: str, asked: str, error: Exception) -> ConnectionError:
 
 
 @contextmanager
-def _offline() -> Iterator[None]:
-    """Act as if HF_HUB_OFFLINE were set, which the libraries read only when they are imported."""
+def _settings(hub: Path | None, offline: bool) -> Iterator[None]:
+    """In the block, as if HF_HUB_CACHE were `hub` (None: as it is), and HF_HUB_OFFLINE set if
+    `offline`. The libraries read both only when they are imported, and `load_dataset` has no
+    argument for the former."""
     import datasets.config
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    before = constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    if hub is not None:
+        constants.HF_HUB_CACHE = str(hub)
+    if offline:
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        (constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE,
+         datasets.config.HF_HUB_OFFLINE) = before

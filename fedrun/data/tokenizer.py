@@ -56,10 +56,11 @@ def tokenizer_name(tokenizer: str) -> str:
     return path.resolve().name if path.is_dir() else tokenizer
 
 
-def save_tokenizer(name: str, corpus: corpora.Corpus, folder: Path, separator: str) -> Tokenizer:
+def save_tokenizer(name: str, corpus: corpora.Corpus, folder: Path, separator: str,
+                   cache_dir: Path) -> Tokenizer:
     """Train or fetch the tokenizer `name` (the value of --tokenizer), save it and load it.
 
-    separator: --row_separator, for training.
+    separator: --row_separator, for training. cache_dir: --cache_dir, for what comes from the hub.
 
     Raises:
         InputError: there is no such tokenizer, or it is not usable.
@@ -71,7 +72,7 @@ def save_tokenizer(name: str, corpus: corpora.Corpus, folder: Path, separator: s
     if size is not None:
         _train_bpe(corpus.train, size, folder, separator)
     else:
-        _fetch_tokenizer(name).save_pretrained(folder)
+        _fetch_tokenizer(name, cache_dir).save_pretrained(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     if not tokenizer.get_vocab_size():
         raise InputError(f"--tokenizer {name}: it has no tokens")
@@ -131,7 +132,7 @@ def _splitter(rows: list[str], separator: str) -> PreTokenizer:
     return cut
 
 
-def _fetch_tokenizer(tokenizer: str) -> PreTrainedTokenizerBase:
+def _fetch_tokenizer(tokenizer: str, cache_dir: Path) -> PreTrainedTokenizerBase:
     """A tokenizer from a local folder or file, from the hub, or from the hub's cache."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -146,10 +147,9 @@ def _fetch_tokenizer(tokenizer: str) -> PreTrainedTokenizerBase:
         )
         return from_file
     try:
-        loaded = load_without_custom_code(
-            str(path) if local else tokenizer,
-            local_files_only=local or not hub.hub_answers(),
-        )
+        loaded = load_without_custom_code(path) if local else hub.from_hub(
+            cache_dir, lambda folders: load_without_custom_code(
+                tokenizer, local_files_only=not hub.hub_answers(), cache_dir=folders.hub))
     except CustomCodeError as error:
         raise InputError(f"--tokenizer {tokenizer}: {error}") from None
     except Exception as error:  # the library raises many types for user errors
@@ -166,10 +166,12 @@ class CustomCodeError(InputError):
     """A tokenizer that can be loaded only by code of its own."""
 
 
-def load_without_custom_code(name: str | Path, local_files_only: bool = True
-                             ) -> PreTrainedTokenizerBase:
+def load_without_custom_code(name: str | Path, local_files_only: bool = True,
+                             cache_dir: Path | None = None) -> PreTrainedTokenizerBase:
     """AutoTokenizer.from_pretrained, but it never runs code from the tokenizer's files and never
     asks on the terminal whether to.
+
+    cache_dir: the folder of the hub's files; None: the library's own.
 
     Raises:
         CustomCodeError: the tokenizer cannot be loaded without its code.
@@ -179,7 +181,8 @@ def load_without_custom_code(name: str | Path, local_files_only: bool = True
 
     try:
         loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name, local_files_only=local_files_only, trust_remote_code=False
+            str(name), local_files_only=local_files_only, trust_remote_code=False,
+            cache_dir=cache_dir
         )
     except ValueError as error:
         if "trust_remote_code" not in str(error):

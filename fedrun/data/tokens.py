@@ -273,13 +273,15 @@ def _load_or_build(entry: Path, dataset: str, tokenizer: str, options: TextOptio
 def _build(entry: Path, dataset: str, tokenizer: str, options: TextOptions) -> dict[str, Any]:
     """Write the files into a folder beside `entry`, then rename it. Call with the entry locked."""
     started = time.perf_counter()
-    corpus = corpora.load_corpus(dataset, options)
+    cache_dir = entry.parents[1]
+    corpus = corpora.load_corpus(dataset, options, cache_dir)
     work, damaged = Path(f"{entry}.partial"), Path(f"{entry}.damaged")
     for leftover in (work, damaged):
         shutil.rmtree(leftover, ignore_errors=True)
     work.mkdir()
     log(visible(f"tokenising {corpus.name} with {tokenizer}, once on this machine"))
-    loaded = save_tokenizer(tokenizer, corpus, work / "tokenizer", options.row_separator)
+    loaded = save_tokenizer(tokenizer, corpus, work / "tokenizer", options.row_separator,
+                            cache_dir)
     vocab_size = max(loaded.get_vocab().values()) + 1
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
     rows = {"train": corpus.train, "validation": corpus.validation}

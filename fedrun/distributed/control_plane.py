@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, cast
@@ -94,7 +94,7 @@ class ControlPlane:
             raise self._unresponsive(failures)
 
     def copy_to_server(self, vector: Tensor) -> None:
-        """First worker: start sending a copy of a vector to the server.
+        """A worker, usually the first: start sending a copy of a vector to the server.
 
         The copy is sent from a buffer of its own, so the caller may change the vector at once.
         Waits until the previous copy has been sent.
@@ -106,15 +106,16 @@ class ControlPlane:
         if self.rank:
             self._copy_sent = dist.isend(self._copy, 0, group=self.group, tag=1)
 
-    def receive_copy(self, size: int, dtype: torch.dtype) -> Tensor:
-        """Server: return the vector that the first worker sends, (size,) on the CPU. The caller
-        owns it."""
-        if self.first_worker == 0:
+    def receive_copy(self, size: int, dtype: torch.dtype, sender: int | None = None) -> Tensor:
+        """Server: return the vector that a worker sends, by default the first, (size,) on the CPU.
+        The caller owns it."""
+        sender = self.first_worker if sender is None else sender
+        if sender == 0:
             assert self._copy is not None
             return self._copy.clone()
         vector = torch.empty(size, dtype=dtype)
-        with self._naming(self.first_worker):
-            dist.recv(vector, self.first_worker, group=self.group, tag=1)
+        with self._naming(sender):
+            cast(dist.Work, dist.irecv(vector, sender, group=self.group, tag=1)).wait(self.timeout)
         return vector
 
     def wait_for_copy(self) -> None:
@@ -139,6 +140,21 @@ class ControlPlane:
     def lost_peers(self) -> list[int]:
         """Ranks whose heartbeat has stopped. Takes a few seconds; may be called in any thread."""
         return self.heartbeat.unresponsive() if self.heartbeat else []
+
+    def left_alone(self, why: str = "", lost: Sequence[int] = ()) -> UnresponsiveRanks:
+        """A worker: the error for a collective of the workers that will not end. lost: ranks
+        without a heartbeat."""
+        reason = self.heartbeat.reason if self.heartbeat else ""
+        gone = f"no heartbeat from rank {', '.join(map(str, lost))}" if lost else ""
+        left = f"rank {self.rank} waits in vain for the sum over the workers"
+        return UnresponsiveRanks("; ".join(filter(None, (reason, gone, left)))
+                                 + (why and f": {why}"))
+
+    def compiling(self, begins: bool) -> None:
+        """While GPU kernels may be compiled, a rank may be silent for longer before it counts as
+        lost."""
+        if self.heartbeat:
+            self.heartbeat.silent_beats = Heartbeat.WHILE_COMPILING if begins else Heartbeat.LOST
 
     def close(self) -> None:
         """Call after the last message of a run that has succeeded."""
@@ -174,9 +190,12 @@ class Heartbeat:
     """
 
     SECONDS = 0.5
+    LOST = 6  # a rank that misses as many beats counts as lost
+    WHILE_COMPILING = 20  # compilers hold Python's lock for seconds, and with it the heartbeat
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
         self.store, self.rank, self.world_size = store, rank, world_size
+        self.silent_beats = self.LOST
         self.peer_failed = False
         self.reason = ""
         """Why the first rank that failed did so."""
@@ -204,9 +223,10 @@ class Heartbeat:
         if self._own_reason:
             self.store.compare_set(_FAILED, "", self._own_reason)
             self._reported.set()
-        self.peer_failed = self.store.check([_FAILED])
-        if self.peer_failed and not self.reason:
+        failed = self.store.check([_FAILED])
+        if failed and not self.reason:
             self.reason = self.store.get(_FAILED).decode()
+        self.peer_failed = failed  # last: who sees it may read the reason
         if self._readers:
             self._counts = {r: self.store.add(f"beats/{r}", 0) for r in range(self.world_size)}
             self._reads += 1
@@ -217,8 +237,8 @@ class Heartbeat:
         self._reported.wait(SECONDS_FOR_STORE)
 
     def unresponsive(self) -> list[int]:
-        """Ranks whose counter does not change for six beats (takes twice as long). Empty if the
-        store does not answer or this rank has stopped its heartbeat."""
+        """Ranks whose counter does not change for `silent_beats` beats (takes twice as long). Empty
+        if the store does not answer or this rank has stopped its heartbeat."""
         with self._lock:
             self._readers += 1
         before, reads = self._read()
@@ -230,7 +250,7 @@ class Heartbeat:
         return [rank for rank, count in before.items() if after[rank] == count]
 
     def _read(self) -> tuple[dict[int, int], int]:
-        self._stopped.wait(6 * self.SECONDS)
+        self._stopped.wait(self.silent_beats * self.SECONDS)
         return ({}, 0) if self._stopped.is_set() else (self._counts, self._reads)
 
     def stop(self) -> None:

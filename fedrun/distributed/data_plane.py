@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.shared_memory import NO_ADDRESS, SharedBuffer
+from fedrun.distributed.waiting import wait_for
 
 
 class DataPlane:
@@ -28,9 +30,11 @@ class DataPlane:
     nobody.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, machine: int | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, machine: int | None = None,
+                 control: ControlPlane | None = None) -> None:
         """machine: ID of this worker's machine; 0 if it cannot share memory. None on every worker
-        (GPUs): all workers use all-reduce."""
+        (GPUs): all workers use all-reduce, and poll it. control: names ranks that are lost while
+        workers wait for each other; without it their errors are those of torch."""
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
         self.worker = dist.get_rank(self.group) if self.group else 0
         self.node_workers: tuple[int, ...] = (self.worker,)
@@ -45,6 +49,8 @@ class DataPlane:
         self.cannot_map = False
         """Whether this worker failed to map the memory of other workers on its machine."""
         self._sharing = False  # whether any node has more than one worker
+        self._control = control
+        self._polls = machine is None and control is not None
         if self.group and machine is not None:
             self._discover_neighbours(machine)
 
@@ -139,7 +145,7 @@ class DataPlane:
             first[mine.start:mine.stop].add_(other[mine.start:mine.stop])
         self.barrier()
         if self.node_rank == 0:
-            dist.all_reduce(first, group=self.inter_node_group)
+            self._all_reduce(first, group=self.inter_node_group)
             self.bytes_sent += first.nbytes
         self.barrier()
         return (first,)
@@ -147,19 +153,47 @@ class DataPlane:
     def all_max(self, vector: Tensor) -> None:
         """Elementwise maximum over all workers, in place."""
         if self.group is not None:
-            dist.all_reduce(vector, dist.ReduceOp.MAX, group=self.group)
+            self._all_reduce(vector, dist.ReduceOp.MAX)
             self.bytes_sent += vector.nbytes
 
     def barrier(self) -> None:
         """If any workers share memory: wait until all workers have called this."""
         if self._sharing:
-            dist.all_reduce(torch.zeros(1), group=self.group)
+            self._all_reduce(torch.zeros(1))
+
+    def probe(self, device: torch.device) -> str:
+        """Workers: sum small vectors on a device in every type that rounds use, and take a maximum.
+
+        Returns the first type whose result is wrong; empty if all are right. The first collective
+        of a group also connects its members, so most faults of a network show here.
+        """
+        if self.group is None:
+            return ""
+        count = dist.get_world_size(self.group)
+        # Of each type the largest integers, so that a sum in a narrower one is wrong.
+        for dtype, bits in ((torch.int32, 30), (torch.int64, 62), (torch.float32, 23),
+                            (torch.float64, 52)):
+            ramp = torch.arange(1, 65, dtype=dtype) * ((1 << bits) // (64 * count))
+            total = ramp * count - count * (count - 1) // 2
+            for operation, expected in ((dist.ReduceOp.SUM, total), (dist.ReduceOp.MAX, ramp)):
+                found = (ramp - self.worker).to(device)
+                self._all_reduce(found, operation)
+                if not torch.equal(found.cpu(), expected):
+                    return f"the {operation.name.lower()} of {str(dtype).removeprefix('torch.')}"
+        return ""
+
+    def _all_reduce(self, vector: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+                    group: dist.ProcessGroup | None = None) -> None:
+        """Reduce a vector over all workers, or over the group, in place."""
+        work = dist.all_reduce(vector, operation, group=group or self.group, async_op=True)
+        wait_for(work, self._control, self._polls)
 
     def _all_gather(self, *numbers: int) -> list[list[int]]:
         """The numbers of every worker, in order."""
         found = [torch.zeros(len(numbers), dtype=torch.int64)
                  for _ in range(dist.get_world_size(self.group))]
-        dist.all_gather(found, torch.tensor(numbers), group=self.group)
+        wait_for(dist.all_gather(found, torch.tensor(numbers), group=self.group, async_op=True),
+                 self._control, self._polls)
         return [one.tolist() for one in found]
 
 

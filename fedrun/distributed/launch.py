@@ -14,6 +14,9 @@ from fedrun.common.errors import InputError
 
 # Ports for SLURM steps, below those that Linux gives to outgoing connections (32768 and up).
 FIRST_PORT, PORTS = 20000, 10000
+# What torchrun and srun tell a rank of itself and of the others.
+_OF_RANKS = re.compile(r"((GROUP|LOCAL|ROLE)_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|"
+                       r"TORCHELASTIC_\w+|SLURM_(STEP_\w+|PROCID|LOCALID|NODEID)")
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,12 @@ def detect(env: Mapping[str, str]) -> Launch:
 def in_slurm_step(env: Mapping[str, str]) -> bool:
     """Whether srun started this process together with others."""
     return "SLURM_STEP_ID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def without_rank(env: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what makes this process a rank, for those that it starts by itself:
+    there `detect` finds a single process. The SLURM job stays that of the run."""
+    return {name: value for name, value in env.items() if not _OF_RANKS.fullmatch(name)}
 
 
 def tasks_per_node(text: str) -> list[int]:

@@ -7,6 +7,7 @@ the first worker of each. Rank 0 is the server; in a run of one process it is th
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ from fedrun.common.log import WARNING, log
 from fedrun.distributed.connect import (
     LOOPBACK,
     NotConnected,
+    answered,
     explain_wait,
     listen,
     named,
@@ -33,7 +35,7 @@ from fedrun.distributed.connect import (
     served_by_launcher,
     wait_for_all,
 )
-from fedrun.distributed.control_plane import ControlPlane, Heartbeat
+from fedrun.distributed.control_plane import ControlPlane, Heartbeat, UnresponsiveRanks
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.distributed.launch import Launch, rendezvous
 from fedrun.distributed.shared_memory import machine_id
@@ -110,7 +112,9 @@ def choose_interfaces(launch: Launch, env: Mapping[str, str]) -> dict[str, str]:
                              f"{socket.gethostname()} to MASTER_ADDR={address}; set it to the "
                              "interface that connects the machines (`ip route` shows them)")
         return {}
-    return dict.fromkeys(names, interface)
+    # NCCL takes the name for a prefix, ib1 for ib10 too, unless it begins with "=".
+    chosen = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
+    return {name: chosen[name] for name in names}
 
 
 def address_is_local_only(address: str) -> bool:
@@ -240,12 +244,17 @@ def build_runtime(launch: Launch, device: torch.device, control: ControlPlane,
         return Runtime(launch, device, (0,), control, DataPlane())
     workers = tuple(range(control.first_worker, launch.world_size))
     compare(control, workers, device, identity)
+    # A collective's error is raised where it is waited for. By default a thread of torch's watches
+    # over NCCL, and aborts the process before the ranks that are lost could be named.
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     # A dedicated server is not a member, so the backend that it names does not matter.
     with creating_groups(control.heartbeat):
         data = dist.new_group(list(workers), backend="nccl" if device.type == "cuda" else "gloo",
                               timeout=control.timeout)
-    plane = DataPlane(data, None if device.type == "cuda" else machine_id()
-                      ) if launch.rank in workers else DataPlane()
+    plane = DataPlane()
+    if launch.rank in workers:
+        plane = DataPlane(data, None if device.type == "cuda" else machine_id(), control)
+        probe(plane, device)
     reports = control.gather({"leaders": [workers[w] for w in plane.node_leaders],
                               "cannot map on": socket.gethostname() if plane.cannot_map else ""})
     leaders = control.share(reports and reports[control.first_worker]["leaders"])
@@ -258,12 +267,34 @@ def build_runtime(launch: Launch, device: torch.device, control: ControlPlane,
     return Runtime(launch, device, workers, control, plane)
 
 
+def probe(plane: DataPlane, device: torch.device) -> None:
+    """Workers: whether they can sum vectors, before any of them trains. FedrunError, naming the
+    device, if not."""
+    library = "NCCL" if device.type == "cuda" else "gloo"
+    said = f"for {library} to connect the workers" if plane.worker == 0 else ""
+    try:
+        with explain_wait(lambda: said):
+            # In a thread: connecting has no timeout of its own in NCCL.
+            wrong = answered(lambda: plane.probe(device), STARTUP_TIMEOUT)
+            why = wrong and f"{wrong} is wrong"
+    except UnresponsiveRanks:
+        raise
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+    if why:
+        advice = "; NCCL_DEBUG=WARN shows more" if device.type == "cuda" else ""
+        raise FedrunError(f"--device {device.type}: {library} failed between the workers, on "
+                          f"{device} of {socket.gethostname()}: {why}{advice}")
+
+
 def compare(control: ControlPlane, workers: tuple[int, ...], device: torch.device,
             identity: Mapping[str, str]) -> None:
     """All ranks: raise the same FedrunError if ranks do not match, or if two use the same GPU."""
-    gpu = {"gpu": str(torch.cuda.get_device_properties(device).uuid),
-           "gpus here": str(torch.cuda.device_count())} if device.type == "cuda" else {}
-    mine = {**identity, "worker device": device.type, "host": socket.gethostname(), **gpu}
+    # Not on a machine whose GPUs are none of this run's business: asking for them opens them.
+    seen = gpus_seen() if identity.get("--device") != json.dumps("cpu") else []
+    gpu = {"gpu": seen[device.index], "gpus here": str(len(seen))} if device.type == "cuda" else {}
+    mine = {**identity, "worker device": device.type, "host": socket.gethostname(), **gpu,
+            "gpus seen": " ".join(seen)}
     everyone = control.gather(mine)
     message = "" if everyone is None else difference(everyone, workers)
     message = control.share(message)
@@ -274,10 +305,18 @@ def compare(control: ControlPlane, workers: tuple[int, ...], device: torch.devic
             log(warning, WARNING)
 
 
+def gpus_seen() -> list[str]:
+    """The UUIDs of the GPUs that this process may use, by index. A dedicated server uses none, and
+    sees those that its launcher has given to it."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = (torch.device("cuda", index) for index in range(count))
+    return [str(torch.cuda.get_device_properties(device).uuid) for device in devices]
+
+
 def difference(everyone: list[dict[str, str]], workers: tuple[int, ...]) -> str:
     """Why these ranks cannot train together, in one line; empty if they can."""
     for name in everyone[workers[0]]:
-        if name in ("host", "gpu", "gpus here"):
+        if name in ("host", "gpu", "gpus here", "gpus seen"):
             continue
         ranks = workers if name.startswith("worker") else range(len(everyone))
         values = {rank: everyone[rank].get(name) for rank in ranks}
@@ -296,13 +335,19 @@ def difference(everyone: list[dict[str, str]], workers: tuple[int, ...]) -> str:
 
 
 def idle_gpus(everyone: list[dict[str, str]]) -> list[str]:
-    """A warning for each machine with GPUs that no worker uses."""
-    used: dict[str, int] = {}  # by host
-    seen: dict[str, int] = {}
+    """A warning for each machine with GPUs that no worker uses, if workers use GPUs at all."""
+    used: dict[str, set[str]] = {}  # by host
+    seen: dict[str, set[str]] = {}
     for rank in everyone:
-        if "gpu" in rank:
-            used[rank["host"]] = used.get(rank["host"], 0) + 1
-            seen[rank["host"]] = max(seen.get(rank["host"], 0), int(rank["gpus here"]))
-    return [f"{seen[host] - used[host]} of {seen[host]} GPUs on {host} are idle: raise "
-            f"--nproc-per-node by {seen[host] - used[host]} to use them"
-            for host in used if seen[host] > max(1, used[host])]
+        used.setdefault(rank["host"], set()).update({rank["gpu"]} if "gpu" in rank else ())
+        seen.setdefault(rank["host"], set()).update(rank["gpus seen"].split())
+    found = []
+    for host in seen if any(used.values()) else ():
+        idle, there = seen[host] - used[host], len(seen[host])
+        if idle == {everyone[0]["gpus seen"]}:  # as srun --gpus-per-task 1 gives them out
+            found.append(f"1 of {there} GPUs on {host} is idle, the only one that the server sees: "
+                         "--server colocated uses it")
+        elif idle:
+            found.append(f"{len(idle)} of {there} GPUs on {host} are idle: raise --nproc-per-node "
+                         f"by {len(idle)} to use them")
+    return found

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedrun.config import RunConfig
 from fedrun.data.batches import make_batches
 from fedrun.model.mamba2 import Mamba2LM
+from fedrun.training.batch_memory import BatchMemory
 from fedrun.training.fisher import FisherEstimate
 from fedrun.training.optimizer import LocalOptimizer
 from fedrun.training.params import FlatParams
@@ -39,8 +40,9 @@ class Client:
     """
 
     def __init__(self, index: int, shard: np.ndarray, sequences: np.ndarray, flat: FlatParams,
-                 config: RunConfig, optimizer: LocalOptimizer, keeps_moments: bool = True
-                 ) -> None:
+                 config: RunConfig, optimizer: LocalOptimizer, keeps_moments: bool = True,
+                 memory: BatchMemory | None = None) -> None:
+        """memory: of the worker, for its clients' batches; None: of this client's own."""
         self.index = index
         self.shard = shard
         self.sequences = sequences
@@ -48,6 +50,7 @@ class Client:
         self.config = config
         self.optimizer = optimizer
         self.keeps_moments = keeps_moments
+        self.memory = memory or BatchMemory(flat.vector.device)
         self.batches = make_batches(config.sampling, len(shard), config.batch_size, config.seed,
                                     index)
         self.steps_done = 0
@@ -71,7 +74,11 @@ class Client:
     def forget(self) -> None:
         """Reset what local training leaves behind, because the update was left out. The residual of
         earlier updates stays."""
-        self.vectors.pop("parameters", None)
+        dropped = self.vectors.pop("parameters", None)
+        if dropped is not None and dropped.is_cuda:
+            # Its memory is of the store's stream, which must not reuse it while training may still
+            # read it: nobody waits for that here, as the store does before it frees a state.
+            dropped.record_stream(torch.cuda.current_stream())
         self.optimizer.reset()
 
     def state(self) -> ClientState:
@@ -129,17 +136,11 @@ class Client:
         return LocalLosses(loss.double(), tokens)
 
     def next_batch(self) -> Tensor:
-        """(batch_size, sequence_length) token ids; advances the client's position."""
+        """(batch_size, sequence_length) token ids, in memory that the next batch overwrites;
+        advances the client's position."""
         batch = self.batches.read(self.steps_done, self.sequences, self.shard)
         self.steps_done += 1
-        return to_device(torch.from_numpy(batch), self.flat.vector.device)
-
-
-def to_device(batch: Tensor, device: torch.device) -> Tensor:
-    """A batch on the model's device. Nothing in a local step waits for a GPU, so the host runs
-    ahead of it, and a copy from pinned memory is queued before it is needed."""
-    return batch.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else (
-        batch.to(device))
+        return self.memory.load(torch.from_numpy(batch))
 
 
 def mean_entropy(model: Mamba2LM, sequences: np.ndarray, numbers: np.ndarray,

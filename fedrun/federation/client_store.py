@@ -10,7 +10,9 @@ and `checkin` replaces it by another, under any names.
 One thread performs all transfers in FIFO order: a fetch sees the latest `checkin`, and a snapshot
 sees exactly the ones before it. The next client's state is fetched while the client before it
 trains. A state is stored before the next but one is fetched, so two states exist at a time (on a
-GPU: two in its memory).
+GPU: two in its memory). The host waits until a state's memory is not used any more before it frees
+it. `record_stream` would do without that wait, but keep the memory until the training that was
+queued meanwhile is over: a third state.
 
 The GPU part (streams, events, pinned memory) has not been run on a GPU.
 """
@@ -31,6 +33,7 @@ from torch import Tensor
 
 from fedrun.common.errors import FolderLost
 from fedrun.common.files import check_claim, make_folder
+from fedrun.common.pinned import PinnedMemory
 from fedrun.config import FederatedConfig
 from fedrun.federation.client import ClientState
 from fedrun.records.checkpoint import (
@@ -154,11 +157,7 @@ class _Moving(ClientStore):
             self.prefetch(client)
         assert self._fetched is not None
         (_, fetching), self._fetched = self._fetched, None
-        state = self._wait(fetching)
-        for tensor in state.values():
-            if tensor.is_cuda:  # allocated on the thread's stream
-                tensor.record_stream(torch.cuda.current_stream())
-        return state
+        return self._wait(fetching)
 
     def checkin(self, client: int, state: ClientState) -> None:
         assert self._fetched is None or self._fetched[0] != client, "what was fetched is outdated"
@@ -192,7 +191,7 @@ class _Moving(ClientStore):
 
     def _store(self, client: int, state: ClientState, trained: torch.cuda.Event | None) -> None:
         if trained is not None:
-            trained.synchronize()
+            trained.synchronize()  # also before the state is freed, at the end of this call
         self._write(client, state)
 
 
@@ -205,7 +204,10 @@ class InMemory(_Moving):
     def __init__(self, states: Mapping[int, ClientState], device: torch.device, timeout: float
                  ) -> None:
         super().__init__(device, timeout)
-        self._states: dict[int, dict[str, Tensor]] = {client: {} for client in states}
+        self._pinned = PinnedMemory() if self._stream is not None else None
+        self._memory: dict[int, dict[str, Tensor]] = {client: {} for client in states}
+        """A client's own memory by the names of the tensors that it has had so far."""
+        self._states: dict[int, ClientState] = {}
         for client, state in states.items():
             self._copy(client, state)
 
@@ -218,14 +220,18 @@ class InMemory(_Moving):
             self._stream.synchronize()
 
     def _copy(self, client: int, state: ClientState) -> None:
-        """Copy into the memory of the client's previous state."""
-        last = self._states[client]
-        now = {name: last[name] if name in last else torch.empty_like(
-            tensor, device="cpu", pin_memory=self._stream is not None)
-            for name, tensor in state.items()}
+        """Copy a state into the client's memory, which grows by tensors with new names."""
+        memory = self._memory[client]
         for name, tensor in state.items():
-            now[name].copy_(tensor, non_blocking=True)
-        self._states[client] = now
+            if name not in memory:
+                memory[name] = self._empty_like(tensor)
+            memory[name].copy_(tensor, non_blocking=True)
+        self._states[client] = {name: memory[name] for name in state}
+
+    def _empty_like(self, tensor: Tensor) -> Tensor:
+        if self._pinned is not None and tensor.is_floating_point():  # it moves to the GPU
+            return self._pinned.empty_like(tensor)
+        return torch.empty_like(tensor, device="cpu")
 
     def load(self, checkpoint: Checkpoint) -> None:
         for client in self._states:

@@ -36,7 +36,7 @@ from fedrun.records.outcome import write_failure
 from fedrun.records.recorder import Recorder
 from fedrun.records.schema import FEDERATED
 from fedrun.strategies.base import ClientReport
-from fedrun.training.evaluate import Piece, mean_loss, sample_text
+from fedrun.training.evaluate import Piece, mean_loss, sample_prompt, sample_text
 from fedrun.training.optimizer import scheduled_lr
 from fedrun.training.params import FlatParams
 
@@ -46,8 +46,13 @@ class Server:
 
     def __init__(self, config: FederatedConfig, data: TokenData, schedule: Schedule,
                  model: Mamba2LM, stopping: StopRequest, provenance: dict[str, Any], workers: int,
-                 checkpoint: Checkpoint | None = None) -> None:
-        """model: the run's model at its start, on the CPU; workers: how many there are."""
+                 checkpoint: Checkpoint | None = None, skips_texts: bool = False) -> None:
+        """
+        model: the run's model at its start, on the CPU.
+        workers: how many there are.
+        skips_texts: whether an evaluation goes without a sample text for which training would have
+            to wait (see records/sample_texts.py).
+        """
         self.config, self.data, self.schedule, self.model = config, data, schedule, model
         self.flat = FlatParams(model)
         self.entropy_reference = config.strategy.first_entropy_reference(data.vocab_size,
@@ -58,7 +63,7 @@ class Server:
         if state is not None:
             self._load(state)
         self.recorder = Recorder(config, FEDERATED, schedule.rounds, self.flat, provenance, workers,
-                                 step, state)
+                                 step, state, skips_texts)
         self.stopping = stopping
 
     @property
@@ -178,7 +183,8 @@ class Server:
         """The history's record of an evaluated round."""
         measured = next(report.measured for report in reports if report.measured)
         fields = cohort_record(clients, measured, gradients=not self.config.strategy.trains)
-        fields |= {"left_out": self._left_out, "left_out_why": self._left_out_why}
+        fields |= {"left_out": self._left_out, "left_out_why": self._left_out_why,
+                   "prompt": sample_prompt(self.data).text}
         if self.config.cohort is not None:
             fields["cohort"] = plan.cohort
         if self.config.eval_clients:
@@ -189,33 +195,34 @@ class Server:
                                        lambda: self._sample(model), **fields)
 
     def _sample(self, model: Tensor) -> str:
-        """Sample text of a global model (size,); on the recorder's thread."""
+        """Sample text of a global model (size,); on a thread of the recorder's."""
         self.flat.vector.copy_(model)
         return sample_text(self.model, self.data, torch.device("cpu"))
 
-    def end_early(self, decision: RoundDecision, model: Tensor | None, reports: list[RoundReport]
-                  ) -> None:
-        """Save the model of the last complete round and print why the run ends.
+    def announce(self, decision: RoundDecision) -> None:
+        """Record and print why the run ends early."""
+        *trace, line = decision.error.splitlines(keepends=True)
+        write_failure(self.config.run_dir, line, decision.kind)
+        log(line, ERROR, "".join(trace))
+
+    def end_early(self, model: Tensor | None, reports: list[RoundReport]) -> None:
+        """Save the model of the last complete round, and say where the last good one is.
 
         The model is not saved if its replicas differ or it is not finite. model: (size,), None if
-        it is not good; reports: of all ranks, with digests of what they hold now.
+        it is not good or nobody could send it; reports: of all ranks, with digests of what they
+        hold now.
         """
-        reason = decision.error
         try:
             self.recorder.close()
             if model is not None and not replicas.compare(reports, model):
                 self.recorder.save_model(model)
-        except FolderLost as lost:
-            reason = str(lost)
+        except FolderLost:
+            return  # as announced, or nothing of this run is there any more
         except OSError as error:
-            reason += f" (the last good model could not be saved: {explain(error)})"
-        finally:  # whatever happened to the writer, the reason is printed
-            path = self.config.run_dir / "model.safetensors"
-            if path.exists():
-                reason += f"; the last good model is in {path}"
-            *trace, line = reason.splitlines(keepends=True)
-            write_failure(self.config.run_dir, line, decision.kind)
-            log(line, ERROR, "".join(trace))
+            log(f"the last good model could not be saved: {explain(error)}", WARNING)
+        path = self.config.run_dir / "model.safetensors"
+        if path.exists():
+            log(f"the last good model is in {path}")
 
     def finish(self, plan: RoundPlan, decision: RoundDecision, reports: list[RoundReport]) -> None:
         """Wait until everything is written, and record how the run ended."""

@@ -39,6 +39,7 @@ from fedrun.records.checkpoint import GLOBAL, Checkpoint, folder_of
 from fedrun.records.checkpoint_writer import CheckpointWriter
 from fedrun.records.snapshots import save_snapshot, tracked_parameters
 from fedrun.strategies.base import ClientReport, ServerRound
+from fedrun.training.batch_memory import BatchMemory
 from fedrun.training.evaluate import Piece, validation_pieces
 from fedrun.training.fisher import FisherEstimate
 from fedrun.training.optimizer import LocalOptimizer, scheduled_lr
@@ -83,20 +84,22 @@ class Worker:
         self.clients = self._host_clients()
         self.store = make_store(config, {k: c.state() for k, c in self.clients.items()},
                                 runtime.device)
-        self.start = tracked_parameters(self.flat.views(self.global_model))
+        self.start = tracked_parameters(self.flat.views(self.global_model)
+                                        ) if config.save_client_deltas else {}
         self.checkpoint_writer = CheckpointWriter()
         self._added: list[int] = []  # clients whose terms are in this round's sum
         if checkpoint is not None:
             self._load(checkpoint)
 
     def _host_clients(self) -> dict[int, Client]:
-        """This worker's clients, which share its model and its optimizer."""
-        config = self.config
+        """This worker's clients, which share its model, its optimizer and memory for a batch."""
+        config, memory = self.config, BatchMemory(self.flat.vector.device)
         work = [config.local_updates * config.batch_size] * config.num_clients  # in a round
         optimizer = LocalOptimizer(self.flat, config, self.schedule.rounds * config.local_updates)
         hosted = assign_clients(work, len(self.runtime.workers))[self._index]
         return {k: Client(k, self.shards.train[k], self.data.train, self.flat, config, optimizer,
-                          keeps_moments=config.client_moments in ("keep", "reset_epoch"))
+                          keeps_moments=config.client_moments in ("keep", "reset_epoch"),
+                          memory=memory)
                 for k in hosted}
 
     @property

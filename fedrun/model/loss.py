@@ -22,10 +22,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fedrun.model import gpu_head
+
 # Measured with tests/benchmarks/step.py. A chunk's logits are kept until the weight's gradient is
 # computed: larger chunks make fewer passes over weight and gradient, but need more memory. The
 # first chunk needs no extra memory: its logits are stored in the (not yet written) weight-gradient
-# buffer.
+# buffer. On a GPU the loss is computed by gpu_head.py, and these sizes are those of the entropy.
 CHUNK_BYTES = {"cpu": 1024, "cuda": 8192}  # of logits, per token of the vocabulary
 BLOCK_ROWS = {"cpu": 2048, "cuda": 2**17}  # tokens of the vocabulary
 ALIGNMENT = 64  # tokens; products and reductions over ragged rows are several times slower
@@ -93,6 +95,9 @@ def linear_cross_entropy_gradients(
     The gradient with respect to weight is written to grad_weight (vocab, d_model), or added to it
     if `add`. As the scale is known here, no later pass over a tensor of that size is needed.
     """
+    if hidden.is_cuda:
+        return gpu_head.cross_entropy_gradients(hidden, weight, targets, matmul_dtype, scale,
+                                                grad_weight, add)
     loss = hidden.new_zeros(())
     grad_hidden = torch.empty_like(hidden)
     end = 0
@@ -117,14 +122,15 @@ def linear_cross_entropy_gradients(
 
 def _loss(hidden: Tensor, weight: Tensor, targets: Tensor, matmul_dtype: torch.dtype) -> Tensor:
     """The summed loss alone, in the chunks of `linear_cross_entropy_gradients`: the same bits."""
+    if hidden.is_cuda:
+        return gpu_head.cross_entropy(hidden, weight, targets, matmul_dtype)
     loss = hidden.new_zeros(())
     end = 0
     while end < len(hidden):
         start, end = end, end + chunk_tokens(weight, matmul_dtype, add=end > 0)
         x, target = hidden[start:end], targets[start:end]
-        # On a CPU a block's logits are read at once, and the rare shift computes them twice.
-        kept = None if x.is_cpu else _logits_memory(x, weight, matmul_dtype)
-        shift, total = _softmax(x, weight, matmul_dtype, kept)
+        # A block's logits are read at once, and the rare shift computes them twice.
+        shift, total = _softmax(x, weight, matmul_dtype, None)
         loss += (shift + torch.log(total) - _logit_of(x, weight, target, matmul_dtype)).sum()
     return loss
 
@@ -156,8 +162,8 @@ def _softmax(x: Tensor, weight: Tensor, matmul_dtype: torch.dtype, exponentials:
                               ) if exponentials is None else exponentials[rows]
         return torch.mm(block, columns, out=part)
 
-    # Unless logits are extreme, exp needs no shift, which saves two passes. On a CPU the check is
-    # free; on another device it would have to wait for the device, so the shift is always applied.
+    # Unless logits are extreme, exp needs no shift, which saves two passes. Tensors without values
+    # (the meta device) cannot be checked.
     for shifted in (False, True) if x.is_cpu else (True,):
         shift = x.new_zeros(columns.shape[1])
         if shifted:

@@ -26,6 +26,8 @@ from fedrun.model.loss import (
 from fedrun.model.norm import rms_norm
 from fedrun.model.ssd import ssd_scan
 
+# tokens * layers * d_model that a GPU takes at a time, at some 26 bytes each in bf16
+GPU_ACTIVATIONS = 2**29
 CHUNK_SIZE = 64  # of the scan; the fastest of 32, 64 and 128 (tests/benchmarks/step.py)
 
 
@@ -89,6 +91,8 @@ class Mamba2Mixer(nn.Module):
         path = kernels.path_for(u)
         if path == "own":
             return self.forward(u)[0]
+        if not kernels.split_conv1d_takes(self.config.d_conv, self.d_conv_in):
+            path = "conv1d_and_chunk_scan"
         return mix_with_kernels(self, u, path, matmul_dtype_for(self.compute_dtype, u))
 
     def forward(self, u: Tensor, state: LayerState | None = None) -> tuple[Tensor, LayerState]:
@@ -123,7 +127,7 @@ def mix_with_kernels(mixer: Mamba2Mixer, u: Tensor, path: kernels.KernelPath,
     zxbcdt = linear(u, mixer.in_proj, matmul_dtype)
     if path == "split_conv1d_scan":
         y = combined.mamba_split_conv1d_scan_combined(
-            zxbcdt, mixer.conv1d.weight[:, 0], mixer.conv1d.bias, mixer.dt_bias, A, mixer.D,
+            zxbcdt, mixer.conv1d.weight.flatten(1), mixer.conv1d.bias, mixer.dt_bias, A, mixer.D,
             chunk_size=kernels.CHUNK_SIZE, activation="silu", rmsnorm_weight=mixer.norm.weight,
             rmsnorm_eps=config.norm_eps, headdim=config.headdim, ngroups=config.ngroups,
             norm_before_gate=False, **limits)
@@ -268,15 +272,18 @@ class Mamba2LM(nn.Module):
         for p in self.parameters():
             if p.grad is None:
                 p.grad = torch.empty_like(p)
-            if p is not self.lm_head.weight:
-                p.grad.zero_()
-        weight, grad_weight = self.lm_head.weight.detach(), self.lm_head.weight.grad
-        embedding, grad_embedding = (self.backbone.embedding.weight.detach(),
-                                     self.backbone.embedding.weight.grad)
-        assert grad_weight is not None
-        assert grad_embedding is not None
-        matmul_dtype = matmul_dtype_for(self.compute_dtype, weight)
         count = input_ids[:, 1:].numel()
+        grad = self._grad_on_gpu if input_ids.is_cuda else self._grad_in_chunks
+        return grad(input_ids, 1 / count), count
+
+    def _grad_in_chunks(self, input_ids: Tensor, scale: float) -> Tensor:
+        """Write the gradient of scale * loss; returns the loss."""
+        for p in self.parameters():
+            if p is not self.lm_head.weight:
+                assert p.grad is not None
+                p.grad.zero_()
+        weight, grad_weight, embedding, grad_embedding = self._outer()
+        matmul_dtype = matmul_dtype_for(self.compute_dtype, weight)
         loss = weight.new_zeros(())
         length, end, add = input_ids.shape[1], 0, False
         while end < len(input_ids):  # a chunk of the head at a time
@@ -288,7 +295,7 @@ class Mamba2LM(nn.Module):
             hidden = [self.hidden_of(part)[:, :-1] for part in embedded]
             part_loss, grad = linear_cross_entropy_gradients(
                 torch.cat([part.detach() for part in hidden]).flatten(0, 1), weight,
-                input_ids[start:end, 1:].flatten(), matmul_dtype, 1 / count, grad_weight, add)
+                input_ids[start:end, 1:].flatten(), matmul_dtype, scale, grad_weight, add)
             grads = grad.unflatten(0, (-1, length - 1)).split([len(part) for part in ids])
             for tokens, leaf, top, grad in zip(ids, embedded, hidden, grads, strict=True):
                 top.backward(grad)
@@ -297,7 +304,42 @@ class Mamba2LM(nn.Module):
                 leaf.grad = None
             loss += part_loss
             add = True
-        return loss, count
+        return loss
+
+    def _grad_on_gpu(self, input_ids: Tensor, scale: float) -> Tensor:
+        """What `_grad_in_chunks` does. Small pieces cost a GPU as much as large ones, so the layers
+        take the whole batch if it fits, and one launch copies their gradients. A CUDA graph could
+        hold it: it waits for nothing, and what outlives it stays where it is."""
+        weight, grad_weight, embedding, grad_embedding = self._outer()
+        matmul_dtype = matmul_dtype_for(self.compute_dtype, weight)
+        inner = [p for p in self.parameters()
+                 if p is not self.lm_head.weight and p is not self.backbone.embedding.weight]
+        loss, add = weight.new_zeros(()), False
+        if grad_embedding is not grad_weight:
+            grad_embedding.zero_()
+        sequence = input_ids.shape[1] * self.config.n_layer * self.config.d_model
+        for ids in input_ids.split(max(1, GPU_ACTIVATIONS // sequence)):
+            embedded = F.embedding(ids, embedding).requires_grad_()
+            hidden = self.hidden_of(embedded)[:, :-1]
+            part_loss, grad = linear_cross_entropy_gradients(
+                hidden.detach().flatten(0, 1), weight, ids[:, 1:].flatten(), matmul_dtype, scale,
+                grad_weight, add)
+            grad_embedded, *grads = torch.autograd.grad(
+                hidden, [embedded, *inner], grad.view(hidden.shape))
+            keep = torch._foreach_add_ if add else torch._foreach_copy_
+            keep([p.grad for p in inner if p.grad is not None], grads)
+            grad_embedding.index_add_(0, ids.flatten(), grad_embedded.flatten(0, 1))
+            loss += part_loss
+            add = True
+        return loss
+
+    def _outer(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The head's weight and its gradient, the embedding's and its gradient; the same two where
+        they are tied."""
+        head, embedding = self.lm_head.weight, self.backbone.embedding.weight
+        assert head.grad is not None
+        assert embedding.grad is not None
+        return head.detach(), head.grad, embedding.detach(), embedding.grad
 
     @torch.no_grad()
     def entropy(self, input_ids: Tensor) -> tuple[Tensor, int]:

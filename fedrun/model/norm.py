@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fedrun.model import kernels
 from fedrun.model.config import NORM_EPS
 
 
@@ -19,6 +20,8 @@ def rms_norm(x: Tensor, weight: Tensor, z: Tensor | None = None, groups: int = 1
     x, z: (..., width); weight: (width,). The width is split into `groups` equal parts with a mean
     each. Everything is computed in x's type; z may have another.
     """
+    if z is None and groups == 1 and kernels.has_rms_norm(x):
+        return F.rms_norm(x, list(weight.shape), weight, eps)
     normed: Tensor = _RMSNorm.apply(  # type: ignore[no-untyped-call]
         x, weight, z, groups, eps)
     return normed

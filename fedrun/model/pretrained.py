@@ -116,8 +116,10 @@ class Pretrained:
         return model
 
 
-def find_pretrained(name: str, flag: str) -> Pretrained:
+def find_pretrained(name: str, flag: str, cache_dir: Path = hub.CACHE_DIR) -> Pretrained:
     """Find a model by its folder, its run's name under results/, or its name on the hub.
+
+    cache_dir: the value of --cache_dir, for what comes from the hub.
 
     Raises InputError, naming `flag`, if there is none or it has another architecture, and
     ConnectionError if the hub is needed and cannot be reached.
@@ -126,7 +128,7 @@ def find_pretrained(name: str, flag: str) -> Pretrained:
     if not folder.is_dir() and (Path("results") / name).is_dir():
         folder = Path("results") / name
     if not folder.is_dir():
-        folder = _download(name, flag)
+        folder = _download(name, flag, cache_dir)
     try:
         config = read_json(folder / "config.json", dict)
         if "method" in config:
@@ -202,7 +204,7 @@ def from_mamba_ssm_config(config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
     return model, whole_rows(config["vocab_size"], config.get("pad_vocab_size_multiple", 8))
 
 
-def _download(name: str, flag: str) -> Path:
+def _download(name: str, flag: str, cache_dir: Path) -> Path:
     """The folder of a hub model in the cache, downloaded if it is missing or out of date."""
     if not HUB_NAME.fullmatch(name):
         raise InputError(f"{flag} {name}: no such folder; must be the folder of a run or of an "
@@ -210,8 +212,9 @@ def _download(name: str, flag: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES,
-                                      local_files_only=not hub.hub_answers()))
+        return Path(hub.from_hub(cache_dir, lambda folders: snapshot_download(
+            name, allow_patterns=FILES, local_files_only=not hub.hub_answers(),
+            cache_dir=folders.hub)))
     except RepositoryNotFoundError as error:
         raise InputError(f"{flag} {name}: neither a folder nor a model on the hub") from error
     except Exception as error:  # the library raises many kinds

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedrun.common.log import WARNING, log
+from fedrun.common.pinned import PinnedMemory
 from fedrun.config import RunConfig
 from fedrun.records.checkpoint import Checksums, Files, commit, folder_of, write_tensors
 from fedrun.records.run_files import remove_checkpoint
@@ -20,10 +22,16 @@ from fedrun.records.run_files import remove_checkpoint
 class CheckpointWriter:
     """Writes a worker's files of one checkpoint at a time, while the worker trains on.
 
-    The tensors are copied before the next round begins; a thread writes the copies.
+    The tensors are copied before the next round begins; a thread writes the copies. From a GPU the
+    copies are queued on the stream that trains, which the host does not wait for: what changes the
+    tensors next is queued behind them. They go to pinned memory, which is kept for the next
+    checkpoint. (Not run on a GPU.)
     """
 
     def __init__(self) -> None:
+        self._pinned = PinnedMemory()
+        self._copies: dict[tuple[str, str], Tensor] = {}
+        """In pinned memory, by file and name."""
         self._thread = ThreadPoolExecutor(1, "fedrun-saver",
                                           initializer=lambda: torch.set_num_threads(1))
         self._writing: Future[dict[str, Any]] | None = None
@@ -31,15 +39,25 @@ class CheckpointWriter:
 
     def begin(self, folder: Path, step: int, files: Files,
               linked: Future[Checksums] | None = None) -> None:
-        """Copy the tensors and start to write the copies. The tensors may change on return.
+        """Copy the tensors and start to write the copies. On return the tensors may change: those
+        on a GPU by what is queued on its current stream.
 
         linked: the future checksums of files that another thread links into the folder.
         """
         self._wait()
-        snapshot = {name: {key: torch.empty_like(tensor, device="cpu").copy_(tensor)
-                           for key, tensor in tensors.items()}
+        snapshot = {name: {key: self._copy(name, key, tensor) for key, tensor in tensors.items()}
                     for name, tensors in files.items()}
-        self._writing = self._thread.submit(_write, folder, step, snapshot, linked)
+        devices = {t.device for tensors in files.values() for t in tensors.values() if t.is_cuda}
+        copied = [_copied(device) for device in devices]
+        self._writing = self._thread.submit(_write, folder, step, snapshot, linked, copied)
+
+    def _copy(self, file: str, name: str, tensor: Tensor) -> Tensor:
+        """A copy on the host; of a tensor on a GPU it is complete when `_copied` says so."""
+        if not tensor.is_cuda:
+            return torch.empty_like(tensor, device="cpu").copy_(tensor)
+        if (file, name) not in self._copies:
+            self._copies[file, name] = self._pinned.empty_like(tensor)
+        return self._copies[file, name].copy_(tensor, non_blocking=True)
 
     def written(self, wait: bool = False) -> list[dict[str, Any]]:
         """The results of the writes that have ended since the last call: the `step` of each, and
@@ -58,8 +76,22 @@ class CheckpointWriter:
             self._writing = None
 
 
-def _write(folder: Path, step: int, files: Files, linked: Future[Checksums] | None
-           ) -> dict[str, Any]:
+def _copied(device: torch.device) -> Callable[[], None]:
+    """A function that waits, in any thread, for all that is queued on a GPU's current stream by
+    now."""
+    event = torch.cuda.current_stream(device).record_event()
+
+    def wait() -> None:
+        torch.cuda.set_device(device)  # or the thread would open a context on the first GPU
+        event.synchronize()
+    return wait
+
+
+def _write(folder: Path, step: int, files: Files, linked: Future[Checksums] | None,
+           copied: Iterable[Callable[[], None]]) -> dict[str, Any]:
+    """On the thread: write the files once their copies are complete."""
+    for wait in copied:
+        wait()
     try:
         checksums = {} if linked is None else linked.result()
         for name in checksums:

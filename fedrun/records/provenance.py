@@ -79,8 +79,8 @@ def corpus_digests(fingerprint: Mapping[str, Any]) -> dict[str, str]:
 def check_provenance(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Compare a checkpoint's provenance with this run's.
 
-    Raises InputError if the text, the tokenizer, the shards, the kernels or the first weights
-    differ. A different version of a library is only a warning.
+    Raises InputError if the text, the tokenizer, the shards, the kernels, the first weights or
+    the code of the method differ. Another GPU, or another version of a library, is only a warning.
     """
     named = [("corpus", "corpus", "--dataset")] if "content" not in recorded else []
     for name, what, flag in (("text", "text", "--dataset"),
@@ -88,14 +88,19 @@ def check_provenance(recorded: Mapping[str, Any], current: Mapping[str, Any]) ->
                              ("content", "corpus", "--dataset"), *named,
                              ("partition", "partition", "--partition"),
                              ("kernels", "kernels", "--device"),
-                             ("init_from", "first model", "--init_from")):
+                             ("init_from", "first model", "--init_from"),
+                             ("plugin", "code of the method", "--plugin")):
         if name in recorded and recorded[name] != current[name]:
             raise InputError(f"{flag}: the {what} of this run was {abbreviated(recorded[name])} "
                              f"and is {current[name]} now; --overwrite starts over")
     before = recorded.get("versions")
     before = before if isinstance(before, dict) else {}
-    if other := [f"{name} {abbreviated(before.get(name))}, now {version}"
-                 for name, version in current["versions"].items() if before.get(name) != version]:
+    pairs = {name: (before.get(name, "unknown"), version)
+             for name, version in current["versions"].items()}
+    if gpu := current.get("gpu"):
+        pairs["GPU"] = recorded.get("gpu", "unknown"), gpu
+    if other := [f"{name} {abbreviated(there)}, now {here}"
+                 for name, (there, here) in pairs.items() if there != here]:
         log(f"the last bits may differ: this run was started with {'; '.join(other)}", WARNING)
 
 

@@ -2,7 +2,8 @@
 
 Federated and central runs write the same files; a `Schema` holds the names in which they differ.
 Files of models, snapshots, history and checkpoints are written by a thread, in the order of the
-calls, so that training does not wait for a disk unless it falls behind by MAX_PENDING tasks.
+calls, so that training does not wait for a disk unless it falls behind by MAX_PENDING tasks. It
+also makes the sample texts, unless training on GPUs is not to wait for them (sample_texts.py).
 
     recorder = Recorder(config, FEDERATED, rounds, flat, provenance, workers)
     for each round:
@@ -34,6 +35,7 @@ from fedrun.records.checkpoint_writer import CheckpointCoordinator
 from fedrun.records.events import Events, Progress
 from fedrun.records.history import COHORT_NUMBERS, RunTotals, half_losses
 from fedrun.records.outcome import write_outcome
+from fedrun.records.sample_texts import SampleTexts, Stopwatch
 from fedrun.records.schema import Schema
 from fedrun.records.snapshots import SnapshotWriter, save_model, tracked_parameters
 from fedrun.training.evaluate import Piece, mean_loss
@@ -58,7 +60,7 @@ class Recorder:
 
     def __init__(self, config: RunConfig, schema: Schema, total: int, flat: FlatParams,
                  provenance: dict[str, Any], workers: int, done: int = 0,
-                 state: Mapping[str, Any] | None = None) -> None:
+                 state: Mapping[str, Any] | None = None, skips_texts: bool = False) -> None:
         """
         total: the rounds or steps of the run.
         flat: the model as it is before the first of them, also in a run that resumes: snapshots
@@ -66,6 +68,8 @@ class Recorder:
         provenance, workers: what checkpoints record besides the settings, and how many processes
             write files of them.
         done, state: number and content of the checkpoint that the run resumes from.
+        skips_texts: whether evaluations go without a sample text that training would wait for.
+            Then `generated` depends on the time that everything takes.
         """
         self.config, self.schema, self.total = config, schema, total
         self.totals = RunTotals()
@@ -87,7 +91,9 @@ class Recorder:
         self._writer = ThreadPoolExecutor(1, "fedrun-writer",
                                           initializer=lambda: torch.set_num_threads(config.threads))
         self._pending: deque[Future[None]] = deque()
+        self._busy, self._making_text = Stopwatch(), Stopwatch()  # the thread
         self._warned = False
+        self._texts = SampleTexts(config.threads, schema.unit) if skips_texts else None
 
     def step(self, number: int, train_ppl: float, lr: float,
              record: Mapping[str, Any] | None = None, **fields: Any) -> None:
@@ -111,8 +117,9 @@ class Recorder:
         best so far, as the best model.
 
         pieces: the losses of all validation batches. model: (size,) on the CPU, from now on the
-        recorder's. generated: sample text, or a function that makes it on the writer's thread.
-        fields: more of the record. Returns the record; a sample that is still to be made is None.
+        recorder's. generated: sample text, or a function that makes it on a thread of the
+        recorder's. fields: more of the record. Returns the record; a sample that is still to be
+        made, or skipped, is None.
         """
         loss = mean_loss(pieces)
         record = {self.schema.step: number, **self.totals.take_train_loss(),
@@ -121,8 +128,11 @@ class Recorder:
                   "generated": None if callable(generated) else generated,
                   **self.totals.now(), **fields}
         self.history.append(record)
-        self._submit(lambda: self._save(number, model, record,
-                                        generated if callable(generated) else None))
+        make = generated if callable(generated) else None
+        if make is not None and self._texts is not None:
+            self._texts.offer(record, make, last=number == self.total)
+            make = None
+        self._submit(lambda: self._save(number, model, record, make))
         return record
 
     def checkpoint_due(self, number: int) -> bool:
@@ -132,7 +142,8 @@ class Recorder:
     def begin_checkpoint(self, number: int, **state: Any) -> None:
         """Keep the history up to this round or step for a checkpoint whose files the workers have
         begun to write; `state`: what else it has to hold, as JSON-able values."""
-        # The records' sample texts may still be missing: the thread makes them before it commits.
+        # The records' sample texts may still be missing: the thread makes them before it commits,
+        # unless they may be skipped.
         self.checkpoints.begin(number, {"history": self.history.copy(),
                                         "clocks": self.totals.state(), **state})
 
@@ -158,6 +169,9 @@ class Recorder:
         number: the last round or step. stop: who asked for an end before the run's last; else
         empty. written: as for `commit_checkpoints`.
         """
+        if self._texts is not None:
+            self._texts.wait()
+            self._submit(lambda: self._write_history(number))  # with the texts made since
         self.wait()
         self.commit_checkpoints(written)
         self.close()
@@ -173,6 +187,8 @@ class Recorder:
 
     def end_thread(self) -> None:
         """Wait until nothing is written any more, without raising the errors of the writing."""
+        if self._texts is not None:
+            self._texts.end_thread()
         self._writer.shutdown()
 
     def _submit(self, task: Callable[[], None]) -> None:
@@ -181,13 +197,25 @@ class Recorder:
             self._pending.popleft().result()
         if len(self._pending) == MAX_PENDING:
             if not self._warned:
-                log(f"{self.config.run_dir} is written more slowly than {self.schema.unit}s finish:"
-                    " training waits for the disk (a larger --val_freq writes less)", WARNING)
+                log(self._what_is_slow(), WARNING)
             self._warned = True
             self._pending.popleft().result()
-        self._pending.append(self._writer.submit(task))
+        self._pending.append(self._writer.submit(self._timed, task))
+
+    def _what_is_slow(self) -> str:
+        """The warning when training waits: for what the thread has spent most of its time on."""
+        unit = self.schema.unit
+        if 2 * self._making_text.seconds > self._busy.seconds:
+            return (f"a sample text takes longer than the {unit}s between evaluations: training "
+                    "waits for it (a larger --val_freq makes fewer)")
+        return (f"{self.config.run_dir} is written more slowly than {unit}s finish: training waits "
+                "for the disk (a larger --val_freq writes less)")
 
     # ---- on the writer's thread ------------------------------------------------------------------
+
+    def _timed(self, task: Callable[[], None]) -> None:
+        with self._busy:
+            task()
 
     def _save(self, number: int, model: Tensor, record: dict[str, Any],
               generate: Callable[[], str] | None) -> None:
@@ -195,19 +223,24 @@ class Recorder:
         must_succeed = number == self.total or self._snapshots.full
         self._snapshots.add(number, tracked_parameters(self._views(model)))
         if generate is not None:
-            record["generated"] = generate()
+            with self._making_text:
+                record["generated"] = generate()
         try:
             self.save_model(model)
             if self._best is not None:
                 self._best.offer(number, record[self.schema.val_loss], self._views(model))
-            write_json(run_dir / "training_history.json",
-                       [r for r in self.history if r[self.schema.step] <= number])
+            self._write_history(number)
             self._snapshots.write()
         except OSError as error:
             if must_succeed:
                 raise
             log(f"{self.schema.unit} {number} could not be written to {run_dir} "
                 f"({error.strerror}); the next evaluation tries again", WARNING)
+
+    def _write_history(self, number: int) -> None:
+        """Write the records until a round or step."""
+        write_json(self.config.run_dir / "training_history.json",
+                   [r for r in self.history if r[self.schema.step] <= number])
 
     def _write_unwritten(self) -> None:
         """Before a checkpoint is committed: write what a full disk has rejected. A run that resumes

@@ -153,9 +153,11 @@ class Strategy:
         require(self.trains or self.inputs == ("gradient",), "inputs", self.inputs,
                 "gradient alone, or vectors of a client that trains")
         if not self.trains:
-            # A client makes no local step, so settings of local training would do nothing.
+            # A client makes no local step, so settings of local training would do nothing, and
+            # its own model is the global one of before the round.
             for flag, value in {"local_updates": 1, "client_moments": "keep", "sync": "round",
-                                "prox_mu": 0, "grad_clip": None}.items():
+                                "prox_mu": 0, "grad_clip": None, "eval_clients": False,
+                                "save_client_deltas": False}.items():
                 require(getattr(config, flag) == value, f"--{flag}", getattr(config, flag),
                         f"{value} for {config.method}".lower())
         if "fisher" in self.inputs and self.fisher_settings.estimate == "corrected":

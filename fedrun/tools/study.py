@@ -10,7 +10,8 @@ to the reference with the same seed. Each run has a folder in results/NAME/runs.
 not repeated, so that the same command resumes a study.
 
     name: methods               # results go to results/methods
-    jobs: 2                     # runs at the same time
+    jobs: 2                     # runs of one process at the same time
+    workers: 1                  # processes (on GPUs: one for each) of one federated run
     reference: central          # the setting that the others are compared to
     tune_seed: 0
     report_seeds: [1, 2, 3]
@@ -25,43 +26,57 @@ not repeated, so that the same command resumes a study.
       seed: [1, 2, 3]           # in place of report_seeds and tune_seed
     scales:                     # --scale small: another base, axes or grid, in results/NAME_small
       small: {base: {dataset: pydocs}}
+    figures:                    # drawn into results/NAME/figures, with flags of `fedrun plot`
+      - perplexities
+      - federated-deltas --entity client_0
     settings:
       central: {method: central, rounds: 240}
       averaged: {method: fed_avg, rounds: 240, grid: {lr: [1e-3]}}
       entropy: {method: fed_entropy, rounds: 240, only_first: [config]}  # the axis's first value
 
 Several processes, on one machine or on several that share the folder, can run the same command:
-they share the runs out. SIGTERM and Ctrl-C stop the runs with a checkpoint.
+they share the runs out. So do the processes that torchrun, srun or the scripts in launch/ start;
+each run has its own GPU, or with --workers N as many. SIGTERM, Ctrl-C and a file STOP in
+results/NAME stop the runs with a checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
-from fedrun.common.errors import InputError
+from fedrun.common import locks
+from fedrun.common.errors import one_line
 from fedrun.common.log import WARNING, log
 from fedrun.config import RunConfig
-from fedrun.distributed.launch import detect
-from fedrun.flags import METHODS, Parser, add_flags, method_flags
+from fedrun.distributed.launch import Launch, detect, without_rank
+from fedrun.distributed.stopping import LAUNCHER, StopRequest
+from fedrun.flags import Parser, add_flags, method_flags, methods
+from fedrun.records.outcome import START_VARIABLE, read_outcome, write_outcome
+from fedrun.tools.study_devices import places, remark, visible_gpus
 from fedrun.tools.study_file import Study, notes, read
-from fedrun.tools.study_queue import Stopped, run_all
+from fedrun.tools.study_queue import Member, Stopped, run_all
 from fedrun.tools.study_runs import loss_halves
 from fedrun.tools.study_table import write
 
+SECONDS_FOR_FIGURES = 600.0  # in which another process that has finished as well may draw them
 
-def tune(study: Study) -> None:
+
+def tune(study: Study, member: Member) -> None:
     """Run all grids with the tuning seed; extend them until no best value lies at an edge, or they
     may not grow further."""
     growing = list(study.settings.values())
     while growing:
         configs = {(s.name, point): study.config(s, point, study.tune_seed)
                    for s in growing for point in s.points()}
-        run_all(study.folder, configs.values(), study.jobs)
+        run_all(member, configs.values())
         for setting in growing:
             for point in setting.points():
                 halves = loss_halves(configs[setting.name, point])
@@ -70,12 +85,11 @@ def tune(study: Study) -> None:
         growing = [setting for setting in growing if setting.extend()]
 
 
-def repeat(study: Study) -> None:
+def repeat(study: Study, member: Member) -> None:
     """Run the settings that are close enough to the reference again, with the reported seeds."""
     kept = [s for s in study.settings.values()
             if study.tuned_ratio(s) <= study.prune or {s.name, s.of} & {*study.always}]
-    run_all(study.folder, [study.config(s, s.best, seed) for seed in study.report_seeds
-                           for s in kept], study.jobs)
+    run_all(member, [study.config(s, s.best, seed) for seed in study.report_seeds for s in kept])
 
 
 def unfinished(study: Study) -> list[RunConfig]:
@@ -89,14 +103,84 @@ def unfinished(study: Study) -> list[RunConfig]:
             if loss_halves(config) is None]
 
 
-def budget(study: Study) -> str:
+def budget(study: Study, at_a_time: int) -> str:
     """A line that says how many runs the study makes at most, and how many of its grid are left."""
     grid = [study.config(s, p, study.tune_seed) for s in study.settings.values()
             for p in s.points()]
     left = sum(loss_halves(config) is None for config in grid)
     repeats = len(study.settings) * len({*study.report_seeds} - {study.tune_seed})
     return (f"{study.folder.name}: {len(study.settings)} settings, {len(grid)} runs on the grid "
-            f"({left} to do), at most {repeats} repeated with other seeds, {study.jobs} at a time")
+            f"({left} to do), at most {repeats} repeated with other seeds, {at_a_time} at a time")
+
+
+def finished(study: Study) -> int:
+    """How many runs in the study's folder are finished: the step in its outcome.json."""
+    return sum(read_outcome(path).get("outcome") == "finished"
+               for path in (study.folder / "runs").glob("*"))
+
+
+def take_part(study: Study, launch: Launch, gpus: Sequence[str | None]) -> int:
+    """Run what is left of a study on these GPUs (see `Member`), together with its other processes;
+    return the exit code.
+
+    Rank 0 of those that a launcher has started concludes the study, once its runs are finished by
+    whomever. If it is lost, the same command does. Launch scripts read the outcome.json in the
+    study's folder.
+    """
+    study.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=study.folder, prefix=".began.") as began:
+        stop = StopRequest(study.folder, Path(began.name), list, launch)
+    first = launch.rank == 0
+    if first:
+        write_outcome(study.folder, "running", finished(study))
+    try:
+        member = Member(study.folder, gpus, study.workers, stop.asked_by)
+        tune(study, member)
+        repeat(study, member)
+        if first:
+            conclude(study)
+    except Stopped as stopped:
+        if first:
+            write_outcome(study.folder, "stopped", finished(study), str(stopped))
+            log(str(stopped), WARNING)
+        return stopped.code
+    except Exception as error:
+        if first:
+            write_outcome(study.folder, "failed", finished(study), one_line(error))
+        raise
+    return 0
+
+
+def conclude(study: Study) -> None:
+    """Write the table and plot what the study's file lists, unless another process of the same
+    launch script has done so."""
+    lock = locks.acquire(study.folder / "queue" / "table.lock", SECONDS_FOR_FIGURES)
+    try:
+        start, before = os.environ.get(START_VARIABLE), read_outcome(study.folder)
+        if start and (before.get("start"), before.get("outcome")) == (start, "finished"):
+            return
+        write(study)
+        print((study.folder / "table.md").read_text(encoding="utf-8"), end="", flush=True)
+        for kind, *flags in study.figures:
+            from fedrun.tools import plot
+            plot.main([kind, *flags, "--data_dir", str(study.folder / "runs"),
+                       "--out_dir", str(study.folder / "figures")])
+        write_outcome(study.folder, "finished", finished(study))
+    finally:
+        lock.release()
+
+
+def say_cost(study: Study, at_a_time: int) -> None:
+    """Print what is left, and what it costs on this machine. Uses a GPU if there is one."""
+    print(budget(study, at_a_time), flush=True)
+    if left := unfinished(study):
+        from fedrun.tools.study_cost import estimate  # imports torch
+        print(estimate(left, study.workers).describe(at_a_time), flush=True)
+
+
+def _gpu_count() -> int:
+    import torch
+    return torch.cuda.device_count()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -107,7 +191,10 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path, help="the study's YAML file")
     parser.add_argument("--jobs", metavar="N",
-                        help="runs at the same time (default: as in FILE, or 1)")
+                        help="runs of one process at the same time (default: as in FILE, or 1)")
+    parser.add_argument("--workers", metavar="N",
+                        help="processes that train the clients of one federated run, on GPUs one a "
+                             "GPU (default: as in FILE, or 1)")
     parser.add_argument("--results", type=Path, default=Path("results"),
                         help="folder in which the study's folder is created (default: results/)")
     parser.add_argument("--name", metavar="TEXT",
@@ -121,35 +208,36 @@ def main(argv: Sequence[str]) -> int:
                         help="print how many runs are left and what they cost here, and exit")
     parser.add_argument("--print_config", action="store_true",
                         help="print the resolved settings of all runs as YAML, and exit")
-    add_flags(parser, {name: flag for method in METHODS
+    parser.add_argument("--print_run_dir", action="store_true",
+                        help="print the path of the study's folder and exit (for launch scripts)")
+    add_flags(parser, {name: flag for method in methods()
                        for name, flag in method_flags(method).items()}, hidden=True)
     given = vars(parser.parse_intermixed_args(argv))
-    launch = detect(os.environ)
-    if not launch.alone:  # every rank would pass its own rank on to its runs
-        raise InputError(f"study: starts its runs itself, but {launch.world_size} processes were "
-                         "started together: use `python -m fedrun study`, several times to share "
-                         "a study out")
     path, results = given.pop("file"), given.pop("results")
     dry_run, print_config = given.pop("dry_run"), given.pop("print_config")
+    print_run_dir = given.pop("print_run_dir")
     overrides = {name: value for name, value in given.items() if value is not None}
-    study = read(path, results, overrides)
-    for line in notes(study, overrides):
-        log(line, WARNING)
+    study, launch = read(path, results, overrides), detect(os.environ)
+    if print_run_dir:
+        print(study.folder)
+        return 0
+    if launch.rank == 0:
+        for line in notes(study, overrides):
+            log(line, WARNING)
     if print_config:
         print(yaml.safe_dump(study.to_dict(), sort_keys=False), end="")
         return 0
-    print(budget(study), flush=True)
-    if left := unfinished(study):
-        from fedrun.tools.study_cost import estimate  # imports torch
-        print(estimate(left).describe(study.jobs), flush=True)
-    if dry_run:
-        return 0
-    try:
-        tune(study)
-        repeat(study)
-    except Stopped as stopped:
-        log(str(stopped), WARNING)
-        return 128 + stopped.number
-    write(study)
-    print((study.folder / "table.md").read_text(encoding="utf-8"), end="")
-    return 0
+    visible = [] if study.device == "cpu" else visible_gpus(os.environ, _gpu_count)
+    gpus = places(launch, study.jobs, visible, study.workers)
+    line = remark(launch, study.jobs, visible, study.workers)
+    if line and launch.local_rank == 0 and not dry_run:
+        log(line, WARNING)
+    at_a_time = study.jobs * launch.world_size
+    if launch.rank == 0 and visible and not dry_run:
+        # In a process of its own: this one would keep a part of the first GPU.
+        env = without_rank(os.environ) | {LAUNCHER: str(os.getpid())}
+        subprocess.run([sys.executable, "-m", "fedrun", "study", *argv, "--dry_run", "--jobs",
+                        str(at_a_time)], env=env, check=False)
+    elif launch.rank == 0:
+        say_cost(study, at_a_time)
+    return 0 if dry_run else take_part(study, launch, gpus)

@@ -21,6 +21,7 @@ from fedrun.distributed.launch import detect
 from fedrun.distributed.runtime import choose_device
 from fedrun.experiment import Experiment, prepare_experiment, resolve_dtype
 from fedrun.federation.client import Client
+from fedrun.model.hardware import hardware
 from fedrun.training.evaluate import BATCH_SEQUENCES, validation_pieces
 from fedrun.training.optimizer import LocalOptimizer
 from fedrun.training.params import FlatParams
@@ -61,9 +62,12 @@ class Cost:
                                   for shape in self.shapes])
 
 
-def estimate(configs: Iterable[RunConfig]) -> Cost:
+def estimate(configs: Iterable[RunConfig], workers: int = 1) -> Cost:
     """Prepare the text, and measure. Raises InputError as the runs would, for settings that do not
-    fit the text or the machine."""
+    fit the text or the machine.
+
+    workers: processes that train the clients of one federated run, as fast as one alone.
+    """
     lengths: dict[str, Experiment] = {}
     shapes: dict[str, Shape] = {}
     texts: set[str] = set()
@@ -83,21 +87,22 @@ def estimate(configs: Iterable[RunConfig]) -> Cost:
             "device", "threads")])
         if shape_key not in shapes:
             shapes[shape_key] = measure(experiment, device)
-        steps, updates = experiment.length.steps, 1
+        steps, updates, in_turn = experiment.length.steps, 1, 1
         if isinstance(config, FederatedConfig):
             updates = config.local_updates * config.cohort_size
+            in_turn = config.local_updates * math.ceil(config.cohort_size / workers)
         evaluations = 1 + steps // config.val_freq + bool(steps % config.val_freq)
         runs += 1
         tokens += steps * updates * config.batch_size * config.sequence_length
         shape = shapes[shape_key]
-        seconds += steps * updates * shape.step + evaluations * shape.evaluation
+        seconds += steps * in_turn * shape.step + evaluations * shape.evaluation
     return Cost(runs, tokens, seconds, list(shapes.values()))
 
 
 def measure(experiment: Experiment, device: torch.device) -> Shape:
     """Time the second of two steps, and one batch of the validation split."""
     config = experiment.config
-    experiment = experiment.decided(resolve_dtype(config, device), experiment.data)
+    experiment = experiment.decided(resolve_dtype(config, [hardware(device)]), experiment.data)
     config, data = experiment.config, experiment.data
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)

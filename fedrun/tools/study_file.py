@@ -15,18 +15,20 @@ from fedrun.common.errors import InputError, is_component, one_line, require
 from fedrun.common.old_names import renamed
 from fedrun.common.perplexity import perplexity
 from fedrun.config import RunConfig
-from fedrun.flags import METHODS, closest, method_flags, resolve
+from fedrun.flags import closest, method_flags, methods, resolve
 from fedrun.unused import idle, refuse_unread
 
 Point = tuple[tuple[str, float], ...]
 """A point on a setting's grid: ((flag, value), ...)."""
 
 DEFAULTS: dict[str, Any] = {
-    "name": None, "jobs": 1, "reference": None, "tune_seed": 0, "report_seeds": [],
+    "name": None, "jobs": 1, "workers": 1, "reference": None, "tune_seed": 0, "report_seeds": [],
     "prune": math.inf, "repeat": [], "extensions": 0, "grid": {}, "axes": {}, "scales": {},
-    "published": {}, "base": {}, "settings": None}
-OPTIONS = ("jobs", "name", "report_seeds", "axes", "scale")
+    "published": {}, "figures": [], "base": {}, "settings": None}
+OPTIONS = ("jobs", "workers", "name", "report_seeds", "axes", "scale")
 """What the command line says of the study itself, not of its runs."""
+FIGURES = ("perplexities", "deltas", "federated-deltas")
+"""The kinds of `fedrun plot`."""
 
 
 @dataclass
@@ -77,6 +79,9 @@ class Study:
 
     folder: Path
     jobs: int
+    """Runs of one process at the same time."""
+    workers: int
+    """Processes that train the clients of one federated run."""
     reference: str
     """Its name in the file: there is a reference for each value of its axes."""
     tune_seed: int
@@ -88,6 +93,8 @@ class Study:
     published: dict[str, str]
     """Row -> the final perplexity that others have published; empty if these runs are not theirs,
     since another scale was chosen, or a flag given that decides results."""
+    figures: list[list[str]]
+    """What to plot of the runs: the words behind `fedrun plot`."""
 
     def config(self, setting: StudySetting, point: Point, seed: int) -> RunConfig:
         """The config of one run. ValueError for flags that its method does not have."""
@@ -99,11 +106,17 @@ class Study:
     def to_dict(self) -> dict[str, Any]:
         """What the file and the command line lead to, for YAML: of each row the grid, and all
         settings at its first point with the tuning seed."""
-        return {"folder": str(self.folder), "jobs": self.jobs, "reference": self.reference,
-                "tune_seed": self.tune_seed, "report_seeds": self.report_seeds,
-                "prune": self.prune, "repeat": self.always,
-                "settings": {s.name: {"grid": s.grid} | self.config(
+        return {"folder": str(self.folder), "jobs": self.jobs, "workers": self.workers,
+                "device": self.device, "reference": self.reference, "tune_seed": self.tune_seed,
+                "report_seeds": self.report_seeds, "prune": self.prune, "repeat": self.always,
+                "figures": self.figures, "settings": {s.name: {"grid": s.grid} | self.config(
                     s, s.points()[0], self.tune_seed).to_dict() for s in self.settings.values()}}
+
+    @property
+    def device(self) -> str:
+        """`cpu` if no run may take a GPU; else `auto`."""
+        configs = [self.config(s, s.points()[0], 0) for s in self.settings.values()]
+        return "cpu" if all(config.device == "cpu" for config in configs) else "auto"
 
     def reference_of(self, setting: StudySetting) -> StudySetting:
         """The row of the reference at the setting's values of the axes; the first, for axes that
@@ -164,11 +177,16 @@ def read(path: Path, results: Path, overrides: Mapping[str, Any]) -> Study:
     for name in values["repeat"]:
         require(name in settings or name in values["settings"], f"{where}repeat", name,
                 "one of " + ", ".join(values["settings"]))
-    study = Study(results / str(values["name"]), number("jobs", int, 1), values["reference"],
-                  number("tune_seed", int, 0), _seeds(f"{where}report_seeds", values),
-                  number("prune", float, 0), list(values["repeat"]), settings,
+    figures = [str(line).split() for line in values["figures"]]
+    for words in figures:
+        require(bool(words) and words[0] in FIGURES, f"{where}figures", " ".join(words),
+                "one of " + ", ".join(FIGURES) + ", followed by flags of `fedrun plot`")
+    study = Study(results / str(values["name"]), number("jobs", int, 1), number("workers", int, 1),
+                  values["reference"], number("tune_seed", int, 0),
+                  _seeds(f"{where}report_seeds", values), number("prune", float, 0),
+                  list(values["repeat"]), settings,
                   {} if flags.keys() - RunConfig.not_in_results else
-                  {str(row): str(figure) for row, figure in values["published"].items()})
+                  {str(row): str(figure) for row, figure in values["published"].items()}, figures)
     for setting in settings.values():
         study.config(setting, setting.points()[0], 0)  # reports wrong flags before anything runs
         study.reference_of(setting)
@@ -215,7 +233,7 @@ def _merged(path: Path, given: Mapping[str, Any], options: Mapping[str, Any]) ->
             "tune_seed": seeds[0]})
     if "report_seeds" in options:
         values["report_seeds"] = options["report_seeds"].split(",")
-    values |= {key: options[key] for key in ("jobs", "name") if key in options}
+    values |= {key: options[key] for key in ("jobs", "workers", "name") if key in options}
     values |= {"base": renamed(values["base"]), "axes": renamed(axes)}
     return values
 
@@ -252,7 +270,7 @@ def _expand(where: str, name: str, own: Any, values: Mapping[str, Any],
             f"{where}: only_first", only_first, "a list of axes")
     method = own.get("method", values["base"].get("method"))
     require(method is not None, where, own, "flags with a `method`")
-    require(method in METHODS, f"{where}: method", method, "one of " + ", ".join(METHODS))
+    require(method in methods(), f"{where}: method", method, "one of " + ", ".join(methods()))
     known = method_flags(method)
     flags = {flag: value for flag, value in (values["base"] | own | overrides).items()
              if flag in known or flag in own or flag == "method"} | {"method": method}

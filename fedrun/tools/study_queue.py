@@ -1,9 +1,9 @@
-"""The queue of a study: its runs in processes of their own, shared by any number of studies.
+"""The queue of a study: its runs in processes of their own, shared by any number of members.
 
-Whoever runs a run holds a lock of its name in the study's folder queue/ (common/locks.py).
-Processes on several machines that share the folder therefore take part in one study: each takes the
-next run that is neither finished nor locked. The lock of a process that is lost becomes free, and
-another takes its run up from the run's checkpoint.
+A member is a process of the study. Whoever runs a run holds a lock of its name in the study's
+folder queue/ (common/locks.py). Members on several machines that share the folder therefore take
+part in one study: each takes the next run that is neither finished nor locked. The lock of a
+process that is lost becomes free, and another takes its run up from the run's checkpoint.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -26,9 +27,11 @@ from fedrun.common import locks
 from fedrun.common.errors import FedrunError, InputError
 from fedrun.common.log import log
 from fedrun.common.perplexity import perplexity
-from fedrun.config import RunConfig
+from fedrun.config import FederatedConfig, RunConfig
+from fedrun.distributed.launch import without_rank
 from fedrun.distributed.stopping import (
     LAUNCHER,
+    REFUSED,
     SECONDS_OF_ONE_REQUEST,
     SIGNALS,
     hangup_ignored,
@@ -36,6 +39,7 @@ from fedrun.distributed.stopping import (
 from fedrun.records import run_files
 from fedrun.records.checkpoint import latest_step
 from fedrun.records.outcome import START_VARIABLE, read_outcome
+from fedrun.tools.study_devices import VISIBLE
 from fedrun.tools.study_runs import loss_halves
 from fedrun.unused import NEVER_READ
 
@@ -44,40 +48,58 @@ ERROR_CHARS = 2000  # of a run's error output
 
 
 class Stopped(FedrunError):
-    """A signal asked the study to stop; `number` is the signal's."""
+    """The study was asked to stop; `code` is the exit code."""
 
-    def __init__(self, number: int, kept: int) -> None:
+    def __init__(self, why: str, code: int, kept: int) -> None:
         runs = f"{kept} run{'s' * (kept != 1)}"
-        super().__init__(f"study: stopped by {signal.Signals(number).name}: {runs} in hand kept a "
-                         "checkpoint; the same command resumes the study")
-        self.number = number
+        super().__init__(f"study: stopped by {why}: {runs} in hand kept a checkpoint; the same "
+                         "command resumes the study")
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Member:
+    """This process in a study."""
+
+    folder: Path
+    """The study's."""
+    gpus: Sequence[str | None]
+    """CUDA_VISIBLE_DEVICES of each run that it makes at the same time; None: as it is."""
+    workers: int = 1
+    """Processes that train the clients of one federated run."""
+    asked_to_stop_by: Callable[[], str] = str
+    """What asks the study to stop, beside signals; empty if nothing does."""
 
 
 class Children:
     """The processes of runs that this process has started, which end with it."""
 
-    def __init__(self) -> None:
-        self.stopped_by = 0
-        """The first signal that asked to stop; 0 if there was none."""
+    def __init__(self, workers: int = 1) -> None:
+        self.stopped_by = ""
+        """What first asked to stop: a signal's name, or the STOP file; empty if nothing did."""
+        self.code = 0
+        """The exit code that belongs to it."""
+        self._workers = workers
         self._first = 0.0
         self._running: set[subprocess.Popen[bytes]] = set()
 
-    def run(self, config: RunConfig, token: str) -> tuple[int, str]:
-        """Run `config` in a process of its own; its exit code and the end of its error output.
+    def run(self, config: RunConfig, gpus: str | None, token: str) -> tuple[int, str]:
+        """Run `config` in processes of its own; the exit code and the end of the error output.
 
         token: distinguishes this start's outcome from an earlier one. The process has a session of
         its own: Ctrl-C reaches it through this process alone, and if this process is killed, the
         kernel kills it too. Its output goes to a file, since a pipe would break then.
         """
-        flags = [f"--{name}={'none' if value is None else value}"
-                 for name, value in config.to_dict().items()
-                 if name not in ("method", "model")
-                 and name not in NEVER_READ.get(config.method, {})]
+        env = without_rank(os.environ) | {START_VARIABLE: token, LAUNCHER: str(os.getpid())}
+        env.pop(REFUSED, None)  # that a run refuses to start is not for our launcher to know
+        # Between a signal and the end of the round; torchrun's default is 30 seconds.
+        env.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", f"{config.timeout:.0f}")
+        if gpus is not None:
+            env[VISIBLE] = gpus
         with tempfile.TemporaryFile() as errors:
             child = subprocess.Popen(
-                [sys.executable, "-m", "fedrun", config.method, *flags], stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
-                env={**os.environ, START_VARIABLE: token, LAUNCHER: str(os.getpid())})
+                command(config, self._workers), stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True, env=env)
             self._running.add(child)
             if self.stopped_by:  # between the caller's look and the start
                 child.terminate()
@@ -88,20 +110,23 @@ class Children:
             errors.seek(0)
             return code, errors.read().decode(errors="replace").strip()[-ERROR_CHARS:]
 
-    def ask_to_stop(self, number: int, _: FrameType | None = None) -> None:
-        """The handler of signals: let every run write a checkpoint and end. A second signal kills
-        them."""
-        now = time.monotonic()
-        if self.stopped_by and now - self._first < SECONDS_OF_ONE_REQUEST:
-            return
-        for child in list(self._running):
-            child.kill() if self.stopped_by else child.terminate()
+    def on_signal(self, number: int, _: FrameType | None = None) -> None:
+        """The handler of signals: `stop`, or after an earlier request kill the runs."""
         if not self.stopped_by:
-            self.stopped_by, self._first = number, now
-            for child in list(self._running):  # started meanwhile
-                child.terminate()
-            log(f"{signal.Signals(number).name}: the runs stop after this round (send it again to "
-                "end them now)")
+            self.code = 128 + number
+            self.stop(signal.Signals(number).name, " (send it again to end them now)")
+        elif time.monotonic() - self._first > SECONDS_OF_ONE_REQUEST:
+            for child in list(self._running):
+                child.kill()
+
+    def stop(self, why: str, hint: str = "") -> None:
+        """Let every run write a checkpoint and end."""
+        if self.stopped_by:
+            return
+        self.stopped_by, self._first = why, time.monotonic()
+        for child in list(self._running):
+            child.terminate()
+        log(f"{why}: the runs stop after this round{hint}")
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -110,7 +135,7 @@ class Children:
             yield
             return
         wakeup = signal.set_wakeup_fd(-1)  # `interruptible` would end this process
-        before = {number: signal.signal(number, self.ask_to_stop) for number in SIGNALS
+        before = {number: signal.signal(number, self.on_signal) for number in SIGNALS
                   if number != signal.SIGHUP or not hangup_ignored()}
         try:
             yield
@@ -120,14 +145,26 @@ class Children:
             signal.set_wakeup_fd(wakeup)
 
 
-def start(config: RunConfig, children: Children) -> None:
-    """Run `config` to its end, or until it is stopped.
+def command(config: RunConfig, workers: int) -> list[str]:
+    """The command line of a run: under torchrun if several workers train its clients."""
+    flags = [f"--{name}={'none' if value is None else value}"
+             for name, value in config.to_dict().items()
+             if name not in ("method", "model") and name not in NEVER_READ.get(config.method, {})]
+    program = ["fedrun"]
+    if workers > 1 and isinstance(config, FederatedConfig):
+        processes = workers + int(config.server == "dedicated")
+        program = ["fedrun.torchrun", "--nproc-per-node", str(processes), "-m", "fedrun"]
+    return [sys.executable, "-m", *program, config.method, *flags]
+
+
+def start(config: RunConfig, gpus: str | None, children: Children) -> None:
+    """Run `config` on these GPUs to its end, or until it is stopped.
 
     A run that diverges leaves the end of its error output in failed.txt. Raises InputError if it
     fails in any other way, or if it was stopped and the study was not.
     """
     token = os.urandom(8).hex()
-    code, errors = children.run(config, token)
+    code, errors = children.run(config, gpus, token)
     outcome = read_outcome(config.run_dir)
     if code and (outcome.get("start"), outcome.get("kind")) == (token, "diverged"):
         (config.run_dir / "failed.txt").write_text(errors, encoding="utf-8")
@@ -143,52 +180,54 @@ def start(config: RunConfig, children: Children) -> None:
 
 
 class Queue:
-    """What is left of some runs. Several threads take from it."""
+    """What is left of some runs. Several threads of a member take from it."""
 
-    def __init__(self, folder: Path, configs: Iterable[RunConfig]) -> None:
-        """folder: the study's."""
-        self._folder, self._configs = folder / "queue", list(configs)
-        self._children = Children()
+    def __init__(self, member: Member, configs: Iterable[RunConfig]) -> None:
+        self._member, self._configs = member, list(configs)
+        self._children = Children(member.workers)
         self._failed = threading.Event()
         self._finished: set[str] = set()
 
-    def run_all(self, jobs: int) -> None:
-        """Run what is not finished yet, `jobs` at a time; return when all of it is finished, by
-        this process or by others.
+    def run_all(self) -> None:
+        """Run what is not finished yet, a run on each of the member's `gpus` at a time; return when
+        all of it is finished, by this process or by others.
 
-        Raises Stopped after a signal, and InputError if a run fails for another reason than
-        diverging; other runs in hand are then completed first.
+        Raises Stopped if the study was asked to stop, and InputError if a run fails for another
+        reason than diverging; other runs in hand are then completed first.
         """
         left = [config for config in self._configs if not self._is_finished(config)]
         if not left:
             return
         with self._children.listening():
-            with ThreadPoolExecutor(jobs) as pool:
-                threads = [pool.submit(self._work) for _ in range(min(jobs, len(left)))]
-                wait(threads)
-            if number := self._children.stopped_by:
-                raise Stopped(number, sum(latest_step(c.run_dir) is not None for c in left
-                                          if not self._is_finished(c)))
+            with ThreadPoolExecutor(len(self._member.gpus)) as pool:
+                threads = [pool.submit(self._work, gpus)
+                           for gpus in self._member.gpus[:len(left)]]
+                while wait(threads, SECONDS_BETWEEN_LOOKS).not_done:
+                    if why := self._member.asked_to_stop_by():
+                        self._children.stop(why)
+            if why := self._children.stopped_by:
+                raise Stopped(why, self._children.code, sum(
+                    latest_step(c.run_dir) is not None for c in left if not self._is_finished(c)))
         for thread in threads:
             thread.result()
 
-    def _work(self) -> None:
+    def _work(self, gpus: str | None) -> None:
         try:
             while not (self._children.stopped_by or self._failed.is_set()):
                 if all(map(self._is_finished, self._configs)):
                     return
-                if not any(map(self._take, self._configs)):
+                if not any(self._take(config, gpus) for config in self._configs):
                     time.sleep(SECONDS_BETWEEN_LOOKS)
         except BaseException:
             self._failed.set()
             raise
 
-    def _take(self, config: RunConfig) -> bool:
+    def _take(self, config: RunConfig, gpus: str | None) -> bool:
         """Run a run if it is not finished and no other process has it; whether it was run."""
         if self._is_finished(config) or self._children.stopped_by or self._failed.is_set():
             return False
         try:
-            lock = locks.acquire(self._folder / f"{config.name}.lock", patience=0)
+            lock = locks.acquire(self._member.folder / "queue" / f"{config.name}.lock", patience=0)
         except locks.Busy:
             return False
         try:
@@ -196,7 +235,7 @@ class Queue:
                 return False
             lock.write()
             began, step = time.monotonic(), latest_step(config.run_dir)
-            start(config, self._children)
+            start(config, gpus, self._children)
             if not self._is_finished(config):
                 return False
             _remove_checkpoints(config)
@@ -223,6 +262,6 @@ def _remove_checkpoints(config: RunConfig) -> None:
         (config.run_dir / "checkpoints").rmdir()
 
 
-def run_all(folder: Path, configs: Iterable[RunConfig], jobs: int) -> None:
+def run_all(member: Member, configs: Iterable[RunConfig]) -> None:
     """See `Queue.run_all`."""
-    Queue(folder, configs).run_all(jobs)
+    Queue(member, configs).run_all()

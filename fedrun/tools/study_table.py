@@ -86,8 +86,9 @@ def write(study: Study) -> None:
             config = study.config(setting, setting.best, seed)
             halves = loss_halves(config)
             if halves and math.isfinite(halves[0]):
-                curves[config.name] = [{k: v for k, v in record.items() if k != "generated"}
-                                       for record in history(config)]
+                curves[config.name] = [
+                    {k: v for k, v in record.items() if k not in ("generated", "prompt")}
+                    for record in history(config)]
     write_json(study.folder / "table.json", json.loads(json.dumps(rows, default=str)))
     write_atomic(study.folder / "histories.json",
                 (json.dumps(finite(curves), allow_nan=False) + "\n").encode())

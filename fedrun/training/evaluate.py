@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,14 +52,26 @@ def mean_loss(pieces: Iterable[Piece]) -> float:
     return math.fsum(loss for _, loss, _ in ordered) / sum(tokens for _, _, tokens in ordered)
 
 
-def sample_text(model: Mamba2LM, data: TokenData, device: torch.device) -> str:
-    """Continue PROMPT by SAMPLE_TOKENS greedy tokens, generated with the recurrent step.
+class Prompt(NamedTuple):
+    """What sample texts continue."""
 
-    A tokenizer that cannot encode PROMPT continues the first four tokens of the validation split.
-    """
-    prompt: list[int] = []
+    text: str
+    tokens: list[int]
+
+
+def sample_prompt(data: TokenData) -> Prompt:
+    """PROMPT; the first four tokens of the validation split if the tokenizer cannot encode it."""
+    tokens: list[int] = []
     with suppress(Exception):  # tokenizers raises plain Exception for an unknown word
-        prompt = data.tokenizer.encode(PROMPT, add_special_tokens=False).ids
-    prompt = prompt or data.validation[0, :4].tolist()
-    tokens = generate(model, torch.tensor([prompt], device=device), SAMPLE_TOKENS)
-    return str(data.tokenizer.decode(tokens[0].tolist()))
+        tokens = data.tokenizer.encode(PROMPT, add_special_tokens=False).ids
+    if tokens:
+        return Prompt(PROMPT, tokens)
+    tokens = data.validation[0, :4].tolist()
+    return Prompt(str(data.tokenizer.decode(tokens)), tokens)
+
+
+def sample_text(model: Mamba2LM, data: TokenData, device: torch.device) -> str:
+    """Continue the sample prompt by SAMPLE_TOKENS greedy tokens, generated with the recurrent
+    step."""
+    prompt = torch.tensor([sample_prompt(data).tokens], device=device)
+    return str(data.tokenizer.decode(generate(model, prompt, SAMPLE_TOKENS)[0].tolist()))

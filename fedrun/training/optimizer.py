@@ -47,6 +47,8 @@ class LocalOptimizer:
         self.total_steps = total_steps
         self.state: dict[str, Tensor] = {}
         """`step` (0-dim), `exp_avg` and `exp_avg_sq` (size,); empty before the first step."""
+        # A CUDA graph of `update` reads the rate from this memory; a number, it would repeat.
+        self._rate = torch.zeros((), device=flat.vector.device) if flat.vector.is_cuda else None
 
     def reset(self) -> None:
         """Reset the moments and the step count to zero in place."""
@@ -58,9 +60,15 @@ class LocalOptimizer:
         self.state = {"step": torch.zeros((), device=vector.device),
                       "exp_avg": torch.zeros_like(vector), "exp_avg_sq": torch.zeros_like(vector)}
 
-    @torch.no_grad()
     def step(self, number: int) -> None:
         """Update the parameters with flat.grad. number: of the step in the run, from 0."""
+        rate = scheduled_lr(self.config, number, self.total_steps)
+        self.update(rate if self._rate is None else self._rate.fill_(rate))
+
+    @torch.no_grad()
+    def update(self, rate: float | Tensor) -> None:
+        """Update the parameters with flat.grad at this learning rate (0-dim, fp32). Waits for no
+        value on a device."""
         config = self.config
         if not self.state:
             self._create_state()
@@ -69,9 +77,8 @@ class LocalOptimizer:
             self.flat.grad.mul_((config.grad_clip / (norm + 1e-6)).clamp_(max=1.0))
         adamw([self.flat.vector], [self.flat.grad], [self.state["exp_avg"]],
               [self.state["exp_avg_sq"]], [], [self.state["step"]], **ADAMW_IMPLEMENTATION,
-              lr=scheduled_lr(config, number, self.total_steps), beta1=config.beta1,
-              beta2=config.beta2, eps=ADAMW_EPS, weight_decay=config.weight_decay, amsgrad=False,
-              maximize=False)
+              lr=rate, beta1=config.beta1, beta2=config.beta2, eps=ADAMW_EPS,
+              weight_decay=config.weight_decay, amsgrad=False, maximize=False)
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore a saved state; tensors already on the device are used in place."""

@@ -18,6 +18,7 @@ from fedrun.strategies.fed_avg import FedAvg
 from fedrun.strategies.fed_entropy import FedEntropy
 from fedrun.strategies.fed_fisher import FedFisher
 from fedrun.strategies.fed_sgd import FedSGD
+from tests.support.launches import Launches
 
 SIZE = 70_001  # more than one slice, and not a multiple of one
 
@@ -100,6 +101,17 @@ def test_leaving_a_client_out_leaves_nothing_of_it(case: str, fault: str, first:
 
     with_it = buffer([bad, good, other] if first else [good, bad, other])
     assert torch.equal(with_it, buffer([good, other]))
+
+
+def test_a_client_is_added_without_waiting_for_a_value() -> None:
+    """On a GPU, a wait for each slice would cost more than the work on it."""
+    terms = ExactAggregator(FedAvg(), SIZE, torch.zeros(SIZE), exact=True)
+    terms.begin(Bounds(1e-3))
+    with Launches() as launches:
+        for delta in updates(2, 1e-3):
+            assert not terms.add({"delta": delta}, 0.5)
+    assert launches.counted["aten::amax"] == 2 * 2, "two slices of each"
+    assert not launches.counted["aten::_local_scalar_dense"]
 
 
 def test_the_mean_is_over_those_who_took_part() -> None:

@@ -49,6 +49,7 @@ from fedrun.federation.client import Client, LocalLosses
 from fedrun.federation.messages import RoundDecision, RoundPlan, RoundReport, WorkerReport
 from fedrun.flags import resolve
 from fedrun.model.config import ModelConfig
+from fedrun.model.hardware import hardware
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.records.run_files import LOCK
 from tests.benchmarks.sgd import Task
@@ -283,7 +284,7 @@ def settings(arguments: argparse.Namespace, method: str, **flags: Any) -> Federa
         "checkpoint_freq": None, "timeout": 300.0, "data_dir": arguments.folder,
         "threads": int(os.environ["OMP_NUM_THREADS"])} | flags)
     assert isinstance(found, FederatedConfig)
-    return dataclasses.replace(found, dtype=resolve_dtype(found, torch.device("cpu")))
+    return dataclasses.replace(found, dtype=resolve_dtype(found, [hardware(torch.device("cpu"))]))
 
 
 def main() -> None:

@@ -13,17 +13,22 @@ from pathlib import Path
 
 import pytest
 
+from fedrun.common.errors import InputError
 from fedrun.data import corpora, hub
 from fedrun.data.corpora import load_corpus
 from fedrun.data.documents import find_documents
 from fedrun.data.tokens import prepare
+from fedrun.model.pretrained import find_pretrained
 from tests.support.runs import fresh_python
 from tests.support.texts import text_file
 
 WITHOUT_NETWORK = "--dataset pydocs --tokenizer bpe:8192"
 
 PREPARE = """
-import sys, time
+import os, sys, time
+if "HOME_ALONE" in os.environ:
+    for name in ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "XDG_CACHE_HOME"):
+        os.environ.pop(name, None)
 from pathlib import Path
 from fedrun.data.tokens import prepare
 start = time.perf_counter()
@@ -115,10 +120,16 @@ def test_a_name_that_the_hub_does_not_know_is_the_users_error(tmp_path: Path) ->
     assert "InputError --tokenizer owner/name: " in tokenizer
 
 
-def test_what_the_hubs_cache_holds_works_without_a_network(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("folder", "env"), [
+    ("hf", {}),  # HF_HOME
+    ("", {"HOME_ALONE": "1"}),  # --cache_dir
+    pytest.param(".cache/huggingface", {"HOME_ALONE": "1"}, marks=pytest.mark.slow)])  # by itself
+def test_what_the_hubs_cache_holds_works_without_a_network(
+        folder: str, env: dict[str, str], tmp_path: Path) -> None:
     """Lays out the caches as the hub's libraries leave them after a download."""
     import datasets
 
+    home = tmp_path / folder
     rows = [f"line {n} of a text that was downloaded\n" for n in range(100)]
     for split in ("train", "validation"):
         (tmp_path / "wikitext").mkdir(exist_ok=True)
@@ -128,21 +139,60 @@ def test_what_the_hubs_cache_holds_works_without_a_network(tmp_path: Path) -> No
     config = "wikitext-2-raw-v1"
     datasets.load_dataset(str(tmp_path / "wikitext"), cache_dir=str(tmp_path / "built"))
     (info_file,) = (tmp_path / "built").rglob("dataset_info.json")
-    cached = tmp_path / "hf" / "datasets" / "Salesforce___wikitext" / config / "0.0.0" / "0123abcd"
+    cached = home / "datasets" / "Salesforce___wikitext" / config / "0.0.0" / "0123abcd"
     shutil.copytree(info_file.parent, cached)
     info = json.loads((cached / "dataset_info.json").read_text())
     info["config_name"] = config
     (cached / "dataset_info.json").write_text(json.dumps(info))
 
     bpe = prepare(str(text_file(tmp_path)), "bpe:300", 16, tmp_path)
-    repository = tmp_path / "hf" / "hub" / "models--gpt2"
+    repository = home / "hub" / "models--gpt2"
     shutil.copytree(bpe.tokenizer_path, repository / "snapshots" / ("a" * 40))
     (repository / "snapshots" / ("a" * 40) / "config.json").write_text('{"model_type": "gpt2"}')
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("a" * 40)
 
     closed = "http://127.0.0.1:9"
-    printed = prepare_with_hub("wikitext-2", "gpt2", tmp_path, HF_ENDPOINT=closed)
+    printed = prepare_with_hub("wikitext-2", "gpt2", tmp_path, HF_ENDPOINT=closed,
+                               HOME=str(tmp_path), **env)
     assert corpora.Corpus("", rows, rows, "", find_documents(rows, [])).fingerprint in printed
     tokenizer = bpe.load_tokenizer()
     assert f"'train_tokens': {sum(len(tokenizer(row)['input_ids']) for row in rows)}" in printed
+
+
+@pytest.mark.parametrize("variable", [None, "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE"])
+def test_what_is_downloaded_goes_to_the_cache_dir(
+        variable: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the user has told the hub's libraries where to keep it. With a network: what they are
+    asked for is looked at."""
+    import datasets
+    import huggingface_hub
+    import transformers
+
+    asked: list[object] = []
+
+    def download(*_: object, cache_dir: object = None, **__: object) -> None:
+        asked.append(cache_dir)
+        raise RuntimeError("not now")
+
+    def load(*_: object, cache_dir: object) -> None:
+        asked.append(huggingface_hub.constants.HF_HUB_CACHE)  # for the dataset's files
+        download(cache_dir=cache_dir)
+
+    monkeypatch.setattr(hub, "hub_answers", lambda: True)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for name in hub.CACHE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "elsewhere")
+    theirs, cache = huggingface_hub.constants.HF_HUB_CACHE, tmp_path / "cache"
+    for dataset in ("wikitext-2", str(text_file(tmp_path))):
+        with pytest.raises(InputError, match="not now"):
+            prepare(dataset, "gpt2", 16, cache)
+    with pytest.raises(ConnectionError, match="not now"):
+        find_pretrained("owner/name", "RUN", cache)
+    assert asked == ([theirs, None, None, None] if variable else
+                     [str(cache / "hub"), str(cache / "datasets"), cache / "hub", cache / "hub"])
+    assert theirs == huggingface_hub.constants.HF_HUB_CACHE

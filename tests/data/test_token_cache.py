@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from filelock import FileLock
 
 import fedrun.central
@@ -249,12 +248,12 @@ def test_a_run_repairs_its_cache_and_then_works_without_it_or_ends_with_one_line
 def test_machines_with_other_tokens_do_not_train_together(whole: Path) -> None:
     """The text and its fingerprint are the same; the token ids differ."""
     data = prepare(str(whole / "tale.txt"), "bpe:300", 16, whole / "cache")
-    config, cpu = parse(["fed_avg", *SMALL]), torch.device("cpu")
+    config = parse(["fed_avg", *SMALL])
     assert config is not None
     one = replace(experiment_of(config, data), provenance={
-        "content": "1", "versions": {}, "init_from": None, "partition": ""})
+        "content": "1", "init_from": None, "partition": ""})
     other = replace(one, data=replace(data, content="other"))
-    ranks = [identity(experiment, cpu) | {"host": "a"} for experiment in (one, one, other)]
+    ranks = [identity(experiment) | {"host": "a"} for experiment in (one, one, other)]
     assert difference(ranks[:2], (1,)) == ""
     assert "ranks differ in the tokens of the corpus" in difference(ranks, (1, 2))
 

@@ -134,6 +134,8 @@ def test_a_run_with_a_tokenizer_that_has_neither_end_nor_unknown_token(
     (record,) = read_history(tmp_path / "run")
     assert len(record["generated"].split()) == 100
     assert set(record["generated"].split()) <= set(known)
+    assert len(record["prompt"].split()) == 4
+    assert set(record["prompt"].split()) <= set(known)
     run, out = str(tmp_path / "run"), tmp_path / "out"
     assert cli.main(["export", run, str(out)]) == 0
     assert read_json(out / "config.json").get("eos_token_id") is None

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from fedrun.distributed.launch import Launch, detect, rendezvous
+from fedrun.distributed.launch import Launch, detect, rendezvous, without_rank
 from fedrun.records import outcome
 from fedrun.records.outcome import launch_id
 from tests.support.launch_programs import SHELL, STEP, Programs
@@ -32,6 +32,11 @@ TORCHRUN = {"RANK": "5", "WORLD_SIZE": "9", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE
 def test_rank_and_world_are_read_from_slurms_and_torchruns_variables(
         env: dict[str, str], launch: Launch) -> None:
     assert detect(env) == launch
+    alone = without_rank(env | {"MASTER_ADDR": "n1", "MASTER_PORT": "1", "HOME": "/"})
+    assert detect(alone) == Launch()
+    assert not {"MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "SLURM_LOCALID"} & set(alone)
+    assert alone["HOME"] == "/"
+    assert alone.get("SLURM_JOB_ID") == env.get("SLURM_JOB_ID")
 
 
 def test_a_missing_rendezvous_address_is_an_error_or_slurms_first_node(

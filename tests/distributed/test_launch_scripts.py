@@ -73,6 +73,28 @@ def test_node_starts_a_centralised_run_alone(programs: Programs, tmp_path: Path)
     assert "central runs in one process" in output
 
 
+@pytest.mark.parametrize(("env", "config", "jobs", "message"), [
+    ({"GPUS": "4"}, {}, "--jobs 4 ", "a study, runs at a time: 4 (one per GPU)"),
+    ({"GPUS": "5"}, {"workers": "2"}, "--jobs 2 ", "runs at a time: 2 (one per GPU)"),
+    ({"GPUS": "2"}, {"workers": "4"}, "", "as in its file"),  # which the study refuses
+    ({"GPUS": "2"}, {"device": "cpu"}, "", "as in its file"),
+    ({}, {}, "", "as in its file"),
+    ({"WORKERS_PER_NODE": "3"}, {}, "--jobs 3 ", "3 (WORKERS_PER_NODE)"),
+    (BY_HAND | {"NODE": "1", "GPUS": "1"}, {}, "--jobs 1 ", "node 1 of 2"),
+    (STEP | {"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "GPUS": "1"}, {}, "--jobs 1 ",
+     "node 1 of 2"),
+])
+def test_node_makes_a_run_of_a_study_on_each_gpu(
+        programs: Programs, tmp_path: Path, env: dict[str, str], config: dict[str, str],
+        jobs: str, message: str) -> None:
+    settings = {"workers": "1", "device": "auto"} | config
+    (tmp_path / "config").write_text("".join(f"{k}: {v}\n" for k, v in settings.items()))
+    code, output = programs.run(NODE, "study", "a.yaml", "--scale", "small", **env)
+    assert code == 0, output
+    assert f"STARTED -m fedrun study {jobs}a.yaml --scale small\n" in output
+    assert message in output
+
+
 # ---- slurm.sbatch --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("steps", "env", "code", "message", "sruns", "requeued"), [
@@ -107,6 +129,22 @@ def test_a_job_is_finished_requeued_or_restarted_by_the_outcome_of_its_step(
     started = [line.split()[-1] for line in output.splitlines() if line.startswith("SRUN")]
     assert started == sruns
     assert ("REQUEUE 7" in output) == requeued
+
+
+@pytest.mark.parametrize(("steps", "code", "message"), [
+    (["finished 137"], 0, "done: the run has finished"),  # by the nodes that are left
+    (["stopped 0"], 0, "done: the run was stopped by a user"),
+    (["stopped 143", "finished 0"], 0, "started again on n1 n2"),  # by SLURM, with a node
+    (["failed 2"], 2, "not retried: a run of the study needs a change"),
+    (["failed 1", "finished 0"], 0, "started again on n1 n2"),
+])
+def test_a_study_goes_on_without_a_lost_node(programs: Programs, tmp_path: Path, steps: list[str],
+                                             code: int, message: str) -> None:
+    (tmp_path / "steps").write_text("\n".join(steps) + "\n")
+    ended, output = programs.run(SBATCH, "study", "a.yaml", SLURM_JOB_ID="7", REQUEUE="0",
+                                 SLURM_JOB_NODELIST="n[1-2]", RESTARTS="2")
+    assert (ended, message in output) == (code, True), output
+    assert output.count("(a node goes on without the others)") == len(steps)
 
 
 @pytest.mark.parametrize("left", ["stopped", "finished"])

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fedrun.common.errors import FedrunError
+from fedrun.distributed.data_plane import DataPlane
 from fedrun.distributed.launch import Launch
-from fedrun.distributed.runtime import choose_interfaces, device_index, difference, idle_gpus
+from fedrun.distributed.runtime import (
+    choose_interfaces,
+    compare,
+    device_index,
+    difference,
+    idle_gpus,
+    probe,
+)
 
 
 def first(local_rank: int, local: int, world: int | None = None) -> Launch:
@@ -42,9 +58,9 @@ def test_too_few_gpus_is_an_error_with_the_right_number_of_processes() -> None:
 
 def test_one_machine_uses_the_loopback_unless_the_user_has_chosen() -> None:
     assert choose_interfaces(first(0, 2), {}) == {"GLOO_SOCKET_IFNAME": "lo",
-                                                  "NCCL_SOCKET_IFNAME": "lo"}
+                                                  "NCCL_SOCKET_IFNAME": "=lo"}  # not a prefix
     assert choose_interfaces(first(0, 2), {"GLOO_SOCKET_IFNAME": "eth7"}) == {
-        "NCCL_SOCKET_IFNAME": "lo"}
+        "NCCL_SOCKET_IFNAME": "=lo"}
 
 
 def test_between_machines_a_master_on_loopback_is_an_error() -> None:
@@ -53,7 +69,7 @@ def test_between_machines_a_master_on_loopback_is_an_error() -> None:
 
 
 def rank(**values: str) -> dict[str, str]:
-    return {"--lr": "1", "worker kernels": "a", "host": "h", **values}
+    return {"--lr": "1", "worker kernels": "a", "host": "h", "gpus seen": "", **values}
 
 
 def test_ranks_that_differ_are_named() -> None:
@@ -64,10 +80,94 @@ def test_ranks_that_differ_are_named() -> None:
     assert "worker kernels" in difference([rank(), rank(), rank(**kernels)], (1, 2))
 
 
-def test_two_workers_on_one_gpu_are_an_error_and_an_idle_one_a_warning() -> None:
-    def gpu(uuid: str) -> dict[str, str]:
-        return {"gpu": uuid, "gpus here": "3"}
+def gpu(uuid: str, seen: str = "u1 u2 u3") -> dict[str, str]:
+    """What a worker on that GPU says of it."""
+    return {"gpu": uuid, "gpus here": str(len(seen.split())), "gpus seen": seen}
+
+
+def test_two_workers_on_one_gpu_are_an_error() -> None:
     assert "ranks 1 and 2 use the same GPU u1" in difference(
         [rank(), rank(**gpu("u1")), rank(**gpu("u1"))], (1, 2))
-    assert idle_gpus([rank(), rank(**gpu("u1")), rank(**gpu("u2"))]) == [
-        "1 of 3 GPUs on h are idle: raise --nproc-per-node by 1 to use them"]
+    server = rank(**{"gpus seen": "u1 u2"})  # what it sees is no difference
+    assert difference([server, rank(**gpu("u1", "u1")), rank(**gpu("u2", "u2"))], (1, 2)) == ""
+
+
+SERVER_ONLY = {"gpus seen": "u1"}
+ONE_IDLE = "1 of 3 GPUs on h are idle: raise --nproc-per-node by 1 to use them"
+SERVERS = "1 of 2 GPUs on h is idle, the only one that the server sees: --server colocated uses it"
+
+
+@pytest.mark.parametrize(("everyone", "warnings"), [
+    ([rank(), rank(**gpu("u1")), rank(**gpu("u2"))], [ONE_IDLE]),
+    ([rank(**{"gpus seen": "u1 u2 u3"}), rank(**gpu("u1")), rank(**gpu("u2"))], [ONE_IDLE]),
+    ([rank(**gpu("u1")), rank(**gpu("u2")), rank(**gpu("u3"))], []),
+    ([rank(**SERVER_ONLY), rank(**gpu("u1", "u1"))], []),      # a machine with one GPU
+    ([rank(**SERVER_ONLY), rank(**gpu("u2", "u2"))], [SERVERS]),  # a GPU for each task
+    ([rank(**gpu("u1", "u1")), rank(**gpu("u2", "u2"))], []),   # the same, colocated
+    ([rank(**{"gpus seen": "u1 u2"}), rank(host="other", **gpu("v1", "v1"))],
+     ["2 of 2 GPUs on h are idle: raise --nproc-per-node by 2 to use them"]),
+    ([rank(**SERVER_ONLY), rank(**SERVER_ONLY)], []),           # --device cpu
+])
+def test_idle_gpus_are_a_warning(everyone: list[dict[str, str]], warnings: list[str]) -> None:
+    assert idle_gpus(everyone) == warnings
+
+
+def test_a_server_without_a_gpu_reports_those_that_it_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: SimpleNamespace(uuid=f"GPU-{device.index}"))
+    gathered: list[dict[str, str]] = []
+
+    class Control:
+        """Of a dedicated server whose worker's report is made up."""
+
+        def gather(self, mine: dict[str, str]) -> list[dict[str, str]]:
+            gathered.append(mine)
+            return [mine, mine | gpu("GPU-1", "GPU-0 GPU-1")]
+
+        def share(self, message: str) -> str:
+            return message
+
+    for device in ("auto", "cpu"):
+        compare(Control(), (1,), torch.device("cpu"),  # type: ignore[arg-type]
+                {"--device": json.dumps(device)})
+    assert [each["gpus seen"] for each in gathered] == ["GPU-0 GPU-1", ""]
+    assert "gpu" not in gathered[0]
+
+
+def test_a_data_plane_that_cannot_sum_is_named_before_training() -> None:
+    def wrong(_: torch.device) -> str:
+        return "the sum of int32"
+
+    def broken(_: torch.device) -> str:
+        raise RuntimeError("NCCL error: unhandled system error\nLast error: Cuda failure 1")
+
+    plane: Any = SimpleNamespace(worker=1, probe=wrong)
+    with pytest.raises(FedrunError, match=r"^--device cpu: gloo failed between the workers, on cpu "
+                                          r"of \S+: the sum of int32 is wrong$"):
+        probe(plane, torch.device("cpu"))
+    plane.probe = broken
+    with pytest.raises(FedrunError, match=r"^--device cuda: NCCL failed between the workers, on "
+                                          r"cuda:3 of \S+: NCCL error: unhandled system error; "
+                                          r"NCCL_DEBUG=WARN shows more$"):
+        probe(plane, torch.device("cuda", 3))
+
+
+@pytest.mark.parametrize(("through", "wrong"), [
+    (None, ""), (torch.float32, "the sum of int32"), (torch.float64, "the sum of int64"),
+    (torch.float16, "the sum of int32")])
+def test_the_first_sums_are_of_numbers_that_need_every_bit(
+        monkeypatch: pytest.MonkeyPatch, through: torch.dtype | None, wrong: str) -> None:
+    """Two workers; all that a library sums goes through a type, which may be too narrow."""
+    def all_reduce(vector: Tensor, operation: dist.ReduceOp.RedOpType, **_: Any) -> None:
+        other = vector - 1  # what the second worker gives
+        if operation == dist.ReduceOp.SUM:
+            both = [one.to(through or one.dtype) for one in (vector, other)]
+            vector.copy_(both[0] + both[1])
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(dist, "get_world_size", lambda _: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda _: 0)
+    group: Any = object()
+    assert DataPlane(group).probe(torch.device("cpu")) == wrong

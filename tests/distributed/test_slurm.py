@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from safetensors.torch import load_file
 
 from fedrun.records import checkpoint
@@ -60,14 +61,16 @@ def parameters(run_dir: Path) -> str:
 
 @pytest.fixture
 def submit(cluster: Cluster, flags: list[str], tmp_path: Path) -> Callable[..., Job]:
-    """submit("--rounds", 4, options=["--no-requeue"]): a job of launch/slurm.sbatch."""
-    def submit_it(*more: object, options: tuple[str, ...] = (), **env: str) -> Job:
+    """submit(options=["--no-requeue"]): a job of launch/slurm.sbatch."""
+    run = ("fed_avg", *flags, "--data_dir", tmp_path, "--run_name", "run")
+
+    def submit_it(*words: object, options: tuple[str, ...] = (), **env: str) -> Job:
         output = tmp_path / "slurm.out"
         code, reported = cluster.run(
             "sbatch", "--parsable", f"--output={output}", *options, "launch/slurm.sbatch",
-            "fed_avg", *flags, "--data_dir", tmp_path, "--run_name", "run", *more,
-            env={"PYTHON": sys.executable, "WORKERS_PER_NODE": "1", "RESTARTS": "2",
-                 "LOG_DIR": str(tmp_path / "logs"), **env})
+            *(words or run), env={
+                "PYTHON": sys.executable, "WORKERS_PER_NODE": "1", "RESTARTS": "2",
+                "LOG_DIR": str(tmp_path / "logs"), **env})
         assert code == 0, reported
         return Job(cluster, reported.strip(), output)
     return submit_it
@@ -142,6 +145,38 @@ def test_srun_without_torchrun(cluster: Cluster, flags: list[str], undisturbed: 
     assert code == 0, output
     assert read_json(tmp_path / "run" / "environment.json")["processes"] == 3
     assert parameters(tmp_path / "run") == undisturbed
+
+
+def test_nodes_share_a_study_and_one_is_lost(
+        cluster: Cluster, submit: Callable[..., Job], flags: list[str], tmp_path: Path) -> None:
+    base = dict(zip((flag.removeprefix("--") for flag in flags[::2]), flags[1::2], strict=True))
+    for name in ("lr", "num_clients", "rounds", "val_freq"):
+        del base[name]
+    path = tmp_path / "shared.yaml"
+    path.write_text(yaml.safe_dump({
+        "reference": "central", "grid": {"lr": [1e-3]}, "base": base | {"val_freq": 10**6},
+        "settings": {"central": {"method": "central", "rounds": 1500},
+                     "one": {"method": "fed_avg", "rounds": 400},
+                     "other": {"method": "fed_momentum", "rounds": 20}}}))
+    job = submit("study", path, "--results", tmp_path, options=("--no-requeue",))
+    runs = tmp_path / "shared" / "runs"
+
+    def checkpoints() -> int:
+        return len({file.parents[1] for file in runs.glob("*/checkpoints/step_*")})
+
+    wait_until(lambda: checkpoints() == 2, 60, lambda: job.output)
+    cluster.lose_node(2)
+    try:
+        assert job.until_over(120) == "COMPLETED", job.output
+    finally:
+        cluster.start_node(2)
+        cluster.until_idle()
+    assert "node 1 of 2" in job.output
+    assert "started again on n1" in job.output
+    assert job.output.count(", resumed from step ") == 2
+    assert job.output.count("| setting |") == 1
+    for name in ("central", "one", "other"):
+        assert job.output.count(f"/3  {name}_lr_0.001_seed_0  ") == 1
 
 
 def rank(cluster: Cluster, number: int) -> psutil.Process:

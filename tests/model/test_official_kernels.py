@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from fedrun.model import kernels, mamba2
+from fedrun.model.config import ModelConfig
 from fedrun.model.kernels import kernel_path, path_for
+from fedrun.model.mamba2 import Mamba2LM
 from tests.support.runs import ROOT, execute
 
 
@@ -31,6 +35,41 @@ def test_logits_and_gradients_equal_the_official_ones(official_python: Path, pat
     # Of a block, then embedding, last norm and logits; unusual: two biases for one, and a head.
     assert len(differences) == (2 * 9 + 3 if shape == "usual" else 2 * 10 + 4)
     assert {k: v for k, v in differences.items() if not v < 1e-4} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_our_triton_kernels_do_what_torch_does(official_python: Path) -> None:
+    """The softmax against float64, and the same bits as torch for a client's term."""
+    code, output = execute([str(official_python), str(ROOT / "tests/official/own_kernels.py")],
+                           limit=110, env={"PYTHONPATH": str(ROOT)})
+    assert code == 0, output
+    found = json.loads(output.splitlines()[-1])
+    assert found["different terms"] == []
+    assert {k: v for k, v in found["fp32"].items() if not v < 2e-6} == {}
+    assert {k: v for k, v in found["bf16"].items() if not v < 4e-3} == {}
+
+
+@pytest.mark.parametrize(("changed", "path"), [
+    ({}, "split_conv1d_scan"), ({"d_conv": 2}, "split_conv1d_scan"),
+    ({"d_conv": 1}, "conv1d_and_chunk_scan"), ({"d_conv": 5}, "conv1d_and_chunk_scan"),
+    ({"d_state": 30}, "conv1d_and_chunk_scan")])
+def test_shapes_that_causal_conv1d_refuses_are_convolved_by_torch(
+        monkeypatch: pytest.MonkeyPatch, changed: dict[str, int], path: str) -> None:
+    """It takes 2 to 4 taps and multiples of 8 channels, and says so in the first step."""
+    shape: dict[str, Any] = {"d_model": 64, "d_state": 32, "headdim": 32} | changed
+    model = Mamba2LM(ModelConfig(**shape), 50)
+    model.init_weights(0)
+    taken = []
+
+    def instead(mixer: mamba2.Mamba2Mixer, u: torch.Tensor, path: str, *_: object) -> torch.Tensor:
+        taken.append(path)
+        return u
+
+    monkeypatch.setattr(kernels, "path_for", lambda x: "split_conv1d_scan")
+    monkeypatch.setattr(mamba2, "mix_with_kernels", instead)
+    model.hidden(torch.zeros(1, 8, dtype=torch.long))
+    assert taken == [path]
 
 
 def test_dispatch_is_by_the_tensors_device() -> None:

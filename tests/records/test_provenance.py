@@ -84,3 +84,22 @@ def test_a_corpus_is_compared_by_what_was_read(caplog: pytest.LogCaptureFixture)
                          ({"train_tokens": 91}, "--dataset: the corpus")):
         with pytest.raises(ValueError, match=flag):
             check_provenance(now, now | corpus_digests(FINGERPRINT | change))
+
+
+def test_another_gpu_and_other_libraries_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    now = {**corpus_digests(FINGERPRINT), "partition": "p", "kernels": "cuda: own",
+           "init_from": None, "gpu": "H100", "versions": {"torch": "2", "triton": "3.6"}}
+    check_provenance(now, now)
+    assert not caplog.messages
+    check_provenance(now | {"gpu": "A100", "versions": {"torch": "2", "triton": "3.5"}}, now)
+    older = now | {"versions": {"torch": "2"}}
+    del older["gpu"]
+    check_provenance(older, now)
+    assert caplog.messages == [
+        "the last bits may differ: this run was started with triton 3.5, now 3.6; GPU A100, now "
+        "H100",
+        "the last bits may differ: this run was started with triton unknown, now 3.6; GPU unknown, "
+        "now H100"]
+    with pytest.raises(ValueError, match="--device: the kernels of this run was cuda: own and is "
+                                         "cuda: split_conv1d_scan now"):
+        check_provenance(now, now | {"kernels": "cuda: split_conv1d_scan"})

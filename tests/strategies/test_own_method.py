@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedrun import flags
 from fedrun.strategies import STRATEGIES
 from fedrun.strategies.base import BoundExponents, FisherSettings, ServerRound, Strategy
 from fedrun.strategies.fed_avg import FedAvg
@@ -104,7 +103,6 @@ METHODS = {"own_fisher": OwnFisher, "own_sequence_fisher": OwnSequenceFisher,
 def own_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, method in METHODS.items():
         monkeypatch.setitem(STRATEGIES, name, method)
-        monkeypatch.setitem(flags.METHODS, name, "a method of one's own")
 
 
 FLAGS = ("--rounds", 3, "--num_clients", 2, "--dtype", "fp64")

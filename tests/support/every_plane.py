@@ -91,7 +91,10 @@ def connect(group: dist.ProcessGroup, workers: int, machines: list[int] | None) 
     """All ranks: the data plane of the first `workers` ranks; the others get one of their own."""
     rank = dist.get_rank()
     machine = machines[rank] if machines is not None else None
-    plane = DataPlane(group, machine) if rank < workers else DataPlane()
+    # With a control plane, workers without a machine ("GPUs") poll their sums.
+    control = ControlPlane(timeout=timedelta(seconds=60))
+    plane = DataPlane(group, machine, control) if rank < workers else DataPlane()
+    assert plane.probe(torch.device("cpu")) == ""
     senders = [plane.node_leaders]
     dist.broadcast_object_list(senders)
     if 1 < len(senders[0]) < workers:

@@ -34,6 +34,7 @@ SRUN = """#!/bin/bash
 nodes=$(sed 's/.*--nodelist \\([^ ]*\\).*/\\1/' <<<"$*")
 if [[ $* == *printenv* ]]; then [[ " $ALIVE " == *" $nodes "* ]] && echo "$nodes"; exit; fi
 echo "SRUN on $nodes"
+[[ $* != *--kill-on-bad-exit=0* ]] || echo "(a node goes on without the others)"
 outcome() {
     mkdir -p "$RUN_DIR"
     printf '{\\n "outcome": "%s",\\n "step": 5,\\n "start": "%s"\\n}\\n' "$1" "$FEDRUN_START" \\

@@ -1,0 +1,90 @@
+"""Waiting for the other workers in a collective, so that a lost one is named.
+
+gloo sees by itself that a peer is gone: its connection closes, or the group's timeout ends the
+wait. NCCL sees neither between the GPUs of one machine. There a kernel spins on memory that the
+lost peer will never write, and a host that waits for that kernel waits inside CUDA. So NCCL's
+collectives are polled, and between the polls the host looks for ranks that failed or went silent.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import torch.distributed as dist
+
+from fedrun.distributed.control_plane import ControlPlane, UnresponsiveRanks
+
+SHORTEST_PAUSE, LONGEST_PAUSE = 5e-5, 1e-3  # seconds between two polls; they grow
+# Most waits are for a worker that still trains, and looking for lost ranks loads the store: so not
+# at once, and ever more seldom while none is silent.
+SECONDS_BEFORE_LOOKING = 3.0
+SECONDS_BETWEEN_LOOKS = 1.0, 30.0  # at first, at most
+
+
+def wait_for(work: dist.Work | None, control: ControlPlane | None, polled: bool) -> None:
+    """Workers: wait until a collective is done.
+
+    work: None if it is done already. polled: see above; never without a control plane. Raises
+    UnresponsiveRanks if another rank has failed or is lost, or after the control plane's timeout.
+    """
+    if work is None:
+        return
+    if control is None:
+        work.wait()
+        return
+    try:
+        if polled:
+            _poll(work, control)
+        work.wait()  # raises what went wrong; and the GPU's next kernels wait for the sum
+    except UnresponsiveRanks:
+        raise
+    except RuntimeError as error:
+        raise control.left_alone(str(error).splitlines()[0], control.lost_peers()) from error
+
+
+def _poll(work: dist.Work, control: ControlPlane) -> None:
+    began, pause = time.monotonic(), SHORTEST_PAUSE
+    lookout: _Lookout | None = None
+    try:
+        while not work.is_completed():
+            waited = time.monotonic() - began
+            if control.peer_failed():
+                raise control.left_alone()
+            if lookout is None and waited > SECONDS_BEFORE_LOOKING:
+                lookout = _Lookout(control)
+            if lookout is not None and lookout.lost:
+                raise control.left_alone(lost=lookout.lost)
+            if waited > control.timeout.total_seconds():
+                raise control.left_alone("it has taken longer than --timeout "
+                                         f"({control.timeout.total_seconds():g} s)",
+                                         control.lost_peers())
+            time.sleep(pause)
+            pause = min(1.5 * pause, LONGEST_PAUSE)
+    finally:
+        if lookout is not None:
+            lookout.over.set()
+
+
+class _Lookout:
+    """Looks for lost ranks in a thread, since one look takes seconds.
+
+    A rank counts as lost when two looks in a row find it silent: something that holds Python's
+    lock for a few seconds also holds up its heartbeat.
+    """
+
+    def __init__(self, control: ControlPlane) -> None:
+        self.lost: list[int] = []
+        self.over = threading.Event()
+        self._control = control
+        # Left to itself at the end: it only waits, and does not call the store.
+        threading.Thread(target=self._look, name="fedrun-lookout", daemon=True).start()
+
+    def _look(self) -> None:
+        before: set[int] = set()
+        shortest, longest = SECONDS_BETWEEN_LOOKS
+        pause = shortest
+        while not self.over.wait(pause):
+            silent = set(self._control.lost_peers())
+            self.lost = sorted(before & silent)
+            before, pause = silent, shortest if silent else min(2 * pause, longest)

@@ -1,0 +1,153 @@
+"""A run's folder as an object: settings, history, model, text, figures."""
+
+from __future__ import annotations
+
+import html
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedrun.common.errors import InputError, naming
+from fedrun.common.files import read_json
+from fedrun.common.terminal import visible
+from fedrun.records.outcome import read_outcome
+from fedrun.records.schema import read_field
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+    from transformers import PreTrainedTokenizerBase
+
+    from fedrun.model.mamba2 import Mamba2LM
+    from fedrun.model.pretrained import Pretrained
+    from fedrun.plots.runs import Axis
+
+
+class History(list[dict[str, Any]]):
+    """The records of the evaluated steps, oldest first, as training_history.json has them."""
+
+    def frame(self) -> pandas.DataFrame:
+        """The same as a table, a row for each record."""
+        import pandas
+        return pandas.DataFrame(list(self))
+
+
+class Run:
+    """A run's folder, while the run lasts or after its end. Everything is read when it is asked
+    for; `open_run` makes it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __repr__(self) -> str:
+        return f"fedrun.open_run({str(self.folder)!r})"
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The run's settings by the names of their flags, as config.json has them."""
+        return read_json(self.folder / "config.json", dict)
+
+    @property
+    def history(self) -> History:
+        """The evaluated steps so far; of a run without any, an empty list."""
+        try:
+            return History(read_json(self.folder / "training_history.json", list))
+        except FileNotFoundError:
+            return History()
+
+    @property
+    def outcome(self) -> str:
+        """running, finished, stopped or failed; empty if the folder does not say."""
+        return str(read_outcome(self.folder).get("outcome", ""))
+
+    @property
+    def perplexity(self) -> float | None:
+        """The global model's validation perplexity at the last evaluation; None before the first.
+        """
+        return read_field(self.history[-1], "val_ppl") if self.history else None
+
+    def model(self) -> Mamba2LM:
+        """The last good global model, float32, on the CPU."""
+        return self._pretrained().build()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The run's tokenizer, as transformers has it."""
+        from fedrun.data.tokenizer import load_without_custom_code
+        from fedrun.library.tokenizers import need_tokenizer
+        return load_without_custom_code(need_tokenizer(self._pretrained()))
+
+    def generate(self, prompt: str, **options: Any) -> str:
+        """The prompt and the model's continuation; options as in `generation.continue_text`."""
+        from fedrun.library.generation import continue_text
+        return continue_text(self._pretrained(), prompt, **options)
+
+    def evaluate(self, dataset: str | None = None, split: str | None = None, **options: Any
+                 ) -> dict[str, Any]:
+        """Loss and perplexity on any text, by default on what was held out from the run's own;
+        options as in `evaluation.evaluate`."""
+        from fedrun.library.evaluation import evaluate
+        return evaluate(self._pretrained(), dataset, split, **options)
+
+    def export(self, out: str | Path, to: str = "hf") -> Path:
+        """Write the model for transformers (`hf`) or the original library (`mamba_ssm`) into the
+        new or empty folder `out`, which is returned."""
+        from fedrun.library.exporting import LOADS, export
+        if to not in LOADS:
+            raise InputError(f"to={to}: must be {' or '.join(LOADS)}")
+        folder = Path(out).expanduser()
+        with naming("out", folder):
+            export(self._pretrained(), to, folder)
+        return folder
+
+    def plot(self, x: Axis = "tokens") -> Figure:
+        """A figure of the run's perplexities, train and validation, against tokens, steps, rounds,
+        seconds or bytes. InputError if nothing has been evaluated yet."""
+        from fedrun.plots.one_run import figure
+        from fedrun.plots.runs import Damaged, read_run
+        try:
+            return figure(read_run(self.folder), x)
+        except Damaged as damaged:
+            raise InputError(f"{self.folder}: {damaged}") from None
+
+    def _pretrained(self) -> Pretrained:
+        from fedrun.model.pretrained import find_pretrained
+        return find_pretrained(str(self.folder), "RUN")
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the outcome, the last perplexity, the settings."""
+        last = self.history[-1:]
+        facts = {"folder": self.folder, "outcome": self.outcome,
+                 "evaluated step": read_field(last[0], "step") if last else "none yet",
+                 "validation perplexity": "none yet" if self.perplexity is None
+                 else f"{self.perplexity:.2f}"}
+        settings = {name: value for name, value in self.config.items() if name != "model"}
+        return (_table(facts) + "<details><summary>settings</summary>" + _table(settings)
+                + "</details>")
+
+
+def _table(values: dict[str, Any]) -> str:
+    rows = "".join(f"<tr><td>{_cell(name)}</td><td>{_cell(value)}</td></tr>"
+                   for name, value in values.items())
+    return f"<table>{rows}</table>"
+
+
+def _cell(value: Any) -> str:
+    return html.escape(visible(str(value)))
+
+
+def open_run(folder: str | Path) -> Run:
+    """A run by its folder, or by its name in results/.
+
+    Raises:
+        InputError: there is no such folder, or it is not a run's.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir() and (Path("results") / path).is_dir():
+        path = Path("results") / path
+    try:
+        if "method" not in Run(path).config:
+            raise InputError(f"{path}: config.json is not a run's")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no run there; must be a run's folder, or its name in "
+                         "results/") from None
+    return Run(path)

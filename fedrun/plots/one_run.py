@@ -1,0 +1,35 @@
+"""A figure of one run: its perplexities on the training and the validation text."""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+
+from fedrun.common.errors import InputError
+from fedrun.plots import style
+from fedrun.plots.runs import Axis, Run
+
+
+def figure(run: Run, axis: Axis = "tokens") -> Figure:
+    """Train and validation perplexity of a run against `axis`, both axes as their values need.
+
+    Raises:
+        InputError: the run has no evaluated step with this quantity.
+    """
+    with style.drawing():
+        made = Figure(figsize=(6.4, 4.0), layout="constrained")
+        ax = made.subplots()
+        colour = style.LOOKS[run.method].colour if run.method in style.LOOKS else None
+        for measure, look in (("val_ppl", {"linewidth": 1.8}),
+                              ("train_ppl", {"linewidth": 1.2, "linestyle": ":"})):
+            points = [*run.points(measure, axis).values()]  # type: ignore[arg-type]
+            if points:
+                ax.plot(*zip(*points, strict=True), color=colour,
+                        label={"val_ppl": "validation", "train_ppl": "train"}[measure], **look)
+        if not ax.lines:
+            raise InputError(f"{run.name}: no evaluated step has {axis}")
+        ax.set_yscale("log")
+        ax.set_xlabel(style.X_LABELS[axis])
+        ax.set_ylabel("perplexity")
+        ax.set_title(run.name)
+        ax.legend()
+    return made

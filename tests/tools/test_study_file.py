@@ -1,0 +1,150 @@
+"""The YAML files of studies: which runs they ask for, and what is wrong with them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from fedrun.tools import study, study_file
+from fedrun.tools.study_file import Study, StudySetting
+from tests.support.runs import ROOT
+from tests.support.studies import ORIGINAL
+
+
+def test_grids_grow_at_their_edges_alone() -> None:
+    setting = StudySetting("s", {}, {"lr": [1.0, 2.0, 4.0], "mu": [0.1]}, extensions=2)
+    losses = {0.5: 3.5, 1.0: 3.0, 2.0: 2.0, 4.0: 1.0, 8.0: 0.5, 16.0: 0.7}
+
+    def score() -> None:
+        setting.tuned = {p: losses[dict(p)["lr"]] for p in setting.points()}
+
+    score()
+    assert setting.extend()
+    assert sorted(setting.grid["lr"]) == [1, 2, 4, 8]
+    score()
+    assert setting.extend()
+    score()
+    assert dict(setting.best) == {"lr": 8.0, "mu": 0.1}
+    assert not setting.extend()  # interior, and no extension is left
+    hopeless = StudySetting("h", {}, {"lr": [1.0, 2.0]}, extensions=2)
+    hopeless.tuned = dict.fromkeys(hopeless.points(), math.inf)
+    assert not hopeless.extend()
+
+
+def test_the_original_grid(tmp_path: Path) -> None:
+    found = study_file.read(ORIGINAL, tmp_path, {})
+    configs = {config.name: config for config in study.unfinished(found)}
+    assert len(configs) == 36
+    assert Counter(config.method for config in configs.values()) == {
+        "central": 9, "fed_avg": 18, "fed_momentum": 3, "fed_entropy": 3, "fed_fisher": 3}
+    assert set(found.published) < set(found.settings)
+    assert not study_file.read(ORIGINAL, tmp_path, {"dataset": "pydocs"}).published
+    small = study_file.read(ORIGINAL, tmp_path, {"scale": "small"})
+    assert len(study.unfinished(small)) == 36
+    assert not small.published
+    for config in study.unfinished(small):
+        whole = configs[config.name.replace("tiny_1_layer", "ssm_1_layer_padded")
+                        .replace("tiny_4_layer", "ssm_4_layer_padded")
+                        .replace("tiny", "ssm_2_layer_padded").replace("0.002", "0.0005")]
+        assert config.model.n_layer == whole.model.n_layer
+        differing = {name for name, value in config.results_dict().items()
+                     if whole.results_dict()[name] != value}
+        assert differing == {"dataset", "tokenizer", "model", "lr"} - (
+            set() if config.model != whole.model else {"model"})
+
+
+@pytest.mark.parametrize("name", sorted(
+    path.stem for path in (ROOT / "configs" / "experiments").glob("*.yaml")))
+def test_shipped_studies_are_valid(name: str, tmp_path: Path) -> None:
+    read: Study = study_file.read(ROOT / "configs" / "experiments" / f"{name}.yaml", tmp_path, {})
+    for setting in read.settings.values():
+        for point in setting.points():
+            config = read.config(setting, point, 1)
+            assert config.seed == 1
+    if name == "methods":  # all at equal tokens
+        for setting in read.settings.values():
+            config = read.config(setting, setting.points()[0], 0)
+            steps = (config.rounds or 0) * getattr(config, "local_updates", 1)
+            assert steps == 240
+
+
+AXES = """
+reference: central
+axes: {config: [study, tiny], local_updates: [1, 8], seed: [3, 4]}
+grid: {lr: [0.001]}
+scales: {small: {base: {dataset: pydocs}, axes: {config: [tiny]}}}
+base: {rounds: 8, num_clients: 2}
+settings:
+  central: {method: central}
+  averaged: {method: fed_avg}
+  entropy: {method: fed_entropy, only_first: [config], local_updates: 2}
+"""
+
+
+def test_axes_make_rows_with_a_reference_each(tmp_path: Path) -> None:
+    path = tmp_path / "axes.yaml"
+    path.write_text(AXES)
+    found = study_file.read(path, tmp_path, {})
+    assert (found.tune_seed, found.report_seeds) == (3, [3, 4])
+    assert {name: found.reference_of(s).name for name, s in found.settings.items()} == {
+        "central_study": "central_study", "central_tiny": "central_tiny",
+        "averaged_study_local_updates_1": "central_study",
+        "averaged_study_local_updates_8": "central_study",
+        "averaged_tiny_local_updates_1": "central_tiny",
+        "averaged_tiny_local_updates_8": "central_tiny",
+        "entropy_study": "central_study"}
+    row = found.settings["averaged_tiny_local_updates_8"]
+    config = found.config(row, row.points()[0], 4)
+    assert (config.config, config.to_dict()["local_updates"]) == ("tiny", 8)
+    assert config.name == "averaged_tiny_local_updates_8_lr_0.001_seed_4"
+
+    small = study_file.read(path, tmp_path, {
+        "scale": "small", "axes": ["local-updates=4"], "report_seeds": "7", "temperature": "2"})
+    assert small.folder == tmp_path / "axes_small"
+    assert small.report_seeds == [7]
+    assert [*small.settings] == ["central_tiny", "averaged_tiny_local_updates_4", "entropy_tiny"]
+    settings = small.to_dict()["settings"]
+    assert {row["dataset"] for row in settings.values()} == {"pydocs"}
+    assert settings["entropy_tiny"]["temperature"] == 2  # which only this method has
+    assert study_file.read(path, tmp_path, {"name": "mine"}).folder == tmp_path / "mine"
+
+    path.write_text(AXES.replace("{method: fed_avg}", "{method: fed_avg, config: wide.yaml}"))
+    with pytest.raises(ValueError, match=r"wide\.yaml"):
+        study_file.read(path, tmp_path, {})
+    path.write_text(AXES.replace("{method: fed_avg}", "{method: fed_avg, config: study_federated}"))
+    with pytest.raises(ValueError, match=r"averaged.*: central is not run at the same values"):
+        study_file.read(path, tmp_path, {})
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("{reference: a, axes: {config: tiny}, settings: {a: {method: central}}}",
+     "axes.config tiny: must be a list"),
+    ("{reference: a, base: {temperature: 1}, settings: {a: {method: central}}}",
+     "base: temperature: no setting"),
+    ("{reference: a, settings: {a: {method: fedavg}}}", "settings.a: method fedavg: must be one"),
+    ("{reference: a, settings: {a: {method: central, only_first: [lr]}}}", "only_first"),
+    ("{settings: {a: {method: central}}}", "reference"),
+    ("{reference: a, settings: {a: {lr: 1}}}", "settings.a"),
+    ("{reference: a, seeds: [1], settings: {a: {method: central}}}", "unknown key 'seeds'"),
+    ("{reference: a, settings: {a: {method: fed_avg, temperature: 1}}}", "temperature"),
+    ("{reference: a}", "settings"),
+    ("{reference: a, base: {seed: 1}, settings: {a: {method: central}}}", "base: seed: not used"),
+    ("{reference: a, settings: {a: {method: central, data_dir: x}}}",
+     "settings.a: data_dir: not used by study"),
+    ("{reference: a, settings: {a: null}}", "settings.a"),
+    ("{reference: a, jobs: 0, settings: {a: {method: central}}}", "jobs 0: must be an integer"),
+    ("{reference: a, grid: {lr: fast}, settings: {a: {method: central}}}", "settings.a: grid"),
+    ("{reference: a, grid: 3, settings: {a: {method: central}}}", "grid 3: must be a mapping"),
+    ("{reference: a, workers: 0, settings: {a: {method: central}}}", "workers 0: must be an int"),
+    ("{reference: a, figures: [curves], settings: {a: {method: central}}}",
+     "figures curves: must be one of perplexities"),
+    ("[" * 1100, "cannot be read as YAML"),
+])
+def test_an_invalid_study_is_reported_before_any_run(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        study_file.read(path, tmp_path, {})

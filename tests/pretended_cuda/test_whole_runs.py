@@ -49,7 +49,10 @@ def alone(pretended_cuda: Gpus, tmp_path_factory: pytest.TempPathFactory, cache_
 def assert_same(run: Outcome, other: Outcome) -> None:
     assert run.code == other.code == 0, run.output
     assert run.bits == other.bits
-    assert without_clocks(run) == without_clocks(other)
+    # Beside GPUs a sample text that would delay the run is left out: which are there is chance.
+    ours, theirs = ([{k: v for k, v in record.items() if k != "generated"}
+                     for record in without_clocks(r)] for r in (run, other))
+    assert ours == theirs
 
 
 def test_one_process_trains_on_its_gpu(alone: Outcome) -> None:

@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 # One thread a process, in tests and benchmarks too.
 export OMP_NUM_THREADS := 1
 
-.PHONY: demo test test-all soak bench coverage check gallery clean
+.PHONY: demo test test-all test-gpu soak bench coverage check gallery clean
 
 # 4 clients and a server in parallel on the documentation that comes with Python; no network
 # is needed once the environment stands.
@@ -26,6 +26,13 @@ test: $(VENV)/.ready
 # The tests that take longer.
 test-all: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow $(TOGETHER)
+
+# On a machine with GPUs: what it has to show, on one of them within ten minutes (tests/gpu/). It
+# writes one file, GPU_RESULTS/gpu.json; without a GPU it does nothing.
+GPUS ?= 1
+GPU_RESULTS ?= results/gpu
+test-gpu: $(VENV)/.ready
+	$(BIN)/python -m tests.gpu.accept $(GPU_RESULTS) $(if $(filter 1,$(GPUS)),--quick) --gpus $(GPUS)
 
 # 200 kills at random moments, and faults at the first 100 calls that change files; hours.
 soak: $(VENV)/.ready

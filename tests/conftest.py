@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from filelock import FileLock
 
 from fedrun import cli
 from fedrun.data.tokens import TokenData, prepare
+from tests.pretended_cuda.build import NotHere, environment
 from tests.support.runs import FLAGS, ROOT, SMALL, Outcome, Run, execute, torchrun
 
 
@@ -106,3 +108,15 @@ def official_python() -> Path:
             subprocess.run([ROOT / "tests/official/make_venv.sh", sys.executable, folder],
                            check=True, timeout=300)
     return folder / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def pretended_cuda() -> dict[str, str]:
+    """The environment of a process that sees eight pretended GPUs. Where there is no compiler for
+    them, tests are skipped, and with REQUIRE_PRETENDED_CUDA=1 they fail."""
+    try:
+        return environment()
+    except NotHere as why:
+        if os.environ.get("REQUIRE_PRETENDED_CUDA") == "1":
+            pytest.fail(f"REQUIRE_PRETENDED_CUDA=1: {why}")
+        pytest.skip(str(why))

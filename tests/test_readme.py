@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from fedrun import cli, flags
 from tests.support.runs import ROOT, Run, fresh_python
 

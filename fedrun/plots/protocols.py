@@ -15,7 +15,7 @@ from typing import Any
 from fedrun.common.errors import InputError
 from fedrun.common.terminal import visible
 from fedrun.config import CentralConfig, FederatedConfig
-from fedrun.flags import closest
+from fedrun.flags import closest, method_flags, methods
 from fedrun.plots.groups import NO_VARIANT, WITHOUT, Settings, flat
 from fedrun.plots.run_folder import Run
 
@@ -40,8 +40,9 @@ _CENTRAL = {n: v for n, v in _defaults(CentralConfig).items() if n not in _NOT_C
 def protocols(runs: Iterable[Run]) -> dict[Settings, list[Run]]:
     """The runs of each protocol, which is told by the settings in which the protocols differ.
 
-    A central run belongs to every protocol whose settings it shares, as far as it has them. Where
-    there is one protocol, it is ONE.
+    A run that lacks some of these settings, as central runs do and methods without --weighting,
+    belongs to every protocol that it agrees with in those that it has. Where there is one protocol,
+    it is ONE.
     """
     own = [(run, _settings(run)) for run in runs]
     known = [settings for _, settings in own if settings]
@@ -49,19 +50,20 @@ def protocols(runs: Iterable[Run]) -> dict[Settings, list[Run]]:
                      if len({s[name] for s in known if name in s}) > 1)
     found: dict[Settings, list[Run]] = {}
     values: dict[Settings, dict[str, str]] = {}
-    for central in (False, True):
-        for run, settings in own:
-            if (run.method == "central") != central:
-                continue
-            its = {name: settings[name] for name in varying if name in settings}
-            protocol = tuple((n, visible(str(json.loads(v)))) for n, v in its.items()) \
-                if settings else ((WITHOUT, ""),)
-            homes = [other for other, theirs in values.items()
-                     if central and bool(settings) == (other != ((WITHOUT, ""),))
-                     and all(its[n] == theirs[n] for n in its if n in theirs)] or [protocol]
-            for home in homes:
-                values.setdefault(home, its)
-                found.setdefault(home, []).append(run)
+    def settings_that_vary(settings: dict[str, str]) -> dict[str, str]:
+        return {name: settings[name] for name in varying if name in settings}
+
+    # Whoever has the most of them first: the others may belong to several protocols.
+    for run, settings in sorted(own, key=lambda one: -len(settings_that_vary(one[1]))):
+        its = settings_that_vary(settings)
+        protocol = tuple((n, visible(str(json.loads(v)))) for n, v in its.items()) \
+            if settings else ((WITHOUT, ""),)
+        homes = [other for other, theirs in values.items()
+                 if len(its) < len(theirs) and settings
+                 and all(its[n] == theirs[n] for n in its if n in theirs)] or [protocol]
+        for home in homes:
+            values.setdefault(home, its)
+            found.setdefault(home, []).append(run)
     if len(found) == 1:
         return {ONE: next(iter(found.values()))}
     return dict(sorted(found.items()))
@@ -98,7 +100,9 @@ def _settings(run: Run) -> dict[str, str]:
         return {}
     defaults = _CENTRAL if run.method == "central" else _FEDERATED
     recorded = flat(run.settings)
-    return {name: json.dumps(recorded.get(name, default)) for name, default in defaults.items()}
+    has = method_flags(run.method) if run.method in methods() else recorded
+    return {name: json.dumps(recorded.get(name, default)) for name, default in defaults.items()
+            if name in has}
 
 
 def settings_of(run: Run) -> dict[str, Any]:

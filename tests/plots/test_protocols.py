@@ -74,6 +74,21 @@ def test_what_is_tuned_or_compared_is_no_protocol(tmp_path: Path) -> None:
     assert [len(its) for its in protocols(find_runs(tmp_path).runs).values()] == [4, 1]
 
 
+def test_a_method_without_a_setting_is_in_each_protocol_that_differs_in_it(tmp_path: Path) -> None:
+    """FedEntropy has no --weighting that could differ from the others."""
+    folders.ours(tmp_path, "central", CONFIG)
+    folders.ours(tmp_path, "fed_entropy", CONFIG)
+    folders.ours(tmp_path, "fed_avg", CONFIG, weighting="uniform")
+    folders.ours(tmp_path, "fed_fisher", CONFIG, weighting="uniform")
+    runs = find_runs(tmp_path).runs
+    assert [len(its) for its in protocols(runs).values()] == [4]
+    folders.ours(tmp_path, "fed_momentum", CONFIG, weighting="samples")
+    found = protocols(find_runs(tmp_path).runs)
+    assert {key: {run.method for run in its} for key, its in found.items()} == {
+        (("weighting", "samples"),): {"central", "fed_entropy", "fed_momentum"},
+        (("weighting", "uniform"),): {"central", "fed_entropy", "fed_avg", "fed_fisher"}}
+
+
 def test_no_protocol_with_two_methods_says_so(tmp_path: Path) -> None:
     folders.ours(tmp_path, "fed_avg", CONFIG, sampling="shuffle")
     folders.ours(tmp_path, "fed_fisher", CONFIG, sampling="replacement")

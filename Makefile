@@ -73,7 +73,8 @@ clean:
 DATASET ?= wikitext-2
 gallery: $(VENV)/.ready
 	$(BIN)/python -m fedrun study configs/experiments/curves.yaml --dataset $(DATASET)
-	$(BIN)/fedrun plot perplexities --data_dir results/curves/runs --out_dir results/gallery --config study
+	$(BIN)/fedrun plot perplexities --data_dir results/curves/runs --out_dir results/gallery --config study \
+	    --where client_moments=average
 	$(BIN)/fedrun plot deltas --data_dir results/curves/runs --output_dir results/gallery
 	$(BIN)/fedrun plot federated-deltas --data_dir results/curves/runs --output_dir results/gallery
 	$(BIN)/fedrun report --data_dir results/curves/runs

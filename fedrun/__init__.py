@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedrun.library.opened_run import Run as Run
     from fedrun.library.opened_run import open_run as open_run
+    from fedrun.library.training import train as train
     from fedrun.strategies.base import Strategy as Strategy
     from fedrun.strategies.fed_avg import FedAvg as FedAvg
     from fedrun.strategies.plugins import strategy as strategy
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 # Imported when they are first used: `import fedrun` is fast, and loads no torch.
-_LOCATIONS = {"Run": "fedrun.library.opened_run", "open_run": "fedrun.library.opened_run",
+_LOCATIONS = {"train": "fedrun.library.training",
+              "Run": "fedrun.library.opened_run", "open_run": "fedrun.library.opened_run",
               "Strategy": "fedrun.strategies.base",
               "FedAvg": "fedrun.strategies.fed_avg",
               "strategy": "fedrun.strategies.plugins"}

@@ -18,7 +18,7 @@ from fedrun.experiment import Experiment
 from fedrun.federation.client import Client, LocalLosses
 from fedrun.records.checkpoint import GLOBAL, Checkpoint, client_file, folder_of
 from fedrun.records.checkpoint_writer import CheckpointWriter
-from fedrun.records.recorder import Recorder
+from fedrun.records.recorder import ON_ROUND, OnRound, Recorder
 from fedrun.records.schema import CENTRAL
 from fedrun.records.snapshots import tracked_parameters
 from fedrun.training.cosines import StepCosines
@@ -58,7 +58,7 @@ class Training:
     """A central run: its model, its one client, and its recorder."""
 
     def __init__(self, experiment: Experiment, device: torch.device,
-                 checkpoint: Checkpoint | None) -> None:
+                 checkpoint: Checkpoint | None, on_round: OnRound | None = None) -> None:
         config = experiment.central
         self.config, self.data, self.device = config, experiment.data, device
         self.model = experiment.new_model(device)
@@ -69,7 +69,7 @@ class Training:
         self.step_cosines = StepCosines(self._next_evaluated)
         self.done, state = (0, None) if checkpoint is None else (checkpoint.step, checkpoint.server)
         self.recorder = Recorder(config, CENTRAL, self.steps, self.flat, experiment.provenance, 1,
-                                 self.done, state)
+                                 self.done, state, on_round=on_round)
         if checkpoint is not None:
             self._load(checkpoint)
         self.checkpoint_writer = CheckpointWriter()
@@ -160,7 +160,7 @@ class Training:
 
 
 def train_central(experiment: Experiment, device: torch.device, stopping: StopRequest,
-                  checkpoint: Checkpoint | None = None) -> str:
+                  checkpoint: Checkpoint | None = None, on_round: OnRound | None = None) -> str:
     """Train for all epochs or `rounds` optimizer steps, evaluating every `val_freq` of them.
 
     In a record, `grad_cosine` is the cosine between the gradient of this step and that of the
@@ -168,7 +168,7 @@ def train_central(experiment: Experiment, device: torch.device, stopping: StopRe
     it, and `delta_norms` are Frobenius norms of the change since the start. Returns who asked to
     stop before the last step, or "" after it. Raises Diverged.
     """
-    training = Training(experiment, device, checkpoint)
+    training = Training(experiment, device, checkpoint, on_round)
     stop = ""
     try:
         while training.done < training.steps and not stop:
@@ -177,7 +177,7 @@ def train_central(experiment: Experiment, device: torch.device, stopping: StopRe
             if lost := stopping.lost_folder():
                 raise FolderLost(lost)
             if training.done < training.steps:
-                stop = stopping.asked_by()
+                stop = ON_ROUND if training.recorder.stop else stopping.asked_by()
             if stop or training.recorder.checkpoint_due(training.done):
                 training.save()
         training.close(stop)
@@ -186,6 +186,7 @@ def train_central(experiment: Experiment, device: torch.device, stopping: StopRe
         raise
     finally:
         training.recorder.end_thread()  # the caller releases the run's folder
+        training.checkpoint_writer.close()
     if stop:
         stopping.obeyed()
     return f"{stop}, after step {training.done}" if stop else ""

@@ -34,6 +34,7 @@ from fedrun.federation.schedule import Schedule
 from fedrun.federation.server import Server
 from fedrun.federation.worker import PeerFailed, Worker
 from fedrun.records.checkpoint import Checkpoint
+from fedrun.records.recorder import OnRound
 
 Message = TypeVar("Message")
 Report = TypeVar("Report", WorkerReport, RoundReport)
@@ -47,22 +48,41 @@ class RunEnded(FedrunError, RuntimeError):
 
 
 def train_federated(experiment: Experiment, runtime: Runtime, stopping: StopRequest,
-                    checkpoint: Checkpoint | None = None) -> str:
+                    checkpoint: Checkpoint | None = None, on_round: OnRound | None = None) -> str:
     """All ranks: train all rounds, or those that are left after a checkpoint.
 
-    Returns who asked to stop before the last round, or "" after it. Raises RunEnded on every rank
-    if one rank fails.
+    on_round: called on the server when a round is recorded. Returns who asked to stop before the
+    last round, or "" after it. Raises RunEnded on every rank if one rank fails.
     """
-    control = runtime.control
     schedule = Schedule(experiment.federated, experiment.shards.sizes)
-    server = make_server(experiment, schedule, runtime, stopping, checkpoint)
+    server = make_server(experiment, schedule, runtime, stopping, checkpoint, on_round)
     worker = make_worker(experiment, schedule, runtime, checkpoint)
-    number, last = checkpoint.step if checkpoint is not None else 0, False
+    done = checkpoint.step if checkpoint is not None else 0
+    try:
+        return rounds(server, worker, runtime, stopping, done)
+    finally:
+        # A single process may live on, and its caller releases the run's folder. One of several
+        # ends after an error, without a wait for its disk.
+        if server is not None and runtime.launch.alone:
+            server.recorder.end_thread()
+        if worker is not None:
+            worker.checkpoint_writer.close()
+
+
+def rounds(server: Server | None, worker: Worker | None, runtime: Runtime, stopping: StopRequest,
+           done: int) -> str:
+    """All ranks: the rounds after the first `done`. Returns who asked to stop, or ""."""
+    control, number, last = runtime.control, done, False
     while not last:
         number += 1
 
-        # 1. Plan: cohort, weights, grid; evaluate? save?                    server -> all
+        # 1. Plan: cohort, weights, grid; evaluate? save? Or no more rounds. server -> all
         plan = share(control, RoundPlan, None if server is None else server.plan(number))
+        if plan.stop:
+            decision = RoundDecision(stop=plan.stop)
+            if plan.save:
+                save_recorded(plan, server, worker, runtime)
+            break
 
         # 2. Local training.                                                 workers, each alone
         trained = gather(control, train(worker, plan, runtime, stopping))  # all -> server
@@ -110,8 +130,25 @@ def train_federated(experiment: Experiment, runtime: Runtime, stopping: StopRequ
     return "" if plan.last else f"{decision.stop}, after round {plan.round}"
 
 
+def save_recorded(plan: RoundPlan, server: Server | None, worker: Worker | None, runtime: Runtime
+                  ) -> None:
+    """All ranks: make a checkpoint of the plan's round, which is recorded already."""
+    report = RoundReport()
+    if worker is not None:
+        report = worker.check_replicas(report)
+        worker.save(plan)
+    reports = gather(runtime.control, report)
+    check = share(runtime.control, RoundDecision,
+                  None if server is None else server.check(plan, reports, None))
+    if check.error:
+        end(check, server, worker, runtime, model_is_good=False)
+    if server is not None:
+        server.begin_checkpoint(plan)
+
+
 def make_server(experiment: Experiment, schedule: Schedule, runtime: Runtime,
-                stopping: StopRequest, checkpoint: Checkpoint | None) -> Server | None:
+                stopping: StopRequest, checkpoint: Checkpoint | None,
+                on_round: OnRound | None = None) -> Server | None:
     """The server on rank 0, None elsewhere.
 
     Its sample texts keep no GPU waiting, unless a run is to be repeatable with all that it records.
@@ -125,7 +162,7 @@ def make_server(experiment: Experiment, schedule: Schedule, runtime: Runtime,
         made = experiment.decided("fp32", experiment.data)
     return Server(config, experiment.data, schedule, made.new_model("cpu"), stopping,
                   experiment.provenance, len(runtime.workers), checkpoint,
-                  skips_texts=gpus and not config.deterministic)
+                  skips_texts=gpus and not config.deterministic, on_round=on_round)
 
 
 def make_worker(experiment: Experiment, schedule: Schedule, runtime: Runtime,

@@ -7,6 +7,7 @@ import os
 import time
 import traceback
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from fedrun.model.kernels import ignores_determinism, import_warning
 from fedrun.model.precision import exact_fp32
 from fedrun.records.checkpoint import latest_step
 from fedrun.records.outcome import write_failure
+from fedrun.records.recorder import OnRound
 from fedrun.records.restore import finish_from_checkpoint, move_obstacles, warn_of_missing_records
 from fedrun.records.run_dir import ENVIRONMENT
 from fedrun.records.run_files import LOCK
@@ -50,17 +52,51 @@ from fedrun.unused import idle
 SECONDS_TO_SEE_A_FILE = 30.0  # on a network file system
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A run on this rank, ready to connect."""
+
+    given: RunConfig
+    """Before --init_from changed it."""
+    experiment: Experiment
+    check: CorpusCheck
+    launch: Launch
+    device: torch.device
+
+
 def run(config: RunConfig) -> int:
-    """Prepare, connect, train. Returns the exit code: 0 if done or stopped, 1 if the run failed and
-    the reason was printed.
+    """The command: prepare, connect, train. Returns the exit code: 0 if done or stopped, 1 if the
+    run failed and the reason was printed.
 
     Raises InputError for what the user has to change, before any process group exists.
     """
     launch = detect(os.environ)
+    print_log(quiet=launch.local_rank > 0)
+    prepared = prepare(config, launch)
+    try:
+        train(prepared)
+    except (RunRefused, NotConnected, TooLittle):
+        raise
+    except protocol.RunEnded:
+        return 1
+    except Diverged as error:
+        log(str(error), ERROR)
+        return 1
+    except Exception as error:
+        if line := shortage(error) or explain(error):
+            log(line if launch.alone else f"rank {launch.rank}: {line}", ERROR)
+        else:
+            log(f"rank {launch.rank} ends with the error above", ERROR, traceback.format_exc())
+        return 1
+    return 0
+
+
+def prepare(config: RunConfig, launch: Launch) -> Prepared:
+    """Set this process up, read text and weights, and start to verify them. InputError for what the
+    user has to change."""
     if not isinstance(config, FederatedConfig) and not launch.alone:
         raise InputError(f"central runs in one process, but {launch.world_size} were started: "
                          f"use `python -m fedrun central`")
-    print_log(quiet=launch.local_rank > 0)
     if warning := exposure(launch):
         log(warning, WARNING)
     torch.set_num_threads(config.threads)
@@ -75,42 +111,37 @@ def run(config: RunConfig) -> int:
     experiment = prepare_experiment(config, device)
     check = CorpusCheck(experiment, launch)
     _ = experiment.length  # refused before connecting if there is nothing to do
+    return Prepared(config, experiment, check, launch, device)
+
+
+def train(prepared: Prepared, on_round: OnRound | None = None) -> None:
+    """All ranks: connect and train. An error is recorded in the run's folder and raised.
+
+    on_round: called by the server after each round, or step of a central run.
+    """
+    launch, run_dir = prepared.launch, prepared.experiment.config.run_dir
     try:
-        ended = _connect_and_train(experiment, check, launch, device, warnings(config, experiment))
-    except (RunRefused, NotConnected, TooLittle):
+        ended = _connect_and_train(prepared, on_round)
+    except (RunRefused, NotConnected, TooLittle, protocol.RunEnded):
         raise
-    except protocol.RunEnded:
-        return 1
-    except Diverged as error:
-        write_failure(config.run_dir, str(error), "diverged")
-        log(str(error), ERROR)
-        return 1
     except Exception as error:
-        line = shortage(error) or explain(error)
         if launch.rank == 0:
-            write_failure(experiment.config.run_dir, line or str(error).partition("\n")[0])
-        who = "" if launch.alone else f"rank {launch.rank}: "
-        if line:
-            log(f"{who}{line}", ERROR)
-        else:
-            log(f"rank {launch.rank} ends with the error above", ERROR, traceback.format_exc())
-        return 1
+            line = shortage(error) or explain(error) or str(error).partition("\n")[0]
+            write_failure(run_dir, line, "diverged" if isinstance(error, Diverged) else "error")
+        raise
     finally:
-        release_run_dir(experiment.config.run_dir)
+        release_run_dir(run_dir)
     if launch.rank == 0:
         log(ended)
-    return 0
 
 
-def _connect_and_train(experiment: Experiment, check: CorpusCheck, launch: Launch,
-                       device: torch.device, warnings: list[str]) -> str:
-    """All ranks: the run itself, started as rank 0 decides. Returns the line to end with.
-
-    warnings: to be printed when it starts.
-    """
+def _connect_and_train(prepared: Prepared, on_round: OnRound | None) -> str:
+    """All ranks: the run itself, started as rank 0 decides. Returns the line to end with."""
+    experiment, launch, device = prepared.experiment, prepared.launch, prepared.device
     config, here = experiment.config, hardware(device)
+    remarks = warnings(prepared.given, experiment)
     with connect(launch, _dedicated(config), config.timeout) as control:
-        data = check.agree(control)
+        data = prepared.check.agree(control)
         workers = hardware_of_workers(control, here)
         experiment = experiment.on(workers.values())
         start = _agree(control, experiment, workers)
@@ -143,13 +174,14 @@ def _connect_and_train(experiment: Experiment, check: CorpusCheck, launch: Launc
             return f"done: {config.run_dir}"
         stopping = StopRequest(config.run_dir, config.run_dir / LOCK, control.lost_peers, launch)
         with stopping.listening():
-            for warning in launch_warnings(config, launch) + warnings if launch.rank == 0 else []:
+            for warning in launch_warnings(config, launch) + remarks if launch.rank == 0 else []:
                 log(warning, WARNING)
             compile_in_turn(experiment, runtime, workers)
             if isinstance(config, FederatedConfig):
-                stopped = protocol.train_federated(experiment, runtime, stopping, checkpoint)
+                stopped = protocol.train_federated(experiment, runtime, stopping, checkpoint,
+                                                   on_round)
             else:
-                stopped = central.train_central(experiment, device, stopping, checkpoint)
+                stopped = central.train_central(experiment, device, stopping, checkpoint, on_round)
         return f"stopped by {stopped}: {config.run_dir} ({_next(config)})" if stopped else (
             f"done: {config.run_dir}")
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -160,3 +161,20 @@ def test_a_run_whose_workers_have_gpus(run: Run) -> None:
     elsewhere = run("fed_avg", *flags, "--rounds", 5)
     assert elsewhere.code == 2
     assert "--device: the kernels of this run was cuda: conv1d_and_chunk_scan" in elsewhere.output
+
+
+@pytest.mark.slow
+def test_a_run_on_pretended_gpus_tells_of_them(run: Run, pretended_cuda: dict[str, str],
+                                               tmp_path: Path) -> None:
+    """Which its server does not use; and compiled kernels have a folder on the local disk."""
+    found = run("fed_avg", "--device", "cuda", "--num_clients", 2, "--rounds", 1, processes=3,
+                env=pretended_cuda | {"TMPDIR": str(tmp_path), "TRITON_CACHE_DIR": "",
+                                      "PRETENDED_GPUS": "2"})
+    assert found.code == 0, found.output
+    environment = read_json(found.run_dir / "environment.json")
+    assert environment["device"] == "cuda"
+    assert environment["device_name"] == "pretended GPU"
+    assert [worker["device"] for worker in environment["workers"]] == ["cuda:0", "cuda:1"]
+    assert environment["made_with"]["kernels"] == environment["kernels"] == "cuda: own"
+    assert environment["made_with"]["versions"]["NCCL"] == "2.0.0"
+    assert (tmp_path / f"fedrun-triton-{os.getuid()}").is_dir()

@@ -21,7 +21,6 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from fedrun.aggregation import triton_sum
 from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.bounds import Bounds, bound_exceeded
 from fedrun.aggregation.slices import Peaks, slice_width
@@ -128,6 +127,8 @@ class ExactAggregator(Aggregator):
         """
         peaks = Peaks()
         if self._in_one_pass:
+            from fedrun.aggregation import triton_sum  # see gpu_head.py
+
             sums = zip(self._names, self._scales, self._buffer[:-1].split(self.size), strict=True)
             for name, scale, own in sums:
                 trained = client.get("parameters") if name == "delta" else None

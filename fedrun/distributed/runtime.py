@@ -7,6 +7,7 @@ the first worker of each. Rank 0 is the server; in a run of one process it is th
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import socket
@@ -125,6 +126,9 @@ def address_is_local_only(address: str) -> bool:
         return False
 
 
+_connections = itertools.count()  # of this process, and so of every rank
+
+
 @dataclass(frozen=True)
 class Runtime:
     """This process in the run: its rank, its device and its communication with the other ranks."""
@@ -178,7 +182,8 @@ def connect(launch: Launch, dedicated_server: bool, timeout: float) -> Iterator[
         address = served.host
     # torchrun restarts ranks in place with the same store, which still holds the addresses of the
     # dead ones: each attempt uses keys of its own.
-    prefix = f"attempt{launch.attempt}"
+    # So does each run of a program that trains several times.
+    prefix = f"attempt{launch.attempt}.{next(_connections)}"
     # The heartbeat has its own connection: a call that waits in a store blocks all other calls.
     store, heartbeat_store = (reach(address, port, bound, by_launcher) for _ in range(2))
     wait_for_all(PrefixStore(prefix, store), launch.rank, launch.world_size, bound)

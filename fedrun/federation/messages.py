@@ -43,6 +43,8 @@ class RoundPlan:
     save: bool
     """Whether to write a checkpoint at the end."""
     last: bool
+    stop: str = ""
+    """Who asked for an end after this round, which is over: nothing is left but to save it."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ rounds (see records/recorder.py).
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from fedrun.records.checkpoint import Checkpoint
 from fedrun.records.events import cohort_event
 from fedrun.records.history import cohort_record
 from fedrun.records.outcome import write_failure
-from fedrun.records.recorder import Recorder
+from fedrun.records.recorder import ON_ROUND, OnRound, Recorder
 from fedrun.records.schema import FEDERATED
 from fedrun.strategies.base import ClientReport
 from fedrun.training.evaluate import Piece, mean_loss, sample_prompt, sample_text
@@ -46,12 +47,14 @@ class Server:
 
     def __init__(self, config: FederatedConfig, data: TokenData, schedule: Schedule,
                  model: Mamba2LM, stopping: StopRequest, provenance: dict[str, Any], workers: int,
-                 checkpoint: Checkpoint | None = None, skips_texts: bool = False) -> None:
+                 checkpoint: Checkpoint | None = None, skips_texts: bool = False,
+                 on_round: OnRound | None = None) -> None:
         """
         model: the run's model at its start, on the CPU.
         workers: how many there are.
         skips_texts: whether an evaluation goes without a sample text for which training would have
             to wait (see records/sample_texts.py).
+        on_round: called when a round is recorded.
         """
         self.config, self.data, self.schedule, self.model = config, data, schedule, model
         self.flat = FlatParams(model)
@@ -59,11 +62,12 @@ class Server:
                                                                          config.cohort_size)
         self._left_out: list[list[int]] = []  # round and client, since the last record
         self._left_out_why: list[str] = []
+        self._saved = 0  # the last round whose checkpoint was begun
         step, state = (0, None) if checkpoint is None else (checkpoint.step, checkpoint.server)
         if state is not None:
             self._load(state)
         self.recorder = Recorder(config, FEDERATED, schedule.rounds, self.flat, provenance, workers,
-                                 step, state, skips_texts)
+                                 step, state, skips_texts, on_round)
         self.stopping = stopping
 
     @property
@@ -77,7 +81,11 @@ class Server:
         return DTYPES[self.config.dtype]
 
     def plan(self, number: int) -> RoundPlan:
-        """The plan of round `number`, counted from 1."""
+        """The plan of round `number`, counted from 1; or of the one before it, which is to be the
+        last, if `on_round` has asked for that."""
+        if self.recorder.stop:
+            return replace(self.schedule.plan(number - 1, self.entropy_reference), evaluate=False,
+                           save=self._saved < number - 1, stop=ON_ROUND)
         due = self.recorder.checkpoint_due(number)
         return self.schedule.plan(number, self.entropy_reference, save=due)
 
@@ -167,10 +175,15 @@ class Server:
                            left_out_why=[c.left_out for c in left_out],
                            clients=cohort_event(clients))
         if plan.save or decision.stop:
-            self.recorder.begin_checkpoint(plan.round, reference=self.entropy_reference,
-                                           left_out=list(self._left_out),
-                                           left_out_why=list(self._left_out_why))
+            self.begin_checkpoint(plan)
         self.recorder.commit_checkpoints(report.written for report in reports)
+
+    def begin_checkpoint(self, plan: RoundPlan) -> None:
+        """Keep the server's state after a round, whose workers have begun to write a checkpoint."""
+        self._saved = plan.round
+        self.recorder.begin_checkpoint(plan.round, reference=self.entropy_reference,
+                                       left_out=list(self._left_out),
+                                       left_out_why=list(self._left_out_why))
 
     def _load(self, state: dict[str, Any]) -> None:
         self.entropy_reference = state["reference"]

@@ -120,7 +120,7 @@ def _origin(settings: dict[str, Any]) -> str:
 def _results(found: Pretrained) -> list[str]:
     """The card's section on results: the last perplexity and the data, as far as they are recorded.
     """
-    from fedrun.plots.runs import Damaged, read_run
+    from fedrun.plots.run_folder import Damaged, read_run
     try:
         run = read_run(found.folder) if found.settings else None
     except Damaged:

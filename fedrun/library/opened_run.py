@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from fedrun.model.mamba2 import Mamba2LM
     from fedrun.model.pretrained import Pretrained
-    from fedrun.plots.runs import Axis
+    from fedrun.plots.run_folder import Axis
 
 
 class History(list[dict[str, Any]]):
@@ -103,7 +103,7 @@ class Run:
         """A figure of the run's perplexities, train and validation, against tokens, steps, rounds,
         seconds or bytes. InputError if nothing has been evaluated yet."""
         from fedrun.plots.one_run import figure
-        from fedrun.plots.runs import Damaged, read_run
+        from fedrun.plots.run_folder import Damaged, read_run
         try:
             return figure(read_run(self.folder), x)
         except Damaged as damaged:

@@ -26,7 +26,7 @@ def use_local_cache(deterministic: bool) -> None:
     Its default is in the home directory, and many ranks that compile into a network file system at
     once fail there. Unless `deterministic`, Triton also keeps which configuration was the fastest.
     """
-    if CACHE not in os.environ:
+    if not os.environ.get(CACHE):
         folder = Path(tempfile.gettempdir()) / f"fedrun-triton-{os.getuid()}"
         if _is_ours_alone(folder):
             os.environ[CACHE] = str(folder)

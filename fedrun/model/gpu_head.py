@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fedrun.model import kernels, triton_softmax
+from fedrun.model import kernels
 
 CHUNK_TOKENS = 4096  # whose logits are kept: 0.4 GB in bf16 for GPT-2's vocabulary
 ALIGNMENT = 64  # of a row of logits, in elements: cuBLAS's fast kernels need 16 bytes
@@ -81,6 +81,8 @@ def exponentiate(logits: Tensor, targets: Tensor, scale: float, losses: Tensor, 
     losses, -log softmax(logits)[target], and scale / the sum of the row's exponentials, (tokens,)
     each, in fp32 for bf16 logits."""
     if kernels.uses_triton(logits):
+        from fedrun.model import triton_softmax  # Triton's settings are made before its import
+
         triton_softmax.exponentiate(logits, targets, scale, losses, factors)
         return
     shift = logits.amax(1, keepdim=True)

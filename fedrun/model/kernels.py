@@ -45,7 +45,7 @@ def _probe() -> tuple[KernelPath, str]:
         ssd_kernels()
     except Exception as error:  # beside a wrong version of another package, of any type
         return "own", (f"GPUs scan sequences by torch alone, which is slower: mamba-ssm cannot be "
-                       f"imported ({_words(error)}; see the README on GPUs)")
+                       f"imported ({_words(error)}; see tests/README.md on GPUs)")
     try:
         importlib.import_module("causal_conv1d")
     except Exception as error:

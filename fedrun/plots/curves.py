@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedrun.plots.runs import Axis, Group, Measure
+from fedrun.plots.groups import Group
+from fedrun.plots.run_folder import Axis, Measure
 
 
 @dataclass(frozen=True)

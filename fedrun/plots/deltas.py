@@ -14,21 +14,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from fedrun.plots import style
-from fedrun.plots.runs import groups
+from fedrun.plots import style, tables
+from fedrun.plots.groups import groups
 from fedrun.plots.saved import Entity, FoundEntities
 
 ROWS_AND_COLUMNS = 80  # of the matrix in a heatmap
 HEATMAPS = 10  # steps in a figure
 TOP_VALUES = 8  # singular values drawn over the steps
 SUBSCRIPTS = "₁₂₃₄₅₆₇₈"
+WIDTH = 7.6  # inches, of figures of singular values without a table
 WIDE = 10  # the ratio of singular values from which on their axis is logarithmic
 ENERGY = 0.95
 COLOUR_QUANTILE = 0.995
@@ -107,8 +107,7 @@ def _families(entities: Sequence[Entity]) -> dict[str, list[Entity]]:
     families: dict[str, list[Entity]] = {}
     for group in groups(entity.run for entity in entities):
         variant = re.sub(r"[^\w.=-]+", "_", group.variant)
-        by_seed = {run.seed: replace(by_path[run.path], variant=group.variant)
-                   for run in reversed(group.runs)}
+        by_seed = {run.seed: by_path[run.path] for run in reversed(group.runs)}
         name = "_".join(filter(None, [_family(by_path[group.runs[0].path]), variant]))
         families[name] = [by_seed[seed] for seed in sorted(by_seed)]
     return families
@@ -160,15 +159,17 @@ def heatmap(entity: Entity, layer: int, limit: float) -> Figure:
                  shrink=0.9, pad=0.015)
     fig.supxlabel(f"the {len(columns)} of {total_columns} inputs that changed most", fontsize=12)
     fig.supylabel(f"the {len(rows)} of {total_rows} outputs", fontsize=12)
-    fig.suptitle(f"Change of in_proj since {entity.since}, {_layer(entity, layer)}\n"
-                 f"{_title(entity)}, seed {entity.run.seed}")
+    fig.suptitle(style.lines(
+        fig.get_figwidth(), f"Change of in_proj since {entity.since}, {_layer(entity, layer)}",
+        f"{_title(entity)}, seed {entity.run.seed}"))
+    tables.settings_beside(fig, entity.differs)
     return fig
 
 
 def evolution(entities: Sequence[Entity], layer: int) -> Figure:
     """The largest singular values over the steps: mean over seeds and standard deviation."""
     steps, values = _over_seeds(entities, layer)  # (seeds, steps, values)
-    fig = style.figure(7.6, 5.0)
+    fig = style.figure(WIDTH, 5.0)
     ax = fig.subplots()
     shades = np.linspace(0.95, 0.35, min(TOP_VALUES, values.shape[-1]))
     handles = []
@@ -191,10 +192,11 @@ def evolution(entities: Sequence[Entity], layer: int) -> Figure:
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.set_xlabel("step" if entities[0].run.method == "central" else "round")
     ax.set_ylabel("singular value")
-    ax.set_title(f"Largest singular values of the change of in_proj, "
-                 f"{_layer(entities[0], layer)}\n"
-                 f"{_title(entities[0], len(values))}")
+    ax.set_title(style.lines(
+        WIDTH - 1, "Largest singular values of the change of in_proj, "
+        + _layer(entities[0], layer), _title(entities[0], len(values))))
     style.legend_below(fig, handles, TOP_VALUES // 2)
+    tables.settings_beside(fig, entities[0].differs)
     return fig
 
 
@@ -205,7 +207,7 @@ def spectrum(entities: Sequence[Entity], layer: int) -> Figure:
     mean = final.mean(axis=0)
     rank = energy_rank(mean)
     look = style.look(entities[0].run.method)
-    fig = style.figure(7.6, 5.0)
+    fig = style.figure(WIDTH, 5.0)
     ax = fig.subplots()
     numbers = np.arange(1, len(mean) + 1)
     handles = ax.plot(numbers, mean, color=look.colour, label="mean" if len(final) > 1 else
@@ -223,10 +225,11 @@ def spectrum(entities: Sequence[Entity], layer: int) -> Figure:
     ax.set_xlabel("number of the singular value")
     ax.set_ylabel("singular value")
     when = "step" if entities[0].run.method == "central" else "round"
-    ax.set_title(f"Singular values of the change of in_proj, {_layer(entities[0], layer)}, "
-                 f"{when} {steps[-1]}\n"
-                 f"{_title(entities[0], len(final))}")
+    ax.set_title(style.lines(
+        WIDTH - 1, f"Singular values of the change of in_proj, {_layer(entities[0], layer)}, "
+        f"{when} {steps[-1]}", _title(entities[0], len(final))))
     style.legend_below(fig, handles, 2)
+    tables.settings_beside(fig, entities[0].differs)
     return fig
 
 
@@ -254,7 +257,6 @@ def _title(entity: Entity, seeds: int = 1) -> str:
     run = entity.run
     what = f"{style.label(run.method)}, {style.text(run.config, 28)}"
     end = f", mean of {seeds} seeds" * (seeds > 1)
-    end += f"\n{style.text(entity.variant, 75)}" * bool(entity.variant)
     if run.method == "central":
         return f"{what}{end}"
     who = "global model" if entity.name == "server" else style.text(entity.name.replace("_", " "))

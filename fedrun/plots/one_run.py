@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 from fedrun.common.errors import InputError
 from fedrun.plots import style
-from fedrun.plots.runs import Axis, Run
+from fedrun.plots.run_folder import Axis, Run
 
 
 def figure(run: Run, axis: Axis = "tokens") -> Figure:

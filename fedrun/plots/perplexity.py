@@ -1,78 +1,82 @@
 """`fedrun plot perplexities`: validation perplexity against work, from the histories alone.
 
+    0_all_runs                     every run as a line of its own, and a table of what differs
     1_central_vs_fed_{config}      central training and FedAvg, train and validation
     2_lu_comparison_{config}       the same number of tokens in rounds of 1, 8, ... local updates
     3_method_comparison_{config}   every method found, a panel for each number of local updates
     4_multi_config_comparison      every config found, and the final perplexities side by side
     5_configs_in_one_axes          every config as a line, a panel for each method
 
-Runs with several seeds are drawn as their mean with a band of one standard deviation. What of the
+But for the first, runs with several seeds are drawn as their mean with a band of one standard
+deviation, and the lines of one figure have one protocol (`plots/protocols.py`). What of the
 curves is shown, and where the y-axis ends: `plots/view.py`.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from fedrun.common.terminal import say
 from fedrun.plots import style
 from fedrun.plots.curves import Curve
+from fedrun.plots.groups import Group, in_a_line
+from fedrun.plots.overview import all_runs
+from fedrun.plots.pieces import Result, draw, finish, named, new_panels, nothing_on
 from fedrun.plots.protocols import protocols
-from fedrun.plots.runs import Axis, Group, Measure, Run
+from fedrun.plots.run_folder import Axis, Run
 from fedrun.plots.selection import Selection, natural, updates_text
-from fedrun.plots.view import WHOLE_FINDING, Drawn, View, apply
+from fedrun.plots.view import WHOLE_FINDING, View
 
-Result = Figure | str
-"""A figure, or why there is none: the runs that it needs."""
+LONGEST = 100  # characters for what tells protocols apart, in the reason for no figure
 
 TRAIN: dict[str, Any] = {"linestyle": (0, (1.2, 1.6)), "linewidth": 1.5, "marker": None}
-PANELS_PER_ROW = 3
 
 
 def figures(runs: Sequence[Run], axis: Axis, config: str | None = None,
             view: View = WHOLE_FINDING) -> tuple[dict[str, Result], list[str]]:
     """All figures of one config, or of every config found, by name; and the runs left out.
 
-    Where runs have several protocols (`plots/protocols.py`), each has figures of its own, with the
-    protocol in their names.
+    Where runs have several protocols, each has figures of its own, with the protocol in their
+    names.
     """
     made: dict[str, Result] = {}
     left_out: dict[str, None] = {}
 
-    def draw(name: str, members: Sequence[Run], figure: Callable[[Selection], Result]) -> None:
+    def add(name: str, members: Sequence[Run], figure: Callable[[Selection], Result]) -> None:
         drawn: dict[str, Result] = {}
-        found = protocols(members) or {"": []}
+        found = protocols(members) or {(): []}
         for protocol, its in found.items():
             selection = Selection(its, axis, view, protocol)
-            suffix = "_" + re.sub(r"[^\w.=-]+", "_", protocol) if protocol else ""
+            suffix = "_" + re.sub(r"[^\w.=-]+", "_", in_a_line(protocol)) if protocol else ""
             drawn[name + suffix] = figure(selection)
             left_out.update(selection.left_out)
         able = {n: result for n, result in drawn.items() if not isinstance(result, str)}
-        reason = str(next(iter(drawn.values()))) + (
-            f", in the same protocol; there are {len(found)}: "
-            + "; ".join(protocol or "the defaults" for protocol in found)
-            if len(found) > 1 else "")
+        reason = str(next(iter(drawn.values())))
+        if len(found) > 1:
+            every = "; ".join(in_a_line(protocol) for protocol in found)
+            names = dict.fromkeys(name for protocol in found for name, _ in protocol)
+            reason += f", in the same protocol; there are {len(found)}" + (
+                f": {every}" if len(every) < LONGEST else f", which differ in {', '.join(names)}")
         made.update(able)
         if not able:
             made[name] = reason
 
     with style.drawing():
+        everything = Selection([r for r in runs if config in (None, r.config)], axis, view)
+        made["0_all_runs"] = all_runs(everything)
+        left_out.update(everything.left_out)
         for own in [config] if config else natural({run.config for run in runs}):
             members = [run for run in runs if run.config == own]
             for number, figure in enumerate((central_vs_fed, lu_comparison, method_comparison), 1):
-                draw(f"{number}_{figure.__name__}_{own}", members,
-                     functools.partial(figure, config=own))
-        draw("4_multi_config_comparison", runs, multi_config_comparison)
-        draw("5_configs_in_one_axes", runs, configs_in_one_axes)
+                add(f"{number}_{figure.__name__}_{own}", members,
+                    functools.partial(figure, config=own))
+        add("4_multi_config_comparison", runs, multi_config_comparison)
+        add("5_configs_in_one_axes", runs, configs_in_one_axes)
     return made, list(left_out)
 
 
@@ -84,20 +88,20 @@ def central_vs_fed(selection: Selection, config: str) -> Result:
         return f"needs central and fed_avg runs of --config {config}"
     fed = selection.group("fed_avg", config, updates[0])
     assert fed is not None
-    fig, (ax,) = _panels(1)
+    fig, (ax,) = new_panels(1)
     handles = []
     for group in (central, fed):
         label = style.label(group.method)
         label += f", {updates_text(group.local_updates)}" if group.method != "central" else ""
-        line = _draw(ax, selection, group, "val_ppl")
-        _draw(ax, selection, group, "train_ppl", **TRAIN)
-        handles += _named([(line, label + selection.seeds([group]))])
+        line = draw(ax, selection, group, "val_ppl")
+        draw(ax, selection, group, "train_ppl", **TRAIN)
+        handles += named([(line, label + selection.seeds([group]))])
     if not ax.lines:
-        return _nothing_on(selection.axis)
+        return nothing_on(selection.axis)
     ax.set_title(style.title("Central and federated training", config))
     handles += [Line2D([], [], color="#666666", label="validation"),
                 Line2D([], [], color="#666666", label="train", **TRAIN)]
-    return _finish(fig, [ax], selection, handles, 2, ylabel="perplexity")
+    return finish(fig, [ax], selection, handles, 2, ylabel="perplexity")
 
 
 def lu_comparison(selection: Selection, config: str) -> Result:
@@ -109,23 +113,23 @@ def lu_comparison(selection: Selection, config: str) -> Result:
                 "such as 1 and 8")
     counts = selection.updates(config, methods)
     looks = {updates: style.line_look(place) for place, updates in enumerate(counts)}
-    fig, axes = _panels(len(methods))
+    fig, axes = new_panels(len(methods))
     lines: dict[int, Any] = {}
     drawn: dict[int, list[Group]] = {}
     for ax, method in zip(axes, methods, strict=True):
         for updates in selection.updates(config, [method]):
             group = selection.group(method, config, updates)
             assert group is not None
-            if line := _draw(ax, selection, group, "val_ppl", **looks[updates]):
+            if line := draw(ax, selection, group, "val_ppl", **looks[updates]):
                 lines[updates] = line
                 drawn.setdefault(updates, []).append(group)
         ax.set_title(style.label(method))
     if not drawn:
-        return _nothing_on(selection.axis)
+        return nothing_on(selection.axis)
     fig.suptitle(style.title("Local updates in a round", config))
-    handles = _named([(lines[u], updates_text(u) + selection.seeds(drawn[u]))
+    handles = named([(lines[u], updates_text(u) + selection.seeds(drawn[u]))
                       for u in sorted(drawn)])
-    return _finish(fig, axes, selection, handles, 4)
+    return finish(fig, axes, selection, handles, 4)
 
 
 def method_comparison(selection: Selection, config: str) -> Result:
@@ -134,22 +138,22 @@ def method_comparison(selection: Selection, config: str) -> Result:
     panels = selection.updates(config, methods)
     if len(methods) < 2 or not panels:
         return f"needs runs of two or more methods with --config {config}"
-    fig, axes = _panels(len(panels))
+    fig, axes = new_panels(len(panels))
     lines: dict[str, Any] = {}
     drawn: dict[str, list[Group]] = {}
     for ax, updates in zip(axes, panels, strict=True):
         for method in methods:
             group = selection.group(method, config, 1 if method == "central" else updates)
-            if group and (line := _draw(ax, selection, group, "val_ppl")):
+            if group and (line := draw(ax, selection, group, "val_ppl")):
                 lines[method] = line
                 drawn.setdefault(method, []).append(group)
         ax.set_title(updates_text(updates))
     if not drawn:
-        return _nothing_on(selection.axis)
+        return nothing_on(selection.axis)
     fig.suptitle(style.title("Methods", config))
-    handles = _named([(lines[m], style.label(m) + selection.seeds(drawn[m]))
+    handles = named([(lines[m], style.label(m) + selection.seeds(drawn[m]))
                       for m in methods if m in drawn])
-    return _finish(fig, axes, selection, handles, 3)
+    return finish(fig, axes, selection, handles, 3)
 
 
 def multi_config_comparison(selection: Selection) -> Result:
@@ -159,7 +163,7 @@ def multi_config_comparison(selection: Selection) -> Result:
     if len(configs) < 2:
         return ("needs runs of two or more configs, such as pure_ssm_1_layer, pure_ssm_2_layer "
                 "and pure_ssm_4_layer")
-    fig, axes = _panels(len(configs) + 1)
+    fig, axes = new_panels(len(configs) + 1)
     finals: dict[str, list[tuple[int, Curve]]] = {}
     lines: dict[str, Any] = {}
     drawn: dict[str, list[Group]] = {}
@@ -168,7 +172,7 @@ def multi_config_comparison(selection: Selection) -> Result:
             own = [g.local_updates for g in selection.groups
                    if (g.method, g.config) == (method, config)]
             group = selection.group(method, config, min(own))
-            if group and (line := _draw(ax, selection, group, "val_ppl")):
+            if group and (line := draw(ax, selection, group, "val_ppl")):
                 lines[method] = line
                 drawn.setdefault(method, []).append(group)
                 found = selection.curve(group, "val_ppl")
@@ -176,7 +180,7 @@ def multi_config_comparison(selection: Selection) -> Result:
                 finals.setdefault(method, []).append((place, found))
         ax.set_title(style.text(config, 28))
     if not lines:
-        return _nothing_on(selection.axis)
+        return nothing_on(selection.axis)
     last = axes[-1]
     for number, (method, ends) in enumerate(finals.items()):
         look = style.look(method)
@@ -188,9 +192,9 @@ def multi_config_comparison(selection: Selection) -> Result:
     last.set_xticks(range(len(configs)), _short(configs))
     last.set_xlim(-0.5, len(configs) - 0.5)
     fig.suptitle("Configs (the fewest local updates of each method)")
-    handles = _named([(line, style.label(m) + selection.seeds(drawn[m]))
+    handles = named([(line, style.label(m) + selection.seeds(drawn[m]))
                       for m, line in lines.items()])
-    return _finish(fig, axes, selection, handles, 3, curves=axes[:-1])
+    return finish(fig, axes, selection, handles, 3, curves=axes[:-1])
 
 
 def configs_in_one_axes(selection: Selection) -> Result:
@@ -208,22 +212,22 @@ def configs_in_one_axes(selection: Selection) -> Result:
     if not panels:
         return "needs runs of one method with two or more configs and the same --local_updates"
     looks = {name: style.line_look(place) for place, name in enumerate(selection.configs)}
-    fig, axes = _panels(len(panels))
+    fig, axes = new_panels(len(panels))
     lines: dict[str, Any] = {}
     drawn: dict[str, list[Group]] = {}
     for ax, (method, groups) in zip(axes, panels.items(), strict=True):
         for group in groups:
-            if line := _draw(ax, selection, group, "val_ppl", **looks[group.config]):
+            if line := draw(ax, selection, group, "val_ppl", **looks[group.config]):
                 lines[group.config] = line
                 drawn.setdefault(group.config, []).append(group)
         what = f", {updates_text(groups[0].local_updates)}" if method != "central" else ""
         ax.set_title(style.label(method) + what)
     if not lines:
-        return _nothing_on(selection.axis)
+        return nothing_on(selection.axis)
     fig.suptitle("Configs in one axes")
-    handles = _named([(lines[c], style.text(c, 28) + selection.seeds(drawn[c]))
+    handles = named([(lines[c], style.text(c, 28) + selection.seeds(drawn[c]))
                       for c in selection.configs if c in lines])
-    return _finish(fig, axes, selection, handles, 3)
+    return finish(fig, axes, selection, handles, 3)
 
 
 def single(run: Run, axis: Axis) -> Figure:
@@ -234,72 +238,13 @@ def single(run: Run, axis: Axis) -> Figure:
     with style.drawing():
         fig = style.figure(7.0, 3.6)
         ax = fig.subplots()
-        handles = _named([(_draw(ax, selection, group, "val_ppl"), "validation")])
-        if _draw(ax, selection, group, "train_ppl", **TRAIN):
+        handles = named([(draw(ax, selection, group, "val_ppl"), "validation")])
+        if draw(ax, selection, group, "train_ppl", **TRAIN):
             handles.append(Line2D([], [], color=style.look(run.method).colour, label="train",
                                   **TRAIN))
-        finished = _finish(fig, [ax], selection, handles, 2, ylabel="perplexity")
+        finished = finish(fig, [ax], selection, handles, 2, ylabel="perplexity")
         assert isinstance(finished, Figure)
         return finished
-
-
-# ---- pieces of figures ---------------------------------------------------------------------------
-
-def _panels(count: int) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels that share a y-axis, at most three per row."""
-    columns = 2 if count == 4 else min(count, PANELS_PER_ROW)
-    rows = math.ceil(count / columns)
-    width = 7.6 if columns == 1 else 1.2 + 3.9 * columns
-    fig = style.figure(width, 1.3 + 3.9 * rows)
-    grid = fig.subplots(rows, columns, sharey=True, squeeze=False)
-    axes = list(grid.flat)
-    for unused in axes[count:]:
-        unused.remove()
-    return fig, axes[:count]
-
-
-def _draw(ax: Axes, selection: Selection, group: Group, measure: Measure, **kwargs: Any
-          ) -> Line2D | None:
-    """Draw a group's mean and its band; None if the group has no points on this axis."""
-    found = selection.curve(group, measure)
-    if found is None:
-        return None
-    look = style.look(group.method)
-    every = max(1, len(found.x) // 8)
-    settings: dict[str, Any] = {"color": look.colour, "marker": look.marker, "markevery": every}
-    (line,) = ax.plot(found.x, found.mean, **settings | kwargs)
-    line.set_gid(f"{group.method} {group.config} {group.local_updates} {measure}")
-    selection.drawn.append(Drawn(ax, line, found))
-    if found.std is not None:
-        low = (found.mean - found.std).clip(min=1.0)  # no perplexity is below 1
-        ax.fill_between(found.x, low, found.mean + found.std, color=line.get_color(),
-                        alpha=style.BAND_OPACITY, linewidth=0)
-    return line
-
-
-def _named(lines: Iterable[tuple[Line2D | None, str]]) -> list[Line2D]:
-    """Legend entries that look like the lines."""
-    return [Line2D([], [], color=line.get_color(), marker=line.get_marker(),
-                   linestyle=line.get_linestyle(), label=label)
-            for line, label in lines if line is not None]
-
-
-def _finish(fig: Figure, axes: Sequence[Axes], selection: Selection, handles: Sequence[Line2D],
-            columns: int, curves: Sequence[Axes] | None = None,
-            ylabel: str = "validation perplexity") -> Result:
-    for ax in axes if curves is None else curves:
-        style.work_axis(ax, selection.axis)
-    wanting = apply(selection.drawn, selection.axis, selection.view)
-    selection.drawn.clear()
-    if wanting:
-        selection.foot()
-        return wanting
-    style.log_axis(axes[0])
-    for ax in axes:
-        if ax.get_subplotspec().is_first_col():  # type: ignore[union-attr]
-            ax.set_ylabel(ylabel)
-    style.legend_below(fig, handles, min(columns, len(handles)), selection.foot())
-    return fig
 
 
 def _short(configs: Sequence[str]) -> list[str]:
@@ -311,16 +256,3 @@ def _short(configs: Sequence[str]) -> list[str]:
         words = [w[:-1] for w in words]
     columns = max(40 // len(configs), 5)
     return ["\n".join(style.text(part, columns) for part in w[:4]) for w in words]
-
-
-def _nothing_on(axis: Axis) -> str:
-    return f"needs runs whose histories record {axis}"
-
-
-def save_all(made: dict[str, Result], out_dir: Path) -> None:
-    """Write the figures; print what was written, and what the missing ones need."""
-    for name, result in made.items():
-        if isinstance(result, str):
-            say(f"skipped {name}: {result}")
-        else:
-            say(f"wrote {style.save(result, out_dir, name)}")

@@ -16,12 +16,15 @@ from fedrun.common.errors import InputError
 from fedrun.common.terminal import visible
 from fedrun.config import CentralConfig, FederatedConfig
 from fedrun.flags import closest
-from fedrun.plots.runs import NO_VARIANT, Run, flat
+from fedrun.plots.groups import NO_VARIANT, WITHOUT, Settings, flat
+from fedrun.plots.run_folder import Run
 
 _NOT_COMPARED = NO_VARIANT | {"model", "strategy", "rounds", "n_epochs", "epoch_passes", "lr"}
 _NOT_CENTRAL = {"batch_size", "num_clients", "partition", "alpha", "size_skew", "batches"}
 """Settings in which a central run cannot agree with federated ones, or that it does not use."""
-WITHOUT = "without config.json"
+MOST_VALUES = 10  # in a message
+ONE: Settings = ()
+"""The protocol of runs that have only one."""
 
 
 def _defaults(config: type) -> dict[str, Any]:
@@ -34,40 +37,40 @@ _FEDERATED = _defaults(FederatedConfig) | {"weighting": "samples"}
 _CENTRAL = {n: v for n, v in _defaults(CentralConfig).items() if n not in _NOT_CENTRAL}
 
 
-def protocols(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """The runs of each protocol by its name: the settings that differ, `sync=epoch, alpha=0.5`.
+def protocols(runs: Iterable[Run]) -> dict[Settings, list[Run]]:
+    """The runs of each protocol, which is told by the settings in which the protocols differ.
 
-    A central run belongs to every protocol whose settings it shares, as far as it has them. The
-    name is empty if there is one protocol.
+    A central run belongs to every protocol whose settings it shares, as far as it has them. Where
+    there is one protocol, it is ONE.
     """
     own = [(run, _settings(run)) for run in runs]
     known = [settings for _, settings in own if settings]
     varying = sorted(name for name in _FEDERATED
                      if len({s[name] for s in known if name in s}) > 1)
-    found: dict[str, list[Run]] = {}
-    values: dict[str, dict[str, str]] = {}
+    found: dict[Settings, list[Run]] = {}
+    values: dict[Settings, dict[str, str]] = {}
     for central in (False, True):
         for run, settings in own:
             if (run.method == "central") != central:
                 continue
             its = {name: settings[name] for name in varying if name in settings}
-            name = ", ".join(f"{n}={json.loads(v)}" for n, v in its.items()) if settings \
-                else WITHOUT
+            protocol = tuple((n, visible(str(json.loads(v)))) for n, v in its.items()) \
+                if settings else ((WITHOUT, ""),)
             homes = [other for other, theirs in values.items()
-                     if central and bool(settings) == (other != WITHOUT)
-                     and all(its[n] == theirs[n] for n in its if n in theirs)] or [name]
+                     if central and bool(settings) == (other != ((WITHOUT, ""),))
+                     and all(its[n] == theirs[n] for n in its if n in theirs)] or [protocol]
             for home in homes:
                 values.setdefault(home, its)
                 found.setdefault(home, []).append(run)
     if len(found) == 1:
-        return {"": next(iter(found.values()))}
-    return {visible(name): members for name, members in sorted(found.items())}
+        return {ONE: next(iter(found.values()))}
+    return dict(sorted(found.items()))
 
 
 def where(runs: Sequence[Run], conditions: Sequence[str]) -> list[Run]:
     """The runs that meet all `conditions`, NAME=VALUE; central runs need not have the setting.
 
-    Raises InputError for a condition in another form, and for a setting that no run has.
+    Raises InputError for a condition in another form, and for a setting or a value that no run has.
     """
     kept = list(runs)
     for condition in conditions:
@@ -75,11 +78,15 @@ def where(runs: Sequence[Run], conditions: Sequence[str]) -> list[Run]:
         if not (name and equals):
             raise InputError(f"--where {condition}: must be SETTING=VALUE, such as sync=epoch")
         name = name.replace("-", "_")
-        all_settings = {run.path: _all(run) for run in runs}
+        all_settings = {run.path: settings_of(run) for run in runs}
         known = {n for settings in all_settings.values() for n in settings}
         if name not in known:
             raise InputError(f"--where {condition}: no run has the setting {name!r}"
                              f"{closest(name, known)}")
+        values = {_text(s[name]) for s in all_settings.values() if name in s}
+        if value.lower() not in values:
+            raise InputError(f"--where {condition}: no run has this value; there are "
+                             + visible(", ".join(sorted(values)[:MOST_VALUES])))
         kept = [run for run in kept if _text(all_settings[run.path].get(name)) == value.lower()
                 or (run.method == "central" and name not in all_settings[run.path])]
     return kept
@@ -94,8 +101,9 @@ def _settings(run: Run) -> dict[str, str]:
     return {name: json.dumps(recorded.get(name, default)) for name, default in defaults.items()}
 
 
-def _all(run: Run) -> dict[str, Any]:
-    """All that --where can ask for."""
+def settings_of(run: Run) -> dict[str, Any]:
+    """All settings of a run, with the defaults of those that it does not record, and whatever its
+    folder's name tells."""
     named = {"method": run.method, "config": run.config, "seed": run.seed}
     if run.method != "central":
         named["local_updates"] = run.local_updates

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,10 @@ import numpy as np
 from fedrun.common.errors import InputError, one_line
 from fedrun.common.files import open_regular
 from fedrun.common.terminal import visible
-from fedrun.plots.runs import Damaged, Run, identify, run_folders
+from fedrun.plots.groups import Settings, groups
+from fedrun.plots.run_folder import Damaged, Run, identify
+from fedrun.plots.runs import run_folders
+from fedrun.plots.studies import HISTORIES, is_study
 
 STEP_FILE = re.compile(r"step_(\d{1,15})\.npz")
 LARGEST_ARRAY = 1 << 32  # bytes
@@ -43,7 +46,7 @@ class Entity:
     says_layer: bool = True
     """Whether the files say which layer they hold. Those of the original study hold one layer, of
     several the last, without saying so; it counts as layer 0 here."""
-    variant: str = ""
+    differs: Settings = ()
     """The settings in which it differs from other runs of its method."""
 
     def changes(self, layer: int, steps: Sequence[int]) -> dict[int, np.ndarray]:
@@ -112,7 +115,13 @@ def find_entities(data_dir: Path, entity: str, federated: bool, config: str | No
             passed_over += [(f"{run.name}/{file}", reason) for file, reason in damage]
         except Damaged as damaged:
             passed_over.append((visible(path.name), str(damaged)))
-    return FoundEntities(entity if federated else "central", federated, found, passed_over)
+    if is_study(data_dir):
+        passed_over.append((HISTORIES, "has no weights, which are in the folders of its runs"))
+    differs = {run.path: group.differs for group in groups(read.run for read in found)
+               for run in group.runs}
+    return FoundEntities(entity if federated else "central", federated,
+                         [replace(read, differs=differs[read.run.path]) for read in found],
+                         passed_over)
 
 
 def _read_entity(run: Run, name: str, folder: Path) -> tuple[Entity, list[tuple[str, str]]]:

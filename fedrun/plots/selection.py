@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 
 from fedrun.plots import style
 from fedrun.plots.curves import Curve, curve
-from fedrun.plots.runs import INFERRED, Axis, Group, Measure, Run, groups
+from fedrun.plots.groups import Group, Settings, groups
+from fedrun.plots.run_folder import INFERRED, Axis, Measure, Run
 from fedrun.plots.view import WHOLE_FINDING, Drawn, View
 
 NOTE_WIDTH = 100  # characters that fit under the narrowest figure
@@ -19,10 +20,11 @@ class Selection:
     """The groups of runs that a set of figures is drawn from, and notes for the reader."""
 
     def __init__(self, runs: Iterable[Run], axis: Axis, view: View = WHOLE_FINDING,
-                 protocol: str = "") -> None:
+                 protocol: Settings = ()) -> None:
         self.axis: Axis = axis
         self.view = view
         self.protocol = protocol
+        """The settings that these runs share, and that others of the folder have otherwise."""
         self.groups = groups(runs)
         self.notes: dict[str, None] = {}
         """Lines below the current figure, in order."""
@@ -78,8 +80,7 @@ class Selection:
 
     def foot(self) -> str:
         """Return the notes for the current figure and clear them."""
-        protocol = [f"protocol: {style.text(self.protocol, 2 * NOTE_WIDTH)}"] * bool(self.protocol)
-        text = "\n".join(textwrap.fill(note, NOTE_WIDTH) for note in [*protocol, *self.notes])
+        text = "\n".join(textwrap.fill(note, NOTE_WIDTH) for note in self.notes)
         self.notes.clear()
         return text
 

@@ -9,6 +9,7 @@ display and share no state.
 from __future__ import annotations
 
 import math
+import textwrap
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,7 +24,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, NullFor
 
 from fedrun.common.terminal import shortened, visible
 from fedrun.plots import fonts
-from fedrun.plots.runs import Axis
+from fedrun.plots.run_folder import Axis
 
 
 class Look(NamedTuple):
@@ -49,6 +50,7 @@ LOOKS = {
 _OTHER_COLOURS = ("#332288", "#44AA99", "#AA4499", "#661100")
 BAND_OPACITY = 0.18
 DIVERGING = "RdBu_r"
+TITLE_CHARACTER = 0.105  # inches: width of a title's characters on average
 LONGEST = 50  # columns of a name in a figure
 LONGEST_FILE = 200  # bytes of a file name without its ending; file systems allow 255
 
@@ -76,11 +78,11 @@ def look(method: str) -> Look:
 
 def line_look(place: int) -> dict[str, Any]:
     """Colour, line and marker of a figure's line number `place` where the method does not tell
-    lines apart."""
+    lines apart: 9 colours, and 27 looks that are all different."""
     looks = list(LOOKS.values())[1:]
     chosen = looks[(0, 3, 2, 4, 1, 5, 6, 7, 8)[place % 9]]
     return {"color": chosen.colour, "marker": chosen.marker,
-            "linestyle": ("-", (0, (5, 2)), (0, (1.2, 1.6)))[place % 3]}
+            "linestyle": ("-", (0, (5, 2)), (0, (1.2, 1.6)))[(place + place // 9) % 3]}
 
 
 def shade(method: str, strength: float) -> tuple[float, float, float]:
@@ -112,6 +114,12 @@ def label(method: str) -> str:
     """The method's label, made fit for a figure."""
     shown = text(look(method).label, 24)
     return f" {shown}" if shown.startswith("_") else shown  # matplotlib's legends omit _names
+
+
+def lines(width: float, *words: str) -> str:
+    """Each of `words` on a line of its own, or on several: as wide as a title above `width` inches
+    of a figure may be."""
+    return "\n".join(textwrap.fill(line, int(width / TITLE_CHARACTER)) for line in words)
 
 
 def title(what: str, name: str) -> str:

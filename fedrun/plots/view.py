@@ -18,7 +18,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator
 
 from fedrun.plots import style
 from fedrun.plots.curves import Curve
-from fedrun.plots.runs import Axis
+from fedrun.plots.run_folder import Axis
 
 STEEP = 0.1  # of a run
 ABOVE_OWN_END = 1.25

@@ -70,6 +70,10 @@ class CheckpointWriter:
         written, self._written = self._written, []
         return written
 
+    def close(self) -> None:
+        """End the thread, once what it writes is written; nothing can be begun any more."""
+        self._thread.shutdown(wait=False)
+
     def _wait(self) -> None:
         if self._writing is not None:
             self._written.append(self._writing.result())

@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,6 +47,30 @@ MAX_PENDING = 4
 does one more that waits for a place: 2 GB in all for 100 million parameters in fp32."""
 
 
+@dataclass(frozen=True)
+class RoundRecord:
+    """A finished round, or step of a central run, as `on_round` gets it."""
+
+    number: int
+    """Counted from 1."""
+    train_ppl: float
+    """Perplexity of the training batches, each under the model that it trained."""
+    val_ppl: float | None
+    """The global model's perplexity on the validation split; None where it was not evaluated."""
+    lr: float
+    tokens: int
+    """Training tokens so far, of all clients."""
+    seconds: float
+    """Wall-clock time so far."""
+    event: Mapping[str, Any]
+    """All that the round's line in events.jsonl holds."""
+
+
+OnRound = Callable[[RoundRecord], object]
+"""Called after each round; if it returns "stop", the run stops there, with a checkpoint."""
+ON_ROUND = "on_round"  # who has asked to stop then
+
+
 class Recorder:
     """Writes what a run leaves in its folder. All methods are for the thread that trains.
 
@@ -60,7 +85,8 @@ class Recorder:
 
     def __init__(self, config: RunConfig, schema: Schema, total: int, flat: FlatParams,
                  provenance: dict[str, Any], workers: int, done: int = 0,
-                 state: Mapping[str, Any] | None = None, skips_texts: bool = False) -> None:
+                 state: Mapping[str, Any] | None = None, skips_texts: bool = False,
+                 on_round: OnRound | None = None) -> None:
         """
         total: the rounds or steps of the run.
         flat: the model as it is before the first of them, also in a run that resumes: snapshots
@@ -70,8 +96,10 @@ class Recorder:
         done, state: number and content of the checkpoint that the run resumes from.
         skips_texts: whether evaluations go without a sample text that training would wait for.
             Then `generated` depends on the time that everything takes.
+        on_round: called after each round or step.
         """
-        self.config, self.schema, self.total = config, schema, total
+        self.config, self.schema, self.total, self.on_round = config, schema, total, on_round
+        self.stop = False  # whether `on_round` has asked for it
         self.totals = RunTotals()
         self.history: list[dict[str, Any]] = []
         self.start = tracked_parameters(flat.views(flat.vector))
@@ -110,6 +138,10 @@ class Recorder:
                                               if name in record}
         self.events.add(self.schema.unit, **values)
         self.progress.step(number, train_ppl, self.totals.tokens, val_ppl)
+        if self.on_round is not None:
+            self.stop = self.on_round(RoundRecord(
+                number, train_ppl, val_ppl, lr, values["tokens"], values["seconds"], values)
+            ) == "stop"
 
     def evaluated(self, number: int, pieces: Sequence[Piece], model: Tensor,
                   generated: str | Callable[[], str], **fields: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`fedrun plot perplexities|deltas|federated-deltas`: draws figures from run folders.
 
     fedrun plot perplexities --data_dir results/ --config pure_ssm_1_layer
+    fedrun plot perplexities --data_dir results/methods         # a study, from its histories alone
     fedrun plot federated-deltas --entity client_0 --layer all
 
 As PNG and SVG, without a display. Does not import torch.
@@ -42,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
 def _parser(kind: str, text: str) -> argparse.ArgumentParser:
     parser = Parser(prog=f"fedrun plot {kind}", description=text, allow_abbrev=False)
     parser.add_argument("--data_dir", type=Path, default=Path("results"),
-                        help="folder with run folders (default: results/)")
+                        help="folder with run folders, or of a study (default: results/)")
     parser.add_argument("--out_dir", "--output_dir", type=Path, metavar="FOLDER",
                         default=Path("results/plots") / kind.replace("-", "_"),
                         help="folder to write the figures to (default: %(default)s)")
@@ -53,7 +54,7 @@ def _parser(kind: str, text: str) -> argparse.ArgumentParser:
 
 def _perplexities(text: str, argv: Sequence[str]) -> int:
     parser = _parser("perplexities", text)
-    from fedrun.plots.runs import AXES, find_runs
+    from fedrun.plots.run_folder import AXES
     parser.add_argument("--x", choices=AXES, default="tokens",
                         help="quantity on the x-axis (default: tokens, which compares runs at "
                              "equal work)")
@@ -72,7 +73,9 @@ def _perplexities(text: str, argv: Sequence[str]) -> int:
     require(args.y_max is None or 1 < args.y_max < math.inf, "--y_max", args.y_max,
             "a finite number > 1")
     from fedrun.plots import perplexity
+    from fedrun.plots.pieces import save_all
     from fedrun.plots.protocols import where
+    from fedrun.plots.runs import find_runs
     from fedrun.plots.view import View
     found = find_runs(args.data_dir)
     say(str(found))
@@ -81,7 +84,7 @@ def _perplexities(text: str, argv: Sequence[str]) -> int:
     for line in left_out:
         say(f"left out {line}")
     with naming("--out_dir", args.out_dir):
-        perplexity.save_all(drawn, args.out_dir)
+        save_all(drawn, args.out_dir)
     return 0 if any(not isinstance(result, str) for result in drawn.values()) else 1
 
 
@@ -104,7 +107,7 @@ def _delta_figures(parser: argparse.ArgumentParser, argv: Sequence[str], federat
     if args.layer != "all" and not args.layer.isdigit():
         raise InputError(f"--layer {args.layer}: must be an integer >= 0, or all")
     from fedrun.plots import deltas, saved
-    from fedrun.plots.perplexity import save_all
+    from fedrun.plots.pieces import save_all
     layer = None if args.layer == "all" else int(args.layer)
     found = saved.find_entities(args.data_dir, "server" if not federated else args.entity,
                                  federated, args.config)

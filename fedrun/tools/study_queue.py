@@ -242,7 +242,8 @@ class Queue:
             loss = loss_halves(config)
             assert loss is not None, f"{config.run_dir} is not finished"
             resumed = f", resumed from step {step}" * bool(step)
-            print(f"{len(self._finished)}/{len(self._configs)}  {config.name}  "
+            done = sum(map(self._is_finished, self._configs))  # by others too
+            print(f"{done}/{len(self._configs)}  {config.name}  "
                   f"{time.monotonic() - began:.0f} s{resumed}  "
                   f"val ppl {perplexity(statistics.mean(loss)):.2f}", flush=True)
             return True

@@ -14,7 +14,8 @@ from fedrun.common.old_names import renamed
 from fedrun.config import FederatedConfig
 from fedrun.flags import resolve
 from fedrun.model.pretrained import find_pretrained
-from fedrun.plots.runs import groups, read_run
+from fedrun.plots.groups import groups
+from fedrun.plots.run_folder import read_run
 from fedrun.records import run_files
 from fedrun.tools import study_file, study_runs
 from tests.support import folders

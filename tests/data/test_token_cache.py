@@ -251,7 +251,7 @@ def test_machines_with_other_tokens_do_not_train_together(whole: Path) -> None:
     config = parse(["fed_avg", *SMALL])
     assert config is not None
     one = replace(experiment_of(config, data), provenance={
-        "content": "1", "init_from": None, "partition": ""})
+        "content": "1", "init_from": None, "partition": "", "plugin": ""})
     other = replace(one, data=replace(data, content="other"))
     ranks = [identity(experiment) | {"host": "a"} for experiment in (one, one, other)]
     assert difference(ranks[:2], (1,)) == ""

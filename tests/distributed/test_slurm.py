@@ -147,6 +147,7 @@ def test_srun_without_torchrun(cluster: Cluster, flags: list[str], undisturbed: 
     assert parameters(tmp_path / "run") == undisturbed
 
 
+@pytest.mark.timeout(450)
 def test_nodes_share_a_study_and_one_is_lost(
         cluster: Cluster, submit: Callable[..., Job], flags: list[str], tmp_path: Path) -> None:
     base = dict(zip((flag.removeprefix("--") for flag in flags[::2]), flags[1::2], strict=True))
@@ -155,26 +156,27 @@ def test_nodes_share_a_study_and_one_is_lost(
     path = tmp_path / "shared.yaml"
     path.write_text(yaml.safe_dump({
         "reference": "central", "grid": {"lr": [1e-3]}, "base": base | {"val_freq": 10**6},
-        "settings": {"central": {"method": "central", "rounds": 1500},
-                     "one": {"method": "fed_avg", "rounds": 400},
-                     "other": {"method": "fed_momentum", "rounds": 20}}}))
+        "settings": {"central": {"method": "central", "rounds": 400},
+                     "one": {"method": "fed_avg", "rounds": 100},
+                     "other": {"method": "fed_momentum", "rounds": 5}}}))
     job = submit("study", path, "--results", tmp_path, options=("--no-requeue",))
     runs = tmp_path / "shared" / "runs"
 
     def checkpoints() -> int:
         return len({file.parents[1] for file in runs.glob("*/checkpoints/step_*")})
 
-    wait_until(lambda: checkpoints() == 2, 60, lambda: job.output)
+    wait_until(lambda: checkpoints() == 2, 150, lambda: job.output)
     cluster.lose_node(2)
     try:
-        assert job.until_over(120) == "COMPLETED", job.output
+        assert job.until_over(240) == "COMPLETED", job.output
     finally:
         cluster.start_node(2)
         cluster.until_idle()
     assert "node 1 of 2" in job.output
-    assert "started again on n1" in job.output
-    assert job.output.count(", resumed from step ") == 2
+    # Either before SLURM knows of the loss and ends the step, or in the next one.
+    assert job.output.count(", resumed from step ") in (1, 2)
     assert job.output.count("| setting |") == 1
+    assert "done: the run has finished" in job.output
     for name in ("central", "one", "other"):
         assert job.output.count(f"/3  {name}_lr_0.001_seed_0  ") == 1
 

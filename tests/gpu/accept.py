@@ -6,7 +6,7 @@
 A check that fails, hangs or breaks the GPU's context does not stop the next. Each prints one JSON
 line: its name, whether it holds, what was found, what was expected, its seconds; a table comes
 last. All of it is in FOLDER/gpu.json. Exit code 1 if a check failed; without a GPU 0, and nothing
-is done. With mamba-ssm beside it (the README says how), all of `fedrun`'s paths are checked.
+is done. With mamba-ssm beside it (tests/README.md says how), all of `fedrun`'s paths are checked.
 
 Not run on a GPU yet: tests/gpu/test_accept.py runs it on pretended GPUs (tests/pretended_cuda/).
 """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from fedrun.model import gpu_head
 from fedrun.model.gpu_head import cross_entropy, cross_entropy_gradients, exponentiate
 from fedrun.model.loss import linear_cross_entropy
 from tests.support.launches import Launches, fp32_products_of_bf16
+from tests.support.runs import execute
 
 CHUNK = 64
 VOCAB = 97
@@ -102,6 +105,18 @@ def test_bf16_exponentials_are_summed_in_fp32() -> None:
     torch.testing.assert_close(
         losses.double(), F.cross_entropy(exact, targets, reduction="none"), rtol=0, atol=6e-4)
     torch.testing.assert_close(logits.double(), torch.exp(exact - shift), rtol=4e-2, atol=0)
+
+
+def test_triton_is_not_imported_before_it_is_used(tmp_path: Path) -> None:
+    """It reads its settings from the environment, where a run puts them first."""
+    (tmp_path / "triton.py").write_text("raise AssertionError('imported too early')")
+    code, output = execute([sys.executable, "-c", "import triton"],
+                           env={"PYTHONPATH": str(tmp_path)})
+    assert code, "else this shows nothing"
+    assert "imported too early" in output
+    code, output = execute([sys.executable, "-c", "import fedrun.run, fedrun.federation.worker"],
+                           env={"PYTHONPATH": str(tmp_path)})
+    assert code == 0, output
 
 
 def test_launches_do_not_grow_within_a_chunk() -> None:

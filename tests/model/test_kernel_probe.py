@@ -61,7 +61,7 @@ def warnings() -> list[str]:
 
 @pytest.mark.parametrize(("files", "path", "warning"), [
     ({}, "own", "GPUs scan sequences by torch alone, which is slower: mamba-ssm cannot be imported "
-     "(ModuleNotFoundError: No module named 'mamba_ssm'; see the README on GPUs)"),
+     "(ModuleNotFoundError: No module named 'mamba_ssm'; see tests/README.md on GPUs)"),
     ({SCAN: "from sys import Greedy"}, "own",
      "(ImportError: cannot import name 'Greedy' from 'sys' (unknown location); see"),
     ({SCAN: "import sys\nsys.T"}, "own", "(AttributeError: module 'sys' has no attribute 'T'; see"),

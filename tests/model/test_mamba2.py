@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fedrun.model import kernels
 from fedrun.model.config import ModelConfig
 from fedrun.model.conv import causal_conv_silu
 from fedrun.model.convert import to_transformers, to_transformers_config
@@ -213,6 +214,22 @@ def test_norm_and_convolution_have_the_gradients_of_their_formulas() -> None:
         direction = normal(*got.shape).detach()
         torch.testing.assert_close(torch.autograd.grad(got, leaves, direction),
                                    torch.autograd.grad(expected, leaves, direction))
+
+
+def test_the_norm_of_a_gpu_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch has one kernel for it, torch's own norm takes the place of ours."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, z = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+                    for shape in ((2, 3, 8), (8,), (2, 3, 8)))
+    found = []
+    for theirs in (False, True):
+        monkeypatch.setattr(kernels, "has_rms_norm", lambda x, theirs=theirs: theirs)
+        results = [rms_norm(x, weight, eps=0.5), rms_norm(x, weight, z),
+                   rms_norm(x, weight, None, 2)]
+        found.append([*results, *torch.autograd.grad(results[0].square().sum(), (x, weight))])
+        assert ("_RMSNorm" in str(results[0].grad_fn)) is not theirs
+    for ours, other in zip(*found, strict=True):
+        torch.testing.assert_close(ours, other)
 
 
 def test_bf16_products_stay_close_to_fp32() -> None:

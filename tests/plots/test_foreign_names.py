@@ -40,7 +40,7 @@ def test_names_are_no_mathematics_in_the_report(tmp_path: Path) -> None:
     found = {name: base64.b64decode(content).decode() for content, name in re.findall(
         r'base64,([^"]+)"[^>]*?\nalt="([^"]+)"', page)}
     assert {name.replace(SHOWN[0], "?") for name in found} == {
-        "1_central_vs_fed_?", "2_lu_comparison_?", "3_method_comparison_?",
+        "0_all_runs", "1_central_vs_fed_?", "2_lu_comparison_?", "3_method_comparison_?",
         "4_multi_config_comparison", "5_configs_in_one_axes", "averaged_svd_evolution_?",
         "averaged_final_spectrum_?",
         "svd_evolution__?_?_lu_1", "svd_spectrum__?_?_lu_1", "perplexity", "how in_proj changed"}

@@ -16,7 +16,9 @@ from matplotlib.figure import Figure
 
 from fedrun import cli
 from fedrun.plots import deltas, perplexity, saved, style
-from fedrun.plots.runs import AXES, Axis, find_runs
+from fedrun.plots.pieces import Result
+from fedrun.plots.run_folder import AXES, Axis
+from fedrun.plots.runs import find_runs
 from tests.support import folders
 from tests.support.runs import fresh_python, read_history
 
@@ -49,7 +51,7 @@ def bands(ax: Axes) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def make(data_dir: Path, axis: Axis = "tokens", config: str | None = CONFIG
-         ) -> tuple[dict[str, perplexity.Result], list[str]]:
+         ) -> tuple[dict[str, Result], list[str]]:
     return perplexity.figures(find_runs(data_dir).runs, axis, config)
 
 
@@ -112,7 +114,7 @@ def test_folders_of_the_study(tmp_path: Path) -> None:
     assert drawn(panels, f"fed_entropy {CONFIG} 1 val_ppl", panel=0)[0][0] == 4 * 4 * 256
 
 
-def test_plot_perplexities_draws_its_four_figures(
+def test_plot_perplexities_draws_its_figures(
         tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for config in ("pure_ssm_1_layer", "pure_ssm_2_layer"):
         folders.ours(tmp_path, "central", config)
@@ -123,7 +125,8 @@ def test_plot_perplexities_draws_its_four_figures(
     assert cli.main(["plot", "perplexities", "--data_dir", str(tmp_path), "--out-dir", str(out),
                      "--config", CONFIG]) == 0
     assert sorted(p.name for p in out.iterdir()) == sorted(
-        f"{name}.{ending}" for name in (f"1_central_vs_fed_{CONFIG}", f"2_lu_comparison_{CONFIG}",
+        f"{name}.{ending}" for name in ("0_all_runs", f"1_central_vs_fed_{CONFIG}",
+                                        f"2_lu_comparison_{CONFIG}",
                                         f"3_method_comparison_{CONFIG}",
                                         "4_multi_config_comparison",
                                         "5_configs_in_one_axes") for ending in ("png", "svg"))
@@ -133,8 +136,8 @@ def test_plot_perplexities_draws_its_four_figures(
     made, _ = make(tmp_path)
     for name, figure in made.items():
         assert isinstance(figure, Figure)
-        if name.startswith(("2_", "5_")):
-            continue  # whose colours tell local updates or configs apart
+        if name.startswith(("0_", "2_", "5_")):
+            continue  # whose colours tell runs, local updates or configs apart
         for line in (li for ax in figure.axes for li in ax.lines if " " in str(li.get_gid())):
             method = str(line.get_gid()).split()[0]
             assert to_hex(line.get_color()).upper() == style.look(method).colour
@@ -214,7 +217,7 @@ def test_nothing_to_draw_says_what_is_wanted(tmp_path: Path, capsys: pytest.Capt
                                              ) -> None:
     assert cli.main(["plot", "perplexities", "--data_dir", str(tmp_path), "--config", "tiny"]) == 1
     said = capsys.readouterr().out
-    assert said.count("skipped") == 5
+    assert said.count("skipped") == 6
     assert "needs central and fed_avg runs of --config tiny" in said
     for argv, wrong in ((["plot", "perplexity"], "did you mean perplexities?"),
                         (["plot", "perplexities", "--x", "miles"], "--x"),

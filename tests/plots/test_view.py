@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -16,6 +15,7 @@ from fedrun.plots import perplexity
 from fedrun.plots.runs import find_runs
 from fedrun.plots.view import View
 from tests.support import folders
+from tests.support.figures import ends_in_pixels
 
 CONFIG = "pure_ssm_1_layer"
 ENDS = {"fed_fisher": 596.0, "federated": 665.0, "fed_entropy": 679.0}
@@ -27,18 +27,6 @@ def figure_of(data_dir: Path, name: str, view: View | None = None) -> Figure:
     figure = made[name]
     assert isinstance(figure, Figure), figure
     return figure
-
-
-def ends_in_pixels(figure: Figure) -> list[float]:
-    """Where the lines of the first panel end, from below; all within the panel."""
-    FigureCanvasAgg(figure).draw()  # the layout is decided when a figure is drawn
-    ax = figure.axes[0]
-    ends = [ax.transData.transform((np.asarray(line.get_xdata())[-1],
-                                    np.asarray(line.get_ydata())[-1]))[1]
-            for line in ax.lines if line.get_gid()]
-    box = ax.get_window_extent()
-    assert all(box.y0 < end < box.y1 for end in ends)
-    return sorted(ends)
 
 
 def insets(ax: Axes) -> list[Axes]:

@@ -6,6 +6,7 @@ import html
 import json
 import re
 import shutil
+import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,13 @@ frame.addEventListener("load", () => {{
   page.querySelectorAll("details").forEach(d => {{ d.open = true; }});
   const images = [...page.images], table = page.querySelector("table.runs");
   document.getElementById("seen").textContent = JSON.stringify({{
-    rows: [...table.tBodies[0].rows].map(row => [...row.cells].map(c => c.innerText.trim())),
+    rows: [...table.querySelectorAll("tr.single, tbody:not(.several) tr")].map(
+      row => [...row.cells].map(c => c.innerText.trim())),
+    groups: [...table.querySelectorAll("tbody.several tr:first-child")].map(
+      row => [...row.cells].map(c => c.innerText.trim())),
+    closed: [...table.querySelectorAll("tr.single")].map(row => row.offsetHeight > 0),
+    opened: [...table.querySelectorAll(".opens")].map(box => (box.click(),
+      [...box.closest("tbody").rows].every(row => row.offsetHeight > 0))),
     head: [...table.tHead.rows[0].cells].map(c => c.textContent.trim()),
     images: images.map(i => [i.alt, i.complete && i.naturalWidth > 0]),
     fetched: view.performance.getEntriesByType("resource").map(r => r.name.slice(0, 80))
@@ -77,6 +84,7 @@ def test_page_in_a_browser(data_dir: Path, tmp_path: Path, width: int) -> None:
     seen = seen_by_browser(data_dir / "report.html", width, tmp_path)
     rows = {row[0].replace("\n", ""): dict(zip(seen["head"], row, strict=True))
             for row in seen["rows"]}
+    groups = [dict(zip(seen["head"], row, strict=True)) for row in seen["groups"]]
     assert set(rows) == {"central_config_tiny_seed_0", "federated_config_tiny_lu_8_seed_0",
                          "federated_config_tiny_lu_8_seed_1",
                          "federated_config_pure_ssm_1_layer_lu_1_seed_0"}
@@ -85,9 +93,18 @@ def test_page_in_a_browser(data_dir: Path, tmp_path: Path, width: int) -> None:
     assert (row["final perplexity"], row["method"], row["seed"]) == (f"{last:,.2f}", "FedAvg", "1")
     assert (row["local updates"], row["tokens"]) == ("8", f"{90 * 4 * 8 * 4 * 256:,}")
     assert (row["wall-clock"], row["bytes"], row["devices"]) == ("0:00:45", "90 kB", "5 × x86_64")
+    (group,) = groups
+    ends = [folders.perplexity_at(folders.STEPS[-1] * 8, seed, 1) for seed in (0, 1)]
+    assert (group["run"], group["seed"], group["method"]) == ("2 runs", "0, 1", "FedAvg")
+    assert group["final perplexity"] == (
+        f"{statistics.mean(ends):,.2f} ± {statistics.stdev(ends):,.2f}")
+    assert (group["tokens"], group["wall-clock"]) == (row["tokens"], row["wall-clock"])
+    assert sorted(seen["closed"]) == [False, False, True, True], "seeds are shown when asked for"
+    assert seen["opened"] == [True]
     assert "(inferred)" in rows["federated_config_pure_ssm_1_layer_lu_1_seed_0"]["tokens"]
 
     names = [name for name, _ in seen["images"]]
+    assert names[0] == "0_all_runs"
     assert {"1_central_vs_fed_tiny", "3_method_comparison_tiny",
             "averaged_svd_evolution_tiny", "svd_spectrum_fed_avg_tiny_lu_8"} <= set(names)
     assert names.count("perplexity") == 4
@@ -110,6 +127,17 @@ def test_page_names_nothing_outside_itself(data_dir: Path, tmp_path: Path) -> No
     assert all(a.startswith(("data:", "#")) for a in addresses)
     assert "@import" not in text
     assert "averaged_svd" not in text
+
+
+def test_settings_that_differ_are_in_the_table(tmp_path: Path) -> None:
+    both: list[dict[str, Any]] = [{"lr": 0.001, "sync": "round"}, {"lr": 0.002, "sync": "epoch"}]
+    for number, settings in enumerate(both):
+        folders.ours(tmp_path, name=f"run {number}", **settings)
+    assert cli.main(["report", "--data_dir", str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r'class="differs">(.*?)</span>', page) == [
+        "lr=0.001, sync=round", "lr=0.002, sync=epoch"]
+    assert 'class="several"' not in page
 
 
 def test_a_folder_without_runs_gives_no_report(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from fedrun.config import RunConfig
 from fedrun.distributed.launch import Launch
 from fedrun.run import run
 from fedrun.tools import study, study_file, study_queue, study_runs, study_table
+from fedrun.tools.study_file import Study
 from tests.support.runs import read_history, read_json
 from tests.support.studies import ORIGINAL, change, little_study
 
@@ -83,6 +86,32 @@ def test_a_run_that_diverges_counts_as_infinitely_bad(tmp_path: Path, cache_dir:
     (row,) = json.loads((tmp_path / "little" / "table.json").read_text())
     assert row["best"] == {"lr": 1e-3}
     assert row["tuned_ppl"]["lr 1e+30"] is None  # JSON has no infinity
+
+
+def test_gpus_are_left_to_the_runs(tmp_path: Path, cache_dir: Path,
+                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cost is measured by another process, which gives its GPU back."""
+    commands: list[list[str]] = []
+    taken: list[list[str | None]] = []
+
+    def take(study: Study, launch: Launch, gpus: Sequence[str | None]) -> int:
+        taken.append(list(gpus))
+        return 0
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,6,7")
+    monkeypatch.setattr(study, "take_part", take)
+    monkeypatch.setattr(subprocess, "run", lambda command, **how: commands.append(command))
+    argv = [str(little_study(tmp_path, cache_dir)), "--results", str(tmp_path)]
+    assert study.main([*argv, "--jobs", "2", "--workers", "2"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study, "detect", lambda env: Launch(1, 2, 1, 2))
+        assert study.main([*argv, "--jobs", "2"]) == 0
+    assert taken == [["2,5", "6,7"], ["6", "7"]]
+    (command,) = commands
+    assert command[1:] == ["-m", "fedrun", "study", *argv, "--jobs", "2", "--workers", "2",
+                           "--dry_run", "--jobs", "2"]
+    with pytest.raises(ValueError, match="--workers 5: must be at most 4"):
+        study.main([*argv, "--workers", "5"])
 
 
 @pytest.mark.slow

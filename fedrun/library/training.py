@@ -1,0 +1,103 @@
+"""`fedrun.train`: a run from Python, in a notebook, a script or a job of several ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fedrun.common.errors import InputError
+from fedrun.common.log import LOGGER, print_log
+from fedrun.config import RunConfig
+from fedrun.distributed.launch import detect
+from fedrun.flags import closest, methods, resolve
+from fedrun.library.opened_run import Run
+from fedrun.strategies.plugins import load_plugin
+from fedrun.unused import refuse_unread
+
+if TYPE_CHECKING:
+    from fedrun.records.recorder import OnRound
+
+
+def train(method: str | RunConfig, *, on_round: OnRound | None = None, plugin: str | None = None,
+          **flags: Any) -> Run:
+    """Train, and return the run's folder as an object.
+
+    In one process, and under torchrun or SLURM on all ranks, which call it with the same arguments.
+    Messages are printed as the command prints them, unless a handler for the logger "fedrun" is set
+    up. Ctrl-C and SIGTERM stop the run after its round, with a checkpoint, and this returns. Signal
+    handlers, threads, environment and torch's settings are as before when it has returned.
+
+    method: central, or an aggregation method; or a config, which has all settings.
+    on_round: called on rank 0 after each round (or step of a central run) with a `RoundRecord`; if
+        it returns "stop", the run stops there, with a checkpoint.
+    plugin: the path of a Python file, or a module, with a method of your own; it is run.
+    flags: settings by the names of the command's flags: num_clients=4, dataset="pydocs".
+
+    Raises:
+        InputError: a setting is wrong, with the message of the command.
+        Diverged: the model or the loss is not finite any more.
+        FedrunError: another reason worded for users, such as ranks that do not answer.
+    """
+    with _unchanged_process():
+        if plugin is not None:
+            load_plugin(plugin)
+        config = method if isinstance(method, RunConfig) else _config(method, flags)
+        if config is method and flags:
+            raise InputError(f"{min(flags)}: belongs into the config, where one is given")
+        from fedrun import run  # imports torch
+        launch = detect(os.environ)
+        with _printing(quiet=launch.local_rank > 0):
+            run.train(run.prepare(config, launch), on_round)
+        return Run(config.run_dir)
+
+
+def _config(method: str, flags: dict[str, Any]) -> RunConfig:
+    if method not in methods():
+        raise InputError(f"unknown method {method!r}{closest(method, methods())}; must be one of "
+                         + ", ".join(methods()))
+    refuse_unread(method, flags)
+    return resolve(method, flags)
+
+
+@contextmanager
+def _printing(quiet: bool) -> Iterator[None]:
+    """Print messages in the block, unless the program receives them from the logger itself."""
+    if LOGGER.hasHandlers():
+        yield
+        return
+    handlers, level = LOGGER.handlers.copy(), LOGGER.level
+    print_log(quiet)
+    try:
+        yield
+    finally:
+        LOGGER.handlers[:] = handlers
+        LOGGER.setLevel(level)
+
+
+@contextmanager
+def _unchanged_process() -> Iterator[None]:
+    """Restore what a run sets in its process: the environment, and torch's threads, deterministic
+    kernels and precision."""
+    import torch
+    from tqdm import tqdm
+    before, monitored = dict(os.environ), tqdm.monitor is None
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    flags = [(place, name, getattr(place, name)) for place, name in (
+        (torch.backends.cudnn, "allow_tf32"), (torch.backends.cuda.matmul, "allow_tf32"),
+        (torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction"),
+        (torch.utils.deterministic, "fill_uninitialized_memory"))]
+    try:
+        yield
+    finally:
+        if monitored and tqdm.monitor is not None:  # a thread of progress bars
+            tqdm.monitor.exit()  # type: ignore[no-untyped-call]
+            tqdm.monitor = None
+        os.environ.clear()
+        os.environ.update(before)
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        for place, name, value in flags:
+            setattr(place, name, value)

@@ -1,0 +1,110 @@
+"""The overview, `0_all_runs`: every run as a line of its own, with a table of what differs.
+
+It is the one figure whose lines need not have the same protocol. It shows what is there, not which
+method is better.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from matplotlib.lines import Line2D
+
+from fedrun.plots import style, tables
+from fedrun.plots.groups import NO_VARIANT, Group
+from fedrun.plots.pieces import Result, draw, fit, named, new_panels, nothing_on
+from fedrun.plots.protocols import settings_of
+from fedrun.plots.selection import Selection
+
+OWN_LOOKS = 9
+"""Runs up to which each has a look and a row of its own. Of more, those that differ in their seed
+alone share them: there are no more colours that the eye tells apart."""
+MOST_ROWS, MOST_COLUMNS = 40, 10  # of the table
+WIDTH = 8.2  # inches, at least
+NAMED = ("method", "config", "local_updates", "seed")
+LONGEST_NAME, LONGEST_CELL = 40, 20  # columns of text
+
+
+def all_runs(selection: Selection) -> Result:
+    """All runs in one axes."""
+    rows = sorted(selection.groups, key=lambda group: group.final_ppl)
+    own_looks = sum(len(group.runs) for group in rows) <= OWN_LOOKS
+    if own_looks:
+        rows = [replace(group, runs=[run]) for group in rows
+                for run in sorted(group.runs, key=lambda run: run.seed)]
+    methods = len({group.method for group in rows})
+    fig, (ax,) = new_panels(1)
+    drawn: list[tuple[Group, Line2D]] = []
+    for place, group in enumerate(rows):
+        look: dict[str, Any] = {} if methods == len(rows) else style.line_look(place)
+        look |= {} if own_looks else {"linewidth": 1.2, "markersize": 4.0}
+        lines = [draw(ax, selection, replace(group, runs=[run]), "val_ppl", **look)
+                 for run in group.runs]
+        drawn += [(group, line) for line in lines if line][:1]
+    if not drawn:
+        return nothing_on(selection.axis) if rows else "needs at least one run"
+    shown = drawn[:MOST_ROWS]
+    cells, left_out = _cells([group for group, _ in shown], own_looks)
+    across, down = fig.get_size_inches()
+    fig.set_size_inches(max(across, WIDTH, tables.width(cells, lines=True) + 0.3),
+                        down + tables.ROW * len(cells))
+    if wanting := fit([ax], selection):
+        return wanting
+    ax.set_title("All runs")
+    notes = [selection.foot()]
+    if left_out:
+        notes.append(f"the runs differ in {left_out} more settings")
+    if len(drawn) > MOST_ROWS:
+        notes.append(f"the {MOST_ROWS} best of {len(drawn)}")
+    tables.table(fig, cells, "outside lower center", named((line, "") for _, line in shown),
+                 "\n".join(filter(None, notes)))
+    return fig
+
+
+def _cells(rows: Sequence[Group], own_looks: bool) -> tuple[list[list[str]], int]:
+    """The table's cells, the names of its columns first; and how many columns have no room."""
+    settings = [settings_of(group.runs[0]) for group in rows]
+    differing = _differing(settings, own_looks)
+    kept = differing[:MOST_COLUMNS]
+    head = ["run" if own_looks else "method",
+            *(style.text(name, LONGEST_CELL).replace("_", "\n", 1) for name in kept),
+            *([] if own_looks else ["seeds"]), "final\nperplexity"]
+    cells = [head]
+    for group, its in zip(rows, settings, strict=True):
+        first = style.text(group.runs[0].name, LONGEST_NAME) if own_looks else \
+            style.label(group.method)
+        cells.append([first, *(_cell(its, name) for name in kept),
+                      *([] if own_looks else [_seeds(group)]), final(group)])
+    return cells, len(differing) - len(kept)
+
+
+def _differing(settings: Sequence[dict[str, Any]], own_looks: bool) -> list[str]:
+    """The settings in which these runs differ."""
+    def differ(name: str) -> bool:
+        return len({json.dumps(its[name], default=str) for its in settings if name in its}) > 1
+
+    first = [name for name in NAMED if differ(name) and (own_looks or name not in (
+        "method", "seed"))]
+    others = {name: None for its in settings for name in its if name not in NO_VARIANT}
+    return first + [name for name in others if differ(name) and not (
+        name.startswith("model.") and "config" in first)]
+
+
+def _cell(settings: dict[str, Any], name: str) -> str:
+    return style.text(str(settings[name]), LONGEST_CELL) if name in settings else ""
+
+
+def _seeds(group: Group) -> str:
+    seeds = sorted(run.seed for run in group.runs)
+    return style.text(", ".join(map(str, seeds)), LONGEST_CELL)
+
+
+def final(group: Group) -> str:
+    """The last perplexity, or its mean over the runs and their standard deviation."""
+    ends = [run.final.val_ppl for run in group.runs]
+    mean = f"{np.mean(ends):,.1f}"
+    return f"{mean} ± {np.std(ends, ddof=1):,.1f}" if len(ends) > 1 else mean

@@ -12,4 +12,5 @@ Triton, NCCL itself.
 
 runs a command there. In tests, the fixture `pretended_cuda` is the environment of such a process.
 PRETENDED_GPUS is the number of devices (default 8), which CUDA_VISIBLE_DEVICES restricts as usual.
+With PRETENDED_LOG, a folder, a process leaves a file there for each device that it has used.
 """

@@ -6,10 +6,12 @@ Streams do all at once; their waits are counted. Times are those of the host.
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,11 +24,16 @@ MEMORY = 80 * 2**30  # bytes of a device
 def visible(env: Mapping[str, str]) -> list[int]:
     """The numbers of the devices that a process with these variables sees."""
     every = list(range(int(env.get("PRETENDED_GPUS", "8"))))
-    chosen = env.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None:
+    if "CUDA_VISIBLE_DEVICES" not in env:
         return every
-    numbers = [int(number) for number in chosen.split(",") if number.strip()]
-    return [number for number in numbers if number in every]
+    named = {name: number for number in every for name in (str(number), uuid_of(number))}
+    chosen = (name.strip() for name in env["CUDA_VISIBLE_DEVICES"].split(","))
+    # As in CUDA, a name that is none ends the list.
+    return [named[name] for name in itertools.takewhile(named.__contains__, chosen)]
+
+
+def uuid_of(number: int) -> str:
+    return f"GPU-pretended-{number}"
 
 
 def index_of(device: Any = None) -> int:
@@ -100,7 +107,7 @@ class Stream:
 
 def properties(device: Any = None) -> SimpleNamespace:
     number = visible(os.environ)[index_of(device)]
-    return SimpleNamespace(name=NAME, uuid=f"GPU-pretended-{number}", multi_processor_count=132,
+    return SimpleNamespace(name=NAME, uuid=uuid_of(number), multi_processor_count=132,
                            total_memory=MEMORY, major=9, minor=0)
 
 
@@ -116,6 +123,13 @@ def synchronize(device: Any = None) -> None:
 def set_sync_debug_mode(mode: int | str) -> None:
     assert mode in (0, "default", 2, "error"), mode
     torch.ops.pretended_cuda.refuse_waits(mode in (2, "error"))
+
+
+def log_use(folder: Path) -> None:
+    """Leave a file there for each device that this process has kept anything on."""
+    for index, number in enumerate(visible(os.environ)):
+        if torch.ops.pretended_cuda.peak_allocated(index):
+            (folder / uuid_of(number)).touch()
 
 
 def install() -> None:
@@ -162,3 +176,5 @@ def install() -> None:
     # A process that ends right after a backward pass would be aborted: a thread of autograd's for
     # the device still waits for Python's lock, to release what the pass has used.
     atexit.register(time.sleep, 0.05)
+    if folder := os.environ.get("PRETENDED_LOG"):
+        atexit.register(log_use, Path(folder))

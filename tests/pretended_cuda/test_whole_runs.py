@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -129,16 +128,18 @@ def test_a_study_by_two_processes_with_a_gpu_each(pretended_cuda: Gpus, tmp_path
     file.write_text(STUDY.format(base=json.dumps(base | {"device": "cuda",
                                                          "cache_dir": str(cache_dir)})))
 
-    def study(folder: str, gpu: int) -> tuple[int, str]:
-        return execute([sys.executable, "-m", "fedrun", "study", str(file), "--results",
-                        str(tmp_path / folder)], limit=240,
-                       env=pretended_cuda | {"CUDA_VISIBLE_DEVICES": str(gpu)})
+    def study(folder: str, processes: int, **env: str) -> set[str]:
+        """Run the study there; the devices that it has used."""
+        used = tmp_path / f"devices of {folder}"
+        used.mkdir()
+        code, output = execute([*torchrun(processes), "-m", "fedrun", "study", str(file),
+                                "--results", str(tmp_path / folder)], limit=400,
+                               env=pretended_cuda | {"PRETENDED_LOG": str(used), **env})
+        assert code == 0, output
+        return {path.name for path in used.iterdir()}
 
-    with ThreadPoolExecutor() as pool:
-        both = pool.map(study, ["shared", "shared"], [2, 5])
-        alone = study("alone", 0)
-        for code, output in (*both, alone):
-            assert code == 0, output
+    assert study("alone", 1) == {"GPU-pretended-0"}
+    assert study("shared", 2, CUDA_VISIBLE_DEVICES="2,5") == {"GPU-pretended-2", "GPU-pretended-5"}
     shared, by_one = ({path.parent.name: path.read_bytes() for path in
                        (tmp_path / folder / "little" / "runs").glob("*/model.safetensors")}
                       for folder in ("shared", "alone"))

@@ -28,11 +28,12 @@ test-all: $(VENV)/.ready
 	$(BIN)/python -m pytest -m slow $(TOGETHER)
 
 # On a machine with GPUs: what it has to show, on one of them within ten minutes (tests/gpu/). It
-# writes one file, GPU_RESULTS/gpu.json; without a GPU it does nothing.
+# writes one file, GPU_RESULTS/gpu.json; without a GPU it does nothing. With the Python that has the
+# GPU's packages: pip install '.[cuda,test]'.
 GPUS ?= 1
 GPU_RESULTS ?= results/gpu
-test-gpu: $(VENV)/.ready
-	$(BIN)/python -m tests.gpu.accept $(GPU_RESULTS) $(if $(filter 1,$(GPUS)),--quick) --gpus $(GPUS)
+test-gpu:
+	$(PYTHON) -m tests.gpu.accept $(GPU_RESULTS) $(if $(filter 1,$(GPUS)),--quick) --gpus $(GPUS)
 
 # 200 kills at random moments, and faults at the first 100 calls that change files; hours.
 soak: $(VENV)/.ready

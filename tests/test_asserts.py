@@ -10,9 +10,9 @@ import pytest
 from tests.support.runs import ROOT, Run, execute
 
 FILES = sorted((ROOT / "fedrun").rglob("*.py"))
-PURE = {"all", "any", "isinstance", "issubclass", "len", "list", "max", "min", "range", "set",
+PURE = {"all", "any", "is_dataclass", "isinstance", "issubclass", "len", "list", "max", "min", "range", "set",
         "sorted", "sum", "tuple"}
-PURE_METHODS = {"endswith", "get", "items", "keys", "numel", "startswith", "values"}
+PURE_METHODS = {"endswith", "get", "items", "keys", "numel", "startswith", "stride", "values"}
 
 
 def called(call: ast.Call) -> str:

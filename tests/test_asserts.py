@@ -10,8 +10,8 @@ import pytest
 from tests.support.runs import ROOT, Run, execute
 
 FILES = sorted((ROOT / "fedrun").rglob("*.py"))
-PURE = {"all", "any", "is_dataclass", "isinstance", "issubclass", "len", "list", "max", "min", "range", "set",
-        "sorted", "sum", "tuple"}
+PURE = {"all", "any", "is_dataclass", "isinstance", "issubclass", "len", "list", "max", "min",
+        "range", "set", "sorted", "sum", "tuple"}
 PURE_METHODS = {"endswith", "get", "items", "keys", "numel", "startswith", "stride", "values"}
 
 

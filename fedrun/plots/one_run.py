@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import io
+
 from matplotlib.figure import Figure
 
 from fedrun.common.errors import InputError
 from fedrun.plots import style
 from fedrun.plots.run_folder import Axis, Run
+
+
+class ShownFigure(Figure):
+    """A figure that a notebook shows, without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        content = io.BytesIO()
+        self.savefig(content, format="png")
+        return content.getvalue()
 
 
 def figure(run: Run, axis: Axis = "tokens") -> Figure:
@@ -16,7 +27,7 @@ def figure(run: Run, axis: Axis = "tokens") -> Figure:
         InputError: the run has no evaluated step with this quantity.
     """
     with style.drawing():
-        made = Figure(figsize=(6.4, 4.0), layout="constrained")
+        made = ShownFigure(figsize=(6.4, 4.0), layout="constrained")
         ax = made.subplots()
         colour = style.LOOKS[run.method].colour if run.method in style.LOOKS else None
         for measure, look in (("val_ppl", {"linewidth": 1.8}),

@@ -70,7 +70,7 @@ def protocols(runs: Iterable[Run]) -> dict[Settings, list[Run]]:
 
 
 def where(runs: Sequence[Run], conditions: Sequence[str]) -> list[Run]:
-    """The runs that meet all `conditions`, NAME=VALUE; central runs need not have the setting.
+    """The runs that meet all `conditions`, NAME=VALUE, or whose method does not have the setting.
 
     Raises InputError for a condition in another form, and for a setting or a value that no run has.
     """
@@ -90,7 +90,7 @@ def where(runs: Sequence[Run], conditions: Sequence[str]) -> list[Run]:
             raise InputError(f"--where {condition}: no run has this value; there are "
                              + visible(", ".join(sorted(values)[:MOST_VALUES])))
         kept = [run for run in kept if _text(all_settings[run.path].get(name)) == value.lower()
-                or (run.method == "central" and name not in all_settings[run.path])]
+                or (run.settings and name not in all_settings[run.path])]
     return kept
 
 
@@ -98,11 +98,16 @@ def _settings(run: Run) -> dict[str, str]:
     """The values that belong to the protocol, as JSON; none for a run without config.json."""
     if not run.settings:
         return {}
-    defaults = _CENTRAL if run.method == "central" else _FEDERATED
     recorded = flat(run.settings)
-    has = method_flags(run.method) if run.method in methods() else recorded
-    return {name: json.dumps(recorded.get(name, default)) for name, default in defaults.items()
-            if name in has}
+    return {name: json.dumps(recorded.get(name, default))
+            for name, default in _defaults_of(run).items()}
+
+
+def _defaults_of(run: Run) -> dict[str, Any]:
+    """The defaults of the settings that a run's method has."""
+    defaults = _CENTRAL if run.method == "central" else _FEDERATED
+    has = method_flags(run.method) if run.method in methods() else flat(run.settings)
+    return {name: default for name, default in defaults.items() if name in has}
 
 
 def settings_of(run: Run) -> dict[str, Any]:
@@ -113,7 +118,7 @@ def settings_of(run: Run) -> dict[str, Any]:
         named["local_updates"] = run.local_updates
     if not run.settings:
         return named
-    return (_CENTRAL if run.method == "central" else _FEDERATED) | flat(run.settings) | named
+    return _defaults_of(run) | flat(run.settings) | named
 
 
 def _text(value: Any) -> str:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from fedrun import cli
 from fedrun.plots import perplexity
-from fedrun.plots.protocols import protocols
+from fedrun.plots.protocols import protocols, where
 from fedrun.plots.runs import find_runs
 from tests.support import folders
 
@@ -87,6 +87,8 @@ def test_a_method_without_a_setting_is_in_each_protocol_that_differs_in_it(tmp_p
     assert {key: {run.method for run in its} for key, its in found.items()} == {
         (("weighting", "samples"),): {"central", "fed_entropy", "fed_momentum"},
         (("weighting", "uniform"),): {"central", "fed_entropy", "fed_avg", "fed_fisher"}}
+    assert {run.method for run in where(find_runs(tmp_path).runs, ["weighting=uniform"])} == {
+        "central", "fed_entropy", "fed_avg", "fed_fisher"}
 
 
 def test_no_protocol_with_two_methods_says_so(tmp_path: Path) -> None:

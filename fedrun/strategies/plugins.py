@@ -20,6 +20,7 @@ import importlib.util
 import re
 import sys
 import traceback
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from importlib.metadata import entry_points
@@ -33,6 +34,8 @@ from fedrun.strategies import STRATEGIES, Strategy
 
 ENTRY_POINTS = "fedrun.strategies"  # the group in which installed packages list their methods
 _BUILT_IN = frozenset(STRATEGIES) | {"central"}
+LOADED: list[str] = []
+"""What this process has loaded by --plugin; processes that it starts need the same."""
 
 Method = TypeVar("Method", bound=type[Strategy])
 
@@ -92,10 +95,12 @@ def load_plugin(plugin: str) -> None:
                for name, cls in STRATEGIES.items() if name not in _BUILT_IN):
         raise InputError(f"--plugin {plugin}: registers no method; put @fedrun.strategy(\"NAME\") "
                          "above its class")
+    if plugin not in LOADED:
+        LOADED.append(plugin)
 
 
 def _run_file(path: Path) -> ModuleType:
-    name = f"fedrun_plugin_{re.sub(r'[^0-9a-zA-Z_]', '_', path.stem)}"
+    name = f"fedrun_plugin_{zlib.crc32(str(path.resolve()).encode())}"
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     assert spec is not None
     assert spec.loader is not None
@@ -137,8 +142,8 @@ def method_digest(method: str) -> str:
 
 def _code(cls: type) -> Iterator[object]:
     """What a class of a notebook's cell consists of, in the same words for the same source."""
-    assert is_dataclass(cls)
-    yield from ((f.name, str(f.type), repr(f.default)) for f in fields(cls))
+    if is_dataclass(cls):
+        yield from ((f.name, str(f.type), repr(f.default)) for f in fields(cls))
     for name, value in sorted(vars(cls).items()):
         function = getattr(value, "fget", None) or getattr(value, "__func__", value)
         if isinstance(function, FunctionType):

@@ -60,6 +60,7 @@ from fedrun.distributed.launch import Launch, detect, without_rank
 from fedrun.distributed.stopping import LAUNCHER, StopRequest
 from fedrun.flags import Parser, add_flags, method_flags, methods
 from fedrun.records.outcome import START_VARIABLE, read_outcome, write_outcome
+from fedrun.strategies.plugins import LOADED
 from fedrun.tools.study_devices import places, remark, visible_gpus
 from fedrun.tools.study_file import Study, notes, read
 from fedrun.tools.study_queue import Member, Stopped, run_all
@@ -130,8 +131,11 @@ def take_part(study: Study, launch: Launch, gpus: Sequence[str | None]) -> int:
     study.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=study.folder, prefix=".began.") as began:
         stop = StopRequest(study.folder, Path(began.name), list, launch)
-    first = launch.rank == 0
-    if first:
+    first, others = launch.rank == 0, read_outcome(study.folder)
+    # The outcome that a launch script waits for is left to the processes that it has started.
+    joins = (START_VARIABLE not in os.environ and others.get("outcome") == "running"
+             and bool(others.get("start")))
+    if first and not joins:
         write_outcome(study.folder, "running", finished(study))
     try:
         member = Member(study.folder, gpus, study.workers, stop.asked_by)
@@ -140,12 +144,13 @@ def take_part(study: Study, launch: Launch, gpus: Sequence[str | None]) -> int:
         if first:
             conclude(study)
     except Stopped as stopped:
-        if first:
+        if first and not joins:
             write_outcome(study.folder, "stopped", finished(study), str(stopped))
+        if first:
             log(str(stopped), WARNING)
         return stopped.code
     except Exception as error:
-        if first:
+        if first and not joins:
             write_outcome(study.folder, "failed", finished(study), one_line(error))
         raise
     return 0
@@ -154,7 +159,11 @@ def take_part(study: Study, launch: Launch, gpus: Sequence[str | None]) -> int:
 def conclude(study: Study) -> None:
     """Write the table and plot what the study's file lists, unless another process of the same
     launch script has done so."""
-    lock = locks.acquire(study.folder / "queue" / "table.lock", SECONDS_FOR_FIGURES)
+    try:
+        lock = locks.acquire(study.folder / "queue" / "table.lock", SECONDS_FOR_FIGURES)
+    except locks.Busy as holder:
+        log(f"{holder} draws the figures of {study.folder}")
+        return
     try:
         start, before = os.environ.get(START_VARIABLE), read_outcome(study.folder)
         if start and (before.get("start"), before.get("outcome")) == (start, "finished"):
@@ -237,7 +246,8 @@ def main(argv: Sequence[str]) -> int:
         # In a process of its own: this one would keep a part of the first GPU.
         env = without_rank(os.environ) | {LAUNCHER: str(os.getpid())}
         subprocess.run([sys.executable, "-m", "fedrun", "study", *argv, "--dry_run", "--jobs",
-                        str(at_a_time)], env=env, check=False)
+                        str(at_a_time), *(f"--plugin={plugin}" for plugin in LOADED)],
+                       env=env, check=False)
     elif launch.rank == 0:
         say_cost(study, at_a_time)
     return 0 if dry_run else take_part(study, launch, gpus)

@@ -39,6 +39,7 @@ from fedrun.distributed.stopping import (
 from fedrun.records import run_files
 from fedrun.records.checkpoint import latest_step
 from fedrun.records.outcome import START_VARIABLE, read_outcome
+from fedrun.strategies.plugins import LOADED
 from fedrun.tools.study_devices import VISIBLE
 from fedrun.tools.study_runs import loss_halves
 from fedrun.unused import NEVER_READ
@@ -51,9 +52,8 @@ class Stopped(FedrunError):
     """The study was asked to stop; `code` is the exit code."""
 
     def __init__(self, why: str, code: int, kept: int) -> None:
-        runs = f"{kept} run{'s' * (kept != 1)}"
-        super().__init__(f"study: stopped by {why}: {runs} in hand kept a checkpoint; the same "
-                         "command resumes the study")
+        runs = f"{kept} unfinished run{'s have' if kept != 1 else ' has'} a checkpoint"
+        super().__init__(f"study: stopped by {why}: {runs}; the same command resumes the study")
         self.code = code
 
 
@@ -154,14 +154,16 @@ def command(config: RunConfig, workers: int) -> list[str]:
     if workers > 1 and isinstance(config, FederatedConfig):
         processes = workers + int(config.server == "dedicated")
         program = ["fedrun.torchrun", "--nproc-per-node", str(processes), "-m", "fedrun"]
-    return [sys.executable, "-m", *program, config.method, *flags]
+    plugins = [f"--plugin={plugin}" for plugin in LOADED]
+    return [sys.executable, "-m", *program, config.method, *flags, *plugins]
 
 
 def start(config: RunConfig, gpus: str | None, children: Children) -> None:
     """Run `config` on these GPUs to its end, or until it is stopped.
 
-    A run that diverges leaves the end of its error output in failed.txt. Raises InputError if it
-    fails in any other way, or if it was stopped and the study was not.
+    A run that diverges leaves the end of its error output in failed.txt. Raises FedrunError if it
+    fails in any other way, InputError if the user has to change something, or if it was stopped and
+    the study was not.
     """
     token = os.urandom(8).hex()
     code, errors = children.run(config, gpus, token)
@@ -171,10 +173,12 @@ def start(config: RunConfig, gpus: str | None, children: Children) -> None:
     elif children.stopped_by:
         return
     elif code < 0:
-        raise InputError(f"study: {config.name} was ended by {signal.Signals(-code).name}; the "
-                         "same command resumes the study")
-    elif code:
+        raise FedrunError(f"study: {config.name} was ended by {signal.Signals(-code).name}; the "
+                          "same command resumes the study")
+    elif code == 2:
         raise InputError(f"study: {config.name}: {errors}")
+    elif code:
+        raise FedrunError(f"study: {config.name}: {errors}")
     elif loss_halves(config) is None:
         raise InputError(f"study: {config.name} was stopped; the same command resumes the study")
 
@@ -192,7 +196,7 @@ class Queue:
         """Run what is not finished yet, a run on each of the member's `gpus` at a time; return when
         all of it is finished, by this process or by others.
 
-        Raises Stopped if the study was asked to stop, and InputError if a run fails for another
+        Raises Stopped if the study was asked to stop, and FedrunError if a run fails for another
         reason than diverging; other runs in hand are then completed first.
         """
         left = [config for config in self._configs if not self._is_finished(config)]

@@ -40,15 +40,22 @@ def table(study: Study) -> list[dict[str, Any]]:
             best.append(min(curve))
         if ratios:
             row |= {"ratios": ratios, "ratio_mean": statistics.mean(ratios),
-                    "ratio_std": statistics.stdev(ratios) if len(ratios) > 1 else 0.0}
+                    "ratio_std": _deviation(ratios)}
         if setting.name in study.published:
             row["published_final_ppl"] = study.published[setting.name]
         if final:
             row |= {"final_ppl": statistics.mean(final),
-                    "final_ppl_std": statistics.stdev(final) if len(final) > 1 else 0.0,
+                    "final_ppl_std": _deviation(final),
                     "best_ppl": statistics.mean(best)}
         rows.append(row)
     return sorted(rows, key=lambda r: (r.get("ratio_mean", math.inf), r["tuned_ratio"]))
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """The sample's standard deviation; 0 for one value, nan if a run has diverged."""
+    if len(values) < 2:
+        return 0.0
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def markdown(study: Study, rows: Sequence[dict[str, Any]]) -> str:

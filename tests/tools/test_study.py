@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from fedrun.common.errors import FedrunError, InputError
 from fedrun.config import RunConfig
 from fedrun.distributed.launch import Launch
 from fedrun.run import run
@@ -35,7 +37,7 @@ def test_a_whole_study_and_its_resumption(tmp_path: Path, cache_dir: Path,
     # 4 steps or rounds of 2 x 32 tokens, of two clients in all but the central runs; each setting's
     # grid, and two seeds more.
     tokens = 4 * 2 * 32 * ((2 + 2) + 2 * ((2 + 2) + (1 + 2)))
-    assert f"to do: 11 runs, {tokens:,} tokens of training, about" in said
+    assert f"to do: at most 11 runs, {tokens:,} tokens of training, about" in said
     assert "tiny, 2 x 32 tokens: " in said
     with pytest.MonkeyPatch.context() as patch:  # a member whose rank 0 is lost
         patch.setattr(study, "detect", lambda env: Launch(1, 2, 1, 2))
@@ -86,6 +88,38 @@ def test_a_run_that_diverges_counts_as_infinitely_bad(tmp_path: Path, cache_dir:
     (row,) = json.loads((tmp_path / "little" / "table.json").read_text())
     assert row["best"] == {"lr": 1e-3}
     assert row["tuned_ppl"]["lr 1e+30"] is None  # JSON has no infinity
+    found.report_seeds[:] = [0, 1, 2]  # of which one diverges: the others make no deviation of it
+    central.tuned = {bad: 3.0, good: 9.0}
+    for seed in (1, 2):
+        folder = found.config(central, bad, seed).run_dir
+        shutil.copytree(config.run_dir, folder)
+        contents = read_json(folder / "config.json") | {"seed": seed}
+        (folder / "config.json").write_text(json.dumps(contents))
+    study_table.write(found)
+    (row,) = json.loads((tmp_path / "little" / "table.json").read_text())
+    assert (row["ratio_mean"], row["ratio_std"]) == (None, None)
+
+
+@pytest.mark.parametrize(("code", "error"), [(1, FedrunError), (-9, FedrunError), (2, InputError)])
+def test_only_what_the_user_has_to_change_is_not_tried_again(
+        tmp_path: Path, cache_dir: Path, code: int, error: type[Exception]) -> None:
+    """A launch script starts a study again after any other exit code than 2."""
+    found = study_file.read(little_study(tmp_path, cache_dir), tmp_path, {})
+    central = found.settings["central"]
+    children = study_queue.Children()
+    children.run = lambda *_: (code, "why")  # type: ignore[method-assign]
+    with pytest.raises(FedrunError) as caught:
+        study_queue.start(found.config(central, central.points()[0], 0), None, children)
+    assert type(caught.value) is error
+
+
+def test_runs_get_the_plugins_of_the_study(tmp_path: Path, cache_dir: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study_queue, "LOADED", ["my_method.py"])
+    found = study_file.read(little_study(tmp_path, cache_dir), tmp_path, {})
+    central = found.settings["central"]
+    command = study_queue.command(found.config(central, central.points()[0], 0), 1)
+    assert command[-1] == "--plugin=my_method.py"
 
 
 def test_gpus_are_left_to_the_runs(tmp_path: Path, cache_dir: Path,

@@ -143,7 +143,7 @@ def test_a_stop_file_stops_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     member = Member(tmp_path, [None], asked_to_stop_by=lambda: "".join(asked))
     configs = [resolve("central", {"data_dir": tmp_path / "runs", "run_name": name})
                for name in ("a", "b")]
-    with pytest.raises(Stopped, match="stopped by the STOP file: 0 runs in hand") as caught:
+    with pytest.raises(Stopped, match="stopped by the STOP file: 0 unfinished runs") as caught:
         study_queue.run_all(member, configs)
     assert caught.value.code == 0
     assert len(asked) == 1
@@ -182,7 +182,7 @@ def test_a_study_that_is_stopped_killed_and_joined(tmp_path: Path, cache_dir: Pa
         assert not any(map(alive, family))
     said = log.read_text().splitlines()
     assert "Traceback" not in log.read_text()
-    assert said[-2:] == ["fedrun: warning: study: stopped by SIGTERM: 1 run in hand kept a "
+    assert said[-2:] == ["fedrun: warning: study: stopped by SIGTERM: 1 unfinished run has a "
                          "checkpoint; the same command resumes the study",
                          "launch: stopped in order; the same command resumes it"]
     assert read_json(central / "outcome.json")["outcome"] == "stopped"

@@ -25,7 +25,7 @@ from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.bounds import Bounds, bound_exceeded
 from fedrun.aggregation.slices import Peaks, slice_width
 from fedrun.distributed.data_plane import DataPlane
-from fedrun.model.kernels import uses_triton
+from fedrun.model.kernels import current_device, uses_triton
 from fedrun.strategies.base import CLIENT_VECTORS, Strategy
 
 # Bits below the sign, one of them spare.
@@ -132,10 +132,11 @@ class ExactAggregator(Aggregator):
             sums = zip(self._names, self._scales, self._buffer[:-1].split(self.size), strict=True)
             for name, scale, own in sums:
                 trained = client.get("parameters") if name == "delta" else None
-                peaks.add(triton_sum.add_term(
-                    client[name] if trained is None else trained,
-                    None if trained is None else start, own, weight * scale,
-                    2.0**_BITS[own.dtype], first=self._stale, undo=undo))
+                with current_device(own):
+                    peaks.add(triton_sum.add_term(
+                        client[name] if trained is None else trained,
+                        None if trained is None else start, own, weight * scale,
+                        2.0**_BITS[own.dtype], first=self._stale, undo=undo))
             return peaks
         for index, slices in self._read(client, start):
             peaks.add(*slices.values())

@@ -21,6 +21,7 @@ from torch._C._distributed_c10d import Store
 
 from fedrun.common.errors import FedrunError
 from fedrun.common.log import ERROR, log
+from fedrun.common.pinned import PinnedMemory
 from fedrun.distributed.stopping import HEARTBEAT_THREAD, end_process
 
 _FAILED = "failed"  # store key that holds the reason of the first rank that failed
@@ -47,6 +48,7 @@ class ControlPlane:
         self.first_worker = first_worker
         self.rank = dist.get_rank(group) if group else 0
         self.world_size = dist.get_world_size(group) if group else 1
+        self._pinned = PinnedMemory()
         self._copy: Tensor | None = None
         self._copy_sent: dist.Work | None = None
 
@@ -101,7 +103,8 @@ class ControlPlane:
         """
         self.wait_for_copy()
         if self._copy is None:
-            self._copy = torch.empty_like(vector, device="cpu", pin_memory=vector.is_cuda)
+            self._copy = self._pinned.empty_like(vector) if vector.is_cuda else (
+                torch.empty_like(vector))
         self._copy.copy_(vector)
         if self.rank:
             self._copy_sent = dist.isend(self._copy, 0, group=self.group, tag=1)

@@ -169,6 +169,8 @@ class DataPlane:
         """
         if self.group is None:
             return ""
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # each thread has its own
         count = dist.get_world_size(self.group)
         # Of each type the largest integers, so that a sum in a narrower one is wrong.
         for dtype, bits in ((torch.int32, 30), (torch.int64, 62), (torch.float32, 23),

@@ -282,7 +282,7 @@ def probe(plane: DataPlane, device: torch.device) -> None:
             # In a thread: connecting has no timeout of its own in NCCL.
             wrong = answered(lambda: plane.probe(device), STARTUP_TIMEOUT)
             why = wrong and f"{wrong} is wrong"
-    except UnresponsiveRanks:
+    except (UnresponsiveRanks, torch.AcceleratorError):  # the latter is of this rank's own GPU
         raise
     except RuntimeError as error:
         why = str(error).splitlines()[0]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import time
 
+import torch
 import torch.distributed as dist
 
 from fedrun.distributed.control_plane import ControlPlane, UnresponsiveRanks
@@ -37,7 +38,7 @@ def wait_for(work: dist.Work | None, control: ControlPlane | None, polled: bool)
         if polled:
             _poll(work, control)
         work.wait()  # raises what went wrong; and the GPU's next kernels wait for the sum
-    except UnresponsiveRanks:
+    except (UnresponsiveRanks, torch.AcceleratorError):  # the latter is of this rank's own GPU
         raise
     except RuntimeError as error:
         raise control.left_alone(str(error).splitlines()[0], control.lost_peers()) from error

@@ -210,6 +210,8 @@ class InMemory(_Moving):
         self._states: dict[int, ClientState] = {}
         for client, state in states.items():
             self._copy(client, state)
+        if self._stream is not None:  # the first fetch is on another stream
+            torch.cuda.current_stream(device).synchronize()
 
     def _read(self, client: int) -> ClientState:
         return self._states[client]

@@ -17,7 +17,7 @@ from fedrun.data.hub import CACHE_DIR
 from fedrun.data.text_options import TextOptions, text_options_of
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.library.tokenizers import need_tokenizer
-from fedrun.model.precision import exact_fp32
+from fedrun.model.precision import accumulate_in_fp32, exact_fp32
 from fedrun.training.evaluate import mean_loss, validation_pieces
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def evaluate(found: Pretrained, dataset: str | None = None, split: str | None = 
                          f"vocabulary has {found.vocab_size} tokens")
     if dtype == "fp32":
         exact_fp32()
+    if place.type == "cuda":
+        accumulate_in_fp32()
     model = found.build(torch.bfloat16 if dtype == "bf16" else torch.float32).to(place)
     whole = data.fingerprint["validation_from"] == ALL_OF_THE_TEXT
     pieces = validation_pieces(model, data.train if split == "train" else data.validation, place)

@@ -83,7 +83,8 @@ def exponentiate(logits: Tensor, targets: Tensor, scale: float, losses: Tensor, 
     if kernels.uses_triton(logits):
         from fedrun.model import triton_softmax  # Triton's settings are made before its import
 
-        triton_softmax.exponentiate(logits, targets, scale, losses, factors)
+        with kernels.current_device(logits):
+            triton_softmax.exponentiate(logits, targets, scale, losses, factors)
         return
     shift = logits.amax(1, keepdim=True)
     at_target = logits.gather(1, targets[:, None])

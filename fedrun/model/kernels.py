@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import re
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any, Literal
 
@@ -101,6 +102,11 @@ def uses_triton(x: Tensor) -> bool:
     """Whether Triton kernels of our own run for a tensor: where those of mamba-ssm do, because they
     show that Triton works there (it needs a C compiler at run time)."""
     return path_for(x) != "own" and _has_triton()
+
+
+def current_device(x: Tensor) -> AbstractContextManager[object]:
+    """Make a tensor's GPU the current one, on which Triton launches its kernels."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 @functools.cache

@@ -26,8 +26,10 @@ from fedrun.model.loss import (
 from fedrun.model.norm import rms_norm
 from fedrun.model.ssd import ssd_scan
 
-# tokens * layers * d_model that a GPU takes at a time, at some 26 bytes each in bf16
-GPU_ACTIVATIONS = 2**29
+# tokens * layers * d_model that a GPU takes at a time, by the path of the kernels: the less a path
+# fuses, the more it keeps for the backward pass. An estimate, not run on a GPU: 14 to 17 GB.
+GPU_ACTIVATIONS: dict[kernels.KernelPath, int] = {
+    "split_conv1d_scan": 2**29, "conv1d_and_chunk_scan": 2**28, "own": 2**27}
 CHUNK_SIZE = 64  # of the scan; the fastest of 32, 64 and 128 (tests/benchmarks/step.py)
 
 
@@ -318,7 +320,8 @@ class Mamba2LM(nn.Module):
         if grad_embedding is not grad_weight:
             grad_embedding.zero_()
         sequence = input_ids.shape[1] * self.config.n_layer * self.config.d_model
-        for ids in input_ids.split(max(1, GPU_ACTIVATIONS // sequence)):
+        most = GPU_ACTIVATIONS[kernels.path_for(weight)]
+        for ids in input_ids.split(max(1, most // sequence)):
             embedded = F.embedding(ids, embedding).requires_grad_()
             hidden = self.hidden_of(embedded)[:, :-1]
             part_loss, grad = linear_cross_entropy_gradients(

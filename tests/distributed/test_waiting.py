@@ -10,6 +10,7 @@ from threading import Event, Thread
 from typing import Any
 
 import pytest
+import torch
 from torch._C._distributed_c10d import HashStore
 
 from fedrun.distributed import waiting
@@ -62,6 +63,15 @@ def test_a_collective_that_ends() -> None:
     work = Work(0.3)
     wait(work, Peers(60, False, [2], []))  # rank 2 was silent in one look only
     assert work.waited  # for the GPU's next kernels
+
+
+def test_an_error_of_this_ranks_own_gpu_is_not_called_a_lost_peer() -> None:
+    class Failed(Work):
+        def is_completed(self) -> bool:
+            raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        wait(Failed(), Peers())
 
 
 def test_what_has_ended_is_not_waited_for() -> None:

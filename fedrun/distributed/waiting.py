@@ -21,6 +21,8 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 5e-5, 1e-3  # seconds between two polls; they gr
 # at once, and ever more seldom while none is silent.
 SECONDS_BEFORE_LOOKING = 3.0
 SECONDS_BETWEEN_LOOKS = 1.0, 30.0  # at first, at most
+SHARE_OF_TIMEOUT = 0.9  # after which an error counts as the timeout's
+SECONDS_FOR_REASON = 1.0  # two heartbeats
 
 
 def wait_for(work: dist.Work | None, control: ControlPlane | None, polled: bool) -> None:
@@ -34,6 +36,7 @@ def wait_for(work: dist.Work | None, control: ControlPlane | None, polled: bool)
     if control is None:
         work.wait()
         return
+    began = time.monotonic()
     try:
         if polled:
             _poll(work, control)
@@ -41,7 +44,20 @@ def wait_for(work: dist.Work | None, control: ControlPlane | None, polled: bool)
     except (UnresponsiveRanks, torch.AcceleratorError):  # the latter is of this rank's own GPU
         raise
     except RuntimeError as error:
-        raise control.left_alone(str(error).splitlines()[0], control.lost_peers()) from error
+        # A connection that is closed shows at once, and the server must hear of it before the
+        # launcher ends all ranks. Only after a timeout is there time to look who is silent.
+        timed_out = time.monotonic() - began > SHARE_OF_TIMEOUT * control.timeout.total_seconds()
+        lost = control.lost_peers() if timed_out else []
+        if not lost:
+            _wait_for_reason(control)
+        raise control.left_alone(str(error).splitlines()[0], lost) from error
+
+
+def _wait_for_reason(control: ControlPlane) -> None:
+    """Give a rank that has failed, and says why, the time to be heard."""
+    until = time.monotonic() + SECONDS_FOR_REASON
+    while not control.peer_failed() and time.monotonic() < until:
+        time.sleep(LONGEST_PAUSE)
 
 
 def _poll(work: dist.Work, control: ControlPlane) -> None:

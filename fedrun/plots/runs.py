@@ -39,7 +39,8 @@ def find_runs(data_dir: Path) -> Found:
     """
     runs: list[Run] = []
     passed_over = []
-    for path in run_folders(data_dir):
+    folders = run_folders(data_dir)
+    for path in folders:
         try:
             runs.append(read_run(path))
             if runs[-1].damage:
@@ -51,7 +52,7 @@ def find_runs(data_dir: Path) -> Found:
         runs += of_study
         passed_over += unusable
     passed_over += [(visible(path.name), f"is a study: --data_dir {visible(str(path))} shows it")
-                    for path in _folders(data_dir) if is_study(path)]
+                    for path in _folders(data_dir) if path not in folders and is_study(path)]
     return Found(runs, passed_over)
 
 

@@ -94,11 +94,24 @@ def test_nobody_waits_for_longer_than_the_timeout() -> None:
 
 
 @pytest.mark.parametrize("polled", [True, False])
-def test_an_error_of_the_library_names_who_is_lost(polled: bool) -> None:
-    work = Work(0, "Connection closed by peer\nand more")
+def test_a_timeout_of_the_library_names_who_is_lost(polled: bool) -> None:
+    work = Work(0, "Timed out\nand more")
     with pytest.raises(UnresponsiveRanks, match=r"no heartbeat from rank 1; rank 0 waits in vain "
-                                                r"for the sum .*: Connection closed by peer$"):
-        wait(work, Peers(60, False, [1]), polled)
+                                                r"for the sum .*: Timed out$"):
+        wait(work, Peers(0, False, [1]), polled)
+
+
+@pytest.mark.parametrize("polled", [True, False])
+def test_a_closed_connection_is_told_at_once(monkeypatch: pytest.MonkeyPatch, polled: bool) -> None:
+    """Looking who is silent takes seconds, in which the launcher would end the server."""
+    def slow() -> list[int]:
+        raise AssertionError("no time for that")
+
+    monkeypatch.setattr(waiting, "SECONDS_FOR_REASON", 0.05)
+    peers = Peers(60)
+    monkeypatch.setattr(peers, "lost_peers", slow)
+    with pytest.raises(UnresponsiveRanks, match=r"^rank 0 waits in vain .*: Connection closed$"):
+        wait(Work(0, "Connection closed"), peers, polled)
 
 
 @pytest.fixture

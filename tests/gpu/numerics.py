@@ -46,7 +46,8 @@ def judged(errors: dict[str, float], bars: dict[str, float]) -> Found:
     """Whether each error is below the bar whose name its own begins with."""
     ok = all(error < next(bar for start, bar in bars.items() if name.startswith(start))
              for name, error in errors.items())
-    return Found(ok, {name: float(f"{error:.2e}") for name, error in errors.items()},
+    return Found(ok, {name: float(f"{error:.2e}") if math.isfinite(error) else str(error)
+                      for name, error in errors.items()},  # JSON has no infinity
                  {name: f"< {bar:g}" for name, bar in bars.items()})
 
 

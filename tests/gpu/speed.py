@@ -77,8 +77,8 @@ def waits_in_a_step(job: Job) -> Found:
 @check(90, not_pretended="no graphs", env=DETERMINISTIC)
 def capturable(job: Job) -> Found:
     """A CUDA graph holds a local step: two replays, at two learning rates, have the bits of two
-    steps that were launched. torch's deterministic sums over tokens would wait, so that no token
-    occurs twice."""
+    steps that were launched. No token occurs twice: sums over tokens have no order here, since
+    torch's deterministic ones may wait."""
     trainer = Trainer(TINY, 4, 64, 400, grad_clip="1.0")
     flat, optimizer = trainer.flat, trainer.client.optimizer
     batch = trainer.client.next_batch()

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -27,12 +28,14 @@ from typing import Any
 import psutil
 import torch
 
+from fedrun.model.precision import accumulate_in_fp32
 from tests.gpu import failures, hardware, node, numerics, planes, runs, speed
 from tests.gpu.checks import CHECKS, Check, Found, Job, end, lone_digest_file
 from tests.support.runs import ROOT
 
 # In the order of their worth: a suite that ends early still tells most.
 TOPICS = [topic.__name__ for topic in (hardware, numerics, speed, runs, planes, failures, node)]
+LAST = ("kernels_by_default",)  # under --quick: fedrun never computes that way
 QUICK_SECONDS = 570.0
 PROGRAM = (sys.executable, "-m", "tests.gpu.accept")
 SLOWNESS = 4  # of pretended GPUs, in limits
@@ -78,7 +81,8 @@ def in_order() -> list[str]:
 def run_all(folder: Path, arguments: argparse.Namespace, pretended: bool) -> int:
     """Every check that was asked for. Returns the exit code."""
     began, results = time.monotonic(), list[dict[str, Any]]()
-    for name in arguments.only:
+    names = sorted(arguments.only, key=LAST.__contains__) if arguments.quick else arguments.only
+    for name in names:
         check, left = CHECKS[name], QUICK_SECONDS - (time.monotonic() - began)
         if pretended and check.not_pretended:
             result = skipped(f"on pretended GPUs: {check.not_pretended}")
@@ -109,16 +113,16 @@ def skipped(why: str) -> dict[str, Any]:
 def run_one(check: Check, folder: Path, gpus: int, limit: float) -> dict[str, Any]:
     """A check in a process of its own, which is ended with all it started past the limit."""
     mine = folder / check.name
-    mine.mkdir(exist_ok=True)
+    shutil.rmtree(mine, ignore_errors=True)  # runs of another time, which would count as finished
+    mine.mkdir()
     answer, log = mine / "found.json", mine / "output.txt"
-    answer.unlink(missing_ok=True)
     began, late = time.monotonic(), False
     with log.open("wb") as out:
         process = subprocess.Popen(
             [*PROGRAM, str(folder), "--inside", check.name,
              "--gpus", str(gpus)], stdout=out, stderr=subprocess.STDOUT, cwd=ROOT,
-            env={"TRITON_CACHE_DIR": str(folder / "triton"), "OMP_NUM_THREADS": "1", **os.environ,
-                 **check.env})
+            env={"TRITON_CACHE_DIR": str(folder / "triton"), "TRITON_CACHE_AUTOTUNING": "1",
+                 "OMP_NUM_THREADS": "1", **os.environ, **check.env})
         try:
             process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -140,6 +144,9 @@ def run_one(check: Check, folder: Path, gpus: int, limit: float) -> dict[str, An
 def run_inside(check: Check, job: Job) -> None:
     """In the check's process: do it, and leave what it found in its folder."""
     torch.manual_seed(0)
+    # As runs do; Triton's products are for a check to choose.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    accumulate_in_fp32()
     try:
         found = check.work(job)
     except Exception as error:

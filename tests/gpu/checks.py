@@ -16,6 +16,14 @@ import psutil
 from tests.support.runs import CORPUS, ROOT, Outcome, torchrun
 
 CHECKS: dict[str, Check] = {}
+# A model that keeps a GPU busy, with as many tokens as the documentation of Python makes: 10 M
+# parameters. SMALL's 400 would leave next to nothing of its head.
+LARGE: dict[str, Any] = {"config": "pure_ssm_1_layer", "dataset": "pydocs",
+                         "tokenizer": "bpe:16384"}
+# What --deterministic sets. mamba-ssm then chooses blocks without timing any, unless Triton keeps
+# what it timed.
+DETERMINISTIC = {"MAMBA_DETERMINISTIC": "1", "CAUSAL_CONV1D_DETERMINISTIC": "1",
+                 "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TRITON_CACHE_AUTOTUNING": "0"}
 
 
 @dataclass(frozen=True)

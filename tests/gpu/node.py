@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.gpu.checks import Found, Job, check, digest, fedrun, finished, lone_digest, short
+from tests.gpu.checks import LARGE, Found, Job, check, digest, fedrun, finished, lone_digest, short
 from tests.gpu.planes import bare_sums
 
 
@@ -51,14 +51,14 @@ def chosen_gpus(job: Job) -> Found:
 
 @check(300, gpus=2, not_pretended="devices share the machine's cores")
 def efficiency(job: Job) -> Found:
-    """Tokens a second of 8 local updates of the 27 M model, a client for each worker, against one
-    worker's."""
+    """Tokens a second of 8 local updates of a model of 10 M, a client for each worker, against
+    one worker's."""
     rates: dict[str, Any] = {}
     for workers in (1, job.gpus):
         run = finished(fedrun(job, "fed_avg", f"workers_{workers}", workers + 1,
-                              config="pure_ssm_1_layer", num_clients=workers, rounds=30,
-                              local_updates=8, val_freq=1000, checkpoint_freq="none",
-                              sequence_length=256, deterministic=False))
+                              num_clients=workers, rounds=30, local_updates=8, val_freq=1000,
+                              checkpoint_freq="none", sequence_length=256, deterministic=False,
+                              **LARGE))
         said = [e for e in run.events if e["event"] == "round"]
         first, last = said[len(said) // 3], said[-2]
         rates[str(workers)] = ((last["tokens"] - first["tokens"])

@@ -26,7 +26,7 @@ class Properties:
 
     def __init__(self, given: Any) -> None:
         self._given = given
-        self.uuid = f"{given.uuid}, rank {RANK}"
+        self.uuid = f"{given.uuid}-rank{RANK}"
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._given, name)
@@ -34,8 +34,11 @@ class Properties:
 
 def share_the_gpu() -> None:
     """Before anything asks for the GPU: let NCCL and fedrun take it for another one in each
-    rank."""
+    rank. The hosts that NCCL then sees are joined by the loopback interface."""
     os.environ["NCCL_HOSTID"] = f"rank{RANK}"
+    for name, value in (("NCCL_NET", "Socket"), ("NCCL_SOCKET_IFNAME", "=lo"),
+                        ("GLOO_SOCKET_IFNAME", "lo")):
+        os.environ.setdefault(name, value)
     cuda: Any = torch.cuda
     properties = cuda.get_device_properties
     cuda.get_device_properties = lambda device=None: Properties(

@@ -7,6 +7,8 @@ import sys
 from typing import Any
 
 from tests.gpu.checks import (
+    DETERMINISTIC,
+    LARGE,
     Found,
     Job,
     check,
@@ -63,14 +65,14 @@ def every_method(job: Job) -> Found:
     return Found(True, ended, "all end; their last losses on the validation split")
 
 
-@check(60)
+@check(300)
 def without_deterministic(job: Job) -> Found:
     """Whether two runs without --deterministic have the same bits: reported, not required."""
     one, two = (digest(fedrun(job, "fed_avg", f"free{n}", deterministic=False)) for n in (1, 2))
     return Found(True, "same bits" if one == two else "other bits", "both end")
 
 
-@check(90)
+@check(90, env=DETERMINISTIC)  # of `fedrun evaluate`, which has no such flag
 def evaluation(job: Job) -> Found:
     """`fedrun evaluate` on the GPU gives the run's last loss; the folder names GPU and kernels."""
     run = finished(fedrun(job, "fed_avg", "run"))
@@ -83,25 +85,26 @@ def evaluation(job: Job) -> Found:
     machine: dict[str, Any] = read_json(run.run_dir / "environment.json")
     value = {"evaluated": loss, "in the run": losses(run)[-1], "dtype": dtype,
              **{name: machine[name] for name in ("device", "device_name", "kernels")}}
-    return Found(abs(loss - value["in the run"]) < 1e-6 and machine["device"].startswith("cuda")
+    return Found(abs(loss - value["in the run"]) < 1e-5 and machine["device"].startswith("cuda")
                  and machine["kernels"].startswith("cuda"), value,
-                 "within 1e-6; a device and kernels of cuda")
+                 "within 1e-5; a device and kernels of cuda")
 
 
-@check(120)
+@check(300)
 def pace_with_evaluation(job: Job) -> Found:
-    """Rounds a second of the 27 M model, with an evaluation every tenth round and without."""
+    """Rounds a second of a model of 10 M, with an evaluation every tenth round and without; the
+    evaluations themselves do not count, but what they leave to be written does."""
     rounds = 12 if job.pretended else 60
-    config = "tiny" if job.pretended else "pure_ssm_1_layer"
+    model = {} if job.pretended else LARGE
     rates: dict[str, float] = {}
     slow = False
     for name, every in (("with", 10), ("without", 10 * rounds)):
-        run = finished(fedrun(job, "fed_avg", name, config=config, rounds=rounds, val_freq=every,
-                              num_clients=1, checkpoint_freq="none", deterministic=False))
+        run = finished(fedrun(job, "fed_avg", name, rounds=rounds, val_freq=every, num_clients=1,
+                              checkpoint_freq="none", deterministic=False, **model))
         said = [e for e in run.events if e["event"] == "round"]
         first, last = said[len(said) // 6], said[-2]  # kernels are compiled; the end is evaluated
-        rates[name] = round((last["round"] - first["round"])
-                            / max(last["seconds"] - first["seconds"], 1e-9), 2)
+        began, ended = (e["seconds"] - e["evaluation_seconds"] for e in (first, last))
+        rates[name] = round((last["round"] - first["round"]) / max(ended - began, 1e-9), 2)
         slow |= "more slowly" in run.output
     ok = job.pretended or (rates["with"] > 0.9 * rates["without"] and not slow)
     return Found(ok, {"rounds a second": rates, "said to be written more slowly": slow},

@@ -35,7 +35,7 @@ def test_every_check_that_can_be_made_holds_on_pretended_gpus(
     assert {n: r for n, r in found.items() if r["ok"] is False} == {}, output
     assert code == 0, output
     assert {n for n, r in found.items() if r["ok"] is None} == {
-        "kernels", "kernels_by_default", "efficiency"}
+        "kernels", "kernels_by_default", "capturable", "efficiency"}
     assert all("on pretended GPUs: " in r["value"] for r in found.values() if r["ok"] is None)
     lines = [json.loads(line) for line in output.splitlines() if line.startswith('{"name"')]
     assert lines == list(found.values())

@@ -283,8 +283,9 @@ class OnDisk(_Moving):
         try:
             yield
         except OSError as error:
+            check_claim(self._folder)  # if the run has lost its folder, that is the reason
             raise OSError(error.errno, f"--client_store disk: a client's state cannot be {done} "
-                          f"({error.strerror}); --client_store memory needs no disk",
+                          f"({error.strerror or error}); --client_store memory needs no disk",
                           str(self._folder)) from error
 
     def load(self, checkpoint: Checkpoint) -> None:

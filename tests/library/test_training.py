@@ -21,6 +21,7 @@ from fedrun.common.errors import Diverged, InputError
 from fedrun.common.log import LOGGER
 from fedrun.flags import resolve
 from fedrun.records.recorder import RoundRecord
+from fedrun.strategies import plugins
 from tests.support.runs import Outcome, execute, torchrun, wait_until
 
 
@@ -71,8 +72,10 @@ def test_the_run_of_the_command(flags: dict[str, Any], tmp_path: Path) -> None:
             event["train_ppl"], event["lr"], event["tokens"])
 
 
-@pytest.mark.parametrize("method", ["fed_avg", "central"])
-@pytest.mark.parametrize("checkpoint_freq", [1, 2, None])
+@pytest.mark.parametrize(("method", "checkpoint_freq"), [
+    ("fed_avg", 2), ("central", None),
+    *(pytest.param(*each, marks=pytest.mark.slow)
+      for each in (("fed_avg", 1), ("fed_avg", None), ("central", 1), ("central", 2)))])
 def test_stopped_where_it_is_asked_to_and_resumed(flags: dict[str, Any], method: str,
                                                   checkpoint_freq: int | None) -> None:
     if method == "central":
@@ -129,6 +132,7 @@ def test_a_config_and_a_plugin(flags: dict[str, Any], tmp_path: Path,
     with pytest.raises(InputError, match="lr: belongs into the config"):
         fedrun.train(config, lr=1e-3)
     before = dict(fedrun.strategies.STRATEGIES)
+    monkeypatch.setattr(plugins, "LOADED", [])
     path = tmp_path / "twice.py"
     path.write_text("from dataclasses import dataclass\nimport fedrun\n"
                     "@fedrun.strategy('twice')\n@dataclass(frozen=True)\n"

@@ -38,8 +38,9 @@ class Half(fedrun.FedAvg):
 
 
 @pytest.fixture(autouse=True)
-def registry() -> Iterator[None]:
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The registry as it was before the test."""
+    monkeypatch.setattr(plugins, "LOADED", [])
     before = dict(STRATEGIES)
     yield
     STRATEGIES.clear()

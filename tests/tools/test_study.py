@@ -133,6 +133,7 @@ def test_gpus_are_left_to_the_runs(tmp_path: Path, cache_dir: Path,
         return 0
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,6,7")
+    monkeypatch.setattr(study, "LOADED", [])
     monkeypatch.setattr(study, "take_part", take)
     monkeypatch.setattr(subprocess, "run", lambda command, **how: commands.append(command))
     argv = [str(little_study(tmp_path, cache_dir)), "--results", str(tmp_path)]

@@ -95,9 +95,10 @@ def _unchanged_process() -> Iterator[None]:
         if monitored and tqdm.monitor is not None:  # a thread of progress bars
             tqdm.monitor.exit()  # type: ignore[no-untyped-call]
             tqdm.monitor = None
-        os.environ.clear()
-        os.environ.update(before)
         torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        if torch.are_deterministic_algorithms_enabled() != deterministic:
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         for place, name, value in flags:
             setattr(place, name, value)
+        os.environ.clear()  # last: torch's compiler, which some of these import, sets a variable
+        os.environ.update(before)

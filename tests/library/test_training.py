@@ -34,17 +34,25 @@ def flags(little_text: tuple[str, ...], tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
-def unchanged_process() -> Iterator[None]:
-    """The process is after each test what it was before."""
+def unchanged_process(little_text: tuple[str, ...]) -> Iterator[None]:
+    """The process is after each test what it was before, when the text was there."""
     def state() -> tuple[object, ...]:
-        return (dict(os.environ) | {"PYTEST_CURRENT_TEST": ""}, torch.get_num_threads(),
+        return ({*os.environ.items()} - {("PYTEST_CURRENT_TEST", os.environ.get(
+            "PYTEST_CURRENT_TEST", ""))}, torch.get_num_threads(),
                 torch.are_deterministic_algorithms_enabled(),
-                [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)],
-                LOGGER.level, {t.name for t in threading.enumerate() if t.name != "pin"})
-    before = state()
+                tuple(map(signal.getsignal, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))),
+                LOGGER.level)
+
+    def threads() -> set[str]:
+        return {thread.name for thread in threading.enumerate()}
+
+    before, running = state(), threads()  # of which some, of earlier tests, may still end
     yield
     gc.collect()
-    wait_until(lambda: state() == before, 10)
+    wait_until(lambda: threads() <= running, 10, lambda: str(threads() - running))
+    for now, then in zip(state(), before, strict=True):
+        changed = now ^ then if isinstance(now, set) and isinstance(then, set) else {now, then}
+        assert now == then, changed
 
 
 def outcome_of(run: fedrun.Run) -> Outcome:

@@ -215,7 +215,7 @@ def compile_in_turn(experiment: Experiment, runtime: Runtime, workers: Mapping[i
             compile_kernels(config, experiment.data.vocab_size, runtime.device, config.batch_size,
                             config.sequence_length)
         control.gather(None)
-        control.share()  # all ranks: nobody goes on before these have compiled
+        control.share()  # all ranks: wait until these have compiled
 
 
 def _next(config: RunConfig) -> str:

@@ -149,6 +149,20 @@ def test_arrays_are_not_copied_and_their_type_does_not_matter(tmp_path: Path) ->
     assert len({digests[0], digests[2], *(other.sha256 for other in others)}) == 6
 
 
+def test_columns_and_series() -> None:
+    import pandas
+    table = datasets.Dataset.from_dict({"text": ["a", "b"], "input_ids": [[1, 2], [3]]})
+    ids = given_part(table["input_ids"], "data")
+    assert isinstance(ids, Ids)
+    assert [piece.tolist() for piece in ids.pieces] == [[1, 2], [3]]
+    for texts in (table["text"], pandas.Series(["a", "b"]), np.array(["a", "b"]), ("a", "b")):
+        assert not isinstance(part := given_part(texts, "data"), Ids)
+        assert list(part.rows(["text"])) == [("a",), ("b",)]
+    stream = given_part(pandas.Series([1, 2, 3]), "data")
+    assert isinstance(stream, Ids)
+    assert stream.size == 3
+
+
 def test_damage_is_repaired_from_what_was_given(tmp_path: Path, caplog: pytest.LogCaptureFixture
                                                 ) -> None:
     source = given([np.arange(80), np.arange(40)])

@@ -86,8 +86,7 @@ def test_clients_as_from_files_that_deal_the_same(flags: dict[str, Any], words: 
     assert all(set(record["generated"].split()) <= set(WORDS) for record in arrays.history)
 
 
-def test_ids_alone(flags: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
-                   ) -> None:
+def test_ids_alone(flags: dict[str, Any], tmp_path: Path) -> None:
     """Without a tokenizer they are shown as numbers."""
     del flags["sequence_length"]
     run = fedrun.train("fed_avg", clients=[ids.reshape(-1, LENGTH) for ids in CLIENTS], **flags)
@@ -111,15 +110,22 @@ def test_ids_alone(flags: dict[str, Any], tmp_path: Path, caplog: pytest.LogCapt
         run.evaluate("pydocs", data=HELD)
     with pytest.raises(InputError, match="data: has the token id 60; must be below 60"):
         run.evaluate(data=[60] * 40, cache_dir=flags["cache_dir"])
+
+
+@pytest.mark.slow
+def test_what_is_made_of_a_run_on_ids(flags: dict[str, Any], tmp_path: Path,
+                                      caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import AutoTokenizer
+    run = fedrun.train("fed_avg", clients=CLIENTS, vocab_size=100, **flags)
+    assert run.config["tokenizer"] == "ids:100"
     out = run.export(tmp_path / "hf")
-    assert (out / "tokenizer.json").is_file()
+    assert AutoTokenizer.from_pretrained(out)("99 0").input_ids == [99, 0]
     assert cli.main(["report", "--data_dir", str(tmp_path)]) == 0
-    assert fedrun.train("fed_avg", clients=CLIENTS, vocab_size=100, run_name="more",
-                        **flags | {"sequence_length": LENGTH}).config["tokenizer"] == "ids:100"
-    further = fedrun.train("fed_avg", clients=CLIENTS, init_from=str(run.folder), run_name="next",
-                           **{k: v for k, v in flags.items() if k != "config"}
-                           | {"sequence_length": LENGTH})
+    del flags["config"]
+    further = fedrun.train("fed_avg", clients=CLIENTS, init_from=str(out), run_name="next", **flags)
     assert further.outcome == "finished"
+    with pytest.raises(InputError, match="vocab_size 100: must be left out with"):
+        fedrun.train("fed_avg", clients=CLIENTS, init_from=str(out), vocab_size=100, **flags)
     assert "has no effect" not in caplog.text
 
 
@@ -130,6 +136,10 @@ def test_one_for_all(flags: dict[str, Any]) -> None:
         run = fedrun.train("fed_avg", run_name=partition, data=data, partition=partition,
                            num_clients=2, tokenizer=tokenizer, **flags)
         assert run.outcome == "finished"
+    found = run.evaluate(data=rows(HELD), cache_dir=flags["cache_dir"])
+    text = run.tokenizer()("".join(f"{row}\n" for row in rows(HELD)))["input_ids"]
+    assert found["split"] == "all"
+    assert found["tokens"] == len(text) - -(-len(text) // LENGTH)
 
 
 def test_a_dataset(flags: dict[str, Any]) -> None:

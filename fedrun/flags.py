@@ -171,6 +171,23 @@ def resolve(method: str, flags: Mapping[str, Any]) -> RunConfig:
     return run_class(method=method, model=shape, **rest, **values)
 
 
+def config_of(values: Mapping[str, Any]) -> RunConfig:
+    """The inverse of `RunConfig.to_dict`, also after a way through JSON: all settings of a run, and
+    nothing looked up in files.
+
+    Raises what the classes raise for wrong values, and KeyError for an unknown method or a setting
+    that is missing.
+    """
+    run_class, strategy = config_classes(values["method"])
+    known = method_flags(values["method"])
+    read: dict[str, Any] = {
+        name: Path(value) if name in known and known[name].kind is Path else value
+        for name, value in values.items()} | {"model": ModelConfig(**values["model"])}
+    if strategy:
+        read["strategy"] = strategy(**{f.name: read[f.name] for f in dataclasses.fields(strategy)})
+    return run_class(**{f.name: read[f.name] for f in dataclasses.fields(run_class)})
+
+
 def configs_dir() -> Path:
     """configs/ in the checkout, or its copy in an installed wheel."""
     installed = Path(__file__).parent / "configs"

@@ -61,6 +61,16 @@ class Run:
         return str(read_outcome(self.folder).get("outcome", ""))
 
     @property
+    def reason(self) -> str:
+        """Why the run stopped or failed, in one line; else empty."""
+        return str(read_outcome(self.folder).get("reason", ""))
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the run failed because its loss or parameters were not finite any more."""
+        return read_outcome(self.folder).get("kind") == "diverged"
+
+    @property
     def perplexity(self) -> float | None:
         """The global model's validation perplexity at the last evaluation; None before the first.
         """

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 from fedrun.common.errors import is_component, require
 from fedrun.data.hub import CACHE_DIR
-from fedrun.data.text_options import COLUMN, TextOptions, require_dataset, text_options_of
+from fedrun.data.text_options import COLUMN, GIVEN, TextOptions, require_dataset, text_options_of
 from fedrun.model.config import ModelConfig
 from fedrun.strategies import FedAvg, Strategy
 
@@ -104,7 +104,7 @@ class RunConfig:
     (shuffled); a Dirichlet mix of topics for each client (dirichlet); whole documents at random
     (documents); whole sources (by_source: packages of pydocs, articles of WikiText, top folders of
     text files); or column:NAME, where each value of the column is a source. With sources, held-out
-    text is taken from every source."""
+    text is taken from every source. given: as given to fedrun.train(clients=...)."""
     alpha: float = 1.0
     """Concentration of --partition dirichlet: at 0.1 most clients have one topic, at 1 a few, at
     100 nearly the same mix."""
@@ -189,9 +189,9 @@ class RunConfig:
         require(0 <= self.seed < 2**63, "--seed", self.seed, "an integer in [0, 2^63)")
         require_dataset(self.dataset)
         _ = self.text_options  # raises for options that no text could be read with
-        require(self.partition in get_args(Partition) or (self.partition.startswith(COLUMN)
-                and self.partition != COLUMN), "--partition", self.partition,
-                f"{', '.join(get_args(Partition))} or {COLUMN}NAME")
+        column = self.partition.startswith(COLUMN) and self.partition != COLUMN
+        require(column or self.partition in (*get_args(Partition), GIVEN), "--partition",
+                self.partition, f"{', '.join(get_args(Partition))} or {COLUMN}NAME")
         require(0 < self.timeout < math.inf, "--timeout", self.timeout, "> 0 (seconds)")
         require(self.run_name is None or is_component(self.run_name), "--run_name", self.run_name,
                 "a folder name without slashes, not . or ..")

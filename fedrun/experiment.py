@@ -20,6 +20,7 @@ import torch
 from fedrun.common.errors import InputError
 from fedrun.common.log import WARNING, log
 from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
+from fedrun.data.given import GivenData, Source
 from fedrun.data.partition import Shards, client_shards
 from fedrun.data.tokens import TokenData, prepare, verify
 from fedrun.distributed.connect import named
@@ -54,6 +55,13 @@ class Experiment:
     """The model of --init_from."""
     provenance: dict[str, Any]
     """What a checkpoint records besides the settings."""
+    given: GivenData | None = None
+    """The data, where --dataset does not name it."""
+
+    @property
+    def source(self) -> Source:
+        """What the tokens are made of."""
+        return self.config.dataset if self.given is None else self.given
 
     @property
     def federated(self) -> FederatedConfig:
@@ -97,17 +105,19 @@ class Experiment:
         return new_model(self.config, self.data.vocab_size, torch.device(device), self.pretrained)
 
 
-def prepare_experiment(config: RunConfig, device: torch.device) -> Experiment:
+def prepare_experiment(config: RunConfig, device: torch.device, given: GivenData | None = None
+                       ) -> Experiment:
     """Read the weights and the text, and partition the text into shards.
 
-    device: where this rank computes. InputError if the text or the weights do not fit the settings.
+    device: where this rank computes. given: data in place of --dataset's. InputError if the text or
+    the weights do not fit the settings.
     """
     pretrained = None
     if config.init_from is not None:
         pretrained = find_pretrained(config.init_from, "--init_from", config.cache_dir)
         config = with_pretrained(config, pretrained)
-    data = prepare(config.dataset, config.tokenizer, config.sequence_length,
-                   config.cache_dir.expanduser(),
+    data = prepare(config.dataset if given is None else given, config.tokenizer,
+                   config.sequence_length, config.cache_dir.expanduser(),
                    check=config.partition == "dirichlet",  # whose topics are made of the tokens
                    options=config.text_options)
     if pretrained is not None:
@@ -122,7 +132,7 @@ def prepare_experiment(config: RunConfig, device: torch.device) -> Experiment:
         "partition": shards.digest() if isinstance(config, FederatedConfig) else "",
         "init_from": None if pretrained is None else pretrained.digest(),
         "plugin": method_digest(config.method)}
-    return Experiment(config, data, shards, pretrained, provenance)
+    return Experiment(config, data, shards, pretrained, provenance, given)
 
 
 def with_pretrained(config: Config, pretrained: Pretrained) -> Config:
@@ -168,7 +178,7 @@ class CorpusCheck:
     during connecting; damaged entries are reported and rebuilt."""
 
     def __init__(self, experiment: Experiment, launch: Launch) -> None:
-        self.config, self.data = experiment.config, experiment.data
+        self.experiment, self.data = experiment, experiment.data
         self._problem = ""
         self._thread: threading.Thread | None = None
         if launch.local_rank == 0:
@@ -176,10 +186,10 @@ class CorpusCheck:
             self._thread.start()
 
     def _verify(self) -> None:
-        config = self.config
+        config = self.experiment.config
         try:
             self._problem = "the corpus could not be verified (see above)"  # a bug of ours
-            verify(config.dataset, config.tokenizer, config.cache_dir, config.text_options)
+            verify(self.experiment.source, config.tokenizer, config.cache_dir, config.text_options)
             self.data.reopen()
             self._problem = ""
         except (ValueError, OSError) as error:  # ConnectionError and TimeoutError are among them

@@ -19,6 +19,8 @@ from fedrun.common.files import copy_files, write_json
 from fedrun.common.limits import TooLittle, shortage
 from fedrun.common.log import ERROR, WARNING, log, print_log
 from fedrun.config import FederatedConfig, RunConfig
+from fedrun.data.given import GivenData
+from fedrun.data.tokenizer import ids_size
 from fedrun.distributed.connect import NotConnected, exposure
 from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.launch import Launch, detect
@@ -96,9 +98,12 @@ def report(error: Exception, launch: Launch) -> None:
             "".join(traceback.format_exception(error)))
 
 
-def prepare(config: RunConfig, launch: Launch) -> Prepared:
+def prepare(config: RunConfig, launch: Launch, data: GivenData | None = None) -> Prepared:
     """Set this process up, read text and weights, and start to verify them. InputError for what the
-    user has to change."""
+    user has to change.
+
+    data: in place of --dataset's.
+    """
     if not isinstance(config, FederatedConfig) and not launch.alone:
         raise InputError(f"central runs in one process, but {launch.world_size} were started: "
                          f"use `python -m fedrun central`")
@@ -113,7 +118,7 @@ def prepare(config: RunConfig, launch: Launch) -> Prepared:
     if config.deterministic:
         make_deterministic(config.device != "cpu" and config.dtype != "fp64"
                            and torch.cuda.is_available())
-    experiment = prepare_experiment(config, device)
+    experiment = prepare_experiment(config, device, data)
     check = CorpusCheck(experiment, launch)
     _ = experiment.length  # refused before connecting if there is nothing to do
     return Prepared(config, experiment, check, launch, device)
@@ -288,7 +293,8 @@ def warnings(given: RunConfig, experiment: Experiment) -> list[str]:
     changed the config."""
     config = experiment.config
     found = list(idle(given).values())
-    if config.init_from and given.tokenizer not in (config.tokenizer, RunConfig.tokenizer):
+    if (config.init_from and ids_size(given.tokenizer) is None
+            and given.tokenizer not in (config.tokenizer, RunConfig.tokenizer)):
         found.append(f"--tokenizer {given.tokenizer} has no effect with --init_from "
                      f"{config.init_from}, which brings its own")
     return found + (config.warnings() if isinstance(config, FederatedConfig) else [])

@@ -14,7 +14,7 @@ import pytest
 from fedrun import cli
 from fedrun.common.errors import explain
 from fedrun.common.files import write_atomic
-from fedrun.data import tokens
+from fedrun.data import building
 from fedrun.records import checkpoint, snapshots
 from fedrun.records.events import Events, Progress
 from tests.support.disk import full, no_space
@@ -147,7 +147,7 @@ def test_a_cache_that_does_not_fit(run_here: Run, tmp_path: Path,
                                    monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
     with monkeypatch.context() as broken:
-        broken.setattr(tokens, "write_ids", full)
+        broken.setattr(building, "write_ids", full)
         outcome = run_here("fed_avg", "--cache_dir", cache)
     assert outcome.code == 2
     (line,) = error_lines(outcome.output)

@@ -23,8 +23,15 @@ from fedrun.common.files import DamagedFile, on_disk, read_json, write_json
 from fedrun.common.log import log
 from fedrun.common.terminal import visible
 from fedrun.data import corpora
+from fedrun.data.given import NAME, GivenData, Source
 from fedrun.data.text_options import TextOptions
-from fedrun.data.tokenizer import ACCEPTED, HUB_NAME, bpe_size, tokenizer_name
+from fedrun.data.tokenizer import (
+    ACCEPTED,
+    HUB_NAME,
+    bpe_size,
+    ids_size,
+    tokenizer_name,
+)
 
 MANIFEST = "entry.json"
 LAYOUT = 3  # raise it when the same text would give different files; old entries are then ignored
@@ -32,13 +39,17 @@ LOCK_SECONDS = 3600.0  # how long to wait for another process that prepares the 
 TOKEN_FILES = ("train.bin", "validation.bin")
 
 
-def entry_name(dataset: str, tokenizer: str, options: TextOptions = TextOptions()) -> str:  # noqa: B008
+def entry_name(dataset: Source, tokenizer: str, options: TextOptions = TextOptions()) -> str:  # noqa: B008
     """The name of the entry's folder, which depends on everything that decides the tokens.
 
     Raises:
         InputError: there is no such tokenizer, or no such dataset.
     """
-    size = bpe_size(tokenizer)
+    if isinstance(dataset, str) and NAME.fullmatch(dataset):
+        raise InputError(f"--dataset {dataset}: was given to fedrun.train, and is in no file; give "
+                         "it there again, or as data= to evaluate, or name another dataset")
+    size = ids_size(tokenizer) if isinstance(dataset, GivenData) and dataset.ids else None
+    size = bpe_size(tokenizer) if size is None else size
     path = Path(tokenizer).expanduser()
     tokenizer_files: list[Path] = []
     if size is None and path.is_file():
@@ -50,14 +61,15 @@ def entry_name(dataset: str, tokenizer: str, options: TextOptions = TextOptions(
     request = [
         LAYOUT,
         importlib.metadata.version("tokenizers"),
-        dataset,
-        corpora.file_signature(corpora.local_files(dataset)),
+        *([dataset, corpora.file_signature(corpora.local_files(dataset))]
+          if isinstance(dataset, str) else dataset.key),
         options.key,
         tokenizer,
         corpora.file_signature(tokenizer_files),
     ]
     key = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
-    names = f"{corpora.dataset_name(dataset)}-{tokenizer_name(tokenizer)}"
+    name = corpora.dataset_name(dataset) if isinstance(dataset, str) else "given"
+    names = f"{name}-{tokenizer_name(tokenizer)}"
     return f"{re.sub(r'[^A-Za-z0-9.]+', '-', names).strip('-.')[-80:]}-{key}"
 
 

@@ -207,7 +207,7 @@ def _hub_splits(dataset: str, options: TextOptions, cache_dir: Path) -> tuple[Sp
     _require_train(tables, wanted, options)
     used = [tables[split] for split in ("train", wanted) if split in tables]
     columns = _choose_columns(used, options)
-    return {split: functools.partial(_read_records, [table], columns, options.source_column)
+    return {split: functools.partial(read_records, [table], columns, options.source_column)
             for split, table in tables.items()}, ""
 
 
@@ -232,7 +232,7 @@ def _local_splits(dataset: str, options: TextOptions) -> tuple[Splits, str]:
                             (file.name.as_posix() for file in lacking))
             found.splits[split] = [file for file, _ in part if file not in lacking]
             splits[split] = functools.partial(
-                _read_records, [table for file, table in part if file not in lacking], columns,
+                read_records, [table for file, table in part if file not in lacking], columns,
                 options.source_column)
     else:
         _require_no_columns(options)
@@ -271,7 +271,7 @@ def _choose_columns(tables: Iterable[Table], options: TextOptions) -> list[str]:
     return choose_text_columns(tables, options.text_column, options.columns, options.source_column)
 
 
-def _read_records(tables: list[Table], columns: list[str], source_column: str | None) -> Rows:
+def read_records(tables: list[Table], columns: list[str], source_column: str | None) -> Rows:
     """The text of every record and, with a source column, its source."""
     read = Rows(sources=[] if source_column else None, source_column=source_column or "")
     for table in tables:

@@ -85,10 +85,12 @@ def hub_tables(dataset: str, hub_id: str, cache_dir: Path) -> dict[str, Table]:
         if hub_answers() and (refused or not isinstance(error, OSError)):
             raise InputError(f"--dataset {dataset}: {one_line(error)}") from error
         raise hub_unreachable("--dataset", dataset, error) from error
-    return {split: _table(f"{dataset}, split {split}", rows) for split, rows in splits.items()}
+    return {split: dataset_table(f"{dataset}, split {split}", rows)
+            for split, rows in splits.items()}
 
 
-def _table(name: str, rows: Any) -> Table:
+def dataset_table(name: str, rows: Any) -> Table:
+    """A `datasets.Dataset` as a table."""
     columns = {field.name: is_text_type(field.type) for field in rows.features.arrow_schema}
     return Table(name, columns, lambda names: zip(
         *(rows[name][:] if name in columns else [None] * len(rows) for name in names), strict=True))

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedrun.common.errors import InputError
-from fedrun.data.text_options import COLUMN
+from fedrun.data.given import OF_A_CLIENT
+from fedrun.data.text_options import COLUMN, GIVEN
 from fedrun.data.tokens import TokenData
 
 
@@ -47,10 +48,11 @@ class Shards:
             if len(train) < batch_size:
                 remedies = [f"--batch_size <= {len(train)}"] if len(train) else []
                 remedies += ["a smaller --size_skew"] if size_skew else []
+                fewer = "leave the client out" if partition == GIVEN else "fewer --num_clients"
                 raise InputError(
                     f"--partition {partition}: client {client} would train on {len(train)} "
                     f"sequences, fewer than a batch of {batch_size}; use "
-                    f"{' or '.join([*remedies, 'fewer --num_clients'])}")
+                    f"{' or '.join([*remedies, fewer])}")
         return cls([train for train, _ in parts], [held for _, held in parts])
 
     @property
@@ -79,7 +81,8 @@ def client_shards(data: TokenData, n_clients: int, partition: str, alpha: float,
 
     contiguous, shuffled and dirichlet give each client exactly its share of the sequences (see
     `shard_sizes`). documents, by_source and column:NAME keep documents or sources whole, come as
-    close to the shares as that allows, and give every client at least one.
+    close to the shares as that allows, and give every client at least one. given is who brought
+    what, of data that was given client by client.
 
     Returns:
         for each client: indices of rows of data.train, int64, ascending
@@ -103,6 +106,11 @@ def client_shards(data: TokenData, n_clients: int, partition: str, alpha: float,
             owner = deal_topics(topic, document, sizes, alpha, random)
         elif partition == "documents":
             owner = deal_whole(document, sizes, partition, random)
+        elif partition == GIVEN:
+            if documents.kind != OF_A_CLIENT or len(documents) != n_clients:
+                raise InputError(f"--partition {GIVEN}: is the partition of data that was given to "
+                                 "fedrun.train client by client; must be another one here")
+            owner = document
         else:
             assert partition == "by_source" or partition.startswith(COLUMN)
             if not documents.sources:

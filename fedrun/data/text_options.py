@@ -12,6 +12,7 @@ from typing import Any, Literal
 from fedrun.common.errors import InputError, require
 
 HELD_OUT = Fraction(1, 20)  # default share of the train rows, without a validation split
+GIVEN = "given"  # the --partition of data that fedrun.train was given client by client
 COLUMN = "column:"  # prefix of a --partition whose sources are the values of a column
 
 

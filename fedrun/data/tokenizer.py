@@ -17,7 +17,7 @@ import numpy as np
 
 from fedrun.common.errors import InputError, one_line
 from fedrun.common.files import read_regular
-from fedrun.data import corpora, hub
+from fedrun.data import hub
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -48,6 +48,13 @@ def bpe_size(tokenizer: str) -> int | None:
     return int(size)
 
 
+def ids_size(tokenizer: str) -> int | None:
+    """N of `ids:N`, which stands for no tokenizer: token ids below N were given from Python. None
+    for a tokenizer."""
+    size = tokenizer.removeprefix("ids:")
+    return int(size) if size != tokenizer and size.isascii() and size.isdigit() else None
+
+
 def tokenizer_name(tokenizer: str) -> str:
     """The name in reports: the last part of a folder's path, for a tokenizer.json its folder's."""
     path = Path(tokenizer).expanduser()
@@ -56,10 +63,11 @@ def tokenizer_name(tokenizer: str) -> str:
     return path.resolve().name if path.is_dir() else tokenizer
 
 
-def save_tokenizer(name: str, corpus: corpora.Corpus, folder: Path, separator: str,
+def save_tokenizer(name: str, rows: list[str] | None, folder: Path, separator: str,
                    cache_dir: Path) -> Tokenizer:
     """Train or fetch the tokenizer `name` (the value of --tokenizer), save it and load it.
 
+    rows: to train it on; None where token ids were given.
     separator: --row_separator, for training. cache_dir: --cache_dir, for what comes from the hub.
 
     Raises:
@@ -69,8 +77,13 @@ def save_tokenizer(name: str, corpus: corpora.Corpus, folder: Path, separator: s
     from tokenizers import Tokenizer
 
     size = bpe_size(name)
-    if size is not None:
-        _train_bpe(corpus.train, size, folder, separator)
+    if rows is None and (n_ids := ids_size(name)) is not None:
+        _save_numbers(n_ids, folder)
+    elif size is not None:
+        if rows is None:
+            raise InputError(f"--tokenizer {name}: is trained on text, and token ids were given; "
+                             "name the tokenizer that made them, or leave it out")
+        _train_bpe(rows, size, folder, separator)
     else:
         _fetch_tokenizer(name, cache_dir).save_pretrained(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -99,13 +112,29 @@ def _train_bpe(rows: list[str], size: int, folder: Path, separator: str) -> None
     bpe.train_from_iterator(separated(rows, separator), trainer)
     folder.mkdir()
     bpe.save(str(folder / "tokenizer.json"))
+    _save_config(folder, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
+
+
+def _save_config(folder: Path, **special_tokens: str) -> None:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END_OF_TEXT,
-        "eos_token": END_OF_TEXT,
+        **special_tokens,
         "clean_up_tokenization_spaces": False,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def _save_numbers(size: int, folder: Path) -> None:
+    """The tokenizer of token ids that come without one: their numbers, with a space before each, so
+    that a continuation can be put behind its prompt."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    numbers = Tokenizer(models.WordLevel({str(n): n for n in range(size)}))
+    numbers.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    numbers.decoder = decoders.Replace(Regex("^"), " ")
+    folder.mkdir()
+    numbers.save(str(folder / "tokenizer.json"))
+    _save_config(folder)
 
 
 def _splitter(rows: list[str], separator: str) -> PreTokenizer:

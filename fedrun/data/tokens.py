@@ -19,12 +19,9 @@ from __future__ import annotations
 
 import errno
 import functools
-import hashlib
 import importlib.metadata
 import math
 import os
-import platform
-import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -37,23 +34,18 @@ from fedrun.common.errors import InputError
 from fedrun.common.files import DamagedFile
 from fedrun.common.log import WARNING, log
 from fedrun.common.terminal import visible
-from fedrun.data import corpora
+from fedrun.data.building import build_entry
 from fedrun.data.cache_entry import (
     content_digest,
     entry_name,
     lock_entry,
     naming_cache_dir,
     read_manifest,
-    write_manifest,
 )
 from fedrun.data.documents import Documents
+from fedrun.data.given import GivenData, Source
 from fedrun.data.text_options import TextOptions
-from fedrun.data.tokenizer import (
-    load_without_custom_code,
-    save_tokenizer,
-    tokenizer_name,
-    write_ids,
-)
+from fedrun.data.tokenizer import load_without_custom_code
 from fedrun.data.topics import Topics, find_topics
 
 if TYPE_CHECKING:
@@ -156,7 +148,7 @@ class TokenData:
 
 
 def prepare(
-    dataset: str,
+    dataset: Source,
     tokenizer: str,
     sequence_length: int,
     cache_dir: Path,
@@ -171,6 +163,7 @@ def prepare(
     of a machine may call this at once.
 
     Args:
+        dataset: the value of --dataset, or data that was given in its place
         options: the flags that decide which text is read.
         check: whether to compare the token ids with their checksums. Without it they are trusted
             until `verify` has compared them.
@@ -208,7 +201,7 @@ def prepare(
     )
 
 
-def verify(dataset: str, tokenizer: str, cache_dir: Path,
+def verify(dataset: Source, tokenizer: str, cache_dir: Path,
            options: TextOptions = TextOptions()) -> None:  # noqa: B008
     """Compare all cached files of a corpus with their checksums (about 1 GB/s).
 
@@ -220,17 +213,21 @@ def verify(dataset: str, tokenizer: str, cache_dir: Path,
 
 
 def _require_tokens(
-    meta: dict[str, Any], split: str, sequence_length: int, dataset: str
+    meta: dict[str, Any], split: str, sequence_length: int, dataset: Source
 ) -> None:
     tokens = meta["fingerprint"][f"{split}_tokens"]
     if tokens < sequence_length:
         there = sum(meta["fingerprint"][f"{each}_tokens"] for each in ("train", "validation"))
         share = math.ceil(200 * sequence_length / max(there, 1)) / 100
         other = f", or --val_fraction {share:g}" * (split == "validation" and share <= 0.5)
+        argument = f"--dataset {dataset}"
+        if isinstance(dataset, GivenData):
+            argument = "the data that was given"
+            other += ", or give more in validation=" * (split == "validation")
         raise InputError(
-            f"--sequence_length {sequence_length}: the {split} split of --dataset {dataset} has "
-            f"only {tokens} tokens, {sequence_length - tokens} too few for one sequence; use "
-            f"shorter sequences or a larger dataset{other}"
+            f"--sequence_length {sequence_length}: the {split} split of {argument} has only "
+            f"{tokens} tokens, {sequence_length - tokens} too few for one sequence; use shorter "
+            f"sequences or a larger dataset{other}"
         )
 
 
@@ -250,7 +247,7 @@ def _sequences(
 
 # ---- cache entries ------------------------------------------------------------------------------
 
-def _load_or_build(entry: Path, dataset: str, tokenizer: str, options: TextOptions, check: bool
+def _load_or_build(entry: Path, dataset: Source, tokenizer: str, options: TextOptions, check: bool
                    ) -> dict[str, Any]:
     """The manifest of `entry`, which is built first if it is missing or damaged."""
     damage = ""
@@ -267,58 +264,4 @@ def _load_or_build(entry: Path, dataset: str, tokenizer: str, options: TextOptio
                     return meta  # another process has built it
             if damage:  # reported by the process that repairs it, not by every rank
                 log(visible(f"{damage}; rebuilding it"), WARNING)
-            return _build(entry, dataset, tokenizer, options)
-
-
-def _build(entry: Path, dataset: str, tokenizer: str, options: TextOptions) -> dict[str, Any]:
-    """Write the files into a folder beside `entry`, then rename it. Call with the entry locked."""
-    started = time.perf_counter()
-    cache_dir = entry.parents[1]
-    corpus = corpora.load_corpus(dataset, options, cache_dir)
-    work, damaged = Path(f"{entry}.partial"), Path(f"{entry}.damaged")
-    for leftover in (work, damaged):
-        shutil.rmtree(leftover, ignore_errors=True)
-    work.mkdir()
-    log(visible(f"tokenising {corpus.name} with {tokenizer}, once on this machine"))
-    loaded = save_tokenizer(tokenizer, corpus, work / "tokenizer", options.row_separator,
-                            cache_dir)
-    vocab_size = max(loaded.get_vocab().values()) + 1
-    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
-    rows = {"train": corpus.train, "validation": corpus.validation}
-    row_tokens = {
-        split: write_ids(
-            work / f"{split}.bin", rows[split], loaded, dtype, f"--tokenizer {tokenizer}",
-            options.row_separator
-        )
-        for split in rows
-    }
-    tokens = {split: int(row_tokens[split].sum()) for split in rows}
-    documents = corpus.documents.in_tokens(row_tokens["train"])
-    documents.save(work / "documents.npz")
-    # The library's threads do not survive a fork, and it warns at every fork after it has used
-    # them. From here on only single samples are tokenised, which needs no threads.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    tokenizer_json = (work / "tokenizer" / "tokenizer.json").read_bytes()
-    fingerprint: dict[str, Any] = {
-        "dataset": corpus.name,
-        "dataset_sha256": corpus.fingerprint,
-        "validation_from": corpus.validation_from,
-        "tokenizer": tokenizer_name(tokenizer),
-        "tokenizer_sha256": hashlib.sha256(tokenizer_json).hexdigest(),
-        "tokenizers_version": importlib.metadata.version("tokenizers"),
-        "vocab_size": vocab_size,
-        "train_tokens": tokens["train"],
-        "validation_tokens": tokens["validation"],
-        "train_documents": len(documents),
-        "document": documents.kind,
-    }
-    if dataset == "pydocs":
-        fingerprint["python_version"] = platform.python_version()
-    meta = write_manifest(
-        work, {"dtype": dtype.str, "fingerprint": fingerprint, "read": corpus.read})
-    if entry.exists():  # other processes may be reading its undamaged files
-        entry.rename(damaged)
-    work.rename(entry)
-    shutil.rmtree(damaged, ignore_errors=True)
-    log(f"tokenised {sum(tokens.values()):,} tokens in {time.perf_counter() - started:.1f} s")
-    return meta
+            return build_entry(entry, dataset, tokenizer, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
@@ -49,6 +50,11 @@ def has_text(rows: list[str]) -> bool:
     return any(row.strip() for row in rows)
 
 
+def in_words(share: Fraction) -> str:
+    """The share that is held out, for a description: the last twentieth."""
+    return "twentieth" if share == Fraction(1, 20) else f"{float(share):.3g}"
+
+
 def hold_out(train: Rows, share: Fraction, of_sources: bool
              ) -> tuple[list[str], list[str], Documents, str]:
     """Hold out `share` of the train rows for validation.
@@ -62,7 +68,6 @@ def hold_out(train: Rows, share: Fraction, of_sources: bool
         train rows, validation rows, the documents of the train rows, and a description of what is
         held out
     """
-    in_words = "twentieth" if share == Fraction(1, 20) else f"{float(share):.3g}"
     documents = train.documents() if of_sources else None
     if documents is not None and documents.sources:
         kept = _rows_to_keep(documents, share)
@@ -70,34 +75,42 @@ def hold_out(train: Rows, share: Fraction, of_sources: bool
         held = [row for row, keep in zip(train.rows, kept, strict=True) if not keep]
         if has_text(rows) and has_text(held):
             return rows, held, _with_rows_removed(documents, kept), \
-                f"the last {in_words} of every source's train rows"
+                f"the last {in_words(share)} of every source's train rows"
     n_held = -(-len(train.rows) * share.numerator // share.denominator)
     rows, held = train.rows[:len(train.rows) - n_held], train.rows[len(train.rows) - n_held:]
-    description = f"the last {in_words} of the train rows"
+    description = f"the last {in_words(share)} of the train rows"
     if not (has_text(rows) and has_text(held)) and has_text(train.rows):
         rows, held = _split_text(train.rows, float(share))
-        description = f"the last {in_words} of the text"
+        description = f"the last {in_words(share)} of the text"
     shortened = Rows(rows, train.files, train.sources, train.source_column)
     return rows, held, shortened.documents(), description
 
 
 def _rows_to_keep(documents: Documents, share: Fraction) -> np.ndarray:
-    """Whether each row stays in the train split; bool, (n_rows,).
+    """Whether each row stays in the train split; bool, (n_rows,)."""
+    kept = np.ones(documents.starts[-1], dtype=bool)
+    order = np.argsort(documents.source, kind="stable")
+    of_sources = [np.concatenate([np.arange(documents.starts[d], documents.starts[d + 1])
+                                  for d in of_source]) for of_source in np.split(
+                  order, np.flatnonzero(np.diff(documents.source[order])) + 1)]
+    held = held_of_each([len(rows) for rows in of_sources], share)
+    for rows, n_held in zip(of_sources, held, strict=True):
+        kept[rows[len(rows) - n_held:]] = False
+    return kept
+
+
+def held_of_each(sizes: Sequence[int], share: Fraction) -> list[int]:
+    """How many rows of each source to hold out, so that every source keeps at least one.
 
     Fractions of a row are carried over to the next source, so that small sources hold out no row or
     one and all together hold out their share.
     """
-    kept = np.ones(documents.starts[-1], dtype=bool)
-    carry = Fraction(0)
-    order = np.argsort(documents.source, kind="stable")
-    for of_source in np.split(order, np.flatnonzero(np.diff(documents.source[order])) + 1):
-        rows = np.concatenate([np.arange(documents.starts[d], documents.starts[d + 1])
-                               for d in of_source])
-        carry += len(rows) * share
-        n_held = min(int(carry), len(rows) - 1)
-        carry = min(carry - n_held, Fraction(1))
-        kept[rows[len(rows) - n_held:]] = False
-    return kept
+    held, carry = [], Fraction(0)
+    for size in sizes:
+        carry += size * share
+        held.append(max(0, min(int(carry), size - 1)))
+        carry = min(carry - held[-1], Fraction(1))
+    return held
 
 
 def _with_rows_removed(documents: Documents, kept: np.ndarray) -> Documents:

@@ -13,8 +13,10 @@ import torch
 from fedrun.common.errors import InputError
 from fedrun.common.perplexity import perplexity
 from fedrun.data.corpora import ALL_OF_THE_TEXT
+from fedrun.data.given import given_data
+from fedrun.data.given_parts import given_part
 from fedrun.data.hub import CACHE_DIR
-from fedrun.data.text_options import TextOptions, text_options_of
+from fedrun.data.text_options import GIVEN, TextOptions, text_options_of
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.library.tokenizers import need_tokenizer
 from fedrun.model.precision import accumulate_in_fp32, exact_fp32
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 def evaluate(found: Pretrained, dataset: str | None = None, split: str | None = None, *,
              text_column: str | None = None, encoding: str | None = None,
              sequence_length: int | None = None, dtype: str = "fp32", device: str = "cpu",
-             tokenizer: str | None = None, cache_dir: Path = CACHE_DIR) -> dict[str, Any]:
+             tokenizer: str | None = None, cache_dir: Path = CACHE_DIR, data: Any = None
+             ) -> dict[str, Any]:
     """Loss in nats per token and perplexity, with the number of tokens and what was read.
 
     dataset: the text, as for training; None: what the run was trained on.
@@ -35,6 +38,7 @@ def evaluate(found: Pretrained, dataset: str | None = None, split: str | None = 
     sequence_length: tokens in a sequence; None: the run's, or 256.
     dtype: of the matrix products, fp32 or bf16.
     tokenizer: a tokenizer's folder or tokenizer.json, for a model without one.
+    data: token ids or texts instead of a dataset, as `fedrun.train` takes them.
 
     Raises:
         InputError: an argument cannot be used, or the tokenizer does not belong to the model.
@@ -48,9 +52,14 @@ def evaluate(found: Pretrained, dataset: str | None = None, split: str | None = 
         else sequence_length
     if length < 2:
         raise InputError(f"--sequence_length {length}: must be an integer >= 2")
-    name, options = _text_to_read(found.settings, dataset, split, text_column, encoding)
+    if data is not None and (dataset is not None or split is not None):
+        raise InputError("data: must be left out with dataset= and split=")
+    name, options = _text_to_read(found.settings, dataset if data is None else GIVEN, split,
+                                  text_column, encoding)
+    source = name if data is None else given_data([given_part(data, "data")], None, False, length,
+                                                  options)
     try:
-        data = prepare(name, str(need_tokenizer(found, tokenizer)), length, cache_dir,
+        data = prepare(source, str(need_tokenizer(found, tokenizer)), length, cache_dir,
                        options=options)
     except ValueError as error:
         raise InputError(str(error).replace("--validation_split", "--split")) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from fedrun.config import RunConfig
 from fedrun.distributed.launch import detect
 from fedrun.flags import closest, methods, resolve
 from fedrun.library.opened_run import Run
+from fedrun.library.own_data import run_on
 from fedrun.strategies.plugins import load_plugin
 from fedrun.unused import refuse_unread
 
@@ -20,8 +21,9 @@ if TYPE_CHECKING:
     from fedrun.records.recorder import OnRound
 
 
-def train(method: str | RunConfig, *, on_round: OnRound | None = None, plugin: str | None = None,
-          **flags: Any) -> Run:
+def train(method: str | RunConfig, *, data: Any = None, clients: Sequence[Any] | None = None,
+          validation: Any = None, vocab_size: int | None = None, on_round: OnRound | None = None,
+          plugin: str | None = None, **flags: Any) -> Run:
     """Train, and return the run's folder as an object.
 
     In one process, and under torchrun or SLURM on all ranks, which call it with the same arguments.
@@ -30,6 +32,12 @@ def train(method: str | RunConfig, *, on_round: OnRound | None = None, plugin: s
     handlers, threads, environment and torch's settings are as before when it has returned.
 
     method: central, or an aggregation method; or a config, which has all settings.
+    data: text or tokens in place of --dataset, dealt to clients by --partition: token ids as an
+        array or a list of integers (a stream of them, or 2-D: sequences), a list of texts, or a
+        `datasets.Dataset` (--text_column).
+    clients: the same for each client, in a list; what client 2 has is clients[2].
+    validation: the same to validate on; without it --val_fraction is held out, of each client.
+    vocab_size: of token ids without --tokenizer; None: the largest id and one.
     on_round: called on rank 0 after each round (or step of a central run) with a `RoundRecord`; if
         it returns "stop", the run stops there, with a checkpoint.
     plugin: the path of a Python file, or a module, with a method of your own; it is run.
@@ -43,17 +51,26 @@ def train(method: str | RunConfig, *, on_round: OnRound | None = None, plugin: s
     with _unchanged_process():
         if plugin is not None:
             load_plugin(plugin)
-        config = method if isinstance(method, RunConfig) else _config(method, flags)
-        if config is method and flags:
+        config = method if isinstance(method, RunConfig) else None
+        if config is not None and flags:
             raise InputError(f"{min(flags)}: belongs into the config, where one is given")
+        own = {name: value for name, value in (
+            ("data", data), ("clients", clients), ("validation", validation),
+            ("vocab_size", vocab_size)) if value is not None}
+        given = None
+        if own:
+            config, given = run_on(own, config, flags, lambda flags: _config(method, flags))
+        elif config is None:
+            config = _config(method, flags)
         from fedrun import run  # imports torch
         launch = detect(os.environ)
         with _printing(quiet=launch.local_rank > 0):
-            run.train(run.prepare(config, launch), on_round)
+            run.train(run.prepare(config, launch, given), on_round)
         return Run(config.run_dir)
 
 
-def _config(method: str, flags: dict[str, Any]) -> RunConfig:
+def _config(method: str | RunConfig, flags: dict[str, Any]) -> RunConfig:
+    assert isinstance(method, str)
     if method not in methods():
         raise InputError(f"unknown method {method!r}{closest(method, methods())}; must be one of "
                          + ", ".join(methods()))

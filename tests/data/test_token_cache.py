@@ -21,7 +21,7 @@ from filelock import FileLock
 import fedrun.central
 from fedrun import cli
 from fedrun.cli import parse
-from fedrun.data import cache_entry, corpora, tokens
+from fedrun.data import building, cache_entry, corpora, tokens
 from fedrun.data.tokens import TokenData, prepare, verify
 from fedrun.distributed.runtime import difference
 from fedrun.experiment import identity
@@ -171,7 +171,7 @@ def test_damage_that_cannot_be_repaired_names_file_and_flag(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), f"{entry}.partial")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokens, "_build", read_only)
+        patch.setattr(tokens, "build_entry", read_only)
         with pytest.raises(ValueError, match=r"--cache_dir .*validation.bin is damaged.*Read-only"):
             prepare(*asked)
     assert entry.is_dir(), "what is left of it may be read"
@@ -236,7 +236,7 @@ def test_a_run_repairs_its_cache_and_then_works_without_it_or_ends_with_one_line
     for entry in entries(tmp_path / "cache"):
         overwrite(entry / "validation.bin", b"\xff\xff", 100)
 
-    monkeypatch.setattr(tokens, "_build", full)
+    monkeypatch.setattr(tokens, "build_entry", full)
     assert run("refused") == 2
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith(f"fedrun: error: --cache_dir {tmp_path / 'cache'}: ")
@@ -287,7 +287,7 @@ def test_a_failed_build_leaves_no_entry_and_no_lock(
 ) -> None:
     file = str(text_file(tmp_path))
     with monkeypatch.context() as broken:
-        broken.setattr(tokens, "write_ids", forbid)
+        broken.setattr(building, "write_ids", forbid)
         with pytest.raises(AssertionError):
             prepare(file, "bpe:300", 16, tmp_path)
     assert not list(tmp_path.glob("tokens/*/entry.json"))

@@ -1,0 +1,117 @@
+"""Writes an entry of the token cache: reads text, makes a tokenizer, tokenises."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedrun.common.log import log
+from fedrun.common.terminal import visible
+from fedrun.data import corpora
+from fedrun.data.cache_entry import write_manifest
+from fedrun.data.corpora import Corpus
+from fedrun.data.documents import Documents
+from fedrun.data.given import GivenData, IdCorpus, Source, of_clients, require_a_sequence
+from fedrun.data.given_parts import in_chunks
+from fedrun.data.text_options import TextOptions
+from fedrun.data.tokenizer import save_tokenizer, tokenizer_name, write_ids
+
+SPLITS = ("train", "validation")
+
+
+def build_entry(entry: Path, dataset: Source, tokenizer: str, options: TextOptions
+                ) -> dict[str, Any]:
+    """Write the files into a folder beside `entry`, then rename it. Call with the entry locked.
+
+    Returns:
+        the manifest
+    """
+    started = time.perf_counter()
+    cache_dir = entry.parents[1]
+    corpus = dataset.read(options) if isinstance(dataset, GivenData) else corpora.load_corpus(
+        dataset, options, cache_dir)
+    work, damaged = Path(f"{entry}.partial"), Path(f"{entry}.damaged")
+    for leftover in (work, damaged):
+        shutil.rmtree(leftover, ignore_errors=True)
+    work.mkdir()
+    log(visible(f"tokenising {corpus.name} with {tokenizer}, once on this machine"
+                if isinstance(corpus, Corpus) else f"writing {corpus.name} into {entry.parent}"))
+    loaded = save_tokenizer(tokenizer, corpus.train if isinstance(corpus, Corpus) else None,
+                            work / "tokenizer", options.row_separator, cache_dir)
+    vocab_size = max(loaded.get_vocab().values()) + 1
+    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
+    if isinstance(corpus, IdCorpus):
+        assert isinstance(dataset, GivenData)
+        dataset.require_below(vocab_size, f"of --tokenizer {tokenizer}")
+        for split, arrays in (("train", corpus.train), ("validation", corpus.validation)):
+            with (work / f"{split}.bin").open("wb") as file:
+                for array in arrays:
+                    file.writelines(in_chunks(array, dtype))
+        documents = corpus.documents
+    else:
+        row_tokens = {
+            split: write_ids(work / f"{split}.bin", rows, loaded, dtype, f"--tokenizer {tokenizer}",
+                             options.row_separator)
+            for split, rows in (("train", corpus.train), ("validation", corpus.validation))
+        }
+        documents = corpus.documents.in_tokens(row_tokens["train"])
+        if isinstance(dataset, GivenData) and dataset.by_client:
+            uncut, documents = documents.starts[-1], _cut_clients(
+                work / "train.bin", dtype, documents, dataset)
+            corpus = replace(corpus, read=dataset.describe_cut(uncut, documents.starts[-1]))
+    documents.save(work / "documents.npz")
+    # The library's threads do not survive a fork, and it warns at every fork after it has used
+    # them. From here on only single samples are tokenised, which needs no threads.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    tokens = {split: (work / f"{split}.bin").stat().st_size // dtype.itemsize for split in SPLITS}
+    tokenizer_json = (work / "tokenizer" / "tokenizer.json").read_bytes()
+    fingerprint: dict[str, Any] = {
+        "dataset": corpus.name,
+        # Rows alone do not say whose they are.
+        "dataset_sha256": dataset.sha256 if isinstance(dataset, GivenData) and dataset.by_client
+        else corpus.fingerprint,
+        "validation_from": corpus.validation_from,
+        "tokenizer": tokenizer_name(tokenizer),
+        "tokenizer_sha256": hashlib.sha256(tokenizer_json).hexdigest(),
+        "tokenizers_version": importlib.metadata.version("tokenizers"),
+        "vocab_size": vocab_size,
+        "train_tokens": tokens["train"],
+        "validation_tokens": tokens["validation"],
+        "train_documents": len(documents),
+        "document": documents.kind,
+    }
+    if dataset == "pydocs":
+        fingerprint["python_version"] = platform.python_version()
+    meta = write_manifest(
+        work, {"dtype": dtype.str, "fingerprint": fingerprint, "read": corpus.read})
+    if entry.exists():  # other processes may be reading its undamaged files
+        entry.rename(damaged)
+    work.rename(entry)
+    shutil.rmtree(damaged, ignore_errors=True)
+    log(f"{'tokenised' if isinstance(corpus, Corpus) else 'wrote'} {sum(tokens.values()):,} tokens "
+        f"in {time.perf_counter() - started:.1f} s")
+    return meta
+
+
+def _cut_clients(file: Path, dtype: np.dtype, documents: Documents, given: GivenData) -> Documents:
+    """Remove what is left of each client's tokens after its last whole sequence, so that no
+    sequence has tokens of two. Returns the clients' documents in the tokens that stay."""
+    length, starts = given.sequence_length, [0]
+    stream = np.memmap(file, dtype, mode="r") if documents.starts[-1] else np.empty(0, dtype)
+    with file.with_suffix(".cut").open("wb") as out:
+        for part, begin, end in zip(given.parts, documents.starts[:-1].tolist(),
+                                    documents.starts[1:].tolist(), strict=True):
+            require_a_sequence(part.name, end - begin, length)
+            starts.append(starts[-1] + (end - begin) // length * length)
+            out.writelines(in_chunks(stream[begin:begin + starts[-1] - starts[-2]], dtype))
+    file.with_suffix(".cut").rename(file)
+    return of_clients(starts)

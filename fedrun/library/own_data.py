@@ -1,0 +1,112 @@
+"""Turns the data that `fedrun.train` is given into the settings of a run on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from fedrun.common.errors import InputError
+from fedrun.config import CentralConfig, RunConfig
+from fedrun.data.given import NAME, GivenData, given_data
+from fedrun.data.given_parts import Ids, given_part
+from fedrun.data.table_files import Table
+from fedrun.data.text_options import GIVEN
+from fedrun.data.tokenizer import ids_size
+
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(RunConfig)}
+Given = dict[str, Any]
+"""The arguments data, clients, validation and vocab_size, without those that are None."""
+
+
+def run_on(given: Given, config: RunConfig | None, flags: dict[str, Any],
+           resolve: Callable[[dict[str, Any]], RunConfig]) -> tuple[RunConfig, GivenData]:
+    """The settings of a run on the data that was given, and the data.
+
+    config: the settings without the data, if they were given as a whole; else `flags` are those
+        that were given, and `resolve` makes a config of them.
+
+    Raises:
+        InputError: the data cannot be used, or contradicts a setting; or those of `resolve`.
+    """
+    parts, by_client = _parts(given)
+    validation = given_part(given["validation"], "validation") if "validation" in given else None
+    if config is None:
+        config = resolve(_implied(parts, by_client) | flags)
+    _refuse_contradictions(config, flags, parts, by_client, validation is not None)
+    data = given_data(parts, validation, by_client, config.sequence_length, config.text_options)
+    named = "tokenizer" in flags or config.tokenizer != DEFAULTS["tokenizer"]
+    changed: dict[str, Any] = {"dataset": str(data),
+                               "tokenizer": _tokenizer(data, config, named, given)}
+    if by_client:
+        changed |= {"num_clients": CentralConfig.num_clients} if _reads_no_clients(config) else {
+            "partition": GIVEN}
+    return dataclasses.replace(config, **changed), data
+
+
+def _parts(given: Given) -> tuple[list[Ids | Table], bool]:
+    """What was given as data or clients, and whether it was clients."""
+    if "data" in given and "clients" in given:
+        raise InputError("clients: must be left out where data= is given, which all clients share")
+    if "data" in given:
+        return [given_part(given["data"], "data")], False
+    if "clients" not in given:
+        raise InputError(f"{min(given)}: goes with data= or clients= alone")
+    clients = given["clients"]
+    if not isinstance(clients, list | tuple) or not clients:
+        kind = "empty" if isinstance(clients, list | tuple) else f"a {type(clients).__name__}"
+        raise InputError(f"clients: is {kind}; must be a list with a client's data in each place")
+    return [given_part(one, f"clients[{n}]") for n, one in enumerate(clients)], True
+
+
+def _implied(parts: list[Ids | Table], by_client: bool) -> dict[str, Any]:
+    """The settings that the data decides where they are not given."""
+    widths = [part.width for part in parts if isinstance(part, Ids) and part.width is not None]
+    return ({"num_clients": len(parts)} if by_client else {}) | (
+        {"sequence_length": widths[0]} if widths else {})
+
+
+def _reads_no_clients(config: RunConfig) -> bool:
+    return isinstance(config, CentralConfig) and config.batches == "all"
+
+
+def _refuse_contradictions(config: RunConfig, flags: dict[str, Any], parts: list[Ids | Table],
+                           by_client: bool, validation: bool) -> None:
+    """InputError for a setting that the data leaves no room for."""
+    there, count = config.to_dict()["num_clients"], len(parts)
+    if by_client and there != count and ("num_clients" in flags or not _reads_no_clients(config)):
+        raise InputError(f"--num_clients {there}: must be {count}, the length of clients=")
+    names = ["dataset", "encoding", "validation_split"]
+    names += ["val_fraction"] * validation
+    names += ["partition", "size_skew"] * by_client
+    names += ["text_column", "row_separator"] * isinstance(parts[0], Ids)
+    for name in names:
+        value = getattr(config, name)
+        of_such_a_run = value == GIVEN if name == "partition" else (
+            name == "dataset" and NAME.fullmatch(value))
+        if (value != DEFAULTS[name] and not of_such_a_run) or (name == "dataset" and name in flags):
+            raise InputError(f"--{name} {value}: must be left out with "
+                             f"{'clients=' if by_client else 'data='}"
+                             + " and validation=" * (name == "val_fraction"))
+
+
+def _tokenizer(data: GivenData, config: RunConfig, named: bool, given: Given) -> str:
+    """The tokenizer of text; of token ids the one that was `named`, or ids:N for N of them."""
+    size = given.get("vocab_size")
+    if not data.ids:
+        if size is not None:
+            raise InputError(f"vocab_size {size}: belongs to token ids; the vocabulary of texts is "
+                             "their tokenizer's (--tokenizer)")
+        return config.tokenizer
+    if size is None and not named:
+        return f"ids:{1 + max(ids.largest for ids in data.ids)}"
+    if size is None:
+        if (size := ids_size(config.tokenizer)) is None:
+            return config.tokenizer
+    elif named or config.init_from is not None:
+        raise InputError(f"vocab_size {size}: must be left out with --tokenizer or --init_from, "
+                         "which have a vocabulary")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise InputError(f"vocab_size {size}: must be an integer >= 1")
+    data.require_below(size, "that was given")
+    return f"ids:{size}"

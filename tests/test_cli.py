@@ -11,6 +11,7 @@ import pytest
 from fedrun import cli
 from fedrun.config import FederatedConfig, RunConfig
 from fedrun.flags import resolve
+from fedrun.model.config import ModelConfig
 from fedrun.strategies import STRATEGIES
 from tests.support.runs import ROOT, execute
 
@@ -40,6 +41,7 @@ def test_defaults_are_those_of_the_study() -> None:
         assert (config.sequence_length, config.seed) == (256, 0)
         assert str(config.data_dir) == "results"
         model = config.model
+        assert isinstance(model, ModelConfig)
         assert (model.d_model, model.d_state, model.headdim, model.expand, model.ngroups,
                 model.d_conv) == (512, 128, 64, 2, 1, 4)
 
@@ -63,7 +65,7 @@ def test_precedence_default_method_config_flags(tmp_path: Path) -> None:
     assert config.val_freq == 10            # the method's file over the field's default
     assert config.lr == 1e-3                # --config (a text in YAML 1.1) over both
     assert config.batch_size == 2           # a flag over all
-    assert config.model.n_layer == 3
+    assert config.model == ModelConfig(n_layer=3)
     assert config.config_name == "mine"
 
 

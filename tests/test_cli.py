@@ -18,6 +18,7 @@ from fedrun import cli
 from fedrun import torchrun as launcher
 from fedrun.config import FederatedConfig, RunConfig
 from fedrun.flags import config_of, configs_dir, method_flags, resolve
+from fedrun.model.config import ModelConfig
 from fedrun.strategies import STRATEGIES
 from tests.support.runs import ROOT, execute, fresh_python
 
@@ -47,6 +48,7 @@ def test_defaults_are_those_of_the_study() -> None:
         assert (config.sequence_length, config.seed) == (256, 0)
         assert str(config.data_dir) == "results"
         model = config.model
+        assert isinstance(model, ModelConfig)
         assert (model.d_model, model.d_state, model.headdim, model.expand, model.ngroups,
                 model.d_conv) == (512, 128, 64, 2, 1, 4)
 
@@ -70,7 +72,7 @@ def test_precedence_default_method_config_flags(tmp_path: Path) -> None:
     assert config.val_freq == 10            # the method's file over the field's default
     assert config.lr == 1e-3                # --config (a text in YAML 1.1) over both
     assert config.batch_size == 2           # a flag over all
-    assert config.model.n_layer == 3
+    assert config.model == ModelConfig(n_layer=3)
     assert config.config_name == "mine"
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from fedrun.model.mamba2 import Mamba2LM
     from fedrun.model.pretrained import Pretrained
+    from fedrun.model.transformers_lm import TransformersLM
     from fedrun.plots.run_folder import Axis
 
 
@@ -76,7 +77,7 @@ class Run:
         """
         return read_field(self.history[-1], "val_ppl") if self.history else None
 
-    def model(self) -> Mamba2LM:
+    def model(self) -> Mamba2LM | TransformersLM:
         """The last good global model, float32, on the CPU."""
         return self._pretrained().build()
 

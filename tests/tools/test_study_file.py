@@ -54,7 +54,7 @@ def test_the_original_grid(tmp_path: Path) -> None:
         whole = configs[config.name.replace("tiny_1_layer", "ssm_1_layer_padded")
                         .replace("tiny_4_layer", "ssm_4_layer_padded")
                         .replace("tiny", "ssm_2_layer_padded").replace("0.002", "0.0005")]
-        assert config.model.n_layer == whole.model.n_layer
+        assert config.model.to_dict()["n_layer"] == whole.model.to_dict()["n_layer"]
         differing = {name for name, value in config.results_dict().items()
                      if whole.results_dict()[name] != value}
         assert differing == {"dataset", "tokenizer", "model", "lr"} - (

@@ -59,6 +59,7 @@ coverage: $(VENV)/.ready
 check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck launch/*.sh launch/*.sbatch .ci/run
 
 $(VENV)/.ready: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -109,7 +109,7 @@ class Training:
             raise self._diverged("the validation loss is not finite")
         self.recorder.totals.add(0, 0.0, 0, evaluation_seconds=time.monotonic() - before)
         model = self.flat.vector.to("cpu", copy=True)
-        start, now = self.recorder.start, tracked_parameters(self.flat.views(model))
+        start, now = self.recorder.start, tracked_parameters(self.flat, model)
         cosine = None if self.last_gradient is None else float(
             torch.nn.functional.cosine_similarity(self.flat.grad, self.last_gradient, dim=0))
         self.last_gradient = self.flat.grad.clone()

@@ -11,8 +11,9 @@ import argparse
 import importlib
 import os
 import sys
+import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fedrun import __version__
 from fedrun.common.errors import InputError, explain, one_line
@@ -36,10 +37,10 @@ from fedrun.unused import NEVER_READ, refuse_unread
 SECONDS_FOR_RANK_0 = 15.0
 # Commands other than training: name -> (help, module with its `main(argv) -> exit code`).
 TOOLS: dict[str, tuple[str, str]] = {
-    "study": ("run a grid of settings, tuned and repeated over seeds, and tabulate the results",
+    "study": ("run a grid of settings, tune, repeat over seeds, make a table",
               "fedrun.tools.study"),
     "watch": ("follow a run in the terminal, or look at a finished one", "fedrun.tools.watch"),
-    "partition": ("show which data each client holds under --partition, as a table and a figure",
+    "partition": ("show which data each client holds under --partition",
                   "fedrun.tools.partition"),
     "plot": ("draw perplexities and changes of weights from run folders", "fedrun.tools.plot"),
     "report": ("write one HTML page about all runs in a folder", "fedrun.tools.report"),
@@ -47,6 +48,20 @@ TOOLS: dict[str, tuple[str, str]] = {
     "evaluate": ("compute a run's loss and perplexity on any text", "fedrun.tools.evaluate"),
     "export": ("write a run's model for transformers or mamba_ssm", "fedrun.tools.export"),
 }
+# What people do first, each with a command; "..." stands for the flags of the first.
+FIRST_STEPS = (
+    ("Try it: four clients, a little model, text that needs no network; two minutes.",
+     "fedrun fed_avg --config tiny --dataset pydocs --tokenizer bpe:800 --rounds 60"),
+    ("The same in parallel: a server and four workers, each with a GPU if there are.",
+     "python -m fedrun.torchrun --nproc-per-node 5 -m fedrun fed_avg ..."),
+    ("Train on text of your own: files, a folder, or a data set's name on the hub.",
+     "fedrun fed_avg --config tiny --dataset 'notes/*.txt' --tokenizer bpe:800"),
+    ("See what happened: one page about all runs in results/, with their curves.",
+     "fedrun report"),
+    ("Compare methods: a study tunes them, repeats them over seeds, makes a table.",
+     "fedrun study configs/experiments/methods.yaml --dry_run"),
+    ("From Python, in a script or a notebook: fedrun.train and fedrun.open_run.",
+     'python -c "import fedrun; help(fedrun.train)"'))
 # Headings of a method's help -> flags, in the order in which they are shown. The method's own
 # flags come under its name.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -179,12 +194,17 @@ def method_parser(method: str) -> argparse.ArgumentParser:
 
 
 def overview() -> str:
-    """What `fedrun --help` prints: the commands, one a line."""
-    commands = methods() | {name: text for name, (text, _) in TOOLS.items()}
-    width = max(map(len, commands))
-    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in commands.items())
+    """What `fedrun --help` prints: what people do first, then the commands. Fits 80 columns."""
+    steps = "\n".join(f"{why}\n  {command}" for why, command in FIRST_STEPS)
     return (f"fedrun {__version__}: federated training of Mamba-2 language models\n\n"
-            f"usage: fedrun COMMAND [--flag value ...]\n"
-            f"       python -m fedrun.torchrun --nproc-per-node 5 -m fedrun COMMAND ...\n\n"
-            f"{lines}\n\n`fedrun COMMAND --help` explains the flags of a command.\n"
-            "Without a network: --dataset pydocs --tokenizer bpe:8192")
+            f"usage: fedrun COMMAND [--flag value ...]\n\n{steps}\n\n"
+            f"Train:\n{_listed(methods())}\n\n"
+            f"Other commands:\n{_listed({name: text for name, (text, _) in TOOLS.items()})}\n\n"
+            "`fedrun COMMAND --help` explains the flags of a command.")
+
+
+def _listed(commands: Mapping[str, str]) -> str:
+    width = 2 + max(map(len, commands))
+    return "\n".join(textwrap.fill(text, 79, initial_indent=f"  {name:<{width}}",
+                                   subsequent_indent=" " * (width + 2))
+                     for name, text in commands.items())

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, get_args
 from fedrun.common.errors import is_component, require
 from fedrun.data.hub import CACHE_DIR
 from fedrun.data.text_options import COLUMN, GIVEN, TextOptions, require_dataset, text_options_of
-from fedrun.model.config import ModelConfig
+from fedrun.model.config import ModelConfig, ModelShape
 from fedrun.strategies import FedAvg, Strategy
 
 INT8_COHORT = 126  # most clients whose int8 sum still gives each one level on both sides of zero
@@ -36,8 +36,8 @@ class RunConfig:
     config: str = "pure_ssm_1_layer"
     """A preset's name (tiny, pure_ssm_1_layer, ...) or the path of a YAML file of settings, whose
     section `model:` gives the model's shape."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """The model's shape; set in the YAML file that --config names."""
+    model: ModelShape = field(default_factory=ModelConfig)
+    """The model's shape, by default Mamba-2's; set in the YAML file that --config names."""
     init_from: str | None = None
     """Start from trained weights: a run's folder, an exported folder or a model on the hub. Its
     shape and tokenizer are used too (--tokenizer only if it has none). none: from scratch."""

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from fedrun.common.errors import InputError
+from fedrun.common.errors import InputError, require
 from fedrun.common.log import WARNING, log
 from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
 from fedrun.data.given import GivenData, Source
@@ -27,11 +27,11 @@ from fedrun.distributed.connect import named
 from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.launch import Launch
 from fedrun.federation.schedule import rounds_per_epoch
-from fedrun.model.build import new_model
+from fedrun.model.base import Model
+from fedrun.model.build import new_model, require_trainable
 from fedrun.model.hardware import Hardware, together
-from fedrun.model.mamba2 import Mamba2LM
 from fedrun.model.memory import BYTES_TO_LOAD, BYTES_TO_TRAIN, require_memory
-from fedrun.model.pretrained import Pretrained, find_pretrained
+from fedrun.model.pretrained import Pretrained, find_pretrained, parameters_of
 from fedrun.records.provenance import Length, corpus_digests, settings_equal_on_all_ranks
 from fedrun.start import RunRefused
 from fedrun.strategies.plugins import method_digest
@@ -100,7 +100,7 @@ class Experiment:
             "kernels": together(worker.kernels for worker in found),
             "gpu": together(worker.gpu for worker in found)})
 
-    def new_model(self, device: torch.device | str) -> Mamba2LM:
+    def new_model(self, device: torch.device | str) -> Model:
         """The model at the start of the run: the same weights on every rank and every device."""
         return new_model(self.config, self.data.vocab_size, torch.device(device), self.pretrained)
 
@@ -122,10 +122,7 @@ def prepare_experiment(config: RunConfig, device: torch.device, given: GivenData
                    options=config.text_options)
     if pretrained is not None:
         data = with_vocabulary(data, pretrained, config)
-    require_memory(config.model, config.model.rows(data.vocab_size),
-                   BYTES_TO_TRAIN if device.type == "cpu" else BYTES_TO_LOAD,
-                   f"--init_from {config.init_from}" if pretrained is not None else
-                   f"--config {config.config}")
+    require_model(config, data.vocab_size, device)
     shards = shards_of(config, data)
     provenance = {
         **corpus_digests(data.fingerprint),
@@ -133,6 +130,28 @@ def prepare_experiment(config: RunConfig, device: torch.device, given: GivenData
         "init_from": None if pretrained is None else pretrained.digest(),
         "plugin": method_digest(config.method)}
     return Experiment(config, data, shards, pretrained, provenance, given)
+
+
+def require_model(config: RunConfig, vocab_size: int, device: torch.device) -> None:
+    """Raise InputError if the model cannot be trained: here, or at all, or as the flags ask for."""
+    where = f"--config {config.config}" if config.init_from is None else \
+        f"--init_from {config.init_from}"
+    shape = config.model
+    try:
+        count = parameters_of(shape, shape.rows(vocab_size))
+        require_memory(count, BYTES_TO_TRAIN if device.type == "cpu" else BYTES_TO_LOAD, where)
+        require_trainable(shape, vocab_size, config.sequence_length, config.init_from is None)
+    except InputError as error:
+        if str(error).startswith("--"):
+            raise
+        raise InputError(f"{where}: {error}") from None
+    if shape.tracks_parameters or not isinstance(config, FederatedConfig):
+        return
+    why = "for a model of transformers, which names no"
+    require(not config.save_client_deltas, "--save_client_deltas", "true",
+            f"false {why} parameters to save")
+    scope = config.strategy.fisher_settings.scope if "fisher" in config.strategy.inputs else "all"
+    require(scope != "mixers", "--fisher_scope", scope, f"all or untied {why} mixers")
 
 
 def with_pretrained(config: Config, pretrained: Pretrained) -> Config:

@@ -25,7 +25,7 @@ import yaml
 from fedrun.common.errors import InputError, require
 from fedrun.common.old_names import NEW_NAMES, moved, renamed
 from fedrun.config import CentralConfig, FederatedConfig, RunConfig
-from fedrun.model.config import ModelConfig
+from fedrun.model.config import ModelConfig, ModelShape, TransformersShape, recorded_shape
 from fedrun.strategies import STRATEGIES, Strategy, strategy_class
 from fedrun.strategies.plugins import load_installed
 
@@ -158,10 +158,13 @@ def resolve(method: str, flags: Mapping[str, Any]) -> RunConfig:
     values |= {name: known[name].parse(value, f"--{name} ") for name, value in flags.items()}
 
     shapes = flags_of(ModelConfig)
-    if not isinstance(model, dict) or set(model) - set(shapes):
-        raise InputError(f"--config {path}: the section `model` accepts " + ", ".join(shapes))
+    if not isinstance(model, dict) or (set(model) - set(shapes) and set(model) != {"transformers"}):
+        raise InputError(f"--config {path}: the section `model` accepts " + ", ".join(shapes)
+                         + "; or transformers alone")
     try:
-        shape = ModelConfig(**{k: shapes[k].parse(v, f"model.{k} ") for k, v in model.items()})
+        shape: ModelShape = TransformersShape.of_file(model["transformers"]) \
+            if "transformers" in model else ModelConfig(
+                **{k: shapes[k].parse(v, f"model.{k} ") for k, v in model.items()})
     except ValueError as error:
         raise InputError(f"--config {path}: {error}") from None
     rest: dict[str, Any] = {}
@@ -169,6 +172,23 @@ def resolve(method: str, flags: Mapping[str, Any]) -> RunConfig:
         rest["strategy"] = strategy(
             **{f.name: values.pop(f.name) for f in dataclasses.fields(strategy)})
     return run_class(method=method, model=shape, **rest, **values)
+
+
+def config_of(values: Mapping[str, Any]) -> RunConfig:
+    """The inverse of `RunConfig.to_dict`, also after a way through JSON: all settings of a run, and
+    nothing looked up in files.
+
+    Raises what the classes raise for wrong values, and KeyError for an unknown method or a setting
+    that is missing.
+    """
+    run_class, strategy = config_classes(values["method"])
+    known = method_flags(values["method"])
+    read: dict[str, Any] = {
+        name: Path(value) if name in known and known[name].kind is Path else value
+        for name, value in values.items()} | {"model": recorded_shape(values["model"])}
+    if strategy:
+        read["strategy"] = strategy(**{f.name: read[f.name] for f in dataclasses.fields(strategy)})
+    return run_class(**{f.name: read[f.name] for f in dataclasses.fields(run_class)})
 
 
 def configs_dir() -> Path:

@@ -79,18 +79,23 @@ def run(config: RunConfig) -> int:
         train(prepared)
     except (RunRefused, NotConnected, TooLittle):
         raise
-    except protocol.RunEnded:
-        return 1
-    except Diverged as error:
-        log(str(error), ERROR)
-        return 1
     except Exception as error:
-        if line := shortage(error) or explain(error):
-            log(line if launch.alone else f"rank {launch.rank}: {line}", ERROR)
-        else:
-            log(f"rank {launch.rank} ends with the error above", ERROR, traceback.format_exc())
+        report(error, launch)
         return 1
     return 0
+
+
+def report(error: Exception, launch: Launch) -> None:
+    """On each rank: print the error that ended a run, unless the server has."""
+    if isinstance(error, protocol.RunEnded):
+        return
+    if isinstance(error, Diverged):
+        log(str(error), ERROR)
+    elif line := shortage(error) or explain(error):
+        log(line if launch.alone else f"rank {launch.rank}: {line}", ERROR)
+    else:
+        log(f"rank {launch.rank} ends with the error above", ERROR,
+            "".join(traceback.format_exception(error)))
 
 
 def prepare(config: RunConfig, launch: Launch, data: GivenData | None = None) -> Prepared:

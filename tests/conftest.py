@@ -16,6 +16,7 @@ from filelock import FileLock
 from fedrun import cli
 from fedrun.data.tokens import TokenData, prepare
 from tests.pretended_cuda.build import NotHere, environment
+from tests.support.prepared import run_ranks
 from tests.support.runs import FLAGS, ROOT, SMALL, Outcome, Run, execute, torchrun
 
 
@@ -33,15 +34,22 @@ def pydocs_tokens(cache_dir: Path) -> TokenData:
 
 @pytest.fixture
 def run(cache_dir: Path, tmp_path: Path) -> Run:
-    """run("fed_avg", "--rounds", 4, processes=3): a whole run on SMALL, in its own processes."""
+    """run("fed_avg", "--rounds", 4, processes=3): a whole run on SMALL, in its own processes.
+
+    With a launcher if anything is given that needs one: `script`, `restarts`, `env`, `launcher`.
+    """
 
     def run_it(method: str, *flags: object, processes: int = 1, name: str = "run",
                limit: float = 100, script: str | Path = "fedrun", restarts: int = 0,
-               env: dict[str, str] | None = None) -> Outcome:
-        program = [str(script)] if isinstance(script, Path) else ["-m", script]
-        code, output = execute(
-            [*torchrun(processes, restarts), *program, method, *SMALL, "--data_dir", str(tmp_path),
-             "--cache_dir", str(cache_dir), "--run_name", name, *map(str, flags)], limit, env)
+               env: dict[str, str] | None = None, launcher: bool = False) -> Outcome:
+        arguments = [method, *SMALL, "--data_dir", str(tmp_path), "--cache_dir", str(cache_dir),
+                     "--run_name", name, *map(str, flags)]
+        if launcher or restarts or env or script != "fedrun":
+            program = [str(script)] if isinstance(script, Path) else ["-m", script]
+            code, output = execute([*torchrun(processes, restarts), *program, *arguments], limit,
+                                   env)
+        else:
+            code, output = run_ranks(processes, arguments, limit)
         return Outcome(code, output, tmp_path / name)
 
     return run_it

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import re
+import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedrun import cli
+from fedrun import torchrun as launcher
 from fedrun.config import FederatedConfig, RunConfig
-from fedrun.flags import resolve
+from fedrun.flags import config_of, configs_dir, method_flags, resolve
+from fedrun.model.config import ModelConfig
 from fedrun.strategies import STRATEGIES
-from tests.support.runs import ROOT, execute
+from tests.support.runs import ROOT, execute, fresh_python
 
 
 def parsed(*argv: str) -> RunConfig:
@@ -40,6 +48,7 @@ def test_defaults_are_those_of_the_study() -> None:
         assert (config.sequence_length, config.seed) == (256, 0)
         assert str(config.data_dir) == "results"
         model = config.model
+        assert isinstance(model, ModelConfig)
         assert (model.d_model, model.d_state, model.headdim, model.expand, model.ngroups,
                 model.d_conv) == (512, 128, 64, 2, 1, 4)
 
@@ -63,7 +72,7 @@ def test_precedence_default_method_config_flags(tmp_path: Path) -> None:
     assert config.val_freq == 10            # the method's file over the field's default
     assert config.lr == 1e-3                # --config (a text in YAML 1.1) over both
     assert config.batch_size == 2           # a flag over all
-    assert config.model.n_layer == 3
+    assert config.model == ModelConfig(n_layer=3)
     assert config.config_name == "mine"
 
 
@@ -77,6 +86,31 @@ def test_printed_config_is_a_config_again(
     again = parsed("fed_avg", "--config", str(saved))
     assert again.results_dict() | {"config": ""} == (
         parsed("fed_avg", *flags).results_dict() | {"config": ""})
+
+
+ODD: tuple[dict[str, Any], ...] = (
+    {"lr": 1e-320, "grad_clip": math.inf, "alpha": 0.1 + 0.2, "seed": 2**53 - 1, "cohort": 0.25},
+    {"run_name": 'a "name" of ünïcode\n', "dataset": "texts/\udcff*.txt", "cohort": 3,
+     "text_column": "title,body", "data_dir": "~/a b", "cache_dir": Path("/"), "keep": "best"},
+    {"checkpoint_freq": None, "rounds": 7, "prox_mu": 1e-3, "local_updates": 8, "tokenizer": "",
+     "server": "colocated", "extend": True, "weighting": "uniform"})
+
+
+@pytest.mark.parametrize("method", ["central", *STRATEGIES])
+def test_a_config_is_read_back_from_json(method: str) -> None:
+    known = method_flags(method)
+    presets = [{"config": path.stem} for path in (configs_dir() / "models").glob("*.yaml")
+               if method == "fed_avg" or path.stem != "study_federated"]
+    assert len(presets) > 5
+    for flags in (*presets, *ODD):
+        config = resolve(method, {k: v for k, v in flags.items() if k in known and not (
+            method == "fed_sgd" and k in ("grad_clip", "prox_mu", "local_updates"))})
+        again = config_of(json.loads(json.dumps(config.to_dict())))
+        assert again == config
+        assert repr(again) == repr(config)  # types too
+    # What no flag can say.
+    made = dataclasses.replace(config, run_name="none", seed=2**63 - 1, init_from="none")
+    assert config_of(json.loads(json.dumps(made.to_dict()))) == made
 
 
 @pytest.mark.parametrize(("argv", "message"), [
@@ -125,7 +159,40 @@ def test_every_flag_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert cli.method_parser(method).format_help().count("(default:") >= 15
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in ("central", *STRATEGIES))
+    assert all(name in out for name in ("central", *STRATEGIES, *cli.TOOLS))
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_the_first_steps_of_the_overview_can_be_taken(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+        ) -> None:
+    """Every command that it names exists, and accepts these flags."""
+    assert cli.main([]) == 0
+    shown = capsys.readouterr().out
+    commands = [shlex.split(command) for _, command in cli.FIRST_STEPS]
+    assert all(command in shown for _, command in cli.FIRST_STEPS)
+    (trying,) = (words[2:] for words in commands[:1])
+    kinds = set()
+    for words in commands:
+        if words[-1] == "...":
+            words[-1:] = trying
+        if words[:3] == ["python", "-m", "fedrun.torchrun"]:
+            args = launcher.parse(words[3:])
+            assert args.nproc_per_node == "5"
+            assert args.training_script == "fedrun"
+            words = ["fedrun", *args.training_script_args]
+        kinds.add(words[1])
+        if words[0] == "python":
+            assert "train(" in fresh_python(words[2])
+        elif words[1] in cli.TOOLS:
+            monkeypatch.chdir(ROOT if words[1] == "study" else tmp_path)
+            with suppress(SystemExit):
+                assert cli.main([*words[1:], "--print_config" if words[1] == "study" else "--help"]
+                                ) == 0
+            assert not capsys.readouterr().err
+        else:
+            assert cli.parse(words[1:]) is not None
+    assert {"fed_avg", "report", "study", "-c"} == kinds
 
 
 def test_help_imports_no_library_that_takes_time() -> None:

@@ -24,6 +24,7 @@ def test_medians_and_ratios_of_hand_made_samples() -> None:
     assert (alone["ratio"], alone["bare_ratio"]) == (2.0, None)
 
 
+@pytest.mark.slow
 def test_a_whole_measurement_and_its_figure(tmp_path: Path) -> None:
     """Two workers and a server, a model of a tenth of a million parameters; no other frameworks."""
     done = subprocess.run(

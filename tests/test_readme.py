@@ -27,7 +27,8 @@ def test_a_method_of_your_own(tmp_path: Path, run: Run) -> None:
     plugin = tmp_path / "fed_sign.py"
     plugin.write_text(source[1], encoding="utf-8")
     given = ("--plugin", plugin, "--server_lr", "2e-3", "--rounds", 2, "--num_clients", 2)
-    one, three = (run("fed_sign", *given, processes=n, name=str(n)) for n in (1, 3))
+    one, three = (run("fed_sign", *given, processes=n, name=str(n), launcher=True)
+                  for n in (1, 3))
     assert one.code == three.code == 0, one.output + three.output
     assert one.bits == three.bits
     help_text = fresh_python("import sys; from fedrun import cli; cli.main(sys.argv[1:])",

@@ -42,6 +42,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # Signals within this time count as one: launchers forward what the terminal has sent as well.
 SECONDS_OF_ONE_REQUEST = 0.5
 SECONDS_TO_RAISE = 1.0
+SECONDS_BETWEEN_SIGNALS = 0.2
 _INTERRUPTED = "interrupted; run the same command again to start over or resume"
 _PR_SET_PDEATHSIG = 1
 
@@ -82,6 +83,7 @@ class StopRequest:
         self._launch = launch
         self._last_signal = 0  # that ends a single process at once
         self._outer_wakeup = -1
+        self._raised = threading.Event()
         self._over = threading.Event()
         self._peer_watch = threading.Thread(target=self._watch_peers, name="fedrun-peers",
                                             daemon=True)
@@ -104,11 +106,11 @@ class StopRequest:
         try:
             yield self
         finally:
+            self._over.set()
             signal.set_wakeup_fd(self._outer_wakeup)
             for number, handler in before.items():
                 signal.signal(number, handler)
             there.close()
-            self._over.set()
             # No thread may be inside the store during Python's shutdown.
             for running in (thread, self._peer_watch):
                 if running.is_alive():
@@ -150,9 +152,14 @@ class StopRequest:
         if self._outer_wakeup >= 0:
             with suppress(OSError):  # tell `interruptible`, in case the main thread is stuck
                 os.write(self._outer_wakeup, bytes([number]))
+        # A signal that arrives just before the main thread begins to wait does not wake it.
+        while not (self._raised.wait(SECONDS_BETWEEN_SIGNALS) or self._over.is_set()):
+            signal.pthread_kill(main_thread, number)
 
     def _raise_last(self, *_: int | FrameType | None) -> None:
         """The handler of all signals. Raises only once `_end` has decided so."""
+        if self._last_signal:
+            self._raised.set()
         if self._last_signal == signal.SIGINT:
             raise KeyboardInterrupt
         if self._last_signal:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedrun.config import RunConfig
 from fedrun.data.batches import make_batches
-from fedrun.model.mamba2 import Mamba2LM
+from fedrun.model.base import Model
 from fedrun.training.batch_memory import BatchMemory
 from fedrun.training.fisher import FisherEstimate
 from fedrun.training.optimizer import LocalOptimizer
@@ -105,7 +105,7 @@ class Client:
             self.optimizer.load_state({})
         return state
 
-    def train(self, model: Mamba2LM, steps: int, first_step: int,
+    def train(self, model: Model, steps: int, first_step: int,
               between_steps: Callable[[], None] = lambda: None, *, anchor: Tensor | None = None,
               prox_mu: float = 0.0, fisher: FisherEstimate | None = None) -> LocalLosses:
         """`steps` optimizer steps from where the worker's parameters are, on the next batches.
@@ -130,7 +130,7 @@ class Client:
             tokens += count
         return LocalLosses(loss_sum, tokens)
 
-    def gradient(self, model: Mamba2LM) -> LocalLosses:
+    def gradient(self, model: Model) -> LocalLosses:
         """The gradient of the next batch's mean loss in flat.grad; no step."""
         loss, tokens = model.compute_grad(self.next_batch())
         return LocalLosses(loss.double(), tokens)
@@ -143,7 +143,7 @@ class Client:
         return self.memory.load(torch.from_numpy(batch))
 
 
-def mean_entropy(model: Mamba2LM, sequences: np.ndarray, numbers: np.ndarray,
+def mean_entropy(model: Model, sequences: np.ndarray, numbers: np.ndarray,
                  batch_size: int, batches: int) -> float:
     """Mean predictive entropy in nats per token over at most `batches` batches of the sequences
     with these numbers, from the first on."""

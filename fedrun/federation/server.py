@@ -28,8 +28,8 @@ from fedrun.federation.messages import (
     clients_of,
 )
 from fedrun.federation.schedule import Schedule
+from fedrun.model.base import Model
 from fedrun.model.build import DTYPES
-from fedrun.model.mamba2 import Mamba2LM
 from fedrun.records.checkpoint import Checkpoint
 from fedrun.records.events import cohort_event
 from fedrun.records.history import cohort_record
@@ -46,7 +46,7 @@ class Server:
     """Rank 0's part of the protocol."""
 
     def __init__(self, config: FederatedConfig, data: TokenData, schedule: Schedule,
-                 model: Mamba2LM, stopping: StopRequest, provenance: dict[str, Any], workers: int,
+                 model: Model, stopping: StopRequest, provenance: dict[str, Any], workers: int,
                  checkpoint: Checkpoint | None = None, skips_texts: bool = False,
                  on_round: OnRound | None = None) -> None:
         """

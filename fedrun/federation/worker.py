@@ -34,7 +34,7 @@ from fedrun.federation.client_store import make_store
 from fedrun.federation.messages import RoundPlan, RoundReport, WorkerReport
 from fedrun.federation.placement import assign_clients
 from fedrun.federation.schedule import Schedule
-from fedrun.model.mamba2 import Mamba2LM
+from fedrun.model.base import Model
 from fedrun.records.checkpoint import GLOBAL, Checkpoint, folder_of
 from fedrun.records.checkpoint_writer import CheckpointWriter
 from fedrun.records.snapshots import save_snapshot, tracked_parameters
@@ -55,7 +55,7 @@ class Worker:
     """
 
     def __init__(self, config: FederatedConfig, data: TokenData, shards: Shards, schedule: Schedule,
-                 model: Mamba2LM, runtime: Runtime, checkpoint: Checkpoint | None = None) -> None:
+                 model: Model, runtime: Runtime, checkpoint: Checkpoint | None = None) -> None:
         """model: the run's model at its start, on this worker's device."""
         assert runtime.worker is not None
         self.config, self.data, self.shards, self.schedule = config, data, shards, schedule
@@ -84,7 +84,7 @@ class Worker:
         self.clients = self._host_clients()
         self.store = make_store(config, {k: c.state() for k, c in self.clients.items()},
                                 runtime.device)
-        self.start = tracked_parameters(self.flat.views(self.global_model)
+        self.start = tracked_parameters(self.flat, self.global_model
                                         ) if config.save_client_deltas else {}
         self.checkpoint_writer = CheckpointWriter()
         self._added: list[int] = []  # clients whose terms are in this round's sum
@@ -178,7 +178,7 @@ class Worker:
         """In rounds that are evaluated: what the flags ask for of a client's own model."""
         if self.config.save_client_deltas:
             save_snapshot(self.config.run_dir / f"client_{client.index}", number,
-                          tracked_parameters(self.flat.views(self.flat.vector)), self.start)
+                          tracked_parameters(self.flat, self.flat.vector), self.start)
         if self.config.eval_clients:
             return replace(report, validation=self._validate(0, 1))
         return report

@@ -19,6 +19,7 @@ from fedrun.data.hub import CACHE_DIR
 from fedrun.data.text_options import GIVEN, TextOptions, text_options_of
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.library.tokenizers import need_tokenizer
+from fedrun.model.build import require_positions
 from fedrun.model.precision import accumulate_in_fp32, exact_fp32
 from fedrun.training.evaluate import mean_loss, validation_pieces
 
@@ -52,6 +53,7 @@ def evaluate(found: Pretrained, dataset: str | None = None, split: str | None = 
         else sequence_length
     if length < 2:
         raise InputError(f"--sequence_length {length}: must be an integer >= 2")
+    require_positions(found.model, length)
     if data is not None and (dataset is not None or split is not None):
         raise InputError("data: must be left out with dataset= and split=")
     name, options = _text_to_read(found.settings, dataset if data is None else GIVEN, split,
@@ -70,7 +72,8 @@ def evaluate(found: Pretrained, dataset: str | None = None, split: str | None = 
         exact_fp32()
     if place.type == "cuda":
         accumulate_in_fp32()
-    model = found.build(torch.bfloat16 if dtype == "bf16" else torch.float32).to(place)
+    model = found.build(torch.bfloat16 if dtype == "bf16" else torch.float32).to(
+        device=place, dtype=torch.float32)
     whole = data.fingerprint["validation_from"] == ALL_OF_THE_TEXT
     pieces = validation_pieces(model, data.train if split == "train" else data.validation, place)
     if whole:

@@ -37,10 +37,15 @@ def export(found: Pretrained, form: str, out: Path) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"OUT {out}: exists already; must be a new or empty folder")
+    from fedrun.model.config import ModelConfig
     from fedrun.model.convert import to_mamba_ssm_config
     from fedrun.model.names import EMBEDDING, LM_HEAD
-    tokenizer = need_tokenizer(found)
-    config = to_mamba_ssm_config(found.model, found.vocab_size) if form == "mamba_ssm" else {}
+    tokenizer, config = need_tokenizer(found), dict[str, Any]()
+    if form == "mamba_ssm":
+        if not isinstance(found.model, ModelConfig):
+            raise InputError("--to mamba_ssm: must be hf for a model of transformers "
+                             f"({_kind(found)})")
+        config = to_mamba_ssm_config(found.model, found.vocab_size)
     model = found.build()
     weights = {name: tensor.detach().float().contiguous()
                for name, tensor in model.named_parameters()}
@@ -66,9 +71,17 @@ def _write_hf(found: Pretrained, weights: dict[str, Any], tokenizer: Path, out: 
     from safetensors.torch import save
 
     from fedrun.data.tokenizer import load_without_custom_code
+    from fedrun.model.config import ModelConfig, TransformersShape
     from fedrun.model.convert import to_transformers, to_transformers_config
-    config = to_transformers_config(found.model, found.vocab_size)
-    config.architectures = ["Mamba2ForCausalLM"]
+    from fedrun.model.transformers_config import library_config, model_class
+    config: Any
+    if isinstance(found.model, ModelConfig):
+        config = to_transformers_config(found.model, found.vocab_size)
+        weights = to_transformers(weights)
+    else:
+        assert isinstance(found.model, TransformersShape)
+        config = library_config(found.model, found.vocab_size)
+    config.architectures = [model_class(type(config), config.model_type).__name__]
     loaded = load_without_custom_code(tokenizer)
     config.bos_token_id, config.eos_token_id = loaded.bos_token_id, loaded.eos_token_id
     config.pad_token_id = loaded.eos_token_id if loaded.pad_token_id is None \
@@ -76,7 +89,7 @@ def _write_hf(found: Pretrained, weights: dict[str, Any], tokenizer: Path, out: 
     config.dtype = "float32"
     config.save_pretrained(out)
     # Not save_pretrained: its files are readable by their owner only.
-    write_atomic(out / "model.safetensors", save(to_transformers(weights), {"format": "pt"}))
+    write_atomic(out / "model.safetensors", save(weights, {"format": "pt"}))
 
 
 # ---- the card ------------------------------------------------------------------------------------
@@ -86,15 +99,16 @@ def model_card(found: Pretrained, form: str, out: Path, model: Any) -> str:
     settings = {visible(name): visible(value) if isinstance(value, str) else value
                 for name, value in found.settings.items()}
     front = ["---", f"library_name: {'transformers' if form == 'hf' else 'mamba-ssm'}",
-             "pipeline_tag: text-generation", "tags:", "- mamba2"]
+             "pipeline_tag: text-generation", "tags:", f"- {_kind(found)}"]
     if settings.get("method", "central") != "central":
         front += ["- federated-learning"]
     if "/" in str(settings.get("dataset", "")) and not Path(settings["dataset"]).exists():
         front += ["datasets:", f"- {settings['dataset']}"]
     parameters = sum(p.numel() for p in model.parameters())
+    name = "Mamba-2" if _kind(found) == "mamba2" else _kind(found)
     body = ["---", "", f"# {visible(found.folder.resolve().name)}", "",
-            f"A Mamba-2 language model of {parameters:,} parameters (embedding and head are "
-            f"{'tied' if found.model.tie_embeddings else 'not tied'}), "
+            f"A {name} language model of {parameters:,} parameters (embedding and head are "
+            f"{'tied' if model.names.tied else 'not tied'}), "
             + _origin(settings) + ".", "", "```python",
             LOADS[form].format(folder=visible(out.name)), "```", ""]
     body += _results(found)
@@ -104,6 +118,11 @@ def model_card(found: Pretrained, form: str, out: Path, model: Any) -> str:
                  if name not in ("data_dir", "cache_dir", "run_name", "overwrite", "timeout")]
         body += [""]
     return "\n".join(front + body)
+
+
+def _kind(found: Pretrained) -> str:
+    """The name that transformers has for the model's architecture."""
+    return visible(str(getattr(found.model, "model_type", "mamba2")))
 
 
 def _origin(settings: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from fedrun.model.mamba2 import Mamba2LM
     from fedrun.model.pretrained import Pretrained
+    from fedrun.model.transformers_lm import TransformersLM
     from fedrun.plots.run_folder import Axis
 
 
@@ -61,12 +62,22 @@ class Run:
         return str(read_outcome(self.folder).get("outcome", ""))
 
     @property
+    def reason(self) -> str:
+        """Why the run stopped or failed, in one line; else empty."""
+        return str(read_outcome(self.folder).get("reason", ""))
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the run failed because its loss or parameters were not finite any more."""
+        return read_outcome(self.folder).get("kind") == "diverged"
+
+    @property
     def perplexity(self) -> float | None:
         """The global model's validation perplexity at the last evaluation; None before the first.
         """
         return read_field(self.history[-1], "val_ppl") if self.history else None
 
-    def model(self) -> Mamba2LM:
+    def model(self) -> Mamba2LM | TransformersLM:
         """The last good global model, float32, on the CPU."""
         return self._pretrained().build()
 

@@ -6,7 +6,8 @@ from typing import Protocol
 
 import torch
 
-from fedrun.model.config import ModelConfig
+from fedrun.model.base import Model
+from fedrun.model.config import ModelConfig, ModelShape, TransformersShape
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.model.precision import accumulate_in_fp32
 from fedrun.model.pretrained import Pretrained
@@ -19,7 +20,7 @@ class ModelSettings(Protocol):
     """The settings that a model is built from. RunConfig has them."""
 
     @property
-    def model(self) -> ModelConfig: ...
+    def model(self) -> ModelShape: ...
     @property
     def dtype(self) -> str: ...
     @property
@@ -27,22 +28,50 @@ class ModelSettings(Protocol):
 
 
 def new_model(settings: ModelSettings, vocab_size: int, device: torch.device,
-              pretrained: Pretrained | None = None) -> Mamba2LM:
+              pretrained: Pretrained | None = None) -> Model:
     """The model of a run at its start, from scratch or with the weights of `pretrained`: the same
     on every rank and every device."""
     if device.type == "cuda":
         accumulate_in_fp32()
+    dtype, shape = DTYPES[settings.dtype], settings.model
+    if pretrained is not None:
+        return pretrained.build(compute_dtype(settings)).to(device=device, dtype=dtype)
+    if isinstance(shape, TransformersShape):
+        from fedrun.model import transformers_lm
+        lm = transformers_lm.build(shape, vocab_size, settings.seed)
+        return transformers_lm.TransformersLM(lm, compute_dtype(settings)).to(device, dtype)
     model = uninitialised_model(settings, vocab_size)
-    if pretrained is None:
-        model.init_weights(settings.seed)
-    else:
-        pretrained.load_into(model)
-    return model.to(device=device, dtype=DTYPES[settings.dtype])
+    model.init_weights(settings.seed)
+    return model.to(device=device, dtype=dtype)
 
 
 def uninitialised_model(settings: ModelSettings, vocab_size: int) -> Mamba2LM:
-    """A model of the run's shape, in fp32."""
-    assert settings.dtype in DTYPES, "`auto` must be resolved before the model is built"
-    compute_dtype = torch.bfloat16 if settings.dtype == "bf16" else torch.float32
+    """A Mamba-2 model of the run's shape, in fp32."""
     shape = settings.model
-    return Mamba2LM(shape, shape.rows(vocab_size), compute_dtype=compute_dtype)
+    assert isinstance(shape, ModelConfig)
+    return Mamba2LM(shape, shape.rows(vocab_size), compute_dtype=compute_dtype(settings))
+
+
+def compute_dtype(settings: ModelSettings) -> torch.dtype:
+    """The type of the run's matrix products, unless its parameters are wider."""
+    assert settings.dtype in DTYPES, "`auto` must be resolved before the model is built"
+    return torch.bfloat16 if settings.dtype == "bf16" else torch.float32
+
+
+def require_positions(shape: ModelShape, sequence_length: int) -> None:
+    """Raise InputError if sequences are longer than a model of this shape was made for."""
+    if isinstance(shape, TransformersShape):
+        from fedrun.model import transformers_config
+        transformers_config.require_positions(shape, sequence_length)
+
+
+def require_trainable(shape: ModelShape, vocab_size: int, sequence_length: int, given: bool
+                      ) -> None:
+    """Raise InputError for a model that cannot be trained on such sequences: what only transformers
+    knows of its models. given: whether the user wrote the shape's fields."""
+    if isinstance(shape, TransformersShape):
+        from fedrun.model import transformers_config, transformers_lm
+        if given:
+            transformers_config.require_known_fields(shape)
+        shape.require_no_dropout("")
+        transformers_lm.require_trainable(shape, vocab_size, sequence_length)

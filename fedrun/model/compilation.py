@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 
 from fedrun.common.log import WARNING, log
-from fedrun.model.build import DTYPES, ModelSettings, uninitialised_model
+from fedrun.model.base import Model
+from fedrun.model.build import DTYPES, ModelSettings, new_model, uninitialised_model
+from fedrun.model.config import ModelConfig
 
 CACHE = "TRITON_CACHE_DIR"
 
@@ -51,13 +53,20 @@ def _is_ours_alone(folder: Path) -> bool:
 def compile_kernels(settings: ModelSettings, vocab_size: int, device: torch.device, batch: int,
                     length: int) -> None:
     """Compile the kernels of a local step by computing a gradient of this shape, with a model of
-    its own that is zero and is dropped. Draws no random numbers."""
+    its own that is dropped. Changes the state of no random numbers."""
+    model: Model = _zeros(settings, vocab_size, device) if isinstance(
+        settings.model, ModelConfig) else new_model(settings, vocab_size, device)
+    loss, _ = model.compute_grad(torch.zeros(batch, length, dtype=torch.long, device=device))
+    loss.item()  # waits for the device
+
+
+def _zeros(settings: ModelSettings, vocab_size: int, device: torch.device) -> Model:
+    """A Mamba-2 model whose parameters are zero."""
     with torch.device("meta"):
         model = uninitialised_model(settings, vocab_size)
     model.to(DTYPES[settings.dtype]).to_empty(device=device)
-    if settings.model.tie_embeddings:  # `to_empty` makes two tensors of it
+    if model.config.tie_embeddings:  # `to_empty` makes two tensors of it
         model.lm_head.weight = model.backbone.embedding.weight
     for parameter in model.parameters():
         parameter.detach().zero_()
-    loss, _ = model.compute_grad(torch.zeros(batch, length, dtype=torch.long, device=device))
-    loss.item()  # waits for the device
+    return model

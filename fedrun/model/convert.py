@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedrun.common.errors import InputError
 from fedrun.model.config import LARGEST_VOCABULARY, NORM_EPS, ModelConfig
-from fedrun.model.mamba2 import CHUNK_SIZE
+from fedrun.model.mixer import CHUNK_SIZE
 from fedrun.model.names import EMBEDDING
 
 if TYPE_CHECKING:

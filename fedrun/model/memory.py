@@ -7,18 +7,16 @@ from pathlib import Path
 import psutil
 
 from fedrun.common.errors import InputError
-from fedrun.model.config import ModelConfig
 
 BYTES_TO_LOAD = 4  # per parameter: float32
 BYTES_TO_TRAIN = 16  # per parameter: with its gradient and AdamW's two moments
 
 
-def require_memory(config: ModelConfig, rows: int, bytes_per_parameter: int, where: str) -> None:
-    """Raise InputError if the model needs more memory than this machine has.
+def require_memory(count: int, bytes_per_parameter: int, where: str) -> None:
+    """Raise InputError if a model of `count` parameters needs more memory than this machine has.
 
-    rows: of the embedding; where: the flag or folder that the message starts with.
+    where: the flag or folder that the message starts with.
     """
-    count = config.parameters(rows)
     needed, have = count * bytes_per_parameter, machine_memory()
     if needed > have:
         raise InputError(f"{where}: a model of {count:,} parameters needs at least "

@@ -1,30 +1,41 @@
-"""Names of Mamba-2's parameters, which are those of `mamba_ssm`. Needs no torch."""
+"""Names of parameters that snapshots and FedFisher ask a model for. Needs no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
+# Those of Mamba-2, as `mamba_ssm` has them.
 EMBEDDING = "backbone.embedding.weight"
 LM_HEAD = "lm_head.weight"
 _MIXER = ".mixer."
+_TRACKED = {"in_proj.weight": "in_proj", "A_log": "A_log", "D": "D", "dt_bias": "dt_bias"}
 
 
-def in_mixer(name: str) -> bool:
-    """Whether a parameter belongs to a block's mixer, and not to a norm, embedding or head."""
-    return _MIXER in name
+@dataclass(frozen=True)
+class ParameterNames:
+    """What a model says of its parameters, all by the names of `named_parameters`."""
+
+    tracked: Mapping[str, str] = field(default_factory=dict)
+    """Those whose values and changes a run saves in its evaluated steps -> their names there."""
+    mixers: frozenset[str] = frozenset()
+    """Those of sequence mixers, for --fisher_scope mixers."""
+    tied: str | None = None
+    """The one that is both the embedding and the head; None if each has its own."""
 
 
-def tied_parameter(names: Iterable[str]) -> str | None:
-    """The one of a model's parameters that is both its embedding and its head; None if each has its
-    own."""
-    return None if LM_HEAD in names else EMBEDDING
+def mamba2_names(names: Iterable[str]) -> ParameterNames:
+    """Those of a Mamba-2 model, of all names of its parameters.
 
-
-def mixer_parameter(name: str) -> tuple[str, str]:
-    """Layer and parameter: ("0", "in_proj.weight") of `backbone.layers.0.mixer.in_proj.weight`.
-
-    The parameter is empty outside mixers.
+    Tracked are in_proj, A_log, D and dt_bias of every layer, under names such as
+    `layers.0.in_proj`.
     """
-    _, _, rest = name.partition("layers.")
-    layer, _, parameter = rest.partition(_MIXER)
-    return layer, parameter
+    given, tracked, mixers = list(names), {}, set[str]()
+    for name in given:
+        block, in_mixer, parameter = name.partition(_MIXER)
+        if in_mixer:
+            mixers.add(name)
+            if parameter in _TRACKED:
+                layer = block.rpartition("layers.")[2]
+                tracked[name] = f"layers.{layer}.{_TRACKED[parameter]}"
+    return ParameterNames(tracked, frozenset(mixers), None if LM_HEAD in given else EMBEDDING)

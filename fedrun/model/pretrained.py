@@ -1,10 +1,11 @@
-"""Loads models from disk or the hub, in the three formats that this project reads.
+"""Loads models from disk or the hub, in the formats that this project reads.
 
     a run's folder                     config.json with a `method`, model.safetensors, tokenizer/
     transformers' Mamba2ForCausalLM    config.json with model_type mamba2, *.safetensors
+    transformers' other causal models  config.json with another model_type, *.safetensors
     mamba_ssm's MambaLMHeadModel       config.json with d_model and ssm_cfg, pytorch_model.bin
 
-The last two may have a tokenizer next to the weights: `AntonV/mamba2-130m-hf` has one,
+All but the first may have a tokenizer next to the weights: `AntonV/mamba2-130m-hf` has one,
 `state-spaces/mamba2-130m` has none.
 """
 
@@ -15,7 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -27,7 +28,7 @@ from fedrun.common.old_names import renamed
 from fedrun.common.terminal import shortened
 from fedrun.data import hub
 from fedrun.data.tokenizer import HUB_NAME
-from fedrun.model.config import ModelConfig
+from fedrun.model.config import ModelConfig, ModelShape, TransformersShape, recorded_shape
 from fedrun.model.convert import (
     dt_limits,
     from_transformers,
@@ -38,8 +39,11 @@ from fedrun.model.mamba2 import Mamba2LM
 from fedrun.model.memory import BYTES_TO_LOAD, require_memory
 from fedrun.model.names import EMBEDDING, LM_HEAD
 
-FILES = ["config.json", "*.safetensors", "pytorch_model.bin", "tokenizer*", "vocab*", "merges.txt",
-         "special_tokens_map.json", "generation_config.json"]
+if TYPE_CHECKING:
+    from fedrun.model.transformers_lm import TransformersLM
+
+FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "pytorch_model.bin",
+         "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "generation_config.json"]
 
 # Arguments of mamba_ssm's Mamba2 that affect only initialisation or the choice of algorithm.
 _OF_NO_EFFECT = {"chunk_size", "use_mem_eff_path", "A_init_range", "conv_init", "dt_min", "dt_max",
@@ -51,7 +55,7 @@ class Pretrained:
     """A model's folder and shape. The weights are read on demand."""
 
     folder: Path
-    model: ModelConfig
+    model: ModelShape
     vocab_size: int
     """Rows of the embedding and head."""
     settings: dict[str, Any]
@@ -66,7 +70,8 @@ class Pretrained:
         return None
 
     def weights(self) -> dict[str, Tensor]:
-        """The parameters by our names, in the type they were saved in, without a tied head.
+        """The parameters by our names, in the type they were saved in, without a tied head; of a
+        model of transformers, which only a run's folder has in one file, by the library's.
 
         Raises InputError if they cannot be read or contradict the config.
         """
@@ -82,6 +87,8 @@ class Pretrained:
         except Exception as error:  # both libraries raise many kinds for a damaged file
             raise InputError(f"{self.folder}: cannot read the weights: "
                              f"{one_line(error)}") from error
+        if not isinstance(self.model, ModelConfig):
+            return found
         found = from_transformers(found)
         if self.model.tie_embeddings:
             head = found.pop(LM_HEAD, None)
@@ -98,21 +105,28 @@ class Pretrained:
             total.update(hashlib.sha256(file.read_bytes()).digest())
         return total.hexdigest()[:16]
 
-    def load_into(self, model: Mamba2LM) -> None:
-        """Copy the weights into `model`, in its type. Raises InputError if they do not fit."""
+    def build(self, compute_dtype: torch.dtype = torch.float32) -> Mamba2LM | TransformersLM:
+        """The model with its weights, float32, on the CPU.
+
+        Raises InputError if the model is too large, or the weights do not fit its shape.
+        """
+        count = parameters_of(self.model, self.vocab_size)
+        require_memory(count, BYTES_TO_LOAD, str(self.folder))
+        if isinstance(self.model, TransformersShape):
+            from fedrun.model.transformers_lm import TransformersLM
+            from fedrun.model.transformers_weights import of_folder, of_run
+            return TransformersLM(
+                of_run(self.model, self.vocab_size, self.weights(), self.folder) if self.settings
+                else of_folder(self.model, self.vocab_size, self.folder), compute_dtype)
+        assert isinstance(self.model, ModelConfig)
         weights = self.weights()
         try:
+            model = Mamba2LM(self.model, self.vocab_size, compute_dtype)
             tied = {LM_HEAD: weights[EMBEDDING]} if self.model.tie_embeddings else {}
             model.load_state_dict({**weights, **tied})
         except (KeyError, RuntimeError) as error:
             raise InputError(f"{self.folder}: weights and config.json do not belong together: "
                              f"{one_line(error)}") from error
-
-    def build(self, compute_dtype: torch.dtype = torch.float32) -> Mamba2LM:
-        """The model with its weights, float32, on the CPU. Raises InputError if it is too large."""
-        require_memory(self.model, self.vocab_size, BYTES_TO_LOAD, str(self.folder))
-        model = Mamba2LM(self.model, self.vocab_size, compute_dtype)
-        self.load_into(model)
         return model
 
 
@@ -135,6 +149,9 @@ def find_pretrained(name: str, flag: str, cache_dir: Path = hub.CACHE_DIR) -> Pr
             return _of_run(folder, _check_types(renamed(config)))
         if config.get("model_type") == "mamba2":
             return Pretrained(folder, *from_transformers_config(config), {})
+        if "model_type" in config:
+            from fedrun.model.transformers_config import shape_of_folder
+            return Pretrained(folder, *shape_of_folder(config), {})
         if "ssm_cfg" in config:
             return Pretrained(folder, *from_mamba_ssm_config(config), {})
     except FileNotFoundError as missing:
@@ -145,8 +162,8 @@ def find_pretrained(name: str, flag: str, cache_dir: Path = hub.CACHE_DIR) -> Pr
         raise InputError(f"{flag} {name}: {explain(error)}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{flag} {name}: {one_line(error)}") from error
-    raise InputError(f"{flag} {name}: config.json belongs neither to a run nor to a Mamba-2 model "
-                     "of transformers or mamba_ssm")
+    raise InputError(f"{flag} {name}: config.json belongs neither to a run nor to a model of "
+                     "transformers or mamba_ssm")
 
 
 def _check_types(settings: dict[str, Any]) -> dict[str, Any]:
@@ -163,14 +180,28 @@ def _of_run(folder: Path, settings: dict[str, Any]) -> Pretrained:
     path = folder / "model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(2, "no such file", str(path))
+    model, embedding = recorded_shape(settings["model"]), EMBEDDING
+    if isinstance(model, TransformersShape):
+        from fedrun.model.transformers_lm import embedding_name
+        embedding = embedding_name(model)
     try:
         with plain_name(path) as name, safe_open(name, framework="pt") as file:
-            shape = file.get_slice(EMBEDDING).get_shape()
+            shape = file.get_slice(embedding).get_shape()
     except SafetensorError as error:
         raise InputError(f"{path.name} cannot be read: {error}") from error
     if len(shape) != 2:
-        raise InputError(f"{path.name}: {EMBEDDING} has {len(shape)} dimensions instead of 2")
-    return Pretrained(folder, ModelConfig(**settings["model"]), whole_rows(shape[0]), settings)
+        raise InputError(f"{path.name}: {embedding} has {len(shape)} dimensions instead of 2")
+    return Pretrained(folder, model, whole_rows(shape[0]), settings)
+
+
+def parameters_of(shape: ModelShape, rows: int) -> int:
+    """Number of parameters of a model whose embedding has `rows` rows. Raises InputError if
+    transformers cannot build it."""
+    if isinstance(shape, TransformersShape):
+        from fedrun.model import transformers_lm
+        return transformers_lm.parameters_of(shape, rows)
+    assert isinstance(shape, ModelConfig)
+    return shape.parameters(rows)
 
 
 def from_mamba_ssm_config(config: Mapping[str, Any]) -> tuple[ModelConfig, int]:

@@ -126,6 +126,9 @@ def find_entities(data_dir: Path, entity: str, federated: bool, config: str | No
 
 def _read_entity(run: Run, name: str, folder: Path) -> tuple[Entity, list[tuple[str, str]]]:
     """The entity and its damaged files. Raises Damaged if no file can be used."""
+    model = run.settings.get("model")
+    if isinstance(model, dict) and "transformers" in model:
+        raise Damaged("its model is one of transformers, which names no parameters to save")
     damage: list[tuple[str, str]] = []
     for kind in ("deltas", "params"):
         files: dict[int, Path] = {}

@@ -139,7 +139,9 @@ def differing_settings(config: RunConfig, recorded: Mapping[str, Any]
     mine = json.loads(json.dumps(config.results_dict()))
     theirs = _defaults(config) | {"model": {}} | dict(recorded)
     if isinstance(theirs["model"], dict):
-        shapes = mine.pop("model"), _defaults(config.model) | theirs.pop("model")
+        held = theirs.pop("model")
+        shapes = mine.pop("model"), held if "transformers" in held else \
+            _defaults(config.model) | held
         for values, shape in zip((mine, theirs), shapes, strict=True):
             values.update({f"model.{name}": value for name, value in shape.items()})
     if config.dtype == "auto":

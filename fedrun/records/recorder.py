@@ -102,7 +102,7 @@ class Recorder:
         self.stop = False  # whether `on_round` has asked for it
         self.totals = RunTotals()
         self.history: list[dict[str, Any]] = []
-        self.start = tracked_parameters(flat.views(flat.vector))
+        self.start = tracked_parameters(flat, flat.vector)
         if state is not None:
             self.history = state["history"]
             self.totals.load_state(state["clocks"])
@@ -114,7 +114,7 @@ class Recorder:
         losses = [(record[schema.step], record[schema.val_loss]) for record in self.history
                   if record[schema.val_loss] is not None]
         self._best = BestModel(config, losses) if config.keep == "best" else None
-        self._views = flat.views
+        self._flat = flat
         self._snapshots = SnapshotWriter(config.run_dir / schema.snapshots, self.start)
         self._writer = ThreadPoolExecutor(1, "fedrun-writer",
                                           initializer=lambda: torch.set_num_threads(config.threads))
@@ -187,7 +187,7 @@ class Recorder:
 
     def save_model(self, model: Tensor) -> None:
         """Write a vector (size,) as the last model, in the calling thread."""
-        save_model(self.config.run_dir / "model.safetensors", self._views(model))
+        save_model(self.config.run_dir / "model.safetensors", self._flat.views(model))
 
     def wait(self) -> None:
         """Wait until everything so far is written. Raises the first error of the writing."""
@@ -253,14 +253,15 @@ class Recorder:
               generate: Callable[[], str] | None) -> None:
         run_dir = self.config.run_dir
         must_succeed = number == self.total or self._snapshots.full
-        self._snapshots.add(number, tracked_parameters(self._views(model)))
+        self._snapshots.add(number, tracked_parameters(self._flat, model))
         if generate is not None:
             with self._making_text:
                 record["generated"] = generate()
         try:
             self.save_model(model)
             if self._best is not None:
-                self._best.offer(number, record[self.schema.val_loss], self._views(model))
+                self._best.offer(number, record[self.schema.val_loss],
+                                 self._flat.views(model))
             self._write_history(number)
             self._snapshots.write()
         except OSError as error:

@@ -17,7 +17,7 @@ from typing import Any
 from fedrun.common.files import DamagedFile, read_regular, write_json
 from fedrun.common.log import WARNING, log
 from fedrun.config import FederatedConfig, RunConfig
-from fedrun.model.mamba2 import Mamba2LM
+from fedrun.model.base import Model
 from fedrun.records.checkpoint import GLOBAL, Checkpoint
 from fedrun.records.events import Events
 from fedrun.records.history import RunTotals
@@ -58,7 +58,7 @@ def warn_of_missing_records(config: RunConfig, checkpoint: Checkpoint) -> None:
     recorded = {str(event.get(schema.unit)) for event in _events(run_dir / "events.jsonl")}
     events = [step for step in range(1, checkpoint.step + 1) if str(step) not in recorded]
     evaluated = [record[schema.step] for record in checkpoint.server["history"]]
-    snapshots = [step for step in evaluated if not all(
+    snapshots = [step for step in evaluated if config.model.tracks_parameters and not all(
         (root / kind / f"step_{step:06d}.npz").is_file() for kind in ("params", "deltas"))]
     for what, missing, path in (("events", events, run_dir / "events.jsonl"),
                                 ("saved parameters", snapshots, root / "params")):
@@ -78,7 +78,7 @@ def _events(path: Path) -> list[Mapping[str, Any]]:
     return found
 
 
-def finish_from_checkpoint(config: RunConfig, checkpoint: Checkpoint, model: Mamba2LM) -> None:
+def finish_from_checkpoint(config: RunConfig, checkpoint: Checkpoint, model: Model) -> None:
     """Rank 0, after `prepare_run_dir`: write the results of a run from the checkpoint of its last
     step. The run was killed after that checkpoint, before it wrote them.
 
@@ -87,12 +87,12 @@ def finish_from_checkpoint(config: RunConfig, checkpoint: Checkpoint, model: Mam
     schema = _schema(config)
     run_dir, state = config.run_dir, checkpoint.server
     flat = FlatParams(model)
-    start = tracked_parameters(flat.views(flat.vector))
+    start = tracked_parameters(flat, flat.vector)
     flat.vector.copy_(checkpoint.tensors(GLOBAL)["model"])
     save_model(run_dir / "model.safetensors", flat.views(flat.vector))
     write_json(run_dir / "training_history.json", state["history"])
     save_snapshot(run_dir / schema.snapshots, checkpoint.step,
-                  tracked_parameters(flat.views(flat.vector)), start)
+                  tracked_parameters(flat, flat.vector), start)
     totals = RunTotals()
     totals.load_state(state["clocks"])
     events = Events(dataclasses.replace(config, track="none"), schema.unit, checkpoint.step,

@@ -12,10 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fedrun.common.files import write_atomic
-from fedrun.model.names import mixer_parameter
-
-# The tracked parameters of a Mamba-2 block: name in the model -> name in a snapshot.
-_TRACKED = {"in_proj.weight": "in_proj", "A_log": "A_log", "D": "D", "dt_bias": "dt_bias"}
+from fedrun.training.params import FlatParams
 
 
 def save_model(path: Path, tensors: Iterable[tuple[str, Tensor]],
@@ -24,24 +21,20 @@ def save_model(path: Path, tensors: Iterable[tuple[str, Tensor]],
     write_atomic(path, save({name: t.contiguous().cpu() for name, t in tensors}, metadata))
 
 
-def tracked_parameters(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, np.ndarray]:
-    """Copies of in_proj, A_log, D and dt_bias of every layer as float32, keyed `layers.0.in_proj`.
-
-    These are the parameters whose snapshots a run saves. tensors: a model's, by name.
-    """
-    found = {}
-    for name, tensor in tensors:
-        layer, parameter = mixer_parameter(name)
-        if parameter in _TRACKED:
-            array = tensor.detach().float().cpu().numpy()
-            found[f"layers.{layer}.{_TRACKED[parameter]}"] = array.copy()
-    return found
+def tracked_parameters(flat: FlatParams, vector: Tensor) -> dict[str, np.ndarray]:
+    """Copies as float32 of the parameters whose snapshots a run saves, by their names there
+    (`layers.0.in_proj`); {} if the model tracks none. vector: (size,) of the layout of `flat`."""
+    tracked = flat.names.tracked
+    return {tracked[name]: tensor.detach().float().cpu().numpy().copy()
+            for name, tensor in flat.views(vector) if name in tracked}
 
 
 def save_snapshot(folder: Path, step: int, now: Mapping[str, np.ndarray],
                   start: Mapping[str, np.ndarray]) -> None:
     """Write tracked parameters to `folder`/params/step_000030.npz, and their change since the start
-    to `folder`/deltas/step_000030.npz."""
+    to `folder`/deltas/step_000030.npz; nothing if there are none."""
+    if not now:
+        return
     deltas = {f"delta_{name}": now[name] - start[name] for name in now}
     for kind, arrays in (("params", now), ("deltas", deltas)):
         _write(folder / kind, step, arrays)
@@ -74,13 +67,16 @@ class SnapshotWriter:
         return len(self._queue) >= self.MAX_QUEUED
 
     def add(self, step: int, now: Mapping[str, np.ndarray]) -> None:
-        """Queue the tracked parameters of a step for the next `write`."""
+        """Queue the tracked parameters of a step for the next `write`; nothing if there are none.
+        """
+        if not now:
+            return
         self._queue.append((step, now))
 
     def write(self) -> None:
         """Write the start if this process has not yet, and the queued snapshots, oldest first.
         Raises OSError if the disk does not take them; those not written stay queued."""
-        if not self._start_written:
+        if self._start and not self._start_written:
             _write(self._folder / "params", 0, self._start)
             self._start_written = True
         while self._queue:

@@ -43,12 +43,16 @@ results/NAME stop the runs with a checkpoint.
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 
 import yaml
 
@@ -57,12 +61,19 @@ from fedrun.common.errors import one_line
 from fedrun.common.log import WARNING, log
 from fedrun.config import RunConfig
 from fedrun.distributed.launch import Launch, detect, without_rank
-from fedrun.distributed.stopping import LAUNCHER, StopRequest
+from fedrun.distributed.stopping import (
+    LAUNCHER,
+    SECONDS_OF_ONE_REQUEST,
+    StopRequest,
+    end_process,
+)
 from fedrun.flags import Parser, add_flags, method_flags, methods
 from fedrun.records.outcome import START_VARIABLE, read_outcome, write_outcome
 from fedrun.strategies.plugins import LOADED
+from fedrun.tools import study_process
 from fedrun.tools.study_devices import places, remark, visible_gpus
 from fedrun.tools.study_file import Study, notes, read
+from fedrun.tools.study_process import handling_signals
 from fedrun.tools.study_queue import Member, Stopped, run_all
 from fedrun.tools.study_runs import loss_halves
 from fedrun.tools.study_table import write
@@ -72,18 +83,25 @@ SECONDS_FOR_FIGURES = 600.0  # in which another process that has finished as wel
 
 def tune(study: Study, member: Member) -> None:
     """Run all grids with the tuning seed; extend them until no best value lies at an edge, or they
-    may not grow further."""
+    may not grow further. Where no result decides what is repeated, repeat it at the same time."""
     growing = list(study.settings.values())
+    repeats = [] if _is_tuned(study) else [study.config(s, s.points()[0], seed)
+                                           for seed in study.report_seeds for s in growing]
     while growing:
         configs = {(s.name, point): study.config(s, point, study.tune_seed)
                    for s in growing for point in s.points()}
-        run_all(member, configs.values())
+        run_all(member, [*configs.values(), *repeats])
         for setting in growing:
             for point in setting.points():
                 halves = loss_halves(configs[setting.name, point])
                 assert halves is not None
                 setting.tuned[point] = halves[0]
         growing = [setting for setting in growing if setting.extend()]
+
+
+def _is_tuned(study: Study) -> bool:
+    """Whether results with the tuning seed decide which runs follow."""
+    return study.prune < math.inf or any(len(s.points()) > 1 for s in study.settings.values())
 
 
 def repeat(study: Study, member: Member) -> None:
@@ -137,23 +155,44 @@ def take_part(study: Study, launch: Launch, gpus: Sequence[str | None]) -> int:
              and bool(others.get("start")))
     if first and not joins:
         write_outcome(study.folder, "running", finished(study))
-    try:
-        member = Member(study.folder, gpus, study.workers, stop.asked_by)
-        tune(study, member)
-        repeat(study, member)
-        if first:
-            conclude(study)
-    except Stopped as stopped:
-        if first and not joins:
-            write_outcome(study.folder, "stopped", finished(study), str(stopped))
-        if first:
-            log(str(stopped), WARNING)
-        return stopped.code
-    except Exception as error:
-        if first and not joins:
-            write_outcome(study.folder, "failed", finished(study), one_line(error))
-        raise
+    with handling_signals(signals := Signals()):
+        try:
+            member = Member(study.folder, gpus, study.workers, stop.asked_by)
+            tune(study, member)
+            repeat(study, member)
+            signals.left = "its runs are finished, not its table and figures"
+            if first:
+                conclude(study)
+        except Stopped as stopped:
+            signals.first = signals.first or time.monotonic()
+            if first and not joins:
+                write_outcome(study.folder, "stopped", finished(study), str(stopped))
+            if first:
+                log(str(stopped), WARNING)
+            return stopped.code
+        except Exception as error:
+            if first and not joins:
+                write_outcome(study.folder, "failed", finished(study), one_line(error))
+            raise
     return 0
+
+
+class Signals:
+    """The handler of signals while no queue, which has its own, makes runs: as when figures are
+    drawn. The first one raises Stopped; one that is sent again ends the process."""
+
+    def __init__(self) -> None:
+        self.left = "no run was being made"
+        """For the message."""
+        self.first = 0.0
+        """When the study was first asked to stop."""
+
+    def __call__(self, number: int, _: FrameType | None = None) -> None:
+        if not self.first:
+            self.first = time.monotonic()
+            raise Stopped(signal.Signals(number).name, 128 + number, self.left)
+        if time.monotonic() - self.first > SECONDS_OF_ONE_REQUEST:
+            end_process(128 + number)
 
 
 def conclude(study: Study) -> None:
@@ -193,7 +232,10 @@ def _gpu_count() -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the unfinished runs of a study, and write its table."""
+    """Run the unfinished runs of a study, and write its table. Or make one run of a study, for
+    which the study itself has started this process."""
+    if len(argv) == 2 and argv[0] == study_process.FLAG:
+        return study_process.main(Path(argv[1]))
     parser = Parser(
         prog="fedrun study", description=__doc__, allow_abbrev=False,
         usage="fedrun study FILE [options] [--flag value ...]",

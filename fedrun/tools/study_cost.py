@@ -55,8 +55,9 @@ class Cost:
         """A line, and one for each shape. jobs: runs at the same time."""
         took = self.seconds / min(jobs, max(1, self.runs))
         shown = f"{took / 3600:.1f} hours" if took >= 3600 else f"{took / 60:.1f} minutes"
-        lines = [f"to do: at most {self.runs} runs, {self.tokens:,} tokens of training, "
-                 f"about {shown} here, {jobs} at a time, besides starts and aggregation"]
+        lines = [f"to do: at most {self.runs} runs, {self.tokens:,} tokens of training, about "
+                 f"{shown} for this command alone, {jobs} at a time, besides starts and "
+                 "aggregation; processes on other nodes that join it share the work"]
         return "\n".join(lines + [f"  {shape.name}: {shape.step:.3g} s a step, "
                                   f"{shape.evaluation:.3g} s an evaluation"
                                   for shape in self.shapes])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,8 @@ class Study:
     settings: dict[str, StudySetting]
     published: dict[str, str]
     """Row -> the final perplexity that others have published; empty if these runs are not theirs,
-    since another scale was chosen, or a flag given that decides results."""
+    since another scale was chosen, other seeds or values of an axis, or a flag given that decides
+    results."""
     figures: list[list[str]]
     """What to plot of the runs: the words behind `fedrun plot`."""
 
@@ -150,7 +151,8 @@ def read(path: Path, results: Path, overrides: Mapping[str, Any]) -> Study:
     require(isinstance(given, dict), "study", path, "a mapping with " + ", ".join(DEFAULTS))
     flags = {name: value for name, value in overrides.items() if name not in OPTIONS}
     refuse_unread("study", flags)
-    values = _merged(path, given, {k: v for k, v in overrides.items() if k in OPTIONS})
+    options = {k: v for k, v in overrides.items() if k in OPTIONS}
+    values = _merged(path, given, options)
     where = f"study {path}: "
 
     def number(key: str, kind: type[int] | type[float], lowest: float) -> Any:
@@ -185,7 +187,8 @@ def read(path: Path, results: Path, overrides: Mapping[str, Any]) -> Study:
                   values["reference"], number("tune_seed", int, 0),
                   _seeds(f"{where}report_seeds", values), number("prune", float, 0),
                   list(values["repeat"]), settings,
-                  {} if flags.keys() - RunConfig.not_in_results else
+                  {} if flags.keys() - RunConfig.not_in_results or _asks_for_others(
+                      values, _merged(path, given, {})) else
                   {str(row): str(figure) for row, figure in values["published"].items()}, figures)
     for setting in settings.values():
         study.config(setting, setting.points()[0], 0)  # reports wrong flags before anything runs
@@ -216,11 +219,7 @@ def _merged(path: Path, given: Mapping[str, Any], options: Mapping[str, Any]) ->
         _check_kinds(f"study {path}: scales.{scale}: ", of_scale)
         values |= {"name": f"{values['name']}_{scale}", "published": {}}
         values |= {key: values[key] | content for key, content in of_scale.items()}
-    axes = dict(values["axes"])
-    for text in options.get("axes", ()):
-        flag, equals, listed = text.partition("=")
-        require(bool(equals and listed), "--axes", text, "FLAG=VALUE,VALUE")
-        axes[flag.replace("-", "_")] = listed.split(",")
+    axes = values["axes"] | _given_axes(options.get("axes", ()))
     for flag, listed in axes.items():
         require(isinstance(listed, list) and bool(listed), f"study {path}: axes.{flag}", listed,
                 "a list of values")
@@ -232,10 +231,35 @@ def _merged(path: Path, given: Mapping[str, Any], options: Mapping[str, Any]) ->
         values |= {"report_seeds": seeds} | ({} if "tune_seed" in given else {
             "tune_seed": seeds[0]})
     if "report_seeds" in options:
+        require("seed" not in _given_axes(options.get("axes", ())), "--report_seeds",
+                options["report_seeds"], "left out beside --axes seed=...")
         values["report_seeds"] = options["report_seeds"].split(",")
     values |= {key: options[key] for key in ("jobs", "workers", "name") if key in options}
     values |= {"base": renamed(values["base"]), "axes": renamed(axes)}
     return values
+
+
+def _given_axes(texts: Sequence[str]) -> dict[str, list[str]]:
+    """What --axes says: flag -> values."""
+    axes: dict[str, list[str]] = {}
+    for text in texts:
+        flag, equals, listed = text.partition("=")
+        require(bool(equals and listed), "--axes", text, "FLAG=VALUE,VALUE")
+        name = flag.replace("-", "_")
+        require(name not in axes, "--axes", text, f"the only --axes for {name}, with all values")
+        axes[name] = listed.split(",")
+    return axes
+
+
+def _asks_for_others(values: Mapping[str, Any], in_file: Mapping[str, Any]) -> bool:
+    """Whether the command line asks for other seeds than the file, or for values of an axis that
+    the file does not have."""
+    def shown(listed: Sequence[Any]) -> set[str]:
+        return {str(value) for value in listed}
+
+    return shown(values["report_seeds"]) != shown(in_file["report_seeds"]) or any(
+        not shown(listed) <= shown(in_file["axes"].get(flag, ()))
+        for flag, listed in values["axes"].items())
 
 
 def _check_kinds(where: str, values: Mapping[str, Any]) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fedrun.common.errors import InputError, one_line
-from fedrun.common.files import DamagedFile, Kind, read_json
+from fedrun.common.files import DamagedFile, read_json
 from fedrun.common.old_names import renamed
 from fedrun.config import RunConfig
 from fedrun.data.text_options import TextOptions
-from fedrun.records.outcome import read_outcome
+from fedrun.library.opened_run import Run
 from fedrun.records.provenance import INPUT_DIGESTS, corpus_digests, differing_settings
 from fedrun.records.run_dir import ENVIRONMENT
 
@@ -24,11 +26,11 @@ def loss_halves(config: RunConfig) -> list[float] | None:
     Infinite for a run that failed, for example because its learning rate is too large. Raises
     ValueError if the folder holds a run with other settings, or damaged files.
     """
-    folder = config.run_dir
+    folder, run = config.run_dir, Run(config.run_dir)
     if not (folder / "config.json").exists():
         return None
-    held = renamed(_read(folder / "config.json", dict))
-    differences = differing_settings(config, held)
+    with _naming_damage():
+        differences = differing_settings(config, renamed(run.config))
     if differences.keys() <= INPUT_DIGESTS.keys() and differences and _same_corpus(config):
         differences = {}
     if differences:
@@ -36,7 +38,7 @@ def loss_halves(config: RunConfig) -> list[float] | None:
                          "remove it, or give the study another name")
     if (folder / "failed.txt").exists():
         return [math.inf, math.inf]
-    if read_outcome(folder).get("outcome") != "finished":
+    if run.outcome != "finished":
         return None
     halves = history(config)[-1].get("val_loss_halves")
     if not isinstance(halves, list) or len(halves) != 2:
@@ -47,15 +49,18 @@ def loss_halves(config: RunConfig) -> list[float] | None:
 def history(config: RunConfig) -> list[dict[str, Any]]:
     """The history of a finished run. ValueError if it is damaged."""
     path = config.run_dir / "training_history.json"
-    records = _read(path, list)
+    with _naming_damage():
+        records = Run(config.run_dir).history
     if not records or not all(isinstance(record, dict) for record in records):
         raise _damaged(f"{path} does not hold a list of records")
     return records
 
 
-def _read(path: Path, kind: type[Kind]) -> Kind:
+@contextmanager
+def _naming_damage() -> Iterator[None]:
+    """Say what to do where a file of a run cannot be read."""
     try:
-        return read_json(path, kind)
+        yield
     except (OSError, DamagedFile) as error:
         raise _damaged(one_line(error)) from None
 
@@ -74,7 +79,8 @@ def _same_corpus(config: RunConfig) -> bool:
     """Whether a run read the same text and tokenizer as `config` would, by other paths."""
     if config.init_from:
         return False
-    made = _read(config.run_dir / ENVIRONMENT, dict).get("made_with")
+    with _naming_damage():
+        made = read_json(config.run_dir / ENVIRONMENT, dict).get("made_with")
     return isinstance(made, dict) and made.get("content") == _content(
         config.dataset, config.tokenizer, config.sequence_length, config.cache_dir,
         config.text_options)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from fedrun.data.tokens import TokenData
+from fedrun.model.base import Generates, Model
 from fedrun.model.generate import generate
-from fedrun.model.mamba2 import Mamba2LM
 
 BATCH_SEQUENCES = 16  # the same in every world, so that each batch's loss has the same bits
 PROMPT = "Once upon a time,"
@@ -23,7 +23,7 @@ Piece = tuple[int, float, int]
 
 
 @torch.no_grad()
-def validation_pieces(model: Mamba2LM, sequences: np.ndarray, device: torch.device, part: int = 0,
+def validation_pieces(model: Model, sequences: np.ndarray, device: torch.device, part: int = 0,
                       parts: int = 1, between_batches: Callable[[], None] = lambda: None
                       ) -> list[Piece]:
     """The summed losses of batches `part`, `part` + `parts`, ... of the split.
@@ -70,8 +70,10 @@ def sample_prompt(data: TokenData) -> Prompt:
     return Prompt(str(data.tokenizer.decode(tokens)), tokens)
 
 
-def sample_text(model: Mamba2LM, data: TokenData, device: torch.device) -> str:
-    """Continue the sample prompt by SAMPLE_TOKENS greedy tokens, generated with the recurrent
-    step."""
+def sample_text(model: Model, data: TokenData, device: torch.device) -> str:
+    """Continue the sample prompt by SAMPLE_TOKENS greedy tokens; an empty text if the model cannot
+    write."""
+    if not isinstance(model, Generates):
+        return ""
     prompt = torch.tensor([sample_prompt(data).tokens], device=device)
     return str(data.tokenizer.decode(generate(model, prompt, SAMPLE_TOKENS)[0].tolist()))

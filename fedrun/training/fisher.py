@@ -18,8 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fedrun.model.mamba2 import Mamba2LM
-from fedrun.model.names import in_mixer, tied_parameter
+from fedrun.model.base import Model
 from fedrun.strategies.base import FisherSettings
 from fedrun.training.params import FlatParams
 
@@ -45,7 +44,7 @@ class FisherEstimate:
         self.diagonal.zero_()
         self._batches = 0
 
-    def gradient(self, model: Mamba2LM, batch: Tensor) -> tuple[Tensor, int]:
+    def gradient(self, model: Model, batch: Tensor) -> tuple[Tensor, int]:
         """Do what `model.compute_grad` does, and add this batch's estimate to `diagonal`.
 
         batch: (sequences, sequence_length). Returns the summed loss and the number of tokens.
@@ -59,7 +58,7 @@ class FisherEstimate:
             return self._sequences(model, batch)
         return self._microbatches(model, batch)
 
-    def _sequences(self, model: Mamba2LM, batch: Tensor) -> tuple[Tensor, int]:
+    def _sequences(self, model: Model, batch: Tensor) -> tuple[Tensor, int]:
         assert self._mean is not None
         total, tokens, count = self._mean.zero_(), 0, len(batch)
         losses = []
@@ -71,7 +70,7 @@ class FisherEstimate:
         self.flat.grad.copy_(total)
         return torch.stack(losses).sum(), tokens * count
 
-    def _microbatches(self, model: Mamba2LM, batch: Tensor) -> tuple[Tensor, int]:
+    def _microbatches(self, model: Model, batch: Tensor) -> tuple[Tensor, int]:
         assert self._mean is not None
         assert self._spread is not None
         count = self.settings.microbatches
@@ -97,8 +96,9 @@ class FisherEstimate:
         Zero outside --fisher_scope: the method's floor then makes the average there a plain one.
         """
         self.diagonal.div_(self._batches)
-        scope, tied = self.settings.scope, tied_parameter(part.name for part in self.flat.slices)
+        scope, names = self.settings.scope, self.flat.names
         for name, view in self.flat.views(self.diagonal):
-            if (scope == "mixers" and not in_mixer(name)) or (scope == "untied" and name == tied):
+            if (scope == "mixers" and name not in names.mixers) or (
+                    scope == "untied" and name == names.tied):
                 view.zero_()
         return self.diagonal

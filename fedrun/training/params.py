@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fedrun.model.base import Model
+from fedrun.model.names import ParameterNames
+
 
 @dataclass(frozen=True)
 class ParamSlice:
@@ -24,15 +27,16 @@ class ParamSlice:
 
 
 class FlatParams:
-    """Moves a module's parameters into `vector` (size,) and their gradients into `grad` (size,).
+    """Moves a model's parameters into `vector` (size,) and their gradients into `grad` (size,).
 
-    The module works as before, on views. Names are sorted, so that all ranks that build the same
+    The model works as before, on views. Names are sorted, so that all ranks that build the same
     model agree on the layout. A tied weight has one slice, under the first of its names. All
-    parameters must have the same type and device.
+    parameters must have the same type and device. `names` are the model's.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        parameters = sorted(module.named_parameters())  # a tied weight appears once
+    def __init__(self, model: Model | nn.Module) -> None:
+        parameters = sorted(model.named_parameters())  # a tied weight appears once
+        self.names = getattr(model, "names", ParameterNames())
         self.slices: list[ParamSlice] = []
         start = 0
         for name, p in parameters:

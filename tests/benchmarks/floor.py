@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 
 from fedrun.model.config import ModelConfig
-from fedrun.model.mamba2 import CHUNK_SIZE
+from fedrun.model.mixer import CHUNK_SIZE
 from tests.benchmarks.common import median_seconds
 
 ADAMW_TRANSFERS = 7  # reads parameter, gradient and two moments; writes all but the gradient

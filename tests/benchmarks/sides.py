@@ -22,7 +22,6 @@ from fedrun.flags import resolve
 from fedrun.model import mamba2, ssd
 from fedrun.model.config import ModelConfig
 from fedrun.model.convert import to_transformers_config
-from fedrun.model.generate import prefill, step
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.training.optimizer import LocalOptimizer
 from fedrun.training.params import FlatParams
@@ -93,8 +92,8 @@ class Ours:
         """Seconds to generate one token, by length of the prompt."""
         found = {}
         for length in (16, 256, 2048):
-            logits, state = prefill(self.model, torch.zeros(1, length, dtype=torch.long))
-            work = bind(step, self.model, logits.argmax(-1), state)
+            logits, state = self.model.prefill(torch.zeros(1, length, dtype=torch.long))
+            work = bind(self.model.step, logits.argmax(-1), state)
             found[str(length)] = median_seconds(work, 31)
         return found
 

@@ -53,14 +53,14 @@ def test_an_empty_corpus(run: Run, tmp_path: Path) -> None:
 
 
 def test_under_torchrun_the_error_is_printed_once(run: Run) -> None:
-    outcome = run("fed_avg", "--lr", "-1", processes=3)
+    outcome = run("fed_avg", "--lr", "-1", processes=3, launcher=True)
     assert outcome.code == 2
     assert re.search("--lr -1.0: must be > 0", error_line(outcome.output))
     assert "launch: " not in outcome.output  # which would bury it
 
 
 def test_central_under_torchrun_is_refused(run: Run) -> None:
-    outcome = run("central", processes=2)
+    outcome = run("central", processes=2, launcher=True)
     assert "central runs in one process" in error_line(outcome.output)
 
 
@@ -117,7 +117,8 @@ def launched(tmp_path: Path, cache_dir: Path, processes: int, rounds: int, timeo
             process.kill()
 
 
-@pytest.mark.parametrize(("sent", "timeout"), [(signal.SIGKILL, 600), (signal.SIGSTOP, 4)])
+@pytest.mark.parametrize(("sent", "timeout"), [
+    (signal.SIGKILL, 600), pytest.param(signal.SIGSTOP, 4, marks=pytest.mark.slow)])
 def test_a_lost_worker_ends_all_ranks(sent: signal.Signals, timeout: int, cache_dir: Path,
                                       tmp_path: Path) -> None:
     """A killed worker is noticed at once, a stopped one at the timeout. The server names it."""
@@ -146,6 +147,7 @@ def test_a_signal_while_another_rank_is_lost_ends_at_once(cache_dir: Path, tmp_p
         assert "SIGTERM, and no heartbeat from rank 2: exiting now" in log.read_text()
 
 
+@pytest.mark.slow
 def test_a_stopped_launcher_does_not_stop_the_run(cache_dir: Path, tmp_path: Path) -> None:
     """It hosts the store, whose calls have no timeout; but training does not use the store."""
     with launched(tmp_path, cache_dir, 3, 200, timeout=20) as (launcher, ranks, log):

@@ -18,6 +18,7 @@ from fedrun.distributed.launch import detect
 from fedrun.distributed.runtime import Runtime
 from fedrun.federation.schedule import Schedule
 from fedrun.flags import resolve
+from fedrun.model.mamba2 import Mamba2LM
 from tests.support.experiments import experiment_of
 from tests.support.made_data import made
 
@@ -41,8 +42,10 @@ def test_texts_beside_gpus(gpu: str, dtype: str, deterministic: bool, products: 
     server = protocol.make_server(experiment, Schedule(config, experiment.shards.sizes), runtime,
                                   stopping, None)
     assert server is not None
-    assert (server.model.compute_dtype, server.dtype) == (products, torch.float32)
+    model = server.model
+    assert isinstance(model, Mamba2LM)
+    assert (model.compute_dtype, server.dtype) == (products, torch.float32)
     assert (server.recorder._texts is not None) == skips
-    start = experiment.new_model("cpu").state_dict()
-    assert all(torch.equal(start[n], t) for n, t in server.model.state_dict().items())
+    start = dict(experiment.new_model("cpu").named_parameters())
+    assert all(torch.equal(start[name], p) for name, p in model.named_parameters())
     server.recorder.close()

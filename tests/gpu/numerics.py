@@ -17,9 +17,11 @@ from fedrun.aggregation.exact import MOMENTS, ExactAggregator
 from fedrun.aggregation.int8 import Int8Aggregator
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.flags import resolve
+from fedrun.model.config import ModelConfig
 from fedrun.model.kernels import on_gpu
 from fedrun.model.loss import linear_cross_entropy, predictive_entropy
-from fedrun.model.mamba2 import Mamba2LM, Mamba2Mixer
+from fedrun.model.mamba2 import Mamba2LM
+from fedrun.model.mixer import Mamba2Mixer
 from fedrun.strategies.base import ServerRound, Strategy
 from fedrun.strategies.fed_avg import FedAvg
 from fedrun.strategies.fed_entropy import FedEntropy
@@ -171,6 +173,7 @@ def mixers(presets: Sequence[str]) -> Iterator[tuple[Mamba2Mixer, int]]:
     each shape of a mixer compiles all kernels."""
     for preset in presets:
         config = resolve("fed_avg", {"config": preset}).model
+        assert isinstance(config, ModelConfig)
         for groups in (1, 2) if preset == "tiny" else (1,):
             model = Mamba2LM(dataclasses.replace(config, ngroups=groups), 8)
             model.init_weights(0)

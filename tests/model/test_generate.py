@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedrun.model.config import ModelConfig
-from fedrun.model.generate import generate, prefill, step
+from fedrun.model.generate import generate
 from fedrun.model.mamba2 import Mamba2LM
 
 VOCAB = 61
@@ -32,10 +32,10 @@ def test_steps_equal_the_forward(model: Mamba2LM, prompt: int) -> None:
     ids = sequences(prompt + 8)
     with torch.no_grad():
         expected = model(ids)
-    logits, state = prefill(model, ids[:, :prompt])
+    logits, state = model.prefill(ids[:, :prompt])
     for t in range(prompt, ids.shape[1]):
         torch.testing.assert_close(logits, expected[:, t - 1], rtol=1e-10, atol=1e-12)
-        logits = step(model, ids[:, t], state)
+        logits = model.step(ids[:, t], state)
     torch.testing.assert_close(logits, expected[:, -1], rtol=1e-10, atol=1e-12)
 
 
@@ -49,9 +49,9 @@ def test_greedy_tokens_are_those_of_the_forward(model: Mamba2LM) -> None:
 
 
 def test_the_state_does_not_grow(model: Mamba2LM) -> None:
-    _, short = prefill(model, sequences(1))
-    _, long = prefill(model, sequences(50))
-    step(model, sequences(1)[:, 0], long)
+    _, short = model.prefill(sequences(1))
+    _, long = model.prefill(sequences(50))
+    model.step(sequences(1)[:, 0], long)
     shapes = [[tensor.shape for tensor in layer] for layer in short]
     assert shapes == [[tensor.shape for tensor in layer] for layer in long]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedrun.federation.client import Client
 from fedrun.flags import resolve
-from fedrun.model import gpu_head, kernels, mamba2
+from fedrun.model import gpu_head, kernels, mamba2, mixer
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.training.batch_memory import BatchMemory
@@ -91,7 +91,7 @@ def test_launches_of_a_step(monkeypatch: pytest.MonkeyPatch, as_on_a_gpu: None, 
     monkeypatch.setattr(kernels, "uses_triton", lambda x: False)
     monkeypatch.setattr(kernels, "ssd_kernels", lambda: SimpleNamespace(
         mamba_split_conv1d_scan_combined=split_conv1d_scan))
-    monkeypatch.setattr(mamba2, "rms_norm", lambda x, weight, *_: Norm.apply(x, weight))
+    monkeypatch.setattr(mixer, "rms_norm", lambda x, weight, *_: Norm.apply(x, weight))
     small, large = (step_on_meta(layers, sequences, compute_dtype) for sequences in (4, 16))
     assert small.counted == large.counted
     assert small.total <= most, small.counted.most_common()

@@ -16,6 +16,7 @@ import torch
 from fedrun.config import FederatedConfig
 from fedrun.federation.client import Client
 from fedrun.flags import resolve
+from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.strategies.fed_fisher import FedFisher
 from fedrun.training.fisher import FisherEstimate
@@ -31,6 +32,7 @@ def test_training_fisher_and_entropy_touch_no_value(
         monkeypatch: pytest.MonkeyPatch, compute_dtype: torch.dtype, fisher: str | None) -> None:
     config = resolve("fed_fisher", {"config": "tiny", "grad_clip": "1.0", "prox_mu": "0.1"})
     assert isinstance(config, FederatedConfig)
+    assert isinstance(config.model, ModelConfig)
     with torch.device("meta"):
         model = Mamba2LM(config.model, 50, compute_dtype=compute_dtype)
     flat = FlatParams(model)

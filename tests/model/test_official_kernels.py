@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedrun.model import kernels, mamba2
+from fedrun.model import kernels, mixer
 from fedrun.model.config import ModelConfig
 from fedrun.model.kernels import kernel_path, path_for
 from fedrun.model.mamba2 import Mamba2LM
@@ -62,12 +62,12 @@ def test_shapes_that_causal_conv1d_refuses_are_convolved_by_torch(
     model.init_weights(0)
     taken = []
 
-    def instead(mixer: mamba2.Mamba2Mixer, u: torch.Tensor, path: str, *_: object) -> torch.Tensor:
+    def instead(_: mixer.Mamba2Mixer, u: torch.Tensor, path: str, *__: object) -> torch.Tensor:
         taken.append(path)
         return u
 
     monkeypatch.setattr(kernels, "path_for", lambda x: "split_conv1d_scan")
-    monkeypatch.setattr(mamba2, "mix_with_kernels", instead)
+    monkeypatch.setattr(mixer, "mix_with_kernels", instead)
     model.hidden(torch.zeros(1, 8, dtype=torch.long))
     assert taken == [path]
 

@@ -26,7 +26,7 @@ cuda.get_device_properties = lambda *_: types.SimpleNamespace(multi_processor_co
 
 from torch.nn.functional import cross_entropy  # noqa: E402
 
-from fedrun.model import kernels, mamba2  # noqa: E402
+from fedrun.model import kernels, mixer  # noqa: E402
 from fedrun.model.config import ModelConfig  # noqa: E402
 from fedrun.model.convert import to_mamba_ssm_config  # noqa: E402
 from fedrun.model.mamba2 import Mamba2LM  # noqa: E402
@@ -61,8 +61,8 @@ def main(path: str, length: int, shape: str) -> None:
         kernels.CHUNK_SIZE = 32
         patched: Any = kernels
         patched.path_for = lambda x: path
-        patched = mamba2
-        official_mix = mamba2.mix_with_kernels
+        patched = mixer
+        official_mix = mixer.mix_with_kernels
 
         def counted(*arguments: Any) -> Any:
             calls.append(arguments)

@@ -18,6 +18,7 @@ from torch import nn
 
 from fedrun.common.errors import FolderLost
 from fedrun.flags import resolve
+from fedrun.model.names import mamba2_names
 from fedrun.records import checkpoint_writer, recorder
 from fedrun.records.checkpoint import GLOBAL, folder_of, latest_valid
 from fedrun.records.checkpoint_writer import CheckpointWriter
@@ -38,6 +39,7 @@ class Block(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList([nn.ModuleDict({"mixer": nn.ParameterDict(
             {"D": nn.Parameter(torch.zeros(2))})})])
+        self.names = mamba2_names(["layers.0.mixer.D"])
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def test_stopped_and_resumed_in_another_world(run: Run, tmp_path: Path, method: 
 
 
 @pytest.mark.parametrize(("rank", "at"), [
-    (1, "train:3"), (0, "before-manifest:6"),
+    (1, "train:3"), pytest.param(0, "before-manifest:6", marks=pytest.mark.slow),
     pytest.param(0, "after-manifest:7", marks=pytest.mark.slow)])  # nothing is left to train
 def test_killed_and_restarted_in_place(run: Run, tmp_path: Path, undisturbed: Outcome, rank: int,
                                        at: str) -> None:
@@ -80,6 +80,7 @@ def test_killed_and_restarted_in_place(run: Run, tmp_path: Path, undisturbed: Ou
     assert_equal(killed, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_launcher_that_is_killed_leaves_no_orphans(run: Run, tmp_path: Path,
                                                      undisturbed: Outcome) -> None:
     log = tmp_path / "log"

@@ -36,7 +36,7 @@ CORPUS.write_text("\n\n".join(read_pydocs(local_files("pydocs")[:40]).values()),
 
 SMALL = ("--config", "tiny", "--dataset", str(CORPUS), "--tokenizer", "bpe:400",
          "--sequence_length", "32", "--batch_size", "2", "--val_freq", "3", "--lr", "2e-3",
-         "--dtype", "fp32")
+         "--dtype", "fp32", "--val_fraction", "0.02")
 
 
 def read_json(path: Path) -> dict[str, Any]:

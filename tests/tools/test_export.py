@@ -337,6 +337,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(
         ) -> None:
     run = Path(shutil.copytree(trained.run_dir, tmp_path / "run"))
     shutil.rmtree(run / "tokenizer")
-    assert cli.main(["fed_avg", "--dataset", "pydocs", "--tokenizer", "bpe:500", "--init_from",
-                     str(run), "--cache_dir", str(cache_dir), "--data_dir", str(tmp_path)]) == 2
+    assert cli.main(["fed_avg", "--dataset", str(CORPUS), "--tokenizer", "bpe:500",
+                     "--init_from", str(run), "--cache_dir", str(cache_dir),
+                     "--data_dir", str(tmp_path)]) == 2
     assert "--tokenizer bpe:500: has 500 tokens, more than the 400" in capsys.readouterr().err

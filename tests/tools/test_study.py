@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import os
 import shutil
+import signal
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
 
-from fedrun.common.errors import FedrunError, InputError
+import fedrun
+from fedrun.common import locks
 from fedrun.config import RunConfig
 from fedrun.distributed.launch import Launch
-from fedrun.run import run
-from fedrun.tools import study, study_file, study_queue, study_runs, study_table
+from fedrun.run import run as run_here
+from fedrun.tools import (
+    plot,
+    study,
+    study_file,
+    study_process,
+    study_queue,
+    study_runs,
+    study_table,
+)
 from fedrun.tools.study_file import Study
+from fedrun.tools.study_process import Children
+from fedrun.tools.study_queue import Member
 from tests.support.runs import read_history, read_json
 from tests.support.studies import ORIGINAL, change, little_study
 
 
-def start_here(config: RunConfig, gpus: str | None, children: study_queue.Children) -> None:
+def start_here(config: RunConfig, gpus: str | None, children: Children) -> None:
     """`study_queue.start` without its process, whose start would take most of the test."""
-    assert run(config) == 0
+    assert run_here(config) == 0
 
 
 def test_a_whole_study_and_its_resumption(tmp_path: Path, cache_dir: Path,
@@ -38,6 +53,7 @@ def test_a_whole_study_and_its_resumption(tmp_path: Path, cache_dir: Path,
     # grid, and two seeds more.
     tokens = 4 * 2 * 32 * ((2 + 2) + 2 * ((2 + 2) + (1 + 2)))
     assert f"to do: at most 11 runs, {tokens:,} tokens of training, about" in said
+    assert " for this command alone, 1 at a time, " in said
     assert "tiny, 2 x 32 tokens: " in said
     with pytest.MonkeyPatch.context() as patch:  # a member whose rank 0 is lost
         patch.setattr(study, "detect", lambda env: Launch(1, 2, 1, 2))
@@ -72,6 +88,93 @@ def test_a_whole_study_and_its_resumption(tmp_path: Path, cache_dir: Path,
         study.main([*argv, "--sequence_length", "16"])
 
 
+@pytest.mark.parametrize(("prune", "grid", "in_turn"), [
+    (math.inf, [1e-3], [["a_0", "b_0", "a_1", "b_1", "a_2", "b_2"]]),
+    (1.5, [1e-3], [["a_0", "b_0"], ["a_1", "a_2"]]),
+    (math.inf, [1e-3, 2e-3], [["a_0", "a_0", "b_0", "b_0"], ["a_1", "b_1", "a_2", "b_2"]])])
+def test_seeds_wait_for_the_tuning_only_if_it_decides(
+        tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, prune: float,
+        grid: list[float], in_turn: list[list[str]]) -> None:
+    path = little_study(tmp_path, cache_dir)
+    change(path, {}, report_seeds=[1, 2], prune=prune, grid={"lr": grid}, extensions=0, settings={
+        "a": {"method": "central", "rounds": 2}, "b": {"method": "central", "rounds": 3}},
+        reference="a")
+    found = study_file.read(path, tmp_path, {})
+    queues: list[list[str]] = []
+    run: set[str] = set()
+
+    def run_all(member: Member, configs: Iterable[RunConfig]) -> None:
+        new = [config for config in configs if config.name not in run]
+        run.update(config.name for config in new)
+        if new:
+            queues.append([f"{c.name[0]}_{c.seed}" for c in new])
+
+    monkeypatch.setattr(study, "run_all", run_all)
+    monkeypatch.setattr(study, "loss_halves", lambda config: [float(config.rounds)] * 2)
+    member = Member(tmp_path, [None])
+    study.tune(found, member)
+    study.repeat(found, member)
+    assert queues == in_turn
+
+
+def one_run(tmp_path: Path, cache_dir: Path) -> tuple[list[str], Path]:
+    """The arguments of a study with one run and a figure, and the run's folder."""
+    path = little_study(tmp_path, cache_dir)
+    change(path, {"checkpoint_freq": 1}, report_seeds=[], extensions=0, grid={"lr": [1e-3]},
+           figures=["perplexities"], settings={"central": {"method": "central", "rounds": 2}})
+    return ([str(path), "--results", str(tmp_path)],
+            tmp_path / "little" / "runs" / "central_lr_0.001_seed_0")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_the_figures_are_drawn(
+        tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, number: int) -> None:
+    monkeypatch.setattr(study_queue, "start", start_here)
+    argv, _ = one_run(tmp_path, cache_dir)
+    drawn, before = [], signal.getsignal(number)
+
+    def draw(words: Sequence[str]) -> int:
+        drawn.append(words[0])
+        if len(drawn) == 1:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        return 0
+
+    monkeypatch.setattr(plot, "main", draw)
+    assert study.main(argv) == 128 + number
+    name = signal.Signals(number).name
+    (line,) = (r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING)
+    assert line == (f"study: stopped by {name}: its runs are finished, not its table and figures; "
+                    "the same command resumes the study")
+    assert "Traceback" not in capsys.readouterr().err
+    assert signal.getsignal(number) == before
+    outcome = read_json(tmp_path / "little" / "outcome.json")
+    assert (outcome["outcome"], outcome["reason"]) == ("stopped", line)
+    assert study.main(argv) == 0
+    assert drawn == ["perplexities"] * 2
+    assert read_json(tmp_path / "little" / "outcome.json")["outcome"] == "finished"
+
+
+def test_checkpoints_of_a_member_that_died_are_removed(
+        tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the end of its run and their removal."""
+    monkeypatch.setattr(study_queue, "start", start_here)
+    argv, run_dir = one_run(tmp_path, cache_dir)
+    checkpoints = run_dir / "checkpoints"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_queue, "_remove_checkpoints", lambda config: None)
+        assert study.main(argv) == 0
+    assert list(checkpoints.glob("step_*/server.json")) or list(checkpoints.glob("step_*/*"))
+    lock = locks.acquire(tmp_path / "little" / "queue" / f"{run_dir.name}.lock", 0)
+    assert study.main(argv) == 0
+    assert checkpoints.is_dir()  # another process still has the run
+    lock.release()
+    (checkpoints / "notes.txt").write_text("the user's own")
+    assert study.main(argv) == 0
+    assert [path.name for path in checkpoints.iterdir()] == ["notes.txt"]
+
+
 def test_a_run_that_diverges_counts_as_infinitely_bad(tmp_path: Path, cache_dir: Path) -> None:
     path = little_study(tmp_path, cache_dir)
     change(path, {}, settings={"central": {"method": "central", "rounds": 3}}, report_seeds=[],
@@ -80,9 +183,12 @@ def test_a_run_that_diverges_counts_as_infinitely_bad(tmp_path: Path, cache_dir:
     central = found.settings["central"]
     good, bad = central.points()
     config = found.config(central, bad, 0)
-    study_queue.start(config, None, study_queue.Children())
+    study_process.start(config, None, study_process.Children(tmp_path))
     assert study_runs.loss_halves(config) == [math.inf, math.inf]
-    assert "not finite: --lr 1e+30 may be too large" in (config.run_dir / "failed.txt").read_text()
+    run = fedrun.open_run(config.run_dir)
+    assert (run.outcome, run.diverged) == ("failed", True)
+    assert "not finite: --lr 1e+30 may be too large" in run.reason
+    assert (config.run_dir / "failed.txt").read_text() == f"{run.reason}\n"
     central.tuned = {good: 3.0, bad: math.inf}
     study_table.write(found)
     (row,) = json.loads((tmp_path / "little" / "table.json").read_text())
@@ -98,28 +204,6 @@ def test_a_run_that_diverges_counts_as_infinitely_bad(tmp_path: Path, cache_dir:
     study_table.write(found)
     (row,) = json.loads((tmp_path / "little" / "table.json").read_text())
     assert (row["ratio_mean"], row["ratio_std"]) == (None, None)
-
-
-@pytest.mark.parametrize(("code", "error"), [(1, FedrunError), (-9, FedrunError), (2, InputError)])
-def test_only_what_the_user_has_to_change_is_not_tried_again(
-        tmp_path: Path, cache_dir: Path, code: int, error: type[Exception]) -> None:
-    """A launch script starts a study again after any other exit code than 2."""
-    found = study_file.read(little_study(tmp_path, cache_dir), tmp_path, {})
-    central = found.settings["central"]
-    children = study_queue.Children()
-    children.run = lambda *_: (code, "why")  # type: ignore[method-assign]
-    with pytest.raises(FedrunError) as caught:
-        study_queue.start(found.config(central, central.points()[0], 0), None, children)
-    assert type(caught.value) is error
-
-
-def test_runs_get_the_plugins_of_the_study(tmp_path: Path, cache_dir: Path,
-                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study_queue, "LOADED", ["my_method.py"])
-    found = study_file.read(little_study(tmp_path, cache_dir), tmp_path, {})
-    central = found.settings["central"]
-    command = study_queue.command(found.config(central, central.points()[0], 0), 1)
-    assert command[-1] == "--plugin=my_method.py"
 
 
 def test_gpus_are_left_to_the_runs(tmp_path: Path, cache_dir: Path,

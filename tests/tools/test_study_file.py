@@ -41,7 +41,12 @@ def test_the_original_grid(tmp_path: Path) -> None:
     assert Counter(config.method for config in configs.values()) == {
         "central": 9, "fed_avg": 18, "fed_momentum": 3, "fed_entropy": 3, "fed_fisher": 3}
     assert set(found.published) < set(found.settings)
-    assert not study_file.read(ORIGINAL, tmp_path, {"dataset": "pydocs"}).published
+    for flags, comparable in (
+            ({"dataset": "pydocs"}, False), ({"report_seeds": "0"}, False),
+            ({"axes": ["seed=0,1"]}, False), ({"axes": ["config=study"]}, False),
+            ({"report_seeds": "2,1,0"}, True), ({"axes": ["seed=0,1,2"]}, True),
+            ({"axes": ["config=ssm_1_layer_padded", "local_updates=1"]}, True)):
+        assert bool(study_file.read(ORIGINAL, tmp_path, flags).published) == comparable, flags
     small = study_file.read(ORIGINAL, tmp_path, {"scale": "small"})
     assert len(study.unfinished(small)) == 36
     assert not small.published
@@ -49,7 +54,7 @@ def test_the_original_grid(tmp_path: Path) -> None:
         whole = configs[config.name.replace("tiny_1_layer", "ssm_1_layer_padded")
                         .replace("tiny_4_layer", "ssm_4_layer_padded")
                         .replace("tiny", "ssm_2_layer_padded").replace("0.002", "0.0005")]
-        assert config.model.n_layer == whole.model.n_layer
+        assert config.model.to_dict()["n_layer"] == whole.model.to_dict()["n_layer"]
         differing = {name for name, value in config.results_dict().items()
                      if whole.results_dict()[name] != value}
         assert differing == {"dataset", "tokenizer", "model", "lr"} - (

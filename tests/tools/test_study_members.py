@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any, ClassVar
 
 import psutil
 import pytest
 
 from fedrun.config import RunConfig
-from fedrun.distributed.launch import Launch, detect
+from fedrun.distributed.launch import Launch
 from fedrun.flags import resolve
 from fedrun.tools import study_queue
 from fedrun.tools.study_devices import places, remark, visible_gpus
-from fedrun.tools.study_queue import Children, Member, Stopped
+from fedrun.tools.study_process import Children
+from fedrun.tools.study_queue import Member, Stopped
 from tests.support.runs import (
     ROOT,
     alive,
@@ -89,47 +87,6 @@ def test_too_few_gpus_idle_ones_and_shared_ones_are_named() -> None:
 def test_devices_are_chosen_without_torch() -> None:
     assert fresh_python("import sys, fedrun.tools.study_devices; print('torch' in sys.modules)"
                         ) == "False\n"
-
-
-class Recorded(subprocess.Popen[bytes]):
-    """A process that does nothing, in the place of another."""
-
-    commands: ClassVar[list[list[str]]] = []
-    env: ClassVar[dict[str, str]] = {}
-
-    def __init__(self, command: list[str], **how: Any) -> None:
-        self.commands.append(command)
-        self.env.clear()
-        self.env.update(how["env"])
-        super().__init__([sys.executable, "-c", ""], **how)
-
-
-def test_a_run_is_no_rank_of_the_study_and_may_have_ranks_of_its_own(
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
-                        "TORCHELASTIC_RUN_ID": "none", "MASTER_PORT": "1",
-                        "FEDRUN_REFUSED": "/x"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(subprocess, "Popen", Recorded)
-
-    def started(config: RunConfig, gpus: str | None, workers: int) -> list[str]:
-        assert Children(workers).run(config, gpus, "token") == (0, "")
-        command = Recorded.commands[-1]
-        return command[2:command.index(config.method)]
-
-    central, federated = resolve("central", {}), resolve("fed_avg", {})
-    assert started(federated, None, 1) == ["fedrun"]
-    assert detect(Recorded.env) == Launch()
-    assert not {"MASTER_PORT", "TORCHELASTIC_RUN_ID", "FEDRUN_REFUSED"} & set(Recorded.env)
-    assert Recorded.env.get("CUDA_VISIBLE_DEVICES") == os.environ.get("CUDA_VISIBLE_DEVICES")
-    assert Recorded.env["FEDRUN_LAUNCHER"] == str(os.getpid())
-    assert started(federated, "2,5", 2) == ["fedrun.torchrun", "--nproc-per-node", "3", "-m",
-                                            "fedrun"]
-    assert Recorded.env["CUDA_VISIBLE_DEVICES"] == "2,5"
-    assert Recorded.env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == f"{federated.timeout:.0f}"
-    colocated = resolve("fed_avg", {"server": "colocated"})
-    assert started(colocated, "2,5", 2)[2] == "2"
-    assert started(central, "2,5", 2) == ["fedrun"]
 
 
 def test_a_stop_file_stops_a_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

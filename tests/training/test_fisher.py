@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
+from fedrun.model.names import ParameterNames
 from fedrun.strategies.base import FisherSettings
 from fedrun.training.fisher import FisherEstimate
 from fedrun.training.params import FlatParams
@@ -126,6 +127,7 @@ def test_scope_is_zero_outside_the_mixers(model: Bigram) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.layers = model
+            self.names = ParameterNames(mixers=frozenset({"layers.mixer.weight"}))
 
         def compute_grad(self, tokens: Tensor) -> tuple[Tensor, int]:
             return model.compute_grad(tokens)

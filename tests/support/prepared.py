@@ -1,0 +1,81 @@
+"""Ranks that start at once, in processes of their own that are forked from one that has imported
+torch and fedrun already.
+
+Importing takes a process 2.5 seconds, which is most of what a run of a few rounds costs. Without a
+launcher, as srun starts ranks: what a launcher does is tested with `fedrun.torchrun`.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import pytest
+
+from tests.support.runs import ROOT, free_port
+
+SECONDS_TO_FOLLOW = 10.0
+"""In which the other ranks end by themselves after one has failed."""
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with threads could not be forked
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["fedrun.cli", "fedrun.run", "tokenizers"])
+
+
+def run_ranks(processes: int, arguments: Sequence[str], limit: float) -> tuple[int, str]:
+    """Run `python -m fedrun` with these arguments on so many ranks of one machine; the exit code of
+    the first that failed, or 0, and all they printed. Past the limit (seconds) they are killed, and
+    the test fails."""
+    port = free_port()
+    with tempfile.NamedTemporaryFile(prefix="fedrun-output-") as output:
+        ranks = [_context.Process(target=_be_rank, daemon=True, args=(
+            {**os.environ, **(_variables(rank, processes, port) if processes > 1 else {})},
+            list(arguments), output.name)) for rank in range(processes)]
+        for rank in ranks:
+            rank.start()
+        over = _join(ranks, limit)
+        printed = Path(output.name).read_text(encoding="utf-8")
+    if over:
+        pytest.fail(f"still running after {limit} s: {' '.join(arguments)}\n{printed}")
+    return next((abs(rank.exitcode) for rank in ranks if rank.exitcode), 0), printed
+
+
+def _variables(rank: int, processes: int, port: int) -> dict[str, str]:
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
+            "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port)}
+
+
+def _join(ranks: Sequence[ForkServerProcess], limit: float) -> bool:
+    """Wait for all ranks, and kill those that do not end; whether one ran past the limit."""
+    deadline, over = time.monotonic() + limit, False
+    while running := [rank for rank in ranks if rank.exitcode is None]:
+        if any(rank.exitcode for rank in ranks):
+            deadline = min(deadline, time.monotonic() + SECONDS_TO_FOLLOW)
+        if time.monotonic() > deadline:
+            over = not any(rank.exitcode for rank in ranks)
+            for rank in running:
+                rank.kill()
+        wait([rank.sentinel for rank in running], timeout=0.5)
+    return over
+
+
+def _be_rank(env: dict[str, str], arguments: list[str], output: str) -> None:
+    """Become `python -m fedrun` with these arguments; in the forked process."""
+    os.setsid()
+    os.chdir(ROOT)
+    os.environ.clear()
+    os.environ.update(env)
+    printed = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(printed, 1)
+    os.dup2(printed, 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    sys.argv = ["fedrun", *arguments]
+    runpy.run_module("fedrun", run_name="__main__")

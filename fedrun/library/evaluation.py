@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def evaluate(found: Pretrained, dataset: str | None = None, split: str | None = None, *,
              text_column: str | None = None, encoding: str | None = None,
              sequence_length: int | None = None, dtype: str = "fp32", device: str = "cpu",
-             tokenizer: str | None = None, cache_dir: Path = CACHE_DIR, data: Any = None
+             tokenizer: str | None = None, cache_dir: str | Path = CACHE_DIR, data: Any = None
              ) -> dict[str, Any]:
     """Loss in nats per token and perplexity, with the number of tokens and what was read.
 
@@ -61,7 +61,7 @@ def evaluate(found: Pretrained, dataset: str | None = None, split: str | None = 
     source = name if data is None else given_data([given_part(data, "data")], None, False, length,
                                                   options)
     try:
-        data = prepare(source, str(need_tokenizer(found, tokenizer)), length, cache_dir,
+        data = prepare(source, str(need_tokenizer(found, tokenizer)), length, Path(cache_dir),
                        options=options)
     except ValueError as error:
         raise InputError(str(error).replace("--validation_split", "--split")) from error

@@ -104,7 +104,7 @@ def test_ids_alone(flags: dict[str, Any], tmp_path: Path) -> None:
                                                     for line in HELD.reshape(-1, 8).tolist()))
     found = run.evaluate(str(tmp_path / "numbers.txt"), cache_dir=flags["cache_dir"])
     assert found["tokens"] == len(HELD) - 5
-    same = run.evaluate(data=HELD, cache_dir=flags["cache_dir"])
+    same = run.evaluate(data=HELD, cache_dir=str(flags["cache_dir"]))
     assert (same["loss"], same["tokens"]) == (found["loss"], found["tokens"])
     with pytest.raises(InputError, match="data: must be left out with dataset= and split="):
         run.evaluate("pydocs", data=HELD)

@@ -7,6 +7,7 @@ the first worker of each. Rank 0 is the server; in a run of one process it is th
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import json
 import os
@@ -199,6 +200,7 @@ def connect(launch: Launch, dedicated_server: bool, timeout: float) -> Iterator[
         yield control
     except Exception as error:
         control.fail(error)
+        atexit.register(control.close)  # a program may catch the error and go on
         raise
     control.close()
     dist.destroy_process_group()

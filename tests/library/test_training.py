@@ -203,3 +203,18 @@ def test_a_script_under_torchrun(flags: dict[str, Any], tmp_path: Path) -> None:
     alone = fedrun.train("fed_avg", run_name="alone", **flags)
     for name in ("first", "second"):
         assert Outcome(0, "", tmp_path / name).bits == outcome_of(alone).bits
+
+
+def test_a_script_that_goes_on_after_an_error(flags: dict[str, Any], tmp_path: Path) -> None:
+    """Its ranks end as it says, though one run of theirs was refused on all of them."""
+    script = tmp_path / "script.py"
+    script.write_text("import json, os, sys, fedrun\n"
+                      "try:\n"
+                      "    fedrun.train('fed_avg', seed=int(os.environ['RANK']), run_name='run',\n"
+                      "                 **json.loads(sys.argv[1]))\n"
+                      "except Exception as error:\n"
+                      "    print('caught', type(error).__name__, flush=True)\n")
+    given = json.dumps({name: str(value) for name, value in flags.items()})
+    code, output = execute([*torchrun(3), str(script), given])
+    assert output.count("caught") == 3, output
+    assert code == 0, output

@@ -59,6 +59,17 @@ def outcome_of(run: fedrun.Run) -> Outcome:
     return Outcome(0, "", run.folder)
 
 
+def test_a_run_from_another_with_the_same_settings(flags: dict[str, Any]) -> None:
+    """It has a folder of its own, which is the one returned."""
+    flags |= {"rounds": 1}
+    first = fedrun.train("fed_avg", **flags)
+    second = fedrun.train("fed_avg", init_from=str(first.folder), **flags)
+    assert second.folder.name == f"federated_config_{first.folder.name}_lu_1_seed_0"
+    assert second.config["init_from"] == str(first.folder)
+    assert second.outcome == "finished"
+    assert first.config["init_from"] is None
+
+
 def test_the_run_of_the_command(flags: dict[str, Any], tmp_path: Path) -> None:
     seen: list[RoundRecord] = []
     torch.set_num_threads(1)

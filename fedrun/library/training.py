@@ -69,8 +69,10 @@ def train(method: str | RunConfig, *, data: Any = None, clients: Sequence[Any] |
         return Run(config.run_dir)
 
 
-def _config(method: str | RunConfig, flags: dict[str, Any]) -> RunConfig:
-    assert isinstance(method, str)
+def _config(method: object, flags: dict[str, Any]) -> RunConfig:
+    if not isinstance(method, str):
+        raise InputError(f"method: is of type {type(method).__name__}; must be a name "
+                         f"({', '.join(methods())}) or a whole config, of fedrun.flags.resolve")
     if method not in methods():
         raise InputError(f"unknown method {method!r}{closest(method, methods())}; must be one of "
                          + ", ".join(methods()))

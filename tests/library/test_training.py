@@ -166,8 +166,9 @@ def test_a_config_and_a_plugin(flags: dict[str, Any], tmp_path: Path,
     ("fed_avg", {"lr": -1}, "--lr -1.0: must be > 0"),
     ("fed_avg", {"lr": None}, "--lr None: must be a number"),
     ("fed_avgg", {}, "unknown method 'fed_avgg', did you mean fed_avg"),
+    (fedrun.FedAvg(), {}, r"method: is of type FedAvg; must be a name \(central, fed_avg, "),
     ("central", {"timeout": 3}, "--timeout: not used by central")])
-def test_wrong_settings_are_the_errors_of_the_command(method: str, wrong: dict[str, Any],
+def test_wrong_settings_are_the_errors_of_the_command(method: Any, wrong: dict[str, Any],
                                                       message: str) -> None:
     with pytest.raises(InputError, match=message):
         fedrun.train(method, **wrong)

@@ -12,7 +12,7 @@ from fedrun.data.given import NAME, GivenData, given_data
 from fedrun.data.given_parts import Ids, given_part
 from fedrun.data.table_files import Table
 from fedrun.data.text_options import GIVEN
-from fedrun.data.tokenizer import ids_size
+from fedrun.data.tokenizer import LARGEST_IDS, ids_size
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(RunConfig)}
 Given = dict[str, Any]
@@ -99,14 +99,16 @@ def _tokenizer(data: GivenData, config: RunConfig, named: bool, given: Given) ->
                              "their tokenizer's (--tokenizer)")
         return config.tokenizer
     if size is None and not named:
+        data.require_below(LARGEST_IDS, "that ids without a tokenizer may have")
         return f"ids:{1 + max(ids.largest for ids in data.ids)}"
+    what = f"vocab_size {size}:" if size is not None else f"--tokenizer {config.tokenizer}: N"
     if size is None:
         if (size := ids_size(config.tokenizer)) is None:
             return config.tokenizer
     elif named or config.init_from is not None:
         raise InputError(f"vocab_size {size}: must be left out with --tokenizer or --init_from, "
                          "which have a vocabulary")
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise InputError(f"vocab_size {size}: must be an integer >= 1")
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= LARGEST_IDS:
+        raise InputError(f"{what} must be an integer in [1, {LARGEST_IDS}]")
     data.require_below(size, "that was given")
     return f"ids:{size}"

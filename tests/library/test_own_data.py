@@ -209,7 +209,11 @@ IDS, TEXTS = list(range(60)) * 4, ["a text"] * 90
      "--val_fraction 0.1: must be left out with data= and validation="),
     ({"data": TEXTS, "vocab_size": 9}, "vocab_size 9: belongs to token ids"),
     ({"data": IDS, "vocab_size": 9}, "data: has the token id 59; must be below 9, .* was given"),
-    ({"data": IDS, "vocab_size": "many"}, "vocab_size many: must be an integer >= 1"),
+    ({"data": IDS, "vocab_size": "many"}, "vocab_size many: must be an integer in"),
+    ({"data": IDS, "vocab_size": 2**31}, "vocab_size 2147483648: must be an integer in .1, 16777"),
+    ({"data": IDS, "tokenizer": f"ids:{2**31}"}, "--tokenizer ids:2147483648: N must be an int"),
+    ({"clients": [IDS, [2_000_000_000]]},
+     r"clients\[1\]: has the token id 2000000000; must be below 16777216, .* without a tokenizer"),
     ({"data": IDS, "vocab_size": 60, "tokenizer": "gpt2"}, "vocab_size 60: must be left out with"),
     ({"data": np.zeros((9, 20), int), "sequence_length": 10},
      "--sequence_length 10: must be 20, the length of the rows of data")])

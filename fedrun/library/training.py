@@ -36,7 +36,8 @@ def train(method: str | RunConfig, *, data: Any = None, clients: Sequence[Any] |
         array or a list of integers (a stream of them, or 2-D: sequences), a list of texts, or a
         `datasets.Dataset` (--text_column).
     clients: the same for each client, in a list; what client 2 has is clients[2].
-    validation: the same to validate on; without it --val_fraction is held out, of each client.
+    validation: the same to validate on; without it --val_fraction is held out, of the end of each
+        client's data, but of a client with few texts or sequences perhaps nothing.
     vocab_size: of token ids without --tokenizer; None: the largest id and one.
     on_round: called on rank 0 after each round (or step of a central run) with a `RoundRecord`; if
         it returns "stop", the run stops there, with a checkpoint.

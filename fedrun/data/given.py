@@ -21,7 +21,7 @@ import numpy as np
 from fedrun.common.errors import InputError
 from fedrun.data.corpora import ALL_OF_THE_TEXT, Corpus, read_records
 from fedrun.data.documents import Documents, named_documents
-from fedrun.data.given_parts import Ids, in_chunks
+from fedrun.data.given_parts import Ids, Texts, in_chunks
 from fedrun.data.table_files import Table, choose_text_columns
 from fedrun.data.text_options import TextOptions
 from fedrun.data.validation import (
@@ -227,16 +227,16 @@ def _without_source(options: TextOptions) -> TextOptions:
 
 
 def _rows(table: Table, options: TextOptions) -> Rows:
-    try:
-        if options.source_column and options.source_column not in table.columns:
-            raise InputError(f"--partition {options.partition}: {table.name} has no column "
-                             f"{options.source_column}; the columns are {', '.join(table.columns)}")
-        columns = choose_text_columns([table], options.text_column, options.columns,
-                                      options.source_column)
-    except ValueError as error:
-        message = str(error)
-        raise InputError(message if message.startswith("--") else
-                         f"{table.name}: {message}") from None
+    if options.source_column and options.source_column not in table.columns:
+        raise InputError(f"--partition {options.partition}: {table.name} has no column "
+                         f"{options.source_column}; the columns are {', '.join(table.columns)}")
+    columns = ["text"]
+    if not isinstance(table, Texts):
+        try:
+            columns = choose_text_columns([table], options.text_column, options.columns,
+                                          options.source_column)
+        except ValueError as error:
+            raise InputError(f"{table.name}: {error}") from None
     rows = read_records([table], columns, options.source_column)
     if not has_text(rows.rows):
         raise InputError(f"{table.name}: has no text")

@@ -240,8 +240,9 @@ def test_what_does_not_belong_together_is_named(tmp_path: Path) -> None:
              r"--sequence_length 8: must be 10, the length of the rows of clients\[0\]"),
             (lambda: given([datasets.Dataset.from_dict({"n": [1, 2]})]),
              r"clients\[0\]: without --text_column the text must .* the columns are n \(not text"),
-            (lambda: given([texts], text_column="body"),
-             "--text_column body: there is no column body; the columns are text"),
+            (lambda: given([texts, datasets.Dataset.from_dict({"title": texts})],
+                           text_column="body"), r"clients\[1\]: --text_column body: there is no "
+             "column body; the columns are title"),
             (lambda: given([texts], partition="column:user", by_client=False),
              "--partition column:user: data has no column user; the columns are text"),
             (lambda: given([[" ", ""]]), r"clients\[0\]: has no text")):

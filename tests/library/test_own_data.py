@@ -147,8 +147,9 @@ def test_a_dataset(flags: dict[str, Any]) -> None:
     table = datasets.Dataset.from_dict(
         {"body": rows(np.concatenate(CLIENTS)), "user": ["a", "b"] * (sum(SEQUENCES))})
     run = fedrun.train("fed_avg", data=table, text_column="body", partition="column:user",
-                       num_clients=2, tokenizer="bpe:300", **flags)
+                       num_clients=2, tokenizer="bpe:300", validation=rows(HELD), **flags)
     assert run.outcome == "finished"
+    assert run.evaluate(data=rows(HELD), cache_dir=flags["cache_dir"])["split"] == "all"
 
 
 @pytest.mark.parametrize("batches", ["all", "clients", "one_client"])
@@ -204,6 +205,7 @@ IDS, TEXTS = list(range(60)) * 4, ["a text"] * 90
     ({"clients": [IDS], "size_skew": 0.5}, "--size_skew 0.5: must be left out with clients="),
     ({"data": IDS, "dataset": "wikitext-2"}, "--dataset wikitext-2: must be left out with data="),
     ({"data": IDS, "text_column": "body"}, "--text_column body: must be left out with data="),
+    ({"data": TEXTS, "text_column": "body"}, "--text_column body: must be left out with data="),
     ({"data": TEXTS, "encoding": "latin-1"}, "--encoding latin-1: must be left out with data="),
     ({"data": IDS, "validation": IDS, "val_fraction": 0.1},
      "--val_fraction 0.1: must be left out with data= and validation="),

@@ -147,8 +147,7 @@ def resolve(method: str, flags: Mapping[str, Any]) -> RunConfig:
     values = {name: flag.default for name, flag in known.items()}
     if "config" in flags:
         values["config"] = flags["config"]
-    path = find_config(str(values["config"]))
-    chosen = renamed(_read_yaml(path))
+    path, chosen = file_settings(str(values["config"]))
     model = chosen.pop("model", {})
     for name, value in chosen.items():
         if name == "config" or name not in known:
@@ -195,6 +194,12 @@ def configs_dir() -> Path:
     """configs/ in the checkout, or its copy in an installed wheel."""
     installed = Path(__file__).parent / "configs"
     return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def file_settings(config: str) -> tuple[Path, dict[str, Any]]:
+    """The YAML file behind --config, and its settings as they are written there."""
+    path = find_config(config)
+    return path, renamed(_read_yaml(path))
 
 
 def find_config(config: str) -> Path:

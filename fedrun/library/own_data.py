@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from fedrun.common.errors import InputError
@@ -13,6 +15,7 @@ from fedrun.data.given_parts import Ids, Texts, given_part
 from fedrun.data.table_files import Table
 from fedrun.data.text_options import GIVEN
 from fedrun.data.tokenizer import LARGEST_IDS, ids_size
+from fedrun.flags import file_settings
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(RunConfig)}
 Given = dict[str, Any]
@@ -31,13 +34,23 @@ def run_on(given: Given, config: RunConfig | None, flags: dict[str, Any],
     """
     parts, by_client = _parts(given)
     validation = given_part(given["validation"], "validation") if "validation" in given else None
+    path, in_file = Path(), dict[str, Any]()
     if config is None:
-        config = resolve(_implied(parts, by_client) | flags)
-    _refuse_contradictions(config, flags, parts, by_client, validation)
-    data = given_data(parts, validation, by_client, config.sequence_length, config.text_options)
-    named = "tokenizer" in flags or config.tokenizer != DEFAULTS["tokenizer"]
-    changed: dict[str, Any] = {"dataset": str(data),
-                               "tokenizer": _tokenizer(data, config, named, given)}
+        path, in_file = file_settings(str(flags.get("config", DEFAULTS["config"])))
+        implied = _implied(parts, by_client)
+        config = resolve({k: v for k, v in implied.items() if k not in in_file} | flags)
+    asked = flags | in_file
+    try:
+        _refuse_contradictions(config, flags, asked, parts, by_client, validation)
+        data = given_data(parts, validation, by_client, config.sequence_length,
+                          config.text_options)
+        named = "tokenizer" in asked or config.tokenizer != DEFAULTS["tokenizer"]
+        tokenizer = _tokenizer(data, config, named, given)
+    except InputError as error:
+        raise InputError(re.sub(r"--(\w+)(?= )", lambda flag: f"--config {path}: {flag[1]}"
+                                if flag[1] in in_file.keys() - flags.keys() else flag[0],
+                                str(error))) from None
+    changed: dict[str, Any] = {"dataset": str(data), "tokenizer": tokenizer}
     if by_client:
         changed |= {"num_clients": CentralConfig.num_clients} if _reads_no_clients(config) else {
             "partition": GIVEN}
@@ -70,9 +83,10 @@ def _reads_no_clients(config: RunConfig) -> bool:
     return isinstance(config, CentralConfig) and config.batches == "all"
 
 
-def _refuse_contradictions(config: RunConfig, flags: dict[str, Any], parts: list[Ids | Table],
+def _refuse_contradictions(config: RunConfig, flags: Given, asked: Given, parts: list[Ids | Table],
                            by_client: bool, validation: Ids | Table | None) -> None:
-    """InputError for a setting that the data leaves no room for."""
+    """InputError for a setting that the data leaves no room for. asked: those that were given, as
+    flags or in the file of --config."""
     everything = parts if validation is None else [*parts, validation]
     there, count = config.to_dict()["num_clients"], len(parts)
     if by_client and there != count and ("num_clients" in flags or not _reads_no_clients(config)):
@@ -86,7 +100,7 @@ def _refuse_contradictions(config: RunConfig, flags: dict[str, Any], parts: list
         value = getattr(config, name)
         of_such_a_run = value == GIVEN if name == "partition" else (
             name == "dataset" and NAME.fullmatch(value))
-        if (value != DEFAULTS[name] and not of_such_a_run) or (name == "dataset" and name in flags):
+        if (value != DEFAULTS[name] and not of_such_a_run) or (name == "dataset" and name in asked):
             raise InputError(f"--{name} {value}: must be left out with "
                              f"{'clients=' if by_client else 'data='}"
                              + " and validation=" * (name == "val_fraction"))

@@ -224,6 +224,26 @@ def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> N
         fedrun.train("fed_avg", **arguments)
 
 
+@pytest.mark.parametrize(("text", "flags", "arguments", "message"), [
+    ("num_clients: 8", {}, {"clients": [IDS] * 3},
+     r"--config .*mine\.yaml: num_clients 8: must be 3, the length of clients="),
+    ("sequence_length: 10", {}, {"data": np.zeros((9, 20), int)},
+     r"--config .*mine\.yaml: sequence_length 10: must be 20, the length of the rows of data"),
+    ("dataset: wikitext-2", {}, {"data": IDS},
+     r"--config .*mine\.yaml: dataset wikitext-2: must be left out with data="),
+    ("text_column: body", {}, {"data": IDS},
+     r"--config .*mine\.yaml: text_column body: must be left out with data="),
+    ("tokenizer: gpt2", {}, {"data": IDS, "vocab_size": 60}, "vocab_size 60: must be left out"),
+    ("num_clients: 8", {"num_clients": 4}, {"clients": [IDS] * 3}, "^--num_clients 4: must be 3"),
+    ("dataset: pydocs", {"dataset": "pydocs"}, {"data": IDS}, "^--dataset pydocs: must be left")])
+def test_settings_of_a_file_are_no_less_than_flags(
+        text: str, flags: dict[str, Any], arguments: dict[str, Any], message: str, tmp_path: Path
+        ) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(InputError, match=message):
+        fedrun.train("fed_avg", config=str(tmp_path / "mine.yaml"), **flags, **arguments)
+
+
 def test_a_config_with_data(flags: dict[str, Any]) -> None:
     config = resolve("fed_avg", flags | {"num_clients": 3})
     run = fedrun.train(config, clients=CLIENTS, validation=HELD)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedrun.common.errors import InputError
+from fedrun.common.log import log
 from fedrun.config import CentralConfig, RunConfig
 from fedrun.data.given import NAME, GivenData, given_data
 from fedrun.data.given_parts import Ids, Texts, given_part
@@ -35,6 +36,7 @@ def run_on(given: Given, config: RunConfig | None, flags: dict[str, Any],
     parts, by_client = _parts(given)
     validation = given_part(given["validation"], "validation") if "validation" in given else None
     path, in_file = Path(), dict[str, Any]()
+    whole = config is not None
     if config is None:
         path, in_file = file_settings(str(flags.get("config", DEFAULTS["config"])))
         implied = _implied(parts, by_client)
@@ -45,7 +47,7 @@ def run_on(given: Given, config: RunConfig | None, flags: dict[str, Any],
         data = given_data(parts, validation, by_client, config.sequence_length,
                           config.text_options)
         named = "tokenizer" in asked or config.tokenizer != DEFAULTS["tokenizer"]
-        tokenizer = _tokenizer(data, config, named, given)
+        tokenizer = _tokenizer(data, config, named, whole, given)
     except InputError as error:
         raise InputError(re.sub(r"--(\w+)(?= )", lambda flag: f"--config {path}: {flag[1]}"
                                 if flag[1] in in_file.keys() - flags.keys() else flag[0],
@@ -106,13 +108,20 @@ def _refuse_contradictions(config: RunConfig, flags: Given, asked: Given, parts:
                              + " and validation=" * (name == "val_fraction"))
 
 
-def _tokenizer(data: GivenData, config: RunConfig, named: bool, given: Given) -> str:
-    """The tokenizer of text; of token ids the one that was `named`, or ids:N for N of them."""
+def _tokenizer(data: GivenData, config: RunConfig, named: bool, whole: bool, given: Given) -> str:
+    """The tokenizer of text; of token ids the one that was `named`, or ids:N for N of them. A
+    config that was given as a `whole` has a tokenizer, which vocab_size replaces if it is the
+    default."""
     size = given.get("vocab_size")
     if not data.ids:
         if size is not None:
             raise InputError(f"vocab_size {size}: belongs to token ids; the vocabulary of texts is "
                              "their tokenizer's (--tokenizer)")
+        return config.tokenizer
+    if size is None and whole and not named:
+        if config.init_from is None:
+            log(f"token ids: of the config's tokenizer {config.tokenizer} (vocab_size= for ids of "
+                "no tokenizer)")
         return config.tokenizer
     if size is None and not named:
         data.require_below(LARGEST_IDS, "that ids without a tokenizer may have")

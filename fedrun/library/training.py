@@ -38,7 +38,8 @@ def train(method: str | RunConfig, *, data: Any = None, clients: Sequence[Any] |
     clients: the same for each client, in a list; what client 2 has is clients[2].
     validation: the same to validate on; without it --val_fraction is held out, of the end of each
         client's data, but of a client with few texts or sequences perhaps nothing.
-    vocab_size: of token ids without --tokenizer; None: the largest id and one.
+    vocab_size: of token ids without --tokenizer; None: the largest id and one, or beside a config
+        the tokenizer that it has.
     on_round: called on rank 0 after each round (or step of a central run) with a `RoundRecord`; if
         it returns "stop", the run stops there, with a checkpoint.
     plugin: the path of a Python file, or a module, with a method of your own; it is run.
@@ -58,14 +59,14 @@ def train(method: str | RunConfig, *, data: Any = None, clients: Sequence[Any] |
         own = {name: value for name, value in (
             ("data", data), ("clients", clients), ("validation", validation),
             ("vocab_size", vocab_size)) if value is not None}
-        given = None
-        if own:
-            config, given = run_on(own, config, flags, lambda flags: _config(method, flags))
-        elif config is None:
-            config = _config(method, flags)
-        from fedrun import run  # imports torch
         launch = detect(os.environ)
         with _printing(quiet=launch.local_rank > 0):
+            given = None
+            if own:
+                config, given = run_on(own, config, flags, lambda flags: _config(method, flags))
+            elif config is None:
+                config = _config(method, flags)
+            from fedrun import run  # imports torch
             run.train(run.prepare(config, launch, given), on_round)
         return Run(config.run_dir)
 

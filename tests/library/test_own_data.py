@@ -13,6 +13,7 @@ import fedrun
 from fedrun import cli
 from fedrun.common.errors import InputError
 from fedrun.flags import resolve
+from fedrun.library import own_data
 from tests.support.runs import Outcome, execute, torchrun
 
 LENGTH = 16
@@ -244,13 +245,23 @@ def test_settings_of_a_file_are_no_less_than_flags(
         fedrun.train("fed_avg", config=str(tmp_path / "mine.yaml"), **flags, **arguments)
 
 
-def test_a_config_with_data(flags: dict[str, Any]) -> None:
+def test_a_config_with_data(flags: dict[str, Any], words: Path, caplog: pytest.LogCaptureFixture,
+                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has a tokenizer, whether that is the default or another."""
+    caplog.set_level("INFO", "fedrun")
     config = resolve("fed_avg", flags | {"num_clients": 3})
-    run = fedrun.train(config, clients=CLIENTS, validation=HELD)
+    run = fedrun.train(config, clients=CLIENTS, validation=HELD, vocab_size=60)
     plain = fedrun.train("fed_avg", clients=CLIENTS, validation=HELD, run_name="b", **flags)
     assert outcome_of(run).bits == outcome_of(plain).bits
     with pytest.raises(InputError, match="--num_clients 3: must be 2"):
         fedrun.train(config, clients=CLIENTS[:2])
+    assert "token ids: of the config's tokenizer" not in caplog.text
+    monkeypatch.setitem(own_data.DEFAULTS, "tokenizer", str(words))
+    config = resolve("fed_avg", flags | {"num_clients": 3, "tokenizer": words, "run_name": "c"})
+    run = fedrun.train(config, clients=CLIENTS, validation=HELD)
+    assert run.config["tokenizer"] == str(words)
+    assert f"token ids: of the config's tokenizer {words} (vocab_size=" in caplog.text
+    assert set(run.history[-1]["generated"].split()) <= set(WORDS)
 
 
 SCRIPT = """

@@ -89,7 +89,10 @@ class Children:
                 code = child.wait()
             finally:
                 self._running.discard(child)
-            if code and not self.stopped_by:
+            if code == 0:
+                with suppress(OSError):  # of a start that failed before
+                    self.log(config).unlink()
+            elif not self.stopped_by:
                 size = printed.seek(0, os.SEEK_END)
                 printed.seek(max(0, size - PRINTED_BYTES))
                 with suppress(OSError):

@@ -133,8 +133,10 @@ class Queue:
             if self._is_finished(config) and (config.run_dir / "checkpoints").is_dir():
                 with suppress(locks.Busy):
                     lock = self._lock(config)
-                    _remove_checkpoints(config)
-                    lock.release()
+                    try:
+                        _remove_checkpoints(config)
+                    finally:
+                        lock.release()
 
     def _lock(self, config: RunConfig) -> locks.Held:
         """The right to work on a run's folder. locks.Busy if another process has it."""

@@ -197,6 +197,16 @@ def test_checkpoints_of_a_member_that_died_are_removed(
     assert study.main(argv) == 0
     assert checkpoints.is_dir()  # another process still has the run
     lock.release()
+
+    def interrupted(config: RunConfig) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_queue, "_remove_checkpoints", interrupted)
+        with pytest.raises(KeyboardInterrupt) as kept:  # with its frames
+            study.main(argv)
+    locks.acquire(tmp_path / "little" / "queue" / f"{run_dir.name}.lock", 0).release()
+    assert kept
     (checkpoints / "notes.txt").write_text("the user's own")
     assert study.main(argv) == 0
     assert [path.name for path in checkpoints.iterdir()] == ["notes.txt"]

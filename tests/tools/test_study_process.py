@@ -76,6 +76,7 @@ def test_a_run_is_no_rank_of_the_study_and_may_have_ranks_of_its_own(
         return command[2:command.index("study")]
 
     central, federated = resolve("central", {}), resolve("fed_avg", {})
+    (tmp_path / f"{federated.name}.log").write_text("of a start that failed")
     assert started(federated, None, 1) == ["fedrun"]
     assert detect(Recorded.env) == Launch()
     assert not {"MASTER_PORT", "TORCHELASTIC_RUN_ID", "FEDRUN_REFUSED"} & set(Recorded.env)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -203,8 +205,11 @@ class RunConfig:
 
     @property
     def config_name(self) -> str:
-        """The preset's name as used in folder names; that of `a/b.yaml` is `b`."""
-        return Path(self.config).stem
+        """The model's name in folder names: the preset's; `b` of `a/b.yaml`, of --init_from a/b."""
+        if self.init_from is None:
+            return Path(self.config).stem
+        folder = os.path.abspath(Path(self.init_from).expanduser())  # `.` and `..` are not names
+        return re.sub(r"[^\w-]", "_", Path(folder).name)
 
     @property
     def name(self) -> str:

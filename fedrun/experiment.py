@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
-import re
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -156,15 +153,14 @@ def require_model(config: RunConfig, vocab_size: int, device: torch.device) -> N
 
 def with_pretrained(config: Config, pretrained: Pretrained) -> Config:
     """The config under --init_from: the shape of that model, its tokenizer if it has one, and its
-    name in place of the config's in the name of the run's folder."""
+    name in place of the config's."""
     assert config.init_from is not None
     if pretrained.folder.resolve().is_relative_to(config.run_dir.resolve()):
         raise InputError(f"--init_from {config.init_from}: this run would overwrite it; choose "
                          "another --run_name or --data_dir")
     tokenizer = config.tokenizer if pretrained.tokenizer is None else str(pretrained.tokenizer)
-    # The folder's real name, because `.` and `..` are not names.
-    name = re.sub(r"[^\w-]", "_", Path(os.path.abspath(Path(config.init_from).expanduser())).name)
-    return dataclasses.replace(config, config=name, model=pretrained.model, tokenizer=tokenizer)
+    return dataclasses.replace(config, config=config.config_name, model=pretrained.model,
+                               tokenizer=tokenizer)
 
 
 def with_vocabulary(data: TokenData, pretrained: Pretrained, config: RunConfig) -> TokenData:

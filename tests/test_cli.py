@@ -60,6 +60,17 @@ def test_folder_names_are_those_of_the_study() -> None:
     assert parsed("fed_avg", "--run_name", "mine").name == "mine"
 
 
+def test_the_folder_of_a_run_from_a_model_is_named_after_it(
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        ) -> None:
+    (tmp_path / "old-1.5").mkdir()
+    monkeypatch.chdir(tmp_path / "old-1.5")
+    for model in (".", "../old-1.5/", str(tmp_path / "old-1.5")):
+        assert cli.parse(["central", "--config", "tiny", "--init_from", model,
+                          "--print_run_dir"]) is None
+        assert capsys.readouterr().out == "results/central_config_old-1_5_seed_0\n"
+
+
 def test_underscores_and_dashes_are_the_same() -> None:
     assert parsed("fed-avg", "--num-clients", "7", "--local-updates=2") == parsed(
         "fed_avg", "--num_clients=7", "--local_updates", "2")

@@ -21,10 +21,18 @@ import numpy as np
 from fedrun.common.errors import InputError
 from fedrun.data.corpora import ALL_OF_THE_TEXT, Corpus, read_records
 from fedrun.data.documents import Documents, named_documents
-from fedrun.data.given_parts import Ids, in_chunks
+from fedrun.data.given_parts import Ids, Texts, in_chunks
 from fedrun.data.table_files import Table, choose_text_columns
 from fedrun.data.text_options import TextOptions
-from fedrun.data.validation import Rows, has_text, held_of_each, hold_out, in_words
+from fedrun.data.validation import (
+    Rows,
+    has_text,
+    held_of_each,
+    hold_out,
+    hold_out_of_clients,
+    in_words,
+    of_clients_in_words,
+)
 
 GIVEN_AS_VALIDATION = "what was given as validation"
 OF_A_CLIENT = "all of a client"  # the kind of documents of data that is given client by client
@@ -69,7 +77,7 @@ class GivenData:
         """For the key of the cache's entry: text that all clients share is cut into sequences when
         it is read, everything else when it is written."""
         cut = self.sequence_length if self.by_client or self.ids else None
-        return ["given", self.sha256, cut]
+        return ["clients" if self.by_client else "given", self.sha256, cut]
 
     def require_below(self, vocab_size: int, whose: str) -> None:
         """InputError if a token id is not in a vocabulary of this size."""
@@ -90,12 +98,12 @@ class GivenData:
         texts = [_rows(part, options) for part in self.parts if isinstance(part, Table)]
         train = texts[0]
         if self.by_client:
-            parts = [(each.rows, list[str]()) if self.validation is not None else
-                     hold_out(each, options.held_out, False)[:2] for each in texts]
+            parts = [(each.rows, list[str]()) for each in texts]
+            if self.validation is None:
+                parts, validation_from = hold_out_of_clients(texts, options.held_out)
             starts = np.cumsum([0, *(len(rows) for rows, _ in parts)]).tolist()
             rows, held = ([row for part in parts for row in part[n]] for n in (0, 1))
             documents = of_clients(starts)
-            validation_from = f"the last {in_words(options.held_out)} of every client's text"
         elif self.validation is not None:
             rows, held, documents = train.rows, [], train.documents()
         elif options.hold_out:
@@ -132,8 +140,8 @@ class GivenData:
             train += part.between(0, kept)
             validation += part.between(kept, size * length)
             starts.append(starts[-1] + kept)
-        validation_from = f"the last {in_words(options.held_out)} of " + (
-            "every client's sequences" if self.by_client else "the sequences")
+        validation_from = of_clients_in_words(options.held_out, "sequences", all(held)) \
+            if self.by_client else f"the last {in_words(options.held_out)} of the sequences"
         if isinstance(self.validation, Ids):
             validation, validation_from = self.validation.pieces, GIVEN_AS_VALIDATION
         elif not options.hold_out:
@@ -219,16 +227,16 @@ def _without_source(options: TextOptions) -> TextOptions:
 
 
 def _rows(table: Table, options: TextOptions) -> Rows:
-    try:
-        if options.source_column and options.source_column not in table.columns:
-            raise InputError(f"--partition {options.partition}: {table.name} has no column "
-                             f"{options.source_column}; the columns are {', '.join(table.columns)}")
-        columns = choose_text_columns([table], options.text_column, options.columns,
-                                      options.source_column)
-    except ValueError as error:
-        message = str(error)
-        raise InputError(message if message.startswith("--") else
-                         f"{table.name}: {message}") from None
+    if options.source_column and options.source_column not in table.columns:
+        raise InputError(f"--partition {options.partition}: {table.name} has no column "
+                         f"{options.source_column}; the columns are {', '.join(table.columns)}")
+    columns = ["text"]
+    if not isinstance(table, Texts):
+        try:
+            columns = choose_text_columns([table], options.text_column, options.columns,
+                                          options.source_column)
+        except ValueError as error:
+            raise InputError(f"{table.name}: {error}") from None
     rows = read_records([table], columns, options.source_column)
     if not has_text(rows.rows):
         raise InputError(f"{table.name}: has no text")

@@ -53,6 +53,12 @@ class Ids:
         return [cut for cut in cuts if len(cut)]
 
 
+class Texts(Table):
+    """A list of texts: a table of one column, which nobody has to choose."""
+
+    __slots__ = ()
+
+
 def in_chunks(array: np.ndarray, dtype: np.dtype) -> Iterator[bytes]:
     """The values as bytes of a type that holds them, a few megabytes at a time."""
     for start in range(0, len(array), IDS_AT_ONCE):
@@ -93,7 +99,7 @@ def given_part(value: Any, where: str) -> Ids | Table:
             if not isinstance(text, str):
                 raise InputError(f"{where}[{n}]: is of type {type(text).__name__}; must be a text, "
                                  f"as {where}[0] is")
-        return Table(where, {"text": True}, lambda names: zip(found, strict=True))
+        return Texts(where, {"text": True}, lambda names: zip(found, strict=True))
     if isinstance(found[0], Integral | float):
         return _ids([_array(found, where)], where)
     return _ids([_array(each, f"{where}[{n}]") for n, each in enumerate(found)], where)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BPE_SMALLEST = 257  # 256 bytes and the end-of-text token
+LARGEST_IDS = 2**24  # most of ids:N, whose tokenizer is a table that takes 100 bytes for each
 END_OF_TEXT = "<|endoftext|>"
 ROWS_AT_ONCE = 1000
 LONGEST_WORD = 1024  # characters; longer ones are cut, since training time grows with the square

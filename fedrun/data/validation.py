@@ -86,6 +86,38 @@ def hold_out(train: Rows, share: Fraction, of_sources: bool
     return rows, held, shortened.documents(), description
 
 
+def hold_out_of_clients(clients: Sequence[Rows], share: Fraction
+                        ) -> tuple[list[tuple[list[str], list[str]]], str]:
+    """Hold out `share` of the clients' text for validation, the end of each one's.
+
+    Whole rows, counted as by `held_of_each`, so that a client of few rows may hold out none; the
+    end of a client's only row. Where no client has rows enough, the end of each one's text.
+
+    Args:
+        clients: each with some text.
+    Returns:
+        train and validation rows of each client, and a description of what is held out
+    """
+    with_text = [[n for n, row in enumerate(each.rows) if row.strip()] for each in clients]
+    several = [len(numbers) for numbers in with_text if len(numbers) > 1]
+    held = iter(held_of_each(several, share))
+    counts = [next(held) if len(numbers) > 1 else None for numbers in with_text]
+    if not any(counts):
+        counts = [None] * len(clients)
+    parts = []
+    for each, numbers, count in zip(clients, with_text, counts, strict=True):
+        at = numbers[-count] if count else len(each.rows)
+        parts.append(_split_text(each.rows, float(share)) if count is None else
+                     (each.rows[:at], each.rows[at:]))
+    return parts, of_clients_in_words(share, "text", all(count != 0 for count in counts))
+
+
+def of_clients_in_words(share: Fraction, what: str, every: bool) -> str:
+    """The description of a share that is held out of clients. every: of every one of them."""
+    return f"the last {in_words(share)} of " + (
+        f"every client's {what}" if every else f"the clients' {what} (none of very small clients)")
+
+
 def _rows_to_keep(documents: Documents, share: Fraction) -> np.ndarray:
     """Whether each row stays in the train split; bool, (n_rows,)."""
     kept = np.ones(documents.starts[-1], dtype=bool)

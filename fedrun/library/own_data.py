@@ -9,10 +9,10 @@ from typing import Any
 from fedrun.common.errors import InputError
 from fedrun.config import CentralConfig, RunConfig
 from fedrun.data.given import NAME, GivenData, given_data
-from fedrun.data.given_parts import Ids, given_part
+from fedrun.data.given_parts import Ids, Texts, given_part
 from fedrun.data.table_files import Table
 from fedrun.data.text_options import GIVEN
-from fedrun.data.tokenizer import ids_size
+from fedrun.data.tokenizer import LARGEST_IDS, ids_size
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(RunConfig)}
 Given = dict[str, Any]
@@ -33,7 +33,7 @@ def run_on(given: Given, config: RunConfig | None, flags: dict[str, Any],
     validation = given_part(given["validation"], "validation") if "validation" in given else None
     if config is None:
         config = resolve(_implied(parts, by_client) | flags)
-    _refuse_contradictions(config, flags, parts, by_client, validation is not None)
+    _refuse_contradictions(config, flags, parts, by_client, validation)
     data = given_data(parts, validation, by_client, config.sequence_length, config.text_options)
     named = "tokenizer" in flags or config.tokenizer != DEFAULTS["tokenizer"]
     changed: dict[str, Any] = {"dataset": str(data),
@@ -71,15 +71,17 @@ def _reads_no_clients(config: RunConfig) -> bool:
 
 
 def _refuse_contradictions(config: RunConfig, flags: dict[str, Any], parts: list[Ids | Table],
-                           by_client: bool, validation: bool) -> None:
+                           by_client: bool, validation: Ids | Table | None) -> None:
     """InputError for a setting that the data leaves no room for."""
+    everything = parts if validation is None else [*parts, validation]
     there, count = config.to_dict()["num_clients"], len(parts)
     if by_client and there != count and ("num_clients" in flags or not _reads_no_clients(config)):
         raise InputError(f"--num_clients {there}: must be {count}, the length of clients=")
     names = ["dataset", "encoding", "validation_split"]
-    names += ["val_fraction"] * validation
+    names += ["val_fraction"] * (validation is not None)
     names += ["partition", "size_skew"] * by_client
-    names += ["text_column", "row_separator"] * isinstance(parts[0], Ids)
+    names += ["text_column"] * all(isinstance(part, Ids | Texts) for part in everything)
+    names += ["row_separator"] * isinstance(parts[0], Ids)
     for name in names:
         value = getattr(config, name)
         of_such_a_run = value == GIVEN if name == "partition" else (
@@ -99,14 +101,16 @@ def _tokenizer(data: GivenData, config: RunConfig, named: bool, given: Given) ->
                              "their tokenizer's (--tokenizer)")
         return config.tokenizer
     if size is None and not named:
+        data.require_below(LARGEST_IDS, "that ids without a tokenizer may have")
         return f"ids:{1 + max(ids.largest for ids in data.ids)}"
+    what = f"vocab_size {size}:" if size is not None else f"--tokenizer {config.tokenizer}: N"
     if size is None:
         if (size := ids_size(config.tokenizer)) is None:
             return config.tokenizer
     elif named or config.init_from is not None:
         raise InputError(f"vocab_size {size}: must be left out with --tokenizer or --init_from, "
                          "which have a vocabulary")
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise InputError(f"vocab_size {size}: must be an integer >= 1")
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= LARGEST_IDS:
+        raise InputError(f"{what} must be an integer in [1, {LARGEST_IDS}]")
     data.require_below(size, "that was given")
     return f"ids:{size}"

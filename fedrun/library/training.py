@@ -36,7 +36,8 @@ def train(method: str | RunConfig, *, data: Any = None, clients: Sequence[Any] |
         array or a list of integers (a stream of them, or 2-D: sequences), a list of texts, or a
         `datasets.Dataset` (--text_column).
     clients: the same for each client, in a list; what client 2 has is clients[2].
-    validation: the same to validate on; without it --val_fraction is held out, of each client.
+    validation: the same to validate on; without it --val_fraction is held out, of the end of each
+        client's data, but of a client with few texts or sequences perhaps nothing.
     vocab_size: of token ids without --tokenizer; None: the largest id and one.
     on_round: called on rank 0 after each round (or step of a central run) with a `RoundRecord`; if
         it returns "stop", the run stops there, with a checkpoint.
@@ -69,8 +70,10 @@ def train(method: str | RunConfig, *, data: Any = None, clients: Sequence[Any] |
         return Run(config.run_dir)
 
 
-def _config(method: str | RunConfig, flags: dict[str, Any]) -> RunConfig:
-    assert isinstance(method, str)
+def _config(method: object, flags: dict[str, Any]) -> RunConfig:
+    if not isinstance(method, str):
+        raise InputError(f"method: is of type {type(method).__name__}; must be a name "
+                         f"({', '.join(methods())}) or a whole config, of fedrun.flags.resolve")
     if method not in methods():
         raise InputError(f"unknown method {method!r}{closest(method, methods())}; must be one of "
                          + ", ".join(methods()))

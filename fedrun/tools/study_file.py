@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -17,6 +18,9 @@ from fedrun.common.perplexity import perplexity
 from fedrun.config import RunConfig
 from fedrun.flags import closest, method_flags, methods, resolve
 from fedrun.unused import idle, refuse_unread
+
+if TYPE_CHECKING:
+    from fedrun.model.pretrained import Pretrained
 
 Point = tuple[tuple[str, float], ...]
 """A point on a setting's grid: ((flag, value), ...)."""
@@ -98,11 +102,16 @@ class Study:
     """What to plot of the runs: the words behind `fedrun plot`."""
 
     def config(self, setting: StudySetting, point: Point, seed: int) -> RunConfig:
-        """The config of one run. ValueError for flags that its method does not have."""
+        """The config of one run; with the shape and tokenizer of its --init_from. ValueError for
+        flags that its method does not have, or if there is no such model."""
         flags = setting.flags | dict(point) | {"seed": seed}
         suffix = "".join(f"_{name}_{value:g}" for name, value in point)
-        return resolve(flags.pop("method"), flags | {
+        config = resolve(flags.pop("method"), flags | {
             "data_dir": self.folder / "runs", "run_name": f"{setting.name}{suffix}_seed_{seed}"})
+        if config.init_from is not None:  # as the run's folder will record it
+            from fedrun.experiment import with_pretrained  # imports torch
+            config = with_pretrained(config, _pretrained(config.init_from, config.cache_dir))
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """What the file and the command line lead to, for YAML: of each row the grid, and all
@@ -200,6 +209,12 @@ def read(path: Path, results: Path, overrides: Mapping[str, Any]) -> Study:
         _refuse_unknown(f"{where}base: {flag}", flag, settings.values())
     _refuse_without_effect(path, study, flags)
     return study
+
+
+@functools.cache  # read once for all runs of a study
+def _pretrained(name: str, cache_dir: Path) -> Pretrained:
+    from fedrun.model.pretrained import find_pretrained
+    return find_pretrained(name, "--init_from", cache_dir)
 
 
 def _merged(path: Path, given: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fedrun.common.errors import InputError
+from fedrun.data.corpora import Corpus
 from fedrun.data.given import GivenData, given_data
 from fedrun.data.given_parts import Ids, given_part
 from fedrun.data.partition import Shards, client_shards
@@ -65,6 +66,9 @@ def test_a_share_of_every_client_is_held_out(tmp_path: Path) -> None:
     data = prepare(given(streams), "ids:300", LENGTH, tmp_path)
     assert [len(ids) // 8 for ids in owned(data, 5)] == [95, 19, 10, 9, 1]
     assert np.bincount(data.validation[:, 0]).tolist() == [5, 1, 0, 1]
+    assert data.fingerprint["validation_from"] == (
+        "the last twentieth of the clients' sequences (none of very small clients)")
+    data = prepare(given(streams[:2]), "ids:300", LENGTH, tmp_path)
     assert data.fingerprint["validation_from"] == "the last twentieth of every client's sequences"
     few = prepare(given([np.arange(16), np.arange(24)]), "ids:300", LENGTH, tmp_path)
     assert [len(ids) // 8 for ids in owned(few, 2)] == [2, 2], "a sequence at least is held out"
@@ -73,6 +77,30 @@ def test_a_share_of_every_client_is_held_out(tmp_path: Path) -> None:
     held = data.tokenizer.decode(data.validation.reshape(-1).tolist())
     assert all(f"{tag} says sentence 39" in held for tag in ("a", "b"))
     assert "one text." in held
+
+
+def test_clients_of_few_texts_hold_out_no_more_than_the_share() -> None:
+    def split(sizes: Sequence[int], **reading: Any) -> Corpus:
+        corpus = given([lines(f"client {n}", size) for n, size in enumerate(sizes)], **reading
+                       ).read(TextOptions(**reading))
+        assert isinstance(corpus, Corpus)
+        return corpus
+
+    sizes = [2 + n % 2 for n in range(60)]
+    corpus = split(sizes)
+    assert len(corpus.validation) == sum(sizes) // 20
+    assert sorted(corpus.train + corpus.validation) == sorted(
+        row for n, size in enumerate(sizes) for row in lines(f"client {n}", size))
+    assert len({row.partition(" says")[0] for row in corpus.train}) == 60
+    assert corpus.validation_from == (
+        "the last twentieth of the clients' text (none of very small clients)")
+    corpus = split([3, 3, 3])  # too few of all: the end of each one's text
+    assert [row.partition(" says")[0] for row in corpus.train] == [
+        f"client {n}" for n in range(3) for _ in range(3)]
+    assert corpus.validation_from == "the last twentieth of every client's text"
+    assert all(0 < len(held) / len("".join(lines("client 0", 3))) < 0.1
+               for held in corpus.validation)
+    assert len(split([60, 40], val_fraction=0.1).validation) == 10
 
 
 def test_held_of_each() -> None:
@@ -212,8 +240,9 @@ def test_what_does_not_belong_together_is_named(tmp_path: Path) -> None:
              r"--sequence_length 8: must be 10, the length of the rows of clients\[0\]"),
             (lambda: given([datasets.Dataset.from_dict({"n": [1, 2]})]),
              r"clients\[0\]: without --text_column the text must .* the columns are n \(not text"),
-            (lambda: given([texts], text_column="body"),
-             "--text_column body: there is no column body; the columns are text"),
+            (lambda: given([texts, datasets.Dataset.from_dict({"title": texts})],
+                           text_column="body"), r"clients\[1\]: --text_column body: there is no "
+             "column body; the columns are title"),
             (lambda: given([texts], partition="column:user", by_client=False),
              "--partition column:user: data has no column user; the columns are text"),
             (lambda: given([[" ", ""]]), r"clients\[0\]: has no text")):

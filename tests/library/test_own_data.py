@@ -147,8 +147,9 @@ def test_a_dataset(flags: dict[str, Any]) -> None:
     table = datasets.Dataset.from_dict(
         {"body": rows(np.concatenate(CLIENTS)), "user": ["a", "b"] * (sum(SEQUENCES))})
     run = fedrun.train("fed_avg", data=table, text_column="body", partition="column:user",
-                       num_clients=2, tokenizer="bpe:300", **flags)
+                       num_clients=2, tokenizer="bpe:300", validation=rows(HELD), **flags)
     assert run.outcome == "finished"
+    assert run.evaluate(data=rows(HELD), cache_dir=flags["cache_dir"])["split"] == "all"
 
 
 @pytest.mark.parametrize("batches", ["all", "clients", "one_client"])
@@ -204,12 +205,17 @@ IDS, TEXTS = list(range(60)) * 4, ["a text"] * 90
     ({"clients": [IDS], "size_skew": 0.5}, "--size_skew 0.5: must be left out with clients="),
     ({"data": IDS, "dataset": "wikitext-2"}, "--dataset wikitext-2: must be left out with data="),
     ({"data": IDS, "text_column": "body"}, "--text_column body: must be left out with data="),
+    ({"data": TEXTS, "text_column": "body"}, "--text_column body: must be left out with data="),
     ({"data": TEXTS, "encoding": "latin-1"}, "--encoding latin-1: must be left out with data="),
     ({"data": IDS, "validation": IDS, "val_fraction": 0.1},
      "--val_fraction 0.1: must be left out with data= and validation="),
     ({"data": TEXTS, "vocab_size": 9}, "vocab_size 9: belongs to token ids"),
     ({"data": IDS, "vocab_size": 9}, "data: has the token id 59; must be below 9, .* was given"),
-    ({"data": IDS, "vocab_size": "many"}, "vocab_size many: must be an integer >= 1"),
+    ({"data": IDS, "vocab_size": "many"}, "vocab_size many: must be an integer in"),
+    ({"data": IDS, "vocab_size": 2**31}, "vocab_size 2147483648: must be an integer in .1, 16777"),
+    ({"data": IDS, "tokenizer": f"ids:{2**31}"}, "--tokenizer ids:2147483648: N must be an int"),
+    ({"clients": [IDS, [2_000_000_000]]},
+     r"clients\[1\]: has the token id 2000000000; must be below 16777216, .* without a tokenizer"),
     ({"data": IDS, "vocab_size": 60, "tokenizer": "gpt2"}, "vocab_size 60: must be left out with"),
     ({"data": np.zeros((9, 20), int), "sequence_length": 10},
      "--sequence_length 10: must be 20, the length of the rows of data")])

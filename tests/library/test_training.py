@@ -59,6 +59,17 @@ def outcome_of(run: fedrun.Run) -> Outcome:
     return Outcome(0, "", run.folder)
 
 
+def test_a_run_from_another_with_the_same_settings(flags: dict[str, Any]) -> None:
+    """It has a folder of its own, which is the one returned."""
+    flags |= {"rounds": 1}
+    first = fedrun.train("fed_avg", **flags)
+    second = fedrun.train("fed_avg", init_from=str(first.folder), **flags)
+    assert second.folder.name == f"federated_config_{first.folder.name}_lu_1_seed_0"
+    assert second.config["init_from"] == str(first.folder)
+    assert second.outcome == "finished"
+    assert first.config["init_from"] is None
+
+
 def test_the_run_of_the_command(flags: dict[str, Any], tmp_path: Path) -> None:
     seen: list[RoundRecord] = []
     torch.set_num_threads(1)
@@ -155,8 +166,9 @@ def test_a_config_and_a_plugin(flags: dict[str, Any], tmp_path: Path,
     ("fed_avg", {"lr": -1}, "--lr -1.0: must be > 0"),
     ("fed_avg", {"lr": None}, "--lr None: must be a number"),
     ("fed_avgg", {}, "unknown method 'fed_avgg', did you mean fed_avg"),
+    (fedrun.FedAvg(), {}, r"method: is of type FedAvg; must be a name \(central, fed_avg, "),
     ("central", {"timeout": 3}, "--timeout: not used by central")])
-def test_wrong_settings_are_the_errors_of_the_command(method: str, wrong: dict[str, Any],
+def test_wrong_settings_are_the_errors_of_the_command(method: Any, wrong: dict[str, Any],
                                                       message: str) -> None:
     with pytest.raises(InputError, match=message):
         fedrun.train(method, **wrong)

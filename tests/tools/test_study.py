@@ -14,11 +14,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
 import fedrun
 from fedrun.common import locks
 from fedrun.config import RunConfig
 from fedrun.distributed.launch import Launch
+from fedrun.flags import resolve
 from fedrun.run import run as run_here
 from fedrun.tools import (
     plot,
@@ -39,6 +41,31 @@ from tests.support.studies import ORIGINAL, change, little_study
 def start_here(config: RunConfig, gpus: str | None, children: Children) -> None:
     """`study_queue.start` without its process, whose start would take most of the test."""
     assert run_here(config) == 0
+
+
+def test_a_study_of_runs_from_a_run(tmp_path: Path, cache_dir: Path,
+                                    monkeypatch: pytest.MonkeyPatch,
+                                    capsys: pytest.CaptureFixture[str]) -> None:
+    """Their folders hold its shape and tokenizer, which are not those of the study's file."""
+    path = little_study(tmp_path, cache_dir)
+    base = yaml.safe_load(path.read_text())["base"]
+    first = resolve("central", base | {"data_dir": tmp_path, "run_name": "first", "rounds": 1})
+    start_here(first, None, Children(tmp_path))
+    change(path, {"init_from": str(first.run_dir), "config": "pure_ssm_1_layer",
+                  "tokenizer": "gpt2"},
+           report_seeds=[], extensions=0, grid={}, settings={
+               "central": {"method": "central", "rounds": 2},
+               "averaged": {"method": "fed_avg", "num_clients": 2, "rounds": 2}})
+    monkeypatch.setattr(study_queue, "start", start_here)
+    argv = [str(path), "--results", str(tmp_path)]
+    for _ in range(2):
+        assert study.main(argv) == 0
+        assert "| averaged " in capsys.readouterr().out
+    model = study_file.read(path, tmp_path, {}).to_dict()["settings"]["averaged"]["model"]
+    assert model == first.to_dict()["model"]
+    change(path, {"init_from": str(tmp_path / "nowhere")})
+    with pytest.raises(ValueError, match=r"--init_from .*nowhere"):
+        study_file.read(path, tmp_path, {})
 
 
 def test_a_whole_study_and_its_resumption(tmp_path: Path, cache_dir: Path,

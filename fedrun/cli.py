@@ -50,7 +50,7 @@ TOOLS: dict[str, tuple[str, str]] = {
 }
 # What people do first, each with a command; "..." stands for the flags of the first.
 FIRST_STEPS = (
-    ("Try it: four clients, a little model, text that needs no network; two minutes.",
+    ("Try it: four clients, a little model, text that needs no network; a minute.",
      "fedrun fed_avg --config tiny --dataset pydocs --tokenizer bpe:800 --rounds 60"),
     ("The same in parallel: a server and four workers, each with a GPU if there are.",
      "python -m fedrun.torchrun --nproc-per-node 5 -m fedrun fed_avg ..."),
@@ -204,7 +204,7 @@ def overview() -> str:
 
 
 def _listed(commands: Mapping[str, str]) -> str:
-    width = 2 + max(map(len, commands))
-    return "\n".join(textwrap.fill(text, 79, initial_indent=f"  {name:<{width}}",
+    width = 1 + max(map(len, commands))
+    return "\n".join(textwrap.fill(text, 80, initial_indent=f"  {name:<{width}}",
                                    subsequent_indent=" " * (width + 2))
                      for name, text in commands.items())

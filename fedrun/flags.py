@@ -16,6 +16,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -55,7 +56,10 @@ class Flag:
                 return {c: c for c in self.choices}[str(value)]
             if self.kind is int:
                 number = float(value)
-                return {True: int(number)}[number.is_integer() and not isinstance(value, bool)]
+                whole = {True: int(number)}[number.is_integer() and not isinstance(value, bool)]
+                with suppress(ValueError):  # for a text such as 1e3
+                    whole = int(value)  # exact, which a float above 2**53 is not
+                return whole
             return self.kind(value)
         except (KeyError, ValueError, TypeError, OverflowError):
             accepted = " or ".join(self.choices) or {bool: "true or false", int: "an integer",

@@ -76,6 +76,14 @@ def test_underscores_and_dashes_are_the_same() -> None:
         "fed_avg", "--num_clients=7", "--local_updates", "2")
 
 
+def test_integers_are_taken_as_they_are() -> None:
+    for text, seed in (("9007199254740993", 2**53 + 1), ("1e3", 1000), ("7.0", 7), ("-0", 0)):
+        assert parsed("central", "--seed", text).seed == seed
+    for wrong in ("1.5", "inf", "nan", "9" * 5000, "1" + "0" * 400, "x"):
+        with pytest.raises(ValueError, match=r"--seed .*: must be an integer"):
+            parsed("central", "--seed", wrong)
+
+
 def test_precedence_default_method_config_flags(tmp_path: Path) -> None:
     mine = tmp_path / "mine.yaml"
     mine.write_text("lr: 1e-3\nbatch_size: 8\nmodel: {n_layer: 3}\n")
@@ -100,7 +108,7 @@ def test_printed_config_is_a_config_again(
 
 
 ODD: tuple[dict[str, Any], ...] = (
-    {"lr": 1e-320, "grad_clip": math.inf, "alpha": 0.1 + 0.2, "seed": 2**53 - 1, "cohort": 0.25},
+    {"lr": 1e-320, "grad_clip": math.inf, "alpha": 0.1 + 0.2, "seed": 2**63 - 1, "cohort": 0.25},
     {"run_name": 'a "name" of ünïcode\n', "dataset": "texts/\udcff*.txt", "cohort": 3,
      "text_column": "title,body", "data_dir": "~/a b", "cache_dir": Path("/"), "keep": "best"},
     {"checkpoint_freq": None, "rounds": 7, "prox_mu": 1e-3, "local_updates": 8, "tokenizer": "",
@@ -120,7 +128,7 @@ def test_a_config_is_read_back_from_json(method: str) -> None:
         assert again == config
         assert repr(again) == repr(config)  # types too
     # What no flag can say.
-    made = dataclasses.replace(config, run_name="none", seed=2**63 - 1, init_from="none")
+    made = dataclasses.replace(config, run_name="none", init_from="none")
     assert config_of(json.loads(json.dumps(made.to_dict()))) == made
 
 
@@ -137,7 +145,7 @@ def test_a_config_is_read_back_from_json(method: str) -> None:
     (["fed_avg", "--rounds", "0"], "--rounds 0"),
     (["fed_avg", "--timeout", "0"], "--timeout"),
     (["fed_avg", "--run_name", "../x"], "--run_name ../x"),
-    (["fed_avg", "--config", "pure_ssm_9"], "must be pure_ssm_1_layer, pure_ssm_2_layer"),
+    (["fed_avg", "--config", "pure_ssm_9"], "must be .*pure_ssm_1_layer, pure_ssm_2_layer"),
     (["fed_avg", "--config", "no/such.yaml"], "--config no/such.yaml"),
     (["central", "--local_updates", "4"], "unknown flag --local_updates"),
 ])

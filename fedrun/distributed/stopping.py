@@ -84,6 +84,7 @@ class StopRequest:
         self._last_signal = 0  # that ends a single process at once
         self._outer_wakeup = -1
         self._raised = threading.Event()
+        self._sending = threading.Lock()
         self._over = threading.Event()
         self._peer_watch = threading.Thread(target=self._watch_peers, name="fedrun-peers",
                                             daemon=True)
@@ -107,6 +108,8 @@ class StopRequest:
             yield self
         finally:
             self._over.set()
+            with self._sending:  # no signal of `_end` may meet the handlers from before
+                pass
             signal.set_wakeup_fd(self._outer_wakeup)
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -148,22 +151,26 @@ class StopRequest:
         self._last_signal = number
         main_thread = threading.main_thread().ident
         assert main_thread
-        signal.pthread_kill(main_thread, number)  # calls `_raise_last` there
         if self._outer_wakeup >= 0:
             with suppress(OSError):  # tell `interruptible`, in case the main thread is stuck
                 os.write(self._outer_wakeup, bytes([number]))
-        # A signal that arrives just before the main thread begins to wait does not wake it.
-        while not (self._raised.wait(SECONDS_BETWEEN_SIGNALS) or self._over.is_set()):
-            signal.pthread_kill(main_thread, number)
+        # Again and again: one that arrives just before the main thread begins to wait does not wake
+        # it.
+        while True:
+            with self._sending:
+                if self._raised.is_set() or self._over.is_set():
+                    return
+                signal.pthread_kill(main_thread, number)  # calls `_raise_last` there
+            self._raised.wait(SECONDS_BETWEEN_SIGNALS)
 
     def _raise_last(self, *_: int | FrameType | None) -> None:
-        """The handler of all signals. Raises only once `_end` has decided so."""
-        if self._last_signal:
-            self._raised.set()
+        """The handler of all signals. Raises once `_end` has decided so, inside the block."""
+        if not self._last_signal or self._over.is_set():
+            return
+        self._raised.set()
         if self._last_signal == signal.SIGINT:
             raise KeyboardInterrupt
-        if self._last_signal:
-            raise SystemExit(128 + self._last_signal)
+        raise SystemExit(128 + self._last_signal)
 
     def lost_folder(self) -> str:
         """Server: why the run's folder is no longer this run's; empty while it is. Looks at most

@@ -19,7 +19,7 @@ from fedrun.data.hub import CACHE_DIR
 from fedrun.data.text_options import GIVEN, TextOptions, text_options_of
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.library.tokenizers import need_tokenizer
-from fedrun.model.build import require_positions
+from fedrun.model.build import longest_sequence, require_positions
 from fedrun.model.precision import accumulate_in_fp32, exact_fp32
 from fedrun.training.evaluate import mean_loss, validation_pieces
 
@@ -36,7 +36,8 @@ def evaluate(found: Pretrained, dataset: str | None = None, split: str | None = 
 
     dataset: the text, as for training; None: what the run was trained on.
     split: None: what was held out from the run's own text; of any other text, all.
-    sequence_length: tokens in a sequence; None: the run's, or 256.
+    sequence_length: tokens in a sequence; None: the run's, or 256, or the model's positions if
+        these are fewer.
     dtype: of the matrix products, fp32 or bf16.
     tokenizer: a tokenizer's folder or tokenizer.json, for a model without one.
     data: token ids or texts instead of a dataset, as `fedrun.train` takes them.
@@ -49,8 +50,8 @@ def evaluate(found: Pretrained, dataset: str | None = None, split: str | None = 
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device}: {error}") from None
-    length = found.settings.get("sequence_length", 256) if sequence_length is None \
-        else sequence_length
+    length = sequence_length if sequence_length is not None else found.settings.get(
+        "sequence_length", min(256, longest_sequence(found.model) or 256))
     if length < 2:
         raise InputError(f"--sequence_length {length}: must be an integer >= 2")
     require_positions(found.model, length)

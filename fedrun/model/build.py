@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from fedrun.common.errors import require
 from fedrun.model.base import Model
 from fedrun.model.config import ModelConfig, ModelShape, TransformersShape
 from fedrun.model.mamba2 import Mamba2LM
@@ -58,11 +59,19 @@ def compute_dtype(settings: ModelSettings) -> torch.dtype:
     return torch.bfloat16 if settings.dtype == "bf16" else torch.float32
 
 
+def longest_sequence(shape: ModelShape) -> int | None:
+    """The positions that a model of this shape has; None if there is no limit."""
+    if isinstance(shape, TransformersShape):
+        from fedrun.model.transformers_config import library_config, max_positions
+        return max_positions(library_config(shape))
+    return None
+
+
 def require_positions(shape: ModelShape, sequence_length: int) -> None:
     """Raise InputError if sequences are longer than a model of this shape was made for."""
-    if isinstance(shape, TransformersShape):
-        from fedrun.model import transformers_config
-        transformers_config.require_positions(shape, sequence_length)
+    most = longest_sequence(shape)
+    require(most is None or sequence_length <= most, "--sequence_length", sequence_length,
+            f"at most {most}, the positions of the model")
 
 
 def require_trainable(shape: ModelShape, vocab_size: int, sequence_length: int, given: bool
@@ -74,4 +83,5 @@ def require_trainable(shape: ModelShape, vocab_size: int, sequence_length: int, 
         if given:
             transformers_config.require_known_fields(shape)
         shape.require_no_dropout("")
+        require_positions(shape, sequence_length)
         transformers_lm.require_trainable(shape, vocab_size, sequence_length)

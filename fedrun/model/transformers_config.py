@@ -109,14 +109,6 @@ def max_positions(config: PretrainedConfig) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
-def require_positions(shape: TransformersShape, sequence_length: int) -> None:
-    """Raise InputError if sequences are longer than a model of this shape was made for."""
-    most = max_positions(library_config(shape))
-    if most is not None and sequence_length > most:
-        raise InputError(f"--sequence_length {sequence_length}: must be at most {most}, the "
-                         f"positions of the model ({shape.model_type})")
-
-
 def _fields(cls: Any) -> dict[str, Any]:
     """The fields of a config's class with their defaults: the arguments of its constructor, and in
     newer versions of the library, whose configs are dataclasses, the dataclass's fields."""

@@ -23,6 +23,7 @@ from fedrun.model.loss import (
     linear_cross_entropy_gradients,
     predictive_entropy,
 )
+from fedrun.model.mamba1 import use_own_scan
 from fedrun.model.names import ParameterNames
 from fedrun.model.transformers_config import (
     ATTENTION,
@@ -30,7 +31,6 @@ from fedrun.model.transformers_config import (
     max_positions,
     model_class,
     quietly,
-    require_positions,
 )
 
 TOKENS = {"cpu": 2**13, "cuda": 2**15}  # that the layers take at a time
@@ -61,6 +61,7 @@ class TransformersLM:
         for module in lm.modules():
             if isinstance(module, nn.Embedding):
                 module.padding_idx = None  # its row would not be trained
+        use_own_scan(lm)
         self.max_positions = max_positions(lm.config)
         self.head: nn.Linear | None = _linear_head(lm)
         """The model's last layer, if nothing but it stands between hidden states and logits."""
@@ -250,7 +251,6 @@ def require_trainable(shape: TransformersShape, rows: int, sequence_length: int)
     """Raise InputError unless a model of this shape can be trained on such sequences as a model is
     here: all parameters, and nothing else that changes. Tries it on a batch."""
     kind = f"model.transformers.model_type {shape.model_type}"
-    require_positions(shape, sequence_length)
     model = TransformersLM(build(shape, rows, seed=0))
     for name, p in model.named_parameters():
         if not p.requires_grad:

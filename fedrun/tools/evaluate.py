@@ -26,7 +26,8 @@ def main(argv: Sequence[str]) -> int:
                         help="encoding of text files (default: UTF-8, or as a byte-order mark "
                              "says)")
     parser.add_argument("--sequence_length", type=int, metavar="N",
-                        help="tokens in a sequence (default: the run's, or 256)")
+                        help="tokens in a sequence (default: the run's, or 256, or as many as "
+                             "the model has positions)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32",
                         help="type of matrix products (default: fp32)")
     parser.add_argument("--device", default="cpu", metavar="cpu|cuda|cuda:1",

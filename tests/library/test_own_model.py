@@ -19,12 +19,13 @@ from fedrun import cli
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.model.config import TransformersShape
 from fedrun.model.transformers_lm import build
-from tests.support.runs import CORPUS, Outcome, Run, steps, without_clocks
+from tests.support.runs import CORPUS, OF_SMALL, Outcome, Run, steps, without_clocks
 
 ROUNDS, CLIENTS, LOCAL_UPDATES, BATCH, LENGTH, LR = 3, 3, 2, 2, 32, 2e-3
 GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 32}
 MAMBA = {"model_type": "mamba", "num_hidden_layers": 1, "hidden_size": 32, "state_size": 4}
-BOTH = pytest.mark.parametrize("settings", [GPT2, MAMBA], ids=["gpt2", "mamba"])
+BOTH = pytest.mark.parametrize("settings", [GPT2, pytest.param(MAMBA, marks=pytest.mark.slow)],
+                               ids=["gpt2", "mamba"])
 
 
 def written(folder: Path, settings: dict[str, Any]) -> Path:
@@ -69,7 +70,7 @@ def by_hand(data: TokenData, settings: dict[str, Any]) -> dict[str, torch.Tensor
 @BOTH
 def test_rounds_by_hand_equal_rounds_of_fedrun(run: Run, tmp_path: Path, cache_dir: Path,
                                                settings: dict[str, Any]) -> None:
-    data = prepare(str(CORPUS), "bpe:400", LENGTH, cache_dir)
+    data = prepare(str(CORPUS), "bpe:400", LENGTH, cache_dir, OF_SMALL)
     expected = by_hand(data, settings)
     outcome = run("fed_avg", "--config", written(tmp_path, settings), "--rounds", ROUNDS,
                   "--num_clients", CLIENTS, "--local_updates", LOCAL_UPDATES, "--dtype", "fp64")
@@ -83,7 +84,7 @@ def test_rounds_by_hand_equal_rounds_of_fedrun(run: Run, tmp_path: Path, cache_d
 
 
 @BOTH
-@pytest.mark.parametrize("dtype", ["fp32", "auto"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("auto", marks=pytest.mark.slow)])
 def test_the_same_bits_in_one_and_in_three_processes(run: Run, tmp_path: Path, dtype: str,
                                                      settings: dict[str, Any]) -> None:
     flags = ("--config", written(tmp_path, settings), "--rounds", 3, "--num_clients", 3,

@@ -13,6 +13,7 @@ from fedrun import cli
 from fedrun.common.errors import InputError
 from fedrun.flags import resolve
 from fedrun.model.config import ModelConfig, TransformersShape, recorded_shape
+from fedrun.model.pretrained import parameters_of
 from fedrun.model.transformers_config import library_config, shape_of_folder
 from fedrun.records.provenance import differing_settings
 from tests.support.runs import SMALL, fresh_python
@@ -90,6 +91,13 @@ def test_neither_torch_nor_transformers_is_imported_for_a_file(tmp_path: Path) -
             "resolve('fed_avg', {'config': sys.argv[1]})\n"
             "print({'torch', 'transformers'} & set(sys.modules))")
     assert fresh_python(code, written(tmp_path, GPT2)).strip() == "set()"
+
+
+def test_the_architectures_that_are_compared_have_equal_parameters() -> None:
+    """Within 2 %, with the vocabulary of configs/experiments/architectures.yaml."""
+    counts = {name: parameters_of(resolve("fed_avg", {"config": f"architectures_{name}"}).model,
+                                  4096) for name in ("mamba2", "mamba1", "gpt2")}
+    assert max(counts.values()) < 1.02 * min(counts.values()), counts
 
 
 # ---- the library's configs ----------------------------------------------------------------------

@@ -19,14 +19,14 @@ from fedrun.data.tokens import TokenData, prepare
 from fedrun.flags import resolve
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
-from tests.support.runs import CORPUS, Run
+from tests.support.runs import CORPUS, OF_SMALL, Run
 
 ROUNDS, CLIENTS, LOCAL_UPDATES, BATCH, LENGTH, LR = 3, 3, 2, 2, 32, 2e-3
 
 
 @pytest.fixture(scope="module")
 def data(cache_dir: Path) -> TokenData:
-    return prepare(str(CORPUS), "bpe:400", LENGTH, cache_dir)
+    return prepare(str(CORPUS), "bpe:400", LENGTH, cache_dir, OF_SMALL)
 
 
 def by_hand(data: TokenData) -> dict[str, torch.Tensor]:

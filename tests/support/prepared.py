@@ -7,9 +7,11 @@ launcher, as srun starts ranks: what a launcher does is tested with `fedrun.torc
 
 from __future__ import annotations
 
+import ctypes
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 import tempfile
 import time
@@ -22,8 +24,9 @@ import pytest
 
 from tests.support.runs import ROOT, free_port
 
-SECONDS_TO_FOLLOW = 10.0
+SECONDS_TO_FOLLOW = 15.0
 """In which the other ranks end by themselves after one has failed."""
+PR_SET_PDEATHSIG = 1
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with threads could not be forked
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["fedrun.cli", "fedrun.run", "tokenizers"])
@@ -40,11 +43,12 @@ def run_ranks(processes: int, arguments: Sequence[str], limit: float) -> tuple[i
             list(arguments), output.name)) for rank in range(processes)]
         for rank in ranks:
             rank.start()
-        over = _join(ranks, limit)
+        first, late = _join(ranks, limit)
         printed = Path(output.name).read_text(encoding="utf-8")
-    if over:
-        pytest.fail(f"still running after {limit} s: {' '.join(arguments)}\n{printed}")
-    return next((abs(rank.exitcode) for rank in ranks if rank.exitcode), 0), printed
+    if late:
+        pytest.fail(f"rank {late} still running {limit} s after the start, or "
+                    f"{SECONDS_TO_FOLLOW} s after another failed: {' '.join(arguments)}\n{printed}")
+    return first, printed
 
 
 def _variables(rank: int, processes: int, port: int) -> dict[str, str]:
@@ -53,23 +57,27 @@ def _variables(rank: int, processes: int, port: int) -> dict[str, str]:
             "MASTER_PORT": str(port)}
 
 
-def _join(ranks: Sequence[ForkServerProcess], limit: float) -> bool:
-    """Wait for all ranks, and kill those that do not end; whether one ran past the limit."""
-    deadline, over = time.monotonic() + limit, False
-    while running := [rank for rank in ranks if rank.exitcode is None]:
-        if any(rank.exitcode for rank in ranks):
-            deadline = min(deadline, time.monotonic() + SECONDS_TO_FOLLOW)
-        if time.monotonic() > deadline:
-            over = not any(rank.exitcode for rank in ranks)
-            for rank in running:
-                rank.kill()
-        wait([rank.sentinel for rank in running], timeout=0.5)
-    return over
+def _join(ranks: Sequence[ForkServerProcess], limit: float) -> tuple[int, list[int]]:
+    """Wait for all ranks, and kill those that do not end. Returns the exit code of the first that
+    failed, or 0, and the ranks that were killed."""
+    deadline, first, late = time.monotonic() + limit, 0, list[int]()
+    while running := [number for number, rank in enumerate(ranks) if rank.exitcode is None]:
+        failed = [abs(rank.exitcode) for rank in ranks if rank.exitcode]
+        if failed and not first:
+            first, deadline = failed[0], min(deadline, time.monotonic() + SECONDS_TO_FOLLOW)
+        if time.monotonic() > deadline and not late:
+            late = running
+            for number in late:
+                ranks[number].kill()
+        wait([ranks[number].sentinel for number in running], timeout=0.5)
+    return first or next((abs(rank.exitcode) for rank in ranks if rank.exitcode), 0), late
 
 
 def _be_rank(env: dict[str, str], arguments: list[str], output: str) -> None:
-    """Become `python -m fedrun` with these arguments; in the forked process."""
+    """Become `python -m fedrun` with these arguments; in the forked process, which dies with the
+    one that it is forked from."""
     os.setsid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(env)

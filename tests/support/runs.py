@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fedrun.data.corpora import local_files
 from fedrun.data.pydocs import read_pydocs
+from fedrun.data.text_options import TextOptions
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +38,11 @@ CORPUS.write_text("\n\n".join(read_pydocs(local_files("pydocs")[:40]).values()),
 SMALL = ("--config", "tiny", "--dataset", str(CORPUS), "--tokenizer", "bpe:400",
          "--sequence_length", "32", "--batch_size", "2", "--val_freq", "3", "--lr", "2e-3",
          "--dtype", "fp32", "--val_fraction", "0.02")
+
+
+OF_SMALL = TextOptions(val_fraction=0.02)
+"""The options with which SMALL reads its text: little of it is held out, since evaluations take as
+long as training otherwise."""
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -44,8 +44,9 @@ class Moody(fedrun.FedAvg):
 
 
 class Recorded(subprocess.Popen[bytes]):
-    """A process that does nothing, in the place of another."""
+    """A process with another program in the place of a run."""
 
+    program: ClassVar[str] = ""
     commands: ClassVar[list[list[str]]] = []
     configs: ClassVar[list[RunConfig]] = []
     env: ClassVar[dict[str, str]] = {}
@@ -56,7 +57,7 @@ class Recorded(subprocess.Popen[bytes]):
         self.configs.append(config_of(json.loads(file.read_text())))
         self.env.clear()
         self.env.update(how["env"])
-        super().__init__([sys.executable, "-c", ""], **how)
+        super().__init__([sys.executable, "-c", self.program, str(file)], **how)
 
 
 def test_a_run_is_no_rank_of_the_study_and_may_have_ranks_of_its_own(
@@ -118,12 +119,26 @@ def make(tmp_path: Path, cache_dir: Path) -> Make:
     return made
 
 
-def test_why_a_run_was_refused(make: Make, tmp_path: Path) -> None:
+def test_why_a_run_was_refused(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                               ) -> None:
     """By a file: nothing that a run prints is looked at."""
-    with pytest.raises(InputError, match=r"^study: one: --dataset nowhere\.txt: no such file.*\)$"):
-        start(make("fed_avg", dataset="nowhere.txt"), None, Children(tmp_path / "queue"))
+    config = make("fed_avg", dataset="nowhere.txt")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config.to_dict()))
+    with pytest.raises(InputError, match=r"^--dataset nowhere\.txt: no such file") as refused:
+        study_process.main(file)
+    assert file.with_name("error.txt").read_text() == str(refused.value)
+    with pytest.raises(InputError):  # another rank
+        study_process.main(file)
     assert not (tmp_path / "runs").exists()
-    assert "error: --dataset nowhere.txt" in (tmp_path / "queue" / "one.log").read_text()
+
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
+    monkeypatch.setattr(Recorded, "program", "import pathlib, sys; print('all', file=sys.stderr); "
+                        "pathlib.Path(sys.argv[1]).with_name('error.txt').write_text('why'); "
+                        "sys.exit(2)")
+    with pytest.raises(InputError, match=r"^study: one: why$"):
+        start(config, None, Children(tmp_path / "queue"))
+    assert (tmp_path / "queue" / "one.log").read_text() == "all\n"
 
 
 @pytest.fixture

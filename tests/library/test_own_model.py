@@ -17,10 +17,11 @@ from torch.nn.functional import cross_entropy
 import fedrun
 from fedrun import cli
 from fedrun.data.tokens import TokenData, prepare
+from fedrun.flags import resolve
 from fedrun.model.config import TransformersShape
 from fedrun.model.transformers_lm import build
 from fedrun.plots.groups import flat
-from tests.support.runs import CORPUS, Outcome, Run, steps, without_clocks
+from tests.support.runs import CORPUS, SMALL, Outcome, Run, steps, without_clocks
 
 ROUNDS, CLIENTS, LOCAL_UPDATES, BATCH, LENGTH, LR = 3, 3, 2, 2, 32, 2e-3
 GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 32}
@@ -71,7 +72,10 @@ def by_hand(data: TokenData, settings: dict[str, Any]) -> dict[str, torch.Tensor
 @BOTH
 def test_rounds_by_hand_equal_rounds_of_fedrun(run: Run, tmp_path: Path, cache_dir: Path,
                                                settings: dict[str, Any]) -> None:
-    data = prepare(str(CORPUS), "bpe:400", LENGTH, cache_dir)
+    asked = {name.removeprefix("--"): value
+             for name, value in zip(SMALL[::2], SMALL[1::2], strict=True)}
+    data = prepare(str(CORPUS), "bpe:400", LENGTH, cache_dir,
+                   options=resolve("fed_avg", asked).text_options)
     expected = by_hand(data, settings)
     outcome = run("fed_avg", "--config", written(tmp_path, settings), "--rounds", ROUNDS,
                   "--num_clients", CLIENTS, "--local_updates", LOCAL_UPDATES, "--dtype", "fp64")

@@ -8,6 +8,8 @@ d d_model, i inner width, n size of the state.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ from fedrun.model.conv import causal_conv_silu
 
 def use_own_scan(lm: nn.Module) -> None:
     """Let the mixers of transformers' Mamba-1 compute whole sequences by `mix`. With a cache, as in
-    generation, they compute as before; so do other models."""
+    generation, they compute as before, and on GPUs with Mamba's compiled kernels; so do other
+    models."""
     for module in lm.modules():
         if type(module).__name__ == "MambaMixer" and module.activation == "silu":
             _replace_forward(module)
@@ -30,12 +33,22 @@ def _replace_forward(mixer: Any) -> None:
     original = mixer.forward
 
     def forward(hidden_states: Tensor, *arguments: Any, **named: Any) -> Tensor:
-        if any(value is not None for value in (*arguments, *named.values())):
+        if any(value is not None for value in (*arguments, *named.values())) or (
+                hidden_states.is_cuda and _has_compiled_scan()):
             found: Tensor = original(hidden_states, *arguments, **named)
             return found
         return mix(mixer, hidden_states)
 
     mixer.forward = forward
+
+
+@functools.cache
+def _has_compiled_scan() -> bool:
+    try:
+        found = importlib.util.find_spec("selective_scan_cuda")
+    except ValueError:  # the empty module that stands for it in kernels.py
+        return False
+    return found is not None
 
 
 def mix(mixer: Any, u: Tensor) -> Tensor:

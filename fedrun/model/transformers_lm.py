@@ -33,7 +33,7 @@ from fedrun.model.transformers_config import (
     quietly,
 )
 
-TOKENS = {"cpu": 2**13, "cuda": 2**15}  # that the layers take at a time
+TOKENS = {"cpu": 2**10, "cuda": 2**15}  # that the layers take at a time: fits the cache of a CPU
 LOGITS = 2**27  # that are kept at a time where the model does not end in a linear head
 CACHES = "cache", "past_key_values"  # names of what a forward pass returns for the next token
 PROBE = 8  # tokens of the sequences on which a model is tried

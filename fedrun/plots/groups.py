@@ -87,10 +87,10 @@ def _differs(run: Run, varying: Sequence[str]) -> Settings:
 
 def flat(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with nested ones flattened: model.n_layer."""
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, value in settings.items():
-        flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) \
-            else {name: value}
-    if flat.get("aggregation") == "float":  # the same sums as exact ones, but for rounding
-        flat["aggregation"] = "exact"
-    return flat
+        found |= {f"{name}.{key}": v for key, v in flat(value).items()} if isinstance(
+            value, dict) else {name: value}
+    if found.get("aggregation") == "float":  # the same sums as exact ones, but for rounding
+        found["aggregation"] = "exact"
+    return found

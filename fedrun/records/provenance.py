@@ -133,11 +133,13 @@ def differing_settings(config: RunConfig, recorded: Mapping[str, Any]
     """The settings that decide results and have another value in `recorded`: name -> (there, here).
 
     recorded: the content of a config.json of any age. The model's settings are named
-    `model.n_layer`. `--dtype auto` never differs, since it becomes the type that the run was
-    started with.
+    `model.n_layer`; with --init_from they follow from it. `--dtype auto` never differs, since it
+    becomes the type that the run was started with.
     """
     mine = json.loads(json.dumps(config.results_dict()))
     theirs = _defaults(config) | {"model": {}} | dict(recorded)
+    if config.init_from is not None:
+        mine["model"] = theirs["model"]
     if isinstance(theirs["model"], dict):
         held = theirs.pop("model")
         shapes = mine.pop("model"), held if "transformers" in held else \

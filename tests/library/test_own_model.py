@@ -19,6 +19,7 @@ from fedrun import cli
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.model.config import TransformersShape
 from fedrun.model.transformers_lm import build
+from fedrun.plots.groups import flat
 from tests.support.runs import CORPUS, OF_SMALL, Outcome, Run, steps, without_clocks
 
 ROUNDS, CLIENTS, LOCAL_UPDATES, BATCH, LENGTH, LR = 3, 3, 2, 2, 32, 2e-3
@@ -84,6 +85,7 @@ def test_rounds_by_hand_equal_rounds_of_fedrun(run: Run, tmp_path: Path, cache_d
 
 
 @BOTH
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("dtype", ["fp32", pytest.param("auto", marks=pytest.mark.slow)])
 def test_the_same_bits_in_one_and_in_three_processes(run: Run, tmp_path: Path, dtype: str,
                                                      settings: dict[str, Any]) -> None:
@@ -184,6 +186,12 @@ def test_the_commands_and_the_object_of_a_run(trained: Outcome, tmp_path: Path, 
     assert cli.main(["plot", "federated-deltas", "--data_dir", str(tmp_path)]) == 1
     assert ("skipped run: its model is one of transformers, which names no parameters to save"
             in capfd.readouterr().out)
+
+
+def test_figures_name_the_fields_in_which_shapes_differ() -> None:
+    nested = {"lr": 1e-3, "model": {"transformers": GPT2}}
+    assert flat(nested) == {"lr": 1e-3} | {f"model.transformers.{name}": value
+                                           for name, value in GPT2.items()}
 
 
 @pytest.mark.parametrize(("method", "flags", "message"), [

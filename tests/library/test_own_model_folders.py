@@ -16,11 +16,13 @@ from fedrun import cli
 from fedrun.common.errors import InputError
 from fedrun.data.tokenizer import load_without_custom_code
 from fedrun.data.tokens import prepare
+from fedrun.flags import resolve
 from fedrun.library.evaluation import evaluate
 from fedrun.model.config import TransformersShape
 from fedrun.model.pretrained import find_pretrained
 from fedrun.model.transformers_config import library_config
 from fedrun.model.transformers_lm import build
+from fedrun.records.provenance import differing_settings
 from tests.support.runs import CORPUS, Run, error_lines
 
 GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64}
@@ -68,6 +70,9 @@ def test_a_run_starts_from_it(run_here: Run, folder: Make, settings: dict[str, A
     recorded = done.config["model"]["transformers"]
     assert recorded["model_type"] == settings["model_type"]
     assert "vocab_size" not in recorded
+    # A study compares runs with settings whose --init_from has not been looked at.
+    asked = resolve("fed_avg", {"init_from": str(start)})
+    assert not [name for name in differing_settings(asked, done.config) if "model" in name]
     again = run_here("central", "--init_from", done.run_dir, "--rounds", 1, name="again")
     assert again.code == 0, again.output
     assert again.config["model"] == done.config["model"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
 from fedrun.common.errors import InputError
+from fedrun.data.tokens import TokenData
 from fedrun.model import transformers_lm
-from fedrun.model.base import Generates
+from fedrun.model.base import Generates, Model
 from fedrun.model.build import require_positions
 from fedrun.model.config import TransformersShape
 from fedrun.model.generate import generate
 from fedrun.model.transformers_lm import TransformersLM, build, require_trainable
+from fedrun.training.evaluate import sample_text
 
 ROWS, LENGTH = 60, 12
 GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 24}
@@ -165,6 +167,14 @@ def test_the_cache_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda _, __, given: read.append(given["input_ids"].shape[1]), with_kwargs=True)
     generate(model, batch(1), 15)
     assert read == [LENGTH] + 12 * [1] + 2 * [24]
+
+
+def test_a_model_that_cannot_write_has_no_sample_text() -> None:
+    class Silent:
+        """A model without `prefill` and `step`."""
+
+    silent, data = cast(Model, Silent()), cast(TokenData, None)
+    assert sample_text(silent, data, torch.device("cpu")) == ""
 
 
 # ---- what cannot be trained ----------------------------------------------------------------------

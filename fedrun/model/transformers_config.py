@@ -39,7 +39,8 @@ def shape_of_folder(config: Mapping[str, Any]) -> tuple[TransformersShape, int]:
     if config.get("quantization_config"):
         raise InputError("quantization_config: must be absent: quantised weights cannot be trained")
     shape = TransformersShape({name: value for name, value in config.items()
-                               if name not in _NO_SHAPE | {"vocab_size", "quantization_config"}
+                               if name not in {*_NO_SHAPE, *OF_THE_TOKENIZER,
+                                               "quantization_config"}
                                and not name.startswith("_")})
     # Not every file says it: a class may have a default.
     rows = config.get("vocab_size", getattr(library_config(shape), "vocab_size", None))
@@ -63,7 +64,9 @@ def library_config(shape: TransformersShape, rows: int | None = None) -> Pretrai
     cls = CONFIG_MAPPING[kind]
     model_class(cls, kind)
     fields = _fields(cls)
-    given = {name: value for name, value in shape.settings.items() if name != "model_type"}
+    # Special tokens do not fit where the embedding is looked at with a few rows.
+    given = {name: value for name, value in shape.settings.items()
+             if name not in ("model_type", *OF_THE_TOKENIZER)}
     unset: dict[str, Any] = {name: 0.0 for name, default in fields.items()
                              if "drop" in name and type(default) in (int, float)}
     unset |= {name: None for name in OF_THE_TOKENIZER if name in fields}

@@ -202,7 +202,9 @@ def test_buffers_that_a_run_would_not_keep_are_refused(folder: Make) -> None:
 
 
 def test_what_is_exported_is_a_start_again(run_here: Run, folder: Make, tmp_path: Path) -> None:
-    done = run_here("fed_avg", "--init_from", folder(LLAMA), "--num_clients", 2, "--rounds", 1)
+    start = folder(LLAMA)
+    change(start, pad_token_id=399)  # which is there, but not in a vocabulary of a few rows
+    done = run_here("fed_avg", "--init_from", start, "--num_clients", 2, "--rounds", 1)
     assert done.code == 0, done.output
     out = tmp_path / "out"
     assert cli.main(["export", str(done.run_dir), "--to", "hf", str(out)]) == 0

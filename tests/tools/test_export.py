@@ -144,12 +144,16 @@ def test_evaluate_finds_the_perplexity_of_the_history(
     out = tmp_path / "hf"
     assert cli.main(["export", str(trained.run_dir), str(out)]) == 0
     capsys.readouterr()
-    on_corpus = ["--dataset", str(CORPUS), "--sequence_length", "32", "--split", "validation"]
-    for argv in ([str(trained.run_dir)], [str(out), *on_corpus]):
+    copied = shutil.copyfile(CORPUS, tmp_path / "other.txt")
+    on_other = ["--dataset", str(copied), "--sequence_length", "32", "--split", "validation"]
+    found = []
+    for argv in ([str(trained.run_dir)], [str(trained.run_dir), *on_other], [str(out), *on_other]):
         assert cli.main(["evaluate", *argv, "--cache-dir", str(cache_dir)]) == 0
         result = json.loads(capsys.readouterr().out)
-        assert result["perplexity"] == pytest.approx(trained.history[-1]["server_val_ppl"])
+        found.append(result["perplexity"])
         assert result["split"] == "validation"
+    assert found[0] == pytest.approx(trained.history[-1]["server_val_ppl"])
+    assert found[1] == pytest.approx(found[2])
     text = tmp_path / "text.txt"
     text.write_text("def function(a): return a\n" * 400)
     assert cli.main(["evaluate", str(trained.run_dir), "--dataset", str(text), "--split", "train",

@@ -36,6 +36,8 @@ from fedrun.model.transformers_config import (
 TOKENS = {"cpu": 2**10, "cuda": 2**15}  # that the layers take at a time: fits the cache of a CPU
 LOGITS = 2**27  # that are kept at a time where the model does not end in a linear head
 CACHES = "cache", "past_key_values"  # names of what a forward pass returns for the next token
+LONGEST_TRIAL = 64  # tokens: what is tried depends on no length, and large models take long
+LONGEST_TEXT = 128  # tokens of a sample text with its prompt
 PROBE = 8  # tokens of the sequences on which a model is tried
 LARGE_LOGIT = 100.0  # which a limit on logits, as some models have, would change
 ROUNDING = 1e-5  # of the largest logit: what is different by more is not equal
@@ -249,22 +251,36 @@ def parameters_of(shape: TransformersShape, rows: int) -> int:
 
 def require_trainable(shape: TransformersShape, rows: int, sequence_length: int) -> None:
     """Raise InputError unless a model of this shape can be trained on such sequences as a model is
-    here: all parameters, and nothing else that changes. Tries it on a batch."""
+    here: all parameters, and nothing else that changes. Tries it on a batch of short ones, and lets
+    it write as sample texts are written."""
     kind = f"model.transformers.model_type {shape.model_type}"
-    model = TransformersLM(build(shape, rows, seed=0))
+    lm = build(shape, rows, seed=0)
+    first = [(name, p.detach().clone()) for name, p in lm.named_parameters()]
+    model = TransformersLM(lm)  # which computes with it
     for name, p in model.named_parameters():
         if not p.requires_grad:
             raise InputError(f"{kind}: {name} is a parameter that the library does not train")
     before = {name: b.clone() for name, b in model.lm.named_buffers()}
+    whole = max(sequence_length, LONGEST_TEXT)
+    sequence_length = min(sequence_length, LONGEST_TRIAL)
     ids = torch.arange(2 * sequence_length).view(2, sequence_length) % rows
     ids[1] = ids[0]
     ids[1, sequence_length // 2:] = (ids[0, sequence_length // 2:] + 1) % rows
     try:
         with torch.no_grad():
             logits = model(ids)[:, :sequence_length // 2]
+        changed = next((name for (name, p), (_, then) in zip(
+            model.named_parameters(), first, strict=True) if not torch.equal(p, then)), "")
+        del first
         model.compute_grad(ids)
+        _, state = model.prefill((torch.arange(whole) % rows)[None])
+        model.step(ids[:1, 0], state)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        raise InputError(f"{kind}: cannot compute a loss: {one_line(error)}") from error
+        raise InputError(f"{kind}: cannot compute a loss, or text after {whole} tokens: "
+                         f"{one_line(error)}") from error
+    if changed:
+        raise InputError(f"{kind}: the library changes {changed} where it only predicts, so that a "
+                         "saved model would be another one")
     if not _equal(logits[0], logits[1]):
         raise InputError(f"{kind}: must be a causal language model; its predictions depend on "
                          "tokens that come later")

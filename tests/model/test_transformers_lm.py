@@ -243,3 +243,14 @@ def test_no_sequence_is_longer_than_the_models_positions() -> None:
     with pytest.raises(InputError, match="--sequence_length 25: must be at most 24, the positions"):
         require_positions(TransformersShape(GPT2), 25)
     require_positions(TransformersShape(MAMBA), 10**6)
+
+
+@pytest.mark.parametrize(("settings", "why"), [
+    ({"model_type": "rwkv", "hidden_size": 32, "num_hidden_layers": 7, "context_length": 64},
+     "the library changes .* where it only predicts"),
+    ({"model_type": "mpt", "d_model": 32, "n_heads": 2, "n_layers": 1, "max_seq_len": 64},
+     "cannot compute a loss, or text after 128 tokens")], ids=["rwkv", "mpt"])
+def test_what_would_end_a_run_later_is_refused(settings: dict[str, Any], why: str) -> None:
+    """Weights that a forward pass rescales; text that is longer than the model can read."""
+    with pytest.raises(InputError, match=why):
+        require_trainable(TransformersShape(settings), ROWS, LENGTH)

@@ -136,8 +136,8 @@ def explained(entity: Entity, layer: int) -> str:
     """What a heatmap shows, in words."""
     _, rows, columns, (total_rows, total_columns) = _shown(entity, layer)
     return (f"The change of in_proj since {entity.since}. It maps {total_columns} inputs (columns) "
-            f"to {total_rows} outputs (rows), from which the layer takes its gate, its states and "
-            f"its step sizes; here are the {len(columns)} columns and the {len(rows)} rows whose "
+            f"to {total_rows} outputs (rows): the gate of the layer, its input, its B and C and "
+            f"its step sizes. Here are the {len(columns)} columns and the {len(rows)} rows whose "
             "change is largest at the end. Red grew, blue fell. All heatmaps of this page share "
             "their colours, so a pale one is of a run whose weights moved little.")
 

@@ -245,7 +245,7 @@ def single(run: Run, axis: Axis) -> Result:
         values = " and ".join(f"{value:,.2f} at step {step:,}" for step, (_, value) in
                               points.items())
         return f"No curve, since it was evaluated only at its start and end: {values}."
-    selection = Selection([run], known)
+    selection = Selection([run], known, View(start=0))
     (group,) = selection.groups
     with style.drawing():
         fig = style.figure(7.0, 3.6)

@@ -3,7 +3,7 @@
 Perplexity starts at the size of the vocabulary and falls by a factor of a hundred within a few
 steps. An axis with room for that draws methods that end 2 % apart as one line. So by default the
 axis has room for what the curves do after a tenth of the run, and an inset shows them whole. Of
-curves with few evaluations, nothing would be left: they are shown whole.
+curves with few evaluations, nothing would be left: they are shown whole, as is a curve alone.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def limits(curves: Sequence[Curve], view: View) -> tuple[float, float] | str:
     starts = [float(c.mean.max()) for c in curves
               if len(c.steps) >= FEW and c.x[-1] >= SHORT * longest]
     for found in curves:
-        few = len(found.steps) < FEW
+        few = len(found.steps) < FEW or len(curves) == 1  # which there is nothing to tell from
         start = (0 if few else STEEP * found.steps[-1]) if view.start is None else view.start
         kept = found.steps >= start
         if not kept.any():

@@ -74,6 +74,16 @@ def test_curves_of_few_evaluations_are_whole(tmp_path: Path) -> None:
     assert all(line.get_marker() not in (None, "None") for line in ax.lines)
 
 
+def test_a_curve_alone_is_whole(tmp_path: Path) -> None:
+    folders.study(tmp_path, 1, end=600.0)
+    (ax,) = figure_of(tmp_path, "0_all_runs").axes
+    assert ax.get_ylim()[1] > 40_000
+    single = perplexity.single(find_runs(tmp_path).runs[0], "tokens")
+    assert isinstance(single, Figure)
+    assert single.axes[0].get_ylim()[1] > 40_000
+    assert not insets(ax) + insets(single.axes[0])
+
+
 @pytest.mark.parametrize(("end", "least", "most"), [
     (150.0, 2700, 4000), (900.0, 3300, 4000), (1e7, 100, 5000)], ids=["", "far", "diverged"])
 def test_a_shorter_run_is_no_stub(end: float, least: float, most: float) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fedrun.plots.groups import Group
 from fedrun.plots.run_folder import Axis, Measure
+
+ENDS_ONLY = 2  # points
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,16 @@ class Curve:
     """Local optimizer steps of a client; of a central run, its optimizer steps."""
     left_out: list[str]
     """Runs that are shorter than the others or repeat a seed."""
+
+    @property
+    def ends_only(self) -> bool:
+        """Whether all that is known is how it started and ended, or less: it has no shape."""
+        return len(self.steps) <= ENDS_ONLY
+
+    def last(self) -> Curve:
+        """Its last point alone."""
+        return replace(self, x=self.x[-1:], mean=self.mean[-1:], steps=self.steps[-1:],
+                       std=None if self.std is None else self.std[-1:])
 
 
 def curve(group: Group, measure: Measure, axis: Axis) -> Curve | None:

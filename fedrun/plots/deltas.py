@@ -16,6 +16,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.colors import FuncNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -31,7 +32,7 @@ SUBSCRIPTS = "₁₂₃₄₅₆₇₈"
 WIDTH = 7.6  # inches, of figures of singular values without a table
 WIDE = 10  # the ratio of singular values from which on their axis is logarithmic
 ENERGY = 0.95
-COLOUR_QUANTILE = 0.995
+COLOUR_QUANTILE = 0.98
 """The colour scale ends at this quantile of the changes. If it ended at the largest change, one
 extreme element would make all others pale."""
 
@@ -114,12 +115,31 @@ def _families(entities: Sequence[Entity]) -> dict[str, list[Entity]]:
 
 
 def common_limit(entities: Sequence[Entity], layer: int) -> float:
-    """Where the colour scale of these entities' heatmaps ends, so that they can be compared."""
-    limits = []
-    for entity in entities:
-        shown = _shown(entity, layer)[0]
-        limits.append(float(np.quantile(np.abs(np.stack(list(shown.values()))), COLOUR_QUANTILE)))
-    return max(limits, default=0.0) or 1.0
+    """Where the colour scale of these entities' heatmaps ends, so that they can be compared: at a
+    quantile of all that they show."""
+    shown = [np.abs(change).ravel() for entity in entities
+             for change in _shown(entity, layer)[0].values()]
+    return float(np.quantile(np.concatenate(shown), COLOUR_QUANTILE)) or 1.0 if shown else 1.0
+
+
+def _colours(limit: float) -> FuncNorm:
+    """A scale from -limit to limit on which a colour's strength is the square root of the change.
+
+    On a linear one the small changes, of an early step or of a run with a lower learning rate than
+    the others, would be white.
+    """
+    return FuncNorm((lambda change: np.sign(change) * np.sqrt(np.abs(change)),
+                     lambda colour: np.sign(colour) * np.square(colour)), -limit, limit)
+
+
+def explained(entity: Entity, layer: int) -> str:
+    """What a heatmap shows, in words."""
+    _, rows, columns, (total_rows, total_columns) = _shown(entity, layer)
+    return (f"The change of in_proj since {entity.since}. It maps {total_columns} inputs (columns) "
+            f"to {total_rows} outputs (rows): the gate of the layer, its input, its B and C and "
+            f"its step sizes. Here are the {len(columns)} columns and the {len(rows)} rows whose "
+            "change is largest at the end. Red grew, blue fell. All heatmaps of this page share "
+            "their colours, so a pale one is of a run whose weights moved little.")
 
 
 def _shown(entity: Entity, layer: int
@@ -146,7 +166,7 @@ def heatmap(entity: Entity, layer: int, limit: float) -> Figure:
     grid = fig.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     axes = list(grid.flat)
     for ax, step in zip(axes, steps, strict=False):
-        image = ax.imshow(shown[step], cmap=style.DIVERGING, vmin=-limit, vmax=limit,
+        image = ax.imshow(shown[step], cmap=style.DIVERGING, norm=_colours(limit),
                           aspect="auto", interpolation="nearest")
         ax.set_title(f"step {step}" if entity.run.method == "central" else f"round {step}",
                      fontsize=12)
@@ -155,15 +175,22 @@ def heatmap(entity: Entity, layer: int, limit: float) -> Figure:
         ax.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     for unused in axes[len(steps):]:
         unused.remove()
-    fig.colorbar(image, ax=axes[:len(steps)], extend="both", label="change of the weight",
-                 shrink=0.9, pad=0.015)
-    fig.supxlabel(f"the {len(columns)} of {total_columns} inputs that changed most", fontsize=12)
-    fig.supylabel(f"the {len(rows)} of {total_rows} outputs", fontsize=12)
+    beyond = np.mean([np.abs(change) > limit for change in shown.values()])
+    fig.colorbar(image, ax=axes[:len(steps)], extend="both", shrink=0.9, pad=0.015,
+                 ticks=[part * limit for part in (-1, -0.25, 0, 0.25, 1)], format="%.2g",
+                 label=f"change of the weight\n({beyond:.1%} beyond the ends)")
+    fig.supxlabel(_part(len(columns), total_columns, "inputs"), fontsize=12)
+    fig.supylabel(_part(len(rows), total_rows, "outputs"), fontsize=12)
     fig.suptitle(style.lines(
         fig.get_figwidth(), f"Change of in_proj since {entity.since}, {_layer(entity, layer)}",
         f"{_title(entity)}, seed {entity.run.seed}"))
     tables.settings_beside(fig, entity.differs)
     return fig
+
+
+def _part(count: int, total: int, what: str) -> str:
+    return f"all {total} {what}" if count == total else \
+        f"the {count} of {total} {what} that changed most"
 
 
 def evolution(entities: Sequence[Entity], layer: int) -> Figure:

@@ -1,7 +1,7 @@
 """The overview, `0_all_runs`: every run as a line of its own, with a table of what differs.
 
 It is the one figure whose lines need not have the same protocol. It shows what is there, not which
-method is better.
+method is better. Runs on different text are in panels of their own, without a common y-axis.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from typing import Any
 
 import numpy as np
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
 from fedrun.plots import style, tables
+from fedrun.plots.curves import ENDS_ONLY
 from fedrun.plots.groups import NO_VARIANT, Group
 from fedrun.plots.pieces import Result, draw, fit, named, new_panels, nothing_on
 from fedrun.plots.protocols import settings_of
+from fedrun.plots.run_folder import Run
 from fedrun.plots.selection import Selection
+from fedrun.plots.texts import Text, text_of, texts
 
 OWN_LOOKS = 9
 """Runs up to which each has a look and a row of its own. Of more, those that differ in their seed
@@ -30,39 +34,72 @@ LONGEST_NAME, LONGEST_CELL = 40, 20  # columns of text
 
 
 def all_runs(selection: Selection) -> Result:
-    """All runs in one axes."""
-    rows = sorted(selection.groups, key=lambda group: group.final_ppl)
-    own_looks = sum(len(group.runs) for group in rows) <= OWN_LOOKS
-    if own_looks:
-        rows = [replace(group, runs=[run]) for group in rows
-                for run in sorted(group.runs, key=lambda run: run.seed)]
-    methods = len({group.method for group in rows})
-    fig, (ax,) = new_panels(1)
+    """All runs, a panel for each data set and tokenizer."""
+    every = [run for group in selection.groups for run in group.runs]
+    own_looks = len(every) <= OWN_LOOKS
+    rows = [(text, group) for text in texts(every)
+            for group in _rows(selection.groups, text, own_looks)]
+    if not rows:
+        return "needs at least one run"
+    panels = list(dict.fromkeys(text for text, _ in rows))
+    methods = len({group.method for _, group in rows})
+    fig, axes = new_panels(len(panels), sharey=False)
     drawn: list[tuple[Group, Line2D]] = []
-    for place, group in enumerate(rows):
-        look: dict[str, Any] = {} if methods == len(rows) else style.line_look(place)
-        look |= {} if own_looks else {"linewidth": 1.2, "markersize": 4.0}
-        lines = [draw(ax, selection, replace(group, runs=[run]), "val_ppl", **look)
-                 for run in group.runs]
-        drawn += [(group, line) for line in lines if line][:1]
-    if not drawn:
-        return nothing_on(selection.axis) if rows else "needs at least one run"
+    wanting: list[str] = []
+    for ax, panel in zip(axes, panels, strict=True):
+        before = len(drawn)
+        dots = not any(_has_curve(run, selection) for run in every if text_of(run) == panel)
+        for place, (text, group) in enumerate(rows):
+            look: dict[str, Any] = {} if methods == len(rows) else style.line_look(place)
+            look |= {} if own_looks else {"linewidth": 1.2, "markersize": 4.0}
+            at = len(drawn) + 1 if dots else None
+            lines = [draw(ax, selection, replace(group, runs=[run]), "val_ppl", at, **look)
+                     for run in group.runs] if text == panel else []
+            drawn += [(group, line) for line in lines if line][:1]
+        ax.set_title(style.lines(fig.get_figwidth() / min(len(panels), 3),
+                                 style.text(str(panel))) if len(panels) > 1 else "All runs")
+        reason = fit([ax], selection, [] if dots else None, alone=len(panels) == 1) \
+            if len(drawn) > before else nothing_on(selection.axis)
+        if dots:
+            ax.set_xlabel("row of the table below")
+            ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        if reason:
+            wanting.append(reason)
+            ax.text(0.5, 0.5, style.lines(3.5, reason), ha="center", transform=ax.transAxes)
+    if len(wanting) == len(panels):
+        selection.foot()
+        return wanting[0]
+    if len(panels) > 1:
+        fig.suptitle("All runs")
     shown = drawn[:MOST_ROWS]
     cells, left_out = _cells([group for group, _ in shown], own_looks)
     across, down = fig.get_size_inches()
     fig.set_size_inches(max(across, WIDTH, tables.width(cells, lines=True) + 0.3),
                         down + tables.ROW * len(cells))
-    if wanting := fit([ax], selection):
-        return wanting
-    ax.set_title("All runs")
     notes = [selection.foot()]
     if left_out:
         notes.append(f"the runs differ in {left_out} more settings")
     if len(drawn) > MOST_ROWS:
-        notes.append(f"the {MOST_ROWS} best of {len(drawn)}")
+        which = "best" if len(panels) == 1 else "first"
+        notes.append(f"the {MOST_ROWS} {which} of {len(drawn)}")
     tables.table(fig, cells, "outside lower center", named((line, "") for _, line in shown),
                  "\n".join(filter(None, notes)))
     return fig
+
+
+def _has_curve(run: Run, selection: Selection) -> bool:
+    return len(run.points("val_ppl", selection.axis)) > ENDS_ONLY
+
+
+def _rows(groups: Sequence[Group], text: Text, own_looks: bool) -> list[Group]:
+    """The runs of this text, the best first: each alone, or with those that differ in their seed.
+    """
+    kept = [replace(group, runs=its) for group in groups
+            if (its := [run for run in group.runs if text_of(run) == text])]
+    if own_looks:
+        kept = [replace(group, runs=[run]) for group in kept
+                for run in sorted(group.runs, key=lambda run: run.seed)]
+    return sorted(kept, key=lambda group: group.final_ppl)
 
 
 def _cells(rows: Sequence[Group], own_looks: bool) -> tuple[list[list[str]], int]:

@@ -19,11 +19,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from fedrun.plots import style
-from fedrun.plots.curves import Curve
+from fedrun.plots.curves import ENDS_ONLY, Curve
 from fedrun.plots.groups import Group, in_a_line
 from fedrun.plots.overview import all_runs
 from fedrun.plots.pieces import Result, draw, finish, named, new_panels, nothing_on
@@ -32,6 +31,8 @@ from fedrun.plots.run_folder import Axis, Run
 from fedrun.plots.selection import Selection, natural, updates_text
 from fedrun.plots.view import WHOLE_FINDING, View
 
+NO_CURVES = ("needs runs that were evaluated in between (--val_freq): these were only at their "
+             "start and end, and 0_all_runs has what they ended at")
 LONGEST = 100  # characters for what tells protocols apart, in the reason for no figure
 
 TRAIN: dict[str, Any] = {"linestyle": (0, (1.2, 1.6)), "linewidth": 1.5, "marker": None}
@@ -49,6 +50,9 @@ def figures(runs: Sequence[Run], axis: Axis, config: str | None = None,
 
     def add(name: str, members: Sequence[Run], figure: Callable[[Selection], Result]) -> None:
         drawn: dict[str, Result] = {}
+        if members and not any(len(run.points("val_ppl", "rounds")) > ENDS_ONLY for run in members):
+            made[name] = NO_CURVES
+            return
         found = protocols(members) or {(): []}
         for protocol, its in found.items():
             selection = Selection(its, axis, view, protocol)
@@ -230,10 +234,18 @@ def configs_in_one_axes(selection: Selection) -> Result:
     return finish(fig, axes, selection, handles, 3)
 
 
-def single(run: Run, axis: Axis) -> Figure:
-    """Validation and train curves of one run, over rounds if its history lacks `axis`."""
-    known = axis if run.points("val_ppl", axis) else "rounds"
-    selection = Selection([run], known)
+def single(run: Run, axis: Axis) -> Result:
+    """Validation and train curves of one run, over rounds if its history lacks `axis`.
+
+    If it has no more than a start and an end, these in words.
+    """
+    known: Axis = axis if run.points("val_ppl", axis) else "rounds"
+    points = run.points("val_ppl", known)
+    if len(points) <= ENDS_ONLY:
+        values = " and ".join(f"{value:,.2f} at step {step:,}" for step, (_, value) in
+                              points.items())
+        return f"No curve, since it was evaluated only at its start and end: {values}."
+    selection = Selection([run], known, View(start=0))
     (group,) = selection.groups
     with style.drawing():
         fig = style.figure(7.0, 3.6)
@@ -242,9 +254,7 @@ def single(run: Run, axis: Axis) -> Figure:
         if draw(ax, selection, group, "train_ppl", **TRAIN):
             handles.append(Line2D([], [], color=style.look(run.method).colour, label="train",
                                   **TRAIN))
-        finished = finish(fig, [ax], selection, handles, 2, ylabel="perplexity")
-        assert isinstance(finished, Figure)
-        return finished
+        return finish(fig, [ax], selection, handles, 2, ylabel="perplexity")
 
 
 def _short(configs: Sequence[str]) -> list[str]:

@@ -48,6 +48,8 @@ class Record:
     seconds: float
     bytes: float
     generated: str | None
+    """Sample text, without the prompt."""
+    prompt: str | None
 
 
 @dataclass(frozen=True)
@@ -206,8 +208,8 @@ def _record(raw: Any, tokens_per_step: float) -> Record | None:
                              for value in (tokens, seconds, sent))
     return Record(step, _perplexity(raw.get("train_ppl"), raw.get("train_loss")),
                   _perplexity(read_field(raw, "val_ppl"), read_field(raw, "val_loss")), tokens,
-                  seconds, sent,
-                  raw.get("generated") if isinstance(raw.get("generated"), str) else None)
+                  seconds, sent, *(raw[name] if isinstance(raw.get(name), str) else None
+                                   for name in ("generated", "prompt")))
 
 
 def _perplexity(ppl: Any, loss: Any) -> float:

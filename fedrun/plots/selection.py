@@ -13,6 +13,7 @@ from fedrun.plots.run_folder import INFERRED, Axis, Measure, Run
 from fedrun.plots.view import WHOLE_FINDING, Drawn, View
 
 NOTE_WIDTH = 100  # characters that fit under the narrowest figure
+ENDS = "one dot: a run that was evaluated only at its start and its end"
 BANDS = "bands: one standard deviation over the seeds, around their mean"
 
 

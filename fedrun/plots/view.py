@@ -2,7 +2,8 @@
 
 Perplexity starts at the size of the vocabulary and falls by a factor of a hundred within a few
 steps. An axis with room for that draws methods that end 2 % apart as one line. So by default the
-axis has room for what the curves do after a tenth of the run, and an inset shows them whole.
+axis has room for what the curves do after a tenth of the run, and an inset shows them whole. Of
+curves with few evaluations, nothing would be left: they are shown whole, as is a curve alone.
 """
 
 from __future__ import annotations
@@ -21,11 +22,17 @@ from fedrun.plots.curves import Curve
 from fedrun.plots.run_folder import Axis
 
 STEEP = 0.1  # of a run
+FEW = 5
+"""Evaluations below which a curve is shown whole."""
+SHORT = 0.5
+"""Of the longest curve's x. One that ends before had no time to come near the others: if it is
+above them, it counts with all that it does after its own tenth."""
 ABOVE_OWN_END = 1.25
 """The axis ends at this multiple of a curve's last value, unless the curve stays below it."""
 ABOVE_LOWEST_END = 6.0
 """And at this multiple of the lowest last value, so that a diverged run does not flatten others."""
 MARGIN = 0.04  # of the axis, above and below
+DOTS = 1.05  # between the ends of the axis and dots alone
 SMALLEST_RATIO = 1.02  # between the ends of the axis, for flat curves
 INSET = (0.40, 0.36)  # of a panel's width and height
 TICKS = (0.14, 0.10)  # of a panel, for the inset's tick labels at its left and below it
@@ -59,9 +66,15 @@ class Drawn:
 def limits(curves: Sequence[Curve], view: View) -> tuple[float, float] | str:
     """The lowest and the highest perplexity to show, or why there is nothing between them."""
     lows, highs = [], []
+    shorter: list[tuple[float, float]] = []
+    longer: list[float] = []
     lowest_end = min(float(c.mean[-1]) for c in curves)
+    longest = max(float(c.x[-1]) for c in curves)
+    starts = [float(c.mean.max()) for c in curves
+              if len(c.steps) >= FEW and c.x[-1] >= SHORT * longest]
     for found in curves:
-        start = STEEP * found.steps[-1] if view.start is None else view.start
+        few = len(found.steps) < FEW or len(curves) == 1  # which there is nothing to tell from
+        start = (0 if few else STEEP * found.steps[-1]) if view.start is None else view.start
         kept = found.steps >= start
         if not kept.any():
             continue
@@ -70,22 +83,33 @@ def limits(curves: Sequence[Curve], view: View) -> tuple[float, float] | str:
         # A band may reach far below its mean where one seed of few diverged.
         lows.append(max(float((mean - std[kept]).min()), float(mean.min()) / ABOVE_OWN_END))
         high = float((mean + std[kept]).max())
-        if view.start is None:
+        if view.start is None and few:
+            high = min(high, max(starts, default=high))  # diverged: it does not flatten the others
+        elif view.start is None:
+            whole = high
             high = max(min(high, ABOVE_OWN_END * end), end + float(std[-1]))
             high = min(high, ABOVE_LOWEST_END * lowest_end)
+            if found.x[-1] < SHORT * longest:
+                shorter.append((end, min(whole, max(starts, default=whole))))
         highs.append(high)
+        longer += [high] if found.x[-1] >= SHORT * longest else []
+    # Otherwise one that ends above what is shown of the longer ones would be a stub.
+    highs += [whole for end, whole in shorter if end > max(longer, default=0.0)]
     if not lows:
         return f"needs runs that go beyond --from {view.start}"
     low, high = max(min(lows), 1e-3), max(highs) if view.y_max is None else view.y_max
     if high <= low and view.y_max is not None:
         return f"needs --y_max > {low:,.6g}, its lowest perplexity"
+    if all(len(c.steps) == 1 for c in curves):  # dots, whose differences may be none
+        low, high = low / DOTS, high if view.y_max is not None else high * DOTS
     margin = max(high / low, SMALLEST_RATIO) ** MARGIN
     return low / margin, high if view.y_max is not None else high * margin
 
 
-def apply(drawn: Sequence[Drawn], axis: Axis, view: View) -> str:
+def apply(drawn: Sequence[Drawn], axis: Axis, view: View, alone: bool = True) -> str:
     """Set the limits of panels that share a y-axis, and add insets where a curve is cut.
 
+    alone: whether there are no other panels, so that an inset may stand beside these.
     Returns why nothing can be shown; empty if all is well.
     """
     found = limits([d.curve for d in drawn], view)
@@ -104,7 +128,7 @@ def apply(drawn: Sequence[Drawn], axis: Axis, view: View) -> str:
     cut = {ax: here for ax, here in by_panel.items()
            if any(d.curve.mean.max() > high for d in here)}
     hidden = {ax: _hidden(ax, here) for ax, here in cut.items()}
-    if any(min(found.values()) for found in hidden.values()):
+    if alone and any(min(found.values()) for found in hidden.values()):
         _inset_beside(panels, drawn, axis)
         return ""
     for ax, here in cut.items():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from fedrun.plots import deltas, saved
@@ -28,6 +30,26 @@ def test_heatmaps_of_one_call_share_their_colours(tmp_path: Path) -> None:
     assert len(scales) == 1
     (note,) = [line for line in str(found).splitlines() if line.startswith("note")]
     assert "_seed_0: its files hold one layer without saying which" in note
+
+
+def test_small_changes_are_seen_and_clipped_ones_told(tmp_path: Path) -> None:
+    """A run that moved a hundredth of another is not white, on the scale that they share."""
+    for seed, factor in ((0, 1.0), (1, 0.01)):
+        run = folders.ours(tmp_path, "central", CONFIG, seed=seed)
+        (run / "deltas").mkdir()
+        change = factor * folders.change(90, 0)
+        arrays: dict[str, Any] = {"delta_layers.0.in_proj": change}
+        np.savez(run / "deltas" / "step_000090.npz", **arrays)
+    made = figures_of(saved.find_entities(tmp_path, "server", False, None))
+    strong, weak = (made[name] for name in sorted(made) if name.startswith("heatmap"))
+    image = weak.axes[0].images[0]
+    change = np.asarray(image.get_array())
+    away = np.abs(np.asarray(image.norm(change)) - 0.5) / 0.5  # from white
+    assert np.quantile(away, 0.9) > 0.05, "0.01 on a linear scale"
+    limit = image.get_clim()[1]
+    shown = np.asarray(strong.axes[0].images[0].get_array())
+    assert f"({(np.abs(shown) > limit).mean():.1%} beyond the ends)" in strong.axes[-1].get_ylabel()
+    assert (np.abs(shown) > limit).any()
 
 
 def test_singular_values_of_a_wide_range_are_logarithmic(tmp_path: Path) -> None:

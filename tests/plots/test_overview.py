@@ -95,6 +95,26 @@ def test_protocols_are_together_and_told_in_the_table(tmp_path: Path) -> None:
                                  for number, its in enumerate(EIGHT)}
 
 
+def test_runs_on_other_text_are_in_a_panel_of_their_own(tmp_path: Path) -> None:
+    for name, dataset in (("one", "pydocs"), ("two", "pydocs"), ("toy", "notes.txt")):
+        folders.ours(tmp_path, "fed_avg", CONFIG, name=name, dataset=dataset)
+    figure = overview(tmp_path)
+    assert {ax.get_title(): len(ax.lines) for ax in figure.axes} == {
+        "notes.txt, bpe:400": 1, "pydocs, bpe:400": 2}
+    assert not is_cut_off(figure)
+
+
+def test_runs_known_at_their_ends_alone_are_dots(tmp_path: Path) -> None:
+    for method, gain in (("fed_avg", 1.0), ("fed_fisher", 2.0)):
+        folders.ours(tmp_path, method, CONFIG, steps=(1, 90), gain=gain)
+    (ax,) = overview(tmp_path).axes
+    dots = [(np.asarray(line.get_xdata()).tolist(), np.asarray(line.get_ydata()).tolist(),
+             line.get_linestyle()) for line in ax.lines]
+    assert dots == [([place], [pytest.approx(folders.perplexity_at(90, 0, gain))], "None")
+                    for place, gain in ((1, 2.0), (2, 1.0))]
+    assert ax.get_xlabel() == "row of the table below"
+
+
 def test_many_runs_share_the_look_of_their_settings(tmp_path: Path) -> None:
     for seed in range(6):
         for updates, gain in ((1, 1.0), (8, 2.0)):

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from fedrun import cli
 from fedrun.plots import perplexity
+from fedrun.plots.curves import Curve
 from fedrun.plots.runs import find_runs
-from fedrun.plots.view import View
+from fedrun.plots.view import View, limits
 from tests.support import folders
 from tests.support.figures import ends_in_pixels
 
@@ -61,6 +62,40 @@ def test_methods_are_told_apart_beside_central_training(tmp_path: Path) -> None:
     assert (apart > 1.5 * figure.axes[0].lines[0].get_linewidth() * figure.dpi / 72).all()
     (inset,) = insets(figure.axes[0])
     assert len(inset.lines) == 4
+
+
+def test_curves_of_few_evaluations_are_whole(tmp_path: Path) -> None:
+    for method, gain in (("fed_avg", 3.0), ("fed_fisher", 4.0)):
+        folders.ours(tmp_path, method, CONFIG, gain=gain)
+    (ax,) = figure_of(tmp_path, METHODS).axes
+    highest = max(np.asarray(line.get_ydata()).max() for line in ax.lines)
+    assert highest < ax.get_ylim()[1]
+    assert not insets(ax)
+    assert all(line.get_marker() not in (None, "None") for line in ax.lines)
+
+
+def test_a_curve_alone_is_whole(tmp_path: Path) -> None:
+    folders.study(tmp_path, 1, end=600.0)
+    (ax,) = figure_of(tmp_path, "0_all_runs").axes
+    assert ax.get_ylim()[1] > 40_000
+    single = perplexity.single(find_runs(tmp_path).runs[0], "tokens")
+    assert isinstance(single, Figure)
+    assert single.axes[0].get_ylim()[1] > 40_000
+    assert not insets(ax) + insets(single.axes[0])
+
+
+@pytest.mark.parametrize(("end", "least", "most"), [
+    (150.0, 2700, 4000), (900.0, 3300, 4000), (1e7, 100, 5000)], ids=["", "far", "diverged"])
+def test_a_shorter_run_is_no_stub(end: float, least: float, most: float) -> None:
+    found = limits([falling(40, end), falling(600, 100.0)], View())
+    assert not isinstance(found, str)
+    assert least < found[1] < most
+
+
+def falling(steps: int, end: float) -> Curve:
+    """From 4000, of ten evaluations."""
+    at = np.linspace(1, steps, 10)
+    return Curve(at, np.geomspace(4000, end, 10), None, [0], at.astype(int), [])
 
 
 def test_what_the_user_asks_to_see(tmp_path: Path) -> None:

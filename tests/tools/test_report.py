@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fedrun import cli
-from fedrun.tools.report import clock, size
+from fedrun.tools.report_runs import clock, size
 from tests.support import folders
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which(
@@ -40,7 +40,7 @@ frame.addEventListener("load", () => {{
     opened: [...table.querySelectorAll(".opens")].map(box => (box.click(),
       [...box.closest("tbody").rows].every(row => row.offsetHeight > 0))),
     head: [...table.tHead.rows[0].cells].map(c => c.textContent.trim()),
-    images: images.map(i => [i.alt, i.complete && i.naturalWidth > 0]),
+    images: images.map(i => [i.dataset.figure, i.complete && i.naturalWidth > 0]),
     fetched: view.performance.getEntriesByType("resource").map(r => r.name.slice(0, 80))
       .filter(name => !name.startsWith("data:")),
     scripts: page.scripts.length,
@@ -105,10 +105,10 @@ def test_page_in_a_browser(data_dir: Path, tmp_path: Path, width: int) -> None:
 
     names = [name for name, _ in seen["images"]]
     assert names[0] == "0_all_runs"
-    assert {"1_central_vs_fed_tiny", "3_method_comparison_tiny",
-            "averaged_svd_evolution_tiny", "svd_spectrum_fed_avg_tiny_lu_8"} <= set(names)
+    assert {"1_central_vs_fed_tiny", "3_method_comparison_tiny"} <= set(names)
     assert names.count("perplexity") == 4
-    assert names.count("how in_proj changed") == 3
+    for figure in ("how in_proj changed", "largest singular values", "all singular values"):
+        assert names.count(figure) == 3
     assert all(loaded for _, loaded in seen["images"])
     assert seen["fetched"] == []
     assert seen["overflow"] <= 0, "the page scrolls sideways"
@@ -126,7 +126,7 @@ def test_page_names_nothing_outside_itself(data_dir: Path, tmp_path: Path) -> No
     assert addresses
     assert all(a.startswith(("data:", "#")) for a in addresses)
     assert "@import" not in text
-    assert "averaged_svd" not in text
+    assert "singular values" not in text
 
 
 def test_settings_that_differ_are_in_the_table(tmp_path: Path) -> None:
@@ -138,6 +138,42 @@ def test_settings_that_differ_are_in_the_table(tmp_path: Path) -> None:
     assert re.findall(r'class="differs">(.*?)</span>', page) == [
         "lr=0.001, sync=round", "lr=0.002, sync=epoch"]
     assert 'class="several"' not in page
+
+
+def test_the_lowest_is_that_of_runs_on_the_same_text(tmp_path: Path) -> None:
+    for name, gain, dataset in (("slow", 1.0, "pydocs"), ("fast", 2.0, "pydocs"),
+                                ("toy", 9.0, "notes.txt")):
+        folders.ours(tmp_path, name=name, gain=gain, dataset=dataset, lr=0.001 * gain)
+    assert cli.main(["report", "--data_dir", str(tmp_path), "--skip_deltas"]) == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    rows = re.findall(r'<a href="#run-\d">(\w+)</a>.*?class="number( lowest)?"', page, re.DOTALL)
+    assert rows == [("toy", ""), ("fast", " lowest"), ("slow", "")]
+    assert '<td class="text">notes.txt, bpe:400</td>' in page
+
+
+def test_a_runs_own_part_has_its_prompt_and_what_it_changed(tmp_path: Path) -> None:
+    run = folders.ours(tmp_path, "fed_fisher", lr=0.25, sync="round")
+    history = json.loads((run / "training_history.json").read_text())
+    folders.write(run / "training_history.json",
+                  [record | {"prompt": "<i>Two", "generated": " and two</i>"}
+                   for record in history])
+    assert cli.main(["report", "--data_dir", str(tmp_path), "--skip_deltas"]) == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert '<span class="prompt">&lt;i&gt;Two</span> and two&lt;/i&gt;</blockquote>' in page
+    changed, folded = page.split('<details class="defaults">')
+    assert ('<th scope="row">lr</th><td>0.25</td>' in changed) > ("lr</th>" in folded)
+    assert ('<th scope="row">sync</th><td>round</td>' in folded) > ("sync</th>" in changed)
+
+
+def test_runs_without_curves_are_told_in_words(tmp_path: Path) -> None:
+    for method in ("fed_avg", "fed_fisher"):
+        folders.ours(tmp_path, method, steps=(1, 90))
+    assert cli.main(["report", "--data_dir", str(tmp_path), "--skip_deltas"]) == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r'data-figure="(.*?)"', page) == ["0_all_runs"]
+    end = f"{folders.perplexity_at(90, 0, 1):,.2f} at step 90"
+    assert page.count(end) == 2
+    assert "Figure 3_method_comparison_tiny: needs runs that were evaluated in between" in page
 
 
 def test_a_folder_without_runs_gives_no_report(

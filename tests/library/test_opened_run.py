@@ -14,7 +14,7 @@ from fedrun import cli
 from fedrun.common.errors import InputError
 from fedrun.common.perplexity import perplexity
 from tests.support.folders import ours
-from tests.support.runs import Outcome, Run
+from tests.support.runs import CORPUS, Outcome, Run
 
 
 @pytest.fixture
@@ -43,9 +43,10 @@ def test_what_a_folder_holds(trained: Outcome, tmp_path: Path, capfd: pytest.Cap
     text = run.generate("The import statement", max_new_tokens=5, temperature=1.0, seed=3)
     assert text.startswith("The import statement")
     capfd.readouterr()
-    assert cli.main(["generate", str(trained.run_dir), "--prompt", "The import statement",
-                     "--max_new_tokens", "5", "--temperature", "1", "--seed", "3"]) == 0
-    assert capfd.readouterr().out == text + "\n"
+    for prompt in (["The import statement"], ["--prompt", "The import statement"]):
+        assert cli.main(["generate", str(trained.run_dir), "--max_new_tokens", "5", *prompt,
+                         "--temperature", "1", "--seed", "3"]) == 0
+        assert capfd.readouterr().out == text + "\n"
 
     found = run.evaluate(cache_dir=cache_dir)
     capfd.readouterr()
@@ -53,6 +54,9 @@ def test_what_a_folder_holds(trained: Outcome, tmp_path: Path, capfd: pytest.Cap
     assert found["perplexity"] == perplexity(found["loss"])
     assert cli.main(["evaluate", str(trained.run_dir), "--cache_dir", str(cache_dir)]) == 0
     assert json.loads(capfd.readouterr().out) == {"model": str(trained.run_dir)} | found
+    assert cli.main(["evaluate", str(trained.run_dir), str(CORPUS), "--cache_dir", str(cache_dir)]
+                    ) == 0
+    assert json.loads(capfd.readouterr().out)["dataset"] == str(CORPUS)
 
     out = run.export(tmp_path / "hf")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in out.iterdir()}

@@ -132,8 +132,8 @@ def test_before_the_first_evaluation_and_without_a_run(tmp_path: Path,
 
 def test_what_the_command_says_of_little_text_and_at_its_end(
         run_here: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    flags: dict[str, Any] = {"dataset": text_file(tmp_path), "tokenizer": "bpe:4000", "val_fraction": 0.0075,
-             "rounds": 1, "num_clients": 2}
+    flags: dict[str, Any] = {"dataset": text_file(tmp_path), "tokenizer": "bpe:4000",
+                             "val_fraction": 0.0075, "rounds": 1, "num_clients": 2}
     done = run_here("fed_avg", *(word for name, value in flags.items()
                                  for word in (f"--{name}", value)))
     assert done.code == 0, done.output

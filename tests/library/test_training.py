@@ -131,6 +131,8 @@ def test_a_run_that_diverges_raises(flags: dict[str, Any]) -> None:
     with pytest.raises(Diverged, match="may be too large"):
         fedrun.train("central", **{k: v for k, v in flags.items() if k != "num_clients"}
                      | {"lr": 1e30})
+    with pytest.raises(Diverged, match="may be too large"):
+        fedrun.train("fed_avg", **flags | {"lr": 1e30})
 
 
 def test_a_config_and_a_plugin(flags: dict[str, Any], tmp_path: Path,

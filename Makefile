@@ -1,4 +1,5 @@
-# Everything on a fresh machine: `make demo` trains, `make test` tests. Both make the environment.
+# Everything on a fresh machine: `make demo` trains, `make test` tests. Both make the environment,
+# the latter with the test extra.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,11 +21,11 @@ demo: $(VENV)/.ready
 # one file share runs.
 TOGETHER := -n 2 --dist loadfile
 
-test: $(VENV)/.ready
+test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest $(TOGETHER)
 
 # The tests that take longer.
-test-all: $(VENV)/.ready
+test-all: $(VENV)/.ready-test
 	$(BIN)/python -m pytest -m slow $(TOGETHER)
 
 # On a machine with GPUs: what it has to show, on one of them within ten minutes (tests/gpu/). It
@@ -36,13 +37,13 @@ test-gpu:
 	$(PYTHON) -m tests.gpu.accept $(GPU_RESULTS) $(if $(filter 1,$(GPUS)),--quick) --gpus $(GPUS)
 
 # 200 kills at random moments, and faults at the first 100 calls that change files; hours.
-soak: $(VENV)/.ready
+soak: $(VENV)/.ready-test
 	KILLS=200 $(BIN)/python -m pytest -m slow tests/records/test_kills.py
 	KILL_POINTS=100 $(BIN)/python -m pytest -m slow tests/records/test_kill_points.py
 
 # Our training step against transformers', and our rounds against Flower's and pfl's, in
 # environments that are built for them; as tables; half an hour on a quiet machine.
-bench: $(VENV)/.ready
+bench: $(VENV)/.ready-test
 	env -u OMP_NUM_THREADS $(BIN)/python -m tests.benchmarks.step
 	$(BIN)/python -m tests.benchmarks.overhead --workers 4
 	$(BIN)/python -m tests.benchmarks.overhead --workers 2 --peers
@@ -50,20 +51,27 @@ bench: $(VENV)/.ready
 	$(BIN)/python -m tests.benchmarks.efficiency
 
 # Which lines the tests of `make test` run, in processes that they start too.
-coverage: $(VENV)/.ready
+coverage: $(VENV)/.ready-test
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest $(TOGETHER)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-check: $(VENV)/.ready
+check: $(VENV)/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck launch/*.sh launch/*.sbatch .ci/run
 
+# Two stamps: the package, which is all that training needs, and what the tests need besides.
 $(VENV)/.ready: setup.cfg pyproject.toml
+	@echo "installing fedrun and the libraries it needs into $(VENV): a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	@echo "installing what the tests need into $(VENV): a few minutes"
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@
 

@@ -48,18 +48,25 @@ TOOLS: dict[str, tuple[str, str]] = {
     "evaluate": ("compute a run's loss and perplexity on any text", "fedrun.tools.evaluate"),
     "export": ("write a run's model for transformers or mamba_ssm", "fedrun.tools.export"),
 }
-# What people do first, each with a command; "..." stands for the flags of the first.
+# What people do first, each with a command to paste; every run has a folder of its own.
 FIRST_STEPS = (
     ("Try it: four clients, a little model, text that needs no network; a minute.",
-     "fedrun fed_avg --config tiny --dataset pydocs --tokenizer bpe:800 --rounds 60"),
+     "fedrun fed_avg --config tiny --dataset pydocs --tokenizer bpe:800 \\\n"
+     "      --lr 4e-3 --rounds 60 --run_name try"),
     ("The same in parallel: a server and four workers, each with a GPU if there are.",
-     "python -m fedrun.torchrun --nproc-per-node 5 -m fedrun fed_avg ..."),
+     "python -m fedrun.torchrun --nproc-per-node 5 -m fedrun fed_avg \\\n"
+     "      --config tiny --dataset pydocs --tokenizer bpe:800 \\\n"
+     "      --lr 4e-3 --rounds 60 --run_name parallel"),
     ("Train on text of your own: files, a folder, or a data set's name on the hub.",
-     "fedrun fed_avg --config tiny --dataset 'notes/*.txt' --tokenizer bpe:800"),
+     "fedrun fed_avg --config tiny --dataset 'notes/*.txt' --tokenizer bpe:800 \\\n"
+     "      --lr 4e-3 --rounds 60 --run_name notes"),
+    ("Continue a text with a run's model.",
+     'fedrun generate try "The function returns" --temperature 0.8'),
     ("See what happened: one page about all runs in results/, with their curves.",
      "fedrun report"),
     ("Compare methods: a study tunes them, repeats them over seeds, makes a table.",
-     "fedrun study configs/experiments/methods.yaml --dry_run"),
+     "fedrun study configs/experiments/methods.yaml --dataset pydocs \\\n"
+     "      --tokenizer bpe:4096 --dry_run"),
     ("From Python, in a script or a notebook: fedrun.train and fedrun.open_run.",
      'python -c "import fedrun; help(fedrun.train)"'))
 # Headings of a method's help -> flags, in the order in which they are shown. The method's own
@@ -154,7 +161,8 @@ def parse(argv: Sequence[str]) -> RunConfig | None:
     if method not in methods():
         known = [*methods(), *TOOLS]
         raise InputError(f"unknown command {argv[0]!r}{closest(method, known)}; "
-                         f"must be one of {', '.join(known)}")
+                         f"must be one of {', '.join(known)} (a method of your own needs "
+                         "--plugin FILE)")
     flags = vars(method_parser(method).parse_args([with_underscores(a) for a in argv[1:]]))
     print_config, print_run_dir = flags.pop("print_config"), flags.pop("print_run_dir")
     given = {k: v for k, v in flags.items() if v is not None}

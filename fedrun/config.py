@@ -304,11 +304,12 @@ class FederatedConfig(RunConfig):
         super().__post_init__()
         require(self.num_clients >= 1, "--num_clients", self.num_clients, "an integer >= 1")
         if self.cohort is not None:
-            whole = self.cohort >= 1 and self.cohort == int(self.cohort)
+            whole = self.cohort >= 1 and float(self.cohort).is_integer()
+            shown = int(self.cohort) if whole else self.cohort  # as it was typed
             require(0 < self.cohort < 1 or (whole and self.cohort <= self.num_clients), "--cohort",
-                    self.cohort, f"an integer in [1, {self.num_clients}] (--num_clients), or a "
+                    shown, f"an integer in [1, {self.num_clients}] (--num_clients), or a "
                     "share in (0, 1)")
-            require(self.sync == "round", "--cohort", self.cohort,
+            require(self.sync == "round", "--cohort", shown,
                     "none with --sync epoch, where all clients train in every round")
         require(self.local_updates >= 1, "--local_updates", self.local_updates, "an integer >= 1")
         require(0 <= self.prox_mu < math.inf, "--prox_mu", self.prox_mu, ">= 0")

@@ -259,8 +259,12 @@ class Parser(argparse.ArgumentParser):
     """argparse with its errors raised as InputError, one line each."""
 
     def error(self, message: str) -> NoReturn:
-        words = message.removeprefix("unrecognized arguments: ").split()
-        if message.startswith("unrecognized") and words:
+        rest = message.removeprefix("unrecognized arguments: ")
+        words = rest.split()
+        if message.startswith("unrecognized") and words and not words[0].startswith("-"):
+            message = (f"unexpected argument {rest.partition(' --')[0]!r} ({self.prog} --help "
+                       "lists what it accepts)")
+        elif message.startswith("unrecognized") and words:
             known = [s for a in self._actions for s in a.option_strings
                      if not isinstance(a, _OldFlag)]
             message = (f"unknown flag {words[0]}{closest(words[0].split('=')[0], known)} "

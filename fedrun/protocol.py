@@ -16,7 +16,7 @@ from typing import NoReturn, TypeVar
 
 from torch import Tensor
 
-from fedrun.common.errors import FedrunError, explain
+from fedrun.common.errors import Diverged, FedrunError, explain
 from fedrun.common.limits import shortage
 from fedrun.distributed.control_plane import ControlPlane, UnresponsiveRanks
 from fedrun.distributed.runtime import Runtime
@@ -45,6 +45,10 @@ MODEL_SECONDS = 60.0  # to send the last model of a failed run, whose workers ma
 
 class RunEnded(FedrunError, RuntimeError):
     """All ranks have agreed to end, and the server has printed the reason."""
+
+
+class RunDiverged(RunEnded, Diverged):
+    """The same, because the loss or the parameters are no longer finite."""
 
 
 def train_federated(experiment: Experiment, runtime: Runtime, stopping: StopRequest,
@@ -226,7 +230,7 @@ def end(decision: RoundDecision, server: Server | None, worker: Worker | None, r
         worker.store.close(STORE_SECONDS)
     with suppress(UnresponsiveRanks):  # the reason for the end is known
         runtime.control.share()
-    raise RunEnded(decision.error)
+    raise (RunDiverged if decision.kind == "diverged" else RunEnded)(decision.error)
 
 
 def last_model(server: Server | None, worker: Worker | None, runtime: Runtime

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import time
 import traceback
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from fedrun.common.errors import Diverged, InputError, explain
 from fedrun.common.files import copy_files, write_json
 from fedrun.common.limits import TooLittle, shortage
 from fedrun.common.log import ERROR, WARNING, log, print_log
+from fedrun.common.terminal import visible
 from fedrun.config import FederatedConfig, RunConfig
 from fedrun.data.given import GivenData
 from fedrun.data.tokenizer import ids_size
@@ -41,7 +43,7 @@ from fedrun.model.hardware import Hardware, hardware, together
 from fedrun.model.kernels import ignores_determinism, import_warning
 from fedrun.model.precision import exact_fp32
 from fedrun.records.checkpoint import latest_step
-from fedrun.records.outcome import write_failure
+from fedrun.records.outcome import read_outcome, write_failure
 from fedrun.records.recorder import OnRound
 from fedrun.records.restore import finish_from_checkpoint, move_obstacles, warn_of_missing_records
 from fedrun.records.run_dir import ENVIRONMENT
@@ -82,7 +84,18 @@ def run(config: RunConfig) -> int:
     except Exception as error:
         report(error, launch)
         return 1
+    folder = config.run_dir
+    if launch.rank == 0 and read_outcome(folder).get("outcome") == "finished":
+        log(next_commands(folder))
     return 0
+
+
+def next_commands(folder: Path) -> str:
+    """What the command line prints when a run has finished: what can be done with it."""
+    runs, ours = shlex.quote(str(folder.parent)), folder.parent == RunConfig.data_dir
+    name = shlex.quote(folder.name if ours else str(folder))
+    return visible(f'next: fedrun generate {name} "The function"; fedrun report'
+                   + ("" if ours else f" --data_dir {runs}"))
 
 
 def report(error: Exception, launch: Launch) -> None:
@@ -297,6 +310,10 @@ def warnings(given: RunConfig, experiment: Experiment) -> list[str]:
             and given.tokenizer not in (config.tokenizer, RunConfig.tokenizer)):
         found.append(f"--tokenizer {given.tokenizer} has no effect with --init_from "
                      f"{config.init_from}, which brings its own")
+    if len(experiment.data.validation) == 1:
+        found.append(f"validation is 1 sequence of {config.sequence_length} tokens, too few for "
+                     "its perplexity to say much: more text, a larger --val_fraction or a smaller "
+                     "--sequence_length gives more")
     return found + (config.warnings() if isinstance(config, FederatedConfig) else [])
 
 

@@ -280,6 +280,9 @@ def _refuse_another_run(config: RunConfig, recorded: dict[str, Any] | None,
         return
     config = dataclasses.replace(config, dtype=_dtype(config, recorded, resolve_dtype))
     if differences := conflicting_settings(config, recorded, recorded_provenance, provenance):
-        raise InputError(f"--run_name {config.name}: {where or config.run_dir} holds a run with "
-                         f"other settings ({describe_differences(differences)}); choose another "
-                         "--run_name, or --overwrite to replace it")
+        differ = f"with other settings ({describe_differences(differences)}); choose another"
+        if config.run_name is None and not where:
+            raise InputError(f"the default name {config.name} is taken by a run {differ} with "
+                             f"--run_name, or --overwrite to replace it ({config.run_dir})")
+        raise InputError(f"--run_name {config.name}: {where or config.run_dir} holds a run "
+                         f"{differ} --run_name, or --overwrite to replace it")

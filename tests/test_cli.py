@@ -17,8 +17,12 @@ import pytest
 from fedrun import cli
 from fedrun import torchrun as launcher
 from fedrun.config import FederatedConfig, RunConfig
-from fedrun.flags import config_of, configs_dir, method_flags, resolve
+from fedrun.flags import config_of, configs_dir, method_flags, methods, resolve
 from fedrun.model.config import ModelConfig
+from fedrun.records.outcome import write_outcome
+from fedrun.records.provenance import Length
+from fedrun.records.run_lock import release_run_dir
+from fedrun.start import RunRefused, StartDecision, decide_start, prepare_run_dir
 from fedrun.strategies import STRATEGIES
 from tests.support.runs import ROOT, execute, fresh_python
 
@@ -134,11 +138,21 @@ def test_a_config_is_read_back_from_json(method: str) -> None:
 
 @pytest.mark.parametrize(("argv", "message"), [
     (["fed_avgg"], "unknown command 'fed_avgg', did you mean fed_avg?"),
+    (["fed_sign"], r"unknown command 'fed_sign'.*\(a method of your own needs --plugin FILE\)$"),
+    (["fed_avg", "tiny", "--lr", "1"], "unexpected argument 'tiny' \\(fedrun fed_avg --help"),
+    (["report", "my runs"], "unexpected argument 'my runs' \\(fedrun report --help"),
+    (["generate", "RUN", "One", "two"], "unexpected argument 'two'"),
+    (["generate", "RUN", "One", "--prompt", "two"], "--prompt two: was given without the flag too"),
+    (["evaluate", "RUN", "a.txt", "--dataset", "b.txt"], "--dataset b.txt: was given without"),
     (["fed_avg", "--num_client", "3"], "did you mean --num_clients?"),
     (["fed_avg", "--num_clients", "0"], "--num_clients 0: must be an integer >= 1"),
     (["fed_avg", "--num_clients", "2.5"], "--num_clients 2.5: must be an integer"),
     (["fed_avg", "--lr", "-1"], "--lr -1.0: must be > 0"),
     (["fed_avg", "--lr", "nan"], "--lr nan"),
+    (["fed_avg", "--cohort", "9"], r"--cohort 9: must be an integer in \[1, 4\]"),
+    (["fed_avg", "--cohort", "1.5"], r"--cohort 1.5: must be an integer in \[1, 4\]"),
+    (["fed_avg", "--cohort", "inf"], "--cohort inf: must be"),
+    (["fed_avg", "--cohort", "2", "--sync", "epoch"], "--cohort 2: must be none with --sync"),
     (["central", "--epoch_passes", "inf"], "--epoch_passes inf: must be a finite number > 0"),
     (["fed_avg", "--lr"], "--lr: expected one argument"),
     (["fed_avg", "--sync", "never"], "--sync never: must be round or epoch"),
@@ -188,18 +202,10 @@ def test_the_first_steps_of_the_overview_can_be_taken(
     """Every command that it names exists, and accepts these flags."""
     assert cli.main([]) == 0
     shown = capsys.readouterr().out
-    commands = [shlex.split(command) for _, command in cli.FIRST_STEPS]
+    commands = first_steps()
     assert all(command in shown for _, command in cli.FIRST_STEPS)
-    (trying,) = (words[2:] for words in commands[:1])
     kinds = set()
     for words in commands:
-        if words[-1] == "...":
-            words[-1:] = trying
-        if words[:3] == ["python", "-m", "fedrun.torchrun"]:
-            args = launcher.parse(words[3:])
-            assert args.nproc_per_node == "5"
-            assert args.training_script == "fedrun"
-            words = ["fedrun", *args.training_script_args]
         kinds.add(words[1])
         if words[0] == "python":
             assert "train(" in fresh_python(words[2])
@@ -211,7 +217,59 @@ def test_the_first_steps_of_the_overview_can_be_taken(
             assert not capsys.readouterr().err
         else:
             assert cli.parse(words[1:]) is not None
-    assert {"fed_avg", "report", "study", "-c"} == kinds
+    assert {"fed_avg", "generate", "report", "study", "-c"} == kinds
+
+
+def test_the_first_steps_do_not_collide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order in which they are printed, in one folder: each trains a run of its own."""
+    monkeypatch.chdir(tmp_path)
+    runs = [config for words in first_steps() if words[1] in methods()
+            if (config := cli.parse(words[1:])) is not None]
+    assert len(runs) >= 3
+    for config in runs:
+        start = starts(config)
+        assert not start.finished
+        assert start.checkpoint is None
+        assert config.lr == 4e-3  # the default lr leaves so little a model far from text
+    names = {config.name for config in runs}
+    assert {words[2] for words in first_steps() if words[1] == "generate"} <= names
+
+
+def test_a_default_name_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody typed --run_name: the message says where the name is from, and what to do."""
+    monkeypatch.chdir(tmp_path)
+    starts(parsed("fed_avg", "--lr", "1e-3"))
+    with pytest.raises(RunRefused, match=r"^the default name federated_\S+ is taken by a run "
+                       r"with other settings \(lr .*\); choose another with --run_name, or "):
+        starts(parsed("fed_avg", "--lr", "2e-3"))
+    starts(parsed("fed_avg", "--run_name", "mine", "--lr", "1e-3"))
+    with pytest.raises(RunRefused, match=r"^--run_name mine: \S+ holds a run with other settings"):
+        starts(parsed("fed_avg", "--run_name", "mine", "--lr", "2e-3"))
+
+
+def first_steps() -> list[list[str]]:
+    """The commands of the overview as fedrun gets their words, launched or not."""
+    found = []
+    for _, command in cli.FIRST_STEPS:
+        words = shlex.split(command.replace("\\\n", ""))
+        if words[:3] == ["python", "-m", "fedrun.torchrun"]:
+            args = launcher.parse(words[3:])
+            assert args.nproc_per_node == "5"
+            assert args.training_script == "fedrun"
+            words = ["fedrun", *args.training_script_args]
+        found.append(words)
+    return found
+
+
+def starts(config: RunConfig) -> StartDecision:
+    """Start a run in its folder, and say that it has finished."""
+    try:
+        start = decide_start(config, Length(config, 10), lambda _: "fp32", {})
+        prepare_run_dir(config, None)
+        write_outcome(config.run_dir, "finished", config.rounds or 10)
+    finally:
+        release_run_dir(config.run_dir)
+    return start
 
 
 def test_help_imports_no_library_that_takes_time() -> None:

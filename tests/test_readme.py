@@ -44,7 +44,7 @@ def test_the_pages_are_read() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_and_flags_exist(page: str) -> None:
     launch = r"^(?:python -m fedrun|.*torchrun .*-m fedrun|fedrun) (.*)$"
-    for line in re.findall(launch, PAGES[page], re.M):
+    for line in re.findall(launch, PAGES[page].replace("\\\n", " "), re.M):
         words = line.split("#")[0].split()
         if words[0] in flags.methods() and "--plugin" not in words:
             assert cli.parse(words) is not None
@@ -66,6 +66,20 @@ def test_links_and_pictures_exist(page: str) -> None:
             names = {re.sub(r"[^\w\- ]", "", line).strip().lower().replace(" ", "-")
                      for line in re.findall(r"^#+ (.*)$", shown, re.M)}
             assert heading in names, target
+
+
+def test_the_first_page_works_offline() -> None:
+    """Each command in `Run it` trains a run of its own, on text that needs no hub."""
+    (section,) = re.findall(r"## Run it\n(.*?)\n## ", PAGES["."], re.DOTALL)
+    launch = r"^(?:python -m fedrun\.torchrun \S+ \S+ -m )?fedrun (.*)$"
+    lines = [line.split() for line in re.findall(launch, section.replace("\\\n", " "), re.M)]
+    runs = [cli.parse(words) for words in lines if words[0] in flags.methods()]
+    assert len(runs) >= 3
+    assert len({run.name for run in runs if run}) == len(runs)
+    for run in runs:
+        assert run is not None
+        assert (run.dataset, run.config, run.lr) == ("pydocs", "tiny", 4e-3)
+        assert run.tokenizer.startswith("bpe:")
 
 
 def test_the_first_page_is_short() -> None:

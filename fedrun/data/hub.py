@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from fedrun.common.errors import InputError, one_line
+from fedrun.common.errors import FedrunError, InputError, one_line
 from fedrun.data.table_files import Table, is_text_type
 
 HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
@@ -22,6 +22,10 @@ CACHE_DIR = Path("~/.cache/fedrun")
 CACHE_VARIABLES = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")
 """Variables with which a user tells the hub's libraries where to keep files."""
 Loaded = TypeVar("Loaded")
+
+
+class HubUnreachable(FedrunError, ConnectionError):
+    """Something is needed from the hub, which does not answer; the message says what works."""
 
 
 class HubFolders(NamedTuple):
@@ -63,7 +67,7 @@ def hub_tables(dataset: str, hub_id: str, cache_dir: Path) -> dict[str, Table]:
         cache_dir: the value of --cache_dir.
     Raises:
         InputError: the hub has no such dataset, or it cannot be loaded.
-        ConnectionError: the hub cannot be reached, and the dataset is not in its cache.
+        HubUnreachable: the hub cannot be reached, and the dataset is not in its cache.
     """
     import datasets
 
@@ -84,7 +88,7 @@ def hub_tables(dataset: str, hub_id: str, cache_dir: Path) -> dict[str, Table]:
         refused = isinstance(error, datasets.exceptions.DatasetsError)
         if hub_answers() and (refused or not isinstance(error, OSError)):
             raise InputError(f"--dataset {dataset}: {one_line(error)}") from error
-        raise hub_unreachable("--dataset", dataset, error) from error
+        raise hub_unreachable("--dataset", dataset, error) from None
     return {split: dataset_table(f"{dataset}, split {split}", rows)
             for split, rows in splits.items()}
 
@@ -133,14 +137,16 @@ def hub_answers() -> bool:
     return answers == [True]
 
 
-def hub_unreachable(flag: str, asked: str, error: Exception) -> ConnectionError:
-    """The error for `flag asked` when the hub is unreachable and its cache does not have it."""
+def hub_unreachable(flag: str, asked: str, error: Exception) -> HubUnreachable:
+    """The error for `flag asked` when the hub is unreachable and its cache does not have it.
+
+    To be raised `from None`: its message has what the libraries' long chain of errors says."""
     from huggingface_hub import constants
 
     # If the hub does not answer, only the cache's errors are informative: its configs, for example.
     informative = hub_answers() or isinstance(error, ValueError)
     reason = one_line(error) if informative else "no answer"
-    return ConnectionError(
+    return HubUnreachable(
         f"{flag} {asked}: no such file or folder, not in the hub's cache on this machine, and the "
         f"hub cannot be reached ({constants.ENDPOINT}: {reason}); to run without a network: "
         "--dataset pydocs --tokenizer bpe:8192"

@@ -186,7 +186,7 @@ def _fetch_tokenizer(tokenizer: str, cache_dir: Path) -> PreTrainedTokenizerBase
         refused = isinstance(error.__cause__, RepositoryNotFoundError)
         if local or (hub.hub_answers() and (refused or not isinstance(error, OSError))):
             raise InputError(f"--tokenizer {tokenizer}: {one_line(error)}") from error
-        raise hub.hub_unreachable("--tokenizer", tokenizer, error) from error
+        raise hub.hub_unreachable("--tokenizer", tokenizer, error) from None
     if not loaded.is_fast:
         raise InputError(f"--tokenizer {tokenizer}: it has no fast version (tokenizer.json)")
     return loaded

@@ -45,7 +45,7 @@ from fedrun.data.cache_entry import (
 from fedrun.data.documents import Documents
 from fedrun.data.given import GivenData, Source
 from fedrun.data.text_options import TextOptions
-from fedrun.data.tokenizer import load_without_custom_code
+from fedrun.data.tokenizer import bpe_size, load_without_custom_code
 from fedrun.data.topics import Topics, find_topics
 
 if TYPE_CHECKING:
@@ -189,10 +189,11 @@ def prepare(
         "validation_sequences": len(validation),
     }
     vocab_size = meta["fingerprint"]["vocab_size"]
+    fewer = "; the text has no more merges" * (vocab_size < (bpe_size(tokenizer) or 0))
     log(visible(
         f"{fingerprint['dataset']} with {fingerprint['tokenizer']} (vocabulary of "
-        f"{vocab_size:,}): {len(train):,} train and {len(validation):,} validation sequences of "
-        f"{sequence_length} tokens; validation is {fingerprint['validation_from']}"
+        f"{vocab_size:,}{fewer}): {len(train):,} train and {len(validation):,} validation "
+        f"sequences of {sequence_length} tokens; validation is {fingerprint['validation_from']}"
     ))
     return TokenData(
         train, validation, vocab_size, fingerprint, entry / "tokenizer",

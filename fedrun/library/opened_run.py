@@ -11,7 +11,7 @@ from fedrun.common.errors import InputError, naming
 from fedrun.common.files import read_json
 from fedrun.common.terminal import visible
 from fedrun.records.outcome import read_outcome
-from fedrun.records.schema import read_field
+from fedrun.records.schema import CENTRAL, FEDERATED, read_field
 
 if TYPE_CHECKING:
     import pandas
@@ -24,13 +24,26 @@ if TYPE_CHECKING:
     from fedrun.plots.run_folder import Axis
 
 
+_FIRST_COLUMNS = (FEDERATED.step, CENTRAL.step, "train_ppl", FEDERATED.val_ppl, CENTRAL.val_ppl)
+
+
 class History(list[dict[str, Any]]):
     """The records of the evaluated steps, oldest first, as training_history.json has them."""
 
     def frame(self) -> pandas.DataFrame:
-        """The same as a table, a row for each record."""
+        """The same as a table, a row for each record; the step and the perplexities come first."""
         import pandas
-        return pandas.DataFrame(list(self))
+        frame = pandas.DataFrame(list(self))
+        first = [name for name in _FIRST_COLUMNS if name in frame]
+        return frame[[*first, *(name for name in frame if name not in first)]]
+
+    def __repr__(self) -> str:
+        if not self:
+            return "<History: nothing evaluated yet>"
+        first, last = (read_field(record, "step") for record in (self[0], self[-1]))
+        ppl = read_field(self[-1], "val_ppl")
+        return (f"<History: {len(self)} evaluated, steps {first} to {last}; last validation "
+                f"perplexity {'not finite' if ppl is None else f'{ppl:.2f}'}; .frame() is a table>")
 
 
 class Run:

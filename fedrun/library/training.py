@@ -40,15 +40,20 @@ def train(method: str | RunConfig, *, data: Any = None, clients: Sequence[Any] |
         client's data, but of a client with few texts or sequences perhaps nothing.
     vocab_size: of token ids without --tokenizer; None: the largest id and one, or beside a config
         the tokenizer that it has.
-    on_round: called on rank 0 after each round (or step of a central run) with a `RoundRecord`; if
-        it returns "stop", the run stops there, with a checkpoint.
+    on_round: called on rank 0 after each round (or step of a central run) with a
+        `fedrun.RoundRecord` r; if it returns "stop", the run stops there, with a checkpoint.
+        r.number: of the round or step, from 1. r.train_ppl: perplexity of its training batches.
+        r.val_ppl: the global model's on the validation split, None where it was not evaluated
+        (--val_freq). r.lr: learning rate. r.tokens: training tokens so far, of all clients.
+        r.seconds: wall-clock time so far. r.event: all of its line in events.jsonl, as a dict.
     plugin: the path of a Python file, or a module, with a method of your own; it is run.
     flags: settings by the names of the command's flags: num_clients=4, dataset="pydocs".
 
     Raises:
-        InputError: a setting is wrong, with the message of the command.
-        Diverged: the model or the loss is not finite any more.
-        FedrunError: another reason worded for users, such as ranks that do not answer.
+        fedrun.InputError: a setting is wrong, with the message of the command.
+        fedrun.Diverged: the model or the loss is not finite any more.
+        fedrun.FedrunError: another reason worded for users: the hub or a rank does not answer. The
+            two above are FedrunErrors as well.
     """
     with _unchanged_process():
         if plugin is not None:

@@ -249,4 +249,4 @@ def _download(name: str, flag: str, cache_dir: Path) -> Path:
     except RepositoryNotFoundError as error:
         raise InputError(f"{flag} {name}: neither a folder nor a model on the hub") from error
     except Exception as error:  # the library raises many kinds
-        raise hub.hub_unreachable(flag, name, error) from error
+        raise hub.hub_unreachable(flag, name, error) from None

@@ -23,28 +23,39 @@ from fedrun.strategies.base import ClientReport
 
 
 class Progress:
-    """The progress of rank 0: a bar on a terminal, elsewhere a line for each evaluated step."""
+    """The progress of rank 0: a bar on a terminal, elsewhere a line for each evaluated step.
 
-    def __init__(self, unit: str, total: int, done: int = 0, tokens: int = 0) -> None:
-        """done, tokens: steps and tokens before the checkpoint that a run resumes from."""
+    The line has the numbers of the history. The bar moves between evaluations, so its train
+    perplexity is that of one step, and is called so. Tokens a second: since this process began.
+    """
+
+    def __init__(self, unit: str, total: int, done: int = 0, tokens: int = 0, seconds: float = 0.0
+                 ) -> None:
+        """done, tokens, seconds: steps, tokens and time before the checkpoint that a run resumes
+        from."""
         self.unit, self.total = unit, total
         self.terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=done, unit=unit, disable=not self.terminal,
                         dynamic_ncols=True)
-        self.started, self.tokens_before = time.monotonic(), tokens
+        self.tokens_before, self.seconds_before = tokens, seconds
         self.val_ppl: float | None = None
 
-    def step(self, number: int, train_ppl: float, tokens: int, val_ppl: float | None) -> None:
-        """One step is done. tokens: seen so far; val_ppl: None unless this step was evaluated."""
-        evaluated = val_ppl is not None
-        self.val_ppl = val_ppl if evaluated else self.val_ppl
-        rate = (tokens - self.tokens_before) / max(time.monotonic() - self.started, 1e-9)
-        numbers = {"train ppl": f"{train_ppl:.1f}",
-                   "val ppl": "-" if self.val_ppl is None else f"{self.val_ppl:.1f}",
-                   "tokens/s": f"{rate:,.0f}"}
-        self.bar.set_postfix(numbers, refresh=False)
+    def step(self, number: int, train_ppl: float, tokens: int, seconds: float,
+             evaluated: tuple[float, float] | None) -> None:
+        """One step is done.
+
+        train_ppl: of its batches. tokens, seconds: so far. evaluated: if it was, the perplexities
+        on the batches since the evaluation before, and on the validation split.
+        """
+        self.val_ppl = self.val_ppl if evaluated is None else evaluated[1]
+        rate = (tokens - self.tokens_before) / max(seconds - self.seconds_before, 1e-9)
+        others = {"val ppl": "-" if self.val_ppl is None else f"{self.val_ppl:.1f}",
+                  "tokens/s": f"{rate:,.0f}"}
+        self.bar.set_postfix({f"train ppl ({self.unit})": f"{train_ppl:.1f}"} | others,
+                             refresh=False)
         self.bar.update()
-        if evaluated and not self.terminal:
+        if evaluated is not None and not self.terminal:
+            numbers = {"train ppl": f"{evaluated[0]:.1f}"} | others
             text = "  ".join(f"{name} {value}" for name, value in numbers.items())
             log(f"{self.unit} {number}/{self.total}  {text}")
 

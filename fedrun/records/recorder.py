@@ -108,7 +108,8 @@ class Recorder:
             self.totals.load_state(state["clocks"])
             write_json(config.run_dir / "training_history.json", self.history)
         self.events = Events(config, schema.unit, total, done)
-        self.progress = Progress(schema.unit, total, done, self.totals.tokens)
+        self.progress = Progress(schema.unit, total, done, self.totals.tokens,
+                                 self.totals.now()["seconds"])
         self.checkpoints = CheckpointCoordinator(config, provenance, workers,
                                                  self._write_unwritten)
         losses = [(record[schema.step], record[schema.val_loss]) for record in self.history
@@ -137,7 +138,9 @@ class Recorder:
             values |= {"val_ppl": val_ppl} | {name: record[name] for name in COHORT_NUMBERS
                                               if name in record}
         self.events.add(self.schema.unit, **values)
-        self.progress.step(number, train_ppl, self.totals.tokens, val_ppl)
+        self.progress.step(number, train_ppl, values["tokens"], values["seconds"],
+                           None if record is None else (record["train_ppl"], record[
+                               self.schema.val_ppl]))
         if self.on_round is not None:
             self.stop = self.on_round(RoundRecord(
                 number, train_ppl, val_ppl, lr, values["tokens"], values["seconds"], values)

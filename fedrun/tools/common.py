@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from fedrun.common.errors import InputError
 from fedrun.flags import Parser
 
 
@@ -20,3 +21,10 @@ def model_parser(command: str, text: str) -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Like parse_args, but the model may be given anywhere among the flags."""
     return parser.parse_intermixed_args(argv)
+
+
+def either(placed: str | None, flag: str, value: str | None) -> str | None:
+    """What was given without its flag, after the model, or by the flag; InputError if both were."""
+    if placed is not None and value is not None:
+        raise InputError(f"{flag} {value}: was given without the flag too, as {placed!r}")
+    return placed if value is None else value

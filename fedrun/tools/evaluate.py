@@ -1,4 +1,4 @@
-"""`fedrun evaluate RUN --dataset ... --split validation`: computes a model's perplexity."""
+"""`fedrun evaluate RUN held_out.txt --split validation`: computes a model's perplexity."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from pathlib import Path
 from fedrun.common.files import finite
 from fedrun.common.log import print_log
 from fedrun.data.hub import CACHE_DIR
-from fedrun.tools.common import model_parser, parse
+from fedrun.tools.common import either, model_parser, parse
 
 
 def main(argv: Sequence[str]) -> int:
     """Print loss and perplexity as one JSON object."""
     parser = model_parser("evaluate", "Print the loss (in nats per token) and the perplexity of a "
                           "run's model on any text, as one JSON object.")
-    parser.add_argument("--dataset", metavar="TEXT",
-                        help="the text, as for training (default: what the run was trained on)")
+    parser.add_argument("text", nargs="?", metavar="TEXT",
+                        help="the text, as --dataset for training: a file, a folder, a data set "
+                             "(default: what the run was trained on)")
+    parser.add_argument("--dataset", metavar="TEXT", help="the same by a flag")
     parser.add_argument("--split", metavar="NAME",
                         help="train, validation, test or another split (default: validation; all "
                              "of the text if --dataset has no such split)")
@@ -44,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
 
     given = vars(args)
     name = given.pop("model")
+    given["dataset"] = either(given.pop("text"), "--dataset", given["dataset"])
     print_log(to_stderr=True)
     result = {"model": name} | evaluate(
         find_pretrained(name, "RUN", args.cache_dir), **given)

@@ -1,18 +1,21 @@
-"""`fedrun generate RUN --prompt ...`: continues a text with a run's model."""
+"""`fedrun generate RUN "Some text"`: continues a text with a run's model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from fedrun.common.terminal import argument_text, say_text
-from fedrun.tools.common import model_parser, parse
+from fedrun.tools.common import either, model_parser, parse
+
+PROMPT = "Once upon a time,"
 
 
 def main(argv: Sequence[str]) -> int:
     """Print the prompt and its continuation."""
     parser = model_parser("generate", "Continue a text with a run's model.")
-    parser.add_argument("--prompt", default="Once upon a time,", metavar="TEXT",
-                        help="the text to continue (default: %(default)s)")
+    parser.add_argument("text", nargs="?", metavar="TEXT",
+                        help=f"the text to continue (default: {PROMPT})")
+    parser.add_argument("--prompt", metavar="TEXT", help="the same by a flag")
     parser.add_argument("--max_new_tokens", type=int, default=100, metavar="N",
                         help="number of tokens to add (default: 100)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X",
@@ -25,9 +28,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tokenizer", metavar="FOLDER",
                         help="a tokenizer's folder or tokenizer.json, for a model without one")
     args = parse(parser, argv)
-    args.prompt = argument_text(args.prompt, "--prompt")
+    prompt = either(args.text, "--prompt", args.prompt)
+    prompt = argument_text(PROMPT if prompt is None else prompt, "--prompt")
     from fedrun.library.generation import continue_text
     from fedrun.model.pretrained import find_pretrained
-    say_text(continue_text(find_pretrained(args.model, "RUN"), args.prompt, args.max_new_tokens,
+    say_text(continue_text(find_pretrained(args.model, "RUN"), prompt, args.max_new_tokens,
                            args.temperature, args.top_k, args.seed, args.tokenizer))
     return 0

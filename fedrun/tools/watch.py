@@ -109,6 +109,8 @@ class RunState:
     """Client -> its last numbers, by name."""
     left_out: dict[int, set[int]] = field(default_factory=dict)
     """Client -> rounds that left out its update. A set, as a resumed run repeats some rounds."""
+    rate: float = 0.0
+    """Training tokens a second, from the start to the last round or step."""
     ended: bool = False
 
     def update(self, event: dict[str, Any]) -> None:
@@ -122,6 +124,8 @@ class RunState:
         step = whole(event.get(kind)) if kind in ("round", "step") else None
         if step is not None:
             self.unit, self.number = str(kind), step
+            if self.last.get("seconds", 0) > 0:
+                self.rate = self.last.get("tokens", 0) / self.last["seconds"]
             for store, name in ((self.train, "train_ppl"), (self.validation, "val_ppl")):
                 if name in event:  # null is what JSON has for infinity
                     value = math.inf if event[name] is None else number(event[name])
@@ -232,7 +236,9 @@ def _head(state: RunState) -> RenderableType:
 
 def _perplexities(state: RunState) -> RenderableType:
     table = Table.grid(padding=(0, 2))
-    for name, series in (("train", state.train), ("validation", state.validation)):
+    # The history's train perplexity is another: the mean since the evaluation before.
+    for name, series in ((f"train, each {state.unit}", state.train),
+                         ("validation", state.validation)):
         if series:
             values = [series[number] for number in sorted(series)]
             table.add_row(Text(name, style="dim"), _short(values[-1]),
@@ -247,10 +253,9 @@ def _short(perplexity: float) -> str:
 
 def _totals(state: RunState) -> RenderableType:
     last = state.last
-    rate = last.get("tokens_per_second")
     parts = [f"{last.get('tokens', 0):,} tokens"]
-    if rate:
-        parts.append(f"{rate:,.0f} tokens/s")
+    if state.rate:
+        parts.append(f"{state.rate:,.0f} tokens/s")
     if last.get("bytes"):
         parts.append(f"{last['bytes'] / 1e6:,.1f} MB exchanged")
     if last.get("lr") is not None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +16,10 @@ import fedrun
 from fedrun import cli
 from fedrun.common.errors import InputError
 from fedrun.common.perplexity import perplexity
+from fedrun.run import next_commands
 from tests.support.folders import ours
-from tests.support.runs import Outcome, Run
+from tests.support.runs import CORPUS, Outcome, Run
+from tests.support.texts import text_file
 
 
 @pytest.fixture
@@ -34,6 +39,20 @@ def test_what_a_folder_holds(trained: Outcome, tmp_path: Path, capfd: pytest.Cap
     assert run.perplexity == trained.history[-1]["server_val_ppl"]
     frame = run.history.frame()
     assert frame["server_val_ppl"].tolist() == [r["server_val_ppl"] for r in trained.history]
+    assert [*frame.columns[:3]] == ["global_step", "train_ppl", "server_val_ppl"]
+    assert repr(run.history) == (
+        "<History: 3 evaluated, steps 1 to 4; last validation perplexity "
+        f"{trained.history[-1]['server_val_ppl']:.2f}; .frame() is a table>")
+
+    # The console, the history and `watch` say the same of the last round.
+    line = re.search(r"round 4/4  train ppl (\S+)  val ppl (\S+)  tokens/s (\S+)", trained.output)
+    assert line
+    assert line[1] == f"{trained.history[-1]['train_ppl']:.1f}"
+    assert line[2] == f"{trained.history[-1]['server_val_ppl']:.1f}"
+    assert cli.main(["watch", str(trained.run_dir)]) == 0
+    watched = capfd.readouterr().out
+    assert f"{line[3]} tokens/s" in watched
+    assert "train, each round" in watched
 
     tensors = dict(run.model().named_parameters())
     for name, tensor in trained.model.items():
@@ -43,9 +62,10 @@ def test_what_a_folder_holds(trained: Outcome, tmp_path: Path, capfd: pytest.Cap
     text = run.generate("The import statement", max_new_tokens=5, temperature=1.0, seed=3)
     assert text.startswith("The import statement")
     capfd.readouterr()
-    assert cli.main(["generate", str(trained.run_dir), "--prompt", "The import statement",
-                     "--max_new_tokens", "5", "--temperature", "1", "--seed", "3"]) == 0
-    assert capfd.readouterr().out == text + "\n"
+    for prompt in (["The import statement"], ["--prompt", "The import statement"]):
+        assert cli.main(["generate", str(trained.run_dir), "--max_new_tokens", "5", *prompt,
+                         "--temperature", "1", "--seed", "3"]) == 0
+        assert capfd.readouterr().out == text + "\n"
 
     found = run.evaluate(cache_dir=cache_dir)
     capfd.readouterr()
@@ -53,6 +73,9 @@ def test_what_a_folder_holds(trained: Outcome, tmp_path: Path, capfd: pytest.Cap
     assert found["perplexity"] == perplexity(found["loss"])
     assert cli.main(["evaluate", str(trained.run_dir), "--cache_dir", str(cache_dir)]) == 0
     assert json.loads(capfd.readouterr().out) == {"model": str(trained.run_dir)} | found
+    assert cli.main(["evaluate", str(trained.run_dir), str(CORPUS), "--cache_dir", str(cache_dir)]
+                    ) == 0
+    assert json.loads(capfd.readouterr().out)["dataset"] == str(CORPUS)
 
     out = run.export(tmp_path / "hf")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in out.iterdir()}
@@ -94,6 +117,8 @@ def test_before_the_first_evaluation_and_without_a_run(tmp_path: Path,
     monkeypatch.chdir(tmp_path)
     run = fedrun.open_run(folder.name)  # by its name in results/
     assert (run.history, run.perplexity) == ([], None)
+    assert "nothing evaluated" in repr(run.history)
+    assert run.history.frame().empty
     assert "none yet" in run._repr_html_()
     with pytest.raises(InputError):
         run.plot()
@@ -103,3 +128,26 @@ def test_before_the_first_evaluation_and_without_a_run(tmp_path: Path,
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(InputError, match="not a run's"):
         fedrun.open_run(tmp_path)
+
+
+def test_what_the_command_says_of_little_text_and_at_its_end(
+        run_here: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    flags: dict[str, Any] = {"dataset": text_file(tmp_path), "tokenizer": "bpe:4000",
+                             "val_fraction": 0.0075, "rounds": 1, "num_clients": 2}
+    done = run_here("fed_avg", *(word for name, value in flags.items()
+                                 for word in (f"--{name}", value)))
+    assert done.code == 0, done.output
+    assert re.search(r"bpe:4000 \(vocabulary of \d+; the text has no more merges\)", done.output)
+    assert "validation is 1 sequence of 32 tokens" in done.output
+    (following,) = re.findall("next: (.*)", done.output)
+    for command in following.split("; "):
+        words = shlex.split(command)
+        assert words[0] == "fedrun"
+        assert cli.main(words[1:]) == 0
+    assert (tmp_path / "report.html").exists()
+    capfd.readouterr()
+    fedrun.train("fed_avg", data_dir=tmp_path, run_name="other", config="tiny",
+                 sequence_length=32, **flags)
+    assert "next: " not in capfd.readouterr().out  # a script knows what it does next
+    assert next_commands(Path("results/a run")) == (
+        "next: fedrun generate 'a run' \"The function\"; fedrun report")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import logging
@@ -20,7 +21,6 @@ import fedrun
 from fedrun.common.errors import Diverged, InputError
 from fedrun.common.log import LOGGER
 from fedrun.flags import resolve
-from fedrun.records.recorder import RoundRecord
 from fedrun.strategies import plugins
 from tests.support.runs import Outcome, execute, torchrun, wait_until
 
@@ -71,7 +71,7 @@ def test_a_run_from_another_with_the_same_settings(flags: dict[str, Any]) -> Non
 
 
 def test_the_run_of_the_command(flags: dict[str, Any], tmp_path: Path) -> None:
-    seen: list[RoundRecord] = []
+    seen: list[fedrun.RoundRecord] = []
     torch.set_num_threads(1)
     run = fedrun.train("fed_avg", on_round=seen.append, deterministic=True, run_name="ours",
                        **flags)
@@ -83,6 +83,8 @@ def test_the_run_of_the_command(flags: dict[str, Any], tmp_path: Path) -> None:
     assert run.outcome == "finished"
     assert outcome_of(run).bits == theirs.bits
     assert [record.number for record in seen] == [1, 2, 3, 4, 5, 6]
+    for field in dataclasses.fields(fedrun.RoundRecord):
+        assert f"r.{field.name}: " in str(fedrun.train.__doc__)
     evaluated = {r["global_step"]: r["server_val_ppl"] for r in theirs.history}
     assert {r.number: r.val_ppl for r in seen if r.val_ppl is not None} == evaluated
     for record, event in zip(seen, [e for e in theirs.events if e["event"] == "round"],
@@ -103,7 +105,7 @@ def test_stopped_where_it_is_asked_to_and_resumed(flags: dict[str, Any], method:
     whole = fedrun.train(method, run_name="whole", **flags)
     seen: list[int] = []
 
-    def stop_at_three(record: RoundRecord) -> str | None:
+    def stop_at_three(record: fedrun.RoundRecord) -> str | None:
         seen.append(record.number)
         return "stop" if record.number == 3 else None
 
@@ -117,7 +119,7 @@ def test_stopped_where_it_is_asked_to_and_resumed(flags: dict[str, Any], method:
 
 
 def test_a_signal_ends_the_run_and_not_the_process(flags: dict[str, Any]) -> None:
-    def interrupt(record: RoundRecord) -> None:
+    def interrupt(record: fedrun.RoundRecord) -> None:
         if record.number == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -140,6 +142,8 @@ def test_a_run_that_diverges_raises(flags: dict[str, Any]) -> None:
     with pytest.raises(Diverged, match="may be too large"):
         fedrun.train("central", **{k: v for k, v in flags.items() if k != "num_clients"}
                      | {"lr": 1e30})
+    with pytest.raises(Diverged, match="may be too large"):
+        fedrun.train("fed_avg", **flags | {"lr": 1e30})
 
 
 def test_a_config_and_a_plugin(flags: dict[str, Any], tmp_path: Path,

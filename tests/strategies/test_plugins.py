@@ -59,7 +59,13 @@ def test_the_package_is_imported_without_torch() -> None:
                         ).strip() == "[]"
     assert "False" in fresh_python("import sys, fedrun; fedrun.strategy; fedrun.FedAvg; "
                                    "print('torch' in sys.modules)")
-    assert {"strategy", "FedAvg", "Strategy"} <= {*dir(fedrun)}
+    assert "False" in fresh_python("import sys, fedrun; fedrun.InputError; fedrun.FedrunError; "
+                                   "fedrun.Diverged; print('torch' in sys.modules)")
+    assert {"strategy", "FedAvg", "Strategy", "RoundRecord"} <= {*dir(fedrun)}
+    assert {name for name in dir(fedrun) if not name.startswith("__")} == {*fedrun.__all__}
+    assert all(hasattr(fedrun, name) for name in dir(fedrun))
+    assert issubclass(fedrun.InputError, fedrun.FedrunError)
+    assert issubclass(fedrun.Diverged, fedrun.FedrunError)
     with pytest.raises(AttributeError, match="has no attribute 'tarin'"):
         _ = fedrun.tarin
 

@@ -37,9 +37,10 @@ def of_folder(shape: TransformersShape, rows: int, folder: Path) -> Any:
     that config.json does not determine: a run would not keep it.
     """
     config = library_config(shape, rows)
+    architecture = model_class(type(config), shape.model_type)
     with torch.random.fork_rng(devices=[]), quietly():
         try:
-            lm, report = model_class(type(config), shape.model_type).from_pretrained(
+            lm, report = architecture.from_pretrained(
                 str(folder), config=config, attn_implementation=ATTENTION,
                 torch_dtype=torch.float32, local_files_only=True, use_safetensors=True,
                 trust_remote_code=False, output_loading_info=True)

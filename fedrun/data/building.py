@@ -35,11 +35,20 @@ def build_entry(entry: Path, dataset: Source, tokenizer: str, options: TextOptio
     Returns:
         the manifest
     """
+    work = Path(f"{entry}.partial")
+    try:
+        return _build(entry, work, dataset, tokenizer, options)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)  # what an error has left
+
+
+def _build(entry: Path, work: Path, dataset: Source, tokenizer: str, options: TextOptions
+           ) -> dict[str, Any]:
     started = time.perf_counter()
     cache_dir = entry.parents[1]
     corpus = dataset.read(options) if isinstance(dataset, GivenData) else corpora.load_corpus(
         dataset, options, cache_dir)
-    work, damaged = Path(f"{entry}.partial"), Path(f"{entry}.damaged")
+    damaged = Path(f"{entry}.damaged")
     for leftover in (work, damaged):
         shutil.rmtree(leftover, ignore_errors=True)
     work.mkdir()

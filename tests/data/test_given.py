@@ -262,6 +262,7 @@ def test_what_does_not_belong_together_is_named(tmp_path: Path) -> None:
             ("pydocs", "ids:300", "--tokenizer ids:300: no such folder")):
         with pytest.raises(InputError, match=message):
             prepare(source, tokenizer, LENGTH, tmp_path)
+    assert not list((tmp_path / "tokens").glob("*.partial"))  # what an error has left
     with pytest.raises(InputError, match=r"--dataset \(given .*\): was given to fedrun.train, and "
                                          "is in no file"):
         prepare(str(given([ids])), "ids:90", LENGTH, tmp_path)

@@ -156,8 +156,8 @@ def test_nodes_share_a_study_and_one_is_lost(
     path = tmp_path / "shared.yaml"
     path.write_text(yaml.safe_dump({
         "reference": "central", "grid": {"lr": [1e-3]}, "base": base | {"val_freq": 10**6},
-        "settings": {"central": {"method": "central", "rounds": 400},
-                     "one": {"method": "fed_avg", "rounds": 100},
+        "settings": {"central": {"method": "central", "rounds": 1500},  # outlast the loss
+                     "one": {"method": "fed_avg", "rounds": 400},
                      "other": {"method": "fed_momentum", "rounds": 5}}}))
     job = submit("study", path, "--results", tmp_path, options=("--no-requeue",))
     runs = tmp_path / "shared" / "runs"

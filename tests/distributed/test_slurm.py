@@ -156,14 +156,14 @@ def test_nodes_share_a_study_and_one_is_lost(
     path = tmp_path / "shared.yaml"
     path.write_text(yaml.safe_dump({
         "reference": "central", "grid": {"lr": [1e-3]}, "base": base | {"val_freq": 10**6},
-        "settings": {"central": {"method": "central", "rounds": 1500},  # outlast the loss
-                     "one": {"method": "fed_avg", "rounds": 400},
+        "settings": {"central": {"method": "central", "rounds": 900},  # outlast the loss
+                     "one": {"method": "fed_avg", "rounds": 250},
                      "other": {"method": "fed_momentum", "rounds": 5}}}))
     job = submit("study", path, "--results", tmp_path, options=("--no-requeue",))
     runs = tmp_path / "shared" / "runs"
 
-    def checkpoints() -> int:
-        return len({file.parents[1] for file in runs.glob("*/checkpoints/step_*")})
+    def checkpoints() -> int:  # complete ones
+        return sum(checkpoint.latest_step(run) is not None for run in runs.glob("*"))
 
     wait_until(lambda: checkpoints() == 2, 150, lambda: job.output)
     cluster.lose_node(2)

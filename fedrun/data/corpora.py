@@ -33,7 +33,7 @@ from fedrun.data.pydocs import (
 from fedrun.data.table_files import KINDS, Table, choose_text_columns, open_table, table_rows
 from fedrun.data.text_files import COMPRESSED, TEXT_ENDINGS, DataFile, open_text, printable
 from fedrun.data.text_options import TextOptions, require_dataset
-from fedrun.data.validation import Rows, has_text, hold_out
+from fedrun.data.validation import Rows, divided, has_text
 
 ALIASES = {
     "wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1",
@@ -43,7 +43,6 @@ ACCEPTED = (
     f"{', '.join(ALIASES)}, pydocs, a hub id (owner/name or owner/name:config), a folder "
     "(or FOLDER:CONFIG), a file, or a pattern ('path/*.txt')"
 )
-ALL_OF_THE_TEXT = "all of the text"  # `validation_from` when nothing is held out
 
 
 @dataclass(frozen=True)
@@ -104,12 +103,8 @@ def load_corpus(dataset: str, options: TextOptions = TextOptions(),  # noqa: B00
             rows, validation_from = train.rows, "the split of that name"
             if options.validation_split:
                 validation_from = f"the split {wanted}"
-        elif options.hold_out:
-            rows, validation, documents, validation_from = hold_out(
-                train, options.held_out, bool(options.partition))
         else:
-            rows, validation, documents = train.rows, train.rows, train.documents()
-            validation_from = ALL_OF_THE_TEXT
+            rows, validation, documents, validation_from = divided(train, options)
     except ValueError as error:
         message = str(error)
         if not message.startswith("--"):

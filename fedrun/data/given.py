@@ -19,16 +19,17 @@ from typing import Any
 import numpy as np
 
 from fedrun.common.errors import InputError
-from fedrun.data.corpora import ALL_OF_THE_TEXT, Corpus, read_records
+from fedrun.data.corpora import Corpus, read_records
 from fedrun.data.documents import Documents, named_documents
 from fedrun.data.given_parts import Ids, Texts, in_chunks
 from fedrun.data.table_files import Table, choose_text_columns
 from fedrun.data.text_options import TextOptions
 from fedrun.data.validation import (
+    ALL_OF_THE_TEXT,
     Rows,
+    divided,
     has_text,
     held_of_each,
-    hold_out,
     hold_out_of_clients,
     in_words,
     of_clients_in_words,
@@ -106,12 +107,8 @@ class GivenData:
             documents = of_clients(starts)
         elif self.validation is not None:
             rows, held, documents = train.rows, [], train.documents()
-        elif options.hold_out:
-            rows, held, documents, validation_from = hold_out(
-                train, options.held_out, bool(options.partition))
         else:
-            rows, held, documents = train.rows, train.rows, train.documents()
-            validation_from = ALL_OF_THE_TEXT
+            rows, held, documents, validation_from = divided(train, options)
         if isinstance(self.validation, Table):
             held = _rows(self.validation, _without_source(options)).rows
             validation_from = GIVEN_AS_VALIDATION

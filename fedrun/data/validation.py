@@ -9,7 +9,9 @@ from fractions import Fraction
 import numpy as np
 
 from fedrun.data.documents import Documents, TextFile, find_documents, named_documents
+from fedrun.data.text_options import TextOptions
 
+ALL_OF_THE_TEXT = "all of the text"  # `validation_from` when nothing is held out
 BREAKS = ("\n\n", "\n", ". ", " ")  # where to cut a text, best first
 LARGEST_CUT_SHIFT = 0.5  # to reach a break, as a share of the text that is held out
 
@@ -53,6 +55,14 @@ def has_text(rows: list[str]) -> bool:
 def in_words(share: Fraction) -> str:
     """The share that is held out, for a description: the last twentieth."""
     return "twentieth" if share == Fraction(1, 20) else f"{float(share):.3g}"
+
+
+def divided(text: Rows, options: TextOptions) -> tuple[list[str], list[str], Documents, str]:
+    """What `hold_out` holds out of a text without a validation split; where the options say that
+    nothing is, all of it for both."""
+    if options.hold_out:
+        return hold_out(text, options.held_out, bool(options.partition))
+    return text.rows, text.rows, text.documents(), ALL_OF_THE_TEXT
 
 
 def hold_out(train: Rows, share: Fraction, of_sources: bool

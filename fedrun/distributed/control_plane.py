@@ -149,7 +149,7 @@ class ControlPlane:
         without a heartbeat."""
         reason = self.heartbeat.reason if self.heartbeat else ""
         gone = f"no heartbeat from rank {', '.join(map(str, lost))}" if lost else ""
-        left = f"rank {self.rank} waits in vain for the sum over the workers"
+        left = f"rank {self.rank} waits for a sum over the workers that will not end"
         return UnresponsiveRanks("; ".join(filter(None, (reason, gone, left)))
                                  + (why and f": {why}"))
 

@@ -12,12 +12,12 @@ import torch
 
 from fedrun.common.errors import InputError
 from fedrun.common.perplexity import perplexity
-from fedrun.data.corpora import ALL_OF_THE_TEXT
 from fedrun.data.given import given_data
 from fedrun.data.given_parts import given_part
 from fedrun.data.hub import CACHE_DIR
 from fedrun.data.text_options import GIVEN, TextOptions, text_options_of
 from fedrun.data.tokens import TokenData, prepare
+from fedrun.data.validation import ALL_OF_THE_TEXT
 from fedrun.library.tokenizers import need_tokenizer
 from fedrun.model.build import longest_sequence, require_positions
 from fedrun.model.precision import accumulate_in_fp32, exact_fp32

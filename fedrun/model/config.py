@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ OF_THE_TOKENIZER = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id"
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class ModelShape(ABC):
     """The shape of a model but for its vocabulary: what the section `model:` describes."""
 
     tracks_parameters: ClassVar[bool] = False
@@ -31,9 +32,9 @@ class ModelShape:
         """Rows of the embedding."""
         return vocab_size
 
+    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """The shape as run folders record it; `recorded_shape` reads it."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

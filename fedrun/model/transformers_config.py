@@ -96,12 +96,12 @@ def require_known_fields(shape: TransformersShape) -> None:
 def model_class(config_class: Any, kind: str) -> Any:
     """The library's class of the causal language model with a config of this class.
 
-    Raises InputError if it has none.
+    Raises InputError if the library has no such model of this type.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
     if config_class not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise InputError(f"model.transformers.model_type {kind}: must be a causal language model, "
-                         "which transformers has none of for this type")
+        raise InputError(f"model.transformers.model_type {kind}: must be a causal language model; "
+                         "transformers has none of this type")
     found = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
     return found[0] if isinstance(found, tuple | list) else found
 

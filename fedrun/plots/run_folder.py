@@ -213,8 +213,8 @@ def _record(raw: Any, tokens_per_step: float) -> Record | None:
 
 
 def _perplexity(ppl: Any, loss: Any) -> float:
-    """A record's perplexity, computed from its loss (nats per token) if it has none. nan without
-    both; infinite if the run has diverged."""
+    """A record's perplexity; where it is missing, computed from the loss (nats per token). nan if
+    both are missing; infinite if the run has diverged."""
     found, loss = number(ppl), number(loss)
     if math.isnan(found) and not math.isnan(loss):
         found = perplexity(loss)

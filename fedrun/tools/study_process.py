@@ -74,7 +74,8 @@ class Children:
         env.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", f"{config.timeout:.0f}")
         if gpus is not None:
             env[VISIBLE] = gpus
-        # On this machine: the disk of the results may be full, and then a run goes on.
+        # In this machine's temporary folder: a run goes on while the disk with the results is full,
+        # and must still be able to start.
         with (tempfile.TemporaryDirectory(prefix="fedrun-run-", ignore_cleanup_errors=True) as name,
               tempfile.TemporaryFile() as printed):
             file = Path(name) / CONFIG

@@ -183,8 +183,8 @@ def steps(job: Job) -> Found:
 @check(90, env=DETERMINISTIC)  # so that no blocks are timed
 def client_states(job: Job) -> Found:
     """Four clients on a worker: memory on the GPU and pinned, and the time of a turn, with states
-    in the host's memory and with them on the GPU. A turn has so many steps that a state, 220 MB,
-    can move both ways behind them."""
+    in the host's memory and with them on the GPU. A turn has enough steps for a state, 220 MB, to
+    move both ways beside them."""
     local_steps = 1 if job.pretended else 20
     shape, vocabulary = (TINY, 400) if job.pretended else (ModelConfig(), VOCABULARY)
     trainer = Trainer(shape, 4, 256, vocabulary)

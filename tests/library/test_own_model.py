@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
-from torch.nn.functional import cross_entropy
 
 import fedrun
 from fedrun import cli
@@ -20,9 +16,15 @@ from fedrun.data.tokens import TokenData, prepare
 from fedrun.model.config import TransformersShape
 from fedrun.model.transformers_lm import build
 from fedrun.plots.groups import flat
+from tests.support.fed_avg_by_hand import (
+    CLIENTS,
+    LENGTH,
+    LOCAL_UPDATES,
+    ROUNDS,
+    fed_avg_by_hand,
+)
 from tests.support.runs import CORPUS, OF_SMALL, Outcome, Run, steps, without_clocks
 
-ROUNDS, CLIENTS, LOCAL_UPDATES, BATCH, LENGTH, LR = 3, 3, 2, 2, 32, 2e-3
 GPT2 = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 32}
 MAMBA = {"model_type": "mamba", "num_hidden_layers": 1, "hidden_size": 32, "state_size": 4}
 BOTH = pytest.mark.parametrize("settings", [GPT2, pytest.param(MAMBA, marks=pytest.mark.slow)],
@@ -36,36 +38,10 @@ def written(folder: Path, settings: dict[str, Any]) -> Path:
 
 
 def by_hand(data: TokenData, settings: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """FedAvg in float64 on the library's own model: each client an own copy, and an own AdamW that
-    lives on."""
+    """On the library's own model."""
     model = build(TransformersShape(settings), data.vocab_size, 0).double()
-    bounds = [k * len(data.train) // CLIENTS for k in range(CLIENTS + 1)]
-    shards = [data.train[a:b].astype(np.int64) for a, b in itertools.pairwise(bounds)]
-    clients = [copy.deepcopy(model) for _ in shards]
-    optimizers = [torch.optim.AdamW(c.parameters(), lr=LR, betas=(0.9, 0.999), weight_decay=0.01)
-                  for c in clients]
-    orders = [np.random.Generator(np.random.PCG64(np.random.SeedSequence([0, k, 0]))).permutation(
-        len(shard)) for k, shard in enumerate(shards)]
-    state = {name: p.detach().clone() for name, p in model.named_parameters()}
-    for round_ in range(ROUNDS):
-        for k, client in enumerate(clients):
-            with torch.no_grad():
-                for name, p in client.named_parameters():
-                    p.copy_(state[name])
-            for update in range(LOCAL_UPDATES):
-                step = round_ * LOCAL_UPDATES + update
-                tokens = torch.from_numpy(shards[k][orders[k][step * BATCH:(step + 1) * BATCH]])
-                logits = client(input_ids=tokens).logits[:, :-1].double()
-                optimizers[k].zero_grad()
-                loss = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-                loss.backward()
-                optimizers[k].step()
-        total = sum(len(shard) for shard in shards)
-        trained = [dict(client.named_parameters()) for client in clients]
-        state = {name: sum((len(shard) / total * own[name].detach()
-                            for shard, own in zip(shards, trained, strict=True)),
-                           start=torch.zeros(())) for name in state}
-    return state
+    return fed_avg_by_hand(model, lambda client, tokens: client(input_ids=tokens).logits,
+                           data.train)
 
 
 @BOTH

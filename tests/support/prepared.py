@@ -33,9 +33,9 @@ _context.set_forkserver_preload(["fedrun.cli", "fedrun.run", "tokenizers"])
 
 
 def run_ranks(processes: int, arguments: Sequence[str], limit: float) -> tuple[int, str]:
-    """Run `python -m fedrun` with these arguments on so many ranks of one machine; the exit code of
-    the first that failed, or 0, and all they printed. Past the limit (seconds) they are killed, and
-    the test fails."""
+    """Run `python -m fedrun` with these arguments on this many ranks of one machine. Returns the
+    exit code of the first rank that failed, or 0, and all that they printed. Past the limit
+    (seconds) they are killed, and the test fails."""
     port = free_port()
     with tempfile.NamedTemporaryFile(prefix="fedrun-output-") as output:
         ranks = [_context.Process(target=_be_rank, daemon=True, args=(

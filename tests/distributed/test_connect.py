@@ -13,15 +13,26 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 from threading import Thread
+from types import SimpleNamespace
 
 import psutil
 import pytest
-from torch._C._distributed_c10d import HashStore, TCPStore
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 
 from fedrun import torchrun as launcher
-from fedrun.distributed import connect
-from fedrun.distributed.connect import NotConnected, listen, named, reach, roll_call, serve
+from fedrun.distributed import connect, control_plane
+from fedrun.distributed.connect import (
+    NotConnected,
+    decline,
+    listen,
+    named,
+    prefix_of,
+    reach,
+    roll_call,
+    serve,
+)
 from fedrun.distributed.control_plane import Heartbeat
+from fedrun.distributed.launch import Launch
 from tests.support.runs import (
     ROOT,
     SMALL,
@@ -35,6 +46,13 @@ from tests.support.runs import (
 )
 
 SECOND = timedelta(seconds=1)
+
+
+class Gone:
+    """A store whose process has ended."""
+
+    def add(self, *_: object) -> int:
+        raise RuntimeError("Connection reset by peer")
 
 
 def store() -> TCPStore:
@@ -54,6 +72,22 @@ def test_a_warning_of_torchruns_own_store() -> None:
     warning = next(line for line in output.splitlines() if line.startswith("WARNING"))
     assert "listens on all addresses" in warning
     assert "whoever connects to it can run code as you" in warning
+
+
+def test_no_warning_of_a_store_on_one_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor a look for it where it is not: torch prints forty lines if nothing listens."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    asked: list[int] = []
+    monkeypatch.setattr(connect, "_holds", lambda port, _: asked.append(port))
+    listening = [SimpleNamespace(pid=os.getppid(), status=psutil.CONN_LISTEN,
+                                 laddr=SimpleNamespace(ip=ip, port=port))
+                 for ip, port in (("10.88.0.1", 29500), ("127.0.0.1", 29501))]
+    monkeypatch.setattr(psutil, "net_connections", lambda _: listening)
+    apart = Launch(0, 4, 0, 1)
+    assert connect.exposure(apart) == ""
+    listening[0].laddr.ip = "0.0.0.0"
+    assert connect.exposure(apart) == ""  # machines have to reach it
+    assert asked == [29500]
 
 
 def test_where_the_store_listens(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,13 +154,36 @@ def test_a_roll_call_names_the_missing_ranks_while_it_waits_and_when_it_fails(
     there = reach("127.0.0.1", server.port, SECOND, served_before=True)
     other = Thread(target=roll_call, args=(there, 2, 3, timedelta(seconds=20)))
     other.start()
-    with pytest.raises(NotConnected, match=r"^rank 0 of 3 did not connect within 1 s: not started"):
+    with pytest.raises(NotConnected, match=r"^rank 0 of 3, counted from 0, did not connect within"):
         roll_call(server, 1, 3, SECOND)
     # Once: only the lowest rank that is there, rank 1, prints it.
-    assert [record.message for record in caplog.records] == ["waiting for rank 0 of 3"]
+    assert [record.message for record in caplog.records] == [
+        "waiting for rank 0 of 3, counted from 0"]
     roll_call(reach("127.0.0.1", server.port, SECOND, True), 0, 3, SECOND)  # rank 2 still waits
     other.join(5)
     assert not other.is_alive()
+
+
+def test_a_rank_that_is_not_coming_ends_the_wait_of_the_others(monkeypatch: pytest.MonkeyPatch
+                                                               ) -> None:
+    server = store()
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(server.port))
+    launch, began = Launch(2, 3), time.monotonic()
+    prefixed = PrefixStore(prefix_of(launch, 0), server)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(roll_call, prefixed, rank, 3, 20 * SECOND) for rank in (0, 1)]
+        wait_until(lambda: prefixed.add("here", 0) == 2, 5)
+        decline(launch, "site east: its key is another")
+        for one in waiting:
+            with pytest.raises(NotConnected, match=r"^site east: its key is another$"):
+                one.result()
+    assert time.monotonic() - began < 5
+    del server
+    for address, port in (("127.0.0.1", "none"), ("", "")):  # nobody is told, and nobody waits
+        monkeypatch.setenv("MASTER_ADDR", address)
+        monkeypatch.setenv("MASTER_PORT", port)
+        decline(launch, "nothing")
 
 
 def test_two_processes_with_the_same_rank() -> None:
@@ -167,9 +224,33 @@ def test_two_threads_that_look_for_unresponsive_ranks_both_find_them(
         heartbeat.stop()
 
 
+def test_a_rank_whose_store_is_gone_still_says_why_it_ends(
+        monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Rank 0 may end first, and its store with it: the others do not wait to see who is silent,
+    and are ended by the heartbeat only if their main thread does not come to its end."""
+    monkeypatch.setattr(Heartbeat, "SECONDS", 0.2)
+    ended: list[int] = []
+    monkeypatch.setattr(control_plane, "end_process", ended.append)
+    served = HashStore()
+    heartbeat = Heartbeat(served, 1, 3)
+    try:
+        wait_until(lambda: served.check(["beats/1"]), 5)
+        monkeypatch.setattr(heartbeat, "store", Gone())
+        began = time.monotonic()
+        assert heartbeat.unresponsive() == []
+        heartbeat.report_failure("what nobody can read any more")
+        assert time.monotonic() - began < 1.2
+        assert not ended
+        assert not caplog.text
+        wait_until(lambda: bool(ended), 5)
+        assert "rank 1: rank 0 or its launcher has ended: exiting" in caplog.text
+    finally:
+        heartbeat.stop()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("at", "message"), [
-    ("reach", r"error: rank 2 of 3 did not connect within 4 s: not started, stopped"),
+    ("reach", "error: rank 2 of 3, counted from 0, did not connect within 4 s: not started, stop"),
     ("init_process_group", r"error: the ranks could not be connected: no heartbeat from rank 2"),
 ])
 def test_a_rank_that_is_stopped_while_ranks_connect_is_named(
@@ -181,7 +262,7 @@ def test_a_rank_that_is_stopped_while_ranks_connect_is_named(
         {"STOPPED_AT": at, "STOPPED_RANK": "2"})
     with children_of(agent) as ranks:
         wait_until(lambda: re.search(message, log.read_text()) is not None, 60, log.read_text)
-        assert at != "reach" or "waiting for rank 2 of 3\n" in log.read_text()
+        assert at != "reach" or "waiting for rank 2 of 3, counted" in log.read_text()
         for rank in ranks():  # torchrun would wait for the stopped one
             rank.kill()
         assert agent.wait(60) == 1
@@ -243,6 +324,28 @@ def test_no_rank_outlives_a_launcher_killed_as_it_starts_them(module: list[str],
                 process.kill()
             agent.kill()
             agent.wait()
+
+
+@pytest.mark.parametrize(("number", "message"), [
+    (0, "machine 1 of 2, counted from 0, did not connect within 0.5 s"),
+    (1, "could not connect to rank 0's store within 0.5 s")])
+def test_machines_that_do_not_come_may_come_later(number: int, message: str) -> None:
+    """A loop around the launcher goes on after exit code 1, and ends after 2."""
+    port = free_port()
+    code = (f"import sys; from fedrun import torchrun; torchrun.SECONDS_FOR_MACHINES = 0.5; "
+            f"sys.exit(torchrun.main(['--nnodes', '2', '--node-rank', '{number}', '--master-addr',"
+            f" {address_here()!r}, '--master-port', '{port}', '-m', 'fedrun']))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          timeout=60, check=False)
+    assert done.returncode == 1, done.stderr
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr  # none of torch's
+
+
+def address_here() -> str:
+    """An address of this machine that is not the loopback's, if there is one."""
+    return next((a.address for each in psutil.net_if_addrs().values() for a in each
+                 if a.family == socket.AF_INET and not a.address.startswith("127.")), "192.0.2.1")
 
 
 def test_no_restart_if_the_user_has_to_change_something(tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedrun.distributed.data_plane import group_by_node
+from fedrun.distributed.data_plane import DataPlane, group_by_node
 from fedrun.distributed.shared_memory import SharedBuffer, machine_id
 from tests.support.runs import (
     FAULTY,
@@ -79,12 +80,32 @@ def test_processes_of_a_machine_have_the_same_machine_id() -> None:
     assert int(output) == machine_id() > 0
 
 
+def test_words_of_a_worker_alone() -> None:
+    words = [0, 1, -1, (1 << 63) - 1, 1 << 63, -(1 << 63), (1 << 64) + 5]
+    assert DataPlane().sum_words(words) == [0, 1, -1, (1 << 63) - 1, -(1 << 63), -(1 << 63), 5]
+    assert DataPlane().sum_words([]) == []
+
+
+def test_a_plane_of_a_site_does_nothing_that_would_show_what_is_in_it() -> None:
+    """No sum without the leaders of the other sites, no mask where none belongs."""
+    class Mask:
+        def add_to(self, vector: np.ndarray) -> None:
+            raise AssertionError("added")
+
+    vector = torch.ones(3, dtype=torch.int32)
+    with pytest.raises(AssertionError, match=r"^$"):
+        DataPlane(of_site=True).reduce((vector,))
+    with pytest.raises(AssertionError, match=r"^$"):
+        DataPlane().sum_words([1], Mask())
+
+
 def test_the_same_bits_on_any_machines() -> None:
     code, output = execute([*torchrun(5), "-m", "tests.support.every_plane"])
     assert code == 0, output
     assert "all the same" in output
 
 
+@pytest.mark.slow
 def test_a_run_on_two_machines(run: Run) -> None:
     """With a server; workers 1 and 3 share memory, and so do 2 and 4."""
     flags = ("--rounds", 3, "--num_clients", 4, "--client_moments", "average")
@@ -96,6 +117,7 @@ def test_a_run_on_two_machines(run: Run) -> None:
     assert without_clocks(apart) == without_clocks(alone)
 
 
+@pytest.mark.slow
 def test_a_slow_worker_gets_the_same_results_as_the_others(run: Run, tmp_path: Path) -> None:
     """Also while a run resumes, when the shared model is written twice."""
     flags = ("--num_clients", 2, "--rounds", 4, "--val_freq", 2, "--checkpoint_freq", 2,

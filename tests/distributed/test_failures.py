@@ -137,6 +137,7 @@ def test_a_lost_worker_ends_all_ranks(sent: signal.Signals, timeout: int, cache_
         assert launcher.wait(60) == 1
 
 
+@pytest.mark.slow
 def test_a_signal_while_another_rank_is_lost_ends_at_once(cache_dir: Path, tmp_path: Path) -> None:
     """The end of the round, which a signal waits for, would come only at the timeout."""
     with launched(tmp_path, cache_dir, 3, 100_000, timeout=600) as (launcher, ranks, log):

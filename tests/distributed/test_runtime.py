@@ -12,16 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fedrun.common.errors import FedrunError
+from fedrun.distributed.comparison import compare, difference, idle_gpus
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.distributed.launch import Launch
-from fedrun.distributed.runtime import (
-    choose_interfaces,
-    compare,
-    device_index,
-    difference,
-    idle_gpus,
-    probe,
-)
+from fedrun.distributed.runtime import choose_interfaces, device_index, probe
 
 
 def first(local_rank: int, local: int, world: int | None = None) -> Launch:
@@ -129,11 +123,30 @@ def test_a_server_without_a_gpu_reports_those_that_it_sees(monkeypatch: pytest.M
         def share(self, message: str) -> str:
             return message
 
-    for device in ("auto", "cpu"):
+    for device, of_sites in (("auto", False), ("cpu", False), ("auto", True)):
         compare(Control(), (1,), torch.device("cpu"),  # type: ignore[arg-type]
-                {"--device": json.dumps(device)})
-    assert [each["gpus seen"] for each in gathered] == ["GPU-0 GPU-1", ""]
+                {"--device": json.dumps(device)}, "h", of_sites)
+    assert [each["gpus seen"] for each in gathered] == ["GPU-0 GPU-1", "", ""]
     assert "gpu" not in gathered[0]
+
+
+def test_workers_of_sites_on_gpus_are_refused_without_a_word_on_the_gpus() -> None:
+    """Not run on a GPU."""
+    gathered: list[dict[str, str]] = []
+
+    class Control:
+        def gather(self, mine: dict[str, str]) -> list[dict[str, str]]:
+            gathered.append(mine)
+            return [mine | {"worker device": "cpu"}, mine, mine]
+
+        def share(self, message: str) -> str:
+            return message
+
+    with pytest.raises(FedrunError, match=r"^--device cuda: workers of sites .*; must be cpu$"):
+        compare(Control(), (1, 2), torch.device("cuda", 1),  # type: ignore[arg-type]
+                {"--device": json.dumps("cuda")}, "north", of_sites=True)
+    assert gathered == [{"--device": '"cuda"', "worker device": "cuda", "host": "north",
+                         "gpus seen": ""}]
 
 
 def test_a_data_plane_that_cannot_sum_is_named_before_training() -> None:
@@ -160,11 +173,10 @@ def test_a_data_plane_that_cannot_sum_is_named_before_training() -> None:
 def test_the_first_sums_are_of_numbers_that_need_every_bit(
         monkeypatch: pytest.MonkeyPatch, through: torch.dtype | None, wrong: str) -> None:
     """Two workers; all that a library sums goes through a type, which may be too narrow."""
-    def all_reduce(vector: Tensor, operation: dist.ReduceOp.RedOpType, **_: Any) -> None:
-        other = vector - 1  # what the second worker gives
-        if operation == dist.ReduceOp.SUM:
-            both = [one.to(through or one.dtype) for one in (vector, other)]
-            vector.copy_(both[0] + both[1])
+    def all_reduce(vector: Tensor, **_: Any) -> None:
+        # What the second worker gives is smaller by one.
+        both = [one.to(through or one.dtype) for one in (vector, vector - 1)]
+        vector.copy_(both[0] + both[1])
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     monkeypatch.setattr(dist, "get_world_size", lambda _: 2)

@@ -120,6 +120,14 @@ def test_under_nohup_a_closed_terminal_has_no_effect(tmp_path: Path) -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_site_has_no_folder_in_which_to_stop_a_run() -> None:
+    with StopRequest(None, None, list, Launch(1, 3)).listening() as stopping:
+        assert (stopping.asked_by(), stopping.lost_folder()) == ("", "")
+        stopping.obeyed()
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait_until(lambda: stopping.signal == "SIGTERM", 5)
+
+
 def test_writing_to_a_closed_terminal_is_no_error() -> None:
     code = """
 import os, sys

@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import HashStore
 
 from fedrun.distributed import waiting
 from fedrun.distributed.control_plane import ControlPlane, Heartbeat, UnresponsiveRanks
+from fedrun.distributed.handshake import Membership
 from fedrun.distributed.waiting import wait_for
 from tests.support.runs import SMALL, children_of, error_lines, fault, start, torchrun, wait_until
 
@@ -87,6 +88,14 @@ def test_a_rank_that_is_silent_in_two_looks_is_named() -> None:
     with pytest.raises(UnresponsiveRanks,
                        match=r"no heartbeat from rank 2; rank 0 waits for a sum"):
         wait(Work(), Peers(60, False, [], [1, 2], [2]))
+
+
+def test_a_lost_rank_is_named_with_its_site() -> None:
+    peers = Peers(0.2, False, [2, 0])
+    peers.membership = Membership("run", ("", "north", "south"))
+    with pytest.raises(UnresponsiveRanks,
+                       match=r"no heartbeat from rank 0 \(the server\), 2 \(south\); rank"):
+        wait(Work(), peers)
 
 
 def test_nobody_waits_for_longer_than_the_timeout() -> None:

@@ -1,0 +1,1 @@
+"""Institutions on one machine, and what is said between them."""

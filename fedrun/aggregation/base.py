@@ -12,14 +12,14 @@ The server update computed from the means is in update.py.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.slices import Slices
-from fedrun.distributed.data_plane import DataPlane
+from fedrun.distributed.data_plane import DataPlane, Mask
 
 
 class Aggregator(ABC):
@@ -29,7 +29,7 @@ class Aggregator(ABC):
     """
 
     moments: tuple[str, ...] = ()
-    """AdamW's moments that are averaged in addition to the method's own sums."""
+    """AdamW's moments that are averaged in this round, besides the method's own sums."""
 
     def __init__(self, size: int, plane: DataPlane | None, length: int, dtype: torch.dtype,
                  scratch: Tensor) -> None:
@@ -39,7 +39,15 @@ class Aggregator(ABC):
         self.plane = plane or DataPlane()
         self._scratch = scratch
         self.slices = Slices(size, scratch.shape[1], self.plane)
-        self._buffers = self.plane.allocate(length, dtype, scratch.device)
+        self._memory = self.plane.allocate(length, dtype, scratch.device)
+        self._shorten(length)
+        self.mask: Mask | None = None
+        """With secure sums, on the first worker of a site: what hides its term in the next
+        `reduce`."""
+
+    def _shorten(self, length: int) -> None:
+        """Use this much of the memory for the round: no more is sent."""
+        self._buffers = tuple(part[:length] for part in self._memory)
         self._buffer = self._buffers[self.plane.node_rank]
         self._reduced: tuple[Tensor, ...] = (self._buffer,)
         """Buffers whose elementwise sum is the sum over all workers, after `reduce`."""
@@ -54,13 +62,19 @@ class Aggregator(ABC):
         return self._scratch.device
 
     @property
+    def layout(self) -> tuple[int, int]:
+        """How many numbers this round's buffer holds, and the bits of each."""
+        return self._buffer.numel(), 8 * self._buffer.itemsize
+
+    @property
     def bytes_sent(self) -> int:
-        """Payload of one round for a worker that sends."""
+        """Payload of this round for a worker that sends."""
         return self._buffer.nbytes
 
     @abstractmethod
-    def begin(self, bounds: Bounds) -> None:
-        """Start a round whose clients stay within these bounds."""
+    def begin(self, bounds: Bounds, moments: Sequence[str] | None = None) -> None:
+        """Start a round whose clients stay within these bounds. moments: those that are averaged in
+        it; None: all."""
 
     @abstractmethod
     def add(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None = None) -> str:
@@ -71,13 +85,10 @@ class Aggregator(ABC):
         with nothing of it added, if an element is not finite or exceeds its bound; empty otherwise.
         """
 
-    def reduce(self, residuals: Iterable[Tensor] = ()) -> None:
-        """Workers: sum over all of them.
-
-        residuals: those of the clients whose terms were added here, in that order, (size,) each and
-        one at a time; only compressed aggregation has them, and changes them in place.
-        """
-        self._reduced = self.plane.reduce(self._buffers)
+    def reduce(self) -> None:
+        """Workers: sum over all of them."""
+        mask, self.mask = self.mask, None
+        self._reduced = self.plane.reduce(self._buffers, mask)
 
     @abstractmethod
     def total_weight(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fedrun.strategies.base import BoundExponents, Strategy
+from fedrun.strategies.base import BoundExponents, Strategy, adamw_ratio
 
 # For a mean loss: gradient norms are around one and exceed this only in runs that diverge.
 LARGEST_GRADIENT = 16.0
@@ -17,10 +17,13 @@ class Bounds:
 
     update: float
     gradient: float = 1.0
+    clip: float = 1.0
+    """--grad_clip: the largest norm of a gradient, and so the largest element of its averages."""
 
     def of(self, exponents: BoundExponents) -> float:
         """The bound of a vector with these exponents."""
-        return self.update**exponents.update * self.gradient**exponents.gradient
+        return (self.update**exponents.update * self.gradient**exponents.gradient
+                * self.clip**exponents.clip)
 
 
 def bound_exceeded(name: str, peak: float, bound: float) -> str:
@@ -45,12 +48,20 @@ def adamw_step_bound(lr: float, weight_decay: float, beta1: float, beta2: float)
     """How far one AdamW step can move an element whose size is at most 64.
 
     By Cauchy-Schwarz |m_t| <= (1 - b1) sqrt(sum_j b2^j g_(t-j)^2) sqrt(sum_j (b1^2 / b2)^j), so
-    |m_t| / sqrt(v_t) <= (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)), 7.3 at the usual betas; early
-    steps, with their bias correction, stay below. Kingma & Ba (2015), section 2.1, argue likewise.
-    Moments averaged over clients keep within it too (Jensen: the mean of roots is at most the root
-    of the mean).
+    |m_t| / sqrt(v_t) <= B = (1 - b1) / sqrt((1 - b2) (1 - b1^2 / b2)), 7.3 at the usual betas;
+    early steps, with their bias correction, stay below. Kingma & Ba (2015), section 2.1, argue
+    likewise. Moments averaged over clients keep within it too (Jensen: the mean of roots is at most
+    the root of the mean).
+
+    It holds as well where m and s = sqrt(v) were averaged in different rounds, on a grid, as long
+    as |m| <= c_t s is made true after each loading, with c_t = B sqrt(1 - r^t), r = b1^2 / b2, and
+    t the steps so far (`adamw_ratio`):
+    - A step keeps it. By Cauchy-Schwarz |b1 m + (1 - b1) g| is at most
+      sqrt((b1^2 / b2) c_t^2 + (1 - b1)^2 / (1 - b2)) sqrt(b2 s^2 + (1 - b2) g^2), where the second
+      root is the next s, and the first is c_(t+1), since (1 - b1)^2 / (1 - b2) = (1 - r) B^2.
+    - Averaging over clients keeps it: |sum p m| <= sum p |m| <= c_t sum p s.
+    - Bias correction divides m by 1 - b1^t and s by sqrt(1 - b2^t). As r b2 = b1^2, and r^t + b2^t
+      is at least 2 b1^t, (1 - r^t) (1 - b2^t) <= (1 - b1^t)^2. So the corrected ratio, of which a
+      step is made, is at most B, in early steps too.
     """
-    ratio = beta1**2 / beta2
-    assert ratio < 1
-    direction = (1 - beta1) / math.sqrt((1 - beta2) * (1 - ratio))
-    return lr * (max(1.0, direction) + 64 * weight_decay)
+    return lr * (max(1.0, adamw_ratio(beta1, beta2)) + 64 * weight_decay)

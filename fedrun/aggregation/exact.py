@@ -8,14 +8,15 @@ bound in size (AdamW cannot move further), gradients have a fixed bound, and the
 sum to at most one (or to a power of two that the method declares). A client beyond a bound is left
 out.
 
-Updates alone fit int32. Squared gradients span too many powers of ten for it, and weights that are
-known only after training need headroom: their sums are int64, twice the bytes for each vector.
+Updates fit int32, and so do averages of clipped gradients and of their sizes, whose bound is
+--grad_clip. Squared gradients span too many powers of ten for it, and weights that are known only
+after training need headroom: their sums are int64, twice the bytes for each vector.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 
 import torch
@@ -31,13 +32,14 @@ from fedrun.strategies.base import CLIENT_VECTORS, Strategy
 # Bits below the sign, one of them spare.
 _BITS = {torch.int32: 30, torch.int64: 62}
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SECOND = ("exp_avg_sq", "rms")  # of averaged moments, those that AdamW divides by
 
 
 class ExactAggregator(Aggregator):
     """Client terms at full precision: integers on the round's grid, or (`exact` false) floats.
 
-    `buffer` is (number of sums * size + 1,): the method's vectors one after the other, then, with
-    `average_moments`, AdamW's two, and last the sum of the weights of the clients that took part.
+    `buffer` is (number of sums * size + 1,): the method's vectors one after the other, then the
+    moments that the round averages, and last the sum of the weights of the clients that took part.
 
     Besides the collective, the cost of a round is memory traffic. So a client's vectors are read
     once, slice by slice, and everything that is done with a slice is done while it is in the cache.
@@ -46,35 +48,44 @@ class ExactAggregator(Aggregator):
     """
 
     def __init__(self, strategy: Strategy, size: int, like: Tensor, exact: bool,
-                 average_moments: bool = False, plane: DataPlane | None = None) -> None:
-        """like: a tensor with the model's type and device."""
+                 moments: Sequence[str] = (), plane: DataPlane | None = None) -> None:
+        """like: a tensor with the model's type and device; moments: that are averaged besides, by
+        their names in CLIENT_VECTORS."""
         self.strategy = strategy
-        self.moments = MOMENTS if average_moments else ()
-        self._names = (*strategy.sums, *self.moments)
-        self._exponents = (*strategy.sums.values(), *(CLIENT_VECTORS[m] for m in self.moments))
+        summed = [*strategy.sums.values(), *(CLIENT_VECTORS[name] for name in moments)]
         narrow = (like.dtype == torch.float32 and not strategy.weight_headroom
-                  and not any(exponents.gradient for exponents in self._exponents))
+                  and not any(exponents.gradient for exponents in summed))
         dtype = (torch.int32 if narrow else torch.int64) if exact else like.dtype
         self.exact = exact
         self._bits = _BITS[dtype] - strategy.weight_headroom if exact else 0
-        width, count = slice_width(size, like.device), len(self._names)
+        width, count = slice_width(size, like.device), len(summed)
         super().__init__(
             size, plane, count * size + 1, dtype,
             # A row for each sum and one for the update; a single term can use the update's row.
             torch.empty(count + (count > 1), width, dtype=like.dtype, device=like.device))
         self._width = width
         self._rows = self._scratch.unbind()
-        self._own = [one.split(width) for one in self._buffer[:-1].split(size)]  # [sum][slice]
+        self._all_moments = tuple(moments)
+        self._lay_out(self._all_moments)
         self._stale = True  # the buffer still holds the previous round's sum
         self._rounded = torch.empty(width, dtype=dtype, device=like.device)
         self._bounds = dict.fromkeys(CLIENT_VECTORS, torch.finfo(like.dtype).max)
-        self._scales = [1.0] * count
         self._table = self.slices.table(strategy.global_means, like.device
                                         ) if strategy.global_means else None
         # A vector itself is the term, nothing that the method computes.
         self._in_one_pass = (exact and uses_triton(like) and like.dtype == torch.float32
                              and strategy.inputs == ("delta",) == tuple(strategy.sums)
                              and type(strategy).client_term is Strategy.client_term)
+
+    def _lay_out(self, moments: tuple[str, ...]) -> None:
+        """Make the buffer that of a round which averages these moments."""
+        self.moments = moments
+        self._names = (*self.strategy.sums, *moments)
+        self._exponents = (*self.strategy.sums.values(), *(CLIENT_VECTORS[m] for m in moments))
+        self._scales = [1.0] * len(self._names)
+        self._shorten(len(self._names) * self.size + 1)
+        self._own = [one.split(self._width)  # [sum][slice]
+                     for one in self._buffer[:-1].split(self.size)]
 
     @property
     def buffer(self) -> Tensor:
@@ -86,13 +97,14 @@ class ExactAggregator(Aggregator):
             self._buffer.zero_()
             self._stale = False
 
-    def reduce(self, residuals: Iterable[Tensor] = ()) -> None:
+    def reduce(self) -> None:
         """Workers: sum over all of them; a worker without a client in the sum adds zeros."""
         self._zero_if_stale()
-        super().reduce(residuals)
+        super().reduce()
 
-    def begin(self, bounds: Bounds) -> None:
+    def begin(self, bounds: Bounds, moments: Sequence[str] | None = None) -> None:
         self._stale = True
+        self._lay_out(self._all_moments if moments is None else tuple(moments))
         if self.exact:
             self._bounds = {name: bounds.of(exponents)
                             for name, exponents in CLIENT_VECTORS.items()}
@@ -185,6 +197,11 @@ class ExactAggregator(Aggregator):
             else:
                 own.add_(scaled)
 
+    @property
+    def scale(self) -> float:
+        """Grid steps of one, of the round's first sum."""
+        return self._scales[0]
+
     def total_weight(self) -> float:
         return float(sum(part[-1].item() for part in self._reduced)) / 2.0**self._bits
 
@@ -193,7 +210,7 @@ class ExactAggregator(Aggregator):
         for i, name in enumerate(self._names):
             step = 1.0 / (self._scales[i] * weight)
             mean = self._scratch[i, :b - a].copy_(self._sum(i, a, b)).mul_(step)
-            if name == "exp_avg_sq" and i >= len(self.strategy.sums) and self.exact:
+            if name in SECOND and i >= len(self.strategy.sums) and self.exact:
                 # At least the smallest step of the grid: AdamW divides by its root.
                 mean.clamp_(min=step)
             means.append(mean)

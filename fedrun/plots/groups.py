@@ -12,12 +12,12 @@ import numpy as np
 from fedrun.common.terminal import visible
 from fedrun.config import FederatedConfig
 from fedrun.plots.run_folder import Run
-from fedrun.records.run_files import MARK
+from fedrun.records.run_files import MARK, RUN_ID
 
 # Settings in which runs may differ and still be repetitions of one experiment.
 NO_VARIANT = FederatedConfig.not_in_results | {
     "method", "config", "local_updates", "seed", "device", "threads", "eval_clients",
-    "save_client_deltas", "val_freq", MARK}
+    "save_client_deltas", "val_freq", "secure_sum", MARK, RUN_ID}
 WITHOUT = "without config.json"
 
 Settings = tuple[tuple[str, str], ...]

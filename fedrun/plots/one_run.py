@@ -8,7 +8,9 @@ from matplotlib.figure import Figure
 
 from fedrun.common.errors import InputError
 from fedrun.plots import style
+from fedrun.plots.pieces import SITES
 from fedrun.plots.run_folder import Axis, Run
+from fedrun.records.schema import HELD_OUT, SITE_VAL_PPL
 
 
 class ShownFigure(Figure):
@@ -31,11 +33,13 @@ def figure(run: Run, axis: Axis = "tokens") -> Figure:
         ax = made.subplots()
         colour = style.LOOKS[run.method].colour if run.method in style.LOOKS else None
         for measure, look in (("val_ppl", {"linewidth": 1.8}),
-                              ("train_ppl", {"linewidth": 1.2, "linestyle": ":"})):
+                              ("train_ppl", {"linewidth": 1.2, "linestyle": ":"}),
+                              (SITE_VAL_PPL, SITES)):
             points = [*run.points(measure, axis).values()]  # type: ignore[arg-type]
             if points:
-                ax.plot(*zip(*points, strict=True), color=colour,
-                        label={"val_ppl": "validation", "train_ppl": "train"}[measure], **look)
+                ax.plot(*zip(*points, strict=True), color=colour, label={
+                    "val_ppl": "validation", "train_ppl": "train"}.get(measure, HELD_OUT),
+                    **look)
         if not ax.lines:
             raise InputError(f"{run.name}: no evaluated step has {axis}")
         ax.set_yscale("log")

@@ -7,6 +7,7 @@ method is better. Runs on different text are in panels of their own, without a c
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,17 +19,19 @@ from matplotlib.ticker import MaxNLocator
 from fedrun.plots import style, tables
 from fedrun.plots.curves import ENDS_ONLY
 from fedrun.plots.groups import NO_VARIANT, Group
-from fedrun.plots.pieces import Result, draw, fit, named, new_panels, nothing_on
+from fedrun.plots.pieces import SITES, Result, draw, fit, named, new_panels, nothing_on
 from fedrun.plots.protocols import settings_of
-from fedrun.plots.run_folder import Run
+from fedrun.plots.run_folder import Measure, Run
 from fedrun.plots.selection import Selection
 from fedrun.plots.texts import Text, text_of, texts
+from fedrun.records.schema import HELD_OUT, SITE_VAL_PPL
 
 OWN_LOOKS = 9
 """Runs up to which each has a look and a row of its own. Of more, those that differ in their seed
 alone share them: there are no more colours that the eye tells apart."""
 MOST_ROWS, MOST_COLUMNS = 40, 10  # of the table
 WIDTH = 8.2  # inches, at least
+BESIDE = f"thin, dash-dotted: perplexity on text {HELD_OUT}, beside that on the validation text"
 NAMED = ("method", "config", "local_updates", "seed")
 LONGEST_NAME, LONGEST_CELL = 40, 20  # columns of text
 
@@ -56,6 +59,9 @@ def all_runs(selection: Selection) -> Result:
             lines = [draw(ax, selection, replace(group, runs=[run]), "val_ppl", at, **look)
                      for run in group.runs] if text == panel else []
             drawn += [(group, line) for line in lines if line][:1]
+            if lines and own_looks and _has_curve(group.runs[0], selection, SITE_VAL_PPL) \
+                    and draw(ax, selection, group, SITE_VAL_PPL, **look | SITES):
+                selection.notes[BESIDE] = None
         ax.set_title(style.lines(fig.get_figwidth() / min(len(panels), 3),
                                  style.text(str(panel))) if len(panels) > 1 else "All runs")
         reason = fit([ax], selection, [] if dots else None, alone=len(panels) == 1) \
@@ -87,8 +93,8 @@ def all_runs(selection: Selection) -> Result:
     return fig
 
 
-def _has_curve(run: Run, selection: Selection) -> bool:
-    return len(run.points("val_ppl", selection.axis)) > ENDS_ONLY
+def _has_curve(run: Run, selection: Selection, measure: Measure = "val_ppl") -> bool:
+    return len(run.points(measure, selection.axis)) > ENDS_ONLY
 
 
 def _rows(groups: Sequence[Group], text: Text, own_looks: bool) -> list[Group]:
@@ -107,15 +113,18 @@ def _cells(rows: Sequence[Group], own_looks: bool) -> tuple[list[list[str]], int
     settings = [settings_of(group.runs[0]) for group in rows]
     differing = _differing(settings, own_looks)
     kept = differing[:MOST_COLUMNS]
+    at_sites = any(final(group, SITE_VAL_PPL) for group in rows)
     head = ["run" if own_looks else "method",
             *(style.text(name, LONGEST_CELL).replace("_", "\n", 1) for name in kept),
-            *([] if own_looks else ["seeds"]), "final\nperplexity"]
+            *([] if own_looks else ["seeds"]), "final\nperplexity",
+            *(["held out\nby sites"] if at_sites else [])]
     cells = [head]
     for group, its in zip(rows, settings, strict=True):
         first = style.text(group.runs[0].name, LONGEST_NAME) if own_looks else \
             style.label(group.method)
         cells.append([first, *(_cell(its, name) for name in kept),
-                      *([] if own_looks else [_seeds(group)]), final(group)])
+                      *([] if own_looks else [_seeds(group)]), final(group),
+                      *([final(group, SITE_VAL_PPL)] if at_sites else [])])
     return cells, len(differing) - len(kept)
 
 
@@ -140,8 +149,11 @@ def _seeds(group: Group) -> str:
     return style.text(", ".join(map(str, seeds)), LONGEST_CELL)
 
 
-def final(group: Group) -> str:
-    """The last perplexity, or its mean over the runs and their standard deviation."""
-    ends = [run.final.val_ppl for run in group.runs]
+def final(group: Group, measure: Measure = "val_ppl") -> str:
+    """The last perplexity, or its mean over the runs and their standard deviation; empty if one of
+    the runs has no perplexity."""
+    ends = [getattr(run.final, measure) for run in group.runs]
+    if any(map(math.isnan, ends)):
+        return ""
     mean = f"{np.mean(ends):,.1f}"
     return f"{mean} ± {np.std(ends, ddof=1):,.1f}" if len(ends) > 1 else mean

@@ -25,11 +25,12 @@ from fedrun.plots import style
 from fedrun.plots.curves import ENDS_ONLY, Curve
 from fedrun.plots.groups import Group, in_a_line
 from fedrun.plots.overview import all_runs
-from fedrun.plots.pieces import Result, draw, finish, named, new_panels, nothing_on
+from fedrun.plots.pieces import SITES, Result, draw, finish, named, new_panels, nothing_on
 from fedrun.plots.protocols import protocols
 from fedrun.plots.run_folder import Axis, Run
 from fedrun.plots.selection import Selection, natural, updates_text
 from fedrun.plots.view import WHOLE_FINDING, View
+from fedrun.records.schema import HELD_OUT, SITE_VAL_PPL
 
 NO_CURVES = ("needs runs that were evaluated in between (--val_freq): these were only at their "
              "start and end, and 0_all_runs has what they ended at")
@@ -235,7 +236,8 @@ def configs_in_one_axes(selection: Selection) -> Result:
 
 
 def single(run: Run, axis: Axis) -> Result:
-    """Validation and train curves of one run, over rounds if its history lacks `axis`.
+    """Validation and train curves of one run, and that on what its sites hold out, over rounds if
+    its history lacks `axis`.
 
     If it has no more than a start and an end, these in words.
     """
@@ -254,7 +256,10 @@ def single(run: Run, axis: Axis) -> Result:
         if draw(ax, selection, group, "train_ppl", **TRAIN):
             handles.append(Line2D([], [], color=style.look(run.method).colour, label="train",
                                   **TRAIN))
-        return finish(fig, [ax], selection, handles, 2, ylabel="perplexity")
+        if draw(ax, selection, group, SITE_VAL_PPL, **SITES):
+            handles.append(Line2D([], [], color=style.look(run.method).colour, label=HELD_OUT,
+                                  **SITES))
+        return finish(fig, [ax], selection, handles, 3, ylabel="perplexity")
 
 
 def _short(configs: Sequence[str]) -> list[str]:

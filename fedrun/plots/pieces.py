@@ -24,6 +24,8 @@ Result = Figure | str
 """A figure, or why there is none: the runs that it needs."""
 
 PANELS_PER_ROW = 3
+SITES: dict[str, Any] = {"linestyle": (0, (6, 1.5, 1.2, 1.5)), "linewidth": 1.3, "marker": None}
+"""How the perplexity on what sites hold out is drawn, beside that on the validation text."""
 
 
 def new_panels(count: int, sharey: bool = True) -> tuple[Figure, list[Axes]]:
@@ -76,9 +78,14 @@ def draw(ax: Axes, selection: Selection, group: Group, measure: Measure,
 
 def named(lines: Iterable[tuple[Line2D | None, str]]) -> list[Line2D]:
     """Legend entries that look like the lines."""
-    return [Line2D([], [], color=line.get_color(), marker=line.get_marker(),
-                   linestyle=line.get_linestyle(), label=label)
-            for line, label in lines if line is not None]
+    entries = []
+    for line, label in lines:
+        if line is not None:
+            entry = Line2D([], [])
+            entry.update_from(line)  # get_linestyle() does not say which dashes a line has
+            entry.set_label(label)
+            entries.append(entry)
+    return entries
 
 
 def fit(axes: Sequence[Axes], selection: Selection, curves: Sequence[Axes] | None = None,

@@ -34,7 +34,8 @@ def _defaults(config: type) -> dict[str, Any]:
 
 
 _FEDERATED = _defaults(FederatedConfig) | {"weighting": "samples"}
-_CENTRAL = {n: v for n, v in _defaults(CentralConfig).items() if n not in _NOT_CENTRAL}
+_CENTRAL = {n: v for n, v in _defaults(CentralConfig).items() if n not in _NOT_CENTRAL} | {
+    "sites": None}  # it trains on --dataset, which with sites nobody trains on
 
 
 def protocols(runs: Iterable[Run]) -> dict[Settings, list[Run]]:
@@ -107,7 +108,7 @@ def _defaults_of(run: Run) -> dict[str, Any]:
     """The defaults of the settings that a run's method has."""
     defaults = _CENTRAL if run.method == "central" else _FEDERATED
     has = method_flags(run.method) if run.method in methods() else flat(run.settings)
-    return {name: default for name, default in defaults.items() if name in has}
+    return {name: default for name, default in defaults.items() if name in has or name == "sites"}
 
 
 def settings_of(run: Run) -> dict[str, Any]:

@@ -18,11 +18,11 @@ from fedrun.common.files import DamagedFile, Kind, number, read_json, whole
 from fedrun.common.old_names import renamed
 from fedrun.common.perplexity import perplexity
 from fedrun.common.terminal import visible
-from fedrun.records.schema import read_field
+from fedrun.records.schema import SITE_VAL_PPL, read_field
 
 Axis = Literal["tokens", "steps", "rounds", "seconds", "bytes"]
 AXES: tuple[Axis, ...] = get_args(Axis)
-Measure = Literal["val_ppl", "train_ppl"]
+Measure = Literal["val_ppl", "train_ppl", "site_val_ppl"]
 
 HISTORY = "training_history.json"
 NAME = re.compile(r"(?P<method>\w+?)_config_(?P<config>.+?)(_lu_(?P<lu>\d+))?_seed_(?P<seed>\d+)")
@@ -32,6 +32,7 @@ STUDY_CLIENTS, STUDY_BATCH, STUDY_CENTRAL_BATCH, STUDY_LENGTH = 4, 4, 16, 256
 INFERRED = (f"tokens of runs that do not record them: {STUDY_CLIENTS} clients × batch "
             f"{STUDY_BATCH} (central: {STUDY_CENTRAL_BATCH}) × {STUDY_LENGTH} tokens a step")
 
+MOST_NAMES = 5  # of sites in a setting; more are counted
 DIVERGED = 1e100  # a perplexity from here on counts as infinite
 LARGEST = 1e30  # tokens, seconds or bytes; a larger number is damage
 
@@ -44,6 +45,8 @@ class Record:
     """The global step: a round, or an optimizer step of a central run."""
     train_ppl: float
     val_ppl: float
+    site_val_ppl: float
+    """On what the sites hold out, with --site_holdout."""
     tokens: float
     seconds: float
     bytes: float
@@ -152,7 +155,26 @@ def read_run(path: Path) -> Run:
         environment = _read(path / "environment.json", dict) or {}
     except Damaged as damaged:
         damage = str(damaged)
-    return replace(with_history(run, history, HISTORY), environment=environment, damage=damage)
+    return replace(with_history(run, history, HISTORY), environment=environment, damage=damage,
+                   settings=_with_sites(run.settings, environment))
+
+
+def _with_sites(settings: dict[str, Any], environment: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the names of the sites and the digest of their file in place of its path:
+    another file under the same path is another setting, and a copy is none."""
+    made_with = environment.get("made_with")
+    digest = made_with.get("sites") if isinstance(made_with, dict) else None
+    if not (settings.get("sites") and isinstance(digest, str)):
+        return settings
+    names = [visible(str(one.get("name"))) for one in sites_of(environment) if "clients" in one]
+    who = f"{len(names)} sites" if len(names) > MOST_NAMES else ", ".join(names) or "sites"
+    return settings | {"sites": f"{who} ({digest[:8]})"}
+
+
+def sites_of(environment: dict[str, Any]) -> list[dict[str, Any]]:
+    """The server and the sites of a run as `Sites.listed` has them; empty without sites."""
+    listed = environment.get("sites")
+    return [one for one in listed if isinstance(one, dict)] if isinstance(listed, list) else []
 
 
 def with_history(run: Run, history: list[Any], file: str) -> Run:
@@ -207,9 +229,10 @@ def _record(raw: Any, tokens_per_step: float) -> Record | None:
     tokens, seconds, sent = (value if abs(value) < LARGEST else math.nan
                              for value in (tokens, seconds, sent))
     return Record(step, _perplexity(raw.get("train_ppl"), raw.get("train_loss")),
-                  _perplexity(read_field(raw, "val_ppl"), read_field(raw, "val_loss")), tokens,
-                  seconds, sent, *(raw[name] if isinstance(raw.get(name), str) else None
-                                   for name in ("generated", "prompt")))
+                  _perplexity(read_field(raw, "val_ppl"), read_field(raw, "val_loss")),
+                  _perplexity(raw.get(SITE_VAL_PPL), raw.get("site_val_loss")), tokens, seconds,
+                  sent, *(raw[name] if isinstance(raw.get(name), str) else None
+                          for name in ("generated", "prompt")))
 
 
 def _perplexity(ppl: Any, loss: Any) -> float:

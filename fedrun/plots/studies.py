@@ -72,17 +72,28 @@ def _read(folder: Path, name: str, kind: type[Kind]) -> Kind:
         raise InputError(f"--data_dir {folder}: {name} cannot be read: {error.strerror}") from None
 
 
+def read_table(folder: Path) -> list[dict[str, Any]]:
+    """The rows of a study's table, each with its setting, flags with a method, and best.
+
+    Raises InputError, naming the file, if it cannot be used.
+    """
+    rows = _read(folder, TABLE, list)
+    for place, row in enumerate(rows, 1):
+        of_row = row if isinstance(row, dict) else {}
+        flags = of_row.get("flags")
+        if not (isinstance(of_row.get("setting"), str) and isinstance(of_row.get("best"), dict)
+                and isinstance(flags, dict) and isinstance(flags.get("method"), str)):
+            raise InputError(f"--data_dir {folder}: {TABLE} is not a study's: row {place} lacks "
+                             "setting, flags with a method, or best")
+    return rows
+
+
 def _settings(folder: Path) -> tuple[dict[str, dict[str, Any]], list[tuple[str, str]]]:
     """The settings of all runs but their seed, by the beginning of their names; and for each row of
     the table whose flags cannot be completed by their defaults, the reason."""
     found, notes = {}, []
-    for place, row in enumerate(_read(folder, TABLE, list), 1):
-        row = row if isinstance(row, dict) else {}
-        setting, flags, best = row.get("setting"), row.get("flags"), row.get("best")
-        if not (isinstance(setting, str) and isinstance(flags, dict) and isinstance(best, dict)
-                and isinstance(flags.get("method"), str)):
-            raise InputError(f"--data_dir {folder}: {TABLE} is not a study's: row {place} lacks "
-                             "setting, flags with a method, or best")
+    for row in read_table(folder):
+        setting, flags, best = row["setting"], row["flags"], row["best"]
         given = renamed(flags) | best
         at = setting + "".join(f"_{name}_{number(value):g}" for name, value in best.items())
         try:

@@ -37,8 +37,11 @@ def settings_beside(fig: Figure, settings: Settings) -> None:
     across, down = fig.get_size_inches()
     beside = width(rows)
     fig.set_size_inches(across + beside, max(down, ROW * len(rows) + 1.5))
-    if fig.get_suptitle():  # stays above the panels
-        fig.suptitle(fig.get_suptitle(), x=0.5 * across / (across + beside))
+    middle = 0.5 * across / (across + beside)  # of the panels, where their texts stay
+    if fig.get_suptitle():
+        fig.suptitle(fig.get_suptitle(), x=middle)
+    if fig.get_supxlabel():
+        fig.supxlabel(fig.get_supxlabel(), x=middle, fontsize=12)
     table(fig, rows, "outside right upper")
 
 

@@ -154,8 +154,9 @@ def _inset(ax: Axes, drawn: Sequence[Drawn], axis: Axis,
     """Draw the whole curves small; box: left, bottom, width and height in parts of the panel."""
     inset = ax.inset_axes(box)
     for one in drawn:
-        inset.plot(one.curve.x, one.curve.mean, color=one.line.get_color(),
-                   linestyle=one.line.get_linestyle(), linewidth=1.0)
+        (small,) = inset.plot(one.curve.x, one.curve.mean)
+        small.update_from(one.line)  # get_linestyle() does not say which dashes a line has
+        small.set(linewidth=1.0, marker="none", transform=inset.transData, clip_path=inset.patch)
     style.log_axis(inset)
     low, high = inset.get_ylim()
     ticks = style.log_ticks(low, high)

@@ -12,12 +12,13 @@ not repeated, so that the same command resumes a study.
     name: methods               # results go to results/methods
     jobs: 2                     # runs of one process at the same time
     workers: 1                  # processes (on GPUs: one for each) of one federated run
-    reference: central          # the setting that the others are compared to
+    reference: central          # the setting that the others are compared to; of a list, the one
+                                # that is better on the tuning seed
     tune_seed: 0
     report_seeds: [1, 2, 3]
     prune: 1.1                  # settings whose tuned ratio is above this are not repeated,
     repeat: [averaged]          # unless they are listed here
-    extensions: 3               # how often a grid may grow at its edge
+    extensions: 3               # how often a grid may grow at its edge; of a setting too
     grid: {lr: [1e-3, 2e-3]}    # for settings without a grid of their own
     base: {config: study}       # flags for all runs; flags on the command line override them
     axes:                       # every setting at every combination of these that its method has
@@ -43,6 +44,7 @@ results/NAME stop the runs with a checkpoint.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 import signal
@@ -57,7 +59,7 @@ from types import FrameType
 import yaml
 
 from fedrun.common import locks
-from fedrun.common.errors import one_line
+from fedrun.common.errors import InputError, one_line, require
 from fedrun.common.log import WARNING, log
 from fedrun.config import RunConfig
 from fedrun.distributed.launch import Launch, detect, without_rank
@@ -72,7 +74,7 @@ from fedrun.records.outcome import START_VARIABLE, read_outcome, write_outcome
 from fedrun.strategies.plugins import LOADED
 from fedrun.tools import study_process
 from fedrun.tools.study_devices import places, remark, visible_gpus
-from fedrun.tools.study_file import Study, notes, read
+from fedrun.tools.study_file import OF_A_TABLE, Study, notes, read
 from fedrun.tools.study_process import handling_signals
 from fedrun.tools.study_queue import Member, Stopped, run_all
 from fedrun.tools.study_runs import loss_halves
@@ -207,15 +209,44 @@ def conclude(study: Study) -> None:
         start, before = os.environ.get(START_VARIABLE), read_outcome(study.folder)
         if start and (before.get("start"), before.get("outcome")) == (start, "finished"):
             return
-        write(study)
-        print((study.folder / "table.md").read_text(encoding="utf-8"), end="", flush=True)
-        for kind, *flags in study.figures:
-            from fedrun.tools import plot
-            plot.main([kind, *flags, "--data_dir", str(study.folder / "runs"),
-                       "--out_dir", str(study.folder / "figures")])
+        publish(study)
         write_outcome(study.folder, "finished", finished(study))
     finally:
         lock.release()
+
+
+def publish(study: Study) -> None:
+    """Write and print the table, and plot what the study's file lists."""
+    write(study)
+    print((study.folder / "table.md").read_text(encoding="utf-8"), end="", flush=True)
+    for kind, *flags in study.figures:
+        from fedrun.tools import plot
+        folder = study.folder if kind in OF_A_TABLE else study.folder / "runs"
+        plot.main([kind, *flags, "--data_dir", str(folder),
+                   "--out_dir", str(study.folder / "figures")])
+
+
+def so_far(study: Study) -> Study:
+    """The study as if it were of what is finished alone: settings with a run on their grid whose
+    reference has one too. InputError if there is none."""
+    for setting in study.settings.values():
+        grew = True
+        while grew:
+            for point in setting.points():
+                halves = loss_halves(study.config(setting, point, study.tune_seed))
+                if halves is not None:
+                    setting.tuned[point] = halves[0]
+            grew = len(setting.tuned) == len(setting.points()) and setting.extend()
+    tuned = {name: setting for name, setting in study.settings.items() if setting.tuned}
+    found = dataclasses.replace(study, settings=tuned)
+    for name, setting in [*tuned.items()]:
+        try:
+            found.reference_of(setting)
+        except InputError:
+            del tuned[name]
+    require(bool(tuned), "--so_far", "", "given once a run of the reference and its grid is "
+            f"finished in {study.folder}")
+    return found
 
 
 def say_cost(study: Study, at_a_time: int) -> None:
@@ -255,6 +286,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--axes", metavar="FLAG=VALUE,VALUE", action="append",
                         help="values of an axis (may be given several times)")
     parser.add_argument("--scale", metavar="NAME", help="one of the scales in FILE")
+    parser.add_argument("--settings", metavar="NAME,NAME",
+                        help="these settings of FILE alone, with the reference among them")
+    parser.add_argument("--so_far", action="store_true",
+                        help="write the table and figures of the runs that are finished, and exit, "
+                             "also while others go on")
     parser.add_argument("--dry_run", action="store_true",
                         help="print how many runs are left and what they cost here, and exit")
     parser.add_argument("--print_config", action="store_true",
@@ -266,6 +302,7 @@ def main(argv: Sequence[str]) -> int:
     given = vars(parser.parse_intermixed_args(argv))
     path, results = given.pop("file"), given.pop("results")
     dry_run, print_config = given.pop("dry_run"), given.pop("print_config")
+    partly = given.pop("so_far")
     print_run_dir = given.pop("print_run_dir")
     overrides = {name: value for name, value in given.items() if value is not None}
     study, launch = read(path, results, overrides), detect(os.environ)
@@ -277,6 +314,9 @@ def main(argv: Sequence[str]) -> int:
             log(line, WARNING)
     if print_config:
         print(yaml.safe_dump(study.to_dict(), sort_keys=False), end="")
+        return 0
+    if partly:
+        publish(so_far(study))
         return 0
     visible = [] if study.device == "cpu" else visible_gpus(os.environ, _gpu_count)
     gpus = places(launch, study.jobs, visible, study.workers)

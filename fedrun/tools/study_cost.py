@@ -17,6 +17,7 @@ import torch
 
 from fedrun.common.log import LOGGER, WARNING
 from fedrun.config import FederatedConfig, RunConfig
+from fedrun.data.sites import take_private
 from fedrun.distributed.launch import detect
 from fedrun.distributed.runtime import choose_device
 from fedrun.experiment import Experiment, prepare_experiment, resolve_dtype
@@ -69,6 +70,7 @@ def estimate(configs: Iterable[RunConfig], workers: int = 1) -> Cost:
 
     workers: processes that train the clients of one federated run, as fast as one alone.
     """
+    site, _ = take_private([], os.environ)
     lengths: dict[str, Experiment] = {}
     shapes: dict[str, Shape] = {}
     texts: set[str] = set()
@@ -80,7 +82,7 @@ def estimate(configs: Iterable[RunConfig], workers: int = 1) -> Cost:
             text = _key([config.dataset, config.tokenizer, config.sequence_length,
                          dataclasses.asdict(config.text_options)])
             with _saying(text not in texts):
-                lengths[key] = prepare_experiment(config, device)
+                lengths[key] = prepare_experiment(config, device, site=site)
             texts.add(text)
         experiment = lengths[key]
         shape_key = _key([config.to_dict()[name] for name in (

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,65 +15,23 @@ from fedrun.common.errors import InputError, is_component, one_line, require
 from fedrun.common.old_names import renamed
 from fedrun.common.perplexity import perplexity
 from fedrun.config import RunConfig
-from fedrun.flags import closest, method_flags, methods, resolve
+from fedrun.flags import closest, method_flags, resolve
+from fedrun.tools.study_setting import Point, StudySetting, rows_of
 from fedrun.unused import idle, refuse_unread
 
 if TYPE_CHECKING:
     from fedrun.model.pretrained import Pretrained
 
-Point = tuple[tuple[str, float], ...]
-"""A point on a setting's grid: ((flag, value), ...)."""
-
 DEFAULTS: dict[str, Any] = {
     "name": None, "jobs": 1, "workers": 1, "reference": None, "tune_seed": 0, "report_seeds": [],
     "prune": math.inf, "repeat": [], "extensions": 0, "grid": {}, "axes": {}, "scales": {},
     "published": {}, "figures": [], "base": {}, "settings": None}
-OPTIONS = ("jobs", "workers", "name", "report_seeds", "axes", "scale")
+OPTIONS = ("jobs", "workers", "name", "report_seeds", "axes", "scale", "settings")
 """What the command line says of the study itself, not of its runs."""
-FIGURES = ("perplexities", "deltas", "federated-deltas")
+FIGURES = ("perplexities", "deltas", "federated-deltas", "bytes")
 """The kinds of `fedrun plot`."""
-
-
-@dataclass
-class StudySetting:
-    """One row of the table: a method with its flags, and the grid on which it is tuned."""
-
-    name: str
-    flags: dict[str, Any]
-    grid: dict[str, list[float]]
-    extensions: int = 0
-    tuned: dict[Point, float] = field(default_factory=dict)
-    """Point -> loss on the first half of the validation split, in nats per token."""
-    of: str = ""
-    """The setting's name in the file, which `name` extends by its values of the axes."""
-    axis: dict[str, Any] = field(default_factory=dict)
-    """Axis -> this row's value, which is also in `flags`."""
-
-    def points(self) -> list[Point]:
-        """All points of the grid."""
-        return [tuple(zip(self.grid, values, strict=True))
-                for values in itertools.product(*self.grid.values())]
-
-    @property
-    def best(self) -> Point:
-        """The point with the lowest loss."""
-        return min(self.tuned, key=lambda point: (self.tuned[point], point))
-
-    def extend(self) -> bool:
-        """Add a value to each axis of the grid on whose edge the best point lies, at most
-        `extensions` times; return whether the grid grew."""
-        if self.extensions == 0 or not math.isfinite(self.tuned[self.best]):
-            return False
-        grew = False
-        for name, value in self.best:
-            values = sorted(self.grid[name])
-            if len(values) < 2 or values[0] < value < values[-1]:
-                continue
-            factor = values[1] / values[0]
-            self.grid[name].append(value / factor if value == values[0] else value * factor)
-            grew = True
-        self.extensions -= grew
-        return grew
+OF_A_TABLE = {"bytes"}
+"""Those that are drawn from the table of a study, not from its runs."""
 
 
 @dataclass
@@ -86,8 +43,9 @@ class Study:
     """Runs of one process at the same time."""
     workers: int
     """Processes that train the clients of one federated run."""
-    reference: str
-    """Its name in the file: there is a reference for each value of its axes."""
+    references: list[str]
+    """Names in the file: there is a row of each for each value of its axes. Of several, settings
+    are compared to the one that is better tuned."""
     tune_seed: int
     report_seeds: list[int]
     prune: float
@@ -117,7 +75,7 @@ class Study:
         """What the file and the command line lead to, for YAML: of each row the grid, and all
         settings at its first point with the tuning seed."""
         return {"folder": str(self.folder), "jobs": self.jobs, "workers": self.workers,
-                "device": self.device, "reference": self.reference, "tune_seed": self.tune_seed,
+                "device": self.device, "reference": self.references, "tune_seed": self.tune_seed,
                 "report_seeds": self.report_seeds, "prune": self.prune, "repeat": self.always,
                 "figures": self.figures, "settings": {s.name: {"grid": s.grid} | self.config(
                     s, s.points()[0], self.tune_seed).to_dict() for s in self.settings.values()}}
@@ -130,13 +88,19 @@ class Study:
 
     def reference_of(self, setting: StudySetting) -> StudySetting:
         """The row of the reference at the setting's values of the axes; the first, for axes that
-        the setting's method does not have. ValueError if there is none."""
-        for found in self.settings.values():
-            if found.of == self.reference and all(
-                    setting.flags.get(flag, value) == value for flag, value in found.axis.items()):
-                return found
-        raise InputError(f"study: {setting.name}: {self.reference} is not run at the same values "
-                         "of the axes; there is nothing to compare it to")
+        the setting's method does not have. Of several references, once all are tuned, the one with
+        the lowest loss. ValueError if there is none."""
+        rows: dict[str, StudySetting] = {}
+        for row in self.settings.values():
+            if row.of in self.references and all(
+                    setting.flags.get(flag, value) == value for flag, value in row.axis.items()):
+                rows.setdefault(row.of, row)
+        if not rows:
+            raise InputError(f"study: {setting.name}: {' or '.join(self.references)} is not run at "
+                             "the same values of the axes; there is nothing to compare it to")
+        found = list(rows.values())
+        return min(found, key=lambda row: row.tuned[row.best]) if all(
+            row.tuned for row in found) else found[0]
 
     def tuned_ratio(self, setting: StudySetting) -> float:
         """The setting's perplexity at its best point divided by the reference's at its own, both
@@ -177,12 +141,15 @@ def read(path: Path, results: Path, overrides: Mapping[str, Any]) -> Study:
             "a folder name without slashes, not . or ..")
     require(bool(values["settings"]), f"{where}settings", values["settings"],
             "a mapping with at least one name and its flags")
-    require(values["reference"] in values["settings"], f"{where}reference",
-            values["reference"], "one of " + ", ".join(values["settings"]))
+    references = values["reference"] if isinstance(values["reference"], list) else [
+        values["reference"]]
+    for name in references or [None]:
+        require(name in values["settings"], f"{where}reference", name,
+                "one of " + ", ".join(values["settings"]) + ", or a list of them")
     refuse_unread("study", values["base"], f"{where}base: ")
     expanded: list[StudySetting] = []
     for name, own in values["settings"].items():
-        expanded += _expand(f"{where}settings.{name}", str(name), own, values, flags,
+        expanded += rows_of(f"{where}settings.{name}", str(name), own, values, flags,
                             number("extensions", int, 0))
     settings = {setting.name: setting for setting in expanded}
     for name in values["repeat"]:
@@ -193,7 +160,7 @@ def read(path: Path, results: Path, overrides: Mapping[str, Any]) -> Study:
         require(bool(words) and words[0] in FIGURES, f"{where}figures", " ".join(words),
                 "one of " + ", ".join(FIGURES) + ", followed by flags of `fedrun plot`")
     study = Study(results / str(values["name"]), number("jobs", int, 1), number("workers", int, 1),
-                  values["reference"], number("tune_seed", int, 0),
+                  references, number("tune_seed", int, 0),
                   _seeds(f"{where}report_seeds", values), number("prune", float, 0),
                   list(values["repeat"]), settings,
                   {} if flags.keys() - RunConfig.not_in_results or _asks_for_others(
@@ -234,6 +201,8 @@ def _merged(path: Path, given: Mapping[str, Any], options: Mapping[str, Any]) ->
         _check_kinds(f"study {path}: scales.{scale}: ", of_scale)
         values |= {"name": f"{values['name']}_{scale}", "published": {}}
         values |= {key: values[key] | content for key, content in of_scale.items()}
+    if "settings" in options:
+        values |= _only(options["settings"].split(","), values)
     axes = values["axes"] | _given_axes(options.get("axes", ()))
     for flag, listed in axes.items():
         require(isinstance(listed, list) and bool(listed), f"study {path}: axes.{flag}", listed,
@@ -252,6 +221,18 @@ def _merged(path: Path, given: Mapping[str, Any], options: Mapping[str, Any]) ->
     values |= {key: options[key] for key in ("jobs", "workers", "name") if key in options}
     values |= {"base": renamed(values["base"]), "axes": renamed(axes)}
     return values
+
+
+def _only(names: Sequence[str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """What --settings changes in a study's file: these settings alone, and what names them."""
+    known = values["settings"] or {}
+    for name in names:
+        require(name in known, "--settings", name, "one of " + ", ".join(known))
+    several = isinstance(values["reference"], list)
+    return {"settings": {name: own for name, own in known.items() if name in names},
+            "repeat": [name for name in values["repeat"] if name in names],
+            "reference": [name for name in values["reference"] if name in names] if several
+            else values["reference"]}
 
 
 def _given_axes(texts: Sequence[str]) -> dict[str, list[str]]:
@@ -290,41 +271,6 @@ def _seeds(where: str, values: Mapping[str, Any]) -> list[int]:
         return [int(seed) for seed in values["report_seeds"]]
     except (TypeError, ValueError):
         raise InputError(f"{where} {values['report_seeds']}: must be integers") from None
-
-
-def _expand(where: str, name: str, own: Any, values: Mapping[str, Any],
-            overrides: Mapping[str, Any], extensions: int) -> list[StudySetting]:
-    """The rows that a setting of the file makes: one for each combination of values of the axes
-    that its method has and that it does not set itself."""
-    require(isinstance(own, dict), where, own, "flags with a `method`")
-    refuse_unread("study", own, where + ": ")
-    own = renamed(own)
-    grid, only_first = own.pop("grid", values["grid"]), own.pop("only_first", [])
-    try:
-        grid = {flag: [float(v) for v in grid_values] for flag, grid_values in grid.items()}
-    except (AttributeError, TypeError, ValueError):
-        raise InputError(f"{where}: grid {grid}: must be a list of numbers for each flag"
-                         ) from None
-    require(isinstance(only_first, list) and set(only_first) <= values["axes"].keys(),
-            f"{where}: only_first", only_first, "a list of axes")
-    method = own.get("method", values["base"].get("method"))
-    require(method is not None, where, own, "flags with a `method`")
-    require(method in methods(), f"{where}: method", method, "one of " + ", ".join(methods()))
-    known = method_flags(method)
-    flags = {flag: value for flag, value in (values["base"] | own | overrides).items()
-             if flag in known or flag in own or flag == "method"} | {"method": method}
-    axes = {flag: listed[:1] if flag in only_first else listed
-            for flag, listed in values["axes"].items()
-            if flag in known and flag not in own and flag not in grid}
-    rows = []
-    for chosen in itertools.product(*axes.values()):
-        axis = {flag: known[flag].parse(value, f"{where}: {flag} ")
-                for flag, value in zip(axes, chosen, strict=True)}
-        suffix = "".join(f"_{Path(value).stem}" if isinstance(value, str) else f"_{flag}_{value}"
-                         for flag, value in axis.items())
-        rows.append(StudySetting(name + suffix, flags | axis, {k: list(v) for k, v in grid.items()},
-                                 extensions, of=name, axis=axis))
-    return rows
 
 
 def _refuse_unknown(what: str, flag: str, settings: Collection[StudySetting]) -> None:

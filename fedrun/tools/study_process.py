@@ -163,7 +163,7 @@ def main(file: Path) -> int:
         train(config_of(json.loads(file.read_text(encoding="utf-8"))))
     except Exception as error:
         from fedrun.distributed.connect import NotConnected  # imports torch
-        from fedrun.protocol import RunEnded
+        from fedrun.federation.early_end import RunEnded
         from fedrun.run import report
         if not isinstance(error, RunEnded):
             line = shortage(error) or explain(error) or f"{type(error).__name__}: {one_line(error)}"

@@ -9,10 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from fedrun.common.errors import InputError, one_line
 from fedrun.common.files import DamagedFile, read_json
 from fedrun.common.old_names import renamed
 from fedrun.config import RunConfig
+from fedrun.data.sites import read_sites
 from fedrun.data.text_options import TextOptions
 from fedrun.library.opened_run import Run
 from fedrun.records.provenance import INPUT_DIGESTS, corpus_digests, differing_settings
@@ -31,7 +34,8 @@ def loss_halves(config: RunConfig) -> list[float] | None:
         return None
     with _naming_damage():
         differences = differing_settings(config, renamed(run.config))
-    if differences.keys() <= INPUT_DIGESTS.keys() and differences and _same_corpus(config):
+    if differences.keys() <= INPUT_DIGESTS.keys() and differences and _same_corpus(config) and (
+            "sites" not in differences or _same_sites(config)):
         differences = {}
     if differences:
         raise InputError(f"study: {folder} holds a run with another {', '.join(differences)}; "
@@ -56,12 +60,20 @@ def history(config: RunConfig) -> list[dict[str, Any]]:
     return records
 
 
+def parameters(config: RunConfig) -> int:
+    """The number of parameters of a finished run's model, tied ones once. ValueError if its file is
+    damaged."""
+    with _naming_damage(), safe_open(config.run_dir / "model.safetensors", "numpy") as model:
+        names: list[str] = model.keys()
+        return sum(math.prod(model.get_slice(name).get_shape()) for name in names)
+
+
 @contextmanager
 def _naming_damage() -> Iterator[None]:
     """Say what to do where a file of a run cannot be read."""
     try:
         yield
-    except (OSError, DamagedFile) as error:
+    except (OSError, DamagedFile, SafetensorError) as error:
         raise _damaged(one_line(error)) from None
 
 
@@ -79,11 +91,22 @@ def _same_corpus(config: RunConfig) -> bool:
     """Whether a run read the same text and tokenizer as `config` would, by other paths."""
     if config.init_from:
         return False
-    with _naming_damage():
-        made = read_json(config.run_dir / ENVIRONMENT, dict).get("made_with")
-    return isinstance(made, dict) and made.get("content") == _content(
+    return _made_with(config).get("content") == _content(
         config.dataset, config.tokenizer, config.sequence_length, config.cache_dir,
         config.text_options)
+
+
+def _same_sites(config: RunConfig) -> bool:
+    """Whether a run had the sites of `config`, named by a file under another path."""
+    path = getattr(config, "sites", None)
+    return path is not None and _made_with(config).get("sites") == read_sites(path).digest()[:16]
+
+
+def _made_with(config: RunConfig) -> dict[str, Any]:
+    """The provenance of a run; {} if its folder does not say."""
+    with _naming_damage():
+        found = read_json(config.run_dir / ENVIRONMENT, dict).get("made_with")
+    return found if isinstance(found, dict) else {}
 
 
 @functools.cache

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from fedrun.config import RunConfig
-from fedrun.strategies.base import ADAMW_EPS
+from fedrun.strategies.base import ADAMW_EPS, adamw_ratio
 from fedrun.training.params import FlatParams
 
 ADAMW_IMPLEMENTATION: dict[str, Any] = {"fused": True}
+SLICE = {"cpu": 1 << 16, "cuda": 1 << 24}  # elements; those of a CPU stay in its cache
+BITS_OF_BF16 = -1 << 16  # of the 32 bits of an fp32
 
 
 def scheduled_lr(config: RunConfig, step: int, steps: int) -> float:
@@ -46,9 +48,16 @@ class LocalOptimizer:
         self.config = config
         self.total_steps = total_steps
         self.state: dict[str, Tensor] = {}
-        """`step` (0-dim), `exp_avg` and `exp_avg_sq` (size,); empty before the first step."""
+        """`step` (0-dim), `exp_avg` and `exp_avg_sq` (size,); empty before the first step. Of the
+        parameters' type, but for `exp_avg` with --moments_dtype bf16."""
+        self._moment = torch.bfloat16 if config.moments_dtype == "bf16" else flat.vector.dtype
         # A CUDA graph of `update` reads the rate from this memory; a number, it would repeat.
         self._rate = torch.zeros((), device=flat.vector.device) if flat.vector.is_cuda else None
+
+    @property
+    def steps(self) -> int:
+        """Steps since the moments were zero. Reading it waits for a GPU."""
+        return int(self.state["step"]) if self.state else 0
 
     def reset(self) -> None:
         """Reset the moments and the step count to zero in place."""
@@ -58,7 +67,8 @@ class LocalOptimizer:
     def _create_state(self) -> None:
         vector = self.flat.vector
         self.state = {"step": torch.zeros((), device=vector.device),
-                      "exp_avg": torch.zeros_like(vector), "exp_avg_sq": torch.zeros_like(vector)}
+                      "exp_avg": torch.zeros_like(vector, dtype=self._moment),
+                      "exp_avg_sq": torch.zeros_like(vector)}
 
     def step(self, number: int) -> None:
         """Update the parameters with flat.grad. number: of the step in the run, from 0."""
@@ -75,10 +85,37 @@ class LocalOptimizer:
         if config.grad_clip is not None:
             norm = torch.linalg.vector_norm(self.flat.grad)
             self.flat.grad.mul_((config.grad_clip / (norm + 1e-6)).clamp_(max=1.0))
-        adamw([self.flat.vector], [self.flat.grad], [self.state["exp_avg"]],
-              [self.state["exp_avg_sq"]], [], [self.state["step"]], **ADAMW_IMPLEMENTATION,
-              lr=rate, beta1=config.beta1, beta2=config.beta2, eps=ADAMW_EPS,
+        if self._moment == self.flat.vector.dtype:
+            self._adamw(rate, self.flat.vector, self.flat.grad, self.state["exp_avg"],
+                        self.state["exp_avg_sq"], self.state["step"])
+        else:
+            self._update_in_slices(rate)
+
+    def _adamw(self, rate: float | Tensor, vector: Tensor, grad: Tensor, m: Tensor, v: Tensor,
+               step: Tensor) -> None:
+        config = self.config
+        adamw([vector], [grad], [m], [v], [], [step], **ADAMW_IMPLEMENTATION, lr=rate,
+              beta1=config.beta1, beta2=config.beta2, eps=ADAMW_EPS,
               weight_decay=config.weight_decay, amsgrad=False, maximize=False)
+
+    def _update_in_slices(self, rate: float | Tensor) -> None:
+        """The same with the first moment in bf16: a slice at a time is widened, updated, rounded,
+        and cut to the largest ratio to the root of the second moment (`adamw_ratio`), which
+        rounding may exceed and the bound of a step rests on."""
+        config, vector, before = self.config, self.flat.vector, self.state["step"].clone()
+        moment, squares, step = (self.state[n] for n in ("exp_avg", "exp_avg_sq", "step"))
+        decayed = (config.beta1**2 / config.beta2) ** (before.double() + 1)
+        ratio = ((1 - decayed).sqrt() * adamw_ratio(config.beta1, config.beta2)).to(vector.dtype)
+        size = SLICE["cuda" if vector.is_cuda else "cpu"]
+        for start in range(0, len(vector), size):
+            part = slice(start, start + size)
+            m = moment[part].to(vector.dtype)
+            self._adamw(rate, vector[part], self.flat.grad[part], m, squares[part],
+                        step.copy_(before))
+            limit = torch.sqrt(squares[part]).mul_(ratio)
+            limit.view(torch.int32).bitwise_and_(BITS_OF_BF16)  # rounds towards zero
+            limit = limit.to(torch.bfloat16)
+            torch.clamp(m.to(torch.bfloat16), -limit, limit, out=moment[part])
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore a saved state; tensors already on the device are used in place."""
@@ -92,17 +129,22 @@ class LocalOptimizer:
         Corrected because the second moment of a first step is a thousandth of the squared gradient,
         too small for the grid on which squared gradients are summed.
         """
-        steps = int(self.state["step"])
+        steps = self.steps
         moments = {name: self.state[name] for name in ("exp_avg", "exp_avg_sq")}
         if copy:
             moments = {name: tensor.clone() for name, tensor in moments.items()}
         return {"exp_avg": moments["exp_avg"].div_(1 - self.config.beta1**steps),
                 "exp_avg_sq": moments["exp_avg_sq"].div_(1 - self.config.beta2**steps)}
 
-    def load_moments(self, moments: dict[str, Tensor], steps: int) -> None:
+    def load_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
         """Restore bias-corrected moments, (size,) each, as they were after `steps` steps."""
+        state = self.begin_at(steps)
+        for name, beta in (("exp_avg", self.config.beta1), ("exp_avg_sq", self.config.beta2)):
+            torch.mul(moments[name], 1 - beta**steps, out=state[name])
+
+    def begin_at(self, steps: int) -> dict[str, Tensor]:
+        """The state, with this count of steps."""
         if not self.state:
             self._create_state()
         self.state["step"].fill_(steps)
-        for name, beta in (("exp_avg", self.config.beta1), ("exp_avg_sq", self.config.beta2)):
-            torch.mul(moments[name], 1 - beta**steps, out=self.state[name])
+        return self.state

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedrun.aggregation.bounds import Bounds, adamw_step_bound
-from fedrun.aggregation.exact import ExactAggregator
+from fedrun.aggregation.exact import MOMENTS, ExactAggregator
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.strategies.base import CLIENT_VECTORS, ServerRound, Strategy
 from fedrun.strategies.fed_avg import FedAvg
@@ -92,7 +92,8 @@ def test_leaving_a_client_out_leaves_nothing_of_it(case: str, fault: str, first:
                              else "not finite")
 
     def buffer(clients: list[dict[str, torch.Tensor]]) -> torch.Tensor:
-        terms = ExactAggregator(strategy, SIZE, deltas[0], exact=exact, average_moments=average)
+        terms = ExactAggregator(strategy, SIZE, deltas[0], exact=exact,
+                                moments=MOMENTS if average else ())
         terms.begin(Bounds(1e-3, 2.0))
         for client in clients:
             refused = terms.add({n: v.clone() for n, v in client.items()}, 0.3)
@@ -185,18 +186,22 @@ def test_adamw_moves_as_far_as_its_bound_and_no_further(beta1: float, beta2: flo
     assert furthest > 0.99 * bound
 
 
-def test_a_second_moment_too_small_for_the_grid_is_not_zero() -> None:
+@pytest.mark.parametrize(("strategy", "first", "second", "sizes"), [
+    (FedEntropy(), "exp_avg", "exp_avg_sq", (3e-10, 1e-19)),
+    (FedEntropy(), "momentum", "rms", (3e-19, 1e-19)), (FedAvg(), "momentum", "rms", (3e-9, 1e-9))])
+def test_a_second_moment_too_small_for_the_grid_is_not_zero(
+        strategy: Strategy, first: str, second: str, sizes: tuple[float, float]) -> None:
     """AdamW would divide by its root: a first moment that the finer grid still holds, over zero."""
-    size, bounds = 8, Bounds(update=1e-2, gradient=16.0)
+    size, bounds = 8, Bounds(update=1e-2, gradient=16.0, clip=4.0)
     like = torch.zeros(size)
-    terms = ExactAggregator(FedEntropy(), size, like, exact=True, average_moments=True)
+    terms = ExactAggregator(strategy, size, like, exact=True, moments=(first, second))
     terms.begin(bounds)
-    tiny = {"delta": torch.zeros(size), "exp_avg": torch.full((size,), 3e-10),
-            "exp_avg_sq": torch.full((size,), 1e-19)}
+    tiny = {"delta": torch.zeros(size), first: torch.full((size,), sizes[0]),
+            second: torch.full((size,), sizes[1])}
     for _ in range(3):
-        assert not terms.add(tiny, 0.5)
-    moments = {name: torch.zeros(size) for name in ("exp_avg", "exp_avg_sq")}
-    ServerUpdate(FedEntropy(), terms).apply(torch.zeros(size), {}, ServerRound(1), moments)
-    direction = moments["exp_avg"] / moments["exp_avg_sq"].sqrt()
-    assert bool((moments["exp_avg_sq"] > 0).all())
-    assert bool((direction.abs() <= 1).all())
+        assert not terms.add(tiny, 0.3)
+    moments = {name: torch.zeros(size) for name in (first, second)}
+    ServerUpdate(strategy, terms).apply(torch.zeros(size), {}, ServerRound(1), moments)
+    root = moments[second].sqrt() if second == "exp_avg_sq" else moments[second]
+    assert bool((root > 0).all())
+    assert bool((moments[first].abs() <= 4 * root).all())

@@ -58,3 +58,19 @@ def test_singular_values_of_a_wide_range_are_logarithmic(tmp_path: Path) -> None
     made = figures_of(saved.find_entities(tmp_path, "server", False, None))
     (ax,) = made[f"averaged_svd_evolution_{CONFIG}"].axes
     assert (len(ax.lines), ax.get_yscale()) == (8, "log")
+
+
+def test_a_table_beside_a_heatmap_leaves_its_labels_below_and_above_the_panels(tmp_path: Path
+                                                                              ) -> None:
+    for sync in ("round", "epoch"):
+        run = folders.ours(tmp_path, "fed_avg", CONFIG, name=sync, sync=sync)
+        folders.save_steps(run / "server")
+    made = figures_of(saved.find_entities(tmp_path, "server", True, None))
+    heatmaps = [figure for name, figure in made.items() if name.startswith("heatmap")]
+    assert len(heatmaps) == 2
+    for figure in heatmaps:
+        assert figure.legends
+        above, below = (text.get_window_extent() for text in figure.texts
+                        if text.get_text() in (figure.get_suptitle(), figure.get_supxlabel()))
+        assert (above.x0 + above.x1) / 2 < 0.48 * figure.bbox.width
+        assert abs(above.x0 + above.x1 - below.x0 - below.x1) / 2 < 2, "pixels"

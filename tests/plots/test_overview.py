@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedrun import cli
@@ -54,7 +55,7 @@ def made_up(data_dir: Path, count: int) -> Path:
     return data_dir
 
 
-@pytest.mark.parametrize("count", [2, 5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (5, 20))])
 def test_nothing_is_cut_off(tmp_path: Path, count: int) -> None:
     made_up(tmp_path, count)
     made = dict(all_figures(tmp_path))
@@ -75,6 +76,23 @@ def test_three_runs_of_one_method_are_three_lines(tmp_path: Path) -> None:
     assert len({(str(line.get_color()), str(line.get_marker())) for line in lines}) == 3
     assert [row["seed"] for row in table(figure)] == ["0", "1", "2"]
     assert not figure.axes[0].collections, "a band"
+
+
+def test_lines_have_the_same_dashes_in_the_panel_the_inset_and_the_table(tmp_path: Path) -> None:
+    for seed in range(3):
+        folders.study(tmp_path, seed, end=300.0 + 10 * seed)
+    figure = overview(tmp_path)
+    (ax,), (legend,) = figure.axes, figure.legends
+    (inset,) = ax.child_axes
+    assert isinstance(inset, Axes)
+    samples = [line for line in legend.get_lines() if line.get_linestyle() != "None"]
+    panel, small, table_ = ([vars(line)["_unscaled_dash_pattern"] for line in lines]
+                            for lines in (ax.lines, inset.lines, samples))
+    assert len(set(map(str, panel))) == 3
+    assert panel == small == table_
+    for line in inset.lines:
+        assert line.get_transform() == inset.transData
+        assert str(line.get_marker()) == "none"
 
 
 def test_equal_runs_are_two_lines(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def test_tracked_studies_are_read(folder: Path) -> None:
     reported = set(map(int, seeds[1].split(", ")))
     for row in json.loads((folder / "table.json").read_text()):
         runs = [run for run in found.runs if run.seed in reported
-                and re.fullmatch(rf"{row['setting']}(_(server_)?lr_[\d.]+)+_seed_\d", run.name)]
+                and re.fullmatch(rf"{row['setting']}(_(server_)?lr_[\d.e-]+)+_seed_\d", run.name)]
         assert {run.method for run in runs} == {row["flags"]["method"]} or not runs
         assert {run.settings["lr"] for run in runs} == {row["best"]["lr"]} or not runs
         if "final_ppl" in row:
@@ -57,12 +57,13 @@ def test_tracked_studies_are_drawn(tmp_path: Path) -> None:
     """Of those that were evaluated at their ends alone, only these are."""
     wire = str(ROOT / "results" / "wire")
     for study, figures in (("original", {"1_central_vs_fed", "2_lu_comparison",
-                                         "3_method_comparison"}), ("wire", set())):
+                                         "3_method_comparison", "4_multi_config_comparison",
+                                         "5_configs_in_one_axes"}), ("wire", set())):
         assert cli.main(["plot", "perplexities", "--data_dir", str(ROOT / "results" / study),
                          "--out_dir", str(tmp_path / study)]) == 0
         names = {path.stem for path in (tmp_path / study).glob("*.png")}
         assert "0_all_runs" in names
-        assert {name.partition("_study")[0] for name in names - {"0_all_runs"}} == figures
+        assert {name.partition("_ssm")[0] for name in names - {"0_all_runs"}} == figures
     page = tmp_path / "page.html"
     assert cli.main(["report", "--data_dir", wire, "--out", str(page)]) == 0
     assert "exact_60_lr_0.002_seed_1" in page.read_text(encoding="utf-8").replace("<wbr>", "")

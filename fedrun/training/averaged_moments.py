@@ -1,0 +1,85 @@
+"""AdamW's moments as clients average them: what a client reports of its own, and what it loads.
+
+`exp_avg` and `exp_avg_sq` are the moments m and v. `momentum` and `rms` are m and s = sqrt(v) of
+gradients that are clipped to the norm G (--grad_clip). No element of such a gradient exceeds G,
+hence |m| <= G and s <= G: the grid on which they are summed is known before training. After t steps
+|m| <= c_t s (see `adamw_step_bound`), also of averages. The grid may break that, and averages of
+different rounds do: so m is cut to it whenever one of them is loaded.
+
+All are corrected for their bias, and all clients have one count of steps, that of the run.
+
+DES-LOC (Iacob et al. 2025, arXiv:2505.22549) averages parameters and moments each at their own
+intervals, there v itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from fedrun.strategies.base import adamw_ratio
+from fedrun.training.optimizer import LocalOptimizer
+
+
+def take(optimizer: LocalOptimizer, names: Collection[str]) -> dict[str, Tensor]:
+    """The moments with these names after local training, (size,) each. In the optimizer's memory:
+    they have to be loaded again before the next step."""
+    if "exp_avg" in names:
+        return optimizer.bias_corrected_moments()
+    config, state, found = optimizer.config, optimizer.state, {}
+    if names:
+        assert config.grad_clip is not None
+        steps, clip = optimizer.steps, _not_above(config.grad_clip, optimizer.flat.vector.dtype)
+        # Rounding can exceed the clip, nothing else; NaN stays NaN.
+        if "momentum" in names:
+            found["momentum"] = state["exp_avg"].div_(1 - config.beta1**steps).clamp_(-clip, clip)
+        if "rms" in names:
+            found["rms"] = state["exp_avg_sq"].div_(1 - config.beta2**steps).sqrt_().clamp_(
+                max=clip)
+    return found
+
+
+def peaks(optimizer: LocalOptimizer, block: int) -> Tensor:
+    """The largest `rms` in each block of this many elements, (blocks,): before `take`."""
+    v, config = optimizer.state["exp_avg_sq"], optimizer.config
+    whole = len(v) // block * block
+    found = v[:whole].view(-1, block).amax(1)
+    if whole < len(v):
+        found = torch.cat([found, v[whole:].amax(0, keepdim=True)])
+    assert config.grad_clip is not None
+    return found.div_(1 - config.beta2**optimizer.steps).sqrt_().clamp_(max=config.grad_clip)
+
+
+def _not_above(limit: float, dtype: torch.dtype) -> float:
+    """The largest number of a type that is at most the limit."""
+    nearest = torch.tensor(limit, dtype=dtype)
+    below = torch.nextafter(nearest, torch.zeros_like(nearest))
+    return float(nearest) if float(nearest) <= limit else float(below)
+
+
+def load(optimizer: LocalOptimizer, averages: Mapping[str, Tensor], steps: int,
+         renewed: Collection[str]) -> None:
+    """Load averages, (size,) each, as if the optimizer had made this many steps: those that are
+    `renewed` since the last round, and all if the client has not trained in it, or was left out."""
+    if "exp_avg" in averages:
+        optimizer.load_moments(averages, steps)
+    elif len(renewed) == len(averages) or optimizer.steps != steps:
+        _load_bounded(optimizer, averages, steps)
+    elif renewed:
+        _load_bounded(optimizer, {name: averages[name] for name in renewed}, steps)
+
+
+def _load_bounded(optimizer: LocalOptimizer, averages: Mapping[str, Tensor], steps: int) -> None:
+    """Load all of these, `momentum` or `rms` or both. Overwrites flat.grad."""
+    config, state = optimizer.config, optimizer.begin_at(steps)
+    m, v = state["exp_avg"], state["exp_avg_sq"]
+    if "momentum" in averages:
+        torch.mul(averages["momentum"], 1 - config.beta1**steps, out=m)
+    if "rms" in averages:
+        torch.mul(averages["rms"], averages["rms"], out=v).mul_(1 - config.beta2**steps)
+    largest = torch.sqrt(v, out=optimizer.flat.grad).mul_(
+        adamw_ratio(config.beta1, config.beta2, steps))
+    torch.minimum(m, largest, out=m)
+    torch.maximum(m, largest.neg_(), out=m)

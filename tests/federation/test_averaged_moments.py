@@ -1,0 +1,270 @@
+"""Averaged moments in rounds of a worker: against AdamW by hand, and the bytes that are sent."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fedrun.config import FederatedConfig
+from fedrun.distributed.control_plane import ControlPlane
+from fedrun.distributed.data_plane import DataPlane
+from fedrun.distributed.launch import detect
+from fedrun.distributed.runtime import Runtime
+from fedrun.federation.client import Client
+from fedrun.federation.worker import Worker
+from fedrun.flags import resolve
+from fedrun.strategies.base import ADAMW_EPS
+from tests.support import experiments
+from tests.support.made_data import made
+from tests.support.naive_int8 import Naive, NaiveMoments
+from tests.support.runs import FAULTY, Run, fault, without_clocks
+
+LR, DECAY, CLIP, BETA1, BETA2, STEPS = 1e-2, 0.1, 0.5, 0.8, 0.95, 3
+DATA = made([400, 300, 500])
+
+
+def worker_of(plane: DataPlane | None = None, **flags: Any) -> Worker:
+    config = resolve("fed_avg", {
+        "config": "tiny", "rounds": 9, "batch_size": 2, "sequence_length": 4, "device": "cpu",
+        "client_moments": "average_sqrt", "grad_clip": CLIP, "lr": LR, "weight_decay": DECAY,
+        "beta1": BETA1, "beta2": BETA2, "local_updates": STEPS, **flags})
+    assert isinstance(config, FederatedConfig)
+    runtime = Runtime(detect({}), torch.device("cpu"), (0,), ControlPlane(), plane or DataPlane())
+    return experiments.worker_of(config, DATA, runtime)
+
+
+def gradient(size: int, client: int, step: int) -> Tensor:
+    """Of a client's step of the run: elements of all sizes, which differ from client to client."""
+    scale = torch.randn(size, generator=torch.Generator().manual_seed(client), dtype=torch.float64)
+    noise = torch.randn(size, generator=torch.Generator().manual_seed(1000 * (step + 1) + client),
+                        dtype=torch.float64)
+    return (2 * scale).exp() * (noise + 0.5) * (0.01 if step % 4 else 0.0001)  # not all clipped
+
+
+def go(worker: Worker, rounds: int) -> list[tuple[list[int], list[float], int]]:
+    """Rounds of a worker whose clients' gradients are the given ones: the cohorts, their weights,
+    and the bytes that are reported."""
+    at: tuple[int, int] = 0, 0
+
+    def compute_grad(_: Tensor) -> tuple[Tensor, int]:
+        nonlocal at
+        worker.flat.grad.copy_(gradient(worker.flat.size, *at))
+        at = at[0], at[1] + 1
+        return torch.zeros(()), 4
+
+    trained, whole = [], Client.train
+
+    def train(client: Client, model: Any, steps: int, first_step: int, *args: Any, **kwargs: Any
+              ) -> Any:
+        nonlocal at
+        at = client.index, first_step
+        return whole(client, model, steps, first_step, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker.model, "compute_grad", compute_grad)
+        patch.setattr(Client, "train", train)
+        for number in range(1, rounds + 1):
+            plan = worker.schedule.plan(number, 0.0)
+            report = worker.train(plan)
+            assert not any(client.left_out for client in report.clients)
+            worker.aggregate(plan)
+            trained.append((plan.cohort, plan.weights, report.bytes))
+    return trained
+
+
+class Exactly:
+    """Means over a cohort, as they are."""
+
+    def __init__(self, size: int) -> None:
+        self.averages = {name: np.zeros(size) for name in "ms"}
+        self.first = 1  # round whose moments may be averaged
+
+    def round(self, weights: list[float], deltas: list[np.ndarray],
+              moments: dict[str, list[np.ndarray]], moving: list[str]) -> np.ndarray:
+        for name in moving:
+            self.averages[name] = np.average(moments[name], 0, weights)
+        mean: np.ndarray = np.average(deltas, 0, weights)
+        return mean
+
+
+class InEightBits:
+    """The same in eight bits, for a cohort that stays the same."""
+
+    def __init__(self, size: int, weights: list[float], bound: float) -> None:
+        self.deltas, self.moments = Naive(weights, size), NaiveMoments(weights, size, CLIP)
+        self.averages, self.bound, self.first = self.moments.averages, bound, 2
+
+    def round(self, _: list[float], deltas: list[np.ndarray],
+              moments: dict[str, list[np.ndarray]], moving: list[str]) -> np.ndarray:
+        self.moments.round(moments, moving)
+        return self.deltas.round(deltas, self.bound)
+
+
+def by_hand(start: Tensor, rounds: list[tuple[list[int], list[float], int]],
+            every: tuple[int, int], means: Exactly | InEightBits) -> tuple[dict[str, Tensor], int]:
+    """The same in float64 from the formulas: the model, both averages, and how many elements of the
+    first moment were cut."""
+    w, size = start.double(), len(start)
+    ratio = BETA1**2 / BETA2
+    limit = (1 - BETA1) / math.sqrt((1 - BETA2) * (1 - ratio))
+    averages = {name: torch.from_numpy(a.copy()) for name, a in means.averages.items()}
+    made_in = {"m": 0, "s": 0}  # rounds
+    own: dict[int, tuple[int, Tensor, Tensor]] = {}  # client -> its last round, m, v
+    cut = 0
+    for number, (cohort, weights, _) in enumerate(rounds, 1):
+        t = (number - 1) * STEPS
+        deltas, ms, ss = [], [], []
+        for k in cohort:
+            last, m, v = own.get(k, (0, averages["m"], averages["s"]))
+            missed = last < number - 1 or number == 1
+            loaded = {name for name in ("m", "s") if missed or made_in[name] == number - 1}
+            if "m" in loaded:
+                m = averages["m"] * (1 - BETA1**t)
+            if "s" in loaded:
+                v = averages["s"]**2 * (1 - BETA2**t)
+            if loaded:
+                largest = limit * math.sqrt(1 - ratio**t) * v.sqrt()
+                cut += int((m.abs() > largest * (1 + 1e-6)).sum())
+                m = torch.sign(m) * torch.minimum(m.abs(), largest)
+            x = w
+            for step in range(t, t + STEPS):
+                g = gradient(size, k, step)
+                g = g * min(1.0, CLIP / (g.norm().item() + 1e-6))
+                x = x * (1 - LR * DECAY)
+                m, v = BETA1 * m + (1 - BETA1) * g, BETA2 * v + (1 - BETA2) * g * g
+                x = x - LR * (m / (1 - BETA1**(step + 1))) / (
+                    (v / (1 - BETA2**(step + 1))).sqrt() + ADAMW_EPS)
+            deltas.append(x - w)
+            ms.append(m / (1 - BETA1**(t + STEPS)))
+            ss.append((v / (1 - BETA2**(t + STEPS))).sqrt())
+            own[k] = number, m, v
+        moving = [name for name, period in zip("ms", every, strict=True)
+                  if number >= means.first and (number - 2) % period == 0]
+        w = w + torch.from_numpy(means.round(weights, [d.numpy() for d in deltas], {
+            "m": [one.numpy() for one in ms], "s": [one.numpy() for one in ss]}, moving))
+        averages = {name: torch.from_numpy(a.copy()) for name, a in means.averages.items()}
+        made_in |= dict.fromkeys(moving, number)
+    return {"model": w, "momentum": averages["m"], "rms": averages["s"]}, cut
+
+
+@pytest.mark.parametrize(("every", "flags", "rounds"), [
+    ((1, 1), {"num_clients": 2}, 3), ((2, 3), {"num_clients": 2}, 5),
+    ((3, 2), {"num_clients": 3, "cohort": 2}, 7), ((3, 6), {"num_clients": 2}, 3),
+    ((2, 3), {"num_clients": 2, "aggregation": "float"}, 5)])
+def test_rounds_by_hand(every: tuple[int, int], flags: dict[str, Any], rounds: int) -> None:
+    """In float64, where the grid is fine; and in float32, within the grid's steps."""
+    for dtype, tolerance in (("fp64", 1e-9), ("fp32", 3e-2)):
+        worker = worker_of(moments_every=f"{every[0]},{every[1]}", dtype=dtype, **flags)
+        start = worker.global_model.clone()
+        expected, cut = by_hand(start, go(worker, rounds), every, Exactly(len(start)))
+        assert (cut > 0) == (max(every) > 1 and rounds > 3)
+        moved = worker.global_model.double() - start.double()
+        assert moved.abs().max() > LR
+        wrong = (moved - (expected["model"] - start.double())).abs()
+        assert wrong.max() < tolerance * LR
+        assert wrong.median() < 1e-3 * tolerance * LR or dtype == "fp64"
+        assert worker.global_state.moments is not None
+        for name, average in worker.global_state.moments.items():
+            grid = 2.0 ** (-28 if dtype == "fp32" else -60)
+            wrong = (average.double() - expected[name]).abs()
+            assert bool((wrong <= 4 * grid + 1e-5 * expected[name].abs()).all()), name
+
+
+@pytest.mark.parametrize(("every", "rounds"), [((1, 1), 3), ((2, 3), 6)])
+def test_rounds_in_eight_bits_by_hand(every: tuple[int, int], rounds: int) -> None:
+    worker = worker_of(moments_every=f"{every[0]},{every[1]}", dtype="fp64", num_clients=2,
+                       aggregation="int8")
+    start, ratio = worker.global_model.clone(), BETA1**2 / BETA2
+    step = LR * ((1 - BETA1) / math.sqrt((1 - BETA2) * (1 - ratio)) + 64 * DECAY)
+    made = go(worker, rounds)
+    means = InEightBits(len(start), made[0][1], STEPS * step)
+    expected, cut = by_hand(start, made, every, means)
+    assert (cut > 0) == (rounds > 3)
+    assert worker.global_state.moments is not None
+    found = {"model": worker.global_model, **worker.global_state.moments}
+    for name, vector in found.items():
+        origin = start if name == "model" else torch.zeros(())
+        wrong = (vector - expected[name]).abs()
+        # A quotient that lies on a tie may be rounded either way.
+        apart = wrong > 1e-6 * (expected[name] - origin).abs() + 1e-9 * LR
+        assert apart.double().mean() < 1e-3, name
+        assert wrong.sum() <= 1e-3 * (expected[name] - origin).abs().sum(), name
+
+
+@pytest.mark.parametrize(("flags", "average"), [({}, 6), ({"aggregation": "int8"}, 1.53)])
+def test_what_is_sent_over_a_schedule(flags: dict[str, Any], average: float,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """At one client a worker: what the collective is given, each round. average: bytes a parameter
+    and round."""
+    sent: list[int] = []
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 5)
+    monkeypatch.setattr(dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(dist, "all_reduce", lambda vector, **_: sent.append(vector.nbytes))
+    group: Any = object()
+    worker = worker_of(DataPlane(group), num_clients=1, moments_every="3,6", dtype="fp32", **flags)
+    size = worker.flat.size
+    reported = [number for _, _, number in go(worker, 12)]
+    if flags:  # with two counts of clients and a scale a block, two sums of weights
+        blocks = -(-size // 256)
+        assert sent == [each * (256 * blocks + 8 * -(-blocks // 4)) + 4 * blocks + 8
+                        for each in [1, 3, 1, 1, 2, 1] * 2]
+    else:
+        assert sent == [4 * (size * each + 1) for each in [1, 3, 1, 1, 2, 1] * 2]
+    assert reported == [2 * each for each in sent], "there and back"
+    assert sum(sent) / (12 * size) == pytest.approx(average, rel=0.01)
+    assert worker.runtime.data_plane.bytes_sent == sum(sent)
+
+
+FLAGS = ("--num_clients", 5, "--cohort", 4, "--rounds", 6, "--local_updates", 2, "--grad_clip", 1,
+         "--client_moments", "average_sqrt", "--moments_every", "2,3", "--checkpoint_freq", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("aggregation", "kind", "at"), [
+    ("exact", "term", "record:4"), ("exact", "kill", "reduce:6"), ("int8", "kill", "reduce:5")])
+def test_the_same_bits_in_1_and_3_processes_and_after_a_stop(
+        run: Run, tmp_path: Path, aggregation: str, kind: str, at: str) -> None:
+    """Stopped or killed where the clients have moments of their own and there is an average of an
+    earlier round, and resumed in another world."""
+    flags = (*FLAGS, "--aggregation", aggregation)
+    alone = run("fed_avg", *flags, name="alone")
+    three = run("fed_avg", *flags, processes=3, name="three")
+    assert alone.code == three.code == 0, three.output
+    assert alone.bits == three.bits
+    assert without_clocks(alone) == without_clocks(three)
+    run("fed_avg", *flags, script=FAULTY, env=fault(tmp_path, kind, at))
+    resumed = run("fed_avg", *flags, processes=2)
+    assert "resuming from step" in resumed.output
+    assert resumed.bits == alone.bits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("aggregation", ["exact", "int8"])
+def test_the_same_bits_in_5_processes_and_from_a_disk(run: Run, aggregation: str) -> None:
+    alone, five, disk = (run("fed_avg", *FLAGS, "--aggregation", aggregation, *more, processes=n,
+                             name=f"in_{n}_{len(more)}")
+                         for n, more in ((1, ()), (5, ()), (2, ("--client_store", "disk"))))
+    assert alone.code == five.code == disk.code == 0, five.output + disk.output
+    assert alone.bits == five.bits == disk.bits
+
+
+@pytest.mark.parametrize(("method", "flags", "message"), [
+    ("fed_avg", {"grad_clip": None}, "--grad_clip none: must be a number > 0 with --client_mom"),
+    ("fed_avg", {"sync": "epoch"}, "--client_moments average_sqrt: must be keep, reset or reset_e"),
+    ("fed_avg", {"moments_every": "3"}, "--moments_every 3: must be two integers >= 1: 3,6"),
+    ("fed_avg", {"moments_every": "0,1"}, "--moments_every 0,1: must be two integers"),
+    ("fed_avg", {"dp": "client", "dp_clip": 1, "dp_noise": 1, "dp_delta": 1e-5},
+     "--client_moments average_sqrt: must be keep, reset or reset_epoch with --dp client"),
+    ("fed_sgd", {}, "--client_moments average_sqrt: must be keep for fed_sgd"),
+])
+def test_what_cannot_be_averaged_is_refused(method: str, flags: dict[str, Any], message: str
+                                            ) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(method, {"client_moments": "average_sqrt", "grad_clip": 1} | flags)

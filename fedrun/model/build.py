@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import torch
 
@@ -13,6 +13,10 @@ from fedrun.model.mamba2 import Mamba2LM
 from fedrun.model.precision import accumulate_in_fp32
 from fedrun.model.pretrained import Pretrained
 
+if TYPE_CHECKING:
+    from fedrun.model.transformers_lm import TransformersLM
+
+SomeModel = TypeVar("SomeModel", bound="Mamba2LM | TransformersLM")
 DTYPES = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}
 """Type of the parameters for each --dtype. bf16 means bf16 products on fp32 parameters."""
 
@@ -26,6 +30,10 @@ class ModelSettings(Protocol):
     def dtype(self) -> str: ...
     @property
     def seed(self) -> int: ...
+    @property
+    def checkpoint_activations(self) -> bool: ...
+    @property
+    def micro_batch(self) -> int | None: ...
 
 
 def new_model(settings: ModelSettings, vocab_size: int, device: torch.device,
@@ -36,11 +44,13 @@ def new_model(settings: ModelSettings, vocab_size: int, device: torch.device,
         accumulate_in_fp32()
     dtype, shape = DTYPES[settings.dtype], settings.model
     if pretrained is not None:
-        return pretrained.build(compute_dtype(settings)).to(device=device, dtype=dtype)
+        made = pretrained.build(compute_dtype(settings))
+        return _spared(made, settings).to(device=device, dtype=dtype)
     if isinstance(shape, TransformersShape):
         from fedrun.model import transformers_lm
         lm = transformers_lm.build(shape, vocab_size, settings.seed)
-        return transformers_lm.TransformersLM(lm, compute_dtype(settings)).to(device, dtype)
+        theirs = transformers_lm.TransformersLM(lm, compute_dtype(settings))
+        return _spared(theirs, settings).to(device, dtype)
     model = uninitialised_model(settings, vocab_size)
     model.init_weights(settings.seed)
     return model.to(device=device, dtype=dtype)
@@ -50,7 +60,16 @@ def uninitialised_model(settings: ModelSettings, vocab_size: int) -> Mamba2LM:
     """A Mamba-2 model of the run's shape, in fp32."""
     shape = settings.model
     assert isinstance(shape, ModelConfig)
-    return Mamba2LM(shape, shape.rows(vocab_size), compute_dtype=compute_dtype(settings))
+    return _spared(Mamba2LM(shape, shape.rows(vocab_size), compute_dtype=compute_dtype(settings)),
+                   settings)
+
+
+def _spared(model: SomeModel, settings: ModelSettings) -> SomeModel:
+    """The same model, told how it spares memory."""
+    model.micro_batch = settings.micro_batch
+    if isinstance(model, Mamba2LM):
+        model.recompute = settings.checkpoint_activations
+    return model
 
 
 def compute_dtype(settings: ModelSettings) -> torch.dtype:

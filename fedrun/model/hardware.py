@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import platform
+import re
 import socket
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -16,6 +18,7 @@ from fedrun.model.precision import bf16_in_hardware
 
 _PACKAGES = ("mamba-ssm", "causal-conv1d", "triton")  # whose kernels run on GPUs
 _NONE = "none"
+CPUS = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,14 @@ def hardware(device: torch.device) -> Hardware:
     major, minor = torch.cuda.get_device_capability(device)
     return Hardware(host, str(device), name, kernels, bf16,
                     f"{name} (compute capability {major}.{minor})", gpu_versions())
+
+
+def processor_name() -> str:
+    """The model of this machine's processor."""
+    with suppress(OSError):
+        if found := re.search(r"^model name\s*:\s*(.+)$", CPUS.read_text(), re.MULTILINE):
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 def gpu_versions() -> dict[str, str]:

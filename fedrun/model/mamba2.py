@@ -9,10 +9,12 @@ l sequence length, d d_model, i = expand * d inner width, h heads, p headdim, g 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fedrun.model import kernels
 from fedrun.model.config import ModelConfig
@@ -42,6 +44,36 @@ class Block(nn.Module):
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = Mamba2Mixer(config, compute_dtype)
 
+    def mixed(self, residual: Tensor) -> Tensor:
+        """What the block adds to the residual stream: (b, l, d) -> (b, l, d)."""
+        return self.mixer.mix(self.norm(residual))
+
+    def recomputed(self, residual: Tensor) -> Tensor:
+        """The same, keeping nothing for the backward pass but the residual stream."""
+        mixed: Tensor = _Recomputed.apply(  # type: ignore[no-untyped-call]
+            self, residual, *self.parameters())
+        return mixed
+
+
+class _Recomputed(torch.autograd.Function):
+    """`Block.mixed`, which the backward pass computes again. The parameters are arguments so that
+    autograd hears of their gradients. `torch.utils.checkpoint` would import torch's compiler, which
+    takes longer than the rest of a process's start."""
+
+    @staticmethod
+    def forward(ctx: Any, block: Block, residual: Tensor, *_: Tensor) -> Tensor:
+        ctx.block = block
+        ctx.save_for_backward(residual)
+        return block.mixed(residual)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        residual = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            mixed = ctx.block.mixed(residual)
+        return None, *torch.autograd.grad(mixed, [residual, *ctx.block.parameters()], grad)
+
 
 class Backbone(nn.Module):
     """Embedding, blocks and final norm."""
@@ -61,6 +93,11 @@ class Mamba2LM(nn.Module):
                  compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config, self.vocab_size, self.compute_dtype = config, vocab_size, compute_dtype
+        self.recompute = False
+        """Whether a gradient is computed with one layer's activations at a time: the backward pass
+        computes each layer again from its input."""
+        self.micro_batch: int | None = None
+        """The most sequences that the layers take at a time; None: as many as suit the device."""
         self.backbone = Backbone(config, vocab_size, compute_dtype)
         self.lm_head = nn.Linear(config.d_model, vocab_size, bias=False, device="meta")
         self.lm_head.weight = self.backbone.embedding.weight if config.tie_embeddings else \
@@ -114,13 +151,20 @@ class Mamba2LM(nn.Module):
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         """Hidden states after the final norm: (b, l) integers -> (b, l, d)."""
-        return self.hidden_of(F.embedding(input_ids, self.backbone.embedding.weight))
+        parts = [self.hidden_of(F.embedding(ids, self.backbone.embedding.weight))
+                 for ids in input_ids.split(self._at_most(len(input_ids)))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _at_most(self, sequences: int) -> int:
+        """So many sequences, or those of a micro-batch."""
+        return min(sequences, self.micro_batch or sequences)
 
     def hidden_of(self, residual: Tensor) -> Tensor:
         """Hidden states after the final norm, from embedded tokens: (b, l, d) -> (b, l, d)."""
         for block in self.backbone.layers:
             assert isinstance(block, Block)
-            residual = residual + block.mixer.mix(block.norm(residual))
+            residual = residual + (
+                block.recomputed(residual) if self.recompute else block.mixed(residual))
         normed: Tensor = self.backbone.norm_f(residual)
         return normed
 
@@ -173,9 +217,10 @@ class Mamba2LM(nn.Module):
         length, end, add = input_ids.shape[1], 0, False
         while end < len(input_ids):  # a chunk of the head at a time
             chunk = chunk_tokens(weight, matmul_dtype, add)
-            start, end = end, end + max(1, chunk // length)
+            start, end = end, end + self._at_most(max(1, chunk // length))
             # The layers take fewer tokens at a time, so that their activations stay in the cache.
-            ids = input_ids[start:end].split(max(1, chunk_tokens(weight, matmul_dtype) // length))
+            ids = input_ids[start:end].split(
+                self._at_most(max(1, chunk_tokens(weight, matmul_dtype) // length)))
             embedded = [F.embedding(part, embedding).requires_grad_() for part in ids]
             hidden = [self.hidden_of(part)[:, :-1] for part in embedded]
             part_loss, grad = linear_cross_entropy_gradients(
@@ -204,7 +249,7 @@ class Mamba2LM(nn.Module):
             grad_embedding.zero_()
         sequence = input_ids.shape[1] * self.config.n_layer * self.config.d_model
         most = GPU_ACTIVATIONS[kernels.path_for(weight)]
-        for ids in input_ids.split(max(1, most // sequence)):
+        for ids in input_ids.split(self._at_most(max(1, most // sequence))):
             embedded = F.embedding(ids, embedding).requires_grad_()
             hidden = self.hidden_of(embedded)[:, :-1]
             part_loss, grad = linear_cross_entropy_gradients(

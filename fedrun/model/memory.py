@@ -9,7 +9,11 @@ import psutil
 from fedrun.common.errors import InputError
 
 BYTES_TO_LOAD = 4  # per parameter: float32
-BYTES_TO_TRAIN = 16  # per parameter: with its gradient and AdamW's two moments
+
+
+def bytes_to_train(moments_dtype: str) -> int:
+    """Bytes per parameter: with its gradient and AdamW's two moments."""
+    return {"fp32": 16, "bf16": 14}[moments_dtype]
 
 
 def require_memory(count: int, bytes_per_parameter: int, where: str) -> None:

@@ -1,11 +1,14 @@
 """Precision of matrix products: which devices multiply bf16 in hardware, which `--dtype auto`
-chooses on these, and fp32 without TF32."""
+chooses on these, fp32 without TF32, and deterministic kernels."""
 
 from __future__ import annotations
 
 import os
 
 import torch
+
+from fedrun.common.errors import InputError
+from fedrun.model.kernels import ignores_determinism
 
 
 def bf16_in_hardware(device: torch.device | str) -> bool:
@@ -35,3 +38,25 @@ def accumulate_in_fp32() -> None:
     """Let no matrix product on a GPU add up its parts in bf16, as cuBLAS may where it splits long
     sums; the head's second product sums over the vocabulary."""
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+def make_deterministic(official_kernels: bool) -> None:
+    """Deterministic kernels of torch, cuBLAS, mamba-ssm and causal-conv1d; call before the first of
+    them is imported.
+
+    official_kernels: whether workers take the last two where they are installed: on GPUs, but in
+    fp64. InputError if they have no deterministic mode.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ |= {"MAMBA_DETERMINISTIC": "1", "CAUSAL_CONV1D_DETERMINISTIC": "1"}
+    # Under these mamba-ssm chooses the kernels' blocks by a timing, or otherwise than other ranks.
+    for name in [*os.environ]:
+        if name == "TRITON_CACHE_AUTOTUNING" or name.startswith("TRITON_AUTOTUNE_BLOCK_SIZE_"):
+            del os.environ[name]
+    torch.use_deterministic_algorithms(True)
+    # Nothing here reads memory before it is written; filling it first would cost a pass over it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if official_kernels and (package := ignores_determinism()):
+        raise InputError("--deterministic: the results would differ from run to run with the "
+                         f"installed {package} (pip install --upgrade); without the package, "
+                         "torch does its part")

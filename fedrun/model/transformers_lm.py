@@ -64,6 +64,8 @@ class TransformersLM:
             if isinstance(module, nn.Embedding):
                 module.padding_idx = None  # its row would not be trained
         use_own_scan(lm)
+        self.micro_batch: int | None = None
+        """The most sequences that the layers take at a time; None: as many as suit the device."""
         self.max_positions = max_positions(lm.config)
         self.head: nn.Linear | None = _linear_head(lm)
         """The model's last layer, if nothing but it stands between hidden states and logits."""
@@ -161,7 +163,8 @@ class TransformersLM:
         most = TOKENS.get(input_ids.device.type, TOKENS["cpu"])
         if self.head is None:
             most = min(most, LOGITS // self.lm.get_input_embeddings().weight.shape[0])
-        parts: tuple[Tensor, ...] = input_ids.split(max(1, most // input_ids.shape[1]))
+        fitting = max(1, most // input_ids.shape[1])
+        parts: tuple[Tensor, ...] = input_ids.split(min(fitting, self.micro_batch or fitting))
         return parts
 
     def _matmul_dtype(self, weight: Tensor) -> torch.dtype:

@@ -16,7 +16,8 @@ from fedrun.common.errors import InputError
 from fedrun.distributed.launch import Launch
 from fedrun.flags import resolve
 from fedrun.model import kernels
-from fedrun.run import launch_warnings, make_deterministic
+from fedrun.model.precision import make_deterministic
+from fedrun.run import launch_warnings
 from fedrun.tools import evaluate
 from tests.support.runs import Run
 

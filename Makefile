@@ -41,14 +41,19 @@ soak: $(VENV)/.ready-test
 	KILLS=200 $(BIN)/python -m pytest -m slow tests/records/test_kills.py
 	KILL_POINTS=100 $(BIN)/python -m pytest -m slow tests/records/test_kill_points.py
 
-# Our training step against transformers', and our rounds against Flower's and pfl's, in
-# environments that are built for them; as tables; half an hour on a quiet machine.
+# Our training step against transformers', our rounds against Flower's and pfl's, and masked sums
+# against plain ones and Flower's, in environments that are built for them; what an update shows; as
+# tables; 40 minutes on a quiet machine.
 bench: $(VENV)/.ready-test
 	env -u OMP_NUM_THREADS $(BIN)/python -m tests.benchmarks.step
 	$(BIN)/python -m tests.benchmarks.overhead --workers 4
 	$(BIN)/python -m tests.benchmarks.overhead --workers 2 --peers
 	$(BIN)/python -m tests.benchmarks.rounds
 	$(BIN)/python -m tests.benchmarks.efficiency
+	$(BIN)/python -m tests.benchmarks.secure_sum --peer
+	$(BIN)/python -m tests.benchmarks.leak
+	$(BIN)/python -m tests.benchmarks.noise
+	$(BIN)/python -m tests.benchmarks.private_step
 
 # Which lines the tests of `make test` run, in processes that they start too.
 coverage: $(VENV)/.ready-test

@@ -24,6 +24,7 @@ from fedrun.records.snapshots import tracked_parameters
 from fedrun.training.cosines import StepCosines
 from fedrun.training.evaluate import mean_loss, sample_prompt, sample_text, validation_pieces
 from fedrun.training.optimizer import LocalOptimizer, scheduled_lr
+from fedrun.training.outer import OuterOptimizer
 from fedrun.training.params import FlatParams
 
 
@@ -64,6 +65,7 @@ class Training:
         self.model = experiment.new_model(device)
         self.flat = FlatParams(self.model)
         self.client, self.steps = training_client(experiment, self.flat), experiment.length.steps
+        self.outer = None if config.outer_every is None else OuterOptimizer(self.flat, config)
         self.last_gradient: Tensor | None = None
         """Of the last evaluated step, (size,)."""
         self.step_cosines = StepCosines(self._next_evaluated)
@@ -84,6 +86,8 @@ class Training:
         self.recorder.totals.add(config.batch_size * config.sequence_length, loss_sum,
                                  losses.tokens, local_training_seconds=time.monotonic() - before)
         self.done += 1
+        if self.outer is not None:
+            self.outer.after(self.done)
         self.step_cosines.add(self.done, self.flat.grad)
         record = self._evaluate() if self.done == self._next_evaluated(self.done) else None
         self.recorder.step(self.done, perplexity(loss_sum / losses.tokens),
@@ -131,11 +135,13 @@ class Training:
         self._require_finite()
         kept = {"last_gradient": self.last_gradient,
                 "previous_gradient": self.step_cosines.previous}
-        gradients = {name: gradient for name, gradient in kept.items() if gradient is not None}
+        more = {name: gradient for name, gradient in kept.items() if gradient is not None}
+        if self.outer is not None:
+            more |= self.outer.state()
         folder = folder_of(self.config.run_dir, self.done)
         self.recorder.begin_checkpoint(self.done, step_cosines=self.step_cosines.state())
         self.checkpoint_writer.begin(
-            folder, self.done, {GLOBAL: {"model": self.flat.vector} | gradients,
+            folder, self.done, {GLOBAL: {"model": self.flat.vector} | more,
                                 client_file(0): self.client.state()})
 
     def commit(self) -> None:
@@ -145,6 +151,8 @@ class Training:
     def _load(self, checkpoint: Checkpoint) -> None:
         tensors = checkpoint.tensors(GLOBAL)
         self.flat.vector.copy_(tensors["model"])
+        if self.outer is not None:
+            self.outer.load_state(tensors)
         if "last_gradient" in tensors:
             self.last_gradient = tensors["last_gradient"].to(self.device)
         previous = tensors.get("previous_gradient")

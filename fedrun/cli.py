@@ -1,4 +1,4 @@
-"""The command line: commands, with flags made from the dataclasses in config.py.
+"""The command line: commands, with flags made from the dataclasses in config/.
 
     fedrun fed_avg --num_clients 8 --lr 1e-3
     fedrun fed_sign --plugin my_method.py
@@ -20,6 +20,7 @@ from fedrun.common.errors import InputError, explain, one_line
 from fedrun.common.log import ERROR, log, print_log
 from fedrun.common.terminal import shortened, visible
 from fedrun.config import RunConfig
+from fedrun.data.sites import PRIVATE, take_private
 from fedrun.distributed.launch import detect
 from fedrun.distributed.stopping import refuse
 from fedrun.flags import (
@@ -40,8 +41,12 @@ TOOLS: dict[str, tuple[str, str]] = {
     "study": ("run a grid of settings, tune, repeat over seeds, make a table",
               "fedrun.tools.study"),
     "watch": ("follow a run in the terminal, or look at a finished one", "fedrun.tools.watch"),
+    "sites": ("make the file that names the owners of the text, and their keys",
+              "fedrun.tools.sites"),
     "partition": ("show which data each client holds under --partition",
                   "fedrun.tools.partition"),
+    "privacy": ("what differential privacy protects and costs, ahead of a run",
+                "fedrun.tools.privacy"),
     "plot": ("draw perplexities and changes of weights from run folders", "fedrun.tools.plot"),
     "report": ("write one HTML page about all runs in a folder", "fedrun.tools.report"),
     "generate": ("continue a text with a run's model", "fedrun.tools.generate"),
@@ -75,17 +80,20 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "model": ("config", "init_from"),
     "data": ("dataset", "tokenizer", "sequence_length", "text_column", "encoding",
              "row_separator", "validation_split", "val_fraction", "sampling"),
-    "federation": ("num_clients", "cohort", "local_updates", "sync", "batches", "partition",
-                   "alpha", "size_skew"),
+    "federation": ("num_clients", "sites", "cohort", "local_updates", "sync", "batches",
+                   "partition", "alpha", "size_skew"),
     "length of the training": ("rounds", "n_epochs", "epoch_passes"),
-    "local training": ("lr", "lr_schedule", "warmup", "batch_size", "beta1", "beta2",
-                       "weight_decay", "grad_clip", "prox_mu", "client_moments", "seed"),
-    "aggregation": ("weighting", "aggregation"),
+    "local training": ("lr", "lr_schedule", "warmup", "batch_size", "micro_batch", "beta1",
+                       "beta2", "moments_dtype", "weight_decay", "grad_clip", "prox_mu",
+                       "client_moments", "moments_every", "seed"),
+    "aggregation": ("weighting", "aggregation", "secure_sum", "site_holdout"),
+    "differential privacy": ("dp", "dp_clip", "dp_noise", "dp_epsilon", "dp_delta",
+                             "dp_colluding", "max_epsilon", "dp_dir"),
     "evaluation and records": ("val_freq", "eval_clients", "save_client_deltas", "keep", "track",
                                "data_dir", "run_name", "overwrite", "resume", "extend",
                                "checkpoint_freq"),
-    "machine": ("device", "dtype", "threads", "deterministic", "server", "client_store",
-                "cache_dir", "timeout")}
+    "machine": ("device", "dtype", "checkpoint_activations", "threads", "deterministic", "server",
+                "client_store", "cache_dir", "timeout")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,16 +104,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     print_log(quiet=detect(os.environ).local_rank > 0)
+    site = None
     try:
         argv = load_plugins(argv)
         if argv and argv[0] in TOOLS:
             tool = importlib.import_module(TOOLS[argv[0]][1])
             return int(tool.main([with_underscores(a) for a in argv[1:]]))
+        site, argv = take_private(argv, os.environ)
         config = parse(argv)
         if config is None:
             return 0
         from fedrun.run import run  # imports torch, so only after everything fast
-        return run(config)
+        return run(config, site)
     except BrokenPipeError:  # the reader of our output has closed it: `fedrun ... | head`
         return 1
     except UnicodeEncodeError as error:  # from a library that accepts only UTF-8 paths
@@ -115,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, ConnectionError, TimeoutError) as error:
         if isinstance(error, InputError):  # a rank or a hub that does not answer may do so later
             refuse()
-        complain(one_line(error))
+        complain(one_line(error), waits=site is None or not site.name)
         return 2
     except Exception as error:
         if (line := explain(error)) is None:
@@ -137,14 +147,14 @@ def load_plugins(argv: Sequence[str]) -> list[str]:
     return rest
 
 
-def complain(line: str) -> None:
+def complain(line: str, waits: bool = True) -> None:
     """Print the error that ends the command.
 
     Usually every rank hits the same error. Rank 0 prints it; the others sleep first, because a
     launcher kills all ranks as soon as one exits. A rank still alive after that prints its own
-    error.
+    error. waits: not at a site, whose owner sees only what this process prints.
     """
-    if detect(os.environ).rank:
+    if waits and detect(os.environ).rank:
         time.sleep(SECONDS_FOR_RANK_0)
     log(line, ERROR)
 
@@ -190,6 +200,11 @@ def method_parser(method: str) -> argparse.ArgumentParser:
             add_flags(parser.add_argument_group(heading), group)
     add_flags(parser.add_argument_group(f"the method {method}"), shown)
     add_flags(parser, {name: known[name] for name in unread}, hidden=True)
+    if "sites" in known:
+        private = parser.add_argument_group("with --sites, at this site alone")
+        for flag, text in PRIVATE.items():  # taken off before: no setting of the run
+            private.add_argument(f"--{flag}", metavar="TEXT", help=f"{text} (or "
+                                 f"FEDRUN_{flag.upper()})")
     others = parser.add_argument_group("other")
     others.add_argument("--plugin", metavar="FILE|MODULE",
                         help="A Python file or module with a method of your own; it is run. May be "

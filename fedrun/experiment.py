@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import platform
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 from fedrun.common.errors import InputError, require
-from fedrun.common.log import WARNING, log
 from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
 from fedrun.data.given import GivenData, Source
 from fedrun.data.partition import Shards, client_shards
+from fedrun.data.site_settings import require_fit
+from fedrun.data.site_texts import deal_all, read_all, sizes_digest, texts_digest
+from fedrun.data.sites import Site, Sites, read_sites
 from fedrun.data.tokens import TokenData, prepare, verify
-from fedrun.distributed.connect import named
 from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.launch import Launch
-from fedrun.federation.schedule import rounds_per_epoch
+from fedrun.federation.schedule import Schedule, rounds_per_epoch
 from fedrun.model.base import Model
 from fedrun.model.build import new_model, require_trainable
 from fedrun.model.hardware import Hardware, together
-from fedrun.model.memory import BYTES_TO_LOAD, BYTES_TO_TRAIN, require_memory
+from fedrun.model.memory import BYTES_TO_LOAD, bytes_to_train, require_memory
 from fedrun.model.pretrained import Pretrained, find_pretrained, parameters_of
 from fedrun.records.provenance import Length, corpus_digests, settings_equal_on_all_ranks
 from fedrun.start import RunRefused
 from fedrun.strategies.plugins import method_digest
 
 Config = TypeVar("Config", bound=RunConfig)
+NO_TEXT = TokenData(np.empty((0, 0)), np.empty((0, 0)), 0, {}, Path())
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,21 @@ class Experiment:
     """What a checkpoint records besides the settings."""
     given: GivenData | None = None
     """The data, where --dataset does not name it."""
+    sites: Sites | None = None
+    """The file of --sites."""
+    site: Site | None = None
+    """What this process alone knows of a run with sites."""
+
+    @property
+    def real(self) -> bool:
+        """Whether the run's sites have processes and folders of their own."""
+        return self.site is not None and self.site.folder is not None
+
+    @property
+    def at_site(self) -> bool:
+        """Whether this process is one of a site, which has neither the server's text nor a run's
+        folder."""
+        return self.real and self.site is not None and bool(self.site.name)
 
     @property
     def source(self) -> Source:
@@ -82,10 +101,34 @@ class Experiment:
                              "sequences to train on")
         return length
 
+    @property
+    def schedule(self) -> Schedule:
+        """The rounds of a federated run. InputError if they cannot be had: no cohort has clients of
+        three sites, or no noise is enough for --dp_epsilon."""
+        return Schedule(self.federated, self.shards.sizes, self.sites)
+
     def decided(self, dtype: Dtype, data: TokenData) -> Experiment:
         """The same with the decided type of the matrix products, and text that was verified."""
         return dataclasses.replace(self, config=dataclasses.replace(self.config, dtype=dtype),
                                    data=data)
+
+    def fitting(self, data: TokenData, device: torch.device) -> TokenData:
+        """Text that came later than the settings, with the vocabulary of --init_from. InputError if
+        the model cannot be trained on it here."""
+        if self.pretrained is not None:
+            data = with_vocabulary(data, self.pretrained, self.config)
+        require_model(self.config, data.vocab_size, device)
+        return data
+
+    def with_text(self, data: TokenData, shards: Shards, **digests: str) -> Experiment:
+        """The same with text and shards, and its provenance but for what `on` adds.
+
+        digests: of what is this run's alone, by their names in the provenance.
+        """
+        return dataclasses.replace(self, data=data, shards=shards, provenance={
+            **corpus_digests(data.fingerprint), "partition": "",
+            "init_from": None if self.pretrained is None else self.pretrained.digest(),
+            "plugin": method_digest(self.config.method), **digests})
 
     def on(self, workers: Iterable[Hardware]) -> Experiment:
         """The same with the workers' kernels, GPUs and libraries in its provenance."""
@@ -102,31 +145,55 @@ class Experiment:
         return new_model(self.config, self.data.vocab_size, torch.device(device), self.pretrained)
 
 
-def prepare_experiment(config: RunConfig, device: torch.device, given: GivenData | None = None
-                       ) -> Experiment:
+def prepare_experiment(config: RunConfig, device: torch.device, given: GivenData | None = None,
+                       site: Site | None = None) -> Experiment:
     """Read the weights and the text, and partition the text into shards.
 
-    device: where this rank computes. given: data in place of --dataset's. InputError if the text or
-    the weights do not fit the settings.
+    device: where this rank computes. given: data in place of --dataset's. site: with --sites, where
+    the text is; at a site of its own text and shards come later (`with_text`), at its server the
+    shards. InputError if the text or the weights do not fit the settings.
     """
+    sites = sites_of(config, given, site)
     pretrained = None
     if config.init_from is not None:
         pretrained = find_pretrained(config.init_from, "--init_from", config.cache_dir)
         config = with_pretrained(config, pretrained)
+    found = Experiment(config, NO_TEXT, Shards([]), pretrained, {}, given, sites, site)
+    if found.at_site:
+        return found
     data = prepare(config.dataset if given is None else given, config.tokenizer,
                    config.sequence_length, config.cache_dir.expanduser(),
                    check=config.partition == "dirichlet",  # whose topics are made of the tokens
                    options=config.text_options)
-    if pretrained is not None:
-        data = with_vocabulary(data, pretrained, config)
-    require_model(config, data.vocab_size, device)
+    data = found.fitting(data, device)
+    if found.real:
+        return found.with_text(data, Shards([]))
+    if sites is not None and site is not None:
+        texts = read_all(sites, site.data, data.tokenizer_path, config.sequence_length,
+                         config.cache_dir)
+        shards = deal_all(sites, texts, config.seed, config.batch_size,
+                          found.federated.site_holdout)
+        return found.with_text(data, shards, partition=sizes_digest(sites, shards.sizes),
+                               sites=sites.digest()[:16], site_texts=texts_digest(texts))
     shards = shards_of(config, data)
-    provenance = {
-        **corpus_digests(data.fingerprint),
-        "partition": shards.digest() if isinstance(config, FederatedConfig) else "",
-        "init_from": None if pretrained is None else pretrained.digest(),
-        "plugin": method_digest(config.method)}
-    return Experiment(config, data, shards, pretrained, provenance, given)
+    return found.with_text(data, shards, partition=shards.digest() if isinstance(
+        config, FederatedConfig) else "")
+
+
+def sites_of(config: RunConfig, given: GivenData | None, site: Site | None) -> Sites | None:
+    """The file of --sites; None without sites. InputError if it does not fit the settings, or where
+    the text lies is not said, or is without sites."""
+    if not isinstance(config, FederatedConfig) or config.sites is None:
+        require(site is None, "--site_data", "(or FEDRUN_SITE_DATA, or others of --site)",
+                "given with --sites FILE alone, of a federated method")
+        return None
+    sites = read_sites(config.sites)
+    require_fit(config, sites)
+    require(given is None, "--sites", config.sites, "none where data are given, which have no site")
+    if site is None:
+        raise InputError(f"--sites {config.sites}: needs --site_data, where the text of the sites "
+                         "is: 'texts/{site}/*.txt'")
+    return sites
 
 
 def require_model(config: RunConfig, vocab_size: int, device: torch.device) -> None:
@@ -136,7 +203,8 @@ def require_model(config: RunConfig, vocab_size: int, device: torch.device) -> N
     shape = config.model
     try:
         count = parameters_of(shape, shape.rows(vocab_size))
-        require_memory(count, BYTES_TO_TRAIN if device.type == "cpu" else BYTES_TO_LOAD, where)
+        require_memory(count, bytes_to_train(config.moments_dtype) if device.type == "cpu"
+                       else BYTES_TO_LOAD, where)
         require_trainable(shape, vocab_size, config.sequence_length, config.init_from is None)
     except InputError as error:
         if str(error).startswith("--"):
@@ -196,7 +264,7 @@ class CorpusCheck:
         self.experiment, self.data = experiment, experiment.data
         self._problem = ""
         self._thread: threading.Thread | None = None
-        if launch.local_rank == 0:
+        if launch.local_rank == 0 and not experiment.at_site:
             self._thread = threading.Thread(target=self._verify, name="fedrun-corpus", daemon=True)
             self._thread.start()
 
@@ -210,12 +278,16 @@ class CorpusCheck:
         except (ValueError, OSError) as error:  # ConnectionError and TimeoutError are among them
             self._problem = str(error)
 
+    def finish(self) -> str:
+        """Wait until all is verified; what is damaged here and cannot be rebuilt, or nothing."""
+        if self._thread is not None:
+            self._thread.join()
+        return self._problem
+
     def agree(self, control: ControlPlane) -> TokenData:
         """All ranks: the corpus, mapped from verified files. RunRefused on all of them if it is
         damaged on some machine and cannot be rebuilt."""
-        if self._thread is not None:
-            self._thread.join()
-        problems = control.gather(self._problem)
+        problems = control.gather(self.finish())
         problem = control.share("" if problems is None else next(filter(None, problems), ""))
         if problem:
             raise RunRefused(problem)
@@ -223,46 +295,6 @@ class CorpusCheck:
 
 
 # ---- hardware and provenance ---------------------------------------------------------------------
-
-def hardware_of_workers(control: ControlPlane, here: Hardware) -> dict[int, Hardware]:
-    """All ranks: the hardware of every worker, by rank. here: this rank's."""
-    everyone = control.share(control.gather(dataclasses.asdict(here)))
-    return {rank: Hardware(**values) for rank, values in enumerate(everyone)
-            if rank >= control.first_worker}
-
-
-def require_alike(workers: Mapping[int, Hardware], deterministic: bool) -> None:
-    """Rank 0: whether the workers compute the same bits.
-
-    Raises RunRefused if they run different kernels, and under --deterministic if anything else
-    differs that decides the last bits; without it that is a warning.
-    """
-    found = differing(workers)
-    if kernels := found.pop("kernels", ""):
-        raise RunRefused(f"--device: the workers run different kernels: {kernels}; use the same "
-                         "installation on all machines")
-    if not found:
-        return
-    line = "; ".join(f"{name} {values}" for name, values in found.items())
-    if deterministic:
-        raise RunRefused(f"--deterministic: the workers differ ({line}), so results would depend "
-                         "on which of them trains a client; must be alike")
-    log(f"the workers differ, and with them the last bits of their clients: {line}", WARNING)
-
-
-def differing(workers: Mapping[int, Hardware]) -> dict[str, str]:
-    """What the workers differ in, by name: each value, and the ranks that have it."""
-    seen = {rank: {"kernels": worker.kernels, "GPU": worker.gpu} | worker.versions
-            for rank, worker in workers.items()}
-    found = {}
-    for name in dict.fromkeys(n for values in seen.values() for n in values):
-        ranks: dict[str, list[int]] = {}
-        for rank, values in seen.items():
-            ranks.setdefault(values.get(name) or "none", []).append(rank)
-        if len(ranks) > 1:
-            found[name] = ", ".join(f"{value} on {named(those)}" for value, those in ranks.items())
-    return found
-
 
 def resolve_dtype(config: RunConfig, workers: Iterable[Hardware]) -> Dtype:
     """What --dtype means on these workers: decided by hardware capability, never by a timing.
@@ -295,17 +327,24 @@ def environment(experiment: Experiment, launch: Launch, workers: Mapping[int, Ha
             "workers": [{"rank": rank, "host": worker.host, "device": worker.device,
                          "device_name": worker.gpu or worker.name}
                         for rank, worker in workers.items()],
+            **({} if experiment.sites is None else {"sites": experiment.sites.listed}),
             "corpus": experiment.data.fingerprint, "made_with": made_with}
 
 
 def identity(experiment: Experiment) -> dict[str, str]:
     """What must be equal on all ranks for their sums to mean anything."""
-    provenance = experiment.provenance
+    provenance, data = experiment.provenance, experiment.data
+    text = {"the tokenised corpus": provenance["content"], "the tokens of the corpus": data.content}
+    if experiment.real:  # what the server has handed out: nothing of a site's text leaves it
+        text = {"the tokenizer": hashlib.sha256(data.tokenizer_json).hexdigest(),
+                "the validation text": hashlib.sha256(data.validation.tobytes()).hexdigest()}
+    if experiment.sites is not None:
+        text |= {"the file of the sites (--sites)": experiment.sites.digest(),
+                 "the text of the sites (--site_data)": provenance.get("site_texts", ""),
+                 "--secure_sum": str(experiment.federated.secure_sum)}
     return ({f"--{k}": json.dumps(v)
              for k, v in settings_equal_on_all_ranks(experiment.config).items()}
-            | {f"version of {k}": v for k, v in versions().items()}
-            | {"the tokenised corpus": provenance["content"],
-               "the tokens of the corpus": experiment.data.content,
-               "the clients' shards": provenance["partition"],
+            | {f"version of {k}": v for k, v in versions().items()} | text
+            | {"the clients' shards": provenance["partition"],
                "the weights of --init_from": str(provenance["init_from"]),
                "the code of the method (--plugin)": provenance["plugin"]})

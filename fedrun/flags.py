@@ -26,6 +26,8 @@ import yaml
 from fedrun.common.errors import InputError, require
 from fedrun.common.old_names import NEW_NAMES, moved, renamed
 from fedrun.config import CentralConfig, FederatedConfig, RunConfig
+from fedrun.data.site_settings import DEALT_BY_SITES, refuse_dealt, require_fit
+from fedrun.data.sites import read_sites
 from fedrun.model.config import ModelConfig, ModelShape, TransformersShape, recorded_shape
 from fedrun.strategies import STRATEGIES, Strategy, strategy_class
 from fedrun.strategies.plugins import load_installed
@@ -159,6 +161,12 @@ def resolve(method: str, flags: Mapping[str, Any]) -> RunConfig:
             raise InputError(f"--config {path}: unknown key {name!r}{hint}")
         values[name] = known[name].parse(value, f"--config {path}: {name} ")
     values |= {name: known[name].parse(value, f"--{name} ") for name, value in flags.items()}
+    given = flags.keys() | chosen.keys()
+    sites = read_sites(values["sites"]) if values.get("sites") else None
+    if sites is not None and "num_clients" not in given:
+        values["num_clients"] = sites.num_clients
+    if values.get("dp", "none") != "none" and "weighting" not in given and "weighting" in values:
+        values["weighting"] = "uniform"  # the only one that goes with it
 
     shapes = flags_of(ModelConfig)
     if not isinstance(model, dict) or (set(model) - set(shapes) and set(model) != {"transformers"}):
@@ -174,7 +182,12 @@ def resolve(method: str, flags: Mapping[str, Any]) -> RunConfig:
     if strategy:
         rest["strategy"] = strategy(
             **{f.name: values.pop(f.name) for f in dataclasses.fields(strategy)})
-    return run_class(method=method, model=shape, **rest, **values)
+    config = run_class(method=method, model=shape, **rest, **values)
+    if sites is not None:
+        for name in DEALT_BY_SITES:  # the default too, where it was asked for
+            refuse_dealt(config, name, name in given)
+        require_fit(config, sites)
+    return config
 
 
 def config_of(values: Mapping[str, Any]) -> RunConfig:
@@ -187,8 +200,8 @@ def config_of(values: Mapping[str, Any]) -> RunConfig:
     run_class, strategy = config_classes(values["method"])
     known = method_flags(values["method"])
     read: dict[str, Any] = {
-        name: Path(value) if name in known and known[name].kind is Path else value
-        for name, value in values.items()} | {"model": recorded_shape(values["model"])}
+        name: Path(value) if name in known and known[name].kind is Path and value is not None
+        else value for name, value in values.items()} | {"model": recorded_shape(values["model"])}
     if strategy:
         read["strategy"] = strategy(**{f.name: read[f.name] for f in dataclasses.fields(strategy)})
     return run_class(**{f.name: read[f.name] for f in dataclasses.fields(run_class)})

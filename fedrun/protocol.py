@@ -9,60 +9,57 @@ the same.
 from __future__ import annotations
 
 import traceback
-from contextlib import suppress
 from dataclasses import replace
-from datetime import timedelta
-from typing import NoReturn, TypeVar
 
 from torch import Tensor
 
-from fedrun.common.errors import Diverged, FedrunError, explain
+from fedrun.common.errors import explain
 from fedrun.common.limits import shortage
-from fedrun.distributed.control_plane import ControlPlane, UnresponsiveRanks
+from fedrun.common.log import ERROR, log
 from fedrun.distributed.runtime import Runtime
 from fedrun.distributed.stopping import StopRequest
 from fedrun.experiment import Experiment
+from fedrun.federation import global_state
+from fedrun.federation.early_end import end
 from fedrun.federation.messages import (
     RoundDecision,
     RoundPlan,
     RoundReport,
     WorkerReport,
-    decode,
-    encode,
+    gather,
+    share,
 )
 from fedrun.federation.schedule import Schedule
 from fedrun.federation.server import Server
+from fedrun.federation.site_keys import (
+    JournalRefused,
+    RoundRefused,
+)
 from fedrun.federation.worker import PeerFailed, Worker
+from fedrun.protecting import protect, secure
 from fedrun.records.checkpoint import Checkpoint
 from fedrun.records.recorder import OnRound
-
-Message = TypeVar("Message")
-Report = TypeVar("Report", WorkerReport, RoundReport)
-
-STORE_SECONDS = 5.0  # to close the client store of a failed run, whose disk may not answer
-MODEL_SECONDS = 60.0  # to send the last model of a failed run, whose workers may not answer
-
-
-class RunEnded(FedrunError, RuntimeError):
-    """All ranks have agreed to end, and the server has printed the reason."""
-
-
-class RunDiverged(RunEnded, Diverged):
-    """The same, because the loss or the parameters are no longer finite."""
+from fedrun.records.site_states import SiteStates
 
 
 def train_federated(experiment: Experiment, runtime: Runtime, stopping: StopRequest,
-                    checkpoint: Checkpoint | None = None, on_round: OnRound | None = None) -> str:
+                    checkpoint: Checkpoint | None = None, on_round: OnRound | None = None,
+                    site_states: SiteStates | None = None) -> str:
     """All ranks: train all rounds, or those that are left after a checkpoint.
 
-    on_round: called on the server when a round is recorded. Returns who asked to stop before the
-    last round, or "" after it. Raises RunEnded on every rank if one rank fails.
+    site_states: at a real site. on_round: called on the server when a round is recorded.
+    Returns who asked to stop before the last round, or "" after it. Raises RunEnded on every rank
+    if one rank fails.
     """
-    schedule = Schedule(experiment.federated, experiment.shards.sizes)
+    schedule = experiment.schedule
     server = make_server(experiment, schedule, runtime, stopping, checkpoint, on_round)
-    worker = make_worker(experiment, schedule, runtime, checkpoint)
+    worker = make_worker(experiment, schedule, runtime, checkpoint, site_states)
     done = checkpoint.step if checkpoint is not None else 0
     try:
+        if experiment.federated.secure_sum:
+            secure(experiment, schedule, server, worker, runtime, done)
+        if experiment.federated.private:
+            protect(experiment, schedule, server, worker, runtime, checkpoint)
         return rounds(server, worker, runtime, stopping, done)
     finally:
         # A single process may live on, and its caller releases the run's folder. One of several
@@ -71,12 +68,16 @@ def train_federated(experiment: Experiment, runtime: Runtime, stopping: StopRequ
             server.recorder.end_thread()
         if worker is not None:
             worker.checkpoint_writer.close()
+            if worker.secure is not None:
+                worker.secure.close()
 
 
 def rounds(server: Server | None, worker: Worker | None, runtime: Runtime, stopping: StopRequest,
            done: int) -> str:
     """All ranks: the rounds after the first `done`. Returns who asked to stop, or ""."""
     control, number, last = runtime.control, done, False
+    may_refuse = any(one is not None and (one.config.sites or one.config.private)
+                     for one in (server, worker))
     while not last:
         number += 1
 
@@ -101,27 +102,34 @@ def rounds(server: Server | None, worker: Worker | None, runtime: Runtime, stopp
         # 4. Sum the terms and update the global model; evaluate it.         workers <-> workers
         report = RoundReport()
         if worker is not None:
-            report = worker.aggregate(plan)
-            if plan.evaluate:
-                report = worker.evaluate(report)
-            if writes:
-                report = worker.check_replicas(report)
-            if decision.stop or (plan.save and not plan.last):
-                worker.save(plan)
-            report = replace(report, written=worker.written())
+            report = aggregate(worker, plan)
+            if not report.failure:
+                if plan.evaluate:
+                    report = worker.evaluate(report)
+                if writes:
+                    report = worker.check_replicas(report)
+                if decision.stop or (plan.save and not plan.last):
+                    worker.save(plan)
+                if decision.stop or plan.save:
+                    report = worker.announce_state(report)
+            report = replace(report, written=worker.checkpoint_writer.written())
         model = copy_model(server, worker, runtime) if plan.evaluate else None
         reports = gather(control, report)                                  # all -> server
 
-        # 5. Check the replicas of what is to be written.                    server -> all
-        if writes:
+        # 5. Check the replicas of what is to be written; with sites or     server -> all
+        #    --dp, the sum of every round.
+        if writes or may_refuse:
             check = share(control, RoundDecision,
                           None if server is None else server.check(plan, reports, model))
             if check.error:
-                end(check, server, worker, runtime, model_is_good=False)
+                end(check, server, worker, runtime)
 
-        # 6. Record the round.                                               server
+        # 6. Record the round, with what a checkpoint of real sites needs.   server
+        state = copy_state(server, worker, runtime, reports) if plan.save or decision.stop else None
         if server is not None:
-            server.record(plan, decision, trained, reports, model)
+            server.record(plan, decision, trained, reports, model, state)
+        if plan.evaluate and not plan.last and runtime.data_plane.of_site:
+            log(f"round {plan.round} is done")
         control.compiling(False)  # what was not compiled before the first round is so now
         last = plan.last or bool(decision.stop)
 
@@ -129,7 +137,10 @@ def rounds(server: Server | None, worker: Worker | None, runtime: Runtime, stopp
     reports = gather(control, worker.finish(plan) if worker is not None else RoundReport())
     if server is not None:
         server.finish(plan, decision, reports)
-    control.share()  # all ranks: nobody leaves before everything is written
+    # All ranks: nobody leaves before everything is written.
+    kept = control.share(None if server is None else server.kept)
+    if worker is not None:
+        worker.keep(kept)
     control.close()  # from here on a peer may be gone
     return "" if plan.last else f"{decision.stop}, after round {plan.round}"
 
@@ -139,15 +150,16 @@ def save_recorded(plan: RoundPlan, server: Server | None, worker: Worker | None,
     """All ranks: make a checkpoint of the plan's round, which is recorded already."""
     report = RoundReport()
     if worker is not None:
-        report = worker.check_replicas(report)
+        report = worker.announce_state(worker.check_replicas(report))
         worker.save(plan)
     reports = gather(runtime.control, report)
     check = share(runtime.control, RoundDecision,
                   None if server is None else server.check(plan, reports, None))
     if check.error:
-        end(check, server, worker, runtime, model_is_good=False)
+        end(check, server, worker, runtime)
+    state = copy_state(server, worker, runtime, reports)
     if server is not None:
-        server.begin_checkpoint(plan)
+        server.begin_checkpoint(plan, state)
 
 
 def make_server(experiment: Experiment, schedule: Schedule, runtime: Runtime,
@@ -166,27 +178,18 @@ def make_server(experiment: Experiment, schedule: Schedule, runtime: Runtime,
         made = experiment.decided("fp32", experiment.data)
     return Server(config, experiment.data, schedule, made.new_model("cpu"), stopping,
                   experiment.provenance, len(runtime.workers), checkpoint,
-                  skips_texts=gpus and not config.deterministic, on_round=on_round)
+                  skips_texts=gpus and not config.deterministic, on_round=on_round,
+                  members=runtime.control.membership)
 
 
 def make_worker(experiment: Experiment, schedule: Schedule, runtime: Runtime,
-                checkpoint: Checkpoint | None) -> Worker | None:
+                checkpoint: Checkpoint | None, site_states: SiteStates | None = None
+                ) -> Worker | None:
     """This rank's worker; None on a rank that only serves."""
     if runtime.worker is None:
         return None
     return Worker(experiment.federated, experiment.data, experiment.shards, schedule,
-                  experiment.new_model(runtime.device), runtime, checkpoint)
-
-
-def share(control: ControlPlane, kind: type[Message], message: Message | None) -> Message:
-    """All ranks: the server's message; the others pass None."""
-    return decode(kind, control.share(None if message is None else encode(message)))
-
-
-def gather(control: ControlPlane, report: Report) -> list[Report]:
-    """All ranks: the reports of all of them in order on the server, an empty list elsewhere."""
-    received = control.gather(encode(report))
-    return [] if received is None else [decode(type(report), values) for values in received]
+                  experiment.new_model(runtime.device), runtime, checkpoint, site_states)
 
 
 def train(worker: Worker | None, plan: RoundPlan, runtime: Runtime, stopping: StopRequest
@@ -200,10 +203,23 @@ def train(worker: Worker | None, plan: RoundPlan, runtime: Runtime, stopping: St
         pass
     except Exception as error:
         runtime.control.fail(error)
-        line = shortage(error) or explain(error)
-        report = (WorkerReport(failure=line) if line
-                  else WorkerReport(traceback=traceback.format_exc()))
+        line, trace = shortage(error) or explain(error) or "", traceback.format_exc()
+        if runtime.control.membership is not None:  # its text stays at the site
+            log(line or "an unexpected error", ERROR, "" if line else trace)
+            line = runtime.control.public(error)
+        report = WorkerReport(failure=line) if line else WorkerReport(traceback=trace)
     return replace(report, signal=stopping.signal)
+
+
+def aggregate(worker: Worker, plan: RoundPlan) -> RoundReport:
+    """Workers: sum and update. A refusal, which every worker raises, is reported, so that all ranks
+    end together."""
+    try:
+        return worker.aggregate(plan)
+    except RoundRefused as error:
+        if isinstance(error, JournalRefused):  # its text stays at the site
+            log(str(error), ERROR)
+        return RoundReport(failure=error.code)
 
 
 def copy_model(server: Server | None, worker: Worker | None, runtime: Runtime) -> Tensor | None:
@@ -213,51 +229,15 @@ def copy_model(server: Server | None, worker: Worker | None, runtime: Runtime) -
     return None if server is None else runtime.control.receive_copy(server.size, server.dtype)
 
 
-def end(decision: RoundDecision, server: Server | None, worker: Worker | None, runtime: Runtime,
-        model_is_good: bool = True) -> NoReturn:
-    """All ranks: end as the server has decided. It prints the reason first: whoever failed may be
-    killed by its CUDA libraries next, and a launcher kills all ranks as soon as one is gone. Nobody
-    leaves before it has saved the model too, if that is good."""
-    if server is not None:
-        server.announce(decision)
-    model, reports = None, list[RoundReport]()
-    if model_is_good:
-        with suppress(UnresponsiveRanks):
-            model, reports = last_model(server, worker, runtime)
-    if server is not None:
-        server.end_early(model, reports)
-    if worker is not None:
-        worker.store.close(STORE_SECONDS)
-    with suppress(UnresponsiveRanks):  # the reason for the end is known
-        runtime.control.share()
-    raise (RunDiverged if decision.kind == "diverged" else RunEnded)(decision.error)
-
-
-def last_model(server: Server | None, worker: Worker | None, runtime: Runtime
-               ) -> tuple[Tensor | None, list[RoundReport]]:
-    """All ranks: the global model, (size,), and the digests of its replicas on the server.
-
-    The model is from the first worker that can still compute a digest of its own, and None if there
-    is none. After an error in a CUDA call a process can make no other, and all hold the same model.
-    """
-    control = runtime.control
-    if server is not None:
-        control.timeout = min(control.timeout, timedelta(seconds=MODEL_SECONDS))
-    reports = gather(control, check_replicas(worker))
-    able = [rank for rank, report in enumerate(reports) if report.replicas]
-    sender = control.share(able[0] if able else None)
-    if sender is None:
-        return None, reports
-    if worker is not None and runtime.rank == sender:
-        control.copy_to_server(worker.global_model)
-    return (None if server is None else
-            control.receive_copy(server.size, server.dtype, sender)), reports
-
-
-def check_replicas(worker: Worker | None) -> RoundReport:
-    """Workers: `Worker.check_replicas`; nothing from a device that has failed, which may be why the
-    run ends."""
-    try:
-        return RoundReport() if worker is None else worker.check_replicas(RoundReport())
-    except RuntimeError:
-        return RoundReport()
+def copy_state(server: Server | None, worker: Worker | None, runtime: Runtime,
+               reports: list[RoundReport]) -> dict[str, Tensor] | None:
+    """First worker of a run of real sites -> server: the global state, as announced in its report.
+    None on other ranks, and in other runs, whose first worker writes it into the run's folder."""
+    if runtime.control.membership is None:
+        return None
+    if worker is not None and runtime.worker == 0:
+        global_state.send(runtime.control, worker.global_state.named())
+    if server is None:
+        return None
+    announced = next((report.state for report in reports if report.state), [])
+    return global_state.receive(runtime.control, announced)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shlex
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,35 +20,44 @@ from fedrun.common.log import ERROR, WARNING, log, print_log
 from fedrun.common.terminal import visible
 from fedrun.config import FederatedConfig, RunConfig
 from fedrun.data.given import GivenData
+from fedrun.data.sites import Site
 from fedrun.data.tokenizer import ids_size
-from fedrun.distributed.connect import NotConnected, exposure
-from fedrun.distributed.control_plane import ControlPlane
+from fedrun.distributed.connect import NotConnected, decline, exposure
+from fedrun.distributed.handshake import Proof
 from fedrun.distributed.launch import Launch, detect
 from fedrun.distributed.runtime import Runtime, build_runtime, choose_device, connect
-from fedrun.distributed.stopping import StopRequest
+from fedrun.distributed.stopping import StopRequest, refuse
 from fedrun.experiment import (
     CorpusCheck,
     Experiment,
     environment,
-    hardware_of_workers,
     identity,
     prepare_experiment,
-    require_alike,
-    resolve_dtype,
+)
+from fedrun.federation.early_end import RunEnded, RunNotBegun
+from fedrun.joining import (
+    agree_on_start,
+    hardware_of_workers,
+    join,
+    problem_of,
+    proof_of,
+    states_of,
+    take_up,
 )
 from fedrun.model.compilation import compile_kernels, use_local_cache
 from fedrun.model.hardware import Hardware, hardware, together
-from fedrun.model.kernels import ignores_determinism, import_warning
-from fedrun.model.precision import exact_fp32
+from fedrun.model.kernels import import_warning
+from fedrun.model.precision import exact_fp32, make_deterministic
 from fedrun.records.checkpoint import latest_step
 from fedrun.records.outcome import read_outcome, write_failure
+from fedrun.records.privacy import write_privacy
 from fedrun.records.recorder import OnRound
 from fedrun.records.restore import finish_from_checkpoint, move_obstacles, warn_of_missing_records
 from fedrun.records.run_dir import ENVIRONMENT
 from fedrun.records.run_files import LOCK
 from fedrun.records.run_lock import guard_run_dir, lock_token, release_run_dir
 from fedrun.records.trackers import check_tracker
-from fedrun.start import RunRefused, StartDecision, decide_start, prepare_run_dir
+from fedrun.start import RunRefused, prepare_run_dir
 from fedrun.unused import idle
 
 SECONDS_TO_SEE_A_FILE = 30.0  # on a network file system
@@ -66,24 +73,36 @@ class Prepared:
     check: CorpusCheck
     launch: Launch
     device: torch.device
+    proof: Proof | None = None
+    """Of who this is, in a run between sites of their own."""
 
 
-def run(config: RunConfig) -> int:
+def run(config: RunConfig, site: Site | None = None) -> int:
     """The command: prepare, connect, train. Returns the exit code: 0 if done or stopped, 1 if the
     run failed and the reason was printed.
+
+    site: the private settings of a run with --sites.
 
     Raises InputError for what the user has to change, before any process group exists.
     """
     launch = detect(os.environ)
     print_log(quiet=launch.local_rank > 0)
-    prepared = prepare(config, launch)
+    try:
+        prepared = prepare(config, launch, site=site)
+    except InputError:
+        if site is not None and site.folder is not None and launch.rank:
+            decline(launch, problem_of(site.name or f"of rank {launch.rank}", "settings"))
+        raise
     try:
         train(prepared)
     except (RunRefused, NotConnected, TooLittle):
         raise
     except Exception as error:
-        report(error, launch)
-        return 1
+        report(error, launch, prepared.experiment.at_site)
+        if not isinstance(error, RunNotBegun):
+            return 1
+        refuse()
+        return 2
     folder = config.run_dir
     if launch.rank == 0 and read_outcome(folder).get("outcome") == "finished":
         log(next_commands(folder))
@@ -98,11 +117,12 @@ def next_commands(folder: Path) -> str:
                    + ("" if ours else f" --data_dir {runs}"))
 
 
-def report(error: Exception, launch: Launch) -> None:
-    """On each rank: print the error that ended a run, unless the server has."""
-    if isinstance(error, protocol.RunEnded):
-        return
-    if isinstance(error, Diverged):
+def report(error: Exception, launch: Launch, at_site: bool = False) -> None:
+    """On each rank: print the error that ended a run, unless the server has, for the same user."""
+    if isinstance(error, RunEnded):
+        if at_site:
+            log(str(error).rpartition("\n")[2], ERROR)
+    elif isinstance(error, Diverged):
         log(str(error), ERROR)
     elif line := shortage(error) or explain(error):
         log(line if launch.alone else f"rank {launch.rank}: {line}", ERROR)
@@ -111,19 +131,22 @@ def report(error: Exception, launch: Launch) -> None:
             "".join(traceback.format_exception(error)))
 
 
-def prepare(config: RunConfig, launch: Launch, data: GivenData | None = None) -> Prepared:
+def prepare(config: RunConfig, launch: Launch, data: GivenData | None = None,
+            site: Site | None = None) -> Prepared:
     """Set this process up, read text and weights, and start to verify them. InputError for what the
     user has to change.
 
-    data: in place of --dataset's.
+    data: in place of --dataset's. site: the private settings of a run with --sites.
     """
     if not isinstance(config, FederatedConfig) and not launch.alone:
         raise InputError(f"central runs in one process, but {launch.world_size} were started: "
                          f"use `python -m fedrun central`")
+    proof = proof_of(config, site, launch)
     if warning := exposure(launch):
         log(warning, WARNING)
     torch.set_num_threads(config.threads)
-    check_tracker(config)
+    if proof is None or not proof.name:  # a site records nothing
+        check_tracker(config)
     device = choose_device(config.device, launch, _dedicated(config))
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL uses the current device
@@ -131,10 +154,13 @@ def prepare(config: RunConfig, launch: Launch, data: GivenData | None = None) ->
     if config.deterministic:
         make_deterministic(config.device != "cpu" and config.dtype != "fp64"
                            and torch.cuda.is_available())
-    experiment = prepare_experiment(config, device, data)
+    experiment = prepare_experiment(config, device, data, site)
     check = CorpusCheck(experiment, launch)
-    _ = experiment.length  # refused before connecting if there is nothing to do
-    return Prepared(config, experiment, check, launch, device)
+    if not experiment.real:  # refused before connecting if there is nothing to do
+        _ = experiment.length
+        if isinstance(config, FederatedConfig):
+            _ = experiment.schedule
+    return Prepared(config, experiment, check, launch, device, proof)
 
 
 def train(prepared: Prepared, on_round: OnRound | None = None) -> None:
@@ -145,7 +171,7 @@ def train(prepared: Prepared, on_round: OnRound | None = None) -> None:
     launch, run_dir = prepared.launch, prepared.experiment.config.run_dir
     try:
         ended = _connect_and_train(prepared, on_round)
-    except (RunRefused, NotConnected, TooLittle, protocol.RunEnded):
+    except (RunRefused, NotConnected, TooLittle, RunEnded):
         raise
     except Exception as error:
         if launch.rank == 0:
@@ -153,8 +179,9 @@ def train(prepared: Prepared, on_round: OnRound | None = None) -> None:
             write_failure(run_dir, line, "diverged" if isinstance(error, Diverged) else "error")
         raise
     finally:
-        release_run_dir(run_dir)
-    if launch.rank == 0:
+        if not prepared.experiment.at_site:
+            release_run_dir(run_dir)
+    if launch.rank == 0 or prepared.experiment.at_site:
         log(ended)
 
 
@@ -163,31 +190,45 @@ def _connect_and_train(prepared: Prepared, on_round: OnRound | None) -> str:
     experiment, launch, device = prepared.experiment, prepared.launch, prepared.device
     config, here = experiment.config, hardware(device)
     remarks = warnings(prepared.given, experiment)
-    with connect(launch, _dedicated(config), config.timeout) as control:
-        data = prepared.check.agree(control)
+    with connect(launch, _dedicated(config), config.timeout, prepared.proof) as control:
+        if control.membership is None:
+            data = prepared.check.agree(control)
+        else:
+            experiment = join(experiment, control, prepared.check, device)
+            data = experiment.data
+            here = replace(here, host=control.membership.host(launch.rank, launch.local_rank))
         workers = hardware_of_workers(control, here)
         experiment = experiment.on(workers.values())
-        start = _agree(control, experiment, workers)
+        states = states_of(experiment, control, prepared.proof)
+        start = agree_on_start(control, experiment, workers, states)
         experiment = experiment.decided(start.dtype, data)
         config = experiment.config
         if config.dtype == "fp32":
             exact_fp32()
         if launch.rank == 0 and (line := describe_gpus(workers)):
             log(line)  # before the workers connect, which can fail
-        token = "" if launch.alone else wait_for_token(config.run_dir, start.token)
-        guard_run_dir(config.run_dir, start.token)
-        runtime = build_runtime(launch, device, control, identity(experiment) | {
-            "the folder of the run (--data_dir must be on a file system that all machines share)":
-            token})
+        same = identity(experiment)
+        if states is not None:
+            states.hold(start.token)
+        else:
+            token = "" if launch.alone else wait_for_token(config.run_dir, start.token)
+            guard_run_dir(config.run_dir, start.token)
+            same |= {} if experiment.real else {
+                "the folder of the run (--data_dir must be on a file system that all machines "
+                "share)": token}
+        runtime = build_runtime(launch, device, control, same)
         if start.finished:
             return (f"finished already: {config.run_dir} (a larger --rounds or --n_epochs trains "
                     "it further, --overwrite starts over)")
-        checkpoint = start.open()
+        checkpoint = take_up(control, experiment, start, states)
         if launch.rank == 0:
             move_obstacles(config.run_dir)
-            prepare_run_dir(config, checkpoint)
+            members = control.membership
+            prepare_run_dir(config, checkpoint, members.run if members else "")
             write_json(config.run_dir / ENVIRONMENT, environment(experiment, launch, workers))
             copy_files(data.tokenizer_path, config.run_dir / "tokenizer")
+            if isinstance(config, FederatedConfig) and config.sites:
+                write_privacy(config, experiment.real, launch.local_world_size > 1)
             if checkpoint is not None:
                 warn_of_missing_records(config, checkpoint)
                 if start.fully_trained:
@@ -195,18 +236,24 @@ def _connect_and_train(prepared: Prepared, on_round: OnRound | None) -> str:
         control.share()  # all ranks: nobody writes into the folder before it is ready
         if start.fully_trained:
             return f"done: {config.run_dir}"
-        stopping = StopRequest(config.run_dir, config.run_dir / LOCK, control.lost_peers, launch)
+        folder = None if experiment.at_site else config.run_dir
+        stopping = StopRequest(folder, folder and folder / LOCK, control.lost_peers, launch)
         with stopping.listening():
-            for warning in launch_warnings(config, launch) + remarks if launch.rank == 0 else []:
+            remarks = launch_warnings(config, launch, experiment.real) + remarks
+            for warning in remarks if launch.rank == 0 else []:
                 log(warning, WARNING)
             compile_in_turn(experiment, runtime, workers)
             if isinstance(config, FederatedConfig):
                 stopped = protocol.train_federated(experiment, runtime, stopping, checkpoint,
-                                                   on_round)
+                                                   on_round, states)
             else:
                 stopped = central.train_central(experiment, device, stopping, checkpoint, on_round)
-        return f"stopped by {stopped}: {config.run_dir} ({_next(config)})" if stopped else (
-            f"done: {config.run_dir}")
+        if states is not None:
+            states.release()
+            ended = f"stopped by {stopped}" if stopped else "done"
+            return f"{ended}: what the run leaves is in the server's folder"
+        return (f"stopped by {stopped}: {config.run_dir} ({_next(config, stopped)})" if stopped else
+                f"done: {config.run_dir}")
 
 
 def describe_gpus(workers: Mapping[int, Hardware]) -> str:
@@ -241,55 +288,17 @@ def compile_in_turn(experiment: Experiment, runtime: Runtime, workers: Mapping[i
         control.share()  # all ranks: wait until these have compiled
 
 
-def _next(config: RunConfig) -> str:
-    """What the same command will do after this run was stopped."""
+def _next(config: RunConfig, stopped: str) -> str:
+    """What the same command will do after this run was stopped, by whom."""
+    if stopped.startswith("--max_epsilon"):
+        return "its next round would pass that"
     step = latest_step(config.run_dir)
     return (f"the same command resumes from step {step}" if step else
             "the same command starts over: no checkpoint was written")
 
 
-def _agree(control: ControlPlane, experiment: Experiment, workers: Mapping[int, Hardware]
-           ) -> StartDecision:
-    """All ranks: how rank 0 decides to start. RunRefused on all of them if it refuses."""
-    config, message = experiment.config, dict[str, Any]()
-    if control.rank == 0:
-        try:
-            require_alike(workers, config.deterministic)
-            message = dataclasses.asdict(decide_start(
-                config, experiment.length, lambda c: resolve_dtype(c, workers.values()),
-                experiment.provenance))
-        except RunRefused as error:
-            message = {"refused": str(error)}
-    message = control.share(message)
-    if "refused" in message:
-        raise RunRefused(message["refused"])
-    return StartDecision(**message)
-
-
 def _dedicated(config: RunConfig) -> bool:
     return isinstance(config, FederatedConfig) and config.server == "dedicated"
-
-
-def make_deterministic(official_kernels: bool) -> None:
-    """Deterministic kernels of torch, cuBLAS, mamba-ssm and causal-conv1d; call before the first of
-    them is imported.
-
-    official_kernels: whether workers take the last two where they are installed: on GPUs, but in
-    fp64. InputError if they have no deterministic mode.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ |= {"MAMBA_DETERMINISTIC": "1", "CAUSAL_CONV1D_DETERMINISTIC": "1"}
-    # Under these mamba-ssm chooses the kernels' blocks by a timing, or otherwise than other ranks.
-    for name in [*os.environ]:
-        if name == "TRITON_CACHE_AUTOTUNING" or name.startswith("TRITON_AUTOTUNE_BLOCK_SIZE_"):
-            del os.environ[name]
-    torch.use_deterministic_algorithms(True)
-    # Nothing here reads memory before it is written; filling it first would cost a pass over it.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if official_kernels and (package := ignores_determinism()):
-        raise InputError("--deterministic: the results would differ from run to run with the "
-                         f"installed {package} (pip install --upgrade); without the package, "
-                         "torch does its part")
 
 
 def wait_for_token(run_dir: Path, token: str) -> str:
@@ -314,12 +323,18 @@ def warnings(given: RunConfig, experiment: Experiment) -> list[str]:
         found.append(f"validation is 1 sequence of {config.sequence_length} tokens, too few for "
                      "its perplexity to say much: more text, a larger --val_fraction or a smaller "
                      "--sequence_length gives more")
+    if getattr(config, "secure_sum", False) and experiment.site and not experiment.site.folder:
+        found.append("--secure_sum hides nothing here: this is a simulation, whose owner has the "
+                     "text of all sites")
     return found + (config.warnings() if isinstance(config, FederatedConfig) else [])
 
 
-def launch_warnings(config: RunConfig, launch: Launch) -> list[str]:
+def launch_warnings(config: RunConfig, launch: Launch, real_sites: bool = False) -> list[str]:
     """The same for how the run was launched, and where."""
     found = []
+    if real_sites and launch.local_world_size > 1:
+        found.append("processes of sites run on the server's machine: this is a demonstration, "
+                     "whose text and updates the owner of the machine can read")
     if isinstance(config, FederatedConfig):
         workers = max(1, launch.world_size - int(_dedicated(config)))
         if workers > config.num_clients:

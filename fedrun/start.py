@@ -6,7 +6,6 @@ Rank 0 decides, holding the lock of the run's folder, and sends its decision to 
 from __future__ import annotations
 
 import dataclasses
-import os
 import secrets
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,7 +20,7 @@ from fedrun.common.log import WARNING, log
 from fedrun.config import Dtype, RunConfig
 from fedrun.records import checkpoint, run_files
 from fedrun.records.checkpoint import Checkpoint
-from fedrun.records.outcome import launch_id, read_outcome, write_outcome
+from fedrun.records.outcome import is_restart, read_outcome, write_outcome
 from fedrun.records.provenance import (
     Length,
     abbreviated,
@@ -32,12 +31,15 @@ from fedrun.records.provenance import (
 from fedrun.records.run_dir import ENVIRONMENT, clear_run_dir, truncate_after
 from fedrun.records.run_lock import lock_run_dir
 from fedrun.records.schema import read_field
+from fedrun.records.site_states import Holdings, new_run_id
 
 _RESUME_VALUES = "auto, never, a run's folder or one of its checkpoints"
 
 
 class RunRefused(InputError):
     """The run cannot start as it was asked to. Raised on all ranks."""
+
+    on_all_ranks = True
 
 
 @dataclass(frozen=True)
@@ -49,26 +51,47 @@ class StartDecision:
     token: str
     """What every rank must read in the lock of the run's folder."""
     checkpoint: str | None = None
-    """The folder of the checkpoint to resume from; None to start from scratch."""
+    """The folder of the checkpoint to resume from; None to start from scratch, and in a run of real
+    sites, which have no such folder."""
+    step: int | None = None
+    """The step of that checkpoint, in any run."""
     finished: bool = False
     """The run is finished: there is nothing to do."""
     fully_trained: bool = False
     """The checkpoint is of the run's last step. Nothing is left to train, but the folder may lack
     files of a finished run."""
 
-    def open(self) -> Checkpoint | None:
-        """On any rank: the checkpoint, which rank 0 has verified."""
-        return None if self.checkpoint is None else checkpoint.open_unverified(
-            Path(self.checkpoint))
+    def open(self, run_dir: Path | None = None) -> Checkpoint | None:
+        """On any rank: the checkpoint, which rank 0 has verified. In a run of real sites on rank 0
+        alone, whose folder of the run is `run_dir`; a site has `SiteStates.open`."""
+        if self.checkpoint is not None:
+            return checkpoint.open_unverified(Path(self.checkpoint))
+        if self.step is None:
+            return None
+        assert run_dir is not None
+        return checkpoint.open_unverified(checkpoint.folder_of(run_dir, self.step))
+
+
+def run_id(config: RunConfig) -> str:
+    """The server of a run of real sites, before it connects: the id of the run in the folder, or a
+    new one where there is none or it is to be replaced. Writes nothing.
+
+    Raises InputError if the folder is not a run's.
+    """
+    recorded = _recorded_config(config)
+    if recorded is None or _starts_over(config):
+        return new_run_id()
+    return str(recorded.get(run_files.RUN_ID) or new_run_id())
 
 
 def decide_start(config: RunConfig, length: Length, resolve_dtype: Callable[[RunConfig], Dtype],
-                 provenance: dict[str, Any]) -> StartDecision:
+                 provenance: dict[str, Any], holdings: Holdings | None = None) -> StartDecision:
     """Rank 0: lock the run's folder and decide how the run starts. Nothing else is written yet.
 
     provenance: what decides the bits besides the settings. For a resumed run, inputs, shards
-    and kernels must be the same; `versions` should be. Raises RunRefused if the folder is in use or
-    cannot be written, is not a run's, or holds another run.
+    and kernels must be the same; `versions` should be. holdings: what real sites hold of the run.
+    Raises RunRefused if the folder is in use or cannot be written, is not a run's, or holds another
+    run, or if the sites hold no step in common.
     """
     path, token = config.run_dir, secrets.token_hex(8)
     try:
@@ -81,10 +104,12 @@ def decide_start(config: RunConfig, length: Length, resolve_dtype: Callable[[Run
                                 resolve_dtype)
         if _starts_over(config):
             recorded = None
+        _refuse_other_owners(config, recorded, holdings)
         finished = None if recorded is None else _finished_step(path)
         if finished == length.steps:
             return StartDecision(_dtype(config, recorded, resolve_dtype), token, finished=True)
-        found = _checkpoint_to_resume(config, recorded, named)
+        found = (_checkpoint_to_resume(config, recorded, named) if holdings is None else
+                 _checkpoint_of_sites(config, recorded, named, holdings))
         if finished is not None:
             _refuse_to_extend(config, length, finished, found)
         if found is None:
@@ -94,7 +119,8 @@ def decide_start(config: RunConfig, length: Length, resolve_dtype: Callable[[Run
         check_provenance(found.provenance, provenance)
         fully_trained = _check_length(config, length, found)
         log(f"resuming from step {found.step}, from {found.folder}")
-        return StartDecision(_dtype(config, found.config, resolve_dtype), token, str(found.folder),
+        return StartDecision(_dtype(config, found.config, resolve_dtype), token,
+                             None if holdings else str(found.folder), found.step,
                              fully_trained=fully_trained)
     except OSError as error:
         raise RunRefused(f"--data_dir {config.data_dir}: the folder {path} cannot be used: "
@@ -103,9 +129,9 @@ def decide_start(config: RunConfig, length: Length, resolve_dtype: Callable[[Run
         raise RunRefused(str(error)) from None
 
 
-def prepare_run_dir(config: RunConfig, found: Checkpoint | None) -> None:
+def prepare_run_dir(config: RunConfig, found: Checkpoint | None, run: str = "") -> None:
     """Rank 0, when all ranks have agreed to start: bring the folder to the state that the start
-    requires. found: the checkpoint to resume from.
+    requires. found: the checkpoint to resume from. run: the id of a run of real sites.
 
     After a kill between any two lines the same command can start from what is left.
     """
@@ -114,31 +140,25 @@ def prepare_run_dir(config: RunConfig, found: Checkpoint | None) -> None:
         checkpoint.delete_after(path, found.step)
         truncate_after(path, found.step)
     else:
-        clear_run_dir(path, lambda: _write_description(config, 0))
-    _write_description(config, 0 if found is None else found.step)
+        clear_run_dir(path, lambda: _write_description(config, 0, run))
+    _write_description(config, 0 if found is None else found.step, run)
 
 
-def _write_description(config: RunConfig, step: int) -> None:
+def _write_description(config: RunConfig, step: int, run: str) -> None:
     write_outcome(config.run_dir, "running", step)
-    write_json(config.run_dir / "config.json", {run_files.MARK: __version__} | config.to_dict())
-
-
-def _is_restart(run_dir: Path) -> bool:
-    """Whether a launcher restarts the job whose run is in this folder."""
-    restarted = any(os.environ.get(name, "0") != "0"
-                    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
-    return restarted and read_outcome(run_dir).get("launch") == launch_id()
+    write_json(config.run_dir / "config.json", {run_files.MARK: __version__} | (
+        {run_files.RUN_ID: run} if run else {}) | config.to_dict())
 
 
 def _overwrites(config: RunConfig) -> bool:
     """Whether the user asked to replace whatever is in the folder."""
-    return config.overwrite and not _is_restart(config.run_dir)
+    return config.overwrite and not is_restart(config.run_dir)
 
 
 def _starts_over(config: RunConfig) -> bool:
     """Whether the user asked to start over. A launcher that restarts the job did not: the flags are
     from the first start."""
-    return _overwrites(config) or (config.resume == "never" and not _is_restart(config.run_dir))
+    return _overwrites(config) or (config.resume == "never" and not is_restart(config.run_dir))
 
 
 def _recorded_config(config: RunConfig) -> dict[str, Any] | None:
@@ -182,7 +202,7 @@ def _folder_to_resume(config: RunConfig) -> Path | None:
     if config.resume in ("auto", "never"):
         return None
     path = Path(config.resume).expanduser()
-    if not path.is_dir() and not _is_restart(config.run_dir):
+    if not path.is_dir() and not is_restart(config.run_dir):
         raise InputError(f"--resume {config.resume}: no such folder; must be {_RESUME_VALUES}")
     return path
 
@@ -193,7 +213,7 @@ def _checkpoint_to_resume(config: RunConfig, recorded: dict[str, Any] | None, na
 
     recorded: settings of the run in the folder. named: the folder that --resume names.
     """
-    restart = _is_restart(config.run_dir)
+    restart = is_restart(config.run_dir)
     if (named is not None and not restart
             and named.resolve().is_relative_to(config.run_dir.resolve())):
         return _checkpoint_in(named)
@@ -208,6 +228,43 @@ def _checkpoint_to_resume(config: RunConfig, recorded: dict[str, Any] | None, na
         log(f"--resume {named} is ignored: {config.run_dir} has checkpoints of its own "
             f"(--overwrite starts over from {named})")
     return own
+
+
+def _checkpoint_of_sites(config: RunConfig, recorded: dict[str, Any] | None, named: Path | None,
+                         holdings: Holdings) -> Checkpoint | None:
+    """The same in a run of real sites, which hold their clients' states of this run alone."""
+    if recorded is not None and holdings.refusal:
+        raise InputError(f"--resume: {holdings.refusal}")
+    if named is None or is_restart(config.run_dir):
+        return None if recorded is None else holdings.newest(config.run_dir)
+    if recorded is None or not named.resolve().is_relative_to(config.run_dir.resolve()):
+        raise InputError(f"--resume {named}: with --site_dir must be auto, never or a checkpoint "
+                         "of this run, since sites hold no clients' states of others; --init_from "
+                         "starts from another run's model")
+    found = _checkpoint_in(named)
+    if lacking := holdings.lacking(found):
+        raise InputError(f"--resume {named}: {', '.join(lacking)} no longer "
+                         f"{'holds' if len(lacking) == 1 else 'hold'} step {found.step}")
+    return found
+
+
+def _refuse_other_owners(config: RunConfig, recorded: dict[str, Any] | None,
+                         holdings: Holdings | None) -> None:
+    """Raise InputError if the run in the folder had other sites than this start, or real ones where
+    this has simulated ones."""
+    if recorded is None:
+        return
+    there, here = recorded.get(run_files.RUN_ID), None if holdings is None else holdings.run
+    if there is None and here is not None:
+        raise InputError(f"--site_dir: the run in {config.run_dir} was started without it, so no "
+                         "site holds its clients' states; choose another --run_name")
+    if there is not None and here is None:
+        raise InputError(f"--site_dir: the run in {config.run_dir} was started with it, so its "
+                         "clients' states are at their sites; give it on all ranks, or choose "
+                         "another --run_name")
+    if there != here:
+        raise InputError(f"{config.run_dir} was changed by another start meanwhile; give the same "
+                         "command again")
 
 
 def _checkpoint_in(path: Path) -> Checkpoint:

@@ -6,7 +6,8 @@ Flags, environment, restarts and log files are those of torchrun (with its stati
 the store differs: torchrun's listens on all addresses of the machine, and with --standalone the
 launcher unpickles what it finds there, which can run any code. This one listens on the loopback, or
 with several machines on the address of MASTER_ADDR, and holds no code. Errors are one line each.
-The exit code is 1 if a rank has failed, as torchrun's.
+The exit code is 1 if a rank has failed, as torchrun's, or the machines did not find each other, and
+2 if the user must change something.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not (why := str(error) if expected else shortage(error)):
             raise
         _say(f"error: {' '.join(why.split())}")
-        return 2
+        return 1 if isinstance(error, FedrunError) and error.may_pass else 2
 
 
 def _say(line: str) -> None:
@@ -73,6 +74,7 @@ def launch(argv: Sequence[str]) -> int:
         InputError: the user must change something.
         ConnectionError: the machines did not find each other.
     """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what torch's store warns of, we say
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

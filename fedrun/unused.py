@@ -38,6 +38,16 @@ def _one_client(config: Any) -> str:
     return "with one client in a round" if config.cohort_size == 1 else ""
 
 
+def _no_outer(config: Any) -> str:
+    """Of a central run; a method whose server has these flags always uses them."""
+    return "without --outer_every" if getattr(config, "outer_every", 1) is None else ""
+
+
+def _without_momentum(config: Any) -> str:
+    momentum = getattr(config, "strategy", config).server_momentum
+    return _no_outer(config) or ("" if momentum else "with --server_momentum 0")
+
+
 # Flag -> a function that says why it has no effect under a config; empty if it has one.
 IDLE: dict[str, Callable[[Any], str]] = {
     "n_epochs": _rounds,
@@ -52,13 +62,19 @@ IDLE: dict[str, Callable[[Any], str]] = {
     "prox_mu": lambda c: "with --local_updates 1" if c.local_updates == 1 else "",
     "client_store": lambda c: "with one client, whose state always stays in place"
     if c.num_clients == 1 else "",
+    "moments_every": lambda c: "" if c.client_moments == "average_sqrt"
+    else "without --client_moments average_sqrt",
+    "dp_dir": lambda c: "" if c.private else "without --dp client or example",
     "weighting": _one_client,
     "temperature": _one_client,
     "entropy_holdout": lambda c: "" if c.strategy.entropy_on == "holdout"
     else "with --entropy_on validation",
     "fisher_microbatches": lambda c: "" if c.strategy.fisher == "corrected"
     else "without --fisher corrected",
-    "momentum_form": lambda c: "" if c.strategy.server_momentum else "with --server_momentum 0"}
+    "momentum_form": _without_momentum,
+    "server_lr": _no_outer,
+    "server_momentum": _no_outer,
+    "server_momentum_warmup": _without_momentum}
 
 
 def idle(config: RunConfig) -> dict[str, str]:

@@ -16,8 +16,9 @@ import torch
 from fedrun import run as run_module
 from fedrun.common.errors import InputError
 from fedrun.data.tokens import TokenData
-from fedrun.experiment import require_alike, resolve_dtype, versions
+from fedrun.experiment import resolve_dtype, versions
 from fedrun.flags import resolve
+from fedrun.joining import require_alike
 from fedrun.model.hardware import Hardware, gpu_versions, hardware
 from fedrun.run import compile_in_turn, describe_gpus
 from fedrun.start import RunRefused

@@ -37,6 +37,7 @@ def test_same_bits_in_1_2_3_and_5_processes(run: Run) -> None:
     assert histories[0][-1]["server_val_ppl"] < histories[0][0]["server_val_ppl"]
 
 
+@pytest.mark.slow
 def test_seven_clients_on_three_workers_and_a_colocated_server(run: Run) -> None:
     flags = ("--num_clients", 7, "--rounds", 3, "--local_updates", 2)
     alone = run("fed_avg", *flags, name="alone")
@@ -47,6 +48,7 @@ def test_seven_clients_on_three_workers_and_a_colocated_server(run: Run) -> None
     assert without_clocks(alone) == without_clocks(three) == without_clocks(colocated)
 
 
+@pytest.mark.slow
 def test_float_sums_agree_to_rounding(run: Run) -> None:
     flags = ("--num_clients", 4, "--rounds", 4)
     exact = run("fed_avg", *flags, name="exact").model
@@ -58,6 +60,7 @@ def test_float_sums_agree_to_rounding(run: Run) -> None:
             torch.testing.assert_close(value, exact[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_more_workers_than_clients_warns_and_helps_to_evaluate(run: Run) -> None:
     alone = run("fed_avg", "--num_clients", 2, "--rounds", 2, name="alone")
     many = run("fed_avg", "--num_clients", 2, "--rounds", 2, processes=5, name="many")
@@ -67,6 +70,7 @@ def test_more_workers_than_clients_warns_and_helps_to_evaluate(run: Run) -> None
     assert without_clocks(many) == without_clocks(alone)
 
 
+@pytest.mark.slow
 def test_the_flag_deterministic_changes_no_bit_on_a_cpu(run: Run) -> None:
     runs = [run("fed_fisher", "--num_clients", 2, "--rounds", 2, "--deterministic", value,
                 name=value) for value in ("false", "true")]
@@ -74,6 +78,7 @@ def test_the_flag_deterministic_changes_no_bit_on_a_cpu(run: Run) -> None:
     assert runs[0].bits == runs[1].bits
 
 
+@pytest.mark.slow
 def test_one_client_equals_central_on_the_same_batches(run: Run) -> None:
     central = run("central", "--rounds", 5, "--dtype", "fp64", name="central")
     federated = run("fed_avg", "--num_clients", 1, "--rounds", 5, "--dtype", "fp64", name="fed")
@@ -84,6 +89,7 @@ def test_one_client_equals_central_on_the_same_batches(run: Run) -> None:
         assert math.isclose(ours["server_val_loss"], theirs["val_loss"], abs_tol=1e-9)
 
 
+@pytest.mark.slow
 def test_sync_epoch_lets_clients_drift(run: Run) -> None:
     flags = ("--num_clients", 2, "--batch_size", 64, "--rounds", 8)
     every_round = run("fed_avg", *flags, name="round")
@@ -98,6 +104,7 @@ def test_sync_epoch_lets_clients_drift(run: Run) -> None:
     assert epoch.history[-1]["server_val_ppl"] > every_round.history[-1]["server_val_ppl"]
 
 
+@pytest.mark.slow
 def test_resetting_moments_changes_the_run(run: Run) -> None:
     flags = ("--num_clients", 2, "--rounds", 3)
     keep, reset = (run("fed_avg", *flags, "--client_moments", s, name=s) for s in ("keep", "reset"))
@@ -153,7 +160,7 @@ def test_what_a_central_run_writes(run: Run) -> None:
     assert record["val_ppl"] < outcome.history[0]["val_ppl"]
 
 
-@pytest.mark.parametrize("processes", [1, 4])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_client_that_raises_ends_every_rank(run: Run, processes: int) -> None:
     """In the middle of local training: the others break off theirs, which would take minutes."""
     outcome = run("fed_avg", "--num_clients", 3, "--rounds", 3, "--local_updates", 400,
@@ -166,6 +173,7 @@ def test_a_client_that_raises_ends_every_rank(run: Run, processes: int) -> None:
                      outcome.output)
 
 
+@pytest.mark.slow
 def test_the_outcome_names_a_worker_that_fails_after_the_decision(run: Run, tmp_path: Path) -> None:
     """When the others wait for it in a collective, and learn only that it is gone."""
     outcome = run("fed_avg", "--num_clients", 3, "--rounds", 9, processes=4, script=FAULTY,
@@ -177,9 +185,9 @@ def test_the_outcome_names_a_worker_that_fails_after_the_decision(run: Run, tmp_
     assert "rank 2 failed with OSError: [Errno 28] No space left" in reported["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "why"), [
-    ("nan", "delta not finite"),
-    pytest.param("beyond", "delta exceeds its bound: 4", marks=pytest.mark.slow)])
+    ("nan", "delta not finite"), ("beyond", "delta exceeds its bound: 4")])
 def test_an_update_that_cannot_be_used_is_left_out(run: Run, fault: str, why: str) -> None:
     env = {"FAULT": fault, "FAULT_CLIENT": "1", "FAULT_STEP": "1"}  # its second round
     runs = [run("fed_avg", "--num_clients", 3, "--rounds", 3, processes=n, script=FAULTY, env=env,
@@ -204,6 +212,7 @@ def test_when_no_client_is_left_the_last_good_model_is_kept(run: Run) -> None:
     assert outcome.bits == good.bits
 
 
+@pytest.mark.slow
 def test_two_uneven_nodes_with_static_rendezvous(run: Run, cache_dir: Path, tmp_path: Path) -> None:
     """Two torchrun agents, as on two machines: 3 processes (with the server) and 2."""
     flags = ("--num_clients", "5", "--rounds", "2")

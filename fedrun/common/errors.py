@@ -3,23 +3,53 @@ torch."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import ClassVar, Literal
+
+ErrorCode = Literal["", "memory", "disk", "text", "settings", "plan", "few", "masks", "journal",
+                    "diverged", "noise", "spent", "bug"]
+"""All that leaves a site of an error there, whose own text may name files or quote text."""
+ERROR_TEXTS: dict[ErrorCode, str] = {
+    "": "",
+    "memory": "out of memory, threads or open files",
+    "disk": "a file or folder there cannot be read or written",
+    "text": "its text cannot be read, or is too little for its clients",
+    "settings": "a setting or a package does not work there",
+    "plan": "the server's plan is not the one that the settings give",
+    "few": "fewer than three sites have a finite update",
+    "masks": "the masks or their keys do not match",
+    "journal": "its journal refuses the sum, or cannot be written",
+    "diverged": "the loss or the parameters are not finite",
+    "noise": "the noise cannot be drawn, or what it costs not be written down",
+    "spent": "it would cost more than --max_epsilon",
+    "bug": "an unexpected error"}
 
 
 class FedrunError(Exception):
     """Raised on purpose; its message is one line for the user, printed without a traceback."""
 
+    code: ClassVar[ErrorCode] = "bug"
+    """What leaves a site of it."""
+    on_all_ranks: ClassVar[bool] = False
+    """Whether all ranks raise it alike, so that none has to hear of it from another."""
+    may_pass: ClassVar[bool] = False
+    """Whether the same start may succeed later, though the user changes nothing."""
+
 
 class InputError(FedrunError, ValueError):
     """The user must change something: a flag, a file or a folder. The message names it."""
 
+    code: ClassVar[ErrorCode] = "settings"
+
 
 class Diverged(FedrunError, RuntimeError):
     """The loss or the parameters are no longer finite."""
+
+    code = "diverged"
 
 
 class FolderLost(FedrunError, RuntimeError):
@@ -27,6 +57,8 @@ class FolderLost(FedrunError, RuntimeError):
 
 
 Failure = Literal["error", "diverged"]  # why a run failed, in its outcome.json
+_TOO_FEW = (errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EAGAIN)
+_SHORTAGE = ("allocate memory", "out of memory", "bad_alloc", "start new thread")
 
 
 def require(condition: bool, flag: str, value: object, accepted: str) -> None:
@@ -73,6 +105,24 @@ def explain(error: BaseException) -> str | None:
             return line
         cause = cause.__cause__
     return None
+
+
+def error_code(error: BaseException) -> ErrorCode:
+    """What may leave a site of an error there; "bug" for what is neither a FedrunError's nor the
+    machine's fault."""
+    if isinstance(error, FedrunError) and error.code != "bug":
+        return error.code
+    cause: BaseException | None = error
+    while cause is not None:
+        low = one_line(cause).lower()
+        number = cause.errno if isinstance(cause, OSError) else None
+        if (isinstance(cause, MemoryError) or number in _TOO_FEW
+                or any(words in low for words in _SHORTAGE)):
+            return "memory"
+        if isinstance(cause, OSError) and not isinstance(cause, ConnectionError | TimeoutError):
+            return "disk"
+        cause = cause.__cause__
+    return "bug"
 
 
 def _explain_system_error(error: BaseException) -> str | None:

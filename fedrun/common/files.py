@@ -34,13 +34,15 @@ class DamagedFile(InputError):
     """A file exists, but its content is wrong. The message starts with its path."""
 
 
-def write_atomic(path: Path, *content: bytes | memoryview, durable: bool = True) -> None:
+def write_atomic(path: Path, *content: bytes | memoryview, durable: bool = True,
+                 secret: bool = False) -> None:
     """Write a file atomically: neither a reader nor a crash can ever find half of it.
 
     A new file, with the permissions that the umask leaves, replaces the old one.
 
     content: pieces of the content, in order.
     durable: wait until the file is on the disk; otherwise it may be lost in a power failure.
+    secret: with permissions for the owner alone, from the beginning.
 
     Raises:
         OSError: it cannot be written; the error names the file.
@@ -52,7 +54,8 @@ def write_atomic(path: Path, *content: bytes | memoryview, durable: bool = True)
         make_folder(path.parent)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp gives 600
+            if not secret:
+                os.fchmod(file.fileno(), 0o666 & ~_umask())  # mkstemp gives 600
             for piece in content:
                 file.write(piece)
             file.flush()

@@ -7,12 +7,16 @@ that uses fedrun as a library receives them from `logging.getLogger("fedrun")`.
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import time
+from contextlib import suppress
 from logging import ERROR, INFO, WARNING
+from pathlib import Path
 
 from fedrun.common.terminal import visible
 
-__all__ = ["ERROR", "INFO", "LOGGER", "WARNING", "log", "print_log"]
+__all__ = ["ERROR", "INFO", "LOGGER", "WARNING", "keep_log", "log", "print_log"]
 LOGGER = logging.getLogger("fedrun")
 _PREFIXES = {INFO: "fedrun: ", WARNING: "fedrun: warning: ", ERROR: "fedrun: error: "}
 
@@ -39,6 +43,36 @@ def print_log(quiet: bool = False, to_stderr: bool = False) -> None:
     else:
         LOGGER.addHandler(_Terminal(to_stderr))
     LOGGER.setLevel(WARNING if quiet else INFO)
+
+
+def keep_log(path: Path) -> None:
+    """Also append all messages, and their tracebacks, to a file for its owner alone. OSError if
+    this file cannot be written."""
+    for handler in LOGGER.handlers:
+        if isinstance(handler, _File) and handler.path == path:
+            return
+    os.close(_open(path))
+    LOGGER.addHandler(_File(path))
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+
+
+class _File(logging.Handler):
+    """Appends each message in one write, since several processes share the file. A disk that is
+    full later on costs the message, not the run."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
+        text = (f"{getattr(record, 'trace', '')}{when} process {os.getpid()} "
+                f"{record.levelname.lower()}: {record.getMessage()}\n")
+        with suppress(OSError), open(_open(self.path), "wb") as file:
+            file.write(text.encode(errors="backslashreplace"))
 
 
 class _Terminal(logging.Handler):

@@ -71,7 +71,10 @@ def _build(entry: Path, work: Path, dataset: Source, tokenizer: str, options: Te
             split: write_ids(work / f"{split}.bin", rows, loaded, dtype, f"--tokenizer {tokenizer}",
                              options.row_separator)
             for split, rows in (("train", corpus.train), ("validation", corpus.validation))
+            if split == "train" or rows is not corpus.train
         }
+        if corpus.validation is corpus.train:  # nothing is held out
+            shutil.copyfile(work / "train.bin", work / "validation.bin")
         documents = corpus.documents.in_tokens(row_tokens["train"])
         if isinstance(dataset, GivenData) and dataset.by_client:
             uncut, documents = documents.starts[-1], _cut_clients(
@@ -106,7 +109,8 @@ def _build(entry: Path, work: Path, dataset: Source, tokenizer: str, options: Te
         entry.rename(damaged)
     work.rename(entry)
     shutil.rmtree(damaged, ignore_errors=True)
-    log(f"{'tokenised' if isinstance(corpus, Corpus) else 'wrote'} {sum(tokens.values()):,} tokens "
+    made = tokens["train"] + tokens["validation"] * (corpus.validation is not corpus.train)
+    log(f"{'tokenised' if isinstance(corpus, Corpus) else 'wrote'} {made:,} tokens "
         f"in {time.perf_counter() - started:.1f} s")
     return meta
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import numpy as np
 
@@ -22,23 +23,36 @@ from fedrun.data.tokens import TokenData
 class Shards:
     """Which sequences of the train split each client owns: what it trains on, what it holds out.
 
-    One array for each client: indices of rows of `data.train`, int64, ascending.
+    One array for each client: indices of rows of `data.train`, int64, ascending; with sites, of
+    rows of the text of the client's site.
     """
 
     train: list[np.ndarray]
     holdout: list[np.ndarray] = field(default_factory=list)
+    texts: list[np.ndarray] = field(default_factory=list)
+    """With sites, for each client the sequences of its site's text, (n, sequence_length)."""
+    held_out: list[np.ndarray] = field(default_factory=list)
+    """With --site_holdout, for each site whose text is here the sequences that none of its clients
+    owns, (n, sequence_length)."""
+    agreed: list[int] = field(default_factory=list)
+    """The number of sequences that each client trains on, where this rank has only some clients'
+    text; empty where it has all."""
 
     @classmethod
     def deal(cls, data: TokenData, *, num_clients: int, partition: str, alpha: float,
-             size_skew: float, seed: int, holdout: float, batch_size: int) -> Shards:
+             size_skew: float, seed: int, holdout: float, batch_size: int,
+             rounded_to: int = 1, rows: np.ndarray | None = None) -> Shards:
         """Deal the sequences out as `client_shards` does, then hold out the end of each shard.
 
         holdout: fraction of each shard that is not trained on; 0 for none. batch_size: sequences
-        that every client must have to train on. InputError as `client_shards`, and for a shard of
-        which nothing can be held out or too little is left to train on.
+        that every client must have to train on. rounded_to: each shard loses its end, down to a
+        multiple of this. rows: of the sequences to deal out, ascending; None: all. InputError as
+        `client_shards`, and for a shard of which nothing can be held out or too little is left to
+        train on.
         """
-        parts = [split_holdout(shard, holdout) for shard in client_shards(
-            data, num_clients, partition, alpha, size_skew, seed)]
+        parts = [split_holdout(shard[:len(shard) - len(shard) % rounded_to], holdout)
+                 for shard in client_shards(data, num_clients, partition, alpha, size_skew, seed,
+                                            rows)]
         for client, (train, held) in enumerate(parts):
             size = len(train) + len(held)
             if holdout and size and not len(held):
@@ -48,6 +62,8 @@ class Shards:
             if len(train) < batch_size:
                 remedies = [f"--batch_size <= {len(train)}"] if len(train) else []
                 remedies += ["a smaller --size_skew"] if size_skew else []
+                remedies += ["a smaller rounded_to"] if rounded_to > 1 else []
+                remedies += ["a smaller --site_holdout"] if rows is not None else []
                 fewer = "leave the client out" if partition == GIVEN else "fewer --num_clients"
                 raise InputError(
                     f"--partition {partition}: client {client} would train on {len(train)} "
@@ -58,7 +74,11 @@ class Shards:
     @property
     def sizes(self) -> list[int]:
         """The number of sequences that each client trains on."""
-        return [len(shard) for shard in self.train]
+        return self.agreed or [len(shard) for shard in self.train]
+
+    def text_of(self, client: int, data: TokenData) -> np.ndarray:
+        """The sequences that a client's indices are into. data: the run's, without sites."""
+        return self.texts[client] if self.texts else data.train
 
     def digest(self) -> str:
         """16 hex digits of a SHA-256 over all shards, for comparing ranks and resumed runs."""
@@ -75,8 +95,15 @@ def split_holdout(shard: np.ndarray, fraction: float) -> tuple[np.ndarray, np.nd
     return shard[:len(shard) - held], shard[len(shard) - held:]
 
 
+def drawn_rows(n_sequences: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a share of the sequences, rounded down: (the others, the drawn ones), ascending."""
+    count = int(n_sequences * Fraction(str(share)))  # a share as it was typed
+    drawn = _generator(seed, "site_holdout").permutation(n_sequences)[:count]
+    return np.setdiff1d(np.arange(n_sequences), drawn), np.sort(drawn)
+
+
 def client_shards(data: TokenData, n_clients: int, partition: str, alpha: float, size_skew: float,
-                  seed: int) -> list[np.ndarray]:
+                  seed: int, rows: np.ndarray | None = None) -> list[np.ndarray]:
     """The sequences of each client, for a value of --partition.
 
     contiguous, shuffled and dirichlet give each client exactly its share of the sequences (see
@@ -84,12 +111,15 @@ def client_shards(data: TokenData, n_clients: int, partition: str, alpha: float,
     close to the shares as that allows, and give every client at least one. given is who brought
     what, of data that was given client by client.
 
+    Args:
+        rows: of the sequences to deal out, int64, ascending; None: all
     Returns:
         for each client: indices of rows of data.train, int64, ascending
     Raises:
         InputError: there are fewer sequences, documents or sources than clients, or no sources.
     """
-    n_sequences = len(data.train)
+    rows = np.arange(len(data.train)) if rows is None else rows
+    n_sequences = len(rows)
     if partition in ("contiguous", "shuffled", "dirichlet"):
         _require_enough("sequence", n_sequences, n_clients, partition)
     sizes = shard_sizes(n_sequences, n_clients, size_skew, seed)
@@ -100,7 +130,7 @@ def client_shards(data: TokenData, n_clients: int, partition: str, alpha: float,
         owner = random.permutation(np.repeat(np.arange(n_clients), sizes))
     else:
         documents = data.load_documents()
-        document = documents.of_sequences(*data.train.shape)
+        document = documents.of_sequences(*data.train.shape)[rows]
         if partition == "dirichlet":
             topic = data.load_topics().of_document[document]
             owner = deal_topics(topic, document, sizes, alpha, random)
@@ -121,7 +151,7 @@ def client_shards(data: TokenData, n_clients: int, partition: str, alpha: float,
                     f"column with their names ({COLUMN}NAME)")
             owner = deal_whole(documents.source[document], sizes, partition, None)
     bounds = np.cumsum(np.bincount(owner, minlength=n_clients))[:-1]
-    return list(np.split(np.argsort(owner, kind="stable"), bounds))
+    return list(np.split(rows[np.argsort(owner, kind="stable")], bounds))
 
 
 def shard_sizes(n_sequences: int, n_clients: int, size_skew: float, seed: int) -> np.ndarray:

@@ -47,6 +47,7 @@ from fedrun.data.given import GivenData, Source
 from fedrun.data.text_options import TextOptions
 from fedrun.data.tokenizer import bpe_size, load_without_custom_code
 from fedrun.data.topics import Topics, find_topics
+from fedrun.data.validation import ALL_OF_THE_TEXT
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -190,11 +191,13 @@ def prepare(
     }
     vocab_size = meta["fingerprint"]["vocab_size"]
     fewer = "; the text has no more merges" * (vocab_size < (bpe_size(tokenizer) or 0))
-    log(visible(
-        f"{fingerprint['dataset']} with {fingerprint['tokenizer']} (vocabulary of "
-        f"{vocab_size:,}{fewer}): {len(train):,} train and {len(validation):,} validation "
-        f"sequences of {sequence_length} tokens; validation is {fingerprint['validation_from']}"
-    ))
+    held_out = fingerprint["validation_from"]
+    counted = f"{len(train):,} sequences of {sequence_length} tokens" if (
+        held_out == ALL_OF_THE_TEXT) else (
+        f"{len(train):,} train and {len(validation):,} validation sequences of {sequence_length} "
+        f"tokens; validation is {held_out}")
+    log(visible(f"{fingerprint['dataset']} with {fingerprint['tokenizer']} (vocabulary of "
+                f"{vocab_size:,}{fewer}): {counted}"))
     return TokenData(
         train, validation, vocab_size, fingerprint, entry / "tokenizer",
         content=content_digest(meta),

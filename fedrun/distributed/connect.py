@@ -19,9 +19,9 @@ from datetime import timedelta
 from typing import TypeVar
 
 import psutil
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from fedrun.common.errors import FedrunError
+from fedrun.common.errors import FedrunError, InputError
 from fedrun.common.log import WARNING, log
 from fedrun.distributed.launch import Launch
 
@@ -30,11 +30,20 @@ SECONDS_OF_SILENCE = 10.0  # after which a wait is explained
 SECONDS_BETWEEN_LINES = 60.0
 STORE_TIMEOUT = timedelta(seconds=15)  # for one answer; looking for silent ranks takes 6 s
 _HERE = "here"
+_REFUSED = "refused"  # key in the store: why a rank that is not coming has ended
+TIME_TO_DECLINE = timedelta(seconds=5)
+SECONDS_BETWEEN_CALLS = 0.5  # at most, while ranks wait for each other
 Result = TypeVar("Result")
 
 
 class NotConnected(FedrunError, ConnectionError):
     """The ranks did not find each other; the message gives the reason and what to do."""
+
+
+class PeersMissing(NotConnected):
+    """Others did not come or are gone."""
+
+    may_pass = True
 
 
 class NoAnswer(FedrunError, RuntimeError):
@@ -126,26 +135,27 @@ def reach(address: str, port: int, bound: timedelta, served_before: bool) -> TCP
                 break
             except OSError as error:
                 if served_before and isinstance(error, ConnectionRefusedError):
-                    raise NotConnected(f"nothing listens at {address}:{port}: the launcher of "
+                    raise PeersMissing(f"nothing listens at {address}:{port}: the launcher of "
                                        "rank 0 has ended") from None
                 why = str(error)
             if time.monotonic() > deadline:
-                raise NotConnected(f"MASTER_ADDR {address}, MASTER_PORT {port}: could not connect "
+                raise PeersMissing(f"MASTER_ADDR {address}, MASTER_PORT {port}: could not connect "
                                    f"to rank 0's store within {bound.total_seconds():g} s ({why})")
             time.sleep(0.2)
         try:
             return answered(lambda: TCPStore(address, port, None, False, bound,
                                              wait_for_workers=False), bound)
         except RuntimeError as error:
-            raise NotConnected(f"MASTER_ADDR {address}, MASTER_PORT {port}: what listens there "
+            raise PeersMissing(f"MASTER_ADDR {address}, MASTER_PORT {port}: what listens there "
                                "does not respond as a store: it is suspended, or another program "
                                f"({str(error).splitlines()[0]})") from None
 
 
-def answered(call: Callable[[], Result], bound: timedelta) -> Result:
+def answered(call: Callable[[], Result], bound: timedelta,
+             hopeless: Callable[[], bool] = lambda: False) -> Result:
     """Call a store and return its answer. NoAnswer if there is none within `bound`: most calls have
-    no timeout of their own, and the process that serves the store may be stopped. The thread that
-    made the call is then left behind."""
+    no timeout of their own, and the process that serves the store may be stopped; or as soon as it
+    is `hopeless`, which is asked often. The thread that made the call is then left behind."""
     outcome: list[Result | Exception] = []
 
     def run() -> None:
@@ -156,7 +166,9 @@ def answered(call: Callable[[], Result], bound: timedelta) -> Result:
 
     thread = threading.Thread(target=run, name="fedrun-store", daemon=True)
     thread.start()
-    thread.join(bound.total_seconds())
+    deadline = time.monotonic() + bound.total_seconds()
+    while thread.is_alive() and (left := deadline - time.monotonic()) > 0 and not hopeless():
+        thread.join(min(left, 0.1))
     if not outcome:
         raise NoAnswer(f"no answer within {bound.total_seconds():g} s")
     if isinstance(outcome[0], Exception):
@@ -170,7 +182,7 @@ def wait_for_all(store: Store, number: int, count: int, bound: timedelta,
     try:
         answered(lambda: roll_call(store, number, count, bound, noun), bound + STORE_TIMEOUT)
     except RuntimeError as error:
-        raise NotConnected("the store of rank 0 does not answer: the process that serves it (rank "
+        raise PeersMissing("the store of rank 0 does not answer: the process that serves it (rank "
                            "0 or its launcher) is stopped or gone "
                            f"({str(error).splitlines()[0]})") from None
 
@@ -191,20 +203,48 @@ def roll_call(store: Store, number: int, count: int, bound: timedelta, noun: str
     def what() -> str:
         gone = missing()
         first = next(n for n in range(count) if n not in gone)
-        return f"for {named(gone, noun)} of {count}" if gone and first == number else ""
+        return (f"for {named(gone, noun)} of {count}, counted from 0"
+                if gone and first == number else "")
 
     pause = 0.02
     with explain_wait(what):
         while store.add(_HERE, 0) < count:
+            if store.check([_REFUSED]):
+                # The process that serves the store may be this one.
+                time.sleep(2 * SECONDS_BETWEEN_CALLS if number == 0 else 0)
+                raise NotConnected(store.get(_REFUSED).decode())
             if time.monotonic() > began + bound.total_seconds():
-                raise NotConnected(f"{named(missing(), noun)} of {count} did not connect within "
-                                   f"{bound.total_seconds():g} s: not started, stopped, or still "
-                                   "reading text")
+                raise PeersMissing(f"{named(missing(), noun)} of {count}, counted from 0, did not "
+                                   f"connect within {bound.total_seconds():g} s: not started, "
+                                   "stopped, or still reading text")
             time.sleep(pause)
-            pause = min(2 * pause, 0.5)
+            pause = min(2 * pause, SECONDS_BETWEEN_CALLS)
     if gone := missing():
         raise NotConnected(f"{count} connected, but not {named(gone, noun)}: each needs a "
                            f"different number from 0 to {count - 1}")
+
+
+def decline(launch: Launch, why: str) -> None:
+    """A rank that cannot start, in place of its first connection: end the `roll_call` of those that
+    wait for it with this line. Returns within seconds, also if rank 0 is not there yet."""
+    with suppress(FedrunError, RuntimeError, KeyError):
+        store = reach(os.environ["MASTER_ADDR"], port_of(os.environ["MASTER_PORT"]),
+                      TIME_TO_DECLINE, served_before=False)
+        answered(lambda: PrefixStore(prefix_of(launch, 0), store).set(_REFUSED, why),
+                 TIME_TO_DECLINE)
+
+
+def prefix_of(launch: Launch, connection: int) -> str:
+    """What the keys of this connection of the ranks, counted from 0, begin with."""
+    return f"attempt{launch.attempt}.{connection}"
+
+
+def port_of(text: str) -> int:
+    """A port's number. InputError for what is none."""
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"MASTER_PORT {text}: must be a port number from 1 to 65535") from None
 
 
 def named(numbers: Iterable[int], noun: str = "rank") -> str:
@@ -262,7 +302,8 @@ def exposure(launch: Launch) -> str:
     ports: list[int] = []
     with suppress(psutil.Error, OSError):
         ports = [c.laddr.port for c in psutil.net_connections("tcp") if c.pid == os.getppid()
-                 and c.status == psutil.CONN_LISTEN and c.laddr and not is_loopback(c.laddr.ip)]
+                 and c.status == psutil.CONN_LISTEN and c.laddr
+                 and c.laddr.ip in ("0.0.0.0", "::")]
     key = f"torch.rendezvous.{os.environ.get('TORCHELASTIC_RUN_ID', '')}"
     c10d = [port for port in ports if _holds(port, key)]
     if not c10d and (not ports or launch.local_world_size < launch.world_size):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, cast
@@ -22,6 +22,7 @@ from torch._C._distributed_c10d import Store
 from fedrun.common.errors import FedrunError
 from fedrun.common.log import ERROR, log
 from fedrun.common.pinned import PinnedMemory
+from fedrun.distributed.handshake import Membership
 from fedrun.distributed.stopping import HEARTBEAT_THREAD, end_process
 
 _FAILED = "failed"  # store key that holds the reason of the first rank that failed
@@ -48,6 +49,10 @@ class ControlPlane:
         self.first_worker = first_worker
         self.rank = dist.get_rank(group) if group else 0
         self.world_size = dist.get_world_size(group) if group else 1
+        self.membership: Membership | None = None
+        """The sites of all ranks, if they have several owners."""
+        self.public: Callable[[BaseException], str] = _type_and_line
+        """What of an exception may leave this process."""
         self._pinned = PinnedMemory()
         self._copy: Tensor | None = None
         self._copy_sent: dist.Work | None = None
@@ -95,6 +100,20 @@ class ControlPlane:
         if failures:
             raise self._unresponsive(failures)
 
+    def share_vector(self, vector: Tensor | None, size: int, dtype: torch.dtype) -> Tensor:
+        """All ranks: return the server's vector, (size,) on the CPU. The argument of other ranks is
+        ignored."""
+        if self.rank == 0:
+            assert vector is not None
+            vector = vector.contiguous()
+            assert (vector.numel(), vector.dtype) == (size, dtype)
+        else:
+            vector = torch.empty(size, dtype=dtype)
+        if self.group is not None and size:
+            with self._naming(0):
+                dist.broadcast(vector, 0, group=self.group)
+        return vector
+
     def copy_to_server(self, vector: Tensor) -> None:
         """A worker, usually the first: start sending a copy of a vector to the server.
 
@@ -102,7 +121,8 @@ class ControlPlane:
         Waits until the previous copy has been sent.
         """
         self.wait_for_copy()
-        if self._copy is None:
+        if self._copy is None or (self._copy.shape, self._copy.dtype) != (vector.shape,
+                                                                          vector.dtype):
             self._copy = self._pinned.empty_like(vector) if vector.is_cuda else (
                 torch.empty_like(vector))
         self._copy.copy_(vector)
@@ -132,9 +152,10 @@ class ControlPlane:
         """A failing rank: report the reason to the others. They see it between local steps, or
         when a collective times out. Only the first failure is recorded; later ones are its
         consequences."""
+        if isinstance(error, FedrunError) and error.on_all_ranks:
+            return  # each prints it at once, without a wait for a store that may be gone
         if self.heartbeat and not isinstance(error, UnresponsiveRanks):
-            self.heartbeat.report_failure(f"rank {self.rank} failed with {type(error).__name__}: "
-                                          f"{str(error).partition(chr(10))[0]}")
+            self.heartbeat.report_failure(f"rank {self.rank} failed with {self.public(error)}")
 
     def peer_failed(self) -> bool:
         """Whether any rank had failed at the last heartbeat; costs nothing."""
@@ -148,7 +169,7 @@ class ControlPlane:
         """A worker: the error for a collective of the workers that will not end. lost: ranks
         without a heartbeat."""
         reason = self.heartbeat.reason if self.heartbeat else ""
-        gone = f"no heartbeat from rank {', '.join(map(str, lost))}" if lost else ""
+        gone = f"no heartbeat from {self._named(lost)}" if lost else ""
         left = f"rank {self.rank} waits for a sum over the workers that will not end"
         return UnresponsiveRanks("; ".join(filter(None, (reason, gone, left)))
                                  + (why and f": {why}"))
@@ -175,13 +196,19 @@ class ControlPlane:
     def _unresponsive(self, failures: dict[int, str]) -> UnresponsiveRanks:
         """The error for ranks that did not answer. Those without a heartbeat come first: the
         others may only be waiting for them."""
-        silent = ", ".join(map(str, failures))
-        dead = ", ".join(map(str, self.lost_peers()))
+        lost = self.lost_peers()
+        dead = f"no heartbeat from {self._named(lost)}, " if lost else ""
         reason = self.heartbeat.reason if self.heartbeat else ""
         return UnresponsiveRanks(
-            f"{reason and f'{reason}; '}{dead and f'no heartbeat from rank {dead}, '}"
-            f"no answer from rank {silent} to rank {self.rank} (dead, stuck, or slower than "
-            f"--timeout {self.timeout.total_seconds():g} s): {next(iter(failures.values()))}")
+            f"{reason and f'{reason}; '}{dead}no answer from {self._named(failures)} to rank "
+            f"{self.rank} (dead, stuck, or slower than --timeout "
+            f"{self.timeout.total_seconds():g} s): {next(iter(failures.values()))}")
+
+    def _named(self, ranks: Iterable[int]) -> str:
+        """Ranks as text, each with its site if the run has several owners: "rank 2 (south), 3"."""
+        sites = self.membership.sites if self.membership else ()
+        return "rank " + ", ".join(f"{rank} ({sites[rank] or 'the server'})" if sites else f"{rank}"
+                                   for rank in ranks)
 
 
 class Heartbeat:
@@ -209,6 +236,7 @@ class Heartbeat:
         self._lock = threading.Lock()
         self._reads = 0  # how often the counters of all ranks were read
         self._stopped = threading.Event()
+        self._ended = threading.Event()  # stopped, or without a store
         self._thread = threading.Thread(target=self._run, name=HEARTBEAT_THREAD, daemon=True)
         self._thread.start()
 
@@ -216,9 +244,14 @@ class Heartbeat:
         try:
             while not self._stopped.wait(self.SECONDS):
                 self._beat()
-        except RuntimeError:  # no store: the run is about to end, or the launcher has died
+        except RuntimeError:
+            # No store: rank 0 or its launcher has ended, and the run with it. The main thread says
+            # why, unless it does not come to ask.
+            self._ended.set()
+            self._reported.set()
             if not self._stopped.wait(6 * self.SECONDS):
-                log(f"rank {self.rank}: the launcher has died: exiting", ERROR)
+                log(f"rank {self.rank}: {self.reason or 'rank 0 or its launcher has ended'}: "
+                    "exiting", ERROR)
                 end_process(1)
 
     def _beat(self) -> None:
@@ -241,7 +274,8 @@ class Heartbeat:
 
     def unresponsive(self) -> list[int]:
         """Ranks whose counter does not change for `silent_beats` beats (takes twice as long). Empty
-        if the store does not answer or this rank has stopped its heartbeat."""
+        if the store does not answer, at once if it is gone or this rank has stopped its
+        heartbeat."""
         with self._lock:
             self._readers += 1
         before, reads = self._read()
@@ -253,15 +287,20 @@ class Heartbeat:
         return [rank for rank, count in before.items() if after[rank] == count]
 
     def _read(self) -> tuple[dict[int, int], int]:
-        self._stopped.wait(self.silent_beats * self.SECONDS)
-        return ({}, 0) if self._stopped.is_set() else (self._counts, self._reads)
+        self._ended.wait(self.silent_beats * self.SECONDS)
+        return ({}, 0) if self._ended.is_set() else (self._counts, self._reads)
 
     def stop(self) -> None:
         """Call before the process ends: a thread inside the store would abort Python's shutdown.
         If the store does not return, the thread is left to `__main__`, which ends the process
         without that shutdown."""
         self._stopped.set()
+        self._ended.set()
         self._thread.join(SECONDS_FOR_STORE)
+
+
+def _type_and_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _encode(message: Any) -> tuple[Tensor, Tensor]:

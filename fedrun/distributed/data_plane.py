@@ -8,40 +8,62 @@ to another process.
 
 Node: the workers that share memory. Those are the workers of one machine, unless they cannot map
 each other's memory; then each of them is a node of its own.
+
+If the workers belong to several sites, a plane is that of one site, with nodes of its workers
+alone, and only its first worker, the leader, sends to other sites: what it has masked before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fedrun.common.errors import FedrunError
 from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.shared_memory import NO_ADDRESS, SharedBuffer
 from fedrun.distributed.waiting import wait_for
 
 
+class Mask(Protocol):
+    """What hides a site's term, and cancels in the sum over all sites."""
+
+    def add_to(self, vector: np.ndarray) -> None:
+        """Add the mask, in place; vector: (size,), of int32 or int64."""
+
+
 class DataPlane:
-    """Sums and maxima over all workers, and vectors shared by the workers of a node.
+    """Sums over all workers, and vectors shared by the workers of a node.
 
     Every method is called by all workers, in the same order. A single worker communicates with
     nobody.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, machine: int | None = None,
-                 control: ControlPlane | None = None) -> None:
-        """machine: ID of this worker's machine; 0 if it cannot share memory. None on every worker
-        (GPUs): all workers use all-reduce, and poll it. control: names ranks that are lost while
-        workers wait for each other; without it their errors are those of torch."""
+                 control: ControlPlane | None = None, of_site: bool = False) -> None:
+        """group: all workers, or those of one site. machine: ID of this worker's machine; 0 if it
+        cannot share memory. None on every worker (GPUs): all workers use all-reduce, and poll it.
+        control: names ranks that are lost while workers wait for each other; without it their
+        errors are those of torch. of_site: whether there are other sites besides."""
         self.group = group if group is not None and dist.get_world_size(group) > 1 else None
         self.worker = dist.get_rank(self.group) if self.group else 0
+        """Index of this worker in the group."""
+        self.workers = dist.get_world_size(self.group) if self.group else 1
+        """How many there are in the group."""
         self.node_workers: tuple[int, ...] = (self.worker,)
         """The workers of this node, in order, including this one."""
         self.bytes_sent = 0
-        """Payload bytes that this worker has sent in sums and maxima."""
-        self.node_leaders = tuple(range(dist.get_world_size(self.group) if self.group else 1))
+        """Payload bytes that this worker has sent in sums."""
+        self.of_site = of_site
+        self.leaders_group: dist.ProcessGroup | None = None
+        """The group of the first workers of all sites. The caller sets it, on these alone."""
+        self.masked = False
+        """Whether a leader sends nothing to other sites without a mask. The caller sets it."""
+        self.node_leaders = tuple(range(self.workers))
         """The first worker of each node."""
         self.inter_node_group = self.group
         """The group of the node leaders. The caller sets it if it is neither all workers nor a
@@ -72,6 +94,11 @@ class DataPlane:
         self._sharing = len(self.node_leaders) < len(machines)
         if len(self.node_leaders) == 1:
             self.inter_node_group = None
+
+    @property
+    def site_leader(self) -> bool:
+        """Whether this is the first worker of its site, or of all if there are no sites."""
+        return self.worker == 0
 
     @property
     def node_rank(self) -> int:
@@ -127,17 +154,15 @@ class DataPlane:
         share = -(-count // len(self.node_workers))
         return range(count)[self.node_rank * share:(self.node_rank + 1) * share]
 
-    def reduce(self, parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Sum vectors over all workers. `parts` come from `allocate`; each worker has filled its
-        own.
+    def reduce(self, parts: Sequence[Tensor], mask: Mask | None = None) -> tuple[Tensor, ...]:
+        """Sum vectors over all workers of all sites. `parts` come from `allocate`; each worker has
+        filled its own. mask: on leaders; added to the sum over the site before it is sent.
 
         Returns buffers; their elementwise sum, in this order, is the result. Read-only until the
         next `barrier`.
         """
-        if self.group is None:
-            return tuple(parts)
-        self.barrier()  # all workers have filled theirs
-        if self.inter_node_group is None:
+        self.barrier()  # all workers of the site have filled theirs
+        if self.inter_node_group is None and not self.of_site:
             return tuple(parts)
         first, *others = parts
         mine = self.section(first.numel())
@@ -145,50 +170,97 @@ class DataPlane:
             first[mine.start:mine.stop].add_(other[mine.start:mine.stop])
         self.barrier()
         if self.node_rank == 0:
-            self._all_reduce(first, group=self.inter_node_group)
-            self.bytes_sent += first.nbytes
+            self._sum_over_groups(first, self.inter_node_group, mask)
         self.barrier()
         return (first,)
 
-    def all_max(self, vector: Tensor) -> None:
-        """Elementwise maximum over all workers, in place."""
+    def sum_words(self, words: Sequence[int], mask: Mask | None = None) -> list[int]:
+        """Sums of integers over all workers of all sites, each modulo 2^64, from -2^63 to 2^63 - 1.
+        mask: as in `reduce`."""
+        vector = self._summable(torch.from_numpy(np.array(
+            [word % (1 << 64) for word in words], np.uint64).view(np.int64)))
+        self._sum_over_groups(vector, self.group, mask)
+        return [int(word) for word in vector]
+
+    def sum_in_site(self, words: Sequence[int]) -> list[int]:
+        """Sums of integers of 64 bits, with their sign, over the workers of this site, each modulo
+        2^64."""
+        vector = self._summable(torch.tensor(words, dtype=torch.int64))
         if self.group is not None:
-            self._all_reduce(vector, dist.ReduceOp.MAX)
+            self._all_reduce(vector)
             self.bytes_sent += vector.nbytes
+        return [int(word) for word in vector]
+
+    def _summable(self, vector: Tensor) -> Tensor:
+        """A vector where the group can sum it: NCCL sums nothing but what is on a GPU. Not run on a
+        GPU."""
+        nccl = self.group is not None and dist.get_backend(self.group) == "nccl"
+        return vector.cuda() if nccl else vector
+
+    def _sum_over_groups(self, vector: Tensor, group: dist.ProcessGroup | None, mask: Mask | None
+                         ) -> None:
+        """Sum a vector over a group of this site, and then over all sites, in place."""
+        if group is not None:
+            self._all_reduce(vector, group=group)
+            self.bytes_sent += vector.nbytes
+        leads = self.of_site and self.site_leader
+        assert leads == (self.leaders_group is not None)
+        assert mask is None or leads
+        if self.leaders_group is not None:
+            if mask is not None:
+                term = vector.cpu()  # the same memory, unless it is on a GPU
+                mask.add_to(term.numpy())
+                vector.copy_(term)
+            elif self.masked:
+                raise FedrunError("a sum over the sites has no mask: nothing is sent")
+            # From here on the vector is one that others may read.
+            self._all_reduce(vector, group=self.leaders_group)
+            self.bytes_sent += vector.nbytes
+        if self.of_site and group is not None:
+            self._broadcast(vector, group)
 
     def barrier(self) -> None:
-        """If any workers share memory: wait until all workers have called this."""
+        """If any workers of the site share memory: wait until all of them have called this."""
         if self._sharing:
             self._all_reduce(torch.zeros(1))
 
     def probe(self, device: torch.device) -> str:
-        """Workers: sum small vectors on a device in every type that rounds use, and take a maximum.
+        """Workers: sum small vectors on a device in every type that rounds use.
 
         Returns the first type whose result is wrong; empty if all are right. The first collective
         of a group also connects its members, so most faults of a network show here.
         """
-        if self.group is None:
-            return ""
+        for group in (self.group, self.leaders_group):
+            if group is not None and (wrong := self._probe(group, device)):
+                return wrong
+        return ""
+
+    def _probe(self, group: dist.ProcessGroup, device: torch.device) -> str:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # each thread has its own
-        count = dist.get_world_size(self.group)
+        rank, count = dist.get_rank(group), dist.get_world_size(group)
         # Of each type the largest integers, so that a sum in a narrower one is wrong.
         for dtype, bits in ((torch.int32, 30), (torch.int64, 62), (torch.float32, 23),
                             (torch.float64, 52)):
             ramp = torch.arange(1, 65, dtype=dtype) * ((1 << bits) // (64 * count))
             total = ramp * count - count * (count - 1) // 2
-            for operation, expected in ((dist.ReduceOp.SUM, total), (dist.ReduceOp.MAX, ramp)):
-                found = (ramp - self.worker).to(device)
-                self._all_reduce(found, operation)
-                if not torch.equal(found.cpu(), expected):
-                    return f"the {operation.name.lower()} of {str(dtype).removeprefix('torch.')}"
+            found = (ramp - rank).to(device)
+            self._all_reduce(found, group)
+            if not torch.equal(found.cpu(), total):
+                return f"the sum of {str(dtype).removeprefix('torch.')}"
         return ""
 
-    def _all_reduce(self, vector: Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
-                    group: dist.ProcessGroup | None = None) -> None:
-        """Reduce a vector over all workers, or over the group, in place."""
-        work = dist.all_reduce(vector, operation, group=group or self.group, async_op=True)
+    def _all_reduce(self, vector: Tensor, group: dist.ProcessGroup | None = None) -> None:
+        """Sum a vector over all workers, or over the group, in place."""
+        work = dist.all_reduce(vector, group=group or self.group, async_op=True)
         wait_for(work, self._control, self._polls)
+
+    def _broadcast(self, vector: Tensor, group: dist.ProcessGroup) -> None:
+        """Send the first member's vector to all others of a group."""
+        wait_for(dist.broadcast(vector, group=group, group_src=0, async_op=True), self._control,
+                 self._polls)
+        if dist.get_rank(group) == 0:
+            self.bytes_sent += vector.nbytes
 
     def _all_gather(self, *numbers: int) -> list[list[int]]:
         """The numbers of every worker, in order."""

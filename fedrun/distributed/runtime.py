@@ -2,16 +2,18 @@
 
 Topology: the control plane is a gloo group of all ranks. The data plane is a group of all workers,
 NCCL on GPUs and gloo on CPUs; if workers share memory on several machines, there is also a group of
-the first worker of each. Rank 0 is the server; in a run of one process it is the only worker too.
+the first worker of each. If workers belong to several sites, each site has these groups for itself,
+and the first workers of all sites have one: no other vector leaves a site. Rank 0 is the server; in
+a run of one process it is the only worker too.
 """
 
 from __future__ import annotations
 
 import atexit
 import itertools
-import json
 import os
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,16 +24,20 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore
 
-from fedrun.common.errors import FedrunError, InputError
+from fedrun.common.errors import FedrunError, InputError, one_line
 from fedrun.common.limits import require_files, shortage
 from fedrun.common.log import WARNING, log
+from fedrun.distributed.comparison import compare
 from fedrun.distributed.connect import (
     LOOPBACK,
+    NoAnswer,
     NotConnected,
     answered,
     explain_wait,
     listen,
     named,
+    port_of,
+    prefix_of,
     reach,
     serve,
     served_by_launcher,
@@ -39,14 +45,17 @@ from fedrun.distributed.connect import (
 )
 from fedrun.distributed.control_plane import ControlPlane, Heartbeat, UnresponsiveRanks
 from fedrun.distributed.data_plane import DataPlane
+from fedrun.distributed.handshake import HandshakeFailed, Membership, Proof, prove
 from fedrun.distributed.launch import Launch, rendezvous
 from fedrun.distributed.shared_memory import machine_id
+from fedrun.distributed.waiting import wait_for_reason
 
 # For all ranks to connect: schedulers start machines at different times.
 STARTUP_TIMEOUT = timedelta(minutes=5)
 SHORTEST_STARTUP = timedelta(minutes=1)  # whatever --timeout is: imports alone take seconds
 # Workers time out later than the server: its message, which names the lost rank, must come first.
 EXTRA_WORKER_TIMEOUT = timedelta(seconds=20)
+SECONDS_FOR_NAME = 5.0  # after which the server has told who is silent
 
 
 def device_index(launch: Launch, dedicated_server: bool, gpus: int) -> int | None:
@@ -156,18 +165,25 @@ class Runtime:
 
 
 @contextmanager
-def connect(launch: Launch, dedicated_server: bool, timeout: float) -> Iterator[ControlPlane]:
+def connect(launch: Launch, dedicated_server: bool, timeout: float, proof: Proof | None = None
+            ) -> Iterator[ControlPlane]:
     """All ranks: connect them for the time of the block. `timeout` (seconds) limits every wait in
-    it.
+    it. proof: of who this rank is, if the run has several owners.
 
     Groups are destroyed only after success: after an error other ranks may be gone, and a
     destructor that waits for them would hide the message.
 
     Raises:
         NotConnected: the ranks did not find each other.
+        HandshakeFailed: somebody is not who they say, or did not say it in time.
         InputError: MASTER_ADDR, MASTER_PORT or GLOO_SOCKET_IFNAME is missing or wrong.
     """
+    assert proof is None or dedicated_server
     if launch.alone:
+        if proof is not None:
+            raise InputError("--site_dir: a run of several sites has a process of the server, rank "
+                             "0, and some of each site; start them with `python -m "
+                             "fedrun.torchrun` on every node")
         yield ControlPlane()
         return
     require_files(launch.world_size)
@@ -175,7 +191,7 @@ def connect(launch: Launch, dedicated_server: bool, timeout: float) -> Iterator[
     os.environ.update(choose_interfaces(launch, os.environ))
     one_machine = launch.local_world_size == launch.world_size
     address = LOOPBACK if one_machine else os.environ["MASTER_ADDR"]
-    port, by_launcher = _port(os.environ["MASTER_PORT"]), served_by_launcher()
+    port, by_launcher = port_of(os.environ["MASTER_PORT"]), served_by_launcher()
     bound = min(STARTUP_TIMEOUT, max(timedelta(seconds=timeout), SHORTEST_STARTUP))
     served = None
     if launch.rank == 0 and not by_launcher:
@@ -184,7 +200,7 @@ def connect(launch: Launch, dedicated_server: bool, timeout: float) -> Iterator[
     # torchrun restarts ranks in place with the same store, which still holds the addresses of the
     # dead ones: each attempt uses keys of its own.
     # So does each run of a program that trains several times.
-    prefix = f"attempt{launch.attempt}.{next(_connections)}"
+    prefix = prefix_of(launch, next(_connections))
     # The heartbeat has its own connection: a call that waits in a store blocks all other calls.
     store, heartbeat_store = (reach(address, port, bound, by_launcher) for _ in range(2))
     wait_for_all(PrefixStore(prefix, store), launch.rank, launch.world_size, bound)
@@ -197,6 +213,8 @@ def connect(launch: Launch, dedicated_server: bool, timeout: float) -> Iterator[
         control = ControlPlane(dist.new_group(backend="gloo", timeout=wait), heartbeat, wait,
                                first_worker=int(dedicated_server))
     try:
+        if proof is not None:
+            control.membership = _membership(control, proof, prefix)
         yield control
     except Exception as error:
         control.fail(error)
@@ -207,11 +225,27 @@ def connect(launch: Launch, dedicated_server: bool, timeout: float) -> Iterator[
     del served  # must live until here
 
 
-def _port(text: str) -> int:
+def _membership(control: ControlPlane, proof: Proof, attempt: str) -> Membership:
+    """All ranks: `prove`. HandshakeFailed also if a rank does not answer, or not in words; then
+    the others read the reason in the store, since no message would reach all of them."""
+    heartbeat = control.heartbeat
+    assert heartbeat is not None
     try:
-        return int(text)
-    except ValueError:
-        raise InputError(f"MASTER_PORT {text}: must be a port number from 1 to 65535") from None
+        return answered(lambda: prove(control, proof, attempt), 5 * control.timeout,
+                        control.peer_failed)
+    except HandshakeFailed:
+        raise
+    except NoAnswer as error:
+        raise HandshakeFailed(heartbeat.reason or f"the handshake failed: {error}") from None
+    except (RuntimeError, ValueError, MemoryError) as error:
+        line = f"the handshake failed: rank {control.rank}: {one_line(error)}"
+        if control.rank and isinstance(error, UnresponsiveRanks):
+            # Where one connection is lost all are, and the server looks for who is silent.
+            wait_for_reason(control, SECONDS_FOR_NAME)
+        else:
+            heartbeat.report_failure(line)
+            time.sleep(2 * Heartbeat.SECONDS)  # this rank may serve the store
+        raise HandshakeFailed(heartbeat.reason or line) from error
 
 
 @contextmanager
@@ -250,28 +284,45 @@ def build_runtime(launch: Launch, device: torch.device, control: ControlPlane,
     if launch.alone:
         return Runtime(launch, device, (0,), control, DataPlane())
     workers = tuple(range(control.first_worker, launch.world_size))
-    compare(control, workers, device, identity)
+    sites, host = control.membership, host_name(launch, control)
+    compare(control, workers, device, identity, host, of_sites=sites is not None)
+    # The workers that sum among themselves first: all, or those of each site.
+    teams = [workers] if sites is None else [sites.workers_of(site) for site in sites.leaders]
     # A collective's error is raised where it is waited for. By default a thread of torch's watches
     # over NCCL, and aborts the process before the ranks that are lost could be named.
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
     # A dedicated server is not a member, so the backend that it names does not matter.
-    with creating_groups(control.heartbeat):
-        data = dist.new_group(list(workers), backend="nccl" if device.type == "cuda" else "gloo",
-                              timeout=control.timeout)
-    plane = DataPlane()
-    if launch.rank in workers:
-        plane = DataPlane(data, None if device.type == "cuda" else machine_id(), control)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    plane, mine = DataPlane(), next((team for team in teams if launch.rank in team), None)
+    with creating_groups(control.heartbeat):  # all ranks, members or not, in this order
+        groups = [dist.new_group(list(team), control.timeout, backend) for team in teams]
+        leaders = None if sites is None else dist.new_group([*sites.leaders.values()],
+                                                            control.timeout, "gloo")
+    if mine is not None:
+        plane = DataPlane(groups[teams.index(mine)],
+                          None if device.type == "cuda" else machine_id(), control,
+                          of_site=sites is not None)
+        plane.leaders_group = leaders if plane.site_leader else None
         probe(plane, device)
-    reports = control.gather({"leaders": [workers[w] for w in plane.node_leaders],
-                              "cannot map on": socket.gethostname() if plane.cannot_map else ""})
-    leaders = control.share(reports and reports[control.first_worker]["leaders"])
-    for host in sorted({report["cannot map on"] for report in reports or []} - {""}):
-        log(f"workers on {host} cannot map each other's memory and use all-reduce, which is slower",
-            WARNING)
-    if 1 < len(leaders) < len(workers):
-        with creating_groups(control.heartbeat):  # all ranks, members or not
-            plane.inter_node_group = dist.new_group(leaders, control.timeout, "gloo")
+    reports = control.gather({"leaders": [mine[w] for w in plane.node_leaders] if mine else [],
+                              "cannot map on": host if plane.cannot_map else ""})
+    senders = control.share(reports and [reports[team[0]]["leaders"] for team in teams])
+    for place in sorted({report["cannot map on"] for report in reports or []} - {""}):
+        log(f"workers on {place} cannot map each other's memory and use all-reduce, which is "
+            "slower", WARNING)
+    with creating_groups(control.heartbeat):  # all ranks, members or not, in this order
+        for team, first in zip(teams, senders, strict=True):
+            if 1 < len(first) < len(team):
+                made = dist.new_group(first, control.timeout, "gloo")
+                plane.inter_node_group = made if team == mine else plane.inter_node_group
     return Runtime(launch, device, workers, control, plane)
+
+
+def host_name(launch: Launch, control: ControlPlane) -> str:
+    """What the others call this machine: by its site, if the run has several owners."""
+    if control.membership is not None:
+        return control.membership.host(launch.rank, launch.local_rank)
+    return socket.gethostname()
 
 
 def probe(plane: DataPlane, device: torch.device) -> None:
@@ -292,69 +343,3 @@ def probe(plane: DataPlane, device: torch.device) -> None:
         advice = "; NCCL_DEBUG=WARN shows more" if device.type == "cuda" else ""
         raise FedrunError(f"--device {device.type}: {library} failed between the workers, on "
                           f"{device} of {socket.gethostname()}: {why}{advice}")
-
-
-def compare(control: ControlPlane, workers: tuple[int, ...], device: torch.device,
-            identity: Mapping[str, str]) -> None:
-    """All ranks: raise the same FedrunError if ranks do not match, or if two use the same GPU."""
-    # Not on a machine whose GPUs are none of this run's business: asking for them opens them.
-    seen = gpus_seen() if identity.get("--device") != json.dumps("cpu") else []
-    gpu = {"gpu": seen[device.index], "gpus here": str(len(seen))} if device.type == "cuda" else {}
-    mine = {**identity, "worker device": device.type, "host": socket.gethostname(), **gpu,
-            "gpus seen": " ".join(seen)}
-    everyone = control.gather(mine)
-    message = "" if everyone is None else difference(everyone, workers)
-    message = control.share(message)
-    if message:
-        raise FedrunError(message)
-    if everyone is not None:
-        for warning in idle_gpus(everyone):
-            log(warning, WARNING)
-
-
-def gpus_seen() -> list[str]:
-    """The UUIDs of the GPUs that this process may use, by index. A dedicated server uses none, and
-    sees those that its launcher has given to it."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    devices = (torch.device("cuda", index) for index in range(count))
-    return [str(torch.cuda.get_device_properties(device).uuid) for device in devices]
-
-
-def difference(everyone: list[dict[str, str]], workers: tuple[int, ...]) -> str:
-    """Why these ranks cannot train together, in one line; empty if they can."""
-    for name in everyone[workers[0]]:
-        if name in ("host", "gpu", "gpus here", "gpus seen"):
-            continue
-        ranks = workers if name.startswith("worker") else range(len(everyone))
-        values = {rank: everyone[rank].get(name) for rank in ranks}
-        if len(set(values.values())) > 1:
-            return (f"ranks differ in {name}: {values}; use the same command and the same "
-                    "installation on all ranks")
-    owner: dict[str, int] = {}
-    for rank in workers:
-        gpu = everyone[rank].get("gpu")
-        if gpu is not None and owner.setdefault(gpu, rank) != rank:
-            gpus = everyone[rank]["gpus here"]
-            return (f"ranks {owner[gpu]} and {rank} use the same GPU {gpu} on "
-                    f"{everyone[rank]['host']}, which has {gpus}: start one worker per GPU (and "
-                    "the server); each worker then hosts more clients")
-    return ""
-
-
-def idle_gpus(everyone: list[dict[str, str]]) -> list[str]:
-    """A warning for each machine with GPUs that no worker uses, if workers use GPUs at all."""
-    used: dict[str, set[str]] = {}  # by host
-    seen: dict[str, set[str]] = {}
-    for rank in everyone:
-        used.setdefault(rank["host"], set()).update({rank["gpu"]} if "gpu" in rank else ())
-        seen.setdefault(rank["host"], set()).update(rank["gpus seen"].split())
-    found = []
-    for host in seen if any(used.values()) else ():
-        idle, there = seen[host] - used[host], len(seen[host])
-        if idle == {everyone[0]["gpus seen"]}:  # as srun --gpus-per-task 1 gives them out
-            found.append(f"1 of {there} GPUs on {host} is idle, the only one that the server sees: "
-                         "--server colocated uses it")
-        elif idle:
-            found.append(f"{len(idle)} of {there} GPUs on {host} are idle: raise --nproc-per-node "
-                         f"by {len(idle)} to use them")
-    return found

@@ -68,15 +68,16 @@ class StopRequest:
     thread may wait in a collective for as long as a round takes.
     """
 
-    def __init__(self, run_dir: Path, lock: Path, lost_peers: Callable[[], list[int]],
-                 launch: Launch) -> None:
+    def __init__(self, run_dir: Path | None, lock: Path | None,
+                 lost_peers: Callable[[], list[int]], launch: Launch) -> None:
         """run_dir: the folder in which a STOP file is obeyed; lock: the file that rank 0 wrote
-        there when the run began; lost_peers: see `ControlPlane`."""
+        there when the run began; None at a site, which has no such folder and obeys signals and the
+        server's decisions. lost_peers: see `ControlPlane`."""
         self.signal = ""
         """Name of the first signal; empty if there was none."""
-        self._file = run_dir / STOP
+        self._file = None if run_dir is None else run_dir / STOP
         # In the clock of the file system, as STOP's own time is: rank 0 has just written the lock.
-        self._since = lock.stat().st_mtime
+        self._since = 0.0 if lock is None else lock.stat().st_mtime
         self._ignored = ""
         self._last_look = 0.0
         self._lost_peers = lost_peers
@@ -175,7 +176,7 @@ class StopRequest:
     def lost_folder(self) -> str:
         """Server: why the run's folder is no longer this run's; empty while it is. Looks at most
         once a second: opening a file on a network file system is slow."""
-        if time.monotonic() - self._last_look > SECONDS_BETWEEN_LOOKS:
+        if self._file and time.monotonic() - self._last_look > SECONDS_BETWEEN_LOOKS:
             self._last_look = time.monotonic()
             try:
                 check_claim(self._file)
@@ -194,6 +195,8 @@ class StopRequest:
         a requeued job must not obey the file that stopped it before. A file older than the start
         belongs to an earlier run.
         """
+        if self._file is None:
+            return False
         try:
             if self._file.stat().st_mtime < self._since:
                 return False
@@ -217,7 +220,7 @@ class StopRequest:
 
     def obeyed(self) -> None:
         """Server: the run has stopped; remove the STOP file."""
-        if self._file.is_file():
+        if self._file and self._file.is_file():
             self._file.unlink(missing_ok=True)
 
 

@@ -49,13 +49,13 @@ def wait_for(work: dist.Work | None, control: ControlPlane | None, polled: bool)
         timed_out = time.monotonic() - began > SHARE_OF_TIMEOUT * control.timeout.total_seconds()
         lost = control.lost_peers() if timed_out else []
         if not lost:
-            _wait_for_reason(control)
+            wait_for_reason(control, SECONDS_FOR_REASON)
         raise control.left_alone(str(error).splitlines()[0], lost) from error
 
 
-def _wait_for_reason(control: ControlPlane) -> None:
+def wait_for_reason(control: ControlPlane, seconds: float) -> None:
     """Give a rank that has failed, and says why, the time to be heard."""
-    until = time.monotonic() + SECONDS_FOR_REASON
+    until = time.monotonic() + seconds
     while not control.peer_failed() and time.monotonic() < until:
         time.sleep(LONGEST_PAUSE)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,8 +28,17 @@ class LocalLosses:
     """Losses of local training: their sum in nats, and the number of tokens."""
 
     loss_sum: Tensor
-    """0-dim, still on the device. Reading it is the only wait for a GPU, after the last step."""
+    """0-dim, still on the device. Reading it is the only wait for a GPU, after the last step. 0
+    with --dp example, where it is nobody's to know."""
     tokens: int
+    """With --dp example: on average."""
+
+
+class Gradients(Protocol):
+    """Makes the gradients of local steps in another way than from the client's next batch."""
+
+    def write(self, model: Model, client: Client) -> None:
+        """Write the gradient of the client's next step to flat.grad."""
 
 
 class Client:
@@ -56,8 +66,8 @@ class Client:
         self.steps_done = 0
         self.vectors: dict[str, Tensor] = {}
         """More of its state by name, (size,) each. `parameters`: its own model between rounds that
-        do not start from the global one. `residual`: the part of its updates that was not sent yet
-        (see aggregation/int8.py)."""
+        do not start from the global one. `residual`: the part of its updates that was not sent yet,
+        and others of averaged moments (see aggregation/int8.py)."""
 
     def keep_parameters(self) -> None:
         """Keep the worker's parameters as this client's own, for a round that starts from them."""
@@ -65,11 +75,11 @@ class Client:
             self.vectors["parameters"] = torch.empty_like(self.flat.vector)
         self.vectors["parameters"].copy_(self.flat.vector)
 
-    def residual(self) -> Tensor:
-        """The client's residual, (size,); zeros at first."""
-        if "residual" not in self.vectors:
-            self.vectors["residual"] = torch.zeros_like(self.flat.vector)
-        return self.vectors["residual"]
+    def residual(self, name: str) -> Tensor:
+        """One of the client's residuals, (size,); zeros at first."""
+        if name not in self.vectors:
+            self.vectors[name] = torch.zeros_like(self.flat.vector)
+        return self.vectors[name]
 
     def forget(self) -> None:
         """Reset what local training leaves behind, because the update was left out. The residual of
@@ -107,21 +117,20 @@ class Client:
 
     def train(self, model: Model, steps: int, first_step: int,
               between_steps: Callable[[], None] = lambda: None, *, anchor: Tensor | None = None,
-              prox_mu: float = 0.0, fisher: FisherEstimate | None = None) -> LocalLosses:
+              prox_mu: float = 0.0, fisher: FisherEstimate | None = None,
+              gradients: Gradients | None = None) -> LocalLosses:
         """`steps` optimizer steps from where the worker's parameters are, on the next batches.
 
         first_step: index of the first of them in the run, counted from 0, for the schedule.
         With prox_mu, the loss has the term (prox_mu / 2) |w - anchor|^2 (Li et al. 2020, "Federated
         Optimization in Heterogeneous Networks", equation 2). `fisher` estimates the Fisher diagonal
-        from the same gradients, without that term.
+        from the same gradients, without that term. gradients: with --dp example.
         """
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.flat.vector.device)
         tokens = 0
         for step in range(steps):
             between_steps()
-            batch = self.next_batch()
-            loss, count = (model.compute_grad(batch) if fisher is None
-                           else fisher.gradient(model, batch))
+            loss, count = self._gradient(model, fisher, gradients)
             if prox_mu:
                 assert anchor is not None
                 self.flat.grad.add_(self.flat.vector - anchor, alpha=prox_mu)
@@ -130,16 +139,33 @@ class Client:
             tokens += count
         return LocalLosses(loss_sum, tokens)
 
-    def gradient(self, model: Model) -> LocalLosses:
-        """The gradient of the next batch's mean loss in flat.grad; no step."""
-        loss, tokens = model.compute_grad(self.next_batch())
+    def gradient(self, model: Model, gradients: Gradients | None = None) -> LocalLosses:
+        """The gradient of the next batch's mean loss in flat.grad; no step. gradients: with --dp
+        example."""
+        loss, tokens = self._gradient(model, None, gradients)
         return LocalLosses(loss.double(), tokens)
+
+    def _gradient(self, model: Model, fisher: FisherEstimate | None, gradients: Gradients | None
+                  ) -> tuple[Tensor, int]:
+        """Write the gradient of the next step to flat.grad; its batch's summed loss and tokens."""
+        if gradients is not None:
+            gradients.write(model, self)
+            self.steps_done += 1
+            tokens = self.config.batch_size * (self.sequences.shape[1] - 1)
+            return self.flat.vector.new_zeros(()), tokens
+        batch = self.next_batch()
+        return model.compute_grad(batch) if fisher is None else fisher.gradient(model, batch)
 
     def next_batch(self) -> Tensor:
         """(batch_size, sequence_length) token ids, in memory that the next batch overwrites;
         advances the client's position."""
         batch = self.batches.read(self.steps_done, self.sequences, self.shard)
         self.steps_done += 1
+        return self.on_device(batch)
+
+    def on_device(self, batch: np.ndarray) -> Tensor:
+        """A batch of token ids, (sequences, sequence_length) int64, in memory that the next one of
+        its shape overwrites."""
         return self.memory.load(torch.from_numpy(batch))
 
 

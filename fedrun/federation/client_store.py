@@ -5,7 +5,7 @@ and `checkin` replaces it by another, under any names.
 
     OnDevice   where training left it: on a CPU, and for the only client of a worker
     InMemory   pinned host memory, for the clients of a GPU            --client_store memory
-    OnDisk     a file for each client, under clients/ in the run's folder             disk
+    OnDisk     a file for each client, under clients/ of `Folders`                    disk
 
 One thread performs all transfers in FIFO order: a fetch sees the latest `checkin`, and a snapshot
 sees exactly the ones before it. The next client's state is fetched while the client before it
@@ -45,7 +45,7 @@ from fedrun.records.checkpoint import (
     write_tensors,
 )
 from fedrun.records.checkpoint_writer import CheckpointWriter
-from fedrun.records.run_files import CLIENTS
+from fedrun.records.folders import Folders
 
 T = TypeVar("T")
 
@@ -83,14 +83,14 @@ class ClientStore(ABC):
         transfers under way for at most `timeout` seconds."""
 
 
-def make_store(config: FederatedConfig, states: Mapping[int, ClientState], device: torch.device
-               ) -> ClientStore:
+def make_store(config: FederatedConfig, folders: Folders, states: Mapping[int, ClientState],
+               device: torch.device) -> ClientStore:
     """The store of a worker on this device, by --client_store. `states`: of all its clients."""
     if len(states) == 1 or (config.client_store == "memory" and device.type == "cpu"):
         return OnDevice(states)
     if config.client_store == "memory":
         return InMemory(states, device, config.timeout)
-    return OnDisk(config.run_dir / CLIENTS, states, device, config.timeout)
+    return OnDisk(folders.clients, states, device, config.timeout)
 
 
 class OnDevice(ClientStore):

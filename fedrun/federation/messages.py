@@ -13,11 +13,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from fedrun.common.errors import Failure
+from fedrun.common.errors import ErrorCode, Failure
+from fedrun.distributed.control_plane import ControlPlane
+from fedrun.federation.global_state import Vector
 from fedrun.strategies.base import ClientReport
 from fedrun.training.evaluate import Piece
 
 Message = TypeVar("Message")
+Report = TypeVar("Report", "WorkerReport", "RoundReport")
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,9 @@ class RoundPlan:
     last: bool
     stop: str = ""
     """Who asked for an end after this round, which is over: nothing is left but to save it."""
+    kept: list[int] = field(default_factory=list)
+    """The steps whose checkpoints the server has, or may still complete: a real site keeps the
+    states of these alone. Empty in other runs."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,8 @@ class WorkerReport:
     """What a rank reports after local training; a rank that only serves has trained nothing."""
 
     clients: list[ClientReport] = field(default_factory=list)
-    """The clients of the cohort that it hosts."""
+    """The clients of the cohort that it hosts; empty in runs with sites, whose sums are in a tail
+    (see tail.py)."""
     bytes: int = 0
     """Payload of the round if every client were a worker of its own: its term up, the sum down."""
     local_training_seconds: float = 0.0
@@ -74,6 +81,9 @@ class RoundDecision:
     """The kind of failure, if there is one."""
     stop: str = ""
     """Who asked to stop: this round is the last, and a checkpoint is made of it."""
+    model_is_good: bool = True
+    """Whether all workers hold the global model of the last complete round, if there is an error.
+    """
 
 
 @dataclass(frozen=True)
@@ -92,9 +102,22 @@ class RoundReport:
     """Names of replicated vectors with an element that is NaN or infinite."""
     written: list[dict[str, Any]] = field(default_factory=list)
     """Checkpoint files that were written since the last report (`CheckpointWriter.written`)."""
+    tail: list[int] = field(default_factory=list)
+    """In runs with sites, from the first worker: the words of the round's tail (see tail.py)."""
+    site_losses: list[int] = field(default_factory=list)
+    """With --site_holdout, from the first worker: the words of `SiteLosses`."""
+    charged: bool = False
+    """With --dp, from the first worker: whether the round counts. To repeat one that was in the log
+    at the start costs nothing."""
+    failure: ErrorCode = ""
+    """In runs with sites or --dp: why this rank did not update the global model."""
+    state: list[Vector] = field(default_factory=list)
+    """From the first worker of a run of real sites, in a round that is saved: the global state that
+    it sends next."""
 
 
-_NESTED: dict[type, dict[str, type]] = {WorkerReport: {"clients": ClientReport}}
+_NESTED: dict[type, dict[str, type]] = {WorkerReport: {"clients": ClientReport},
+                                       RoundReport: {"state": Vector}}
 """Fields that are lists of dataclasses."""
 
 
@@ -117,3 +140,12 @@ def clients_of(plan: RoundPlan, reports: Sequence[WorkerReport]) -> list[ClientR
     return [by_client[k] for k in plan.cohort]
 
 
+def share(control: ControlPlane, kind: type[Message], message: Message | None) -> Message:
+    """All ranks: the server's message; the others pass None."""
+    return decode(kind, control.share(None if message is None else encode(message)))
+
+
+def gather(control: ControlPlane, report: Report) -> list[Report]:
+    """All ranks: the reports of all of them in order on the server, an empty list elsewhere."""
+    received = control.gather(encode(report))
+    return [] if received is None else [decode(type(report), values) for values in received]

@@ -5,6 +5,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
+from fedrun.data.partition import Shards
+from fedrun.distributed.runtime import Runtime
+
 
 def assign_clients(sizes: Sequence[int], n_workers: int) -> list[list[int]]:
     """The clients of each worker, balanced by work: the largest first, to the least loaded worker.
@@ -22,3 +25,14 @@ def assign_clients(sizes: Sequence[int], n_workers: int) -> list[list[int]]:
         hosted[worker].append(client)
         heapq.heappush(load, (size + sizes[client], count + 1, worker))
     return [sorted(clients) for clients in hosted]
+
+
+def hosted_clients(shards: Shards, runtime: Runtime) -> list[int]:
+    """The clients of this rank's worker, in order; all do the same work in a round.
+
+    At a site: of the clients whose text is here, on the workers of the site.
+    """
+    own = [k for k, shard in enumerate(shards.train) if len(shard)]
+    members, rank = runtime.control.membership, runtime.rank
+    team = runtime.workers if members is None else members.workers_of(members.sites[rank])
+    return [own[place] for place in assign_clients([1] * len(own), len(team))[team.index(rank)]]

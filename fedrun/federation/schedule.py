@@ -9,9 +9,15 @@ import numpy as np
 from fedrun.aggregation.bounds import gradient_bound, update_bound
 from fedrun.common.errors import InputError
 from fedrun.config import FederatedConfig
+from fedrun.data.sites import Sites
 from fedrun.federation.messages import RoundPlan
+from fedrun.privacy import client_level, example_level
+from fedrun.privacy.shares import spread
+from fedrun.secure import FEWEST_SITES
 
 COHORT_STREAM = 1  # the stream of random numbers that cohorts are drawn from
+BALANCED = 0  # key of the permutations that cohorts are cut from; rounds have keys from 1
+REDRAWN = 64  # draws of a cohort, until it has clients of three sites
 
 
 def rounds_per_epoch(config: FederatedConfig, shard_sizes: list[int]) -> int:
@@ -35,12 +41,21 @@ def rounds_per_epoch(config: FederatedConfig, shard_sizes: list[int]) -> int:
 class Schedule:
     """The plans of all rounds, from the config and the sizes of the clients' shards."""
 
-    def __init__(self, config: FederatedConfig, shard_sizes: list[int]) -> None:
-        """shard_sizes: sequences that each client trains on."""
+    def __init__(self, config: FederatedConfig, shard_sizes: list[int],
+                 sites: Sites | None = None) -> None:
+        """shard_sizes: sequences that each client trains on. sites: who owns them, with --sites."""
         self.config = config
         self.shard_sizes = shard_sizes
+        self.sites = sites
         self.rounds_per_epoch = rounds_per_epoch(config, shard_sizes)
         self.rounds = config.rounds or config.n_epochs * self.rounds_per_epoch
+        self.noise = 0.0
+        """The noise multiplier of --dp."""
+        if config.dp == "client":
+            self.noise = client_level.multiplier(config, self.rounds)
+        elif config.dp == "example":
+            self.noise = example_level.multiplier(config, self.rounds, shard_sizes)
+        self._turn = 0, list[np.ndarray]()  # the cohorts of the last one asked for, from 1
 
     def plan(self, number: int, entropy_reference: float, save: bool = False) -> RoundPlan:
         """The plan of round `number`, counted from 1."""
@@ -55,26 +70,106 @@ class Schedule:
         weights = config.strategy.plan_weights(
             [self.shard_sizes[k] * length for k in cohort],
             config.local_updates * config.batch_size * (length - 1))
+        bound = update_bound(drift * config.local_updates, config.lr, config.weight_decay,
+                             config.beta1, config.beta2)
+        if config.dp == "client":
+            assert config.dp_clip is not None
+            weights = [1 / len(cohort)] * len(cohort)
+            of_sum = self.noise if self.sites is None else spread(
+                self.noise, len(self.sites.sites), config.dp_colluding)
+            bound = client_level.update_bound(config.dp_clip, of_sum, len(cohort))
         last = number >= self.rounds
         return RoundPlan(
-            number, cohort, weights,
-            bound=update_bound(drift * config.local_updates, config.lr, config.weight_decay,
-                               config.beta1, config.beta2),
+            number, cohort, weights, bound=bound,
             gradient_bound=gradient_bound(config.strategy, config.batch_size, length),
             entropy_reference=entropy_reference,
             start_from_global=every_round or in_epoch == 0,
             evaluate=number == 1 or number % config.val_freq == 0 or last,
             save=save, last=last)
 
+    def moments(self, number: int) -> tuple[str, ...]:
+        """The moments that a round averages besides the updates. Round 0, before the first, is one
+        that has averaged all: every client starts from them, zeros.
+
+        Moments that are not averaged in every round are so from the second on: those of the first,
+        of a model that knows nothing, mislead for rounds. In eight bits all are, because they need
+        a round before, whose sums say how large moments are."""
+        first = 2 if self.config.aggregation == "int8" else 1
+        return tuple(name for name, every in self.config.averaged_moments.items()
+                     if number == 0 or (number >= first and (number - 2) % every == 0))
+
     def in_epoch(self, number: int) -> int:
         """A round's place in its epoch, from 0; an epoch shorter than a round has that one."""
         return (number - 1) % max(self.rounds_per_epoch, 1)
 
     def cohort(self, number: int) -> list[int]:
-        """The clients of a round, drawn without replacement: a function of (seed, round) alone."""
+        """The clients of a round, drawn without replacement: a function of (seed, round) alone.
+
+        With sites, three or more, they are drawn again until three are among their owners, with
+        --secure_sum or without; if that needs luck, one client of each of three sites comes first.
+        With --dp all train equally often: as many rounds as it takes for each client to train once
+        cut one permutation of the clients into their cohorts, which is drawn again until each of
+        them has clients of three sites.
+        """
         clients, size = self.config.num_clients, self.config.cohort_size
         if size == clients:
             return list(range(clients))
-        entropy = np.random.SeedSequence(self.config.seed, spawn_key=(COHORT_STREAM, number))
-        drawn = np.random.default_rng(entropy).choice(clients, size, replace=False)
+        if self.config.private:
+            turn, place = divmod(number - 1, clients // size)
+            if self._turn[0] != turn + 1:
+                self._turn = turn + 1, self._balanced(turn)
+            return sorted(int(k) for k in self._turn[1][place])
+        drawn = self._drawn(number)
+        if self.sites is None or min(len(self.sites.sites), size) < FEWEST_SITES:
+            return drawn
+        for again in range(1, REDRAWN):
+            if len(set(map(self.sites.site_of, drawn))) >= FEWEST_SITES:
+                return drawn
+            drawn = self._drawn(number, again)
+        random = self._random(number, REDRAWN)
+        chosen = random.permutation(self.sites.names)[:FEWEST_SITES]
+        first = [int(random.choice(self.sites.clients_of(name))) for name in chosen]
+        others = np.setdiff1d(np.arange(clients), first)
+        return sorted([*first, *random.choice(others, size - len(first), replace=False).tolist()])
+
+    def _balanced(self, turn: int) -> list[np.ndarray]:
+        """The cohorts of the rounds in which all clients train once."""
+        clients, size = self.config.num_clients, self.config.cohort_size
+        rounds = clients // size
+        cohorts = np.split(self._random(BALANCED, turn).permutation(clients), rounds)
+        if self.sites is None or min(len(self.sites.sites), size) < FEWEST_SITES:
+            return cohorts
+        for again in range(1, REDRAWN):
+            if all(self._owners(cohort) >= FEWEST_SITES for cohort in cohorts):
+                return cohorts
+            cohorts = np.split(self._random(BALANCED, turn, again).permutation(clients), rounds)
+        return self._spread_over_sites(self._random(BALANCED, turn, REDRAWN), rounds)
+
+    def _spread_over_sites(self, random: np.random.Generator, rounds: int) -> list[np.ndarray]:
+        """Such cohorts where that needs luck: the sites deal their clients to the rounds one after
+        the other, none twice to one round, until each round has clients of three sites; the others
+        fill up what is left, at random. `require_fit` has seen that there are enough."""
+        assert self.sites is not None
+        first: list[int] = []
+        for name in random.permutation(self.sites.names):
+            own = random.permutation(self.sites.clients_of(str(name)))
+            first += own[:min(rounds, FEWEST_SITES * rounds - len(first))].tolist()
+        assert len(first) == FEWEST_SITES * rounds
+        others = random.permutation(np.setdiff1d(np.arange(self.config.num_clients), first))
+        dealt = [np.concatenate(pair) for pair in zip(
+            (first[place::rounds] for place in range(rounds)), np.split(others, rounds),
+            strict=True)]
+        return [dealt[place] for place in random.permutation(rounds)]
+
+    def _owners(self, cohort: np.ndarray) -> int:
+        assert self.sites is not None
+        return len({self.sites.site_of(int(client)) for client in cohort})
+
+    def _drawn(self, *key: int) -> list[int]:
+        drawn = self._random(*key).choice(self.config.num_clients, self.config.cohort_size,
+                                          replace=False)
         return sorted(int(k) for k in drawn)
+
+    def _random(self, *key: int) -> np.random.Generator:
+        return np.random.default_rng(np.random.SeedSequence(
+            self.config.seed, spawn_key=(COHORT_STREAM, *key)))

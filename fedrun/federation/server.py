@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedrun.common.errors import FolderLost, explain
+from fedrun.common.errors import ERROR_TEXTS, FolderLost, explain
 from fedrun.common.log import ERROR, WARNING, log
 from fedrun.common.perplexity import perplexity
 from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData
+from fedrun.distributed.handshake import Membership
 from fedrun.distributed.stopping import StopRequest
 from fedrun.federation import replicas
+from fedrun.federation.cohort_log import CohortLog, RoundSums
 from fedrun.federation.messages import (
     RoundDecision,
     RoundPlan,
@@ -27,12 +29,14 @@ from fedrun.federation.messages import (
     WorkerReport,
     clients_of,
 )
+from fedrun.federation.noise_keeper import RUNS
 from fedrun.federation.schedule import Schedule
+from fedrun.federation.site_holdout import SiteLosses
+from fedrun.federation.spending import Spending
+from fedrun.federation.tail import Tail
 from fedrun.model.base import Model
 from fedrun.model.build import DTYPES
 from fedrun.records.checkpoint import Checkpoint
-from fedrun.records.events import cohort_event
-from fedrun.records.history import cohort_record
 from fedrun.records.outcome import write_failure
 from fedrun.records.recorder import ON_ROUND, OnRound, Recorder
 from fedrun.records.schema import FEDERATED
@@ -41,6 +45,9 @@ from fedrun.training.evaluate import Piece, mean_loss, sample_prompt, sample_tex
 from fedrun.training.optimizer import scheduled_lr
 from fedrun.training.params import FlatParams
 
+AT_SITE = ("journal", "noise", "spent")
+"""Codes of the reasons that a single site may have to refuse a sum."""
+
 
 class Server:
     """Rank 0's part of the protocol."""
@@ -48,27 +55,31 @@ class Server:
     def __init__(self, config: FederatedConfig, data: TokenData, schedule: Schedule,
                  model: Model, stopping: StopRequest, provenance: dict[str, Any], workers: int,
                  checkpoint: Checkpoint | None = None, skips_texts: bool = False,
-                 on_round: OnRound | None = None) -> None:
+                 on_round: OnRound | None = None, members: Membership | None = None) -> None:
         """
         model: the run's model at its start, on the CPU.
         workers: how many there are.
         skips_texts: whether an evaluation goes without a sample text for which training would have
             to wait (see records/sample_texts.py).
         on_round: called when a round is recorded.
+        members: who takes part, if the run has several owners.
         """
+        self.members = members
         self.config, self.data, self.schedule, self.model = config, data, schedule, model
         self.flat = FlatParams(model)
         self.entropy_reference = config.strategy.first_entropy_reference(data.vocab_size,
                                                                          config.cohort_size)
-        self._left_out: list[list[int]] = []  # round and client, since the last record
-        self._left_out_why: list[str] = []
-        self._saved = 0  # the last round whose checkpoint was begun
+        self.cohorts = CohortLog(config, members)
         step, state = (0, None) if checkpoint is None else (checkpoint.step, checkpoint.server)
+        self._saved = step  # the last round whose checkpoint was begun
         if state is not None:
-            self._load(state)
+            self.entropy_reference = state["reference"]
+            self.cohorts.load(state)
         self.recorder = Recorder(config, FEDERATED, schedule.rounds, self.flat, provenance, workers,
-                                 step, state, skips_texts, on_round)
+                                 step, state, skips_texts, on_round, members)
         self.stopping = stopping
+        self.spending: Spending | None = None
+        """With --dp: what it costs (see spending.py)."""
 
     @property
     def size(self) -> int:
@@ -82,12 +93,23 @@ class Server:
 
     def plan(self, number: int) -> RoundPlan:
         """The plan of round `number`, counted from 1; or of the one before it, which is to be the
-        last, if `on_round` has asked for that."""
-        if self.recorder.stop:
+        last, if `on_round` or --max_epsilon asks for that."""
+        asked, spending = ON_ROUND if self.recorder.stop else "", self.spending
+        if spending is not None:
+            asked = asked or spending.ends_before(number)
+        if asked:
             return replace(self.schedule.plan(number - 1, self.entropy_reference), evaluate=False,
-                           save=self._saved < number - 1, stop=ON_ROUND)
-        due = self.recorder.checkpoint_due(number)
-        return self.schedule.plan(number, self.entropy_reference, save=due)
+                           save=self._saved < number - 1, stop=asked)
+        ends = (spending is not None and number < self.schedule.rounds
+                and bool(spending.ends_before(number, number + 1)))
+        plan = self.schedule.plan(number, self.entropy_reference,
+                                  save=ends or self.recorder.checkpoint_due(number))
+        return replace(plan, evaluate=plan.evaluate or ends, kept=self.kept)
+
+    @property
+    def kept(self) -> list[int]:
+        """`RoundPlan.kept`, as it is now."""
+        return self.recorder.checkpoints.kept
 
     def decide(self, plan: RoundPlan, trained: list[WorkerReport]) -> RoundDecision:
         """What happens after local training: all ranks continue, or all end for one reason.
@@ -103,19 +125,23 @@ class Server:
             if report.traceback:
                 return RoundDecision(f"{report.traceback}round {plan.round}: rank {rank} failed "
                                      "with the error above; all ranks end")
-        clients = clients_of(plan, trained)
+        shown = not self.config.sites and self.config.dp != "client"
+        if shown and (error := self._refuse(plan, clients_of(plan, trained))):
+            return error
+        if plan.last:
+            return RoundDecision()  # it ends anyway
+        signals = [report.signal for report in trained if report.signal]
+        return RoundDecision(stop=signals[0] if signals else self.stopping.asked_by())
+
+    def _refuse(self, plan: RoundPlan, clients: list[ClientReport]) -> RoundDecision | None:
+        """The decision on a round whose sum cannot be used."""
         left_out = [c for c in clients if c.left_out]
         if 2 * len(left_out) > len(clients):
             return RoundDecision(f"round {plan.round}: {len(left_out)} of {len(clients)} clients "
                                  f"are left out, more than half ({self._reasons(left_out)}",
                                  "diverged")
         refused = self.config.strategy.refuse_total(math.fsum(c.weight for c in clients))
-        if refused:
-            return RoundDecision(f"round {plan.round}: {refused}")
-        if plan.last:
-            return RoundDecision()  # it ends anyway
-        signals = [report.signal for report in trained if report.signal]
-        return RoundDecision(stop=signals[0] if signals else self.stopping.asked_by())
+        return RoundDecision(f"round {plan.round}: {refused}") if refused else None
 
     def _reasons(self, left_out: list[ClientReport]) -> str:
         """Why these clients are left out, a closing parenthesis, and what to do about it unless a
@@ -135,75 +161,92 @@ class Server:
         the replicas of the global model differ or the model is not finite.
 
         reports: of all ranks, in order; model: the copy that was sent here, (size,), if one was.
+        With sites: also whether their sum was made, and can be used.
         """
+        if unusable := self._unusable(plan, reports):
+            return unusable
         error = replicas.compare(reports, model)
         diverged = any(report.not_finite for report in reports)
         if not error and model is not None and not math.isfinite(mean_loss(_validation(reports))):
             error, diverged = "the validation loss is not finite: --lr may be too large", True
         if not error:
             return RoundDecision()
-        return RoundDecision(f"round {plan.round}: {error}", "diverged" if diverged else "error")
+        noise = ", or the noise of --dp is too strong" if diverged and self.config.private else ""
+        return RoundDecision(f"round {plan.round}: {error}{noise}", "diverged" if diverged else
+                             "error", model_is_good=False)
+
+    def _unusable(self, plan: RoundPlan, reports: list[RoundReport]) -> RoundDecision | None:
+        """With sites: the decision on a round whose sum was not made, or cannot be used."""
+        failed = {rank: report.failure for rank, report in enumerate(reports) if report.failure}
+        if failed:
+            # Where a site refuses the sum, the others see masks that do not cancel.
+            rank = min(failed, key=lambda rank: failed[rank] not in AT_SITE)
+            why = ERROR_TEXTS[failed[rank]]
+            if failed[rank] == "diverged":
+                tail = _tail(reports)
+                why = (f"{sum(tail.left_out.values())} of {len(plan.cohort)} clients are left out, "
+                       f"more than half ({tail.reasons}): --lr {self.config.lr:g} may be too large")
+            elif failed[rank] in AT_SITE and self.members is not None:
+                why = f"site {self.members.sites[rank]}: {why} (its own log says more)"
+            return RoundDecision(f"round {plan.round}: {why}",
+                                 "diverged" if failed[rank] in ("diverged", "few") else "error")
+        if not any(report.tail for report in reports):
+            return None
+        refused = self.config.strategy.refuse_total(_tail(reports).total_weight)
+        return RoundDecision(f"round {plan.round}: {refused}",
+                             model_is_good=False) if refused else None
 
     def record(self, plan: RoundPlan, decision: RoundDecision, trained: list[WorkerReport],
-               reports: list[RoundReport], model: Tensor | None) -> None:
-        """Record a round; `model` (size,) is the global model if it was evaluated."""
-        clients = clients_of(plan, trained)
-        taken = [c for c in clients if not c.left_out]
-        left_out = [c for c in clients if c.left_out]
-        loss_sum = math.fsum(c.loss_sum for c in taken)
-        tokens = sum(c.tokens for c in taken)
+               reports: list[RoundReport], model: Tensor | None,
+               state: dict[str, Tensor] | None = None) -> None:
+        """Record a round; `model` (size,) is the global model if it was evaluated, `state` what
+        real sites send of a round that is saved."""
+        if self.spending is not None:
+            known = self.config.dp == "example" and not self.config.sites
+            clients = clients_of(plan, trained) if known else []
+            sums = self.cohorts.of_private(self.spending, plan, reports, clients, model)
+        elif self.config.sites:
+            sums = self.cohorts.of_tail(plan, _tail(reports))
+        else:
+            clients = clients_of(plan, trained)
+            if entropies := [c.entropy for c in clients
+                             if c.entropy is not None and not c.left_out]:
+                self.entropy_reference = self.config.strategy.next_entropy_reference(entropies)
+            sums = self.cohorts.of_clients(plan, clients)
         steps = self.config.local_updates
         per_client = steps * self.config.batch_size * self.config.sequence_length
         self.recorder.totals.add(
-            len(clients) * per_client, loss_sum, tokens,
+            len(plan.cohort) * per_client, sums.loss_sum, sums.tokens,
             local_training_seconds=max(r.local_training_seconds for r in trained),
             aggregation_seconds=max(r.aggregation_seconds for r in reports),
             evaluation_seconds=max(r.evaluation_seconds for r in reports))
         self.recorder.totals.bytes += sum(report.bytes for report in trained)
-        entropies = [c.entropy for c in taken if c.entropy is not None]
-        if entropies:
-            self.entropy_reference = self.config.strategy.next_entropy_reference(entropies)
-        for client in left_out:
-            self._left_out.append([plan.round, client.client])
-            self._left_out_why.append(client.left_out)
-            log(f"round {plan.round}: client {client.client} is left out: {client.left_out}; its "
-                "moments are reset", WARNING)
         lr = scheduled_lr(self.config, (plan.round - 1) * steps, self.schedule.rounds * steps)
-        record = None if model is None else self._evaluated(plan, clients, reports, model)
-        self.recorder.step(plan.round, perplexity(loss_sum / tokens), lr, record,
-                           left_out=[c.client for c in left_out],
-                           left_out_why=[c.left_out for c in left_out],
-                           clients=cohort_event(clients))
+        record = None if model is None else self._evaluated(plan, sums, reports, model)
+        train_ppl = perplexity(sums.loss_sum / sums.tokens) if sums.tokens else None
+        self.recorder.step(plan.round, train_ppl, lr, record, **sums.event)
         if plan.save or decision.stop:
-            self.begin_checkpoint(plan)
+            self.begin_checkpoint(plan, state)
         self.recorder.commit_checkpoints(report.written for report in reports)
 
-    def begin_checkpoint(self, plan: RoundPlan) -> None:
-        """Keep the server's state after a round, whose workers have begun to write a checkpoint."""
+    def begin_checkpoint(self, plan: RoundPlan, state: dict[str, Tensor] | None = None) -> None:
+        """Keep the server's state after a round, whose workers have begun to write a checkpoint,
+        and the global state that real sites have sent."""
         self._saved = plan.round
-        self.recorder.begin_checkpoint(plan.round, reference=self.entropy_reference,
-                                       left_out=list(self._left_out),
-                                       left_out_why=list(self._left_out_why))
+        spent = {} if self.spending is None else {RUNS: self.spending.runs}
+        self.recorder.begin_checkpoint(plan.round, state, reference=self.entropy_reference,
+                                       **self.cohorts.state(), **spent)
 
-    def _load(self, state: dict[str, Any]) -> None:
-        self.entropy_reference = state["reference"]
-        self._left_out = state["left_out"]
-        # Older checkpoints lack the reasons, because there was only one.
-        self._left_out_why = state.get("left_out_why", ["not finite"] * len(self._left_out))
-
-    def _evaluated(self, plan: RoundPlan, clients: list[ClientReport], reports: list[RoundReport],
+    def _evaluated(self, plan: RoundPlan, sums: RoundSums, reports: list[RoundReport],
                    model: Tensor) -> dict[str, Any]:
         """The history's record of an evaluated round."""
         measured = next(report.measured for report in reports if report.measured)
-        fields = cohort_record(clients, measured, gradients=not self.config.strategy.trains)
-        fields |= {"left_out": self._left_out, "left_out_why": self._left_out_why,
-                   "prompt": sample_prompt(self.data).text}
+        fields = sums.record(measured, not self.config.strategy.trains) | self.cohorts.left_out()
+        if words := next((report.site_losses for report in reports if report.site_losses), []):
+            fields |= SiteLosses(*words).record()
+        fields["prompt"] = sample_prompt(self.data).text
         if self.config.cohort is not None:
             fields["cohort"] = plan.cohort
-        if self.config.eval_clients:
-            fields["client_val_ppls"] = [perplexity(mean_loss(client.validation))
-                                         for client in clients]
-        self._left_out, self._left_out_why = [], []
         return self.recorder.evaluated(plan.round, _validation(reports), model,
                                        lambda: self._sample(model), **fields)
 
@@ -240,8 +283,15 @@ class Server:
     def finish(self, plan: RoundPlan, decision: RoundDecision, reports: list[RoundReport]) -> None:
         """Wait until everything is written, and record how the run ended."""
         self.recorder.finish(plan.round, decision.stop, [report.written for report in reports])
+        if self.spending is not None:
+            log(self.spending.line)
         if not plan.last:
             self.stopping.obeyed()
+
+
+def _tail(reports: list[RoundReport]) -> Tail:
+    """The tail of a round with sites."""
+    return Tail.from_words(next(report.tail for report in reports if report.tail))
 
 
 def _validation(reports: list[RoundReport]) -> list[Piece]:

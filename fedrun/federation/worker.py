@@ -10,17 +10,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.bounds import Bounds
-from fedrun.aggregation.exact import MOMENTS, ExactAggregator
+from fedrun.aggregation.exact import ExactAggregator
 from fedrun.aggregation.int8 import Int8Aggregator
 from fedrun.aggregation.slices import norm
 from fedrun.aggregation.update import ServerUpdate
@@ -31,14 +27,24 @@ from fedrun.distributed.runtime import Runtime
 from fedrun.federation import replicas
 from fedrun.federation.client import Client, mean_entropy
 from fedrun.federation.client_store import make_store
+from fedrun.federation.global_state import GlobalState, layout
 from fedrun.federation.messages import RoundPlan, RoundReport, WorkerReport
-from fedrun.federation.placement import assign_clients
+from fedrun.federation.noise import Noise
+from fedrun.federation.placement import hosted_clients
+from fedrun.federation.reported import reported_vectors
 from fedrun.federation.schedule import Schedule
+from fedrun.federation.secure_sum import TAIL, VECTOR, PlanRefused, SecureSum
+from fedrun.federation.sequence_noise import SequenceNoise
+from fedrun.federation.site_holdout import sum_of_sites
+from fedrun.federation.tail import Tail
 from fedrun.model.base import Model
-from fedrun.records.checkpoint import GLOBAL, Checkpoint, folder_of
+from fedrun.records.checkpoint import GLOBAL, Checkpoint
 from fedrun.records.checkpoint_writer import CheckpointWriter
+from fedrun.records.folders import Folders
+from fedrun.records.site_states import SiteStates
 from fedrun.records.snapshots import save_snapshot, tracked_parameters
 from fedrun.strategies.base import ClientReport, ServerRound
+from fedrun.training import averaged_moments
 from fedrun.training.batch_memory import BatchMemory
 from fedrun.training.evaluate import Piece, validation_pieces
 from fedrun.training.fisher import FisherEstimate
@@ -55,52 +61,60 @@ class Worker:
     """
 
     def __init__(self, config: FederatedConfig, data: TokenData, shards: Shards, schedule: Schedule,
-                 model: Model, runtime: Runtime, checkpoint: Checkpoint | None = None) -> None:
-        """model: the run's model at its start, on this worker's device."""
+                 model: Model, runtime: Runtime, checkpoint: Checkpoint | None = None,
+                 site_states: SiteStates | None = None) -> None:
+        """model: the run's model at its start, on this worker's device. site_states: at a real
+        site."""
         assert runtime.worker is not None
         self.config, self.data, self.shards, self.schedule = config, data, shards, schedule
         self.runtime = runtime
+        self.site_states = site_states
+        self.folders = Folders.of(config) if site_states is None else site_states.folders
         self.strategy = config.strategy
         self.model = model
         self.flat = FlatParams(model)
         plane, vector = runtime.data_plane, self.flat.vector
-        self.global_model = plane.replicated(vector)
-        self.state = {name: plane.replicated(torch.full_like(vector, value))
-                      for name, value in self.strategy.state.items()}
-        average = config.client_moments == "average"
-        self.moments = {name: plane.replicated(torch.zeros_like(vector)) for name in MOMENTS
-                        } if average else None
-        """AdamW's moments averaged over the last cohort, if clients share them."""
+        averaged = tuple(config.averaged_moments)
         self.aggregator: Aggregator
         if config.aggregation == "int8":
             self.aggregator = Int8Aggregator(self.strategy, self.flat.size, vector,
-                                             config.cohort_size, plane)
+                                             config.cohort_size, config.num_clients, plane,
+                                             averaged)
         else:
             self.aggregator = ExactAggregator(self.strategy, self.flat.size, vector,
-                                              config.aggregation == "exact", average, plane)
+                                              config.aggregation == "exact", averaged, plane)
+        self.global_state = GlobalState(config, vector, plane, self.aggregator)
+        self.global_model = self.global_state.model
         self.server_update = ServerUpdate(self.strategy, self.aggregator)
         self.fisher = FisherEstimate(self.flat, self.strategy.fisher_settings
                                      ) if "fisher" in self.strategy.inputs else None
         self.clients = self._host_clients()
-        self.store = make_store(config, {k: c.state() for k, c in self.clients.items()},
-                                runtime.device)
+        self.store = make_store(config, self.folders,
+                                {k: c.state() for k, c in self.clients.items()}, runtime.device)
         self.start = tracked_parameters(self.flat, self.global_model
                                         ) if config.save_client_deltas else {}
-        self.checkpoint_writer = CheckpointWriter()
+        self.checkpoint_writer = CheckpointWriter(None if site_states is None else
+                                                  site_states.seal)
+        self.secure: SecureSum | None = None
+        """With --secure_sum: what is done besides (see secure_sum.py)."""
+        self.noise: Noise | None = None
+        """With --dp: what hides each client in the sum (see noise.py), or each sequence in the
+        gradients (see sequence_noise.py)."""
+        self._trained: list[ClientReport] = []  # of this round
         self._added: list[int] = []  # clients whose terms are in this round's sum
+        self._ready = 0  # the round that was trained to its end
         if checkpoint is not None:
-            self._load(checkpoint)
+            self.global_state.load(checkpoint, warns=self._index == 0)
+            self.store.load(checkpoint)
 
     def _host_clients(self) -> dict[int, Client]:
         """This worker's clients, which share its model, its optimizer and memory for a batch."""
         config, memory = self.config, BatchMemory(self.flat.vector.device)
-        work = [config.local_updates * config.batch_size] * config.num_clients  # in a round
         optimizer = LocalOptimizer(self.flat, config, self.schedule.rounds * config.local_updates)
-        hosted = assign_clients(work, len(self.runtime.workers))[self._index]
-        return {k: Client(k, self.shards.train[k], self.data.train, self.flat, config, optimizer,
-                          keeps_moments=config.client_moments in ("keep", "reset_epoch"),
-                          memory=memory)
-                for k in hosted}
+        return {k: Client(k, self.shards.train[k], self.shards.text_of(k, self.data), self.flat,
+                          config, optimizer,
+                          keeps_moments=config.keeps_moments, memory=memory)
+                for k in hosted_clients(self.shards, self.runtime)}
 
     @property
     def _index(self) -> int:
@@ -112,8 +126,13 @@ class Worker:
 
     def train(self, plan: RoundPlan) -> WorkerReport:
         """Train the hosted clients of the cohort and add each one's term; nothing is sent."""
-        began = time.monotonic()
-        self.aggregator.begin(Bounds(plan.bound, plan.gradient_bound))
+        began, self._ready = time.monotonic(), 0
+        self.keep(plan.kept)
+        self.aggregator.begin(Bounds(plan.bound, plan.gradient_bound, self.config.grad_clip or 1.0),
+                              self.schedule.moments(plan.round))
+        if self.secure is not None:
+            self.secure.begin(plan, self.global_model)
+            self.secure.make_ahead(*self.aggregator.layout)
         weights = dict(zip(plan.cohort, plan.weights, strict=True))
         turns = self._hosted(plan.cohort)
         reports = []
@@ -124,8 +143,11 @@ class Worker:
                 self.store.prefetch(turns[turn])
             reports.append(self._train_client(client, weights[index], plan))
             self.store.checkin(index, client.release_state())
+        self._trained = reports
         self._added = [report.client for report in reports if not report.left_out]
-        return WorkerReport(reports, bytes=2 * len(reports) * self.aggregator.bytes_sent,
+        self._ready = plan.round
+        return WorkerReport([] if self.config.sites or self.config.dp == "client" else reports,
+                            bytes=2 * len(reports) * self.aggregator.bytes_sent,
                             local_training_seconds=time.monotonic() - began)
 
     def _hosted(self, cohort: list[int]) -> list[int]:
@@ -137,21 +159,30 @@ class Worker:
         self.flat.vector.copy_(self.global_model if own is None else own)
         steps = self.config.local_updates
         first_step = (plan.round - 1) * steps
+        hidden = self.noise if isinstance(self.noise, SequenceNoise) else None
+        gradients = None if hidden is None else hidden.gradients
         if self.strategy.trains:
             moments = self.config.client_moments
             if moments == "reset" or (moments == "reset_epoch"
                                       and self.schedule.in_epoch(plan.round) == 0):
                 client.optimizer.reset()
-            if self.moments is not None:
-                client.optimizer.load_moments(self.moments, first_step)
+            if self.global_state.moments is not None:
+                averaged_moments.load(client.optimizer, self.global_state.moments, first_step,
+                                      self.schedule.moments(plan.round - 1))
             if self.fisher is not None:
                 self.fisher.begin()
+            if hidden is not None:
+                hidden.begin(client, plan.round)
             losses = client.train(self.model, steps, first_step, self._check_peers,
                                   anchor=self.global_model, prox_mu=self.config.prox_mu,
-                                  fisher=self.fisher)
+                                  fisher=self.fisher, gradients=gradients)
         else:
             self._check_peers()
-            losses = client.gradient(self.model)
+            if hidden is not None:
+                hidden.begin(client, plan.round)
+            losses = client.gradient(self.model, gradients)
+        if hidden is not None:
+            hidden.note_steps(client)
         if self.config.sync == "epoch":
             client.keep_parameters()
         report = ClientReport(client.index, losses.tokens, losses.loss_sum.item(),
@@ -161,6 +192,8 @@ class Worker:
         report = self._add(client, planned, plan, report)
         if report.left_out:
             client.forget()
+        if hidden is not None:  # of its text nothing is known but how long it is
+            report = replace(report, tokens=0, noised_norm=hidden.gradients.norm)
         return report
 
     def _entropy(self, client: Client) -> float | None:
@@ -177,7 +210,8 @@ class Worker:
     def _measure(self, client: Client, report: ClientReport, number: int) -> ClientReport:
         """In rounds that are evaluated: what the flags ask for of a client's own model."""
         if self.config.save_client_deltas:
-            save_snapshot(self.config.run_dir / f"client_{client.index}", number,
+            assert self.folders.run is not None
+            save_snapshot(self.folders.run / f"client_{client.index}", number,
                           tracked_parameters(self.flat, self.flat.vector), self.start)
         if self.config.eval_clients:
             return replace(report, validation=self._validate(0, 1))
@@ -187,13 +221,17 @@ class Worker:
              ) -> ClientReport:
         """Add a client's term; returns its report with its weight and norm, or with the reason why
         it is left out."""
+        if self.noise is not None and self.config.dp == "client":
+            self._add_clipped(client, planned, self.noise)
+            return report
         if report.entropy is not None and not math.isfinite(report.entropy):
             return replace(report, entropy=None, left_out="entropy not finite")
         try:
             weight = self.strategy.client_weight(planned, report, plan.entropy_reference)
         except ValueError as error:
             return replace(report, left_out=str(error))
-        vectors = self._vectors(client)
+        vectors = reported_vectors(client, self.strategy, self.aggregator,
+                                   self.global_state.moments is not None, self.fisher)
         if left_out := self.aggregator.add(vectors, weight, start=self.global_model):
             return replace(report, left_out=left_out)
         report = replace(report, weight=weight)
@@ -203,62 +241,72 @@ class Worker:
         origin = self.global_model if first == "parameters" else None
         return replace(report, norm=norm(vectors[first], origin))
 
-    def _vectors(self, client: Client) -> dict[str, Tensor]:
-        """What the client that has just trained reports, by name, (size,) each; its trained
-        `parameters` stand for its update `delta`."""
-        vectors: dict[str, Tensor] = {}
-        moments: dict[str, Tensor] = {}
-        if self.moments is not None:
-            moments = client.optimizer.bias_corrected_moments()
-        elif set(MOMENTS) & set(self.strategy.inputs):  # the client's own, which it keeps using
-            moments = client.optimizer.bias_corrected_moments(copy=True)
-        for name in self.strategy.inputs:
-            if name == "delta":
-                vectors["parameters"] = self.flat.vector
-            elif name == "gradient":
-                vectors[name] = self.flat.grad
-            elif name == "fisher":
-                assert self.fisher is not None
-                vectors[name] = self.fisher.finish()
-            else:
-                vectors[name] = moments[name]
-        if self.config.aggregation == "int8":
-            vectors["residual"] = client.residual()
-        return vectors if self.moments is None else vectors | moments
+    def _add_clipped(self, client: Client, weight: float, noise: Noise) -> None:
+        """With --dp client: add its update, clipped; zeros for one that is not finite, of which
+        nobody hears."""
+        update = self.flat.vector.sub_(self.global_model)
+        if not noise.clip(client.index, update):
+            client.forget()
+        left_out = self.aggregator.add({"delta": update}, weight)
+        assert not left_out, left_out
 
     # ---- aggregation -----------------------------------------------------------------------------
 
     def aggregate(self, plan: RoundPlan) -> RoundReport:
-        """Workers: sum the terms and update the global model."""
+        """Workers: sum the terms and update the global model, unless the sum cannot be used.
+
+        PlanRefused unless this worker has trained all its clients in this round, whatever the
+        server has decided: beside the round's sum, one without some of them would show their terms.
+        """
+        if plan.round != self._ready:
+            raise PlanRefused(f"round {plan.round}: the server continues, but this worker has not "
+                              "trained its clients")
         began = time.monotonic()
-        self.aggregator.reduce(self._residuals())
+        tail = self._sum(plan)
+        words = tail.words() if tail is not None and self._index == 0 else []
+        if tail is not None and tail.diverged:
+            return RoundReport(tail=words, failure="diverged")
         if not plan.last and (turns := self._hosted(self.schedule.cohort(plan.round + 1))):
             self.store.prefetch(turns[0])
         config = self.config
         context = ServerRound(plan.round, scheduled_lr(config, plan.round - 1,
                                                        self.schedule.rounds),
                               config.beta1, config.beta2, config.weight_decay)
-        measured = self.server_update.apply(self.global_model, self.state, context, self.moments,
+        state = self.global_state
+        measured = self.server_update.apply(state.model, state.server, context, state.moments,
                                             measure=plan.evaluate)
-        return RoundReport(aggregation_seconds=time.monotonic() - began, measured=measured)
+        return RoundReport(aggregation_seconds=time.monotonic() - began, measured=measured,
+                           tail=words, charged=self.noise is not None and self.noise.charged)
 
-    def _residuals(self) -> Iterator[Tensor]:
-        """Yield the residual of each client in the sum in turn. Its state goes back to the store
-        when the generator advances."""
-        for turn, index in enumerate(self._added, 1):
-            state = self.store.checkout(index)
-            if turn < len(self._added):
-                self.store.prefetch(self._added[turn])
-            yield state["residual"]
-            self.store.checkin(index, state)
+    def _sum(self, plan: RoundPlan) -> Tail | None:
+        """Workers: sum the terms; in runs with sites also what the server records of the clients.
+        RoundRefused on all of them if no sum is made."""
+        secure, aggregator = self.secure, self.aggregator
+        if secure is not None:
+            secure.count(self._added)
+            aggregator.mask = secure.mask(VECTOR, aggregator.layout[1])
+        if self.noise is not None:
+            self.noise.add_to(aggregator, plan, self.global_model)
+        aggregator.reduce()
+        if not self.config.sites or self.config.dp == "client":
+            return None
+        own = Tail.of(self._trained, len(plan.cohort))
+        return Tail.from_words(self.runtime.data_plane.sum_words(
+            own.words(), None if secure is None else secure.mask(TAIL, 64)))
 
     # ---- evaluation and checkpoints --------------------------------------------------------------
 
     def evaluate(self, report: RoundReport) -> RoundReport:
-        """Evaluate the global model on this worker's part of the validation split."""
+        """Evaluate the global model on this worker's part of the validation split, and with the
+        other workers on what the sites hold out."""
         began = time.monotonic()
         self.flat.vector.copy_(self.global_model)
         losses = self._validate(self._index, len(self.runtime.workers))
+        if self.config.site_holdout is not None:
+            assert self.secure is not None
+            words = sum_of_sites(self.secure, self.shards.held_out, self.model, self.runtime.device,
+                                 self._check_peers)
+            report = replace(report, site_losses=words if self._index == 0 else [])
         return replace(report, validation=losses, evaluation_seconds=time.monotonic() - began)
 
     def _validate(self, part: int, parts: int) -> list[Piece]:
@@ -270,37 +318,33 @@ class Worker:
         replica of their own."""
         if self.runtime.data_plane.node_rank > 0:
             return report
-        state = self._global_state()
+        state = self.global_state.named()
         return replace(report, replicas=replicas.digests(state),
                        not_finite=replicas.not_finite(state))
 
-    def _global_state(self) -> dict[str, Tensor]:
-        """What is the same on every worker, by name: the tensors themselves."""
-        return {"model": self.global_model} | {
-            f"server.{name}": t for name, t in self.state.items()} | {
-            f"moments.{name}": t for name, t in (self.moments or {}).items()}
-
     def save(self, plan: RoundPlan) -> None:
         """Start to write this worker's files of a checkpoint, with everything as it is now."""
-        files = {GLOBAL: self._global_state()} if self._index == 0 else {}
-        self.store.save(self.checkpoint_writer, folder_of(self.config.run_dir, plan.round),
-                        plan.round, files)
+        first = self._index == 0 if self.site_states is None else self.site_states.process == 0
+        files = {GLOBAL: self.global_state.named()} if first else {}
+        self.store.save(self.checkpoint_writer, self.folders.step(plan.round), plan.round, files)
 
-    def written(self, wait: bool = False) -> list[dict[str, Any]]:
-        """What `CheckpointWriter.written` returns."""
-        return self.checkpoint_writer.written(wait)
+    def announce_state(self, report: RoundReport) -> RoundReport:
+        """In a run of real sites, in a round that is saved, with what the first worker sends next:
+        the global state."""
+        if self.site_states is None or self._index > 0:
+            return report
+        return replace(report, state=layout(self.global_state.named()))
 
-    def _load(self, checkpoint: Checkpoint) -> None:
-        tensors = checkpoint.tensors(GLOBAL)
-        for name, tensor in self._global_state().items():
-            self.runtime.data_plane.write(tensor, tensors[name])
-        self.store.load(checkpoint)
+    def keep(self, steps: list[int]) -> None:
+        """At a real site: keep the states of these steps alone."""
+        if self.site_states is not None:
+            self.site_states.keep(steps)
 
     def finish(self, plan: RoundPlan) -> RoundReport:
         """After the last round: save it, if that is planned, and wait until all is written."""
         if plan.save and plan.last:
             self.save(plan)
-        report = RoundReport(written=self.written(wait=True))
+        report = RoundReport(written=self.checkpoint_writer.written(wait=True))
         self.store.close(self.config.timeout)
         return report
 

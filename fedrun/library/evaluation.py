@@ -34,7 +34,8 @@ def evaluate(found: Pretrained, dataset: str | None = None, split: str | None = 
              ) -> dict[str, Any]:
     """Loss in nats per token and perplexity, with the number of tokens and what was read.
 
-    dataset: the text, as for training; None: what the run was trained on.
+    dataset: the text, as for training; None: the run's own, which is what it was trained on, or in
+        a run with sites the server's text.
     split: None: what was held out from the run's own text; of any other text, all.
     sequence_length: tokens in a sequence; None: the run's, or 256, or the model's positions if
         these are fewer.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from fedrun.common.errors import InputError
 from fedrun.common.files import write_atomic
 from fedrun.common.terminal import visible
 from fedrun.library.tokenizers import need_tokenizer
+from fedrun.records.schema import HELD_OUT
 
 if TYPE_CHECKING:
     from fedrun.model.pretrained import Pretrained
@@ -102,7 +104,8 @@ def model_card(found: Pretrained, form: str, out: Path, model: Any) -> str:
              "pipeline_tag: text-generation", "tags:", f"- {_kind(found)}"]
     if settings.get("method", "central") != "central":
         front += ["- federated-learning"]
-    if "/" in str(settings.get("dataset", "")) and not Path(settings["dataset"]).exists():
+    hub = "/" in str(settings.get("dataset", "")) and not Path(settings["dataset"]).exists()
+    if hub and not settings.get("sites"):  # with which it is not what the model was trained on
         front += ["datasets:", f"- {settings['dataset']}"]
     parameters = sum(p.numel() for p in model.parameters())
     name = "Mamba-2" if _kind(found) == "mamba2" else _kind(found)
@@ -131,9 +134,9 @@ def _origin(settings: dict[str, Any]) -> str:
     how = "trained centrally" if settings["method"] == "central" else (
         f"trained by federated learning ({settings['method']}, {settings.get('num_clients')} "
         f"clients, local updates per round: {settings.get('local_updates')})")
-    return f"{how} on {settings.get('dataset')} from scratch with fedrun" \
-        if not settings.get("init_from") else \
-        f"{how} on {settings.get('dataset')} with fedrun, starting from {settings['init_from']}"
+    text = "the texts of its sites" if settings.get("sites") else settings.get("dataset")
+    return f"{how} on {text} from scratch with fedrun" if not settings.get("init_from") else (
+        f"{how} on {text} with fedrun, starting from {settings['init_from']}")
 
 
 def _results(found: Pretrained) -> list[str]:
@@ -151,7 +154,11 @@ def _results(found: Pretrained) -> list[str]:
     last = run.final
     lines = ["## Results", "", "| | |", "|---|---|",
              f"| validation perplexity | {last.val_ppl:.2f} (lowest {run.best.val_ppl:.2f}) |",
+             *([] if math.isnan(last.site_val_ppl) else [
+                 f"| perplexity on text {HELD_OUT} | {last.site_val_ppl:.2f} |"]),
              f"| training tokens | {last.tokens:,.0f} |"]
+    if run.settings.get("sites"):  # of the server, who has the validation text
+        lines += [f"| sites | {_cell(run.settings['sites'])} |"]
     lines += [f"| {name.replace('_', ' ')} | {_cell(corpus[name])} |"
               for name in ("dataset", "validation_from", "tokenizer", "vocab_size",
                            "dataset_sha256") if name in corpus]

@@ -11,7 +11,7 @@ from fedrun.common.errors import InputError, naming
 from fedrun.common.files import read_json
 from fedrun.common.terminal import visible
 from fedrun.records.outcome import read_outcome
-from fedrun.records.schema import CENTRAL, FEDERATED, read_field
+from fedrun.records.schema import CENTRAL, FEDERATED, HELD_OUT, SITE_VAL_PPL, read_field
 
 if TYPE_CHECKING:
     import pandas
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from fedrun.plots.run_folder import Axis
 
 
-_FIRST_COLUMNS = (FEDERATED.step, CENTRAL.step, "train_ppl", FEDERATED.val_ppl, CENTRAL.val_ppl)
+_FIRST_COLUMNS = (FEDERATED.step, CENTRAL.step, "train_ppl", FEDERATED.val_ppl, CENTRAL.val_ppl,
+                  SITE_VAL_PPL)
 
 
 class History(list[dict[str, Any]]):
@@ -42,8 +43,10 @@ class History(list[dict[str, Any]]):
             return "<History: nothing evaluated yet>"
         first, last = (read_field(record, "step") for record in (self[0], self[-1]))
         ppl = read_field(self[-1], "val_ppl")
+        sites = f", {HELD_OUT} {_shown(self[-1][SITE_VAL_PPL])}" \
+            if SITE_VAL_PPL in self[-1] else ""
         return (f"<History: {len(self)} evaluated, steps {first} to {last}; last validation "
-                f"perplexity {'not finite' if ppl is None else f'{ppl:.2f}'}; .frame() is a table>")
+                f"perplexity {_shown(ppl)}{sites}; .frame() is a table>")
 
 
 class Run:
@@ -144,9 +147,16 @@ class Run:
                  "evaluated step": read_field(last[0], "step") if last else "none yet",
                  "validation perplexity": "none yet" if self.perplexity is None
                  else f"{self.perplexity:.2f}"}
+        if last and SITE_VAL_PPL in last[0]:
+            facts[f"perplexity {HELD_OUT}"] = _shown(last[0][SITE_VAL_PPL])
         settings = {name: value for name, value in self.config.items() if name != "model"}
         return (_table(facts) + "<details><summary>settings</summary>" + _table(settings)
                 + "</details>")
+
+
+def _shown(perplexity: float | None) -> str:
+    """A perplexity of a history, in which null stands for infinity."""
+    return "not finite" if perplexity is None else f"{perplexity:.2f}"
 
 
 def _table(values: dict[str, Any]) -> str:

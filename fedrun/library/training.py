@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fedrun.common.errors import InputError
 from fedrun.common.log import LOGGER, print_log
 from fedrun.config import RunConfig
+from fedrun.data.sites import take_private
 from fedrun.distributed.launch import detect
 from fedrun.flags import closest, methods, resolve
 from fedrun.library.opened_run import Run
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 def train(method: str | RunConfig, *, data: Any = None, clients: Sequence[Any] | None = None,
           validation: Any = None, vocab_size: int | None = None, on_round: OnRound | None = None,
-          plugin: str | None = None, **flags: Any) -> Run:
+          plugin: str | None = None, site_data: str | os.PathLike[str] | None = None, **flags: Any
+          ) -> Run:
     """Train, and return the run's folder as an object.
 
     In one process, and under torchrun or SLURM on all ranks, which call it with the same arguments.
@@ -42,11 +44,14 @@ def train(method: str | RunConfig, *, data: Any = None, clients: Sequence[Any] |
         the tokenizer that it has.
     on_round: called on rank 0 after each round (or step of a central run) with a
         `fedrun.RoundRecord` r; if it returns "stop", the run stops there, with a checkpoint.
-        r.number: of the round or step, from 1. r.train_ppl: perplexity of its training batches.
-        r.val_ppl: the global model's on the validation split, None where it was not evaluated
-        (--val_freq). r.lr: learning rate. r.tokens: training tokens so far, of all clients.
-        r.seconds: wall-clock time so far. r.event: all of its line in events.jsonl, as a dict.
+        r.number: of the round or step, from 1. r.train_ppl: perplexity of its training batches,
+        None with --dp. r.val_ppl: the global model's on the validation split, None where it was not
+        evaluated (--val_freq). r.lr: learning rate. r.tokens: training tokens so far, of all
+        clients. r.seconds: wall-clock time so far. r.event: all of its line in events.jsonl, as a
+        dict.
     plugin: the path of a Python file, or a module, with a method of your own; it is run.
+    site_data: with sites=FILE, where the text of each site is: "texts/{site}/*.txt". It is not
+        recorded, and FEDRUN_SITE_DATA of the environment may say it instead.
     flags: settings by the names of the command's flags: num_clients=4, dataset="pydocs".
 
     Raises:
@@ -64,6 +69,8 @@ def train(method: str | RunConfig, *, data: Any = None, clients: Sequence[Any] |
         own = {name: value for name, value in (
             ("data", data), ("clients", clients), ("validation", validation),
             ("vocab_size", vocab_size)) if value is not None}
+        site, _ = take_private([] if site_data is None else ["--site_data", os.fspath(site_data)],
+                               os.environ)
         launch = detect(os.environ)
         with _printing(quiet=launch.local_rank > 0):
             given = None
@@ -72,7 +79,7 @@ def train(method: str | RunConfig, *, data: Any = None, clients: Sequence[Any] |
             elif config is None:
                 config = _config(method, flags)
             from fedrun import run  # imports torch
-            run.train(run.prepare(config, launch, given), on_round)
+            run.train(run.prepare(config, launch, given, site), on_round)
         return Run(config.run_dir)
 
 

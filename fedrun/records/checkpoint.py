@@ -5,6 +5,8 @@
                             server.json           history, totals, the rest of the server's state
                             manifest.json         the config; size and SHA-256 of every other file
 
+Real sites keep the files of their clients (site_states.py); the manifest then holds their tags.
+
 Files are keyed by client, never by rank, so that a run can resume with any number of processes. The
 process that owns a state writes its file. The manifest is written last, and a folder is a valid
 checkpoint only if the manifest's checksums are right: what a kill, a full disk or a flipped bit
@@ -18,7 +20,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +40,12 @@ from fedrun.records.run_files import manifest_checksum, remove_checkpoint
 GLOBAL = "global.safetensors"
 SERVER = "server.json"
 MANIFEST = run_files.MANIFEST
+CHECKPOINTS = "checkpoints"
 CHECKPOINTS_KEPT = 2
 _NAME = re.compile(r"step_(\d{1,18})")
 _FILE = re.compile(r"[\w-][\w.-]*")
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-           torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"}
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+          torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"}
 
 Files = Mapping[str, Mapping[str, Tensor]]
 """The tensor files of a checkpoint: file name -> tensor name -> tensor."""
@@ -55,9 +58,14 @@ def client_file(index: int) -> str:
     return f"client_{index}.safetensors"
 
 
+def step_name(step: int) -> str:
+    """The name of the folder of the checkpoint after global step `step`."""
+    return f"step_{step:06d}"
+
+
 def folder_of(run_dir: Path, step: int) -> Path:
     """The folder of the checkpoint after global step `step`."""
-    return run_dir / "checkpoints" / f"step_{step:06d}"
+    return run_dir / CHECKPOINTS / step_name(step)
 
 
 @dataclass(frozen=True)
@@ -75,6 +83,12 @@ class Checkpoint:
     def server(self) -> dict[str, Any]:
         """The server's state: `history`, `clocks`, ..."""
         return read_json(self.folder / SERVER, dict)
+
+    @property
+    def sites(self) -> dict[str, list[str]]:
+        """What real sites hold of it: the tags of their records, by site. {} in other runs."""
+        sites: dict[str, list[str]] = _manifest(self.folder).get("sites", {})
+        return sites
 
     @property
     def checksums(self) -> Checksums:
@@ -106,7 +120,7 @@ def _safetensors_pieces(tensors: Mapping[str, Tensor]) -> list[bytes | memoryvie
     data, end = [], 0
     for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
         raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape),
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [end, end + len(raw)]}
         data.append(raw)
         end += len(raw)
@@ -130,20 +144,34 @@ def read_tensors(path: Path, into: Mapping[str, Tensor] | None = None) -> dict[s
 
 
 def commit(folder: Path, step: int, config: dict[str, Any], provenance: dict[str, Any],
-           server: dict[str, Any], checksums: Checksums) -> None:
+           server: dict[str, Any], checksums: Checksums, owners: Mapping[str, Any] | None = None
+           ) -> list[int]:
     """Make a checkpoint of the files that all workers have written, and remove older ones than the
-    last CHECKPOINTS_KEPT.
+    last CHECKPOINTS_KEPT. Returns the steps that are left.
 
-    server: the server's state. checksums: of the workers' files.
+    server: the server's state. checksums: of the workers' files. owners: what the manifest of a run
+    of real sites holds besides: its `run_id`, and `sites` (see `Checkpoint.sites`).
     """
     content = json.dumps(finite(server), allow_nan=False).encode()
     write_atomic(folder / SERVER, content)
     body = {"step": step, "config": config, "made_with": provenance,
-            "files": checksums | {SERVER: _checksum(content)}}
+            "files": checksums | {SERVER: _checksum(content)}, **(owners or {})}
     write_json(folder / MANIFEST, body | {"sha256": manifest_checksum(body)})
-    committed = [old for old in _folders(folder.parent) if (old / MANIFEST).exists()]
+    committed = committed_steps(folder.parent)
     for old in committed[:-CHECKPOINTS_KEPT]:
-        remove_checkpoint(old)
+        remove_checkpoint(folder.parent / step_name(old))
+    return committed[-CHECKPOINTS_KEPT:]
+
+
+def committed_steps(parent: Path) -> list[int]:
+    """The steps that have a manifest, valid or not, in order."""
+    return [step_of(folder) for folder in step_folders(parent) if (folder / MANIFEST).exists()]
+
+
+def digests_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """SHA-256 of each tensor (on the CPU) with its name, type and shape, by name."""
+    return {name: _checksum(*_safetensors_pieces({name: tensor}))["sha256"]
+            for name, tensor in tensors.items()}
 
 
 def _checksum(*content: bytes | memoryview) -> dict[str, Any]:
@@ -162,16 +190,23 @@ def latest_valid(run_dir: Path) -> Checkpoint | None:
     Raises InputError if there are checkpoints and all are invalid: starting over would discard what
     may still be repaired.
     """
-    folders = _folders(run_dir / "checkpoints")
-    for folder in reversed(folders):
+    return next(valid_checkpoints(run_dir), None)
+
+
+def valid_checkpoints(run_dir: Path) -> Iterator[Checkpoint]:
+    """Yield the valid checkpoints of a run, the newest first. Warnings and errors are those of
+    `latest_valid`."""
+    found = None
+    for folder in reversed(step_folders(run_dir / CHECKPOINTS)):
         try:
-            return read(folder)
+            found = read(folder)
         except ValueError as error:
             log(str(error), WARNING)
-    if any((folder / MANIFEST).exists() for folder in folders):
-        raise InputError(f"--resume: all checkpoints in {run_dir / 'checkpoints'} are invalid; "
+            continue
+        yield found
+    if found is None and committed_steps(run_dir / CHECKPOINTS):
+        raise InputError(f"--resume: all checkpoints in {run_dir / CHECKPOINTS} are invalid; "
                          "--overwrite starts over")
-    return None
 
 
 def read(folder: Path) -> Checkpoint:
@@ -183,16 +218,7 @@ def read(folder: Path) -> Checkpoint:
     """
     try:
         manifest = _manifest(folder)
-        for name, expected in manifest["files"].items():
-            if not _FILE.fullmatch(name):
-                raise InputError(f"its manifest names a file {name!r}")
-            with open_regular(folder / name) as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-                size = file.tell()
-            if size != expected["bytes"]:
-                raise InputError(f"{name} has {size} bytes instead of {expected['bytes']}")
-            if digest != expected["sha256"]:
-                raise InputError(f"{name} is damaged: its checksum differs from the manifest's")
+        verify_files(folder, manifest["files"])
         found = open_unverified(folder)
         if not isinstance(found.server.get("history", []), list):
             raise InputError(f"{SERVER} has no list of records")
@@ -204,45 +230,70 @@ def read(folder: Path) -> Checkpoint:
         raise InputError(f"checkpoint {folder} is invalid: {one_line(error)}") from None
 
 
+def verify_files(folder: Path, files: Checksums) -> None:
+    """Compare files with the checksums of their manifest. InputError for the first that differs,
+    OSError if one is missing or the disk fails."""
+    for name, expected in files.items():
+        if not _FILE.fullmatch(name):
+            raise InputError(f"its manifest names a file {name!r}")
+        with open_regular(folder / name) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            size = file.tell()
+        if size != expected["bytes"]:
+            raise InputError(f"{name} has {size} bytes instead of {expected['bytes']}")
+        if digest != expected["sha256"]:
+            raise InputError(f"{name} is damaged: its checksum differs from the manifest's")
+
+
 def open_unverified(folder: Path) -> Checkpoint:
     """The checkpoint in a folder whose files rank 0 has verified by `read`."""
     manifest = _manifest(folder)
-    return Checkpoint(folder, _step(folder), renamed(manifest["config"]), manifest["made_with"])
+    return Checkpoint(folder, step_of(folder), renamed(manifest["config"]), manifest["made_with"])
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
     """The manifest in a folder; InputError if its own checksum is wrong or it lacks entries."""
     manifest = read_json(folder / MANIFEST, dict)
     if manifest.get("sha256") != manifest_checksum(manifest) or (
-            manifest.get("step") != _step(folder)):
+            manifest.get("step") != step_of(folder)):
         raise InputError("its manifest is damaged")
     if not all(isinstance(manifest.get(name), dict) for name in ("config", "made_with", "files")):
         raise InputError("its manifest lacks settings or files")
+    sites = manifest.get("sites", {})
+    if not isinstance(sites, dict) or not all(isinstance(tags, list) and all(
+            isinstance(tag, str) for tag in tags) for tags in sites.values()):
+        raise InputError("its manifest has no tags of sites")
     return manifest
 
 
 def latest_step(run_dir: Path) -> int | None:
     """The step of the newest checkpoint, which is not verified; None if there is none."""
-    return max((_step(f) for f in _folders(run_dir / "checkpoints") if (f / MANIFEST).exists()),
-               default=None)
+    return max(committed_steps(run_dir / CHECKPOINTS), default=None)
 
 
 def delete_after(run_dir: Path, step: int) -> None:
     """Remove the checkpoints after a step, which the resumed run writes again."""
-    for folder in _folders(run_dir / "checkpoints"):
-        if _step(folder) > step:
-            with suppress(OSError):
-                remove_checkpoint(folder)
-            obstacle = folder / MANIFEST if folder.is_dir() else folder
-            if os.path.lexists(obstacle):  # not a run's file, and in the next checkpoint's way
-                folder.rename(folder.with_name(f"{folder.name}.damaged-{time.time_ns()}"))
+    for folder in step_folders(run_dir / CHECKPOINTS):
+        if step_of(folder) > step:
+            discard(folder)
 
 
-def _folders(parent: Path) -> list[Path]:
+def discard(folder: Path) -> None:
+    """Remove a checkpoint, and rename what remains if that is not a run's files but in the way of
+    the next one."""
+    with suppress(OSError):
+        remove_checkpoint(folder)
+    remains = list(folder.glob("*.json")) + list(folder.glob("*.safetensors"))
+    if remains or (os.path.lexists(folder) and not folder.is_dir()):
+        folder.rename(folder.with_name(f"{folder.name}.damaged-{time.time_ns()}"))
+
+
+def step_folders(parent: Path) -> list[Path]:
     """The folders of checkpoints, valid or not, oldest first."""
-    return sorted((path for path in parent.glob("step_*") if _NAME.fullmatch(path.name)), key=_step)
+    return sorted((path for path in parent.glob("step_*") if _NAME.fullmatch(path.name)),
+                  key=step_of)
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
     name = _NAME.fullmatch(folder.name)
     return int(name[1]) if name else -1

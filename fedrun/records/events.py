@@ -7,7 +7,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -38,25 +38,27 @@ class Progress:
         self.bar = tqdm(total=total, initial=done, unit=unit, disable=not self.terminal,
                         dynamic_ncols=True)
         self.tokens_before, self.seconds_before = tokens, seconds
-        self.val_ppl: float | None = None
+        self.evaluated = {"val ppl": "-"}
 
-    def step(self, number: int, train_ppl: float, tokens: int, seconds: float,
-             evaluated: tuple[float, float] | None) -> None:
+    def step(self, number: int, train_ppl: float | None, tokens: int, seconds: float,
+             evaluated: Mapping[str, float] | None) -> None:
         """One step is done.
 
-        train_ppl: of its batches. tokens, seconds: so far. evaluated: if it was, the perplexities
-        on the batches since the evaluation before, and on the validation split.
+        train_ppl: of its batches; None if it is not shown. tokens, seconds: so far. evaluated: if
+        it was, perplexities by what they are called: `train ppl`, on the batches since the
+        evaluation before, `val ppl`, others of the global model, and what --dp has spent.
         """
-        self.val_ppl = self.val_ppl if evaluated is None else evaluated[1]
+        found = {name: f"{value:.4g}" if name == "epsilon" else f"{value:.1f}"
+                 for name, value in (evaluated or {}).items()}
+        train = {name: found.pop(name) for name in ("train ppl",) if name in found}
+        self.evaluated = found or self.evaluated
         rate = (tokens - self.tokens_before) / max(seconds - self.seconds_before, 1e-9)
-        others = {"val ppl": "-" if self.val_ppl is None else f"{self.val_ppl:.1f}",
-                  "tokens/s": f"{rate:,.0f}"}
-        self.bar.set_postfix({f"train ppl ({self.unit})": f"{train_ppl:.1f}"} | others,
-                             refresh=False)
+        others = self.evaluated | {"tokens/s": f"{rate:,.0f}"}
+        trained = {} if train_ppl is None else {f"train ppl ({self.unit})": f"{train_ppl:.1f}"}
+        self.bar.set_postfix(trained | others, refresh=False)
         self.bar.update()
         if evaluated is not None and not self.terminal:
-            numbers = {"train ppl": f"{evaluated[0]:.1f}"} | others
-            text = "  ".join(f"{name} {value}" for name, value in numbers.items())
+            text = "  ".join(f"{name} {value}" for name, value in (train | others).items())
             log(f"{self.unit} {number}/{self.total}  {text}")
 
     def close(self) -> None:
@@ -129,13 +131,15 @@ class Events:
 
 
 def cohort_event(clients: Sequence[ClientReport]) -> list[dict[str, Any]]:
-    """What an event records of each client of a round: its loss in nats per token, its share of the
-    weight, and, if they were measured, the norm of its update and its entropy."""
+    """What an event records of each client of a round: its loss in nats per token (none with --dp
+    example), its share of the weight, and, if they were measured, the norm of its update and its
+    entropy."""
     def measured(client: ClientReport) -> dict[str, float]:
         values = {"norm": client.norm, "entropy": client.entropy}
         return {} if client.left_out else {n: v for n, v in values.items() if v is not None}
 
     return [{"client": client.client,
-             "loss": None if client.left_out else client.loss_sum / client.tokens,
+             "loss": None if client.left_out or not client.tokens
+             else client.loss_sum / client.tokens,
              "weight": weight} | measured(client)
             for client, weight in zip(clients, normalised_weights(clients), strict=True)]

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 from fedrun.common.perplexity import perplexity
+from fedrun.records.schema import SITE_VAL_PPL
 from fedrun.strategies.base import ClientReport
 from fedrun.training.evaluate import Piece, mean_loss
 
 SECONDS = ("local_training_seconds", "aggregation_seconds", "evaluation_seconds")
 COHORT_NUMBERS = ("step_norm", "update_cosine", "gradient_cosine", "noise_ratio",
-                  "effective_clients", "avg_client_entropy", "share_under_floor")
-"""The entries of a `cohort_record` that are one number each."""
+                  "effective_clients", "avg_client_entropy", "share_under_floor",
+                  SITE_VAL_PPL, "epsilon", "snr", "snr_total")
+"""The entries of a record of the clients that are one number each."""
 
 
 class RunTotals:
@@ -58,7 +61,10 @@ class RunTotals:
         self.began = time.monotonic() - vars(self).pop("elapsed")
 
     def take_train_loss(self) -> dict[str, float]:
-        """Mean loss in nats per token, and its perplexity, since the last call."""
+        """Mean loss in nats per token, and its perplexity, since the last call; nothing if no
+        losses were added."""
+        if self._loss_tokens == 0:
+            return {}
         loss = self._loss_sum / self._loss_tokens
         self._loss_sum, self._loss_tokens = 0.0, 0
         return {"train_loss": loss, "train_ppl": perplexity(loss)}
@@ -81,46 +87,72 @@ def normalised_weights(clients: Sequence[ClientReport]) -> list[float]:
     return [c.weight / total for c in clients]
 
 
+@dataclass(frozen=True)
+class CohortSums:
+    """Sums over the clients of a round; p: their shares of the weight, |x|: the norms of their
+    updates or gradients."""
+
+    squared_shares: float
+    """Sum of p^2."""
+    norms: float
+    """Sum of p |x|."""
+    squared_norms: float
+    """Sum of p^2 |x|^2."""
+    mean_square: float
+    """Sum of p |x|^2."""
+
+    @classmethod
+    def of(cls, shares: Sequence[float], norms: Sequence[float]) -> Self:
+        """Those of clients with these shares and norms."""
+        parts = [p * n for p, n in zip(shares, norms, strict=True)]
+        return cls(math.fsum(p * p for p in shares), math.fsum(parts),
+                   math.fsum(x * x for x in parts),
+                   math.fsum(p * n * n for p, n in zip(shares, norms, strict=True)))
+
+    def mean_cosine(self, mean_norm: float) -> float | None:
+        """Mean cosine between the vectors of two clients, each pair weighted by p_i p_j |x_i|
+        |x_j|; None if there is no pair.
+
+        It is computed from norms alone, since each client's vector is dropped once it is added:
+        |sum_i p_i x_i|^2 = sum_i p_i^2 |x_i|^2 + the sum over pairs.
+
+        mean_norm: |sum_i p_i x_i|.
+        """
+        squares = self.squared_norms
+        pairs = self.norms**2 - squares
+        return (mean_norm**2 - squares) / pairs if pairs > 1e-12 * squares else None
+
+    def record(self, measured: Mapping[str, float], gradients: bool,
+               clients: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """What a record of the history holds of the round.
+
+        measured: what the server update measured (see aggregation/update.py); gradients: whether
+        clients sent gradients instead of updates; clients: more of the record.
+        """
+        record: dict[str, Any] = {
+            "effective_clients": 1 / self.squared_shares, "step_norm": measured["step_norm"],
+            **{f"share_{name}": share for name, share in measured.items()
+               if name not in ("step_norm", "mean_norm")},
+            **(clients or {})}
+        if "mean_norm" in measured:
+            mean_norm = measured["mean_norm"]
+            record["gradient_cosine" if gradients else "update_cosine"] = self.mean_cosine(
+                mean_norm)
+            if gradients and mean_norm > 0:
+                record["noise_ratio"] = self.mean_square / mean_norm**2
+        return record
+
+
 def cohort_record(clients: Sequence[ClientReport], measured: Mapping[str, float], gradients: bool
                   ) -> dict[str, Any]:
-    """Weights, entropies, norms and cosines of one round.
-
-    clients: in the order of the cohort; measured: what the server update measured (see
-    aggregation/update.py); gradients: whether clients sent gradients instead of updates.
-    """
-    weights = normalised_weights(clients)
-    record: dict[str, Any] = {
-        "client_weights": weights, "effective_clients": 1 / math.fsum(p * p for p in weights),
-        "step_norm": measured["step_norm"]}
+    """Weights, entropies, norms and cosines of one round whose clients are known, in the order of
+    the cohort; the others as in `CohortSums.record`."""
+    weights, norms = normalised_weights(clients), [c.norm or 0.0 for c in clients]
+    own: dict[str, Any] = {}
     if any(c.entropy is not None for c in clients):
         entropies = [None if c.left_out else c.entropy for c in clients]
         known = [h for h in entropies if h is not None]
-        record |= {"client_entropies": entropies,
-                   "avg_client_entropy": math.fsum(known) / len(known)}
-    record |= {f"share_{name}": share for name, share in measured.items()
-               if name not in ("step_norm", "mean_norm")}
-    norms = [c.norm or 0.0 for c in clients]
-    record["gradient_norms" if gradients else "update_norms"] = norms
-    if "mean_norm" in measured:
-        mean_norm = measured["mean_norm"]
-        record["gradient_cosine" if gradients else "update_cosine"] = mean_cosine(
-            weights, norms, mean_norm)
-        if gradients and mean_norm > 0:
-            record["noise_ratio"] = math.fsum(
-                p * n * n for p, n in zip(weights, norms, strict=True)) / mean_norm**2
-    return record
-
-
-def mean_cosine(weights: Sequence[float], norms: Sequence[float], mean_norm: float) -> float | None:
-    """Mean cosine between the vectors of two clients, each pair weighted by p_i p_j |x_i| |x_j|;
-    None if there is no pair.
-
-    It is computed from norms alone, since each client's vector is dropped once it is added:
-    |sum_i p_i x_i|^2 = sum_i p_i^2 |x_i|^2 + the sum over pairs.
-
-    weights: p_i. norms: |x_i|. mean_norm: |sum_i p_i x_i|.
-    """
-    parts = [p * n for p, n in zip(weights, norms, strict=True)]
-    squares = math.fsum(x * x for x in parts)
-    pairs = math.fsum(parts) ** 2 - squares
-    return (mean_norm**2 - squares) / pairs if pairs > 1e-12 * squares else None
+        own |= {"client_entropies": entropies, "avg_client_entropy": math.fsum(known) / len(known)}
+    own["gradient_norms" if gradients else "update_norms"] = norms
+    return {"client_weights": weights} | CohortSums.of(weights, norms).record(
+        measured, gradients, own)

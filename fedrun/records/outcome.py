@@ -63,3 +63,10 @@ def launch_id() -> str:
         return (f"process {os.getppid()} on {platform.node()}, "
                 f"{psutil.Process(os.getppid()).create_time()}")
     return ""
+
+
+def is_restart(run_dir: Path) -> bool:
+    """Whether a launcher restarts the job whose run is in this folder."""
+    restarted = any(os.environ.get(name, "0") != "0"
+                    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return restarted and read_outcome(run_dir).get("launch") == launch_id()

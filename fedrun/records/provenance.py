@@ -21,8 +21,9 @@ from fedrun.common.log import WARNING, log
 from fedrun.config import RunConfig
 
 MAX_VALUE_CHARS = 60  # of a value in a message: a damaged file may hold anything
-LENGTH_SETTINGS = frozenset({"rounds", "n_epochs"})
-INPUT_DIGESTS = {"dataset": "text", "tokenizer": "tokenizer", "init_from": "init_from"}
+LENGTH_SETTINGS = frozenset({"rounds", "n_epochs", "max_epsilon"})
+INPUT_DIGESTS = {"dataset": "text", "tokenizer": "tokenizer", "init_from": "init_from",
+                 "sites": "sites"}
 """Settings that name an input -> the key of the input's digest in a provenance."""
 
 # Keys of a corpus's fingerprint: those that decide the text, the tokens of a text, and how these
@@ -86,13 +87,15 @@ def check_provenance(recorded: Mapping[str, Any], current: Mapping[str, Any]) ->
     for name, what, flag in (("text", "text", "--dataset"),
                              ("tokenizer", "tokenizer", "--tokenizer"),
                              ("content", "corpus", "--dataset"), *named,
+                             ("sites", "file of the sites", "--sites"),
+                             ("site_texts", "text of the sites", "--site_data"),
                              ("partition", "partition", "--partition"),
                              ("kernels", "kernels", "--device"),
                              ("init_from", "first model", "--init_from"),
                              ("plugin", "code of the method", "--plugin")):
-        if name in recorded and recorded[name] != current[name]:
+        if name in recorded and recorded[name] != current.get(name):
             raise InputError(f"{flag}: the {what} of this run was {abbreviated(recorded[name])} "
-                             f"and is {current[name]} now; --overwrite starts over")
+                             f"and is {current.get(name)} now; --overwrite starts over")
     before = recorded.get("versions")
     before = before if isinstance(before, dict) else {}
     pairs = {name: (before.get(name, "unknown"), version)
@@ -116,7 +119,10 @@ def conflicting_settings(config: RunConfig, recorded: Mapping[str, Any],
     provenances, are equal.
     """
     found = {}
-    for name, (there, here) in differing_settings(config, recorded).items():
+    differing = differing_settings(config, recorded)
+    if "sites" in provenance and "sites" in recorded_provenance:
+        differing.pop("num_clients", None)  # follows from the file, of which digests are compared
+    for name, (there, here) in differing.items():
         key = INPUT_DIGESTS.get(name, "")
         digests = [abbreviated(one.get(key)) for one in (recorded_provenance, provenance)]
         known = name in INPUT_DIGESTS and all(

@@ -32,12 +32,12 @@ from fedrun.common.log import WARNING, log
 from fedrun.common.perplexity import perplexity
 from fedrun.config import RunConfig
 from fedrun.records.best import BestModel
-from fedrun.records.checkpoint_writer import CheckpointCoordinator
+from fedrun.records.checkpoint_writer import CheckpointCoordinator, Members
 from fedrun.records.events import Events, Progress
 from fedrun.records.history import COHORT_NUMBERS, RunTotals, half_losses
 from fedrun.records.outcome import write_outcome
 from fedrun.records.sample_texts import SampleTexts, Stopwatch
-from fedrun.records.schema import Schema
+from fedrun.records.schema import SITE_VAL_PPL, Schema
 from fedrun.records.snapshots import SnapshotWriter, save_model, tracked_parameters
 from fedrun.training.evaluate import Piece, mean_loss
 from fedrun.training.params import FlatParams
@@ -53,8 +53,9 @@ class RoundRecord:
 
     number: int
     """Counted from 1."""
-    train_ppl: float
-    """Perplexity of the training batches, each under the model that it trained."""
+    train_ppl: float | None
+    """Perplexity of the training batches, each under the model that it trained. None with --dp,
+    which does not show it."""
     val_ppl: float | None
     """The global model's perplexity on the validation split; None where it was not evaluated."""
     lr: float
@@ -86,7 +87,7 @@ class Recorder:
     def __init__(self, config: RunConfig, schema: Schema, total: int, flat: FlatParams,
                  provenance: dict[str, Any], workers: int, done: int = 0,
                  state: Mapping[str, Any] | None = None, skips_texts: bool = False,
-                 on_round: OnRound | None = None) -> None:
+                 on_round: OnRound | None = None, members: Members | None = None) -> None:
         """
         total: the rounds or steps of the run.
         flat: the model as it is before the first of them, also in a run that resumes: snapshots
@@ -97,6 +98,7 @@ class Recorder:
         skips_texts: whether evaluations go without a sample text that training would wait for.
             Then `generated` depends on the time that everything takes.
         on_round: called after each round or step.
+        members: of a run of real sites.
         """
         self.config, self.schema, self.total, self.on_round = config, schema, total, on_round
         self.stop = False  # whether `on_round` has asked for it
@@ -111,7 +113,7 @@ class Recorder:
         self.progress = Progress(schema.unit, total, done, self.totals.tokens,
                                  self.totals.now()["seconds"])
         self.checkpoints = CheckpointCoordinator(config, provenance, workers,
-                                                 self._write_unwritten)
+                                                 self._write_unwritten, members)
         losses = [(record[schema.step], record[schema.val_loss]) for record in self.history
                   if record[schema.val_loss] is not None]
         self._best = BestModel(config, losses) if config.keep == "best" else None
@@ -124,23 +126,24 @@ class Recorder:
         self._warned = False
         self._texts = SampleTexts(config.threads, schema.unit) if skips_texts else None
 
-    def step(self, number: int, train_ppl: float, lr: float,
+    def step(self, number: int, train_ppl: float | None, lr: float,
              record: Mapping[str, Any] | None = None, **fields: Any) -> None:
         """Record a finished round or step in events.jsonl, the tracker and the progress line.
 
         record: what `evaluated` returned, if this step was evaluated. fields: more of the event.
         """
-        values = {self.schema.unit: number, "train_ppl": train_ppl, **fields, "lr": lr,
-                  **self.totals.now()}
-        val_ppl = None
+        trained = {} if train_ppl is None else {"train_ppl": train_ppl}
+        values = {self.schema.unit: number, **trained, **fields, "lr": lr, **self.totals.now()}
+        val_ppl, shown = None, None
         if record is not None:
             val_ppl = record[self.schema.val_ppl]
             values |= {"val_ppl": val_ppl} | {name: record[name] for name in COHORT_NUMBERS
                                               if name in record}
+            shown = {name: record[key] for name, key in (
+                ("train ppl", "train_ppl"), ("val ppl", self.schema.val_ppl),
+                ("site val ppl", SITE_VAL_PPL), ("epsilon", "epsilon")) if key in record}
         self.events.add(self.schema.unit, **values)
-        self.progress.step(number, train_ppl, values["tokens"], values["seconds"],
-                           None if record is None else (record["train_ppl"], record[
-                               self.schema.val_ppl]))
+        self.progress.step(number, train_ppl, values["tokens"], values["seconds"], shown)
         if self.on_round is not None:
             self.stop = self.on_round(RoundRecord(
                 number, train_ppl, val_ppl, lr, values["tokens"], values["seconds"], values)
@@ -174,17 +177,19 @@ class Recorder:
         """Whether the run is to be saved after this round or step."""
         return self.checkpoints.due(number, last=number >= self.total)
 
-    def begin_checkpoint(self, number: int, **state: Any) -> None:
+    def begin_checkpoint(self, number: int, vectors: Mapping[str, Tensor] | None = None,
+                         **state: Any) -> None:
         """Keep the history up to this round or step for a checkpoint whose files the workers have
-        begun to write; `state`: what else it has to hold, as JSON-able values."""
+        begun to write; `state`: what else it has to hold, as JSON-able values; `vectors`: the
+        global state of a run of real sites, on the CPU, from now on the recorder's."""
         # The records' sample texts may still be missing: the thread makes them before it commits,
         # unless they may be skipped.
         self.checkpoints.begin(number, {"history": self.history.copy(),
-                                        "clocks": self.totals.state(), **state})
+                                        "clocks": self.totals.state(), **state}, vectors or {})
 
     def commit_checkpoints(self, written: Iterable[Sequence[dict[str, Any]]]) -> None:
         """Complete the checkpoints whose files all workers have written; `written`: what
-        `CheckpointWriter.written` returned on each worker."""
+        `CheckpointWriter.written` returned on each rank, or only on each worker."""
         for commit in self.checkpoints.collect(written):
             self._submit(commit)
 

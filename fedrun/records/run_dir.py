@@ -1,7 +1,7 @@
 """A run's folder: complete by itself; every file in it is whole or absent.
 
     config.json            the resolved settings
-    environment.json       versions, devices, fingerprint of the corpus
+    environment.json       versions, devices, fingerprint of the corpus; with --sites who they are
     training_history.json  a record for each evaluated step
     events.jsonl           a line for each step (events.py)
     model.safetensors      the last good global model, in mamba-ssm's names

@@ -22,18 +22,21 @@ from fedrun.common.old_names import renamed
 
 MARK = "fedrun"
 """Key of config.json that only runs have: the version of fedrun that started the run."""
+RUN_ID = "run_id"
+"""Key of config.json and of manifests in runs of real sites: what they call the run."""
 LOCK = "lock"
 OUTCOME = "outcome.json"
 CLIENTS = "clients"
 BEST = "best"
+PRIVACY = "privacy.md"
 MANIFEST = "manifest.json"  # a folder without one is not a checkpoint
 
 _ENTITY = r"((server|client_\d+)/)?"
 _CHECKPOINT = r"(\.checkpoints-\d+-\d+|checkpoints)/step_\d+"
-_CHECKPOINT_FILE = r"((global|client_\d+)\.safetensors|server\.json|manifest\.json)"
+_CHECKPOINT_FILE = r"((global|client_\d+)\.safetensors|(server|manifest|site_\d+)\.json)"
 _FILES = re.compile("|".join((
     rf"config\.json|environment\.json|training_history\.json|events\.jsonl|{OUTCOME}",
-    rf"({BEST}/)?model\.safetensors|{BEST}/config\.json|tracker\.json|failed\.txt",
+    rf"({BEST}/)?model\.safetensors|{BEST}/config\.json|tracker\.json|failed\.txt|{PRIVACY}",
     rf"{LOCK}|{LOCK}\.held|\.?STOP",
     rf"{_ENTITY}(params|deltas)/step_\d+\.npz",
     rf"{_CHECKPOINT}/{_CHECKPOINT_FILE}",
@@ -74,7 +77,8 @@ def _settings_in_checkpoint(run_dir: Path) -> dict[str, Any] | None:
             manifest = read_json(path, dict)
             config = manifest.get("config")
             if manifest.get("sha256") == manifest_checksum(manifest) and isinstance(config, dict):
-                return renamed(config)
+                return {name: manifest[name] for name in (RUN_ID,) if name in manifest
+                        } | renamed(config)
     return None
 
 
@@ -116,11 +120,12 @@ def remove(run_dir: Path, chosen: Callable[[str], bool]) -> None:
 
 
 def remove_checkpoint(folder: Path) -> None:
-    """Remove a checkpoint's files, the manifest first: what a kill leaves is then no checkpoint."""
+    """Remove a checkpoint's files, the manifest, or a site's records, first: what a kill leaves is
+    then no checkpoint."""
     check_claim(folder)
     with suppress(FileNotFoundError):
-        (folder / MANIFEST).unlink(missing_ok=True)
-        for path in list(folder.iterdir()):
+        for path in sorted(folder.iterdir(), key=lambda p: (p.name != MANIFEST,
+                                                            p.suffix != ".json")):
             partial = _PARTIAL.fullmatch(path.name)
             if re.fullmatch(_CHECKPOINT_FILE, partial[2] if partial else path.name):
                 path.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,12 @@ class Schema:
 
 FEDERATED = Schema("round", "global_step", "server_val_loss", "server_val_ppl", "server")
 CENTRAL = Schema("step", "step", "val_loss", "val_ppl", ".")
+
+SITE_VAL_PPL: Final = "site_val_ppl"
+"""Key of a record, and of an event, of a run with --site_holdout: the perplexity over all sites on
+what they hold out."""
+HELD_OUT = "held out by the sites"
+"""What readers call it."""
 
 
 def read_field(record: Mapping[str, Any], field: Literal["step", "val_loss", "val_ppl"]) -> Any:

@@ -95,6 +95,7 @@ def open_tracker(config: RunConfig, done: int) -> Tracker | None:
 
 
 _NAMES = {"train_ppl": "perplexity/train", "val_ppl": "perplexity/validation",
+          "site_val_ppl": "perplexity/sites",
           "lr": "learning_rate", "tokens_per_second": "tokens_per_second"}
 
 
@@ -107,7 +108,7 @@ def scalars(values: Mapping[str, Any]) -> dict[str, float]:
                 yield from ((f"client_{client['client']}/{what}", number) for client in value
                             for what, number in client.items() if what != "client")
             elif name == "left_out":
-                yield name, len(value)
+                yield name, value if isinstance(value, int) else len(value)
             elif name.endswith("_seconds"):
                 yield f"seconds/{name.removesuffix('_seconds')}", value
             elif name not in ("round", "step"):

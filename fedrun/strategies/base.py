@@ -23,13 +23,22 @@ if TYPE_CHECKING:
 ADAMW_EPS = 1e-8  # torch.optim.AdamW's default; of local training and of methods that run AdamW
 
 
+def adamw_ratio(beta1: float, beta2: float, steps: float = math.inf) -> float:
+    """The largest |m| / sqrt(v) of AdamW's moments after this many steps from zero, neither
+    corrected for its bias (see aggregation/bounds.py)."""
+    ratio = beta1**2 / beta2
+    assert ratio < 1
+    return (1 - beta1) / math.sqrt((1 - beta2) * (1 - ratio)) * math.sqrt(1 - ratio**steps)
+
+
 @dataclass(frozen=True)
 class BoundExponents:
-    """The largest element of a vector, as exponents of two quantities known before training: how
-    far local steps can move a parameter, and the largest element of a gradient."""
+    """The largest element of a vector, as exponents of three quantities known before training: how
+    far local steps can move a parameter, the largest element of a gradient, and --grad_clip."""
 
     update: int = 0
     gradient: int = 0
+    clip: int = 0
 
 
 CLIENT_VECTORS: dict[str, BoundExponents] = {
@@ -37,9 +46,13 @@ CLIENT_VECTORS: dict[str, BoundExponents] = {
     "gradient": BoundExponents(gradient=1),
     "fisher": BoundExponents(gradient=2),
     "exp_avg": BoundExponents(gradient=1),
-    "exp_avg_sq": BoundExponents(gradient=2)}
+    "exp_avg_sq": BoundExponents(gradient=2),
+    "momentum": BoundExponents(clip=1),
+    "rms": BoundExponents(clip=1)}
 """What a client can report, each as long as the model: its update d_k = w_k - w; the gradient of
-its mean loss; its Fisher diagonal; AdamW's two moments, corrected for their bias."""
+its mean loss; its Fisher diagonal; AdamW's two moments, corrected for their bias. The last two, the
+first moment and the root of the second of clipped gradients, are for --client_moments average_sqrt
+alone, not for methods."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +61,10 @@ class ClientReport:
 
     client: int
     tokens: int
-    """Tokens in this round's losses."""
+    """Tokens in this round's losses. With --dp example 0, or before the client has its weight as
+    many as there are on average."""
     loss_sum: float
-    """Sum of their losses, in nats."""
+    """Sum of their losses, in nats; 0 with --dp example."""
     entropy: float | None = None
     """Mean predictive entropy of the trained model, in nats per token; for methods that measure it
     (`holdout_batches`)."""
@@ -58,6 +72,8 @@ class ClientReport:
     """The client's weight p_k, not normalised; 0 if it is left out."""
     norm: float | None = None
     """Norm of its update or gradient; in rounds that are evaluated."""
+    noised_norm: float | None = None
+    """With --dp example: norm of the gradient of its last step, with its noise."""
     left_out: str = ""
     """Why nothing of this client is in the sum; empty if it is."""
     validation: Sequence[tuple[int, float, int]] = field(default_factory=list)
@@ -156,8 +172,8 @@ class Strategy:
             # A client makes no local step, so settings of local training would do nothing, and
             # its own model is the global one of before the round.
             for flag, value in {"local_updates": 1, "client_moments": "keep", "sync": "round",
-                                "prox_mu": 0, "grad_clip": None, "eval_clients": False,
-                                "save_client_deltas": False}.items():
+                                "prox_mu": 0, "grad_clip": None, "moments_dtype": "fp32",
+                                "eval_clients": False, "save_client_deltas": False}.items():
                 require(getattr(config, flag) == value, f"--{flag}", getattr(config, flag),
                         f"{value} for {config.method}".lower())
         if "fisher" in self.inputs and self.fisher_settings.estimate == "corrected":

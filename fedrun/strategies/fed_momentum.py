@@ -8,6 +8,10 @@ The last two are torch.optim.SGD on the gradient -S: FedAvgM of Hsu, Qi & Brown 
 the Effects of Non-Identical Data Distribution for Federated Visual Classification". Their steady
 step is 1 / (1 - b) times as long as that of ema.
 
+With --server_momentum_warmup the decay in round t = 1, 2, ... is min(b, 1 - 1/t): none of the zero
+that v starts from is left after the first round, and until b is reached the ema is the plain mean
+of all updates so far.
+
 DiLoCo (Douillard et al. 2023, "DiLoCo: Distributed Low-Communication Training of Language Models")
 is the nesterov form over many local AdamW steps, with eta 0.7 and b 0.9.
 """
@@ -37,6 +41,9 @@ class FedMomentum(FedAvg):
     momentum_form: Literal["ema", "heavy_ball", "nesterov"] = "ema"
     """v <- b v + (1-b) S (ema), or the momentum of torch.optim.SGD on -S, plain (heavy_ball) or
     Nesterov's (nesterov), whose steady step is 1/(1-b) times as long."""
+    server_momentum_warmup: bool = False
+    """Let the momentum grow with the rounds t = 1, 2, ...: min(b, 1 - 1/t), which is 0, 1/2, 2/3
+    and so on up to --server_momentum."""
 
     def __post_init__(self) -> None:
         require(0 <= self.server_momentum < 1, "--server_momentum", self.server_momentum,
@@ -47,9 +54,15 @@ class FedMomentum(FedAvg):
     def state(self) -> Mapping[str, float]:
         return {"momentum": 0.0}
 
+    def momentum_in(self, number: int) -> float:
+        """The decay b in a round, counted from 1."""
+        if self.server_momentum_warmup:
+            return min(self.server_momentum, 1 - 1 / number)
+        return self.server_momentum
+
     def server_update(self, model: Tensor, state: Mapping[str, Tensor], mean: Mapping[str, Tensor],
                       context: ServerRound) -> None:
-        b, v, s = self.server_momentum, state["momentum"], mean["delta"]
+        b, v, s = self.momentum_in(context.number), state["momentum"], mean["delta"]
         v.mul_(b).add_(s, alpha=1 - b if self.momentum_form == "ema" else 1.0)
         if self.momentum_form == "nesterov":
             model.add_(s.add_(v, alpha=b), alpha=self.server_lr)

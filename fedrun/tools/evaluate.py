@@ -18,7 +18,8 @@ def main(argv: Sequence[str]) -> int:
                           "run's model on any text, as one JSON object.")
     parser.add_argument("text", nargs="?", metavar="TEXT",
                         help="the text, as --dataset for training: a file, a folder, a data set "
-                             "(default: what the run was trained on)")
+                             "(default: what the run was trained on, or with sites "
+                             "the server's text)")
     parser.add_argument("--dataset", metavar="TEXT", help="the same by a flag")
     parser.add_argument("--split", metavar="NAME",
                         help="train, validation, test or another split (default: validation; all "

@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedrun.common.errors import naming
+from fedrun.common.errors import naming, require
 from fedrun.common.log import WARNING, log, print_log
 from fedrun.common.terminal import say, visible
+from fedrun.config import FederatedConfig
 from fedrun.flags import Parser, add_flags, method_flags, resolve
 from fedrun.unused import idle
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from fedrun.config import FederatedConfig
     from fedrun.data.shard_stats import ShardStats
     from fedrun.data.tokens import TokenData
 
@@ -46,19 +46,20 @@ def main(argv: Sequence[str]) -> int:
     flags = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     out = flags.pop("out")
     config = resolve("fed_avg", flags)
+    assert isinstance(config, FederatedConfig)
+    require(config.sites is None, "--config", config.config, "one without sites, each of which "
+            "deals its own text")
     for line in idle(config).values():
         log(line, WARNING)
 
     from rich.console import Console
 
-    from fedrun.config import FederatedConfig
     from fedrun.data.shard_stats import describe_shards
     from fedrun.data.tokens import prepare
     from fedrun.experiment import shards_of
     from fedrun.plots import style
     from fedrun.plots.partition import partition_figure
 
-    assert isinstance(config, FederatedConfig)
     print_log(to_stderr=True)
     data = prepare(config.dataset, config.tokenizer, config.sequence_length, config.cache_dir,
                    options=config.text_options)

@@ -1,8 +1,9 @@
-"""`fedrun plot perplexities|deltas|federated-deltas`: draws figures from run folders.
+"""`fedrun plot perplexities|deltas|federated-deltas|bytes`: draws figures from run folders.
 
     fedrun plot perplexities --data_dir results/ --config pure_ssm_1_layer
     fedrun plot perplexities --data_dir results/methods         # a study, from its histories alone
     fedrun plot federated-deltas --entity client_0 --layer all
+    fedrun plot bytes --data_dir results/methods                # of a study's table
 
 As PNG and SVG, without a display. Does not import torch.
 """
@@ -26,7 +27,8 @@ def main(argv: Sequence[str]) -> int:
                          _perplexities),
         "deltas": ("changes of in_proj in central runs: heatmaps and singular values", _deltas),
         "federated-deltas": ("the same for the global model or a client of federated runs",
-                             _federated_deltas)}
+                             _federated_deltas),
+        "bytes": ("perplexity against bytes that clients send, of a study's settings", _bytes)}
     if not argv or argv[0] in ("-h", "--help"):
         kinds = "\n".join(f"  {name:<17} {text}" for name, (text, _) in commands.items())
         print(f"usage: fedrun plot KIND [--flag value ...]\n\n{kinds}\n\n"
@@ -83,6 +85,22 @@ def _perplexities(text: str, argv: Sequence[str]) -> int:
                                         View(args.start, args.y_max))
     for line in left_out:
         say(f"left out {line}")
+    with naming("--out_dir", args.out_dir):
+        save_all(drawn, args.out_dir)
+    return 0 if any(not isinstance(result, str) for result in drawn.values()) else 1
+
+
+def _bytes(text: str, argv: Sequence[str]) -> int:
+    parser = Parser(prog="fedrun plot bytes", description=text, allow_abbrev=False)
+    parser.add_argument("--data_dir", type=Path, required=True, metavar="FOLDER",
+                        help="folder of a study, with its table.json")
+    parser.add_argument("--out_dir", "--output_dir", type=Path, metavar="FOLDER",
+                        default=Path("results/plots/bytes"),
+                        help="folder to write the figure to (default: %(default)s)")
+    args = parser.parse_args(argv)
+    from fedrun.plots import traffic
+    from fedrun.plots.pieces import save_all
+    drawn = traffic.figures(args.data_dir)
     with naming("--out_dir", args.out_dir):
         save_all(drawn, args.out_dir)
     return 0 if any(not isinstance(result, str) for result in drawn.values()) else 1

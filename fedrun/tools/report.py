@@ -1,7 +1,8 @@
 """`fedrun report --data_dir results/`: writes one self-contained HTML page about all runs.
 
 A table of the runs, the figures of `fedrun plot perplexities`, and each run's curve, sample text,
-changes of weights and settings. It loads nothing from elsewhere: figures are SVG inside the page.
+changes of weights and settings; of a run with sites, what it showed of their text. It loads nothing
+from elsewhere: figures are SVG inside the page.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fedrun.plots import perplexity
 from fedrun.plots.run_folder import AXES
 from fedrun.plots.runs import Found, find_runs
 from fedrun.plots.texts import texts
+from fedrun.records.schema import HELD_OUT
 from fedrun.tools.report_pictures import of_weights, picture
 from fedrun.tools.report_runs import experiments
 
@@ -63,7 +65,8 @@ def page(found: Found, data_dir: Path, axis: Any, with_deltas: bool) -> str:
     return template.render(
         folder=data_dir.resolve().name, experiments=shown, texts=texts(found.runs),
         rows=[row for experiment in shown for row in experiment.rows], left_out=left_out,
-        passed_over=found.passed_over,
+        passed_over=found.passed_over, HELD_OUT=HELD_OUT,
+        held_out=any(experiment.at_sites for experiment in shown),
         pictures=[picture(name, figure) for name, figure in made.items()
                   if isinstance(figure, Figure)],
         skipped=[(name, reason) for name, reason in made.items() if isinstance(reason, str)])

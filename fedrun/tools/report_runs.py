@@ -21,6 +21,7 @@ from fedrun.plots.groups import Group, Settings, flat, groups
 from fedrun.plots.run_folder import Run
 from fedrun.plots.texts import Text, text_of
 from fedrun.tools.report_pictures import Picture, picture
+from fedrun.tools.report_sites import SitesPart, sites_part
 
 NAMED = ("fedrun", "method", "config", "seed")
 """Settings that are told first, and that have no default that they could be compared with."""
@@ -35,10 +36,13 @@ class Row:
     """On the page, from 1."""
     final: str
     best: str
+    at_sites: str
+    """The final perplexity on what its sites hold out; empty if none is held out."""
     tokens: str
     clock: str
     bytes: str
     devices: str
+    sites: SitesPart | None
     curve: Picture | str
     """Its perplexities, or why they are no curve."""
     weights: list[Picture]
@@ -65,6 +69,7 @@ class Experiment:
     seeds: str
     final: str
     best: str
+    at_sites: str
     tokens: str
     clock: str
     bytes: str
@@ -93,6 +98,7 @@ def experiments(runs: Sequence[Run], axis: Any, weights: Mapping[Path, Sequence[
             ", ".join(str(run.seed) for run in of_runs),
             with_deviation([record.val_ppl for record in finals]),
             with_deviation([run.best.val_ppl for run in of_runs]),
+            with_deviation([record.site_val_ppl for record in finals]),
             count(mean([record.tokens for record in finals])),
             clock(mean([record.seconds for record in finals])),
             size(mean([record.bytes for record in finals])),
@@ -107,9 +113,10 @@ def _row(run: Run, number: int, axis: Any, weights: Iterable[Picture]) -> Row:
     curve = perplexity.single(run, axis)
     changed, defaults = settings(run)
     return Row(run, number, perplexity_text(final.val_ppl), perplexity_text(run.best.val_ppl),
+               perplexity_text(final.site_val_ppl),
                count(final.tokens) + (" (inferred)" if run.tokens_inferred else ""),
                clock(final.seconds), size(final.bytes),
-               f"{processes} × {device}" if processes and device else str(device),
+               f"{processes} × {device}" if processes and device else str(device), sites_part(run),
                picture("perplexity", curve, "Its perplexities.") if isinstance(curve, Figure)
                else curve, list(weights), changed, defaults)
 
@@ -128,14 +135,19 @@ def settings(run: Run) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
 
 
 def perplexity_text(value: float) -> str:
-    """1234.5 as 1,234.50; the perplexity of a diverged run with its power of ten."""
+    """1234.5 as 1,234.50; the perplexity of a diverged run with its power of ten; an empty string
+    for nan."""
+    if math.isnan(value):
+        return ""
     return f"{value:,.2f}" if value < 1e9 else f"{value:.3g}"
 
 
 def with_deviation(values: Sequence[float]) -> str:
     """The mean of perplexities, of several with their standard deviation."""
     middle = perplexity_text(mean(values))
-    return f"{middle} ± {perplexity_text(statistics.stdev(values))}" if len(values) > 1 else middle
+    if len(values) < 2 or not math.isfinite(mean(values)):
+        return middle
+    return f"{middle} ± {perplexity_text(statistics.stdev(values))}"
 
 
 def mean(values: Sequence[float]) -> float:

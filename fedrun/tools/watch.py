@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from fedrun.common.log import WARNING, log
 from fedrun.common.terminal import visible
 from fedrun.flags import Parser
 from fedrun.records.run_files import OUTCOME
+from fedrun.records.schema import HELD_OUT, SITE_VAL_PPL
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 48
@@ -105,10 +107,14 @@ class RunState:
     train: dict[int, float] = field(default_factory=dict)
     """Global step -> train perplexity."""
     validation: dict[int, float] = field(default_factory=dict)
+    at_sites: dict[int, float] = field(default_factory=dict)
+    """Global step -> perplexity on what the sites hold out."""
     clients: dict[int, dict[str, float]] = field(default_factory=dict)
     """Client -> its last numbers, by name."""
     left_out: dict[int, set[int]] = field(default_factory=dict)
     """Client -> rounds that left out its update. A set, as a resumed run repeats some rounds."""
+    counted: dict[int, dict[str, int]] = field(default_factory=dict)
+    """With sites, round -> how many clients it left out, by reason."""
     rate: float = 0.0
     """Training tokens a second, from the start to the last round or step."""
     ended: bool = False
@@ -126,7 +132,8 @@ class RunState:
             self.unit, self.number = str(kind), step
             if self.last.get("seconds", 0) > 0:
                 self.rate = self.last.get("tokens", 0) / self.last["seconds"]
-            for store, name in ((self.train, "train_ppl"), (self.validation, "val_ppl")):
+            for store, name in ((self.train, "train_ppl"), (self.validation, "val_ppl"),
+                                (self.at_sites, SITE_VAL_PPL)):
                 if name in event:  # null is what JSON has for infinity
                     value = math.inf if event[name] is None else number(event[name])
                     if not math.isnan(value):
@@ -138,6 +145,9 @@ class RunState:
             for index in map(whole, _list(event.get("left_out"))):
                 if index is not None:
                     self.left_out.setdefault(index, set()).add(step)
+            if isinstance(why := event.get("left_out_why"), dict):
+                self.counted[step] = {visible(str(reason)): count for reason, found in why.items()
+                                      if (count := whole(found)) is not None}
 
 
 def _updated(known: dict[str, float], new: dict[str, Any]) -> dict[str, float]:
@@ -238,7 +248,7 @@ def _perplexities(state: RunState) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     # The history's train perplexity is another: the mean since the evaluation before.
     for name, series in ((f"train, each {state.unit}", state.train),
-                         ("validation", state.validation)):
+                         ("validation", state.validation), (HELD_OUT, state.at_sites)):
         if series:
             values = [series[number] for number in sorted(series)]
             table.add_row(Text(name, style="dim"), _short(values[-1]),
@@ -265,7 +275,14 @@ def _totals(state: RunState) -> RenderableType:
                 ("evaluation", "evaluation")) if f"{key}_seconds" in last]
     if "seconds" in last:
         seconds.insert(0, f"{last['seconds']:.1f} s")
-    return Text("  ".join(parts) + "\n" + "  ".join(seconds), style="dim")
+    totals = Text("  ".join(parts) + "\n" + "  ".join(seconds), style="dim")
+    left_out: Counter[str] = Counter()
+    for counts in state.counted.values():
+        left_out.update(counts)
+    if total := sum(left_out.values()):
+        why = ", ".join(f"{reason}: {count}" for reason, count in left_out.items() if count)
+        totals.append(f"\nclients left out {total}× ({why})", style="red")
+    return totals
 
 
 def _clients(state: RunState) -> RenderableType:

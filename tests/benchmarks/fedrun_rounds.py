@@ -133,7 +133,7 @@ class Floor:
         dist.all_reduce(self.side.aggregator.buffer, group=self.group)
 
     def apply(self) -> None:
-        for vector in self.side.state.values():
+        for vector in self.side.global_state.server.values():
             vector.mul_(1.0)
         first, *others = self.sums
         if others:
@@ -224,9 +224,10 @@ class TimedServer(server.Server):
         return dataclasses.replace(super().plan(number), evaluate=False, save=False, last=last)
 
     def record(self, plan: RoundPlan, decision: RoundDecision, trained: list[WorkerReport],
-               reports: list[RoundReport], model: Tensor | None) -> None:
+               reports: list[RoundReport], model: Tensor | None,
+               state: dict[str, Tensor] | None = None) -> None:
         self.floors += [report.measured for report in reports if report.measured]
-        super().record(plan, decision, trained, reports, model)
+        super().record(plan, decision, trained, reports, model, state)
 
     def _answer(self) -> None:
         answer: dict[str, Any] = {"rounds": self.times}

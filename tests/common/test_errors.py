@@ -11,14 +11,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from fedrun import cli
 from fedrun.common import errors, locks
 from fedrun.common.errors import Diverged, FedrunError, InputError, explain, naming, require
-from fedrun.common.log import LOGGER, WARNING, log, print_log
+from fedrun.common.log import LOGGER, WARNING, keep_log, log, print_log
 from fedrun.data.tokenizer import CustomCodeError
 from fedrun.distributed.connect import NotConnected
 from tests.support.disk import no_space
@@ -159,3 +159,40 @@ def test_messages_have_a_prefix_for_their_level(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr() == ("fedrun: one\n", "fedrun: warning: two\\x1b\n"
                                    "Traceback: ...\nfedrun: error: three\n")
     assert LOGGER.level == logging.INFO
+
+
+@pytest.mark.parametrize(("error", "code"), [
+    (FileNotFoundError(2, "No such file or directory", "/home/n/x"), "disk"),
+    (no_space("/home/n/x"), "disk"), (OSError(12, "Cannot allocate memory"), "memory"),
+    (MemoryError(), "memory"), (RuntimeError("[enforce fail] can't allocate memory: 8"), "memory"),
+    (InputError("--lr 5: must be < 1"), "settings"), (NotConnected("rank 2"), "bug"),
+    (Diverged("loss"), "diverged"), (ValueError("the text of a patient"), "bug"),
+    (TimeoutError("rank 2"), "bug")])
+def test_a_code_is_all_that_leaves_a_site_of_an_error(error: Exception, code: errors.ErrorCode
+                                                      ) -> None:
+    assert errors.error_code(error) == code
+    assert set(errors.ERROR_TEXTS) == set(get_args(errors.ErrorCode))
+
+
+def test_the_code_is_that_of_the_cause() -> None:
+    assert errors.error_code(raised(from_a_library)) == "disk"
+
+
+def test_a_site_keeps_a_log_that_nobody_else_reads(tmp_path: Path) -> None:
+    file, before = tmp_path / "log", LOGGER.handlers.copy()
+    try:
+        keep_log(file)
+        keep_log(file)
+        log("the text of a patient", WARNING, "Traceback ...\n")
+        # Not to pytest too, whose processes cannot send it to each other.
+        LOGGER.handlers[-1].handle(logging.LogRecord("", WARNING, "", 0, "x\udc80", None, None))
+    finally:
+        LOGGER.handlers[:] = before
+    assert file.stat().st_mode & 0o777 == 0o600
+    trace, line, odd = file.read_text().splitlines()
+    assert trace == "Traceback ..."
+    assert line.endswith(f" process {os.getpid()} warning: the text of a patient")
+    assert odd.endswith("warning: x\\udc80")
+    (tmp_path / "link").symlink_to(file)
+    with pytest.raises(OSError, match="symbolic links"):
+        keep_log(tmp_path / "link")

@@ -88,6 +88,7 @@ def test_a_study_is_read_in_the_old_spelling(tmp_path: Path) -> None:
     assert all(s.flags["aggregation"] == "float" for s in overridden.settings.values())
 
 
+@pytest.mark.slow
 def test_a_folder_in_the_old_spelling_is_resumed_plotted_and_reported(
         run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What a run of the old spelling leaves: its config.json and its checkpoints' manifests."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from fractions import Fraction
@@ -36,7 +37,9 @@ from fedrun.training.params import FlatParams
 from fedrun.unused import idle
 from tests.support.experiments import experiment_of
 from tests.support.made_data import made
-from tests.support.runs import Run
+from tests.support.runs import ROOT, Run
+
+BOOKS = ROOT.parent / "shared" / "data" / "books"
 
 # ---- every partition ----------------------------------------------------------------------------
 
@@ -199,6 +202,32 @@ def test_units_go_to_the_client_furthest_below_its_size() -> None:
     assert owner.tolist() == [0] * 6 + [1] * 5 + [1] * 4 + [0] * 3
 
 
+def test_whole_units_are_nearly_as_even_as_any_deal() -> None:
+    """The largest shard, against the smallest one of all deals: within Graham's bound for taking
+    the largest first ("Bounds on Multiprocessing Timing Anomalies", 1969, theorem 2)."""
+    random = np.random.default_rng(0)
+    for clients, units in ((2, 9), (3, 8), (4, 7)):
+        sizes = random.integers(1, 40, units)
+        target = shard_sizes(int(sizes.sum()), clients, 0.0, 0)
+        owner = deal_whole(np.repeat(np.arange(units), sizes), target, "by_source", None)
+        best = min(max(np.bincount(deal, sizes, clients)) for deal in
+                   itertools.product(range(clients), repeat=units))
+        assert best <= max(np.bincount(owner)) <= (4 / 3 - 1 / (3 * clients)) * best + 1
+
+
+@pytest.mark.skipif(not (BOOKS / "train").is_dir(), reason="the folder of books is not here")
+def test_four_clients_have_sixteen_authors_each_and_equal_text(tmp_path: Path) -> None:
+    """Bytes stand for tokens."""
+    authors = sorted((BOOKS / "train").iterdir())
+    sizes = np.array([sum(file.stat().st_size for file in author.iterdir()) // 1000
+                      for author in authors])
+    unit = np.repeat(np.arange(len(authors)), sizes)
+    owner = deal_whole(unit, shard_sizes(len(unit), 4, 0.0, 0), "by_source", None)
+    text = np.bincount(owner)
+    assert [len(set(unit[owner == k])) for k in range(4)] == [16] * 4
+    assert max(text) < 1.005 * min(text)
+
+
 # ---- errors -------------------------------------------------------------------------------------
 
 def dealt(data: TokenData, **flags: object) -> Shards:
@@ -327,8 +356,8 @@ def test_central_takes_the_batches_of_the_same_clients(pydocs_tokens: TokenData)
 
 # ---- whole runs ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("method", "partition"), [("fed_avg", "dirichlet"),
-                                                   ("fed_entropy", "documents")])
+@pytest.mark.parametrize(("method", "partition"), [
+    pytest.param("fed_avg", "dirichlet", marks=pytest.mark.slow), ("fed_entropy", "documents")])
 def test_unequal_clients_have_the_same_bits_in_1_and_3_processes(
         run: Run, method: str, partition: str) -> None:
     flags = ("--num_clients", 5, "--rounds", 3, "--partition", partition, "--alpha", 0.3,

@@ -23,7 +23,7 @@ from fedrun import cli
 from fedrun.cli import parse
 from fedrun.data import building, cache_entry, corpora, tokens
 from fedrun.data.tokens import TokenData, prepare, verify
-from fedrun.distributed.runtime import difference
+from fedrun.distributed.comparison import difference
 from fedrun.experiment import identity
 from tests.support.disk import full
 from tests.support.experiments import experiment_of

@@ -254,6 +254,7 @@ def test_same_bits_in_memory_and_on_disk_in_1_2_3_and_5_processes(
     assert len(seen) == len(RUNS)
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_from_disk_and_memory(run: Run, tmp_path: Path) -> None:
     flags = ("--num_clients", 6, "--cohort", 4, "--rounds", 5)
     whole = run("fed_avg", *flags, name="whole")
@@ -286,6 +287,7 @@ def test_files_that_a_kill_left_are_not_taken(run: Run, tmp_path: Path, undistur
     assert not (resumed.run_dir / "clients").exists()
 
 
+@pytest.mark.slow
 def test_a_run_ends_when_the_disk_is_full(run: Run, tmp_path: Path) -> None:
     """A limit on the size of files, which a state with moments exceeds and a model does not."""
     model = run("fed_avg", "--num_clients", 3, "--rounds", 1, name="model")

@@ -46,7 +46,7 @@ def train(client: Client, _model: Any, steps: int, first_step: int, *_: Any,
     return LocalLosses(torch.zeros((), dtype=torch.float64), 4)
 
 
-def gradient(client: Client, _model: Any) -> LocalLosses:
+def gradient(client: Client, _model: Any, _gradients: Any) -> LocalLosses:
     client.flat.grad.fill_(0.01 * (client.index + 1))
     return LocalLosses(torch.zeros((), dtype=torch.float64), 4)
 
@@ -106,10 +106,14 @@ def allocations() -> Iterator[list[int]]:
 CASES = [
     ("fed_avg", {}, 1), ("fed_avg", {"client_moments": "reset"}, 1),
     ("fed_avg", {"client_moments": "average"}, 1), ("fed_avg", {"aggregation": "float"}, 1),
+    ("fed_avg", {"client_moments": "average_sqrt", "grad_clip": "1"}, 1),
+    ("fed_avg", {"client_moments": "average_sqrt", "grad_clip": "1", "moments_every": "3,2"}, 1),
     ("fed_avg", {"sync": "epoch"}, 2),  # the clients' own models, kept and loaded
     ("fed_momentum", {}, 1), ("diloco", {}, 1), ("fed_adam", {}, 1), ("fed_yogi", {}, 1),
     ("fed_adagrad", {}, 1), ("fed_entropy", {}, 1), ("fed_fisher", {}, 1),
     ("fed_avg", {"aggregation": "int8"}, 1),
+    ("fed_avg", {"aggregation": "int8", "client_moments": "average_sqrt", "grad_clip": "1",
+                 "moments_every": "2,1"}, 1),
     ("fed_fisher", {"fisher_floor_mode": "relative"}, 1), ("fed_sgd", {}, 1)]
 
 

@@ -23,10 +23,11 @@ def ended(outcome: Outcome, rank: int) -> None:
     assert f"the last good model is in {outcome.run_dir / 'model.safetensors'}" in outcome.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "rank", "last_good"), [
     (3, 1, 2),  # the first worker, which sends the model else
-    pytest.param(3, 2, 2, marks=pytest.mark.slow),
-    pytest.param(1, 0, 1, marks=pytest.mark.slow)])  # nobody else has the model of round 2
+    (3, 2, 2),
+    (1, 0, 1)])  # nobody else has the model of round 2
 def test_it_is_reported_as_itself_and_the_last_model_comes_from_another_worker(
         run: Run, processes: int, rank: int, last_good: int) -> None:
     outcome = run("fed_avg", *FLAGS, processes=processes, script=STICKY,

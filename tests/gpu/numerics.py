@@ -14,7 +14,7 @@ from torch import Tensor
 from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.exact import MOMENTS, ExactAggregator
-from fedrun.aggregation.int8 import Int8Aggregator
+from fedrun.aggregation.int8 import BLOCK, Int8Aggregator, residual_of
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.flags import resolve
 from fedrun.model.config import ModelConfig
@@ -100,10 +100,12 @@ def head(job: Job) -> Found:
 # ---- sums ----------------------------------------------------------------------------------------
 
 BOUND, CLIENTS = 2.0**-10, 5
-METHODS: dict[str, tuple[Strategy, bool]] = {  # and whether moments are averaged
-    "fed_avg": (FedAvg(), False), "averaged moments": (FedAvg(), True),
-    "fed_fisher": (FedFisher(), False), "fed_entropy": (FedEntropy(), False),
-    "fed_adam": (FedAdam(), False), "int8": (FedAvg(), False)}
+BOUNDED = ("momentum", "rms")
+METHODS: dict[str, tuple[Strategy, tuple[str, ...]]] = {  # and the moments that are averaged
+    "fed_avg": (FedAvg(), ()), "averaged moments": (FedAvg(), MOMENTS),
+    "averaged roots": (FedAvg(), BOUNDED), "fed_fisher": (FedFisher(), ()),
+    "fed_entropy": (FedEntropy(), ()), "fed_adam": (FedAdam(), ()), "int8": (FedAvg(), ()),
+    "int8, averaged roots": (FedAvg(), BOUNDED)}
 
 
 def client_vectors(size: int) -> Iterator[dict[str, Tensor]]:
@@ -119,28 +121,34 @@ def client_vectors(size: int) -> Iterator[dict[str, Tensor]]:
             delta[size // 2] = torch.nan
         if client == 3:
             delta[-1] = 1.5 * BOUND
-        yield {"delta": delta, "fisher": rest[0], "residual": torch.zeros(size),
-               "exp_avg": rest[1] - 0.5, "exp_avg_sq": rest[2]}
+        yield {"delta": delta, "fisher": rest[0], "exp_avg": rest[1] - 0.5, "exp_avg_sq": rest[2],
+               "momentum": rest[1] - 0.5, "rms": rest[2],
+               "peaks": torch.stack([block.max() for block in rest[2].split(BLOCK)]),
+               **{residual_of(name): torch.zeros(size) for name in ("delta", *BOUNDED)}}
 
 
 def summed(name: str, size: int, device: torch.device) -> dict[str, Any]:
     """The buffer, who is left out, and the model after the server's update."""
-    strategy, average = METHODS[name]
+    strategy, averaged = METHODS[name]
     like = torch.zeros((), device=device)
-    terms: Aggregator = (Int8Aggregator(strategy, size, like, CLIENTS) if name == "int8" else
-                         ExactAggregator(strategy, size, like, True, average))
+    moments = {n: torch.zeros(size, device=device) for n in averaged}
+    wanted = [*strategy.inputs, *averaged]
+    terms: Aggregator
+    if name.startswith("int8"):
+        terms = Int8Aggregator(strategy, size, like, CLIENTS, CLIENTS, moments=averaged)
+        terms.averages = moments
+        terms.scales.fill_(1.0)
+        wanted += ["peaks", *map(residual_of, ("delta", *averaged))]
+    else:
+        terms = ExactAggregator(strategy, size, like, True, averaged)
     terms.begin(Bounds(BOUND))
-    wanted = [*strategy.inputs, *terms.moments, *(["residual"] if name == "int8" else [])]
-    left_out, residuals = [], []
+    left_out = []
     for vectors in client_vectors(size):
         there = {n: vectors[n].to(device) for n in wanted}
         left_out.append(terms.add(there, 1 / CLIENTS))
-        if name == "int8" and not left_out[-1]:
-            residuals.append(there["residual"])
-    terms.reduce(residuals)
+    terms.reduce()
     model = torch.linspace(-1, 1, size).to(device)
     state = {n: torch.full((size,), v, device=device) for n, v in strategy.state.items()}
-    moments = {n: torch.zeros(size, device=device) for n in MOMENTS}
     buffer = terms.buffer.cpu()
     ServerUpdate(strategy, terms).apply(model, state, ServerRound(1, 1e-3), moments)
     return {"buffer": buffer, "model": model.cpu(),
@@ -159,7 +167,7 @@ def sums(job: Job) -> Found:
         ulps = magnitude(float((ours["model"] - theirs["model"]).abs().max()) * 2**23)
         value[name] = {"equal": torch.equal(ours["buffer"], theirs["buffer"]),
                        "left out": ours["left out"], "model differs by (ulp of 1)": ulps}
-        exact = name in ("fed_avg", "averaged moments")
+        exact = name in ("fed_avg", "averaged moments", "averaged roots")
         ok &= (value[name]["equal"] and ours["left out"] == theirs["left out"] == [2, 3]
                and ulps <= (0 if exact else 1))
     return Found(ok, value, "equal buffers; [2, 3] left out; equal models of FedAvg, within an ulp "

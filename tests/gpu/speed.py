@@ -15,6 +15,7 @@ from fedrun.federation.client_store import InMemory, make_store
 from fedrun.flags import resolve
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
+from fedrun.records.folders import Folders
 from fedrun.strategies.base import FisherSettings
 from fedrun.training.fisher import FisherEstimate
 from fedrun.training.optimizer import LocalOptimizer
@@ -212,7 +213,8 @@ def client_states(job: Job) -> Found:
 
     on_device, all_four = turns(states.__getitem__, states.__setitem__, lambda _: None)
     before = torch.cuda.host_memory_stats()["allocated_bytes.current"]
-    store = make_store(trainer.config, states, CUDA)  # type: ignore[arg-type]
+    config: Any = trainer.config
+    store = make_store(config, Folders.of(config), states, CUDA)
     assert isinstance(store, InMemory)
     by_torch = torch.cuda.host_memory_stats()["allocated_bytes.current"] - before
     states.clear()

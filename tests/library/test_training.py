@@ -195,7 +195,7 @@ def test_messages_go_to_who_listens(
 
 
 SCRIPT = """
-import json, sys
+import json, os, sys
 import fedrun
 
 flags = json.loads(sys.argv[1])
@@ -204,7 +204,7 @@ for name in ("first", "second"):
     run = fedrun.train("fed_avg", run_name=name, **flags)
     ended.append(run.outcome)
 stopped = fedrun.train("fed_avg", run_name="third", on_round=lambda r: "stop", **flags)
-print(ended, stopped.outcome)
+os.write(1, f"{ended} {stopped.outcome}\\n".encode())  # whole: print may write line and end apart
 """
 
 
@@ -221,6 +221,7 @@ def test_a_script_under_torchrun(flags: dict[str, Any], tmp_path: Path) -> None:
         assert Outcome(0, "", tmp_path / name).bits == outcome_of(alone).bits
 
 
+@pytest.mark.slow
 def test_a_script_that_goes_on_after_an_error(flags: dict[str, Any], tmp_path: Path) -> None:
     """Its ranks end as it says, though one run of theirs was refused on all of them."""
     script = tmp_path / "script.py"

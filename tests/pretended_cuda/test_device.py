@@ -32,7 +32,7 @@ def test_devices_are_chosen_by_the_usual_variable(pretended_cuda: dict[str, str]
     assert fresh_python(SEEN, env=env) == seen
 
 
-SUMS = """
+SUMS = r"""
 import os, sys
 from datetime import timedelta
 import torch
@@ -50,7 +50,8 @@ try:
         pass
     dist.all_reduce(torch.ones(1), group=group)
 except RuntimeError as error:
-    print(tensor.tolist(), error)
+    # Whole: print may write a line and its end apart, and two ranks share the output.
+    os.write(1, f"{tensor.tolist()} {error}\n".encode())
 """
 
 

@@ -87,9 +87,11 @@ def test_killed_and_resumed_on_other_gpus(pretended_cuda: Gpus, run: Run, alone:
 @pytest.mark.parametrize(("method", "flags"), [
     ("diloco", ("--aggregation", "int8")),
     ("fed_avg", ("--client_moments", "average")),
+    ("fed_avg", ("--client_moments", "average_sqrt", "--grad_clip", 1, "--moments_every", "2,1",
+                 "--aggregation", "int8")),
     ("fed_fisher", ("--client_moments", "reset", "--eval_clients", "--save_client_deltas"))])
 def test_eight_bits_and_averaged_moments(pretended_cuda: Gpus, run: Run, method: str,
-                                         flags: tuple[str, ...]) -> None:
+                                         flags: tuple[object, ...]) -> None:
     one, three = (run(method, *FLAGS, *flags, processes=n, name=f"in{n}", env=pretended_cuda,
                       limit=200) for n in (1, 3))
     assert_same(three, one)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ from fedrun.config import RunConfig
 from fedrun.flags import resolve
 from fedrun.records.provenance import (
     check_provenance,
+    conflicting_settings,
     corpus_digests,
     describe_differences,
     differing_settings,
 )
+from tests.support.site_files import THREE, sites_file
 
 
 def recorded_by(config: RunConfig) -> dict[str, Any]:
@@ -103,3 +106,24 @@ def test_another_gpu_and_other_libraries_are_a_warning(caplog: pytest.LogCapture
     with pytest.raises(ValueError, match="--device: the kernels of this run was cuda: own and is "
                                          "cuda: split_conv1d_scan now"):
         check_provenance(now, now | {"kernels": "cuda: split_conv1d_scan"})
+
+
+def test_sites_are_compared_by_what_their_file_says(tmp_path: Path) -> None:
+    """Not by its path, nor by a number of clients that follows from it; a plain run's provenance
+    does not know them."""
+    path = sites_file(tmp_path, THREE)
+    config = resolve("fed_avg", {"sites": path})
+    recorded = recorded_by(config) | {"sites": "elsewhere.yaml", "num_clients": 4}
+    same, other = {"sites": "aa", "versions": {}}, {"sites": "bb", "versions": {}}
+    assert conflicting_settings(config, recorded, same, same) == {}
+    assert conflicting_settings(config, recorded, other, same) == {
+        "sites": ("elsewhere.yaml (bb)", f"{path} (aa)")}
+    assert conflicting_settings(config, recorded, {}, same).keys() == {"sites", "num_clients"}
+    for name, flag in (("sites", "--sites: the file of the sites"),
+                       ("site_texts", "--site_data: the text of the sites")):
+        check_provenance(same | {name: "aa"}, same | {name: "aa"})
+        check_provenance({}, same | {name: "aa"})
+        with pytest.raises(ValueError, match=f"{flag} of this run was bb and is aa now"):
+            check_provenance(same | {name: "bb"}, same | {name: "aa"})
+        with pytest.raises(ValueError, match=f"{flag} of this run was bb and is None now"):
+            check_provenance({"versions": {}, name: "bb"}, {"versions": {}})

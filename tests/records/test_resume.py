@@ -37,9 +37,12 @@ from tests.support.runs import (
 
 
 @pytest.mark.parametrize(("method", "flags"), [
-    ("central", ("--rounds", 7, "--checkpoint_freq", 2)),
-    ("diloco", (*FLAGS, "--client_moments", "average", "--local_updates", 2)),
+    ("central", ("--rounds", 7, "--checkpoint_freq", 1, "--outer_every", 3,
+                 "--server_momentum_warmup", "true")),
+    ("diloco", (*FLAGS, "--client_moments", "average", "--local_updates", 2,
+                "--server_momentum_warmup", "true")),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        ("central", ("--rounds", 7, "--checkpoint_freq", 2)),
         ("fed_avg", (*FLAGS, "--sync", "epoch", "--epoch_passes", 0.01)),
         ("fed_yogi", (*FLAGS, "--sampling", "replacement")),
         ("fed_fisher", (*FLAGS, "--client_moments", "reset")),
@@ -192,6 +195,7 @@ def test_a_kill_while_the_folder_is_emptied(stopped: Outcome, monkeypatch: pytes
     assert left == {"lock", "config.json", "outcome.json"}
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_for_a_while(run: Run, tmp_path: Path, undisturbed: Outcome) -> None:
     """What cannot be written at one evaluation is there after the next."""
     script = tmp_path / "full.py"
@@ -273,6 +277,7 @@ def test_a_full_disk_costs_only_the_checkpoint(run: Run, tmp_path: Path,
     assert_equal(full, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_folder_that_not_all_ranks_share_is_refused(run: Run, tmp_path: Path) -> None:
     script = tmp_path / "elsewhere.py"
     script.write_text("import os, sys\nimport fedrun.run\nfrom fedrun.__main__ import main\n"
@@ -285,6 +290,7 @@ def test_a_folder_that_not_all_ranks_share_is_refused(run: Run, tmp_path: Path) 
     assert "2: ''" in apart.output, apart.output
 
 
+@pytest.mark.slow
 def test_the_type_of_products_is_one_that_all_workers_have_and_stays(run: Run, tmp_path: Path
                                                                      ) -> None:
     """With --dtype auto, whatever the server's hardware has. A resumed run keeps its type, whatever

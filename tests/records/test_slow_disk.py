@@ -85,6 +85,7 @@ def test_an_error_of_the_writer_ends_the_run(run_here: Run, monkeypatch: pytest.
     assert "in the writer" in outcome.output
 
 
+@pytest.mark.slow
 def test_workers_of_other_processes_do_not_wait_either(run: Run, tmp_path: Path) -> None:
     """The server's writes are held until a worker has trained in the last round."""
     script, trained = tmp_path / "held.py", tmp_path / "trained"

@@ -68,6 +68,17 @@ def test_central_on_one_client_sees_its_shard_alone(run_here: Run) -> None:
         torch.testing.assert_close(value, alone.model[name], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("warmup", ["true", "false"])
+def test_an_outer_optimizer_is_diloco_with_one_client(run_here: Run, warmup: str) -> None:
+    flags = ("--num_clients", 1, "--dtype", "fp64", "--server_momentum_warmup", warmup)
+    central = run_here("central", "--rounds", 6, "--batches", "one_client", "--outer_every", 2,
+                       *flags, name="1")
+    federated = run_here("diloco", "--rounds", 3, "--local_updates", 2, *flags, name="2")
+    assert central.code == federated.code == 0, central.output + federated.output
+    for name, value in central.model.items():
+        torch.testing.assert_close(value, federated.model[name], rtol=0, atol=1e-9)
+
+
 def test_history_of_weights_entropies_and_norms(run_here: Run) -> None:
     outcome = run_here("fed_entropy", "--num_clients", 3, "--rounds", 2, "--temperature", 0.05)
     assert outcome.code == 0, outcome.output
@@ -86,7 +97,7 @@ def test_history_of_weights_entropies_and_norms(run_here: Run) -> None:
 
 
 def test_mean_cosine_is_that_of_the_pairs() -> None:
-    from fedrun.records.history import mean_cosine
+    from fedrun.records.history import CohortSums
     vectors = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).double() + 0.3
     weights = [0.1, 0.2, 0.3, 0.4]
     norms = [float(v.norm()) for v in vectors]
@@ -95,8 +106,8 @@ def test_mean_cosine_is_that_of_the_pairs() -> None:
     cosines = [float(vectors[i] @ vectors[j]) / norms[i] / norms[j] for i, j in pairs]
     expected = sum(s * c for s, c in zip(scale, cosines, strict=True)) / sum(scale)
     mean_norm = float((torch.tensor(weights).double() @ vectors).norm())
-    assert mean_cosine(weights, norms, mean_norm) == pytest.approx(expected)
-    assert mean_cosine([1.0], [2.0], 2.0) is None
+    assert CohortSums.of(weights, norms).mean_cosine(mean_norm) == pytest.approx(expected)
+    assert CohortSums.of([1.0], [2.0]).mean_cosine(2.0) is None
 
 
 def test_noise_ratio_of_gradients(run_here: Run) -> None:
@@ -164,6 +175,7 @@ def test_schedule_and_clipping_by_hand(run_here: Run) -> None:
     assert clipped.history[0]["step_norm"] < 1e-3 * steps[1]
 
 
+@pytest.mark.slow
 def test_moments_can_be_reset_at_each_epoch_alone(run_here: Run) -> None:
     """Without a first moment, AdamW's first step is lr times the sign; later ones are shorter."""
     flags = ("--num_clients", 2, "--batch_size", 16, "--val_freq", 1, "--n_epochs", 3,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedrun.aggregation.bounds import Bounds
-from fedrun.aggregation.exact import ExactAggregator
+from fedrun.aggregation.exact import MOMENTS, ExactAggregator
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.strategies import STRATEGIES
 from fedrun.strategies.base import ClientReport, ServerRound
@@ -81,6 +81,20 @@ def test_momentum_is_that_of_torch(form: Any) -> None:
                              mean(outputs, by_samples(outputs), "delta").values()])
         sgd.step()
     assert (server.model - p).abs().max() < 1e-9
+
+
+def test_a_warming_average_is_the_mean_of_all_updates_so_far() -> None:
+    strategy = FedMomentum(server_momentum=0.9, server_momentum_warmup=True)
+    server = Server(strategy, torch.float64, clients=2)
+    updates = []
+    for seed in range(9):
+        outputs = record(2, seed)
+        server.round(outputs)
+        updates.append(torch.cat([m.flatten() for m in
+                                  mean(outputs, by_samples(outputs), "delta").values()]))
+        expected = torch.stack(updates).mean(0)
+        assert (server.state["momentum"] - expected).abs().max() < 1e-9
+    assert [strategy.momentum_in(n) for n in (1, 2, 10, 99)] == [0, 0.5, 0.9, 0.9]
 
 
 def test_adagrad_is_that_of_torch() -> None:
@@ -211,7 +225,7 @@ def test_only_updates_alone_fit_the_narrow_grid() -> None:
              for name, cls in STRATEGIES.items()}
     wide = {name for name, kind in kinds.items() if kind == torch.int64}
     assert wide == {"fed_entropy", "fed_fisher", "fed_sgd"}
-    moments = ExactAggregator(FedAvg(), 10, like, exact=True, average_moments=True).buffer
+    moments = ExactAggregator(FedAvg(), 10, like, exact=True, moments=MOMENTS).buffer
     assert moments.dtype == torch.int64
     assert moments.numel() == 31
 

@@ -13,6 +13,8 @@ from fedrun import cli
 METHODS: dict[str, tuple[str, ...]] = {
     "trained": ("fed_avg", "--weighting", "trained", "--sampling", "replacement"),
     "average": ("fed_avg", "--client_moments", "average", "--prox_mu", "0.5", "--grad_clip", "1"),
+    "average_sqrt": ("fed_avg", "--client_moments", "average_sqrt", "--moments_every", "2,3",
+                     "--grad_clip", "1"),
     "fed_momentum": ("fed_momentum",),
     "diloco": ("diloco", "--warmup", "2", "--lr_schedule", "cosine"),
     "fed_entropy": ("fed_entropy", "--temperature", "0.1"),

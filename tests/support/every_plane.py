@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.exact import MOMENTS, ExactAggregator
-from fedrun.aggregation.int8 import Int8Aggregator
+from fedrun.aggregation.int8 import BLOCK, Int8Aggregator, residual_of
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.distributed.control_plane import HEAD_BYTES, ControlPlane
 from fedrun.distributed.data_plane import DataPlane
@@ -30,7 +30,7 @@ from fedrun.strategies.fed_fisher import FedFisher
 from fedrun.strategies.fed_opt import FedAdam
 
 SIZE = 3 * (1 << 16) + 77  # three slices and a part of one: one worker of five has none
-CLIENTS, ROUNDS = 5, 2
+CLIENTS, ROUNDS = 5, 3
 MACHINES: dict[str, list[int] | None] = {
     "one": [7] * CLIENTS, "two": [7, 7, 8, 8, 8], "mixed": [7, 8, 7, 9, 7],
     "one each": [5, 6, 7, 8, 9], "no memory": [0] * CLIENTS, "some memory": [7, 0, 7, 0, 0],
@@ -38,26 +38,35 @@ MACHINES: dict[str, list[int] | None] = {
 Made = Callable[[Strategy, DataPlane], Aggregator]
 
 
-def full(exact: bool, average: bool = False) -> Made:
-    return lambda strategy, plane: ExactAggregator(strategy, SIZE, torch.zeros(()), exact, average,
+def full(exact: bool, moments: Sequence[str] = ()) -> Made:
+    return lambda strategy, plane: ExactAggregator(strategy, SIZE, torch.zeros(()), exact, moments,
                                                    plane)
 
 
 CASES: dict[str, tuple[Strategy, Made]] = {
-    "fed_avg": (FedAvg(), full(True)), "average": (FedAvg(), full(True, True)),
+    "fed_avg": (FedAvg(), full(True)), "average": (FedAvg(), full(True, MOMENTS)),
+    "apart": (FedAvg(), full(True, ("momentum", "rms"))),
     "fed_adam": (FedAdam(), full(True)), "relative": (
         FedFisher(fisher_floor_mode="relative"), full(True)),
     "float": (FedAvg(), full(False)),
     "int8": (FedAvg(), lambda strategy, plane: Int8Aggregator(strategy, SIZE, torch.zeros(()),
-                                                              CLIENTS, plane))}
+                                                              CLIENTS, CLIENTS, plane)),
+    "int8 apart": (FedAvg(), lambda strategy, plane: Int8Aggregator(
+        strategy, SIZE, torch.zeros(()), CLIENTS, CLIENTS, plane, ("momentum", "rms")))}
 BOUND, WEIGHT = 1e-3, 1 / CLIENTS
+APART = {"apart": [("rms",), ("momentum", "rms"), ()],
+         "int8 apart": [(), ("momentum", "rms"), ("rms",)]}
+"""The moments that each round averages."""
 
 
 def vectors(client: int, number: int) -> dict[str, Tensor]:
     made = torch.Generator().manual_seed(10 * number + client)
     delta, *squares = torch.rand(4, SIZE, generator=made)
     return {"delta": (delta - 0.5) * BOUND, "fisher": squares[0], "residual": torch.zeros(SIZE),
-            "exp_avg": squares[1] - 0.5, "exp_avg_sq": squares[2]}
+            "exp_avg": squares[1] - 0.5, "exp_avg_sq": squares[2], "momentum": squares[1] - 0.5,
+            "rms": squares[2], "residual.momentum": torch.zeros(SIZE),
+            "residual.rms": torch.zeros(SIZE),
+            "peaks": torch.stack([block.max() for block in squares[2].split(BLOCK)])}
 
 
 def result(case: str, plane: DataPlane, mine: range) -> dict[str, Tensor]:
@@ -68,21 +77,29 @@ def result(case: str, plane: DataPlane, mine: range) -> dict[str, Tensor]:
     update = ServerUpdate(strategy, terms)
     model = plane.replicated(torch.linspace(-1, 1, SIZE))
     state = {n: plane.replicated(torch.full((SIZE,), v)) for n, v in strategy.state.items()}
-    moments = {name: plane.replicated(torch.zeros(SIZE)) for name in MOMENTS}
+    moments = {name: plane.replicated(torch.zeros(SIZE))
+               for name in (*MOMENTS, "momentum", "rms")}
+    if isinstance(terms, Int8Aggregator):
+        terms.averages = moments
     measured: dict[str, float] = {}
+    sent, due = plane.bytes_sent, 0
     for number in range(ROUNDS):
-        terms.begin(Bounds(BOUND))
-        residuals = []
+        terms.begin(Bounds(BOUND), APART[case][number] if case in APART else None)
+        due += terms.bytes_sent
         for client in mine:
             reported = vectors(client, number)
-            residuals.append(reported["residual"])
             inputs = ["parameters" if name == "delta" else name for name in strategy.inputs]
-            wanted = (*inputs, *terms.moments, *(["residual"] if case == "int8" else []))
+            wanted = [*inputs, *terms.moments]
+            if isinstance(terms, Int8Aggregator):
+                wanted += ["peaks", *map(residual_of, ("delta", *terms.moments))]
             reported["parameters"] = reported.pop("delta").add_(model)
             assert not terms.add({n: reported[n] for n in wanted}, WEIGHT, start=model)
-        terms.reduce(residuals)
+        terms.reduce()
         measured |= update.apply(model, state, ServerRound(number + 1, 1e-3), moments, measure=True)
         # As after a round of messages: a fast worker is already at the next.
+    assert plane.bytes_sent - sent in (0, due), case
+    if isinstance(terms, Int8Aggregator):
+        state |= terms.kept
     return {"model": model.clone(), **{n: v.clone() for n, v in (state | moments).items()},
             "measured": torch.tensor(list(measured.values()), dtype=torch.float64)}
 
@@ -102,6 +119,10 @@ def connect(group: dist.ProcessGroup, workers: int, machines: list[int] | None) 
     return plane
 
 
+def signed(words: list[int]) -> list[int]:
+    return [(word + (1 << 63)) % (1 << 64) - (1 << 63) for word in words]
+
+
 def compare(workers: int, group: dist.ProcessGroup, expected: dict[str, dict[str, Tensor]]) -> None:
     rank = dist.get_rank()
     for name, machines in MACHINES.items():
@@ -113,6 +134,9 @@ def compare(workers: int, group: dist.ProcessGroup, expected: dict[str, dict[str
         assert plane.node_workers == (tuple(here) or (rank,)), (name, plane.node_workers)
         assert (rank in plane.node_leaders) == (plane.node_workers[0] == rank), (
             name, plane.node_leaders)
+        # Modulo 2^64, and with a sign.
+        assert plane.sum_words([rank, -rank, 1 << 62, (1 << 63) + 1]) == signed(
+            [sum(range(workers)), -sum(range(workers)), workers << 62, workers * ((1 << 63) + 1)])
         mine = range(CLIENTS)[rank::workers]
         for case, whole in expected.items():
             if case != "fed_avg" and name not in ("one", "mixed"):
@@ -120,7 +144,7 @@ def compare(workers: int, group: dist.ProcessGroup, expected: dict[str, dict[str
             before = plane.bytes_sent
             found = result(case, plane, mine)
             sends = len(plane.node_leaders) > 1 and rank in plane.node_leaders
-            assert (plane.bytes_sent > before) == (sends or (case == "int8" and workers > 1)), case
+            assert (plane.bytes_sent > before) == sends, case
             for what, tensor in whole.items():
                 same = (torch.allclose(found[what], tensor, rtol=1e-6, atol=1e-9)
                         if case == "float" else torch.equal(found[what], tensor))
@@ -154,6 +178,11 @@ def messages() -> None:
         assert control.share(sent if control.rank == 0 else None) == sent
         assert control.gather(sent[control.rank]) == (None if control.rank else sent)
         assert control.share("x" * length if control.rank == 0 else None) == "x" * length
+    for dtype in (torch.uint8, torch.int64, torch.float32):
+        for size in (0, 1, 100_003):
+            vector = torch.arange(size).to(dtype)
+            given = vector if control.rank == 0 else None
+            assert torch.equal(control.share_vector(given, size, dtype), vector)
 
 
 def main() -> None:

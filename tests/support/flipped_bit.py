@@ -41,9 +41,9 @@ def main() -> None:
                       ) -> Any:
             report = healthy(worker, plan)
             if (EVERYBODY, plan.round) == where:
-                worker._global_state()[replica][1000] = torch.nan
+                worker.global_state.named()[replica][1000] = torch.nan
             if (worker.runtime.rank, plan.round) == where:
-                worker._global_state()[replica].view(torch.int32)[1000] ^= 1 << 20
+                worker.global_state.named()[replica].view(torch.int32)[1000] ^= 1 << 20
             return report
 
         setattr(Worker, "aggregate", aggregate)  # noqa: B010

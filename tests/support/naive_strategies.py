@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedrun.aggregation.bounds import Bounds
-from fedrun.aggregation.exact import ExactAggregator
+from fedrun.aggregation.exact import MOMENTS, ExactAggregator
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.strategies import Strategy
 from fedrun.strategies.base import ClientReport, ServerRound
@@ -78,10 +78,11 @@ class Server:
     def round(self, outputs: Sequence[Output], left_out: Sequence[int] = (),
               zeroed: Sequence[int] = ()) -> ExactAggregator:
         self.number += 1
-        terms = ExactAggregator(self.strategy, SIZE, self.model, self.exact, self.moments)
+        averaged = MOMENTS if self.moments else ()
+        terms = ExactAggregator(self.strategy, SIZE, self.model, self.exact, averaged)
         terms.begin(Bounds(UPDATE, GRADIENT))
         planned = self.strategy.plan_weights([o.shard_tokens for o in outputs], ROUND_TOKENS)
-        names = (*self.strategy.inputs, *(("exp_avg", "exp_avg_sq") if self.moments else ()))
+        names = (*self.strategy.inputs, *averaged)
         for k, (output, plan) in enumerate(zip(outputs, planned, strict=True)):
             if k in left_out:
                 continue
@@ -135,8 +136,10 @@ def entropy(temperature: float) -> Rule:
         torch.tensor([-o.entropy / temperature for o in outputs], dtype=torch.float64), 0).tolist())
 
 
-def momentum(form: str, eta: float, b: float) -> Rule:
+def momentum(form: str, eta: float, *by_round: float) -> Rule:
+    """by_round: the decay in rounds 1, 2, ...; the last one is that of all later rounds."""
     def rule(model: Dict, memory: Dict, outputs: Sequence[Output], number: int) -> None:
+        b = by_round[min(number, len(by_round)) - 1]
         s = mean(outputs, by_samples(outputs), "delta")
         for name in model:
             v = memory.get(name, torch.zeros_like(model[name]))
@@ -203,6 +206,8 @@ CASES: dict[str, tuple[Strategy, Rule]] = {
     "fed_momentum heavy_ball": (FedMomentum(server_lr=0.5, momentum_form="heavy_ball"),
                                 momentum("heavy_ball", 0.5, 0.9)),
     "diloco": (DiLoCo("samples", 0.9, 0.7, "nesterov"), momentum("nesterov", 0.7, 0.9)),
+    "diloco warmup": (DiLoCo("samples", 0.6, 0.7, "nesterov", server_momentum_warmup=True),
+                      momentum("nesterov", 0.7, 0.0, 1 / 2, 0.6)),
     "fed_adam": (FedAdam(), adaptive("adam", 3e-3, 0.9, 0.99, 1e-5)),
     "fed_yogi": (FedYogi(tau=1e-3), adaptive("yogi", 3e-3, 0.9, 0.99, 1e-3)),
     "fed_adagrad": (FedAdagrad(), adaptive("adagrad", 1e-2, 0.0, 0.0, 1e-5)),

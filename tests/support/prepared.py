@@ -15,7 +15,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.runs import ROOT, free_port
+from tests.support.users import become
 
 SECONDS_TO_FOLLOW = 15.0
 """In which the other ranks end by themselves after one has failed."""
@@ -32,23 +33,36 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["fedrun.cli", "fedrun.run", "tokenizers"])
 
 
-def run_ranks(processes: int, arguments: Sequence[str], limit: float) -> tuple[int, str]:
-    """Run `python -m fedrun` with these arguments on this many ranks of one machine. Returns the
+def run_ranks(processes: int, arguments: Sequence[str], limit: float, module: str = "fedrun"
+              ) -> tuple[int, str]:
+    """Run `python -m MODULE` with these arguments on this many ranks of one machine. Returns the
     exit code of the first rank that failed, or 0, and all that they printed. Past the limit
     (seconds) they are killed, and the test fails."""
-    port = free_port()
     with tempfile.NamedTemporaryFile(prefix="fedrun-output-") as output:
-        ranks = [_context.Process(target=_be_rank, daemon=True, args=(
-            {**os.environ, **(_variables(rank, processes, port) if processes > 1 else {})},
-            list(arguments), output.name)) for rank in range(processes)]
-        for rank in ranks:
-            rank.start()
-        first, late = _join(ranks, limit)
+        ranks = start_ranks(arguments, [{}] * processes, [output.name] * processes,
+                            module)
+        first, late = join_ranks(ranks, limit)
         printed = Path(output.name).read_text(encoding="utf-8")
     if late:
         pytest.fail(f"rank {late} still running {limit} s after the start, or "
                     f"{SECONDS_TO_FOLLOW} s after another failed: {' '.join(arguments)}\n{printed}")
     return first, printed
+
+
+def start_ranks(arguments: Sequence[str], env: Sequence[Mapping[str, str]],
+                output: Sequence[str | Path], module: str = "fedrun", uid: Sequence[int] = ()
+                ) -> list[ForkServerProcess]:
+    """Start `python -m MODULE` with these arguments on as many ranks of one machine as there are
+    environments, beside this process's own. All that a rank prints is appended to its output.
+    uid: of each rank's user; only root can start ranks of others."""
+    port, processes = free_port(), len(env)
+    ranks = [_context.Process(target=_be_rank, daemon=True, args=(
+        {**os.environ, **(_variables(rank, processes, port) if processes > 1 else {}), **env[rank]},
+        list(arguments), str(output[rank]), module, uid[rank] if uid else 0))
+        for rank in range(processes)]
+    for rank in ranks:
+        rank.start()
+    return ranks
 
 
 def _variables(rank: int, processes: int, port: int) -> dict[str, str]:
@@ -57,7 +71,7 @@ def _variables(rank: int, processes: int, port: int) -> dict[str, str]:
             "MASTER_PORT": str(port)}
 
 
-def _join(ranks: Sequence[ForkServerProcess], limit: float) -> tuple[int, list[int]]:
+def join_ranks(ranks: Sequence[ForkServerProcess], limit: float) -> tuple[int, list[int]]:
     """Wait for all ranks, and kill those that do not end. Returns the exit code of the first that
     failed, or 0, and the ranks that were killed."""
     deadline, first, late = time.monotonic() + limit, 0, list[int]()
@@ -73,17 +87,21 @@ def _join(ranks: Sequence[ForkServerProcess], limit: float) -> tuple[int, list[i
     return first or next((abs(rank.exitcode) for rank in ranks if rank.exitcode), 0), late
 
 
-def _be_rank(env: dict[str, str], arguments: list[str], output: str) -> None:
-    """Become `python -m fedrun` with these arguments; in the forked process, which dies with the
+def _be_rank(env: dict[str, str], arguments: list[str], output: str, module: str, uid: int
+             ) -> None:
+    """Become `python -m MODULE` with these arguments; in the forked process, which dies with the
     one that it is forked from."""
     os.setsid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.chdir(ROOT)
     os.environ.clear()
     os.environ.update(env)
-    printed = os.open(output, os.O_WRONLY | os.O_APPEND)
+    printed = os.open(output, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
     os.dup2(printed, 1)
     os.dup2(printed, 2)
+    if uid:
+        become(uid)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of user has undone it
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    sys.argv = ["fedrun", *arguments]
-    runpy.run_module("fedrun", run_name="__main__")
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__")

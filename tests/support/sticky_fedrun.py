@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from fedrun import __main__, protocol
+from fedrun import __main__
 from fedrun.distributed import runtime
 from fedrun.distributed.control_plane import ControlPlane
-from fedrun.federation import replicas
+from fedrun.federation import early_end, replicas
 from fedrun.federation.worker import Worker
 
 RANK = os.environ.get("RANK", "0")
@@ -55,9 +55,9 @@ patched = replicas
 patched.digest = calling_cuda(replicas.digest)
 patched = ControlPlane
 patched.copy_to_server = calling_cuda(ControlPlane.copy_to_server)
-patched = protocol
-healthy_check, patched.check_replicas = protocol.check_replicas, check_replicas
-patched.MODEL_SECONDS = 2.0 if os.environ.get("SILENT_RANK") else protocol.MODEL_SECONDS
+patched = early_end
+healthy_check, patched.check_replicas = early_end.check_replicas, check_replicas
+patched.MODEL_SECONDS = 2.0 if os.environ.get("SILENT_RANK") else early_end.MODEL_SECONDS
 patched = runtime
 patched.machine_id = lambda: 0
 

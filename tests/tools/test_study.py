@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -100,6 +101,17 @@ def test_a_whole_study_and_its_resumption(tmp_path: Path, cache_dir: Path,
     assert "ratios" not in rows["slow"]  # pruned
     assert "not repeated" in (tmp_path / "little" / "table.md").read_text()
 
+    assert rows["averaged"]["ratio_range"] == [min(rows["averaged"]["ratios"]),
+                                               max(rows["averaged"]["ratios"])]
+    # Three int64 vectors and a few numbers more, each way, of two clients for 2 x 32 tokens each.
+    model = fedrun.open_run(tmp_path / "little" / "runs" / "slow_lr_1e-06_seed_0").model()
+    size = sum(p.numel() for p in model.parameters())
+    averaged, slow = (rows[name]["bytes_per_token"] for name in ("averaged", "slow"))
+    assert averaged == pytest.approx(2 * 3 * 8 * size / 64, rel=1e-3)
+    assert slow == pytest.approx(2 * 4 * size / 64, rel=1e-3)
+    assert rows["averaged"]["times_fewer_bytes"] == pytest.approx(1 / 6, rel=1e-3)
+    assert "bytes_per_token" not in rows["central"]
+
     # The numbers are those of the halves: tuned on the first, reported on the second.
     def halves(name: str) -> list[float]:
         history = read_history(tmp_path / "little" / "runs" / name)
@@ -113,6 +125,63 @@ def test_a_whole_study_and_its_resumption(tmp_path: Path, cache_dir: Path,
 
     with pytest.raises(ValueError, match="another sequence_length"):
         study.main([*argv, "--sequence_length", "16"])
+
+
+def test_the_better_of_two_references_and_the_table_of_what_is_finished(
+        tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    """Which is better is known once both are tuned; the table so far has what can be compared."""
+    path = little_study(tmp_path, cache_dir)
+    change(path, {}, reference=["a_short", "c_long"], report_seeds=[1], prune=1.0,
+           repeat=["a_short"], extensions=0, grid={"lr": [1e-3, 2e-3]}, figures=["bytes"],
+           settings={
+               "a_short": {"method": "central", "rounds": 1, "grid": {"lr": [1e-3]}},
+               "b_averaged": {"method": "fed_avg", "num_clients": 2, "rounds": 2},
+               "c_long": {"method": "central", "rounds": 6, "grid": {"lr": [1e-3]}}})
+    argv = [str(path), "--results", str(tmp_path)]
+    with pytest.raises(ValueError, match=r"--so_far : must be given once a run of the reference"):
+        study.main([*argv, "--so_far"])
+    found = study_file.read(path, tmp_path, {})
+    started: list[str] = []
+
+    def start_two(config: RunConfig, gpus: str | None, children: Children) -> None:
+        if len(started) == 2:
+            raise OSError("the machine is switched off")
+        started.append(config.name)
+        start_here(config, gpus, children)
+
+    monkeypatch.setattr(study_queue, "start", start_two)
+    with pytest.raises(OSError, match="switched off"):
+        study.main(argv)
+    assert started == ["a_short_lr_0.001_seed_0", "b_averaged_lr_0.001_seed_0"]
+    capsys.readouterr()
+
+    def table() -> dict[str, dict[str, Any]]:
+        rows = json.loads((tmp_path / "little" / "table.json").read_text())
+        return {row["setting"]: row for row in rows}
+
+    assert study.main([*argv, "--so_far"]) == 0
+    assert "| b_averaged | lr 0.001 |" in capsys.readouterr().out
+    assert {name: row["reference"] for name, row in table().items()} == {
+        "a_short": "a_short", "b_averaged": "a_short"}
+    monkeypatch.setattr(study_queue, "start", start_here)
+    assert study.main(argv) == 0
+    rows = table()
+    assert {row["reference"] for row in rows.values()} == {"c_long"}
+    assert rows["a_short"]["tuned_ratio"] > 1
+    assert rows["a_short"]["ratios"][0] > 1  # repeated though it is above `prune`
+    said = capsys.readouterr().out
+    assert "Perplexity against the better of a_short and c_long when tuned." in said
+    assert (tmp_path / "little" / "figures" / "perplexity_and_bytes.png").exists()
+    only = study_file.read(path, tmp_path, {"settings": "c_long,b_averaged", "name": "part"})
+    assert [*only.settings] == ["b_averaged", "c_long"]
+    assert (only.references, only.always) == (["c_long"], [])
+    assert only.reference_of(only.settings["b_averaged"]).name == "c_long"
+    with pytest.raises(ValueError, match="--settings lang: must be one of a_short, b_averaged"):
+        study_file.read(path, tmp_path, {"settings": "lang"})
+    with pytest.raises(ValueError, match="reference None: must be one of b_averaged"):
+        study_file.read(path, tmp_path, {"settings": "b_averaged"})
+    assert found.references == ["a_short", "c_long"]
 
 
 @pytest.mark.parametrize(("prune", "grid", "in_turn"), [

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedrun.tools import study, study_file
-from fedrun.tools.study_file import Study, StudySetting
+from fedrun.tools.study_file import Study
+from fedrun.tools.study_setting import StudySetting
 from tests.support.runs import ROOT
 from tests.support.studies import ORIGINAL
 
@@ -74,6 +75,18 @@ def test_shipped_studies_are_valid(name: str, tmp_path: Path) -> None:
             config = read.config(setting, setting.points()[0], 0)
             steps = (config.rounds or 0) * getattr(config, "local_updates", 1)
             assert steps == 240
+    if name == "bytes":  # equal tokens, and no row with few outer steps
+        for setting in read.settings.values():
+            config = read.config(setting, setting.points()[0], 0)
+            clients = config.to_dict()["num_clients"] if config.method != "central" else 1
+            updates = getattr(config, "local_updates", 1)
+            assert config.rounds is not None
+            assert config.rounds > 33
+            sequences = config.rounds * updates * clients * config.batch_size
+            assert sequences == pytest.approx(2040 * 8, rel=0.01)
+            assert len(setting.points()) <= 8
+            if "server_momentum" in setting.grid:  # which must stay below 1
+                assert setting.extensions == 0
 
 
 AXES = """
@@ -132,6 +145,9 @@ def test_axes_make_rows_with_a_reference_each(tmp_path: Path) -> None:
     ("{reference: a, settings: {a: {method: fedavg}}}", "settings.a: method fedavg: must be one"),
     ("{reference: a, settings: {a: {method: central, only_first: [lr]}}}", "only_first"),
     ("{settings: {a: {method: central}}}", "reference"),
+    ("{reference: [a, b], settings: {a: {method: central}}}", "reference b: must be one of a, or"),
+    ("{reference: [], settings: {a: {method: central}}}", "reference None: must be one of a, or"),
+    ("{reference: a, settings: {a: {method: central, extensions: -1}}}", "a: extensions -1"),
     ("{reference: a, settings: {a: {lr: 1}}}", "settings.a"),
     ("{reference: a, seeds: [1], settings: {a: {method: central}}}", "unknown key 'seeds'"),
     ("{reference: a, settings: {a: {method: fed_avg, temperature: 1}}}", "temperature"),

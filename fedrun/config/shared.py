@@ -1,9 +1,4 @@
-"""Every setting of a run, as frozen dataclasses: what `--help` shows and a run folder records.
-
-A field's type says what its flag accepts and the docstring under it is the help text (flags.py
-turns fields into flags). `__post_init__` raises a ValueError that names the flag for values that
-cannot work. Torch is not imported, so that `--help` and a wrong flag answer at once.
-"""
+"""The settings that centralised and federated runs share."""
 
 from __future__ import annotations
 
@@ -19,9 +14,6 @@ from fedrun.common.errors import is_component, require
 from fedrun.data.hub import CACHE_DIR
 from fedrun.data.text_options import COLUMN, GIVEN, TextOptions, require_dataset, text_options_of
 from fedrun.model.config import ModelConfig, ModelShape
-from fedrun.strategies import FedAvg, Strategy
-
-INT8_COHORT = 126  # most clients whose int8 sum still gives each one level on both sides of zero
 
 Dtype = Literal["auto", "bf16", "fp32", "fp64"]
 Partition = Literal["contiguous", "shuffled", "dirichlet", "documents", "by_source"]
@@ -60,6 +52,9 @@ class RunConfig:
     beta2: float = 0.999
     """AdamW's decay rate for the average of squared gradients, its second moment; must exceed the
     square of --beta1."""
+    moments_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type in which AdamW's first moment is kept between steps: bf16 takes 2 bytes a parameter less
+    of each client. The second moment stays in fp32, since its steps are too small for bf16."""
     weight_decay: float = 0.01
     """AdamW's weight decay: each step shrinks the parameters by the learning rate times this."""
     grad_clip: float | None = None
@@ -70,7 +65,10 @@ class RunConfig:
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate after the warmup: constant, or falling to zero along a cosine (cosine)."""
     batch_size: int = 4
-    """Sequences in one optimizer step, of each client. Lower it if memory runs out."""
+    """Sequences in one optimizer step, of each client. If memory runs out, lower --micro_batch."""
+    micro_batch: int | None = None
+    """Most sequences that go through the layers at a time. The step is that of the whole batch but
+    for the last bits. none: as many as suit the device."""
     sequence_length: int = 256
     """Tokens in one sequence."""
     seed: int = 0
@@ -151,6 +149,9 @@ class RunConfig:
     dtype: Dtype = "auto"
     """Type of matrix products; parameters, norms, decays and losses stay fp32 with bf16. auto: bf16
     if the workers' hardware supports it, else fp32. fp64 is for checking the others."""
+    checkpoint_activations: bool = False
+    """Keep only each layer's input for the backward pass, which computes the layer again: less
+    memory, a third more arithmetic in the layers, the same bits. For Mamba-2 models."""
     threads: int = 1
     """CPU threads that train one client. The last bits of results depend on it, so it is never
     chosen by the machine."""
@@ -165,7 +166,7 @@ class RunConfig:
     # --config and --device lead to (the settings, the kernels), not by how these were given.
     not_in_results: ClassVar[frozenset[str]] = frozenset(
         {"data_dir", "cache_dir", "run_name", "overwrite", "resume", "extend", "checkpoint_freq",
-         "keep", "track", "timeout", "config", "device"})
+         "keep", "track", "timeout", "config", "device", "checkpoint_activations"})
     # What a run records of itself. May be changed on resume: training does not depend on it.
     only_in_records: ClassVar[frozenset[str]] = frozenset({"val_freq"})
 
@@ -174,7 +175,7 @@ class RunConfig:
                              ("sequence_length", 2), ("threads", 1)):
             value = getattr(self, name)
             require(value >= lowest, f"--{name}", value, f"an integer >= {lowest}")
-        for name in ("rounds", "checkpoint_freq"):
+        for name in ("rounds", "checkpoint_freq", "micro_batch"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name}", value, "an integer >= 1, or none")
         require(0 < self.lr < math.inf, "--lr", self.lr, "> 0")
@@ -183,6 +184,8 @@ class RunConfig:
         require(0 <= self.beta1 < 1, "--beta1", self.beta1, "in [0, 1)")
         require(self.beta1**2 < self.beta2 < 1, "--beta2", self.beta2,
                 "above the square of --beta1 and below 1 (otherwise AdamW's steps are unbounded)")
+        require(self.moments_dtype == "fp32" or self.dtype != "fp64", "--moments_dtype",
+                self.moments_dtype, "fp32 with --dtype fp64")
         require(0 <= self.weight_decay < math.inf, "--weight_decay", self.weight_decay, ">= 0")
         require(self.grad_clip is None or self.grad_clip > 0, "--grad_clip", self.grad_clip,
                 "> 0, or none")
@@ -194,6 +197,8 @@ class RunConfig:
         column = self.partition.startswith(COLUMN) and self.partition != COLUMN
         require(column or self.partition in (*get_args(Partition), GIVEN), "--partition",
                 self.partition, f"{', '.join(get_args(Partition))} or {COLUMN}NAME")
+        require(isinstance(self.model, ModelConfig) or not self.checkpoint_activations,
+                "--checkpoint_activations", "true", "false for a model of transformers")
         require(0 < self.timeout < math.inf, "--timeout", self.timeout, "> 0 (seconds)")
         require(self.run_name is None or is_component(self.run_name), "--run_name", self.run_name,
                 "a folder name without slashes, not . or ..")
@@ -233,127 +238,3 @@ class RunConfig:
         """The part of `to_dict` that decides the results: if it is equal, so are the results."""
         ignored = self.not_in_results | self.only_in_records
         return {k: v for k, v in self.to_dict().items() if k not in ignored}
-
-
-@dataclass(frozen=True)
-class CentralConfig(RunConfig):
-    """Centralised training, the baseline: one model, one optimizer, one process."""
-
-    batches: Literal["all", "clients", "one_client"] = "all"
-    """What a step trains on: a batch of all the data (all); the batches that the clients of a
-    federated run would use, joined into one of --batch_size (clients); or the first client's
-    batches, from its shard only (one_client)."""
-    num_clients: int = 4
-    """Clients of that federated run, for --batches clients and one_client."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.num_clients >= 1, "--num_clients", self.num_clients, "an integer >= 1")
-        require(self.batches != "clients" or self.batch_size % self.num_clients == 0,
-                "--batch_size", self.batch_size,
-                f"a multiple of --num_clients {self.num_clients} with --batches clients")
-
-
-@dataclass(frozen=True)
-class FederatedConfig(RunConfig):
-    """Federated training: clients train on their own shards, and their updates are aggregated."""
-
-    # ---- federation
-    strategy: Strategy = field(default_factory=FedAvg)
-    """The aggregation method with its own settings."""
-    num_clients: int = 4
-    """Clients, each with its own shard. Any number runs on any number of processes."""
-    cohort: float | None = None
-    """Clients that train in a round, drawn at random for each: a number (10) or a share of all
-    (0.1). none: all of them."""
-    local_updates: int = 1
-    """Optimizer steps that a client makes in a round. More of them mean less communication."""
-    sync: Literal["round", "epoch"] = "round"
-    """When clients receive the global model: at the start of every round, or only of every epoch
-    (epoch), to reproduce a study in which the server averaged models that no client received."""
-    prox_mu: float = 0.0
-    """Weight mu of FedProx's term (mu/2) |w - w_t|^2 in the clients' loss, which keeps a client's
-    model w near the global one w_t. No effect at --local_updates 1, where w is w_t."""
-    client_moments: Literal["keep", "reset", "reset_epoch", "average"] = "keep"
-    """What happens to a client's AdamW moments after a round: kept for its next one (keep), set to
-    zero (reset; reset_epoch: only at the start of each epoch), or averaged over the cohort together
-    with the updates (average), which sends 24 bytes per parameter instead of 4 (12 with
-    --aggregation float)."""
-    client_store: Literal["memory", "disk"] = "memory"
-    """Where the state of clients that are not training is kept: in the host's memory, or in files
-    in the run's folder (disk), so that hundreds of clients take the memory of two."""
-    aggregation: Literal["exact", "float", "int8"] = "exact"
-    """How updates are summed: exact (integers on a grid: the same bits in any number of processes;
-    4 bytes a parameter, more for some methods), float (floating point, no bound on an update), or
-    int8 (8 bits, 1.02 bytes a parameter; a client adds its rounding error to its next update)."""
-    eval_clients: bool = False
-    """Also evaluate every client's own model at each evaluation (client_val_ppls)."""
-    save_client_deltas: bool = False
-    """Also save every client's parameters and their change whenever the global model's are
-    saved."""
-    server: Literal["dedicated", "colocated"] = "dedicated"
-    """Under torchrun: rank 0 is only the server (dedicated), or a worker too (colocated), which
-    uses every process for training."""
-
-    not_in_results: ClassVar[frozenset[str]] = RunConfig.not_in_results | {
-        "server", "client_store"}
-    only_in_records: ClassVar[frozenset[str]] = RunConfig.only_in_records | {
-        "eval_clients", "save_client_deltas"}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.num_clients >= 1, "--num_clients", self.num_clients, "an integer >= 1")
-        if self.cohort is not None:
-            whole = self.cohort >= 1 and float(self.cohort).is_integer()
-            shown = int(self.cohort) if whole else self.cohort  # as it was typed
-            require(0 < self.cohort < 1 or (whole and self.cohort <= self.num_clients), "--cohort",
-                    shown, f"an integer in [1, {self.num_clients}] (--num_clients), or a "
-                    "share in (0, 1)")
-            require(self.sync == "round", "--cohort", shown,
-                    "none with --sync epoch, where all clients train in every round")
-        require(self.local_updates >= 1, "--local_updates", self.local_updates, "an integer >= 1")
-        require(0 <= self.prox_mu < math.inf, "--prox_mu", self.prox_mu, ">= 0")
-        require(self.prox_mu == 0 or self.sync == "round", "--prox_mu", self.prox_mu,
-                "0 with --sync epoch, where clients do not know the global model")
-        require(self.client_moments != "average" or self.sync == "round", "--client_moments",
-                self.client_moments, "keep, reset or reset_epoch with --sync epoch")
-        require(self.client_moments != "reset_epoch" or self.cohort is None, "--client_moments",
-                self.client_moments, "keep, reset or average with --cohort, where a client may not "
-                "train in an epoch's first round")
-        if self.aggregation == "int8":
-            self._check_int8()
-        self.strategy.check(self)
-
-    @property
-    def cohort_size(self) -> int:
-        """Number of clients that train in a round."""
-        if self.cohort is None:
-            return self.num_clients
-        share = self.cohort * self.num_clients if self.cohort < 1 else self.cohort
-        return max(1, round(share))
-
-    def _check_int8(self) -> None:
-        """int8 sums only updates from the global model, weighted in advance, of INT8_COHORT clients
-        at most."""
-        fits = set(self.strategy.sums) == {"delta"} and not self.strategy.weight_headroom
-        require(fits, "--aggregation", "int8",
-                f"exact or float for {self.method} (int8 carries only updates)")
-        require(self.client_moments != "average", "--client_moments", self.client_moments,
-                "keep, reset or reset_epoch with --aggregation int8")
-        require(self.cohort_size <= INT8_COHORT, "--cohort", self.cohort_size,
-                f"at most {INT8_COHORT} clients in a round with --aggregation int8")
-        require(self.sync == "round", "--sync", self.sync, "round with --aggregation int8")
-
-    def warnings(self) -> list[str]:
-        """One line for each setting that works but is probably a mistake (see unused.py too)."""
-        found = self.strategy.warnings(self.local_updates)
-        if self.client_moments == "reset" and self.local_updates == 1:
-            found.append("--client_moments reset with --local_updates 1 makes every step "
-                         "AdamW's first one, which is sign descent")
-        return found
-
-    @property
-    def name(self) -> str:
-        method = "federated" if self.method == "fed_avg" else self.method
-        return self.run_name or (f"{method}_config_{self.config_name}_lu_{self.local_updates}"
-                                 f"_seed_{self.seed}")

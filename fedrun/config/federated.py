@@ -1,0 +1,165 @@
+"""The settings of federated runs."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from fedrun.common.errors import require
+from fedrun.config.shared import RunConfig
+from fedrun.data.site_settings import check_sites
+from fedrun.privacy.settings import PrivacySettings, check_privacy
+from fedrun.strategies import FedAvg, Strategy
+
+INT8_COHORT = 126  # most clients whose int8 sum still gives each one level on both sides of zero
+
+
+@dataclass(frozen=True)
+class FederatedConfig(PrivacySettings, RunConfig):
+    """Federated training: clients train on their own shards, and their updates are aggregated."""
+
+    # ---- federation
+    strategy: Strategy = field(default_factory=FedAvg)
+    """The aggregation method with its own settings."""
+    num_clients: int = 4
+    """Clients, each with its own shard. Any number runs on any number of processes."""
+    sites: Path | None = None
+    """File of the sites, the owners of the text, as `fedrun sites` makes it: their keys, how many
+    clients each has and how its text is dealt to them, in place of --num_clients and --partition.
+    Each client's text is its site's (--site_data); --dataset is the server's own text, to validate
+    on. none: one owner of all text."""
+    secure_sum: bool = False
+    """Mask what each site sends, so that all others see the sum over at least three sites and
+    nothing else. Needs --sites. Results are the same, to the bit."""
+    site_holdout: float | None = None
+    """Share of each site's sequences, drawn at random, that nobody trains on (0.05). Evaluations
+    record their mean loss over all sites (site_val_loss). Needs --secure_sum, so that only the sum
+    leaves a site. none: all are trained on."""
+    cohort: float | None = None
+    """Clients that train in a round, drawn at random for each: a number (10) or a share of all
+    (0.1). none: all of them."""
+    local_updates: int = 1
+    """Optimizer steps that a client makes in a round. More of them mean less communication."""
+    sync: Literal["round", "epoch"] = "round"
+    """When clients receive the global model: at the start of every round, or only of every epoch
+    (epoch), to reproduce a study in which the server averaged models that no client received."""
+    prox_mu: float = 0.0
+    """Weight mu of FedProx's term (mu/2) |w - w_t|^2 in the clients' loss, which keeps a client's
+    model w near the global one w_t. No effect at --local_updates 1, where w is w_t."""
+    client_moments: Literal["keep", "reset", "reset_epoch", "average", "average_sqrt"] = "keep"
+    """What happens to a client's AdamW moments after a round: kept for its next one (keep), set to
+    zero (reset; reset_epoch: only at the start of each epoch), or averaged over the cohort together
+    with the updates (average), which sends 24 bytes per parameter instead of 4 (12 with
+    --aggregation float). average_sqrt averages the root of the second moment instead: 12 bytes (3
+    with --aggregation int8), on a grid that --grad_clip fixes; it needs that flag."""
+    moments_every: str = "1,1"
+    """Rounds from one average of the first moment to the next, and of the second (3,6), with
+    --client_moments average_sqrt, beginning with the second round; the updates are averaged in
+    every round. In between a client keeps its own moments, unless it missed a round: then it starts
+    from the last averages."""
+    client_store: Literal["memory", "disk"] = "memory"
+    """Where the state of clients that are not training is kept: in the host's memory, or in files
+    in the run's folder (disk), so that hundreds of clients take the memory of two."""
+    aggregation: Literal["exact", "float", "int8"] = "exact"
+    """How updates are summed: exact (integers on a grid: the same bits in any number of processes;
+    4 bytes a parameter, more for some methods), float (floating point, no bound on an update), or
+    int8 (8 bits, 1.01 bytes a parameter; a client adds its rounding error to its next update)."""
+    eval_clients: bool = False
+    """Also evaluate every client's own model at each evaluation (client_val_ppls)."""
+    save_client_deltas: bool = False
+    """Also save every client's parameters and their change whenever the global model's are
+    saved."""
+    server: Literal["dedicated", "colocated"] = "dedicated"
+    """Under torchrun: rank 0 is only the server (dedicated), or a worker too (colocated), which
+    uses every process for training."""
+
+    not_in_results: ClassVar[frozenset[str]] = RunConfig.not_in_results | {
+        "server", "client_store", "dp_dir"}
+    only_in_records: ClassVar[frozenset[str]] = RunConfig.only_in_records | {
+        "eval_clients", "save_client_deltas"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.num_clients >= 1, "--num_clients", self.num_clients, "an integer >= 1")
+        if self.cohort is not None:
+            whole = self.cohort >= 1 and float(self.cohort).is_integer()
+            shown = int(self.cohort) if whole else self.cohort  # as it was typed
+            require(0 < self.cohort < 1 or (whole and self.cohort <= self.num_clients), "--cohort",
+                    shown, f"an integer in [1, {self.num_clients}] (--num_clients), or a "
+                    "share in (0, 1)")
+            require(self.sync == "round", "--cohort", shown,
+                    "none with --sync epoch, where all clients train in every round")
+        require(self.local_updates >= 1, "--local_updates", self.local_updates, "an integer >= 1")
+        require(0 <= self.prox_mu < math.inf, "--prox_mu", self.prox_mu, ">= 0")
+        require(self.prox_mu == 0 or self.sync == "round", "--prox_mu", self.prox_mu,
+                "0 with --sync epoch, where clients do not know the global model")
+        require(re.fullmatch("[1-9][0-9]{0,5},[1-9][0-9]{0,5}", self.moments_every) is not None,
+                "--moments_every", self.moments_every, "two integers >= 1: 3,6")
+        require(not self.averaged_moments or self.sync == "round", "--client_moments",
+                self.client_moments, "keep, reset or reset_epoch with --sync epoch")
+        require(self.client_moments != "reset_epoch" or self.cohort is None, "--client_moments",
+                self.client_moments, "keep, reset or average with --cohort, where a client may not "
+                "train in an epoch's first round")
+        require(self.client_moments != "average_sqrt" or self.grad_clip is not None, "--grad_clip",
+                "none", "a number > 0 with --client_moments average_sqrt, whose grid it fixes")
+        require(self.moments_dtype == "fp32" or not self.averaged_moments, "--moments_dtype",
+                self.moments_dtype, f"fp32 with --client_moments {self.client_moments}, which sums "
+                "moments as they are")
+        if self.aggregation == "int8":
+            self._check_int8()
+        check_sites(self)
+        self.strategy.check(self)
+        check_privacy(self)
+
+    @property
+    def cohort_size(self) -> int:
+        """Number of clients that train in a round."""
+        if self.cohort is None:
+            return self.num_clients
+        share = self.cohort * self.num_clients if self.cohort < 1 else self.cohort
+        return max(1, round(share))
+
+    @property
+    def averaged_moments(self) -> dict[str, int]:
+        """The moments (see CLIENT_VECTORS) that are averaged besides the method's vectors, and the
+        rounds from one average to the next."""
+        if self.client_moments == "average_sqrt":
+            momentum, rms = self.moments_every.split(",")
+            return {"momentum": int(momentum), "rms": int(rms)}
+        return {"exp_avg": 1, "exp_avg_sq": 1} if self.client_moments == "average" else {}
+
+    @property
+    def keeps_moments(self) -> bool:
+        """Whether a client has moments of its own from one round to the next."""
+        if self.client_moments == "average_sqrt":
+            return self.moments_every != "1,1" or self.aggregation == "int8"
+        return self.client_moments in ("keep", "reset_epoch")
+
+    def _check_int8(self) -> None:
+        """int8 sums only updates from the global model, weighted in advance, of INT8_COHORT clients
+        at most."""
+        fits = set(self.strategy.sums) == {"delta"} and not self.strategy.weight_headroom
+        require(fits, "--aggregation", "int8",
+                f"exact or float for {self.method} (int8 carries only updates)")
+        require(self.client_moments != "average", "--client_moments", self.client_moments,
+                "keep, reset, reset_epoch or average_sqrt with --aggregation int8")
+        require(self.cohort_size <= INT8_COHORT, "--cohort", self.cohort_size,
+                f"at most {INT8_COHORT} clients in a round with --aggregation int8")
+        require(self.sync == "round", "--sync", self.sync, "round with --aggregation int8")
+
+    def warnings(self) -> list[str]:
+        """One line for each setting that works but is probably a mistake (see unused.py too)."""
+        found = self.strategy.warnings(self.local_updates)
+        if self.client_moments == "reset" and self.local_updates == 1:
+            found.append("--client_moments reset with --local_updates 1 makes every step "
+                         "AdamW's first one, which is sign descent")
+        return found
+
+    @property
+    def name(self) -> str:
+        method = "federated" if self.method == "fed_avg" else self.method
+        return self.run_name or (f"{method}_config_{self.config_name}_lu_{self.local_updates}"
+                                 f"_seed_{self.seed}")

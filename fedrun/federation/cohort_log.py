@@ -1,0 +1,126 @@
+"""What the server knows of the clients of a round, whoever told it, and what it records of them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from fedrun.common.log import WARNING, log
+from fedrun.common.perplexity import perplexity
+from fedrun.config import FederatedConfig
+from fedrun.distributed.handshake import Membership
+from fedrun.federation.messages import RoundPlan, RoundReport
+from fedrun.federation.spending import Spending
+from fedrun.federation.tail import Tail
+from fedrun.records.events import cohort_event
+from fedrun.records.history import cohort_record
+from fedrun.strategies.base import ClientReport
+from fedrun.training.evaluate import mean_loss
+
+
+@dataclass(frozen=True)
+class RoundSums:
+    """What the server knows of a round's clients."""
+
+    loss_sum: float
+    """In nats; of the clients in the sum, as `tokens`."""
+    tokens: int
+    """0 if it knows nothing of their losses."""
+    event: dict[str, Any]
+    """Fields of the round's line in events.jsonl."""
+    record: Callable[[Mapping[str, float], bool], dict[str, Any]]
+    """Makes fields of the history's record: of what the server update measured, and whether clients
+    sent gradients."""
+
+
+class CohortLog:
+    """Takes in each round, and keeps who was left out since the last evaluation."""
+
+    def __init__(self, config: FederatedConfig, members: Membership | None) -> None:
+        """members: who takes part, if the run has several owners."""
+        self.config, self.members = config, members
+        self._left_out: list[list[int]] = []  # round and client, where clients are known
+        self._why: list[str] = []
+
+    def state(self) -> dict[str, Any]:
+        """What a run resumes from."""
+        return {"left_out": list(self._left_out), "left_out_why": list(self._why)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restore `state`."""
+        self._left_out = state["left_out"]
+        # Older checkpoints lack the reasons, because there was only one.
+        self._why = state.get("left_out_why", ["not finite"] * len(self._left_out))
+
+    def of_clients(self, plan: RoundPlan, clients: list[ClientReport]) -> RoundSums:
+        """A round whose clients report to the server."""
+        taken = [c for c in clients if not c.left_out]
+        left_out = [c for c in clients if c.left_out]
+        for client in left_out:
+            self._left_out.append([plan.round, client.client])
+            self._why.append(client.left_out)
+            log(f"round {plan.round}: client {client.client} is left out: {client.left_out}; its "
+                "moments are reset", WARNING)
+
+        def record(measured: Mapping[str, float], gradients: bool) -> dict[str, Any]:
+            fields = cohort_record(clients, measured, gradients)
+            if self.config.eval_clients:
+                fields["client_val_ppls"] = [perplexity(mean_loss(client.validation))
+                                             for client in clients]
+            return fields
+
+        return RoundSums(math.fsum(c.loss_sum for c in taken), sum(c.tokens for c in taken), {
+            "left_out": [c.client for c in left_out],
+            "left_out_why": [c.left_out for c in left_out],
+            "clients": cohort_event(clients)}, record)
+
+    def of_tail(self, plan: RoundPlan, tail: Tail) -> RoundSums:
+        """A round with sites, of whose clients the server has sums."""
+        left_out = sum(tail.left_out.values())
+        if left_out:
+            log(f"round {plan.round}: {left_out} of {len(plan.cohort)} clients are left out "
+                f"({tail.reasons}); their moments are reset", WARNING)
+        if tail.clamped:
+            log(f"round {plan.round}: {tail.clamped} numbers of clients were too large for what is "
+                "recorded of them", WARNING)
+        self._why += [why for why, count in tail.left_out.items() for _ in range(count)]
+        return RoundSums(tail.loss_sum, tail.tokens, {
+            "left_out": left_out, "left_out_why": tail.left_out}, tail.sums().record)
+
+    def of_private(self, spending: Spending, plan: RoundPlan, reports: list[RoundReport],
+                   clients: list[ClientReport], model: Tensor | None) -> RoundSums:
+        """A round with --dp client, of whose clients the server has nothing, or with --dp example,
+        of whose clients it has no losses, with sites in sums. model: the global one, (size,), if it
+        was evaluated."""
+        charged = {"": any(report.charged for report in reports)}
+        if self.members is not None:
+            charged = {name: reports[rank].charged for name, rank in self.members.leaders.items()}
+        spending.charge(plan, charged)
+        sums = RoundSums(0.0, 0, {}, lambda *_: {})
+        norms = [client.noised_norm for client in clients if client.noised_norm is not None]
+        if clients:
+            sums = self.of_clients(plan, clients)
+        elif words := next((report.tail for report in reports if report.tail), []):
+            tail = Tail.from_words(words)
+            sums, norms = self.of_tail(plan, tail), [tail.noised_norm]
+
+        def record(measured: Mapping[str, float], gradients: bool) -> dict[str, Any]:
+            return sums.record(measured, gradients) | spending.record(plan.round, measured, model,
+                                                                      norms)
+
+        return replace(sums, event=sums.event | spending.event(plan.evaluate), record=record)
+
+    def left_out(self) -> dict[str, Any]:
+        """Fields of the history's record: who was left out since the last call."""
+        left_out, why = self._left_out, self._why
+        self._left_out, self._why = [], []
+        if self.config.dp == "client":
+            return {}
+        if not self.config.sites:
+            return {"left_out": left_out, "left_out_why": why}
+        return {"left_out": len(why), "left_out_why": dict(Counter(why))}

@@ -1,0 +1,114 @@
+"""The global state, which is the same on every worker: the global model, and all else that is kept
+from one round to the next.
+
+Between the server and real sites it travels vector by vector: for a checkpoint a site's worker
+sends it, for a run that resumes the server hands it out. It is what all of them know: sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedrun.aggregation.base import Aggregator
+from fedrun.aggregation.int8 import Int8Aggregator
+from fedrun.common.errors import InputError
+from fedrun.common.log import WARNING, log
+from fedrun.config import FederatedConfig
+from fedrun.distributed.control_plane import ControlPlane
+from fedrun.distributed.data_plane import DataPlane
+from fedrun.records.checkpoint import DTYPES, GLOBAL, Checkpoint
+
+State = Mapping[str, Tensor]
+INT8 = "int8."
+STEPS = INT8 + "steps"
+_TYPES = {name: dtype for dtype, name in DTYPES.items()}
+
+
+class GlobalState:
+    """A worker's replica, which it shares with the others of its node."""
+
+    def __init__(self, config: FederatedConfig, vector: Tensor, plane: DataPlane,
+                 aggregator: Aggregator) -> None:
+        """Workers: as it is before the first round. vector: the model's, (size,)."""
+        self.model = plane.replicated(vector)
+        """The global model; this and all others but those of `int8`: (size,)."""
+        self.server = {name: plane.replicated(torch.full_like(vector, value))
+                       for name, value in config.strategy.state.items()}
+        """The method's own, by name."""
+        self.moments = {name: plane.replicated(torch.zeros_like(vector))
+                        for name in config.averaged_moments} or None
+        """AdamW's moments as they were averaged last, if clients share them."""
+        self.int8: dict[str, Tensor] = {}
+        """With --aggregation int8 what the aggregator makes the next round's steps of, by name."""
+        if isinstance(aggregator, Int8Aggregator):
+            self.int8 = {INT8 + name: t for name, t in aggregator.kept.items()}
+            aggregator.averages = self.moments or {}
+        self._plane = plane
+
+    def named(self) -> dict[str, Tensor]:
+        """All of it by the names that checkpoints use: the tensors themselves."""
+        return {"model": self.model} | {
+            f"server.{name}": t for name, t in self.server.items()} | {
+            f"moments.{name}": t for name, t in (self.moments or {}).items()} | self.int8
+
+    def load(self, checkpoint: Checkpoint, warns: bool) -> None:
+        """Workers: take what a checkpoint holds. warns: whether this one says what is missing."""
+        tensors = checkpoint.tensors(GLOBAL)
+        for name, tensor in self.named().items():
+            if name == STEPS and name not in tensors:  # made when steps were a maximum over clients
+                if warns:
+                    log(f"checkpoint {checkpoint.folder} has no steps for --aggregation int8; they "
+                        "start over, so the results are not those of the run that made it", WARNING)
+                continue
+            self._plane.write(tensor, tensors[name])
+
+
+# ---- between the server and sites ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Vector:
+    """What is said of a vector before it is sent."""
+
+    name: str
+    size: int
+    type: str
+    """As safetensors names it: F32."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """InputError for a type that no state has."""
+        if self.type not in _TYPES:
+            raise InputError(f"{self.name}: no vector is of the type {self.type[:10]}")
+        return _TYPES[self.type]
+
+
+def layout(state: State) -> list[Vector]:
+    """The vectors of a state, in the order in which they are sent."""
+    return [Vector(name, vector.numel(), DTYPES[vector.dtype]) for name, vector in state.items()]
+
+
+def send(control: ControlPlane, state: State) -> None:
+    """First worker -> server. On return the vectors may change; the last may still be on its way.
+    """
+    for vector in state.values():
+        control.copy_to_server(vector)
+
+
+def receive(control: ControlPlane, vectors: list[Vector]) -> dict[str, Tensor]:
+    """Server: what `send` sends, on the CPU."""
+    return {vector.name: control.receive_copy(vector.size, vector.dtype) for vector in vectors}
+
+
+def hand_out(control: ControlPlane, state: State | None) -> dict[str, Tensor]:
+    """Server -> all ranks: the state that the server reads from its checkpoint, on the CPU. The
+    argument of other ranks is ignored."""
+    announced = control.share(None if state is None else [
+        [vector.name, vector.size, vector.type] for vector in layout(state)])
+    return {vector.name: control.share_vector(
+        None if state is None else state[vector.name], vector.size, vector.dtype)
+        for vector in (Vector(*values) for values in announced)}

@@ -1,0 +1,44 @@
+"""What a client that has just trained reports, as the vectors that its term is made of."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fedrun.aggregation.base import Aggregator
+from fedrun.aggregation.exact import MOMENTS
+from fedrun.aggregation.int8 import BLOCK, Int8Aggregator, residual_of
+from fedrun.federation.client import Client
+from fedrun.strategies.base import Strategy
+from fedrun.training import averaged_moments
+from fedrun.training.fisher import FisherEstimate
+
+
+def reported_vectors(client: Client, strategy: Strategy, aggregator: Aggregator, averages: bool,
+                     fisher: FisherEstimate | None) -> dict[str, Tensor]:
+    """The vectors by name, (size,) each; its trained `parameters` stand for its update `delta`.
+
+    aggregator: of this round. averages: whether the run averages moments. fisher: of the client's
+    training, for a method that asks for it.
+    """
+    vectors: dict[str, Tensor] = {}
+    moments: dict[str, Tensor] = {}
+    besides: dict[str, Tensor] = {}  # what int8 needs
+    averaged = aggregator.moments
+    if isinstance(aggregator, Int8Aggregator):
+        besides = {name: client.residual(name) for name in map(residual_of, ("delta", *averaged))}
+        if averages:
+            besides["peaks"] = averaged_moments.peaks(client.optimizer, BLOCK)
+    if averaged != MOMENTS and set(MOMENTS) & set(strategy.inputs):
+        moments = client.optimizer.bias_corrected_moments(copy=True)  # it keeps using its own
+    moments |= (reported := averaged_moments.take(client.optimizer, averaged))
+    for name in strategy.inputs:
+        if name == "delta":
+            vectors["parameters"] = client.flat.vector
+        elif name == "gradient":
+            vectors[name] = client.flat.grad
+        elif name == "fisher":
+            assert fisher is not None
+            vectors[name] = fisher.finish()
+        else:
+            vectors[name] = moments[name]
+    return vectors | reported | besides

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import warnings
@@ -30,6 +31,17 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pydocs_tokens(cache_dir: Path) -> TokenData:
     """Real text with documents, sources and topics: about 4,000 sequences of 128 tokens."""
     return prepare("pydocs", "bpe:4096", 128, cache_dir)
+
+
+@pytest.fixture(scope="module")
+def signals_of_a_terminal() -> Iterator[None]:
+    """Tests that are started under nohup, or in the background of a script, inherit signals that
+    are ignored, and so would the processes that they start."""
+    before = {number: signal.signal(number, handler) for number, handler in (
+        (signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL))}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -56,7 +56,8 @@ def hardware(device: torch.device) -> Hardware:
 def processor_name() -> str:
     """The model of this machine's processor."""
     with suppress(OSError):
-        if found := re.search(r"^model name\s*:\s*(.+)$", CPUS.read_text(), re.MULTILINE):
+        text = CPUS.read_text(encoding="utf-8", errors="replace")
+        if found := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
             return found[1]
     return platform.processor() or platform.machine()
 

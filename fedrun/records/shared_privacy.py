@@ -42,7 +42,7 @@ PART = "\n## Differential privacy"
 def add_part(run_dir: Path, numbers: str) -> None:
     """Add this run's numbers, a part of Markdown, to the page in its folder, of which
     `write_privacy` has written the rest; in place of those of an earlier start."""
-    assert numbers.startswith(PART.lstrip())
+    assert f"\n{numbers}".startswith(PART)
     before = read_regular(run_dir / PRIVACY).decode().partition(PART)[0]
     write_atomic(run_dir / PRIVACY, f"{before}\n{numbers}".encode())
 

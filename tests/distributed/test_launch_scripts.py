@@ -22,6 +22,8 @@ RUN, NODE, SBATCH = (ROOT / "launch" / name for name in ("run.sh", "node.sh", "s
 
 # ---- node.sh -------------------------------------------------------------------------------------
 
+pytestmark = pytest.mark.usefixtures("signals_of_a_terminal")
+
 ALONE = "--max-restarts 0"
 STATIC = "--nnodes 2 --node-rank {} --max-restarts 0 --master-addr {} --master-port {}"
 BY_HAND = {"NODES": "2", "MASTER_ADDR": "first", "MASTER_PORT": "29500"}

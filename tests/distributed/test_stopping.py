@@ -19,6 +19,8 @@ from fedrun.records.outcome import read_outcome, write_failure
 from fedrun.torchrun import wanted_signals
 from tests.support.runs import ROOT, SMALL, Run, read_json, wait_until
 
+pytestmark = pytest.mark.usefixtures("signals_of_a_terminal")
+
 
 @pytest.fixture
 def endless(request: pytest.FixtureRequest, tmp_path: Path, cache_dir: Path
@@ -164,12 +166,15 @@ def command():
     return 0
 sys.exit(interruptible(command))
 """
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
-    assert process.stdout
-    assert process.stdout.readline() == "begun\n"
-    process.send_signal(signal.SIGINT)
-    _, message = process.communicate(timeout=20)
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == "begun\n"
+            process.send_signal(signal.SIGINT)
+            _, message = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert message == ("fedrun: warning: interrupted; run the same command again to start over or "
                     "resume\n")
     assert process.returncode == 128 + signal.SIGINT

@@ -38,6 +38,8 @@ from fedrun.tools.study_queue import Member
 from tests.support.runs import read_history, read_json
 from tests.support.studies import ORIGINAL, change, little_study
 
+pytestmark = pytest.mark.usefixtures("signals_of_a_terminal")
+
 
 def start_here(config: RunConfig, gpus: str | None, children: Children) -> None:
     """`study_queue.start` without its process, whose start would take most of the test."""

@@ -26,7 +26,7 @@ test: $(VENV)/.ready-test
 
 # The tests that take longer.
 test-all: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -m slow $(TOGETHER)
+	$(BIN)/python -m pytest -m "slow and not soak" $(TOGETHER)
 
 # On a machine with GPUs: what it has to show, on one of them within ten minutes (tests/gpu/). It
 # writes one file, GPU_RESULTS/gpu.json; without a GPU it does nothing. With the Python that has the
@@ -36,8 +36,10 @@ GPU_RESULTS ?= results/gpu
 test-gpu:
 	$(PYTHON) -m tests.gpu.accept $(GPU_RESULTS) $(if $(filter 1,$(GPUS)),--quick) --gpus $(GPUS)
 
-# 200 kills at random moments, and faults at the first 100 calls that change files; hours.
+# 200 kills at random moments, faults at the first 100 calls that change files, and further cases of
+# what the tests above show; hours.
 soak: $(VENV)/.ready-test
+	$(BIN)/python -m pytest -m soak $(TOGETHER)
 	KILLS=200 $(BIN)/python -m pytest -m slow tests/records/test_kills.py
 	KILL_POINTS=100 $(BIN)/python -m pytest -m slow tests/records/test_kill_points.py
 

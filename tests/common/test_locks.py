@@ -200,7 +200,7 @@ def lose(run_dir: Path, how: str) -> None:
 @pytest.mark.parametrize(("how", "flags"), [
     ("removed", ("central",)), ("taken", ("fed_avg", "--num_clients", 2)),
     *(pytest.param(how, (*flags, *more), marks=pytest.mark.slow) for how, flags, more in [
-        ("taken", ("central",), ()), ("renamed", ("fed_avg",), ()),
+        ("renamed", ("fed_avg",), ()),
         ("removed", ("fed_avg", "--num_clients", 2, "--client_store", "disk"), ()),
         ("taken", ("fed_avg", "--num_clients", 2, "--client_store", "disk"),
          ("--track", "tensorboard"))])])

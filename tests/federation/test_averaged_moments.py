@@ -228,7 +228,8 @@ FLAGS = ("--num_clients", 5, "--cohort", 4, "--rounds", 6, "--local_updates", 2,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("aggregation", "kind", "at"), [
-    ("exact", "term", "record:4"), ("exact", "kill", "reduce:6"), ("int8", "kill", "reduce:5")])
+    pytest.param("exact", "term", "record:4", marks=pytest.mark.soak),
+    ("exact", "kill", "reduce:6"), ("int8", "kill", "reduce:5")])
 def test_the_same_bits_in_1_and_3_processes_and_after_a_stop(
         run: Run, tmp_path: Path, aggregation: str, kind: str, at: str) -> None:
     """Stopped or killed where the clients have moments of their own and there is an average of an
@@ -246,7 +247,7 @@ def test_the_same_bits_in_1_and_3_processes_and_after_a_stop(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("aggregation", ["exact", "int8"])
+@pytest.mark.parametrize("aggregation", [pytest.param("exact", marks=pytest.mark.soak), "int8"])
 def test_the_same_bits_in_5_processes_and_from_a_disk(run: Run, aggregation: str) -> None:
     alone, five, disk = (run("fed_avg", *FLAGS, "--aggregation", aggregation, *more, processes=n,
                              name=f"in_{n}_{len(more)}")

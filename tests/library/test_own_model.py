@@ -63,7 +63,7 @@ def test_rounds_by_hand_equal_rounds_of_fedrun(run: Run, tmp_path: Path, cache_d
 @BOTH
 @pytest.mark.timeout(240)
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["fp32", "auto"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp32", marks=pytest.mark.soak), "auto"])
 def test_the_same_bits_in_one_and_in_three_processes(run: Run, tmp_path: Path, dtype: str,
                                                      settings: dict[str, Any]) -> None:
     flags = ("--config", written(tmp_path, settings), "--rounds", 3, "--num_clients", 3,

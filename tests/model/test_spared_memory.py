@@ -152,7 +152,9 @@ def test_a_micro_batch_takes_the_memory_of_its_sequences() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["fed_avg", "fed_fisher", "fed_entropy", "fed_sgd"])
+@pytest.mark.parametrize("method", [
+    "fed_fisher", *(pytest.param(method, marks=pytest.mark.soak) for method in (
+        "fed_avg", "fed_entropy", "fed_sgd"))])
 def test_a_micro_batch_gives_the_same_bits_in_any_world(run: Run, method: str) -> None:
     """And is part of what decides them: a run is not resumed with another."""
     flags = (method, "--num_clients", 3, "--rounds", 2, "--batch_size", 4, "--micro_batch", 1)

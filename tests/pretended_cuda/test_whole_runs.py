@@ -62,10 +62,10 @@ def test_one_process_trains_on_its_gpu(alone: Outcome) -> None:
 
 @pytest.mark.parametrize(("processes", "flags"), [
     pytest.param(3, (), id="server and 2 GPUs"),
-    pytest.param(2, ("--server", "colocated"), id="colocated"),
-    pytest.param(1, ("--client_store", "disk"), id="disk store"),
+    pytest.param(2, ("--server", "colocated"), id="colocated", marks=pytest.mark.soak),
+    pytest.param(1, ("--client_store", "disk"), id="disk store", marks=pytest.mark.soak),
     pytest.param(3, ("--client_store", "disk"), id="disk store, 2 GPUs"),
-    pytest.param(9, (), id="server and 8 GPUs")])
+    pytest.param(9, (), id="server and 8 GPUs", marks=pytest.mark.soak)])
 def test_any_layout_has_the_bits_of_one_process(pretended_cuda: Gpus, run: Run, alone: Outcome,
                                                 processes: int, flags: tuple[str, ...]) -> None:
     assert_same(run("fed_avg", *FLAGS, *flags, processes=processes, env=pretended_cuda, limit=400),
@@ -85,8 +85,8 @@ def test_killed_and_resumed_on_other_gpus(pretended_cuda: Gpus, run: Run, alone:
 
 
 @pytest.mark.parametrize(("method", "flags"), [
-    ("diloco", ("--aggregation", "int8")),
-    ("fed_avg", ("--client_moments", "average")),
+    pytest.param("diloco", ("--aggregation", "int8"), marks=pytest.mark.soak),
+    pytest.param("fed_avg", ("--client_moments", "average"), marks=pytest.mark.soak),
     ("fed_avg", ("--client_moments", "average_sqrt", "--grad_clip", 1, "--moments_every", "2,1",
                  "--aggregation", "int8")),
     ("fed_fisher", ("--client_moments", "reset", "--eval_clients", "--save_client_deltas"))])

@@ -261,7 +261,7 @@ def test_example_level_at_the_ends() -> None:
 
 @pytest.mark.parametrize(("epsilon", "rate", "steps"), [
     (2.0, 0.02, 100), pytest.param(0.1, 0.001, 2000, marks=pytest.mark.slow),
-    pytest.param(8.0, 0.3, 5, marks=pytest.mark.slow),
+    pytest.param(8.0, 0.3, 5, marks=pytest.mark.soak),
     pytest.param(300.0, 0.1, 50, marks=pytest.mark.slow)])
 def test_noise_for_examples_is_enough_and_hardly_more(epsilon: float, rate: float, steps: int
                                                       ) -> None:

@@ -98,11 +98,11 @@ def test_what_the_shards_do_not_allow_is_refused_before_anything_is_overwritten(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "flags"), [
-    ("fed_avg", {"aggregation": "int8", "weighting": "trained"}),
-    ("fed_avg", {"client_moments": "average", "eval_clients": True}), ("fed_sgd", {}),
-    ("fed_avg", {"moments_dtype": "bf16"}),
+    ("fed_avg", {"aggregation": "int8", "weighting": "trained"}), ("fed_sgd", {}),
     ("diloco", {"prox_mu": 0.1, "local_updates": 3, "client_store": "disk"}),
-    ("fed_avg", {"sync": "epoch", "cohort": None, "client_moments": "reset_epoch"})])
+    *(pytest.param("fed_avg", flags, marks=pytest.mark.soak) for flags in (
+        {"client_moments": "average", "eval_clients": True}, {"moments_dtype": "bf16"},
+        {"sync": "epoch", "cohort": None, "client_moments": "reset_epoch"}))])
 def test_other_methods_go_with_it_and_repeat(method: str, flags: dict[str, Any], tmp_path: Path,
                                              cache_dir: Path) -> None:
     run = run_private(tmp_path, cache_dir, method=method, **(SETTINGS | flags))
@@ -144,7 +144,8 @@ def test_the_same_bits_in_1_3_and_5_processes_at_no_further_cost(run: Run, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", ["reduced:1", "reduced:3", "record:4"])
+@pytest.mark.parametrize("at", ["reduced:1", "record:4",
+                                pytest.param("reduced:3", marks=pytest.mark.soak)])
 def test_a_run_that_was_killed_ends_in_the_same_bits_and_log(at: str, run: Run, tmp_path: Path
                                                              ) -> None:
     """Killed before the first checkpoint too. The log is a new one beside the same key."""

@@ -62,7 +62,8 @@ def test_nothing_but_masked_integers_leaves_a_site(institutions: Institutions, u
     require_nothing_sent(institutions)
 
 
-@pytest.mark.parametrize(("kind", "at", "module", "rank"), KILLS)
+@pytest.mark.parametrize(("kind", "at", "module", "rank"), [
+    KILLS[0], pytest.param(*KILLS[1], marks=pytest.mark.soak), KILLS[2]])
 def test_a_kill_costs_no_bit_and_no_epsilon(kind: str, at: str, module: str, rank: int,
                                             institutions: Institutions, undisturbed: Ranks) -> None:
     require_repeated(institutions, undisturbed, FLAGS, kind, at, module, rank)

@@ -32,7 +32,8 @@ def states(run: Outcome) -> dict[str, Any]:
         ("diloco", (*FEDERATED, "--client_moments", "average", "--warmup", 8)),
         ("fed_avg", (*FEDERATED, "--aggregation", "int8")),
         ("fed_avg", (*FEDERATED, "--sync", "epoch", "--epoch_passes", 0.01)),
-        ("fed_entropy", FEDERATED),
+        ("fed_entropy", FEDERATED)]),
+    *(pytest.param(*case, marks=pytest.mark.soak) for case in [
         ("fed_fisher", (*FEDERATED, "--fisher_floor_mode", "relative")),
         ("fed_yogi", (*FEDERATED, "--sampling", "replacement")),
         ("fed_sgd", (*FEDERATED, "--warmup", 3))]),

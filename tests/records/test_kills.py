@@ -1,9 +1,9 @@
 """Kill any process at any moment and start again: the final model is the undisturbed one, bit for
 bit.
 
-20 kills (rank, stage, round) from a seeded generator, spread over local training, reduction,
-evaluation and the writing of checkpoints; some kill torchrun itself. Clients' states are kept in
-memory or on disk, before and after the kill. `make soak` draws 200.
+10 kills (rank, stage, round) from a seeded generator, one at each stage of local training,
+reduction, evaluation and the writing of checkpoints; some kill torchrun itself. Clients' states are
+kept in memory or on disk, before and after the kill. `make soak` draws 200.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.support.runs import (
 STAGES = {"train": "worker", "reduce": "worker", "reduced": "worker", "evaluate": "worker",
           "half-written": "worker", "decide": "server", "record": "server",
           "before-manifest": "server", "after-manifest": "server", "finish": "server"}
-KILLS = int(os.environ.get("KILLS", "20"))
+KILLS = int(os.environ.get("KILLS", "10"))
 WORKERS = 2
 LIMIT_SECONDS = 100.0
 

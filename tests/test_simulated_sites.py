@@ -34,7 +34,7 @@ def given(tmp_path: Path) -> list[str]:
             "--site_data", texts_of(tmp_path / "texts", THREE)]
 
 
-@pytest.mark.parametrize("processes", [3, pytest.param(2, marks=pytest.mark.slow),
+@pytest.mark.parametrize("processes", [3, pytest.param(2, marks=pytest.mark.soak),
                                        pytest.param(5, marks=pytest.mark.slow)])
 def test_the_same_bits_in_any_number_of_processes(processes: int, run: Run, given: list[str]
                                                   ) -> None:

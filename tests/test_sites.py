@@ -49,7 +49,7 @@ def test_sites_and_a_simulation_end_in_the_same_bits(institutions: Institutions,
 
 
 @pytest.mark.parametrize("site", [
-    name if name == NAMES[0] else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
+    name if name == NAMES[0] else pytest.param(name, marks=pytest.mark.soak) for name in NAMES])
 def test_nothing_of_a_sites_text_is_sent_or_reaches_the_server(
         institutions: Institutions, messages: Path, run: Ranks, site: str) -> None:
     text, tokens = institutions.private_pieces(site)
@@ -133,8 +133,9 @@ def test_a_site_without_text_ends_the_run_with_one_line_everywhere(institutions:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("content", "mode", "detail"), [
-    (b"", 0o600, "no text"), (b"A patient.", 0o600, "--sequence_length 32"),
-    (b"\xfa\xfb" * 100, 0o600, "--site_data"), (b"A patient." * 1000, 0o000, "Permission")])
+    (b"A patient.", 0o600, "--sequence_length 32"), (b"A patient." * 1000, 0o000, "Permission"),
+    pytest.param(b"", 0o600, "no text", marks=pytest.mark.soak),
+    pytest.param(b"\xfa\xfb" * 100, 0o600, "--site_data", marks=pytest.mark.soak)])
 def test_text_that_cannot_be_used_is_told_at_the_site_alone(
         institutions: Institutions, content: bytes, mode: int, detail: str) -> None:
     folder = institutions.root / "south" / "wrong"

@@ -142,8 +142,10 @@ def test_a_round_ends_the_run_where_most_clients_are_left_out(
     assert alone.outcome["kind"] == "diverged"
 
 
-@pytest.mark.parametrize("lie", [{"weights": [0.9, 0.025, 0.025, 0.025, 0.025]},
-                                 {"cohort": [0, 1, 2, 4, 3]}, {"round": 3}])
+@pytest.mark.parametrize("lie", [
+    {"weights": [0.9, 0.025, 0.025, 0.025, 0.025]},
+    pytest.param({"cohort": [0, 1, 2, 4, 3]}, marks=pytest.mark.soak),
+    pytest.param({"round": 3}, marks=pytest.mark.soak)])
 def test_a_server_that_lies_is_refused_at_every_site(institutions: Institutions,
                                                      lie: dict[str, object]) -> None:
     name, = lie

@@ -26,7 +26,7 @@ def ended(outcome: Outcome, rank: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "rank", "last_good"), [
     (3, 1, 2),  # the first worker, which sends the model else
-    (3, 2, 2),
+    pytest.param(3, 2, 2, marks=pytest.mark.soak),
     (1, 0, 1)])  # nobody else has the model of round 2
 def test_it_is_reported_as_itself_and_the_last_model_comes_from_another_worker(
         run: Run, processes: int, rank: int, last_good: int) -> None:

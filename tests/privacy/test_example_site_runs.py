@@ -88,7 +88,8 @@ def test_masks_change_no_bit_and_cost_nothing(institutions: Institutions, undist
     assert "The guarantee for sequences holds without them" in page
 
 
-@pytest.mark.parametrize(("kind", "at", "module", "rank"), [KILLS[0], KILLS[2]])
+@pytest.mark.parametrize(("kind", "at", "module", "rank"), [
+    pytest.param(*KILLS[0], marks=pytest.mark.soak), KILLS[2]])
 def test_a_kill_costs_no_bit_and_no_epsilon(kind: str, at: str, module: str, rank: int,
                                             institutions: Institutions, undisturbed: Ranks) -> None:
     require_repeated(institutions, undisturbed, MASKED, kind, at, module, rank)

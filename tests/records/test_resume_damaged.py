@@ -165,7 +165,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", [
-    pytest.param(name, marks=[pytest.mark.slow] * (name not in ("null", "bit", "pipe")))
+    pytest.param(name, marks=[pytest.mark.soak] * (name not in ("null", "bit", "pipe", "folder")))
     for name in DAMAGES])
 @pytest.mark.timeout(60)
 def test_damaged_files_are_written_again_from_the_checkpoint(

@@ -138,6 +138,14 @@ class FederatedConfig(PrivacySettings, RunConfig):
             return self.moments_every != "1,1" or self.aggregation == "int8"
         return self.client_moments in ("keep", "reset_epoch")
 
+    @property
+    def keeps_states(self) -> bool:
+        """Whether a client keeps anything from one round to the next besides its place in its text,
+        which follows from the rounds in which it trained. Sites keep a file of each client in any
+        case."""
+        return (self.keeps_moments or self.aggregation == "int8" or self.sync == "epoch"
+                or self.sites is not None)
+
     def _check_int8(self) -> None:
         """int8 sums only updates from the global model, weighted in advance, of INT8_COHORT clients
         at most."""

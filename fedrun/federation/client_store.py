@@ -6,6 +6,7 @@ and `checkin` replaces it by another, under any names.
     OnDevice   where training left it: on a CPU, and for the only client of a worker
     InMemory   pinned host memory, for the clients of a GPU            --client_store memory
     OnDisk     a file for each client, under clients/ of `Folders`                    disk
+    Counted    nowhere, for clients that would keep none (counted_store.py)
 
 One thread performs all transfers in FIFO order: a fetch sees the latest `checkin`, and a snapshot
 sees exactly the ones before it. The next client's state is fetched while the client before it
@@ -56,6 +57,9 @@ class ClientStore(ABC):
     One client has its turn at a time: `checkout`, then `checkin`. OSError if a disk fails, raised
     by that call or the next one.
     """
+
+    def begin(self, number: int) -> None:  # noqa: B027
+        """Before the first turn of round `number`."""
 
     @abstractmethod
     def prefetch(self, client: int) -> None:

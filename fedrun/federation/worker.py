@@ -27,6 +27,7 @@ from fedrun.distributed.runtime import Runtime
 from fedrun.federation import replicas
 from fedrun.federation.client import Client, mean_entropy
 from fedrun.federation.client_store import make_store
+from fedrun.federation.counted_store import Counted
 from fedrun.federation.global_state import GlobalState, layout
 from fedrun.federation.messages import RoundPlan, RoundReport, WorkerReport
 from fedrun.federation.noise import Noise
@@ -88,9 +89,14 @@ class Worker:
         self.server_update = ServerUpdate(self.strategy, self.aggregator)
         self.fisher = FisherEstimate(self.flat, self.strategy.fisher_settings
                                      ) if "fisher" in self.strategy.inputs else None
-        self.clients = self._host_clients()
-        self.store = make_store(config, self.folders,
-                                {k: c.state() for k, c in self.clients.items()}, runtime.device)
+        self._memory = BatchMemory(vector.device)
+        self._optimizer = LocalOptimizer(self.flat, config, schedule.rounds * config.local_updates)
+        self.clients = {k: self._new_client(k) for k in hosted_clients(shards, runtime)
+                        } if config.keeps_states else {}
+        """Those whose states are here; clients without one are made for their turn."""
+        self.store = make_store(config, self.folders, {
+            k: c.state() for k, c in self.clients.items()}, runtime.device
+            ) if config.keeps_states else Counted(schedule)
         self.start = tracked_parameters(self.flat, self.global_model
                                         ) if config.save_client_deltas else {}
         self.checkpoint_writer = CheckpointWriter(None if site_states is None else
@@ -107,14 +113,11 @@ class Worker:
             self.global_state.load(checkpoint, warns=self._index == 0)
             self.store.load(checkpoint)
 
-    def _host_clients(self) -> dict[int, Client]:
-        """This worker's clients, which share its model, its optimizer and memory for a batch."""
-        config, memory = self.config, BatchMemory(self.flat.vector.device)
-        optimizer = LocalOptimizer(self.flat, config, self.schedule.rounds * config.local_updates)
-        return {k: Client(k, self.shards.train[k], self.shards.text_of(k, self.data), self.flat,
-                          config, optimizer,
-                          keeps_moments=config.keeps_moments, memory=memory)
-                for k in hosted_clients(self.shards, self.runtime)}
+    def _new_client(self, index: int) -> Client:
+        """A client, which shares the worker's model, optimizer and memory for a batch."""
+        return Client(index, self.shards.train[index], self.shards.text_of(index, self.data),
+                      self.flat, self.config, self._optimizer,
+                      keeps_moments=self.config.keeps_moments, memory=self._memory)
 
     @property
     def _index(self) -> int:
@@ -134,10 +137,11 @@ class Worker:
             self.secure.begin(plan, self.global_model)
             self.secure.make_ahead(*self.aggregator.layout)
         weights = dict(zip(plan.cohort, plan.weights, strict=True))
+        self.store.begin(plan.round)
         turns = self._hosted(plan.cohort)
         reports = []
         for turn, index in enumerate(turns, 1):
-            client = self.clients[index]
+            client = self.clients.get(index) or self._new_client(index)
             client.load_state(self.store.checkout(index))
             if turn < len(turns):
                 self.store.prefetch(turns[turn])
@@ -151,7 +155,11 @@ class Worker:
                             local_training_seconds=time.monotonic() - began)
 
     def _hosted(self, cohort: list[int]) -> list[int]:
-        return [k for k in cohort if k in self.clients]
+        """The clients of a cohort that train here: those whose states are here, or without states
+        an equal part."""
+        if self.config.keeps_states:
+            return [k for k in cohort if k in self.clients]
+        return cohort[self._index::len(self.runtime.workers)]
 
     def _train_client(self, client: Client, planned: float, plan: RoundPlan) -> ClientReport:
         """One client's part of a round: train, measure its model, add its term."""

@@ -45,17 +45,21 @@ def test_what_is_no_cohort_is_refused(cohort: str) -> None:
         schedule(cohort)
 
 
-def test_the_same_bits_in_1_and_3_processes_and_after_a_stop(run: Run, tmp_path: Path
+# Clients with a state stay with a worker; those without train on whichever is free.
+@pytest.mark.parametrize("moments", ["keep", "reset"])
+def test_the_same_bits_in_1_and_3_processes_and_after_a_stop(run: Run, tmp_path: Path, moments: str
                                                                 ) -> None:
-    flags = ("--num_clients", 5, "--cohort", 2, "--rounds", 5, "--client_moments", "keep")
+    flags = ("--num_clients", 5, "--cohort", 2, "--rounds", 5, "--client_moments", moments,
+             "--local_updates", 2)
     alone = run("fed_avg", *flags, name="alone")
     three = run("fed_avg", *flags, processes=3, name="three")
     assert alone.code == three.code == 0, three.output
     assert alone.bits == three.bits
     assert without_clocks(alone) == without_clocks(three)
     assert [len(r["cohort"]) for r in three.history] == [2, 2, 2]
-    assert three.history[-1]["tokens"] == 5 * 2 * 2 * 32
+    assert three.history[-1]["tokens"] == 5 * 2 * 2 * 2 * 32
     run("fed_avg", *flags, script=FAULTY, env=fault(tmp_path, "term", "record:2"))
     resumed = run("fed_avg", *flags, processes=2)
     assert "resuming from step" in resumed.output
     assert resumed.bits == alone.bits
+    assert bool(list(resumed.run_dir.rglob("client_*.safetensors"))) == (moments == "keep")

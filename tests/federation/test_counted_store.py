@@ -76,7 +76,7 @@ def test_ten_thousand_clients_are_made_for_their_turns(monkeypatch: pytest.Monke
     workers: list[Worker] = []
     for place in range(2):
         runtime = Runtime(detect({}), torch.device("cpu"), (0, 1), ControlPlane(), DataPlane())
-        monkeypatch.setattr(Runtime, "worker", property(lambda _, place=place: place))
+        monkeypatch.setattr(Runtime, "worker", place)
         worker = worker_of(config, data, runtime)
         plan = worker.schedule.plan(1, 0.0)
         worker.train(replace(plan, evaluate=False))

@@ -52,6 +52,7 @@ bench: $(VENV)/.ready-test
 	$(BIN)/python -m tests.benchmarks.overhead --workers 2 --peers
 	$(BIN)/python -m tests.benchmarks.rounds
 	$(BIN)/python -m tests.benchmarks.efficiency
+	$(BIN)/python -m tests.benchmarks.clients
 	$(BIN)/python -m tests.benchmarks.secure_sum --peer
 	$(BIN)/python -m tests.benchmarks.leak
 	$(BIN)/python -m tests.benchmarks.noise

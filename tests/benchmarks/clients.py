@@ -1,0 +1,68 @@
+"""What thousands of clients cost: seconds to start, seconds of a round, memory, files.
+
+    python -m tests.benchmarks.clients              # minutes; markdown
+
+Runs as users start them, a server and two workers, of the smallest model on the documentation that
+comes with Python: with --client_moments reset, so that clients keep no state, a cohort of 50 (of 4
+clients: all 4) in each round and a checkpoint at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+
+from tests.benchmarks.common import machine
+
+COHORT, ROUNDS, WORKERS = 50, 6, 2
+HEADER = """\
+| clients | seconds to start | a round | largest process (MiB) | a checkpoint (files, MiB) |
+|---|---|---|---|---|"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("clients", nargs="*", type=int, default=[4, 100, 1000, 10_000])
+    args = parser.parse_args()
+    print(f"{machine()}\n\n{HEADER}")
+    with tempfile.TemporaryDirectory() as folder:
+        run(Path(folder), 4, "tokens")  # tokenises
+        for clients in args.clients:
+            run(Path(folder), clients, str(clients), shown=True)
+
+
+def run(folder: Path, clients: int, name: str, shown: bool = False) -> None:
+    """A run of this many clients; prints a row of the table."""
+    command = [sys.executable, "-m", "fedrun.torchrun", "--nproc-per-node", str(1 + WORKERS), "-m",
+               "fedrun", "fed_avg", "--config", "tiny", "--dataset", "pydocs", "--tokenizer",
+               "bpe:4096", "--sequence_length", "16", "--batch_size", "1", "--num_clients",
+               str(clients), "--cohort", str(min(COHORT, clients)), "--partition", "shuffled",
+               "--client_moments", "reset", "--local_updates", "2", "--rounds", str(ROUNDS),
+               "--val_freq", "1000", "--data_dir", str(folder), "--cache_dir",
+               str(folder / "cache"), "--run_name", name]
+    began = time.time()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if os.waitstatus_to_exitcode(status) != 0:
+        sys.exit(f"the run of {clients} clients failed: {' '.join(command)}")
+    if not shown:
+        return
+    lines = (folder / name / "events.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    rounds = [event["time"] for event in events if event["event"] == "round"]
+    between = sorted(b - a for a, b in pairwise(rounds[:-1]))  # not the first and last: evaluated
+    files = [*(folder / name / "checkpoints" / f"step_{ROUNDS:06d}").iterdir()]
+    print(f"| {clients:,} | {events[0]['time'] - began:.1f} | {between[len(between) // 2]:.2f} "
+          f"| {usage.ru_maxrss / 1024:.0f} | {len(files)}, "
+          f"{sum(file.stat().st_size for file in files) / 2**20:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

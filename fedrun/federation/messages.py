@@ -81,6 +81,8 @@ class RoundDecision:
     """The kind of failure, if there is one."""
     stop: str = ""
     """Who asked to stop: this round is the last, and a checkpoint is made of it."""
+    clip: float | None = None
+    """With --client_clip median: the norm to which the round's updates are clipped."""
     model_is_good: bool = True
     """Whether all workers hold the global model of the last complete round, if there is an error.
     """

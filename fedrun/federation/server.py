@@ -34,6 +34,7 @@ from fedrun.federation.schedule import Schedule
 from fedrun.federation.site_holdout import SiteLosses
 from fedrun.federation.spending import Spending
 from fedrun.federation.tail import Tail
+from fedrun.federation.used import clipped_to, median_norm
 from fedrun.model.base import Model
 from fedrun.model.build import DTYPES
 from fedrun.records.checkpoint import Checkpoint
@@ -125,13 +126,16 @@ class Server:
             if report.traceback:
                 return RoundDecision(f"{report.traceback}round {plan.round}: rank {rank} failed "
                                      "with the error above; all ranks end")
-        shown = not self.config.sites and self.config.dp != "client"
-        if shown and (error := self._refuse(plan, clients_of(plan, trained))):
-            return error
+        clip = None
+        if not self.config.sites and self.config.dp != "client":
+            clients = clients_of(plan, trained)
+            if error := self._refuse(plan, clients):
+                return error
+            clip = median_norm(clients) if self.config.clips_to_median else None
         if plan.last:
-            return RoundDecision()  # it ends anyway
+            return RoundDecision(clip=clip)  # it ends anyway
         signals = [report.signal for report in trained if report.signal]
-        return RoundDecision(stop=signals[0] if signals else self.stopping.asked_by())
+        return RoundDecision(stop=signals[0] if signals else self.stopping.asked_by(), clip=clip)
 
     def _refuse(self, plan: RoundPlan, clients: list[ClientReport]) -> RoundDecision | None:
         """The decision on a round whose sum cannot be used."""
@@ -208,7 +212,7 @@ class Server:
         elif self.config.sites:
             sums = self.cohorts.of_tail(plan, _tail(reports))
         else:
-            clients = clients_of(plan, trained)
+            clients = clipped_to(decision.clip, clients_of(plan, trained))
             if entropies := [c.entropy for c in clients
                              if c.entropy is not None and not c.left_out]:
                 self.entropy_reference = self.config.strategy.next_entropy_reference(entropies)

@@ -8,7 +8,6 @@ kept in a store between their turns.
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 
@@ -18,7 +17,6 @@ from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.exact import ExactAggregator
 from fedrun.aggregation.int8 import Int8Aggregator
-from fedrun.aggregation.slices import norm
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.config import FederatedConfig
 from fedrun.data.partition import Shards
@@ -31,12 +29,12 @@ from fedrun.federation.global_state import GlobalState, layout
 from fedrun.federation.messages import RoundPlan, RoundReport, WorkerReport
 from fedrun.federation.noise import Noise
 from fedrun.federation.placement import hosted_clients
-from fedrun.federation.reported import reported_vectors
 from fedrun.federation.schedule import Schedule
 from fedrun.federation.secure_sum import TAIL, VECTOR, PlanRefused, SecureSum
 from fedrun.federation.sequence_noise import SequenceNoise
 from fedrun.federation.site_holdout import sum_of_sites
 from fedrun.federation.tail import Tail
+from fedrun.federation.terms import Terms
 from fedrun.model.base import Model
 from fedrun.records.checkpoint import GLOBAL, Checkpoint
 from fedrun.records.checkpoint_writer import CheckpointWriter
@@ -88,6 +86,7 @@ class Worker:
         self.server_update = ServerUpdate(self.strategy, self.aggregator)
         self.fisher = FisherEstimate(self.flat, self.strategy.fisher_settings
                                      ) if "fisher" in self.strategy.inputs else None
+        self.terms = Terms(config, self.aggregator, self.global_state, self.fisher)
         self.clients = self._host_clients()
         self.store = make_store(config, self.folders,
                                 {k: c.state() for k, c in self.clients.items()}, runtime.device)
@@ -130,6 +129,7 @@ class Worker:
         self.keep(plan.kept)
         self.aggregator.begin(Bounds(plan.bound, plan.gradient_bound, self.config.grad_clip or 1.0),
                               self.schedule.moments(plan.round))
+        self.terms.begin()
         if self.secure is not None:
             self.secure.begin(plan, self.global_model)
             self.secure.make_ahead(*self.aggregator.layout)
@@ -189,7 +189,8 @@ class Worker:
                               self._entropy(client))
         if plan.evaluate:
             report = self._measure(client, report, plan.round)
-        report = self._add(client, planned, plan, report)
+        report = self.terms.add(client, planned, plan, report,
+                                self.noise if self.config.dp == "client" else None)
         if report.left_out:
             client.forget()
         if hidden is not None:  # of its text nothing is known but how long it is
@@ -216,39 +217,6 @@ class Worker:
         if self.config.eval_clients:
             return replace(report, validation=self._validate(0, 1))
         return report
-
-    def _add(self, client: Client, planned: float, plan: RoundPlan, report: ClientReport
-             ) -> ClientReport:
-        """Add a client's term; returns its report with its weight and norm, or with the reason why
-        it is left out."""
-        if self.noise is not None and self.config.dp == "client":
-            self._add_clipped(client, planned, self.noise)
-            return report
-        if report.entropy is not None and not math.isfinite(report.entropy):
-            return replace(report, entropy=None, left_out="entropy not finite")
-        try:
-            weight = self.strategy.client_weight(planned, report, plan.entropy_reference)
-        except ValueError as error:
-            return replace(report, left_out=str(error))
-        vectors = reported_vectors(client, self.strategy, self.aggregator,
-                                   self.global_state.moments is not None, self.fisher)
-        if left_out := self.aggregator.add(vectors, weight, start=self.global_model):
-            return replace(report, left_out=left_out)
-        report = replace(report, weight=weight)
-        if not plan.evaluate:
-            return report
-        first = next(iter(vectors))
-        origin = self.global_model if first == "parameters" else None
-        return replace(report, norm=norm(vectors[first], origin))
-
-    def _add_clipped(self, client: Client, weight: float, noise: Noise) -> None:
-        """With --dp client: add its update, clipped; zeros for one that is not finite, of which
-        nobody hears."""
-        update = self.flat.vector.sub_(self.global_model)
-        if not noise.clip(client.index, update):
-            client.forget()
-        left_out = self.aggregator.add({"delta": update}, weight)
-        assert not left_out, left_out
 
     # ---- aggregation -----------------------------------------------------------------------------
 

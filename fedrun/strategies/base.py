@@ -71,7 +71,11 @@ class ClientReport:
     weight: float = 0.0
     """The client's weight p_k, not normalised; 0 if it is left out."""
     norm: float | None = None
-    """Norm of its update or gradient; in rounds that are evaluated."""
+    """Norm of its update, as it was clipped, or of its gradient; in rounds that are evaluated."""
+    used: float | None = None
+    """How much of its update the round used, from 0 to 1: the factor that clipped it, or the share
+    of its elements that a robust rule took; None if there is nothing that could take less than all.
+    """
     noised_norm: float | None = None
     """With --dp example: norm of the gradient of its last step, with its noise."""
     left_out: str = ""

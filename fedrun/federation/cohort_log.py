@@ -21,6 +21,7 @@ from fedrun.federation.used import UseLog
 from fedrun.records.events import cohort_event
 from fedrun.records.history import cohort_record
 from fedrun.strategies.base import ClientReport
+from fedrun.strategies.robust import Robust
 from fedrun.training.evaluate import mean_loss
 
 
@@ -74,6 +75,10 @@ class CohortLog:
         self._uses.add(clients)
 
         def record(measured: Mapping[str, float], gradients: bool) -> dict[str, Any]:
+            strategy = self.config.strategy
+            if isinstance(strategy, Robust) and not strategy.by_distance:
+                # Cosines follow from the norm of the clients' mean, which this is not.
+                measured = {name: n for name, n in measured.items() if name != "mean_norm"}
             fields = cohort_record(clients, measured, gradients)
             if self.config.eval_clients:
                 fields["client_val_ppls"] = [perplexity(mean_loss(client.validation))

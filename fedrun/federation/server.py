@@ -34,7 +34,7 @@ from fedrun.federation.schedule import Schedule
 from fedrun.federation.site_holdout import SiteLosses
 from fedrun.federation.spending import Spending
 from fedrun.federation.tail import Tail
-from fedrun.federation.used import clipped_to, median_norm
+from fedrun.federation.used import clipped_to, median_norm, used_by_rule
 from fedrun.model.base import Model
 from fedrun.model.build import DTYPES
 from fedrun.records.checkpoint import Checkpoint
@@ -144,7 +144,10 @@ class Server:
             return RoundDecision(f"round {plan.round}: {len(left_out)} of {len(clients)} clients "
                                  f"are left out, more than half ({self._reasons(left_out)}",
                                  "diverged")
-        refused = self.config.strategy.refuse_total(math.fsum(c.weight for c in clients))
+        strategy = self.config.strategy
+        refused = strategy.refuse_total(math.fsum(c.weight for c in clients))
+        if too_few := strategy.refuse_count(len(clients) - len(left_out)):
+            refused = f"{too_few} ({self._reasons(left_out)}"
         return RoundDecision(f"round {plan.round}: {refused}") if refused else None
 
     def _reasons(self, left_out: list[ClientReport]) -> str:
@@ -213,6 +216,7 @@ class Server:
             sums = self.cohorts.of_tail(plan, _tail(reports))
         else:
             clients = clipped_to(decision.clip, clients_of(plan, trained))
+            clients = used_by_rule(reports, clients, self.config.strategy)
             if entropies := [c.entropy for c in clients
                              if c.entropy is not None and not c.left_out]:
                 self.entropy_reference = self.config.strategy.next_entropy_reference(entropies)

@@ -10,6 +10,7 @@ from torch import Tensor
 from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.bounds import bound_exceeded
 from fedrun.aggregation.clipping import shorten_
+from fedrun.aggregation.gathering import GatheringAggregator
 from fedrun.aggregation.slices import max_abs, norm
 from fedrun.config import FederatedConfig
 from fedrun.federation.client import Client
@@ -31,11 +32,20 @@ class Terms:
     def __init__(self, config: FederatedConfig, aggregator: Aggregator, state: GlobalState,
                  fisher: FisherEstimate | None) -> None:
         self.config, self.aggregator, self.state, self.fisher = config, aggregator, state, fisher
-        self._waiting: list[tuple[Tensor, float, float]] = []  # update, norm, weight
+        self._waiting: list[tuple[int, Tensor, float, float]] = []  # client, update, norm, weight
 
-    def begin(self) -> None:
+    def begin(self, plan: RoundPlan) -> None:
         """Before a round's first client."""
         self._waiting.clear()
+        if isinstance(self.aggregator, GatheringAggregator):
+            self.aggregator.expect(plan.cohort)
+
+    @property
+    def used(self) -> list[list[float]]:
+        """After the sum: `RoundReport.used`."""
+        if not isinstance(self.aggregator, GatheringAggregator):
+            return []
+        return [[client, share] for client, share in self.aggregator.used.items()]
 
     def add(self, client: Client, planned: float, plan: RoundPlan, report: ClientReport,
             noise: Noise | None = None) -> ClientReport:
@@ -50,8 +60,8 @@ class Terms:
             weight = self.config.strategy.client_weight(planned, report, plan.entropy_reference)
         except ValueError as error:
             return replace(report, left_out=str(error))
-        if self.config.client_clip is not None:
-            return self._add_clipped(client, weight, plan, report)
+        if self.config.client_clip is not None or isinstance(self.aggregator, GatheringAggregator):
+            return self._add_checked(client, weight, plan, report)
         vectors = reported_vectors(client, self.config.strategy, self.aggregator,
                                    self.state.moments is not None, self.fisher)
         if left_out := self.aggregator.add(vectors, weight, start=self.state.model):
@@ -69,33 +79,42 @@ class Terms:
         update = client.flat.vector.sub_(self.state.model)
         if not noise.clip(client.index, update):
             client.forget()
-        self._add_update(update, weight)
+        self._add_update(client.index, update, weight)
 
-    def _add_clipped(self, client: Client, weight: float, plan: RoundPlan, report: ClientReport
+    def _add_checked(self, client: Client, weight: float, plan: RoundPlan, report: ClientReport
                      ) -> ClientReport:
-        """With --client_clip. What exceeds the round's bound is not clipped but left out, as it is
-        without: such a client is broken, and is to be seen."""
+        """With --client_clip, or for a method that sees single updates. What exceeds the round's
+        bound is not clipped but left out, as it is without: such a client is broken, and is to be
+        seen."""
         update = client.flat.vector.sub_(self.state.model)
         bound = plan.bound if self.config.aggregation == "exact" else math.inf
         if left_out := bound_exceeded("delta", max_abs(update), bound):
             return replace(report, left_out=left_out)
-        length, longest = norm(update), self.config.longest_update
-        if longest is None:  # the median, which is known once all have trained
-            self._waiting.append((update.clone(), length, weight))
-            return replace(report, weight=weight, norm=length)
-        used = shorten_(update, length, longest)
-        self._add_update(update, weight)
-        return replace(report, weight=weight, used=used,
-                       norm=used * length if plan.evaluate else None)
+        report, longest = replace(report, weight=weight), self.config.longest_update
+        if self.config.clips_to_median:  # it is known once all have trained
+            length = norm(update)
+            self._waiting.append((client.index, update.clone(), length, weight))
+            return replace(report, norm=length)
+        if longest is not None:
+            length = norm(update)
+            used = shorten_(update, length, longest)
+            report = replace(report, used=used, norm=used * length)
+        elif plan.evaluate:
+            report = replace(report, norm=norm(update))
+        self._add_update(client.index, update, weight)
+        return report if plan.evaluate else replace(report, norm=None)
 
     def add_waiting(self, clip: float | None) -> None:
         """With --client_clip median, once it is known: add the updates that wait for it."""
-        for update, length, weight in self._waiting:
+        for client, update, length, weight in self._waiting:
             assert clip is not None
             shorten_(update, length, clip)
-            self._add_update(update, weight)
+            self._add_update(client, update, weight)
         self._waiting.clear()
 
-    def _add_update(self, update: Tensor, weight: float) -> None:
+    def _add_update(self, client: int, update: Tensor, weight: float) -> None:
+        if isinstance(self.aggregator, GatheringAggregator):
+            self.aggregator.keep(client, update)
+            return
         left_out = self.aggregator.add({"delta": update}, weight)
         assert not left_out, left_out

@@ -11,7 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from fedrun.strategies.base import ClientReport
+from fedrun.federation.messages import RoundReport
+from fedrun.strategies.base import ClientReport, Strategy
+from fedrun.strategies.robust import Robust
 
 
 def median_norm(clients: Sequence[ClientReport]) -> float:
@@ -27,6 +29,18 @@ def clipped_to(clip: float | None, clients: Sequence[ClientReport]) -> list[Clie
     return [c if c.norm is None else replace(c, norm=min(c.norm, clip),
                                              used=1.0 if c.norm <= clip else clip / c.norm)
             for c in clients]
+
+
+def used_by_rule(reports: Sequence[RoundReport], clients: Sequence[ClientReport],
+                 strategy: Strategy) -> list[ClientReport]:
+    """The reports of clients with what a robust rule used of their updates; of a rule that chooses
+    clients, with a weight for these alone. Under other methods they are as they were."""
+    if not isinstance(strategy, Robust):
+        return list(clients)
+    found = {int(k): used for report in reports for k, used in report.used}
+    return [replace(c, used=found[c.client],
+                    weight=c.weight * found[c.client] if strategy.by_distance else c.weight)
+            if c.client in found else c for c in clients]
 
 
 class UseLog:

@@ -16,6 +16,7 @@ import numpy as np
 from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.exact import ExactAggregator
+from fedrun.aggregation.gathering import GatheringAggregator
 from fedrun.aggregation.int8 import Int8Aggregator
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.config import FederatedConfig
@@ -28,7 +29,7 @@ from fedrun.federation.client_store import make_store
 from fedrun.federation.global_state import GlobalState, layout
 from fedrun.federation.messages import RoundPlan, RoundReport, WorkerReport
 from fedrun.federation.noise import Noise
-from fedrun.federation.placement import hosted_clients
+from fedrun.federation.placement import assign_clients, hosted_clients
 from fedrun.federation.schedule import Schedule
 from fedrun.federation.secure_sum import TAIL, VECTOR, PlanRefused, SecureSum
 from fedrun.federation.sequence_noise import SequenceNoise
@@ -42,6 +43,7 @@ from fedrun.records.folders import Folders
 from fedrun.records.site_states import SiteStates
 from fedrun.records.snapshots import save_snapshot, tracked_parameters
 from fedrun.strategies.base import ClientReport, ServerRound
+from fedrun.strategies.robust import Robust
 from fedrun.training import averaged_moments
 from fedrun.training.batch_memory import BatchMemory
 from fedrun.training.evaluate import Piece, validation_pieces
@@ -74,7 +76,11 @@ class Worker:
         plane, vector = runtime.data_plane, self.flat.vector
         averaged = tuple(config.averaged_moments)
         self.aggregator: Aggregator
-        if config.aggregation == "int8":
+        if isinstance(self.strategy, Robust):
+            hosted = assign_clients([1] * config.num_clients, len(runtime.workers))
+            self.aggregator = GatheringAggregator(self.strategy, self.flat.size, vector, hosted,
+                                                  config.cohort_size, plane)
+        elif config.aggregation == "int8":
             self.aggregator = Int8Aggregator(self.strategy, self.flat.size, vector,
                                              config.cohort_size, config.num_clients, plane,
                                              averaged)
@@ -129,7 +135,7 @@ class Worker:
         self.keep(plan.kept)
         self.aggregator.begin(Bounds(plan.bound, plan.gradient_bound, self.config.grad_clip or 1.0),
                               self.schedule.moments(plan.round))
-        self.terms.begin()
+        self.terms.begin(plan)
         if self.secure is not None:
             self.secure.begin(plan, self.global_model)
             self.secure.make_ahead(*self.aggregator.layout)
@@ -244,7 +250,8 @@ class Worker:
         measured = self.server_update.apply(state.model, state.server, context, state.moments,
                                             measure=plan.evaluate)
         return RoundReport(aggregation_seconds=time.monotonic() - began, measured=measured,
-                           tail=words, charged=self.noise is not None and self.noise.charged)
+                           tail=words, used=self.terms.used if self._index == 0 else [],
+                           charged=self.noise is not None and self.noise.charged)
 
     def _sum(self, plan: RoundPlan) -> Tail | None:
         """Workers: sum the terms; in runs with sites also what the server records of the clients.

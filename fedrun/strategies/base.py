@@ -214,6 +214,11 @@ class Strategy:
         """Why a round whose weights sum to `total` cannot be used; empty if it can."""
         return ""
 
+    def refuse_count(self, clients: int) -> str:
+        """Why a round in which this many clients are not left out cannot be used; empty if it can.
+        """
+        return ""
+
     def gradient_scale(self, batch_size: int, sequence_length: int) -> float:
         """How many times as large as an element of a batch's mean gradient an element of the
         gradients can be that the method's inputs are made of."""

@@ -26,6 +26,9 @@ METHODS: dict[str, tuple[str, ...]] = {
     "fed_yogi": ("fed_yogi",),
     "fed_adagrad": ("fed_adagrad",),
     "fed_sgd": ("fed_sgd", "--local_updates", "1"),
+    "fed_median": ("fed_median",),
+    "fed_trimmed_mean": ("fed_trimmed_mean", "--num_clients", "5"),
+    "fed_krum": ("fed_krum", "--num_clients", "5"),
 }
 
 

@@ -42,6 +42,7 @@ from fedrun.records.outcome import write_failure
 from fedrun.records.recorder import ON_ROUND, OnRound, Recorder
 from fedrun.records.schema import FEDERATED
 from fedrun.strategies.base import ClientReport
+from fedrun.strategies.robust import Robust
 from fedrun.training.evaluate import Piece, mean_loss, sample_prompt, sample_text
 from fedrun.training.optimizer import scheduled_lr
 from fedrun.training.params import FlatParams
@@ -79,6 +80,11 @@ class Server:
         self.recorder = Recorder(config, FEDERATED, schedule.rounds, self.flat, provenance, workers,
                                  step, state, skips_texts, on_round, members)
         self.stopping = stopping
+        if isinstance(config.strategy, Robust):
+            kept = config.cohort_size * self.size * 4 / 1e6
+            log(f"{config.method}: the updates of a round's {config.cohort_size} clients take "
+                f"{kept:.3g} MB together, and each worker's section of them {kept / workers:.3g} "
+                "MB, of which it gets from other machines what it does not have")
         self.spending: Spending | None = None
         """With --dp: what it costs (see spending.py)."""
 

@@ -24,7 +24,7 @@ from fedrun.strategies.fed_fisher import FedFisher
 from fedrun.strategies.fed_momentum import FedMomentum
 from fedrun.strategies.fed_opt import FedAdagrad
 from fedrun.strategies.fed_sgd import FedSGD
-from tests.strategies.test_robust import CASES as ROBUST
+from tests.support.naive_robust import CASES as ROBUST
 from tests.support.naive_strategies import CASES, SIZE, Server, by_samples, mean, record, split
 
 

@@ -149,6 +149,9 @@ def made(setting: Setting, cache: Path) -> dict[str, Any]:
             code = cli.main([method, *SHARED, *flags, "--dataset", str(BOOKS), "--num_clients",
                              str(setting.clients), "--rounds", str(setting.rounds), "--data_dir",
                              folder, "--cache_dir", str(cache), "--run_name", "run"])
+        outcome = read_json(Path(folder) / "run" / "outcome.json", dict)
+        if outcome["outcome"] == "stopped" or (code and outcome["kind"] != "diverged"):
+            raise SystemExit(f"{setting}: {outcome}")
         history = [] if code else read_json(Path(folder) / "run" / "training_history.json", list)
     last = history[-1] if history else {}
     used = {client: share for client, _, share in last.get("client_used", [])}

@@ -89,7 +89,7 @@ class CohortLog:
             "left_out": [c.client for c in left_out],
             "left_out_why": [c.left_out for c in left_out],
             "clients": cohort_event(clients)} | self._clipped(
-                [c.client for c in taken if c.used is not None and c.used < 1]), record)
+                [c.client for c in taken if c.clipped]), record)
 
     def of_tail(self, plan: RoundPlan, tail: Tail) -> RoundSums:
         """A round with sites, of whose clients the server has sums."""

@@ -130,4 +130,4 @@ def _words(client: ClientReport, cohort: int) -> tuple[int, ...]:
         fits = abs(value) < largest / 2**bits  # of NaN too
         fixed.append(round(value * 2**bits) if fits else largest)
         clamped += not fits
-    return 1, 0, 0, 0, clamped, int(client.used is not None and client.used < 1), *fixed
+    return 1, 0, 0, 0, clamped, int(client.clipped), *fixed

@@ -98,7 +98,7 @@ class Terms:
         if longest is not None:
             length = norm(update)
             used = shorten_(update, length, longest)
-            report = replace(report, used=used, norm=used * length)
+            report = replace(report, clipped=used < 1, used=used, norm=used * length)
         elif plan.evaluate:
             report = replace(report, norm=norm(update))
         self._add_update(client.index, update, weight)

@@ -26,9 +26,9 @@ def clipped_to(clip: float | None, clients: Sequence[ClientReport]) -> list[Clie
     none was."""
     if clip is None:
         return list(clients)
-    return [c if c.norm is None else replace(c, norm=min(c.norm, clip),
-                                             used=1.0 if c.norm <= clip else clip / c.norm)
-            for c in clients]
+    return [c if c.norm is None else replace(
+        c, norm=min(c.norm, clip), clipped=c.norm > clip,
+        used=1.0 if c.norm <= clip else clip / c.norm) for c in clients]
 
 
 def used_by_rule(reports: Sequence[RoundReport], clients: Sequence[ClientReport],
@@ -38,7 +38,7 @@ def used_by_rule(reports: Sequence[RoundReport], clients: Sequence[ClientReport]
     if not isinstance(strategy, Robust):
         return list(clients)
     found = {int(k): used for report in reports for k, used in report.used}
-    return [replace(c, used=found[c.client],
+    return [replace(c, used=found[c.client] * (1.0 if c.used is None else c.used),
                     weight=c.weight * found[c.client] if strategy.by_distance else c.weight)
             if c.client in found else c for c in clients]
 
@@ -66,7 +66,7 @@ class UseLog:
             if client.used is not None:
                 rounds, used = self._clients.get(client.client, (0, 0.0))
                 self._clients[client.client] = rounds + 1, used + client.used
-                self._clipped += client.used < 1
+                self._clipped += client.clipped
 
     def add_clipped(self, count: int) -> None:
         """A round with sites: how many of its clients were clipped."""
@@ -74,8 +74,8 @@ class UseLog:
 
     def take(self) -> tuple[list[list[float]], int]:
         """Since the last call: of every client in whose rounds something may have been left unused,
-        its number, how many rounds, and the mean of what they used of its update; and how often
-        less than all was."""
+        its number, how many rounds, and the mean of what they used of its update; and how many
+        updates were clipped."""
         found = [[client, rounds, used / rounds]
                  for client, (rounds, used) in sorted(self._clients.items())]
         clipped, self._clients, self._clipped = self._clipped, {}, 0

@@ -72,10 +72,11 @@ class ClientReport:
     """The client's weight p_k, not normalised; 0 if it is left out."""
     norm: float | None = None
     """Norm of its update, as it was clipped, or of its gradient; in rounds that are evaluated."""
+    clipped: bool = False
+    """Whether its update was longer than --client_clip."""
     used: float | None = None
-    """How much of its update the round used, from 0 to 1: the factor that clipped it, or the share
-    of its elements that a robust rule took; None if there is nothing that could take less than all.
-    """
+    """How much of its update the round used, from 0 to 1: the factor that clipped it, times the
+    share of its elements that a robust rule took; None if nothing could take less than all."""
     noised_norm: float | None = None
     """With --dp example: norm of the gradient of its last step, with its noise."""
     left_out: str = ""

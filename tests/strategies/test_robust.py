@@ -216,6 +216,10 @@ def test_a_clip_and_a_rule_go_together(run_here: Run) -> None:
     assert free.code == held.code == median.code == 0, held.output + median.output
     assert len({free.bits, held.bits, median.bits}) == 3
     assert held.history[-1]["step_norm"] < 0.02
+    assert (free.history[-1]["clipped"], held.history[-1]["clipped"]) == (0, 3)
+    assert all(0 < used < 1 for _, _, used in free.history[-1]["client_used"]), "by the rule alone"
+    event = next(e for e in median.events if e.get("round") == 1)
+    assert len(event["clipped"]) == 1, "of three, one has a longer update than the middle one"
 
 
 @pytest.mark.parametrize(("method", "flags", "message"), [

@@ -86,7 +86,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "local training": ("lr", "lr_schedule", "warmup", "batch_size", "micro_batch", "beta1",
                        "beta2", "moments_dtype", "weight_decay", "grad_clip", "prox_mu",
                        "client_moments", "moments_every", "seed"),
-    "aggregation": ("weighting", "aggregation", "secure_sum", "site_holdout"),
+    "aggregation": ("weighting", "aggregation", "client_clip", "secure_sum", "site_holdout"),
     "differential privacy": ("dp", "dp_clip", "dp_noise", "dp_epsilon", "dp_delta",
                              "dp_colluding", "max_epsilon", "dp_dir"),
     "evaluation and records": ("val_freq", "eval_clients", "save_client_deltas", "keep", "track",

@@ -102,6 +102,7 @@ def rounds(server: Server | None, worker: Worker | None, runtime: Runtime, stopp
         # 4. Sum the terms and update the global model; evaluate it.         workers <-> workers
         report = RoundReport()
         if worker is not None:
+            worker.terms.add_waiting(decision.clip)
             report = aggregate(worker, plan)
             if not report.failure:
                 if plan.evaluate:

@@ -21,6 +21,7 @@ from fedrun.federation.schedule import Schedule
 from fedrun.flags import config_of, resolve
 from fedrun.model.pretrained import find_pretrained
 from fedrun.strategies import STRATEGIES
+from fedrun.strategies.robust import Robust
 from tests.support.runs import CORPUS, FAULTY, Run, assert_equal, fault, without_clocks
 from tests.support.site_files import THREE, sites_file, sites_of, texts_of
 
@@ -211,7 +212,7 @@ def test_the_number_of_clients_is_that_of_the_file(tmp_path: Path) -> None:
     """And a recorded config, whose file of the sites may be gone, is read back as it was."""
     path = sites_file(tmp_path, THREE)
     for method in STRATEGIES:
-        if method != "fed_entropy":
+        if method != "fed_entropy" and not issubclass(STRATEGIES[method], Robust):
             assert resolve(method, {"sites": path}).to_dict()["num_clients"] == 5
     config = resolve("fed_avg", {"sites": path, "num_clients": 5, "secure_sum": "true"})
     path.unlink()

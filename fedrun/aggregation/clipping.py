@@ -1,4 +1,4 @@
-"""Clipping of a client's update to a norm, for differential privacy."""
+"""Clipping of a client's update to a norm: for differential privacy, and for --client_clip."""
 
 from __future__ import annotations
 
@@ -19,10 +19,16 @@ def clip_(update: Tensor, longest: float) -> bool:
     The norm is taken in double precision over all slices. The result may be longer than `longest`
     by fp32's rounding, of the factor and of each product: 2^-23 of it.
     """
-    found = norm(update)
-    if not math.isfinite(found) or found * SMALLEST_FACTOR > longest:
+    return shorten_(update, norm(update), longest) > 0
+
+
+def shorten_(update: Tensor, length: float, longest: float) -> float:
+    """The same of an update whose norm is `length`. Returns what it was multiplied by: 1 if it was
+    not too long, 0 if it is zeros now."""
+    if not math.isfinite(length) or length * SMALLEST_FACTOR > longest:
         update.zero_()
-        return False
-    if found > longest:
-        update.mul_(longest / found)
-    return True
+        return 0.0
+    if length <= longest:
+        return 1.0
+    update.mul_(longest / length)
+    return longest / length

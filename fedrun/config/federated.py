@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from fedrun.common.errors import require
+from fedrun.config.client_clip import MEDIAN, check_client_clip
 from fedrun.config.shared import RunConfig
 from fedrun.data.site_settings import check_sites
 from fedrun.privacy.settings import PrivacySettings, check_privacy
@@ -67,6 +68,11 @@ class FederatedConfig(PrivacySettings, RunConfig):
     """How updates are summed: exact (integers on a grid: the same bits in any number of processes;
     4 bytes a parameter, more for some methods), float (floating point, no bound on an update), or
     int8 (8 bits, 1.01 bytes a parameter; a client adds its rounding error to its next update)."""
+    client_clip: str | None = None
+    """Longest update of a client, in L2 norm: a longer one is scaled down to it, so that no client
+    can move the model further however it trained. A number, or the median of the round's norms
+    (median), for which each worker keeps its clients' updates until all have trained: 4 bytes a
+    parameter and client."""
     eval_clients: bool = False
     """Also evaluate every client's own model at each evaluation (client_val_ppls)."""
     save_client_deltas: bool = False
@@ -110,6 +116,7 @@ class FederatedConfig(PrivacySettings, RunConfig):
                 "moments as they are")
         if self.aggregation == "int8":
             self._check_int8()
+        check_client_clip(self)
         check_sites(self)
         self.strategy.check(self)
         check_privacy(self)
@@ -130,6 +137,16 @@ class FederatedConfig(PrivacySettings, RunConfig):
             momentum, rms = self.moments_every.split(",")
             return {"momentum": int(momentum), "rms": int(rms)}
         return {"exp_avg": 1, "exp_avg_sq": 1} if self.client_moments == "average" else {}
+
+    @property
+    def longest_update(self) -> float | None:
+        """The number that --client_clip gives, if it gives one."""
+        return None if self.client_clip in (None, MEDIAN) else float(self.client_clip or 0)
+
+    @property
+    def clips_to_median(self) -> bool:
+        """Whether the round's norms say to which norm updates are clipped."""
+        return self.client_clip == MEDIAN
 
     @property
     def keeps_moments(self) -> bool:

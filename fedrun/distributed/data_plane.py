@@ -16,6 +16,7 @@ alone, and only its first worker, the leader, sends to other sites: what it has 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -63,8 +64,8 @@ class DataPlane:
         """The group of the first workers of all sites. The caller sets it, on these alone."""
         self.masked = False
         """Whether a leader sends nothing to other sites without a mask. The caller sets it."""
-        self.node_leaders = tuple(range(self.workers))
-        """The first worker of each node."""
+        self.nodes: tuple[tuple[int, ...], ...] = tuple((w,) for w in range(self.workers))
+        """The workers of each node, in order."""
         self.inter_node_group = self.group
         """The group of the node leaders. The caller sets it if it is neither all workers nor a
         single one."""
@@ -90,10 +91,20 @@ class DataPlane:
         nodes = group_by_node(machines, [not failed for failed, in
                                          self._all_gather(int(self.cannot_map))])
         self.node_workers = nodes[self.worker]
-        self.node_leaders = tuple(sorted({node[0] for node in nodes}))
+        self.nodes = tuple(sorted(set(nodes)))
         self._sharing = len(self.node_leaders) < len(machines)
         if len(self.node_leaders) == 1:
             self.inter_node_group = None
+
+    @property
+    def node_leaders(self) -> tuple[int, ...]:
+        """The first worker of each node."""
+        return tuple(node[0] for node in self.nodes)
+
+    @property
+    def node(self) -> int:
+        """Index of this worker's node."""
+        return self.nodes.index(self.node_workers)
 
     @property
     def site_leader(self) -> bool:
@@ -153,6 +164,26 @@ class DataPlane:
         """The slice of range(count) that this worker handles for its node."""
         share = -(-count // len(self.node_workers))
         return range(count)[self.node_rank * share:(self.node_rank + 1) * share]
+
+    def node_sections(self, count: int) -> list[range]:
+        """The slice of range(count) of each node: as long as any other, or one shorter."""
+        ends = [count * node // len(self.nodes) for node in range(len(self.nodes) + 1)]
+        return [range(first, end) for first, end in pairwise(ends)]
+
+    def send_sections(self, row: Tensor | None, sections: Sequence[range], senders: Sequence[bool],
+                      out: Tensor) -> None:
+        """Leaders of the nodes: each node that is a sender sends every node its section of a row,
+        (size,). out: for this node's section of all their rows, one after the other."""
+        assert self.inter_node_group is not None
+        assert (row is not None) == senders[self.node]
+        lengths = [len(section) for section in sections]
+        sent = out[:0] if row is None else row
+        work = dist.all_to_all_single(
+            out, sent, [lengths[self.node] * sends for sends in senders],
+            [length * senders[self.node] for length in lengths], self.inter_node_group,
+            async_op=True)
+        wait_for(work, self._control, self._polls)
+        self.bytes_sent += sent.nbytes - sent.itemsize * lengths[self.node] * senders[self.node]
 
     def reduce(self, parts: Sequence[Tensor], mask: Mask | None = None) -> tuple[Tensor, ...]:
         """Sum vectors over all workers of all sites. `parts` come from `allocate`; each worker has

@@ -17,9 +17,11 @@ from fedrun.distributed.handshake import Membership
 from fedrun.federation.messages import RoundPlan, RoundReport
 from fedrun.federation.spending import Spending
 from fedrun.federation.tail import Tail
+from fedrun.federation.used import UseLog
 from fedrun.records.events import cohort_event
 from fedrun.records.history import cohort_record
 from fedrun.strategies.base import ClientReport
+from fedrun.strategies.robust import Robust
 from fedrun.training.evaluate import mean_loss
 
 
@@ -46,16 +48,19 @@ class CohortLog:
         self.config, self.members = config, members
         self._left_out: list[list[int]] = []  # round and client, where clients are known
         self._why: list[str] = []
+        self._uses = UseLog()
 
     def state(self) -> dict[str, Any]:
         """What a run resumes from."""
-        return {"left_out": list(self._left_out), "left_out_why": list(self._why)}
+        return {"left_out": list(self._left_out), "left_out_why": list(self._why)
+                } | self._uses.state()
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Restore `state`."""
         self._left_out = state["left_out"]
         # Older checkpoints lack the reasons, because there was only one.
         self._why = state.get("left_out_why", ["not finite"] * len(self._left_out))
+        self._uses.load(state)
 
     def of_clients(self, plan: RoundPlan, clients: list[ClientReport]) -> RoundSums:
         """A round whose clients report to the server."""
@@ -67,7 +72,13 @@ class CohortLog:
             log(f"round {plan.round}: client {client.client} is left out: {client.left_out}; its "
                 "moments are reset", WARNING)
 
+        self._uses.add(clients)
+
         def record(measured: Mapping[str, float], gradients: bool) -> dict[str, Any]:
+            strategy = self.config.strategy
+            if isinstance(strategy, Robust) and not strategy.by_distance:
+                # Cosines follow from the norm of the clients' mean, which this is not.
+                measured = {name: n for name, n in measured.items() if name != "mean_norm"}
             fields = cohort_record(clients, measured, gradients)
             if self.config.eval_clients:
                 fields["client_val_ppls"] = [perplexity(mean_loss(client.validation))
@@ -77,7 +88,8 @@ class CohortLog:
         return RoundSums(math.fsum(c.loss_sum for c in taken), sum(c.tokens for c in taken), {
             "left_out": [c.client for c in left_out],
             "left_out_why": [c.left_out for c in left_out],
-            "clients": cohort_event(clients)}, record)
+            "clients": cohort_event(clients)} | self._clipped(
+                [c.client for c in taken if c.clipped]), record)
 
     def of_tail(self, plan: RoundPlan, tail: Tail) -> RoundSums:
         """A round with sites, of whose clients the server has sums."""
@@ -89,8 +101,14 @@ class CohortLog:
             log(f"round {plan.round}: {tail.clamped} numbers of clients were too large for what is "
                 "recorded of them", WARNING)
         self._why += [why for why, count in tail.left_out.items() for _ in range(count)]
+        self._uses.add_clipped(tail.clipped)
         return RoundSums(tail.loss_sum, tail.tokens, {
-            "left_out": left_out, "left_out_why": tail.left_out}, tail.sums().record)
+            "left_out": left_out, "left_out_why": tail.left_out} | self._clipped(tail.clipped),
+            tail.sums().record)
+
+    def _clipped(self, clients: list[int] | int) -> dict[str, Any]:
+        """Fields of an event: whose updates were clipped, or of how many clients."""
+        return {} if self.config.client_clip is None else {"clipped": clients}
 
     def of_private(self, spending: Spending, plan: RoundPlan, reports: list[RoundReport],
                    clients: list[ClientReport], model: Tensor | None) -> RoundSums:
@@ -116,11 +134,16 @@ class CohortLog:
         return replace(sums, event=sums.event | spending.event(plan.evaluate), record=record)
 
     def left_out(self) -> dict[str, Any]:
-        """Fields of the history's record: who was left out since the last call."""
+        """Fields of the history's record: who was left out since the last call, and whose updates
+        were used in part."""
         left_out, why = self._left_out, self._why
         self._left_out, self._why = [], []
+        used, clipped = self._uses.take()
         if self.config.dp == "client":
             return {}
-        if not self.config.sites:
-            return {"left_out": left_out, "left_out_why": why}
-        return {"left_out": len(why), "left_out_why": dict(Counter(why))}
+        fields: dict[str, Any] = {"left_out": left_out, "left_out_why": why}
+        if self.config.sites:
+            fields = {"left_out": len(why), "left_out_why": dict(Counter(why))}
+        if self.config.client_clip is not None:
+            fields["clipped"] = clipped
+        return fields | ({"client_used": used} if used else {})

@@ -81,6 +81,8 @@ class RoundDecision:
     """The kind of failure, if there is one."""
     stop: str = ""
     """Who asked to stop: this round is the last, and a checkpoint is made of it."""
+    clip: float | None = None
+    """With --client_clip median: the norm to which the round's updates are clipped."""
     model_is_good: bool = True
     """Whether all workers hold the global model of the last complete round, if there is an error.
     """
@@ -102,6 +104,9 @@ class RoundReport:
     """Names of replicated vectors with an element that is NaN or infinite."""
     written: list[dict[str, Any]] = field(default_factory=list)
     """Checkpoint files that were written since the last report (`CheckpointWriter.written`)."""
+    used: list[list[float]] = field(default_factory=list)
+    """From the first worker, of a method that sees single updates: clients whose updates it had,
+    and how much of each it used (`ClientReport.used`)."""
     tail: list[int] = field(default_factory=list)
     """In runs with sites, from the first worker: the words of the round's tail (see tail.py)."""
     site_losses: list[int] = field(default_factory=list)

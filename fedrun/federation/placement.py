@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from fedrun.config import FederatedConfig
 from fedrun.data.partition import Shards
 from fedrun.distributed.runtime import Runtime
 
@@ -25,6 +27,35 @@ def assign_clients(sizes: Sequence[int], n_workers: int) -> list[list[int]]:
         hosted[worker].append(client)
         heapq.heappush(load, (size + sizes[client], count + 1, worker))
     return [sorted(clients) for clients in hosted]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Which worker trains which client in a round: the one that has its state, or whoever is free.
+    """
+
+    workers: int
+    hosted: Sequence[Sequence[int]] | None
+    """The clients of each worker; None if clients keep no state."""
+
+    @classmethod
+    def of(cls, config: FederatedConfig, workers: int) -> Placement:
+        """Of a run without sites."""
+        return cls(workers, assign_clients([1] * config.num_clients, workers)
+                   if config.keeps_states else None)
+
+    def turns(self, cohort: Sequence[int]) -> list[list[int]]:
+        """The clients of a cohort that each worker trains, in order."""
+        if self.hosted is None:
+            return [list(cohort[worker::self.workers]) for worker in range(self.workers)]
+        chosen = set(cohort)
+        return [[client for client in clients if client in chosen] for clients in self.hosted]
+
+    def most(self, cohort: int) -> int:
+        """The most clients that a worker may have to train of a cohort of this size."""
+        if self.hosted is None:
+            return -(-cohort // self.workers)
+        return min(cohort, max(map(len, self.hosted)))
 
 
 def hosted_clients(shards: Shards, runtime: Runtime) -> list[int]:

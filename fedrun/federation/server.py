@@ -34,6 +34,7 @@ from fedrun.federation.schedule import Schedule
 from fedrun.federation.site_holdout import SiteLosses
 from fedrun.federation.spending import Spending
 from fedrun.federation.tail import Tail
+from fedrun.federation.used import clipped_to, median_norm, used_by_rule
 from fedrun.model.base import Model
 from fedrun.model.build import DTYPES
 from fedrun.records.checkpoint import Checkpoint
@@ -41,6 +42,7 @@ from fedrun.records.outcome import write_failure
 from fedrun.records.recorder import ON_ROUND, OnRound, Recorder
 from fedrun.records.schema import FEDERATED
 from fedrun.strategies.base import ClientReport
+from fedrun.strategies.robust import Robust
 from fedrun.training.evaluate import Piece, mean_loss, sample_prompt, sample_text
 from fedrun.training.optimizer import scheduled_lr
 from fedrun.training.params import FlatParams
@@ -78,6 +80,11 @@ class Server:
         self.recorder = Recorder(config, FEDERATED, schedule.rounds, self.flat, provenance, workers,
                                  step, state, skips_texts, on_round, members)
         self.stopping = stopping
+        if isinstance(config.strategy, Robust):
+            kept = config.cohort_size * self.size * 4 / 1e6
+            log(f"{config.method}: the updates of a round's {config.cohort_size} clients take "
+                f"{kept:.3g} MB together, and each worker's section of them {kept / workers:.3g} "
+                "MB, of which it gets from other machines what it does not have")
         self.spending: Spending | None = None
         """With --dp: what it costs (see spending.py)."""
 
@@ -125,13 +132,16 @@ class Server:
             if report.traceback:
                 return RoundDecision(f"{report.traceback}round {plan.round}: rank {rank} failed "
                                      "with the error above; all ranks end")
-        shown = not self.config.sites and self.config.dp != "client"
-        if shown and (error := self._refuse(plan, clients_of(plan, trained))):
-            return error
+        clip = None
+        if not self.config.sites and self.config.dp != "client":
+            clients = clients_of(plan, trained)
+            if error := self._refuse(plan, clients):
+                return error
+            clip = median_norm(clients) if self.config.clips_to_median else None
         if plan.last:
-            return RoundDecision()  # it ends anyway
+            return RoundDecision(clip=clip)  # it ends anyway
         signals = [report.signal for report in trained if report.signal]
-        return RoundDecision(stop=signals[0] if signals else self.stopping.asked_by())
+        return RoundDecision(stop=signals[0] if signals else self.stopping.asked_by(), clip=clip)
 
     def _refuse(self, plan: RoundPlan, clients: list[ClientReport]) -> RoundDecision | None:
         """The decision on a round whose sum cannot be used."""
@@ -140,7 +150,10 @@ class Server:
             return RoundDecision(f"round {plan.round}: {len(left_out)} of {len(clients)} clients "
                                  f"are left out, more than half ({self._reasons(left_out)}",
                                  "diverged")
-        refused = self.config.strategy.refuse_total(math.fsum(c.weight for c in clients))
+        strategy = self.config.strategy
+        refused = strategy.refuse_total(math.fsum(c.weight for c in clients))
+        if too_few := strategy.refuse_count(len(clients) - len(left_out)):
+            refused = f"{too_few} ({self._reasons(left_out)}"
         return RoundDecision(f"round {plan.round}: {refused}") if refused else None
 
     def _reasons(self, left_out: list[ClientReport]) -> str:
@@ -208,7 +221,8 @@ class Server:
         elif self.config.sites:
             sums = self.cohorts.of_tail(plan, _tail(reports))
         else:
-            clients = clients_of(plan, trained)
+            clients = clipped_to(decision.clip, clients_of(plan, trained))
+            clients = used_by_rule(reports, clients, self.config.strategy)
             if entropies := [c.entropy for c in clients
                              if c.entropy is not None and not c.left_out]:
                 self.entropy_reference = self.config.strategy.next_entropy_reference(entropies)

@@ -40,6 +40,8 @@ class Tail:
     """The same for another reason."""
     clamped: int = 0
     """Numbers that were too large, and are in the sums as the largest that fits."""
+    clipped: int = 0
+    """Clients taken whose update was longer than --client_clip."""
     tokens: int = 0
     """Tokens in the losses."""
     losses: int = 0
@@ -128,4 +130,4 @@ def _words(client: ClientReport, cohort: int) -> tuple[int, ...]:
         fits = abs(value) < largest / 2**bits  # of NaN too
         fixed.append(round(value * 2**bits) if fits else largest)
         clamped += not fits
-    return 1, 0, 0, 0, clamped, *fixed
+    return 1, 0, 0, 0, clamped, int(client.clipped), *fixed

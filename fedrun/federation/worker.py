@@ -8,7 +8,6 @@ kept in a store between their turns.
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import replace
 
@@ -17,8 +16,8 @@ import numpy as np
 from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.exact import ExactAggregator
+from fedrun.aggregation.gathering import GatheringAggregator
 from fedrun.aggregation.int8 import Int8Aggregator
-from fedrun.aggregation.slices import norm
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.config import FederatedConfig
 from fedrun.data.partition import Shards
@@ -31,13 +30,13 @@ from fedrun.federation.counted_store import Counted
 from fedrun.federation.global_state import GlobalState, layout
 from fedrun.federation.messages import RoundPlan, RoundReport, WorkerReport
 from fedrun.federation.noise import Noise
-from fedrun.federation.placement import hosted_clients
-from fedrun.federation.reported import reported_vectors
+from fedrun.federation.placement import Placement, hosted_clients
 from fedrun.federation.schedule import Schedule
 from fedrun.federation.secure_sum import TAIL, VECTOR, PlanRefused, SecureSum
 from fedrun.federation.sequence_noise import SequenceNoise
 from fedrun.federation.site_holdout import sum_of_sites
 from fedrun.federation.tail import Tail
+from fedrun.federation.terms import Terms
 from fedrun.model.base import Model
 from fedrun.records.checkpoint import GLOBAL, Checkpoint
 from fedrun.records.checkpoint_writer import CheckpointWriter
@@ -45,6 +44,7 @@ from fedrun.records.folders import Folders
 from fedrun.records.site_states import SiteStates
 from fedrun.records.snapshots import save_snapshot, tracked_parameters
 from fedrun.strategies.base import ClientReport, ServerRound
+from fedrun.strategies.robust import Robust
 from fedrun.training import averaged_moments
 from fedrun.training.batch_memory import BatchMemory
 from fedrun.training.evaluate import Piece, validation_pieces
@@ -76,8 +76,13 @@ class Worker:
         self.flat = FlatParams(model)
         plane, vector = runtime.data_plane, self.flat.vector
         averaged = tuple(config.averaged_moments)
+        self.placement = Placement.of(config, len(runtime.workers))
         self.aggregator: Aggregator
-        if config.aggregation == "int8":
+        if isinstance(self.strategy, Robust):
+            self.aggregator = GatheringAggregator(
+                self.strategy, self.flat.size, vector, self.placement.most(config.cohort_size),
+                config.cohort_size, plane)
+        elif config.aggregation == "int8":
             self.aggregator = Int8Aggregator(self.strategy, self.flat.size, vector,
                                              config.cohort_size, config.num_clients, plane,
                                              averaged)
@@ -89,6 +94,7 @@ class Worker:
         self.server_update = ServerUpdate(self.strategy, self.aggregator)
         self.fisher = FisherEstimate(self.flat, self.strategy.fisher_settings
                                      ) if "fisher" in self.strategy.inputs else None
+        self.terms = Terms(config, self.aggregator, self.global_state, self.fisher)
         self._memory = BatchMemory(vector.device)
         self._optimizer = LocalOptimizer(self.flat, config, schedule.rounds * config.local_updates)
         self.clients = {k: self._new_client(k) for k in hosted_clients(shards, runtime)
@@ -133,6 +139,7 @@ class Worker:
         self.keep(plan.kept)
         self.aggregator.begin(Bounds(plan.bound, plan.gradient_bound, self.config.grad_clip or 1.0),
                               self.schedule.moments(plan.round))
+        self.terms.begin(self.placement.turns(plan.cohort))
         if self.secure is not None:
             self.secure.begin(plan, self.global_model)
             self.secure.make_ahead(*self.aggregator.layout)
@@ -155,11 +162,11 @@ class Worker:
                             local_training_seconds=time.monotonic() - began)
 
     def _hosted(self, cohort: list[int]) -> list[int]:
-        """The clients of a cohort that train here: those whose states are here, or without states
-        an equal part."""
+        """The clients of a cohort that train here: those whose states are here; without states, an
+        equal part."""
         if self.config.keeps_states:
             return [k for k in cohort if k in self.clients]
-        return cohort[self._index::len(self.runtime.workers)]
+        return self.placement.turns(cohort)[self._index]
 
     def _train_client(self, client: Client, planned: float, plan: RoundPlan) -> ClientReport:
         """One client's part of a round: train, measure its model, add its term."""
@@ -197,7 +204,8 @@ class Worker:
                               self._entropy(client))
         if plan.evaluate:
             report = self._measure(client, report, plan.round)
-        report = self._add(client, planned, plan, report)
+        report = self.terms.add(client, planned, plan, report,
+                                self.noise if self.config.dp == "client" else None)
         if report.left_out:
             client.forget()
         if hidden is not None:  # of its text nothing is known but how long it is
@@ -225,39 +233,6 @@ class Worker:
             return replace(report, validation=self._validate(0, 1))
         return report
 
-    def _add(self, client: Client, planned: float, plan: RoundPlan, report: ClientReport
-             ) -> ClientReport:
-        """Add a client's term; returns its report with its weight and norm, or with the reason why
-        it is left out."""
-        if self.noise is not None and self.config.dp == "client":
-            self._add_clipped(client, planned, self.noise)
-            return report
-        if report.entropy is not None and not math.isfinite(report.entropy):
-            return replace(report, entropy=None, left_out="entropy not finite")
-        try:
-            weight = self.strategy.client_weight(planned, report, plan.entropy_reference)
-        except ValueError as error:
-            return replace(report, left_out=str(error))
-        vectors = reported_vectors(client, self.strategy, self.aggregator,
-                                   self.global_state.moments is not None, self.fisher)
-        if left_out := self.aggregator.add(vectors, weight, start=self.global_model):
-            return replace(report, left_out=left_out)
-        report = replace(report, weight=weight)
-        if not plan.evaluate:
-            return report
-        first = next(iter(vectors))
-        origin = self.global_model if first == "parameters" else None
-        return replace(report, norm=norm(vectors[first], origin))
-
-    def _add_clipped(self, client: Client, weight: float, noise: Noise) -> None:
-        """With --dp client: add its update, clipped; zeros for one that is not finite, of which
-        nobody hears."""
-        update = self.flat.vector.sub_(self.global_model)
-        if not noise.clip(client.index, update):
-            client.forget()
-        left_out = self.aggregator.add({"delta": update}, weight)
-        assert not left_out, left_out
-
     # ---- aggregation -----------------------------------------------------------------------------
 
     def aggregate(self, plan: RoundPlan) -> RoundReport:
@@ -284,7 +259,8 @@ class Worker:
         measured = self.server_update.apply(state.model, state.server, context, state.moments,
                                             measure=plan.evaluate)
         return RoundReport(aggregation_seconds=time.monotonic() - began, measured=measured,
-                           tail=words, charged=self.noise is not None and self.noise.charged)
+                           tail=words, used=self.terms.used if self._index == 0 else [],
+                           charged=self.noise is not None and self.noise.charged)
 
     def _sum(self, plan: RoundPlan) -> Tail | None:
         """Workers: sum the terms; in runs with sites also what the server records of the clients.

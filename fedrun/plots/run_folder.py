@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -53,6 +53,9 @@ class Record:
     generated: str | None
     """Sample text, without the prompt."""
     prompt: str | None
+    used: dict[int, float] = field(default_factory=dict)
+    """Of clients that were clipped, or whose updates a robust rule saw: the mean share of their
+    update that was used since the record before."""
 
 
 @dataclass(frozen=True)
@@ -228,11 +231,21 @@ def _record(raw: Any, tokens_per_step: float) -> Record | None:
     seconds, sent = number(raw.get("seconds")), number(raw.get("bytes"))
     tokens, seconds, sent = (value if abs(value) < LARGEST else math.nan
                              for value in (tokens, seconds, sent))
+    generated, prompt = (raw[name] if isinstance(raw.get(name), str) else None
+                         for name in ("generated", "prompt"))
     return Record(step, _perplexity(raw.get("train_ppl"), raw.get("train_loss")),
                   _perplexity(read_field(raw, "val_ppl"), read_field(raw, "val_loss")),
                   _perplexity(raw.get(SITE_VAL_PPL), raw.get("site_val_loss")), tokens, seconds,
-                  sent, *(raw[name] if isinstance(raw.get(name), str) else None
-                          for name in ("generated", "prompt")))
+                  sent, generated, prompt, _used(raw.get("client_used")))
+
+
+def _used(found: Any) -> dict[int, float]:
+    """`client_used` of a record: entries that are not a client, its rounds and a share are passed
+    over."""
+    entries = [one for one in found if isinstance(one, list) and len(one) == 3
+               ] if isinstance(found, list) else []
+    return {client: share for client, share in ((whole(k), number(s)) for k, _, s in entries)
+            if client is not None and 0 <= share <= 1}
 
 
 def _perplexity(ppl: Any, loss: Any) -> float:

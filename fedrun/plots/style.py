@@ -46,6 +46,9 @@ LOOKS = {
     "fed_yogi": Look("FedYogi", "#882255", "<"),
     "fed_adagrad": Look("FedAdagrad", "#999933", ">"),
     "fed_sgd": Look("FedSGD", "#7F7F7F", "h"),
+    "fed_median": Look("FedMedian", "#117733", "d"),
+    "fed_trimmed_mean": Look("FedTrimmedMean", "#997700", "p"),
+    "fed_krum": Look("FedKrum", "#994455", "8"),
 }
 _OTHER_COLOURS = ("#332288", "#44AA99", "#AA4499", "#661100")
 BAND_OPACITY = 0.18

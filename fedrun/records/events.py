@@ -132,10 +132,10 @@ class Events:
 
 def cohort_event(clients: Sequence[ClientReport]) -> list[dict[str, Any]]:
     """What an event records of each client of a round: its loss in nats per token (none with --dp
-    example), its share of the weight, and, if they were measured, the norm of its update and its
-    entropy."""
+    example), its share of the weight, and, if they were measured, the norm of its update, its
+    entropy, and how much of its update was used."""
     def measured(client: ClientReport) -> dict[str, float]:
-        values = {"norm": client.norm, "entropy": client.entropy}
+        values = {"norm": client.norm, "entropy": client.entropy, "used": client.used}
         return {} if client.left_out else {n: v for n, v in values.items() if v is not None}
 
     return [{"client": client.client,

@@ -64,6 +64,10 @@ gradients with noise. The guarantee for sequences holds without them, and what f
 `--secure_sum` alone.
 """
 
+CLIPPED = """\
+With `--client_clip` all learn besides, of each round, how many clients had a longer update.
+"""
+
 CLAIMS = {"none": CLAIM, "client": SHARED_CLAIM, "example": EXAMPLE_CLAIM}
 """By --dp."""
 
@@ -83,5 +87,7 @@ def write_privacy(config: FederatedConfig, real: bool, demonstration: bool) -> N
     remarks = [SIMULATION] if not real else [DEMONSTRATION] if demonstration else []
     if real and not config.secure_sum:
         remarks.append(NOISED_IN_THE_CLEAR if config.dp == "example" else IN_THE_CLEAR)
+    if config.client_clip is not None:
+        remarks.append(CLIPPED)
     page = "\n".join(["# What this run showed, and to whom\n", *remarks, CLAIMS[config.dp]])
     write_atomic(config.run_dir / PRIVACY, (page + numbers).encode())

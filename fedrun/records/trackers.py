@@ -107,7 +107,7 @@ def scalars(values: Mapping[str, Any]) -> dict[str, float]:
             if name == "clients":
                 yield from ((f"client_{client['client']}/{what}", number) for client in value
                             for what, number in client.items() if what != "client")
-            elif name == "left_out":
+            elif name in ("left_out", "clipped"):
                 yield name, value if isinstance(value, int) else len(value)
             elif name.endswith("_seconds"):
                 yield f"seconds/{name.removesuffix('_seconds')}", value

@@ -6,9 +6,12 @@ from fedrun.strategies.base import Strategy
 from fedrun.strategies.fed_avg import FedAvg
 from fedrun.strategies.fed_entropy import FedEntropy
 from fedrun.strategies.fed_fisher import FedFisher
+from fedrun.strategies.fed_krum import FedKrum
+from fedrun.strategies.fed_median import FedMedian
 from fedrun.strategies.fed_momentum import DiLoCo, FedMomentum
 from fedrun.strategies.fed_opt import FedAdagrad, FedAdam, FedYogi
 from fedrun.strategies.fed_sgd import FedSGD
+from fedrun.strategies.fed_trimmed_mean import FedTrimmedMean
 
 STRATEGIES: dict[str, type[Strategy]] = {
     "fed_avg": FedAvg,
@@ -20,6 +23,9 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "fed_yogi": FedYogi,
     "fed_adagrad": FedAdagrad,
     "fed_sgd": FedSGD,
+    "fed_median": FedMedian,
+    "fed_trimmed_mean": FedTrimmedMean,
+    "fed_krum": FedKrum,
 }
 
 

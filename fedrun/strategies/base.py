@@ -71,7 +71,12 @@ class ClientReport:
     weight: float = 0.0
     """The client's weight p_k, not normalised; 0 if it is left out."""
     norm: float | None = None
-    """Norm of its update or gradient; in rounds that are evaluated."""
+    """Norm of its update, as it was clipped, or of its gradient; in rounds that are evaluated."""
+    clipped: bool = False
+    """Whether its update was longer than --client_clip."""
+    used: float | None = None
+    """How much of its update the round used, from 0 to 1: the factor that clipped it, times the
+    share of its elements that a robust rule took; None if nothing could take less than all."""
     noised_norm: float | None = None
     """With --dp example: norm of the gradient of its last step, with its noise."""
     left_out: str = ""
@@ -208,6 +213,11 @@ class Strategy:
 
     def refuse_total(self, total: float) -> str:
         """Why a round whose weights sum to `total` cannot be used; empty if it can."""
+        return ""
+
+    def refuse_count(self, clients: int) -> str:
+        """Why a round in which this many clients are not left out cannot be used; empty if it can.
+        """
         return ""
 
     def gradient_scale(self, batch_size: int, sequence_length: int) -> float:

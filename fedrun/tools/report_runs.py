@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fedrun.flags import method_flags, methods
-from fedrun.plots import perplexity, style
+from fedrun.plots import perplexity, style, used
 from fedrun.plots.groups import Group, Settings, flat, groups
 from fedrun.plots.run_folder import Run
 from fedrun.plots.texts import Text, text_of
@@ -45,6 +45,8 @@ class Row:
     sites: SitesPart | None
     curve: Picture | str
     """Its perplexities, or why they are no curve."""
+    used: Picture | None
+    """What its rounds used of each client's update, where that was not always all."""
     weights: list[Picture]
     """How its weights changed; none if it saved no steps, or if they are not wanted."""
     changed: list[tuple[str, str]]
@@ -118,7 +120,17 @@ def _row(run: Run, number: int, axis: Any, weights: Iterable[Picture]) -> Row:
                clock(final.seconds), size(final.bytes),
                f"{processes} × {device}" if processes and device else str(device), sites_part(run),
                picture("perplexity", curve, "Its perplexities.") if isinstance(curve, Figure)
-               else curve, list(weights), changed, defaults)
+               else curve, used_part(run), list(weights), changed, defaults)
+
+
+def used_part(run: Run) -> Picture | None:
+    """The picture of what was used of each client's update; None if its history has nothing of it.
+    """
+    shown = used.figure(run)
+    return None if shown is None else picture(
+        "used of each client", shown, "The share of each client\u2019s update that was used, the "
+        "mean since the evaluation before: the factor that clipped it, the share of its elements "
+        "that were not trimmed, or how often it was chosen.")
 
 
 def settings(run: Run) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:

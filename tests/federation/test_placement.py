@@ -11,7 +11,7 @@ from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.distributed.launch import detect
 from fedrun.distributed.runtime import Runtime
-from fedrun.federation.placement import assign_clients
+from fedrun.federation.placement import Placement, assign_clients
 from fedrun.flags import resolve
 from tests.support.experiments import worker_of
 from tests.support.made_data import made
@@ -33,6 +33,19 @@ def test_equal_clients_are_spread_evenly() -> None:
     assert sorted(len(c) for c in assign_clients([5] * 7, 3)) == [2, 2, 3]
     assert assign_clients([5] * 4, 4) == [[0], [1], [2], [3]]
     assert assign_clients([5, 5], 4) == [[0], [1], [], []]
+
+
+@given(st.integers(1, 40), st.integers(1, 7), st.data(), st.booleans())
+def test_every_client_of_a_cohort_has_one_worker(clients: int, workers: int, data: st.DataObject,
+                                                 stateless: bool) -> None:
+    placement = Placement(workers, None if stateless else assign_clients([1] * clients, workers))
+    cohort = sorted(data.draw(st.sets(st.integers(0, clients - 1), min_size=1)))
+    turns = placement.turns(cohort)
+    assert len(turns) == workers
+    assert sorted(k for one in turns for k in one) == cohort
+    assert max(map(len, turns)) <= placement.most(len(cohort))
+    if stateless:
+        assert max(map(len, turns)) - min(map(len, turns)) <= 1
 
 
 def test_a_client_with_a_long_shard_does_not_train_longer() -> None:

@@ -82,6 +82,12 @@ def test_a_number_that_is_too_large_is_the_largest_that_fits(value: float, clien
     assert all(0 <= word < 2**63 for word in tail.words())
 
 
+def test_clipped_clients_are_counted() -> None:
+    made = [dataclasses.replace(one, clipped=one.client % 2 == 0) for one in reports()]
+    assert Tail.of(made, CLIENTS).clipped == 8, "of ten with an even number two are left out"
+    assert Tail.of(reports(), CLIENTS).clipped == 0
+
+
 def test_reasons_are_told_apart() -> None:
     made = [ClientReport(k, 1, 1.0, left_out=why) for k, why in enumerate([
         "entropy not finite", "delta not finite", "gradient exceeds its bound: 17 > 16",

@@ -27,22 +27,25 @@ def test_the_readme_has_the_claim_word_for_word() -> None:
     assert words(CLAIM) in words((ROOT / "README.md").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(("real", "demonstration", "secure", "said"), [
-    (False, False, True, ["simulated its sites"]),
-    (True, False, True, []),
-    (True, True, True, ["this was a demonstration"]),
-    (True, False, False, ["no secure sums"]),
-    (True, True, False, ["this was a demonstration", "no secure sums"])])
+@pytest.mark.parametrize(("real", "demonstration", "secure", "clip", "said"), [
+    (False, False, True, None, ["simulated its sites"]),
+    (True, False, True, None, []),
+    (True, False, True, "0.5", ["how many clients had a longer update"]),
+    (True, True, True, None, ["this was a demonstration"]),
+    (True, False, False, None, ["no secure sums"]),
+    (True, True, False, None, ["this was a demonstration", "no secure sums"])])
 def test_the_page_says_what_did_not_hold(tmp_path: Path, real: bool, demonstration: bool,
-                                         secure: bool, said: list[str]) -> None:
-    config = SimpleNamespace(run_dir=tmp_path, secure_sum=secure, dp="none", private=False)
+                                         secure: bool, clip: str | None, said: list[str]) -> None:
+    config = SimpleNamespace(run_dir=tmp_path, secure_sum=secure, dp="none", private=False,
+                             client_clip=clip)
     write_privacy(cast(FederatedConfig, config), real, demonstration)
     page = words((config.run_dir / run_files.PRIVACY).read_text(encoding="utf-8"))
     assert words(CLAIM) in page
     # A start that resumes the run on other machines does not unsay it.
     write_privacy(cast(FederatedConfig, config), real, demonstration=False)
     assert words((config.run_dir / run_files.PRIVACY).read_text(encoding="utf-8")) == page
-    for remark in ("simulated its sites", "this was a demonstration", "no secure sums"):
+    for remark in ("simulated its sites", "this was a demonstration", "no secure sums",
+                   "how many clients had a longer update"):
         assert (remark in page) == (remark in said)
 
 
@@ -51,7 +54,8 @@ def test_the_page_says_what_did_not_hold(tmp_path: Path, real: bool, demonstrati
     (2, ["any 3 sites together.", "| 2: all but those of 3 sites |"])])
 def test_with_noise_between_sites_the_page_says_both(tmp_path: Path, colluding: int,
                                                      said: list[str]) -> None:
-    config = SimpleNamespace(run_dir=tmp_path, secure_sum=True, dp="client", private=True)
+    config = SimpleNamespace(run_dir=tmp_path, secure_sum=True, dp="client", private=True,
+                             client_clip=None)
     guarantee = ClientGuarantee(12, 4, 9, 3, 0.5, 1.5, 1e-3, 0.25, 4.5, 0.0,
                                 noised_by(5, colluding))
     for _ in range(2):  # also of a start that resumes the run
@@ -72,7 +76,8 @@ def test_with_noise_between_sites_the_page_says_both(tmp_path: Path, colluding: 
 @pytest.mark.parametrize(("real", "secure"), [(False, True), (True, True), (True, False)])
 def test_with_noise_in_gradients_the_page_says_both(tmp_path: Path, real: bool, secure: bool
                                                     ) -> None:
-    config = SimpleNamespace(run_dir=tmp_path, secure_sum=secure, dp="example", private=True)
+    config = SimpleNamespace(run_dir=tmp_path, secure_sum=secure, dp="example", private=True,
+                             client_clip=None)
     guarantee = ExampleGuarantee(12, 4, 9, 3, 2, 8, 100, 32, 0.5, 1.5, 1e-3, 0.25, 4.5, 7.0,
                                  BY_SITES)
     for _ in range(2):

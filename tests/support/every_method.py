@@ -15,6 +15,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "average": ("fed_avg", "--client_moments", "average", "--prox_mu", "0.5", "--grad_clip", "1"),
     "average_sqrt": ("fed_avg", "--client_moments", "average_sqrt", "--moments_every", "2,3",
                      "--grad_clip", "1"),
+    "clipped": ("fed_avg", "--client_clip", "median"),
     "fed_momentum": ("fed_momentum",),
     "diloco": ("diloco", "--warmup", "2", "--lr_schedule", "cosine"),
     "fed_entropy": ("fed_entropy", "--temperature", "0.1"),
@@ -26,6 +27,9 @@ METHODS: dict[str, tuple[str, ...]] = {
     "fed_yogi": ("fed_yogi",),
     "fed_adagrad": ("fed_adagrad",),
     "fed_sgd": ("fed_sgd", "--local_updates", "1"),
+    "fed_median": ("fed_median",),
+    "fed_trimmed_mean": ("fed_trimmed_mean", "--num_clients", "5"),
+    "fed_krum": ("fed_krum", "--num_clients", "5"),
 }
 
 

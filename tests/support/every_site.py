@@ -40,6 +40,7 @@ from tests.support.site_runs import config_with
 METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "fed_avg": ("fed_avg", {}), "uniform": ("fed_avg", {"weighting": "uniform"}),
     "trained": ("fed_avg", {"weighting": "trained"}),
+    "clipped": ("fed_avg", {"client_clip": "0.05"}),
     "average": ("fed_avg", {"client_moments": "average"}),
     "average_sqrt": ("fed_avg", {"client_moments": "average_sqrt", "grad_clip": "1",
                                  "moments_every": "1,2"}),

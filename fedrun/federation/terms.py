@@ -1,0 +1,121 @@
+"""How what a client has trained gets into a worker's part of a round's sum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from fedrun.aggregation.base import Aggregator
+from fedrun.aggregation.bounds import bound_exceeded
+from fedrun.aggregation.clipping import shorten_
+from fedrun.aggregation.gathering import GatheringAggregator
+from fedrun.aggregation.slices import max_abs, norm
+from fedrun.config import FederatedConfig
+from fedrun.federation.client import Client
+from fedrun.federation.global_state import GlobalState
+from fedrun.federation.messages import RoundPlan
+from fedrun.federation.noise import Noise
+from fedrun.federation.reported import reported_vectors
+from fedrun.strategies.base import ClientReport
+from fedrun.training.fisher import FisherEstimate
+
+
+class Terms:
+    """Adds the terms of a worker's clients, clipped where that is asked for.
+
+        report = terms.add(client, planned, plan, report)    # for each client, after its training
+        terms.add_waiting(clip)                              # before the sum
+    """
+
+    def __init__(self, config: FederatedConfig, aggregator: Aggregator, state: GlobalState,
+                 fisher: FisherEstimate | None) -> None:
+        self.config, self.aggregator, self.state, self.fisher = config, aggregator, state, fisher
+        self._waiting: list[tuple[int, Tensor, float, float]] = []  # client, update, norm, weight
+
+    def begin(self, turns: Sequence[Sequence[int]]) -> None:
+        """Before a round's first client. turns: the clients that each worker trains."""
+        self._waiting.clear()
+        if isinstance(self.aggregator, GatheringAggregator):
+            self.aggregator.expect(turns)
+
+    @property
+    def used(self) -> list[list[float]]:
+        """After the sum: `RoundReport.used`."""
+        if not isinstance(self.aggregator, GatheringAggregator):
+            return []
+        return [[client, share] for client, share in self.aggregator.used.items()]
+
+    def add(self, client: Client, planned: float, plan: RoundPlan, report: ClientReport,
+            noise: Noise | None = None) -> ClientReport:
+        """Add a client's term; returns its report with its weight and norm, or with the reason why
+        it is left out. noise: with --dp client."""
+        if noise is not None:
+            self._add_private(client, planned, noise)
+            return report
+        if report.entropy is not None and not math.isfinite(report.entropy):
+            return replace(report, entropy=None, left_out="entropy not finite")
+        try:
+            weight = self.config.strategy.client_weight(planned, report, plan.entropy_reference)
+        except ValueError as error:
+            return replace(report, left_out=str(error))
+        if self.config.client_clip is not None or isinstance(self.aggregator, GatheringAggregator):
+            return self._add_checked(client, weight, plan, report)
+        vectors = reported_vectors(client, self.config.strategy, self.aggregator,
+                                   self.state.moments is not None, self.fisher)
+        if left_out := self.aggregator.add(vectors, weight, start=self.state.model):
+            return replace(report, left_out=left_out)
+        report = replace(report, weight=weight)
+        if not plan.evaluate:
+            return report
+        first = next(iter(vectors))
+        origin = self.state.model if first == "parameters" else None
+        return replace(report, norm=norm(vectors[first], origin))
+
+    def _add_private(self, client: Client, weight: float, noise: Noise) -> None:
+        """With --dp client: add its update, clipped; zeros for one that is not finite, of which
+        nobody hears."""
+        update = client.flat.vector.sub_(self.state.model)
+        if not noise.clip(client.index, update):
+            client.forget()
+        self._add_update(client.index, update, weight)
+
+    def _add_checked(self, client: Client, weight: float, plan: RoundPlan, report: ClientReport
+                     ) -> ClientReport:
+        """With --client_clip, or for a method that sees single updates. What exceeds the round's
+        bound is not clipped but left out, as it is without: such a client is broken, and is to be
+        seen."""
+        update = client.flat.vector.sub_(self.state.model)
+        bound = plan.bound if self.config.aggregation == "exact" else math.inf
+        if left_out := bound_exceeded("delta", max_abs(update), bound):
+            return replace(report, left_out=left_out)
+        report, longest = replace(report, weight=weight), self.config.longest_update
+        if self.config.clips_to_median:  # it is known once all have trained
+            length = norm(update)
+            self._waiting.append((client.index, update.clone(), length, weight))
+            return replace(report, norm=length)
+        if longest is not None:
+            length = norm(update)
+            used = shorten_(update, length, longest)
+            report = replace(report, clipped=used < 1, used=used, norm=used * length)
+        elif plan.evaluate:
+            report = replace(report, norm=norm(update))
+        self._add_update(client.index, update, weight)
+        return report if plan.evaluate else replace(report, norm=None)
+
+    def add_waiting(self, clip: float | None) -> None:
+        """With --client_clip median, once it is known: add the updates that wait for it."""
+        for client, update, length, weight in self._waiting:
+            assert clip is not None
+            shorten_(update, length, clip)
+            self._add_update(client, update, weight)
+        self._waiting.clear()
+
+    def _add_update(self, client: int, update: Tensor, weight: float) -> None:
+        if isinstance(self.aggregator, GatheringAggregator):
+            self.aggregator.keep(client, update)
+            return
+        left_out = self.aggregator.add({"delta": update}, weight)
+        assert not left_out, left_out

@@ -14,10 +14,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.bounds import Bounds
-from fedrun.aggregation.exact import ExactAggregator
-from fedrun.aggregation.int8 import Int8Aggregator
+from fedrun.aggregation.making import make_aggregator
 from fedrun.aggregation.slices import norm
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.config import FederatedConfig
@@ -74,15 +72,7 @@ class Worker:
         self.model = model
         self.flat = FlatParams(model)
         plane, vector = runtime.data_plane, self.flat.vector
-        averaged = tuple(config.averaged_moments)
-        self.aggregator: Aggregator
-        if config.aggregation == "int8":
-            self.aggregator = Int8Aggregator(self.strategy, self.flat.size, vector,
-                                             config.cohort_size, config.num_clients, plane,
-                                             averaged)
-        else:
-            self.aggregator = ExactAggregator(self.strategy, self.flat.size, vector,
-                                              config.aggregation == "exact", averaged, plane)
+        self.aggregator = make_aggregator(config, vector, plane)
         self.global_state = GlobalState(config, vector, plane, self.aggregator)
         self.global_model = self.global_state.model
         self.server_update = ServerUpdate(self.strategy, self.aggregator)

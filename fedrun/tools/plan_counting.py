@@ -76,7 +76,9 @@ class Counting(TorchDispatchMode):
             return 1
         out = func(*args, **(kwargs or {}))
         if packet in flop_registry:
-            self.flop += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+            # But for the type of a product's result, which these formulas do not know.
+            known = [arg for arg in args if not isinstance(arg, torch.dtype)]
+            self.flop += flop_registry[packet](*known, out_val=out)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._note(tensor)

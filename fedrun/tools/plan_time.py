@@ -69,8 +69,8 @@ def published(config: FederatedConfig, found: Worker, layout: Layout, sent: floa
     return Seconds(
         found.flop / (products * UTILISATION) + ADAMW_BYTES * size / rates.memory,
         TERM_BYTES * size / rates.memory, wire, None,
-        f"NOT MEASURED: from the published {products / 1e12:g} TFLOP/s in {config.dtype} of {name}, "
-        f"of which {UTILISATION:.0%} are assumed, its {rates.memory / 1e12:g} TB/s of memory, and "
+        f"NOT MEASURED: from {name}'s published {products / 1e12:g} TFLOP/s in {config.dtype}, of "
+        f"which {UTILISATION:.0%} are assumed, its {rates.memory / 1e12:g} TB/s of memory, and "
         f"{LINK / 1e9:g} GB/s each way between workers, assumed")
 
 

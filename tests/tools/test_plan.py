@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fedrun import cli
+from fedrun.config import FederatedConfig
 from fedrun.federation.worker import Worker
 from fedrun.flags import resolve
 from fedrun.model import loss
@@ -123,7 +124,7 @@ def test_traffic_and_files_are_those_that_a_run_leaves(run_here: Run, method: st
         "moments_every", "aggregation", "keep", "save_client_deltas", "batch_size",
         "sequence_length", "val_freq")})
     config = dataclasses.replace(config, dtype="fp32")
-    assert isinstance(config, plan_memory.FederatedConfig)
+    assert isinstance(config, FederatedConfig)
     rows = len(run.model["backbone.embedding.weight"])
     found = plan_memory.worker(config, rows, gpu=False)
     traffic = sent(config, found, ALONE, 5, [10] * 3)

@@ -64,7 +64,8 @@ def evaluations(config: FederatedConfig, rounds: int) -> int:
 
 def _model_size(tensors: Mapping[str, Tensor]) -> int:
     """Bytes of a file that the library safetensors writes."""
-    header, end = {}, 0
+    header: dict[str, object] = {}
+    end = 0
     for name, tensor in sorted(tensors.items()):
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [end, end + tensor.nbytes]}

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fedrun.config import FederatedConfig
+from fedrun.config import Dtype, FederatedConfig
 from fedrun.distributed.launch import Launch
 from fedrun.distributed.runtime import choose_device
 from fedrun.experiment import resolve_dtype
@@ -34,8 +34,11 @@ def report(config: FederatedConfig, machine: Machine) -> Iterator[str]:
     device = torch.device("cpu") if rates else choose_device(config.device, Launch(), False)
     layout = Layout(machine.processes, machine.machines, config.server == "colocated",
                     rates is not None or device.type == "cuda")
-    dtype = "bf16" if rates and config.dtype == "auto" else \
-        config.dtype if rates else resolve_dtype(config, [hardware(device)])
+    dtype: Dtype = config.dtype
+    if rates is None:
+        dtype = resolve_dtype(config, [hardware(device)])
+    elif dtype == "auto":
+        dtype = "bf16"
     config, text = dataclasses.replace(config, dtype=dtype), text_of(config, machine.vocab_size)
     found = worker(config, text.vocab_size, layout.gpu)
     processes = ranks(config, found, layout)

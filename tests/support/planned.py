@@ -60,15 +60,15 @@ def made(experiment: Experiment, device: str) -> Worker:
 
 def rounds(experiment: Experiment, device: str, folder: Path | None = None,
            look: Callable[[Worker], None] = lambda _: None) -> None:
-    """A worker's two rounds. folder: write a checkpoint after the first. look: called at the end.
-    """
+    """A worker's three rounds, of which the first may average no moments. folder: write a checkpoint
+    after the second. look: called at the end."""
     one, reference = made(experiment, device), experiment.config.method == "fed_entropy"
-    for number in (1, 2):
-        plan = experiment.schedule.plan(number, 1.0 if reference else 0.0, save=number == 1)
+    for number in (1, 2, 3):
+        plan = experiment.schedule.plan(number, 1.0 if reference else 0.0, save=number == 2)
         one.train(plan)
         one.aggregate(plan)
         one.evaluate(RoundReport())
-        if number == 1 and folder is not None:
+        if number == 2 and folder is not None:
             one.save(plan)
     look(one)
     one.checkpoint_writer.close()

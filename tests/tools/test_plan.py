@@ -16,6 +16,7 @@ from fedrun.config import FederatedConfig
 from fedrun.federation.worker import Worker
 from fedrun.flags import resolve
 from fedrun.model import loss
+from fedrun.model.mamba2 import Mamba2LM
 from fedrun.tools import plan_memory
 from fedrun.tools.plan import parse
 from fedrun.tools.plan_disk import files, sent
@@ -101,8 +102,9 @@ def test_activations_of_a_gradient(gpu: bool, flags: dict[str, object],
     planned = plan_memory.gradient(config, VOCAB, 6, gpu).items
     worker = made(experiment_of(config, VOCAB), "cpu")
     model = worker.model
+    assert isinstance(model, Mamba2LM)
     if gpu:
-        monkeypatch.setattr(model, "_grad_in_chunks", model._grad_on_gpu)  # type: ignore[union-attr]
+        monkeypatch.setattr(model, "_grad_in_chunks", model._grad_on_gpu)
     ids = torch.zeros(6, 128, dtype=torch.int64)
     counted = peak_bytes(partial(model.compute_grad, ids))
     share = 0.1 if not gpu else 0.2

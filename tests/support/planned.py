@@ -59,11 +59,11 @@ def made(experiment: Experiment, device: str) -> Worker:
 
 
 def rounds(experiment: Experiment, device: str, folder: Path | None = None,
-           look: Callable[[Worker], None] = lambda _: None) -> None:
-    """A worker's three rounds, of which the first may average no moments. folder: write a checkpoint
+           look: Callable[[Worker], None] = lambda _: None, last: int = 3) -> None:
+    """A worker's rounds, of which the first may average no moments. folder: write a checkpoint
     after the second. look: called at the end."""
     one, reference = made(experiment, device), experiment.config.method == "fed_entropy"
-    for number in (1, 2, 3):
+    for number in range(1, last + 1):
         plan = experiment.schedule.plan(number, 1.0 if reference else 0.0, save=number == 2)
         one.train(plan)
         one.aggregate(plan)
@@ -81,7 +81,7 @@ def main() -> None:
     vocab_size, pretended = 50277, torch.ops.pretended_cuda
     found = worker(config, vocab_size, gpu=True)
     device, _ = of_worker(config, found, Layout(1, 1, False, True).hosted(2), gpu=True)
-    rounds(experiment_of(config, vocab_size, validation=2), "cuda:0")
+    rounds(experiment_of(config, vocab_size, validation=2), "cuda:0", last=2)
     json.dump({"planned": device.total(), "counted": pretended.peak_allocated(0),
                "items": device}, sys.stdout)
 

@@ -71,6 +71,11 @@ def amount(size: float) -> str:
     return f"{size:.0f} B"
 
 
+def arithmetic(flop: int) -> str:
+    """FLOP for a reader."""
+    return f"{flop / 1e12:,.3g} TFLOP" if flop >= 1e11 else f"{flop / 1e9:.3g} GFLOP"
+
+
 def duration(seconds: float) -> str:
     """Seconds for a reader."""
     for unit, large in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
@@ -184,7 +189,7 @@ def _rounds(config: FederatedConfig, text: Text) -> tuple[int, bool]:
 def _time(config: FederatedConfig, text: Text, layout: Layout, found: Worker, seconds: Seconds,
           rounds: int | None) -> Iterator[str]:
     yield f"  {seconds.how}"
-    yield _row("a local step", f"{found.flop / 1e12:.3g} TFLOP", duration(seconds.step))
+    yield _row("a local step", arithmetic(found.flop), duration(seconds.step))
     one = seconds.of_round(config, layout)
     tokens = config.cohort_size * config.local_updates * config.batch_size * config.sequence_length
     yield _row("a round", f"{tokens:,} tokens", duration(one))

@@ -7,12 +7,15 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from fedrun import cli
 from fedrun.config import FederatedConfig
+from fedrun.experiment import prepare_experiment
 from fedrun.federation.worker import Worker
 from fedrun.flags import resolve
 from fedrun.model import loss
@@ -20,6 +23,7 @@ from fedrun.model.mamba2 import Mamba2LM
 from fedrun.tools import plan_memory
 from fedrun.tools.plan import parse
 from fedrun.tools.plan_disk import files, sent
+from fedrun.tools.plan_machine import Rates
 from fedrun.tools.plan_memory import (
     ACTIVATIONS,
     AVERAGED,
@@ -37,6 +41,9 @@ from fedrun.tools.plan_memory import (
     Layout,
     of_worker,
 )
+from fedrun.tools.plan_report import report
+from fedrun.tools.plan_text import Text, text_of
+from fedrun.tools.plan_time import Seconds, published
 from tests.support.allocations import peak_bytes
 from tests.support.planned import config_of, experiment_of, made, rounds
 from tests.support.runs import Outcome, Run, execute
@@ -107,8 +114,7 @@ def test_activations_of_a_gradient(gpu: bool, flags: dict[str, object],
         monkeypatch.setattr(model, "_grad_in_chunks", model._grad_on_gpu)
     ids = torch.zeros(6, 128, dtype=torch.int64)
     counted = peak_bytes(partial(model.compute_grad, ids))
-    share = 0.1 if not gpu else 0.2
-    assert planned[ACTIVATIONS] + planned[LOSS_HEAD] == pytest.approx(counted, rel=share)
+    assert planned[ACTIVATIONS] + planned[LOSS_HEAD] == pytest.approx(counted, rel=0.1)
 
 
 SENT = [("fed_avg", ()), ("fed_avg", ("--client_moments", "average_sqrt", "--grad_clip", 1,
@@ -133,7 +139,11 @@ def test_traffic_and_files_are_those_that_a_run_leaves(run_here: Run, method: st
     assert traffic.recorded == run.history[-1]["bytes"]
     assert traffic.senders == 0
     planned = files(config, found, ALONE, 5)
-    assert planned.left == left(run)
+    there = left(run)
+    if "the best model" in there:  # its step and its loss are in the file too
+        assert 0 < there["the best model"] - planned.left["the best model"] < 200
+        there["the best model"] = planned.left["the best model"]
+    assert planned.left == there
     assert planned.checkpoint == of(run.run_dir / "checkpoints/step_000005", "*.safetensors")
 
 
@@ -205,6 +215,37 @@ def test_a_plan_from_published_rates(capsys: pytest.CaptureFixture[str]) -> None
     assert "  with --" in out
     assert "unknown until the text is tokenised" in out
     assert "sent by a worker in a round" in out
+
+
+def test_rounds_and_hours_follow_from_a_text_that_is_tokenised(little_text: tuple[str, ...]
+                                                              ) -> None:
+    asked = parse(["fed_avg", *little_text, "--n_epochs", "2", "--num_clients", "3"])
+    assert asked is not None
+    config, machine = asked
+    experiment = prepare_experiment(config, torch.device("cpu"))
+    assert text_of(config, None) == Text(experiment.data.vocab_size, experiment.shards.sizes,
+                                         len(experiment.data.validation))
+    out = "\n".join(report(config, machine))
+    assert f"\n  {experiment.length.steps:,} rounds" in out
+    assert "an evaluation" in out
+    assert "unknown" not in out
+
+
+def test_seconds_of_a_round_by_hand() -> None:
+    """Five clients take three turns on two workers."""
+    config = config_of("fed_avg", config="tiny", num_clients=5, local_updates=4)
+    two = Layout(processes=3, machines=1, colocated=False, gpu=True)
+    assert Seconds(step=2, term=1, wire=0.5, evaluation=None, how="").of_round(
+        config, two) == 3 * (4 * 2 + 1) + 0.5
+    found: Any = SimpleNamespace(flat=SimpleNamespace(size=10**9), flop=4 * 10**12)
+    rates = Rates(bf16=1e15, fp32=1e14, memory=1e12, bytes=8e10)
+    fp32 = published(config, found, two, sent=4e9, name="it", rates=rates)
+    assert fp32.step == pytest.approx(4e12 / 4e13 + 28e9 / 1e12)
+    assert fp32.term == pytest.approx(40e9 / 1e12)
+    assert fp32.wire == pytest.approx(4e9 / 50e9)
+    bf16 = published(dataclasses.replace(config, dtype="bf16"), found, two, 4e9, "it", rates)
+    assert bf16.step == pytest.approx(4e12 / 4e14 + 28e9 / 1e12)
+    assert "NOT MEASURED" in bf16.how
 
 
 @pytest.mark.parametrize(("argv", "message"), [

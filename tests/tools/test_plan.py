@@ -104,7 +104,7 @@ def test_memory_of_a_worker_is_what_it_allocates(method: str, flags: dict[str, o
 @pytest.mark.parametrize("gpu", [False, True])
 def test_activations_of_a_gradient(gpu: bool, flags: dict[str, object],
                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the way of a CPU; and in that of a GPU, on the CPU, where the loss head is another."""
+    """In the way of a CPU; and in that of a GPU, on the CPU, whose loss head keeps its memory."""
     config = config_of("fed_avg", **SHAPE | {"batch_size": 6, "sequence_length": 128} | flags)
     planned = plan_memory.gradient(config, VOCAB, 6, gpu).items
     worker = made(experiment_of(config, VOCAB), "cpu")
@@ -114,7 +114,8 @@ def test_activations_of_a_gradient(gpu: bool, flags: dict[str, object],
         monkeypatch.setattr(model, "_grad_in_chunks", model._grad_on_gpu)
     ids = torch.zeros(6, 128, dtype=torch.int64)
     counted = peak_bytes(partial(model.compute_grad, ids))
-    assert planned[ACTIVATIONS] + planned[LOSS_HEAD] == pytest.approx(counted, rel=0.1)
+    assert planned[ACTIVATIONS] + planned[LOSS_HEAD] == pytest.approx(
+        counted, rel=0.2 if gpu else 0.1)
 
 
 SENT = [("fed_avg", ()), ("fed_avg", ("--client_moments", "average_sqrt", "--grad_clip", 1,

@@ -32,7 +32,7 @@ class Counting(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flop = 0
         self.now: Counter[str] = Counter()
         """Bytes by item."""

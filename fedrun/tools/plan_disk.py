@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -80,7 +81,8 @@ def _snapshot_size(found: Worker, prefix: str) -> int:
     if not tracked:
         return 0
     empty = io.BytesIO()
-    np.savez(empty, **{prefix + name: np.empty(0, np.float32) for name in tracked.values()})
+    arrays: dict[str, Any] = {prefix + name: np.empty(0, np.float32) for name in tracked.values()}
+    np.savez(empty, **arrays)
     return len(empty.getvalue()) + found.tracked_bytes
 
 

@@ -14,9 +14,10 @@ import dataclasses
 
 from fedrun.config import FederatedConfig
 from fedrun.flags import resolve
+from fedrun.tools.plan_counting import LOSS_HEAD
 from fedrun.tools.plan_disk import files, sent
 from fedrun.tools.plan_machine import PUBLISHED
-from fedrun.tools.plan_memory import ACTIVATIONS, LOSS_HEAD, Layout, Rank, of_server, ranks, worker
+from fedrun.tools.plan_memory import ACTIVATIONS, Layout, Rank, of_server, ranks, worker
 from fedrun.tools.plan_text import vocabulary
 from fedrun.tools.plan_time import published
 

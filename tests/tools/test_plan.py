@@ -22,6 +22,7 @@ from fedrun.model import loss
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.tools import plan_memory
 from fedrun.tools.plan import parse
+from fedrun.tools.plan_counting import LOSS_HEAD
 from fedrun.tools.plan_disk import files, sent
 from fedrun.tools.plan_machine import Rates
 from fedrun.tools.plan_memory import (
@@ -32,7 +33,6 @@ from fedrun.tools.plan_memory import (
     FISHER,
     GLOBAL_MODEL,
     GRADIENTS,
-    LOSS_HEAD,
     MOMENTS,
     OWN,
     PARAMETERS,

@@ -40,6 +40,8 @@ SECONDS_FOR_RANK_0 = 15.0
 TOOLS: dict[str, tuple[str, str]] = {
     "study": ("run a grid of settings, tune, repeat over seeds, make a table",
               "fedrun.tools.study"),
+    "plan": ("memory, time, traffic and disk of a run, by item, before it is started",
+             "fedrun.tools.plan"),
     "watch": ("follow a run in the terminal, or look at a finished one", "fedrun.tools.watch"),
     "sites": ("make the file that names the owners of the text, and their keys",
               "fedrun.tools.sites"),

@@ -58,7 +58,7 @@ class ExactAggregator(Aggregator):
         dtype = (torch.int32 if narrow else torch.int64) if exact else like.dtype
         self.exact = exact
         self._bits = _BITS[dtype] - strategy.weight_headroom if exact else 0
-        width, count = slice_width(size, like.device), len(summed)
+        width, count = slice_width(size, like), len(summed)
         super().__init__(
             size, plane, count * size + 1, dtype,
             # A row for each sum and one for the update; a single term can use the update's row.

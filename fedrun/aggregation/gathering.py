@@ -40,7 +40,7 @@ class GatheringAggregator(ExactAggregator):
         them one worker may train."""
         super().__init__(strategy, size, like, True, (), plane)
         self.rule = strategy
-        self._memory_of_rows = [part.view(-1, size) for part in self.plane.allocate(
+        self.rows = [part.view(-1, size) for part in self.plane.allocate(
             most * size, torch.int32, like.device)]
         self._nodes = self.plane.nodes
         self._ends = self.plane.node_sections(size)
@@ -67,7 +67,7 @@ class GatheringAggregator(ExactAggregator):
         """Keep a client's update, (size,), whose elements are within the round's bound."""
         worker, number = self._places[client]
         assert worker == self.plane.worker
-        row = self._memory_of_rows[self.plane.node_rank][number]
+        row = self.rows[self.plane.node_rank][number]
         scale = self.scale / 2.0 ** (self._bits - GRID_BITS)
         for whole, part in zip(row.split(self._width), update.split(self._width), strict=True):
             whole.copy_(torch.mul(part, scale).round_())
@@ -94,7 +94,7 @@ class GatheringAggregator(ExactAggregator):
     def _gather(self, clients: Sequence[int]) -> None:
         """Workers: let every node have its section of all these clients' updates."""
         node = self._nodes[self.plane.node]
-        self._updates = {client: self._memory_of_rows[node.index(worker)][row]
+        self._updates = {client: self.rows[node.index(worker)][row]
                          for client in clients for worker, row in [self._places[client]]
                          if worker in node}
         self._first = 0  # the element that rows begin with

@@ -103,7 +103,7 @@ class Int8Aggregator(Aggregator):
         assert set(strategy.sums) == {"delta"}, "checked with the config"
         assert cohort <= min(INT8_COHORT, clients)
         blocks = -(-size // BLOCK)
-        width = -(-slice_width(size, like.device) // BLOCK) * BLOCK
+        width = -(-slice_width(size, like) // BLOCK) * BLOCK
         each = _Part.length(blocks)
         scales = blocks if moments else 0
         super().__init__(size, plane, (1 + len(moments)) * each + scales + 2, torch.int32,

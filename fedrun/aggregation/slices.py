@@ -14,9 +14,9 @@ from fedrun.distributed.data_plane import DataPlane
 _SLICE = {"cpu": 1 << 16, "cuda": 1 << 21}
 
 
-def slice_width(size: int, device: torch.device) -> int:
-    """Elements in a slice of a vector of `size` elements on this device."""
-    return min(size, _SLICE[device.type])
+def slice_width(size: int, like: Tensor) -> int:
+    """Elements in a slice of a vector of `size` elements on this tensor's device."""
+    return min(size, _SLICE["cuda" if like.is_cuda else "cpu"])
 
 
 class Slices:

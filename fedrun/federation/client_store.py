@@ -90,11 +90,19 @@ class ClientStore(ABC):
 def make_store(config: FederatedConfig, folders: Folders, states: Mapping[int, ClientState],
                device: torch.device) -> ClientStore:
     """The store of a worker on this device, by --client_store. `states`: of all its clients."""
-    if len(states) == 1 or (config.client_store == "memory" and device.type == "cpu"):
+    kind = kind_of_store(config, len(states), device.type == "cuda")
+    if kind is OnDevice:
         return OnDevice(states)
-    if config.client_store == "memory":
+    if kind is InMemory:
         return InMemory(states, device, config.timeout)
     return OnDisk(folders.clients, states, device, config.timeout)
+
+
+def kind_of_store(config: FederatedConfig, clients: int, gpu: bool) -> type[ClientStore]:
+    """Where a worker keeps the states of this many clients."""
+    if clients == 1 or (config.client_store == "memory" and not gpu):
+        return OnDevice
+    return InMemory if config.client_store == "memory" else OnDisk
 
 
 class OnDevice(ClientStore):

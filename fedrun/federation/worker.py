@@ -13,11 +13,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.bounds import Bounds
-from fedrun.aggregation.exact import ExactAggregator
-from fedrun.aggregation.gathering import GatheringAggregator
-from fedrun.aggregation.int8 import Int8Aggregator
+from fedrun.aggregation.making import make_aggregator
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.config import FederatedConfig
 from fedrun.data.partition import Shards
@@ -44,7 +41,6 @@ from fedrun.records.folders import Folders
 from fedrun.records.site_states import SiteStates
 from fedrun.records.snapshots import save_snapshot, tracked_parameters
 from fedrun.strategies.base import ClientReport, ServerRound
-from fedrun.strategies.robust import Robust
 from fedrun.training import averaged_moments
 from fedrun.training.batch_memory import BatchMemory
 from fedrun.training.evaluate import Piece, validation_pieces
@@ -75,20 +71,9 @@ class Worker:
         self.model = model
         self.flat = FlatParams(model)
         plane, vector = runtime.data_plane, self.flat.vector
-        averaged = tuple(config.averaged_moments)
         self.placement = Placement.of(config, len(runtime.workers))
-        self.aggregator: Aggregator
-        if isinstance(self.strategy, Robust):
-            self.aggregator = GatheringAggregator(
-                self.strategy, self.flat.size, vector, self.placement.most(config.cohort_size),
-                config.cohort_size, plane)
-        elif config.aggregation == "int8":
-            self.aggregator = Int8Aggregator(self.strategy, self.flat.size, vector,
-                                             config.cohort_size, config.num_clients, plane,
-                                             averaged)
-        else:
-            self.aggregator = ExactAggregator(self.strategy, self.flat.size, vector,
-                                              config.aggregation == "exact", averaged, plane)
+        self.aggregator = make_aggregator(config, vector, plane,
+                                          self.placement.most(config.cohort_size))
         self.global_state = GlobalState(config, vector, plane, self.aggregator)
         self.global_model = self.global_state.model
         self.server_update = ServerUpdate(self.strategy, self.aggregator)
@@ -96,7 +81,7 @@ class Worker:
                                      ) if "fisher" in self.strategy.inputs else None
         self.terms = Terms(config, self.aggregator, self.global_state, self.fisher)
         self._memory = BatchMemory(vector.device)
-        self._optimizer = LocalOptimizer(self.flat, config, schedule.rounds * config.local_updates)
+        self.optimizer = LocalOptimizer(self.flat, config, schedule.rounds * config.local_updates)
         self.clients = {k: self._new_client(k) for k in hosted_clients(shards, runtime)
                         } if config.keeps_states else {}
         """Those whose states are here; clients without one are made for their turn."""
@@ -122,7 +107,7 @@ class Worker:
     def _new_client(self, index: int) -> Client:
         """A client, which shares the worker's model, optimizer and memory for a batch."""
         return Client(index, self.shards.train[index], self.shards.text_of(index, self.data),
-                      self.flat, self.config, self._optimizer,
+                      self.flat, self.config, self.optimizer,
                       keeps_moments=self.config.keeps_moments, memory=self._memory)
 
     @property

@@ -263,22 +263,23 @@ def _product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
 class _Scratch(threading.local):
     """Memory that is reused between calls: on a CPU, new pages cost more than the work on them.
 
-    One buffer per thread, name and type. On other devices torch's allocator reuses memory itself.
+    One buffer per thread, name, type and device. On a GPU torch's allocator reuses memory itself;
+    the meta device, where memory is counted and not used, stands for a CPU.
     """
 
     def __init__(self) -> None:
-        self.buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.buffers: dict[tuple[str, torch.dtype, str], Tensor] = {}
 
     def empty(self, name: str, shape: tuple[int, ...], dtype: torch.dtype,
               device: torch.device) -> Tensor:
         """An uninitialised tensor. The next call with the same name may overwrite it."""
-        if device.type != "cpu":
+        if device.type not in ("cpu", "meta"):
             return torch.empty(shape, dtype=dtype, device=device)
-        size = math.prod(shape)
-        buffer = self.buffers.get((name, dtype))
+        size, key = math.prod(shape), (name, dtype, device.type)
+        buffer = self.buffers.get(key)
         if buffer is None or len(buffer) < size:
             with torch.inference_mode(False):  # else training could not write to it later
-                buffer = self.buffers[name, dtype] = torch.empty(size, dtype=dtype)
+                buffer = self.buffers[key] = torch.empty(size, dtype=dtype, device=device)
         return buffer[:size].view(shape)
 
 

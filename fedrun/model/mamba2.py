@@ -216,11 +216,9 @@ class Mamba2LM(nn.Module):
         loss = weight.new_zeros(())
         length, end, add = input_ids.shape[1], 0, False
         while end < len(input_ids):  # a chunk of the head at a time
-            chunk = chunk_tokens(weight, matmul_dtype, add)
-            start, end = end, end + self._at_most(max(1, chunk // length))
+            start, end = end, end + self.at_a_time_on_cpu(length, add)
             # The layers take fewer tokens at a time, so that their activations stay in the cache.
-            ids = input_ids[start:end].split(
-                self._at_most(max(1, chunk_tokens(weight, matmul_dtype) // length)))
+            ids = input_ids[start:end].split(self.at_a_time_on_cpu(length, add=True))
             embedded = [F.embedding(part, embedding).requires_grad_() for part in ids]
             hidden = [self.hidden_of(part)[:, :-1] for part in embedded]
             part_loss, grad = linear_cross_entropy_gradients(
@@ -247,9 +245,7 @@ class Mamba2LM(nn.Module):
         loss, add = weight.new_zeros(()), False
         if grad_embedding is not grad_weight:
             grad_embedding.zero_()
-        sequence = input_ids.shape[1] * self.config.n_layer * self.config.d_model
-        most = GPU_ACTIVATIONS[kernels.path_for(weight)]
-        for ids in input_ids.split(self._at_most(max(1, most // sequence))):
+        for ids in input_ids.split(self.at_a_time_on_gpu(*input_ids.shape)):
             embedded = F.embedding(ids, embedding).requires_grad_()
             hidden = self.hidden_of(embedded)[:, :-1]
             part_loss, grad = linear_cross_entropy_gradients(
@@ -263,6 +259,18 @@ class Mamba2LM(nn.Module):
             loss += part_loss
             add = True
         return loss
+
+    def at_a_time_on_gpu(self, sequences: int, length: int) -> int:
+        """How many of so many sequences the layers take at a time on a GPU."""
+        most = GPU_ACTIVATIONS[kernels.path_for(self.backbone.embedding.weight)]
+        return self._at_most(min(sequences, max(
+            1, most // (length * self.config.n_layer * self.config.d_model))))
+
+    def at_a_time_on_cpu(self, length: int, add: bool) -> int:
+        """How many sequences a CPU takes to the loss head at a time. add: but for the first."""
+        weight = self.lm_head.weight
+        chunk = chunk_tokens(weight, matmul_dtype_for(self.compute_dtype, weight), add)
+        return self._at_most(max(1, chunk // length))
 
     def _outer(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The head's weight and its gradient, the embedding's and its gradient; the same two where

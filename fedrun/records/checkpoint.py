@@ -116,17 +116,32 @@ def _safetensors_pieces(tensors: Mapping[str, Tensor]) -> list[bytes | memoryvie
     """A safetensors file in pieces: its header, and the memory of the tensors, which must be on the
     CPU. The library's `save` would copy them all, and hundreds of such copies fragment a process's
     memory."""
+    ordered = _in_order(tensors)
+    encoded = _header(ordered)
+    return [len(encoded).to_bytes(8, "little"), encoded, *(
+        tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        for tensor in ordered.values())]
+
+
+def _in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """As they lie in a file: the widest first."""
+    return dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+
+
+def _header(ordered: Mapping[str, Tensor]) -> bytes:
     header: dict[str, Any] = {}
-    data, end = [], 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: -item[1].element_size()):
-        raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+    end = 0
+    for name, tensor in ordered.items():
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [end, end + len(raw)]}
-        data.append(raw)
-        end += len(raw)
+                        "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
     encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # the data begin at a multiple of eight bytes
-    return [len(encoded).to_bytes(8, "little"), encoded, *data]
+    return encoded + b" " * (-len(encoded) % 8)  # the data begin at a multiple of eight bytes
+
+
+def file_size(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of the file that `write_tensors` makes of these tensors, which need no values."""
+    return 8 + len(_header(_in_order(tensors))) + sum(t.nbytes for t in tensors.values())
 
 
 def read_tensors(path: Path, into: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

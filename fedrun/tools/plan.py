@@ -1,0 +1,90 @@
+"""`fedrun plan METHOD ...`: memory, time, traffic and disk of a run, before it is started.
+
+    fedrun plan fed_avg --config mamba2_1_3b --num_clients 8 --processes 9 --device_rates h100
+
+Takes the flags of the run; starts nothing, writes nothing, and reads a text only where it is
+tokenised already.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from fedrun.common.errors import InputError, require
+from fedrun.common.log import WARNING, log
+from fedrun.common.terminal import say
+from fedrun.config import FederatedConfig
+from fedrun.flags import Parser, add_flags, closest, flags_of, method_flags, methods, resolve
+from fedrun.model.config import ModelConfig
+from fedrun.tools.plan_machine import Machine
+from fedrun.unused import idle, refuse_unread
+
+ABOUT = """\
+What a run takes, computed before anything is started: the bytes of each process by
+item, arithmetic and seconds, what workers send, the files that are left. Give the
+command of the run with `plan` before the method, and how many processes it will have:
+
+    fedrun plan fed_avg --config mamba2_1_3b --num_clients 8 --processes 9 \\
+        --device_rates h100
+
+Sizes come from the run's own code, on tensors without memory. Seconds come from a
+short step on this machine, or with --device_rates from published rates."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the plan of a run."""
+    asked = parse(argv)
+    if asked is None:
+        return 0
+    from fedrun.tools.plan_report import report
+    config, machine = asked
+    for line in idle(config).values():
+        log(line, WARNING)
+    for line in report(config, machine):
+        say(line)
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[FederatedConfig, Machine] | None:
+    """The run that is planned, and where it will be; None if only help was asked for."""
+    own = flags_of(Machine)
+    if not argv or argv[0] in ("-h", "--help"):
+        parser = Parser(prog="fedrun plan METHOD", description=ABOUT, allow_abbrev=False,
+                        formatter_class=argparse.RawDescriptionHelpFormatter,
+                        epilog="and the flags of METHOD: `fedrun METHOD --help` explains them")
+        add_flags(parser, own)
+        parser.print_help()
+        return None
+    method = argv[0].replace("-", "_")
+    federated = [name for name in methods() if name != "central"]
+    if method not in federated:
+        raise InputError(f"fedrun plan {argv[0]}: must be a federated method"
+                         f"{closest(method, federated)}: {', '.join(federated)}")
+    known = method_flags(method)
+    parser = Parser(prog=f"fedrun plan {method}", description=ABOUT, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_flags(parser.add_argument_group("where the run will be"), own)
+    add_flags(parser.add_argument_group(f"flags of {method}"), known)
+    given = {k: v for k, v in vars(parser.parse_args(argv[1:])).items() if v is not None}
+    machine = Machine(**{name: own[name].parse(given.pop(name), f"--{name} ")
+                         for name in [*given] if name in own})
+    refuse_unread(method, given)
+    config = resolve(method, given)
+    assert isinstance(config, FederatedConfig)
+    refuse(config, machine)
+    return config, machine
+
+
+def refuse(config: FederatedConfig, machine: Machine) -> None:
+    """Raise InputError for runs that cannot be planned."""
+    require(isinstance(config.model, ModelConfig), "--config", config.config,
+            "a Mamba-2 model for fedrun plan, which cannot tell what others keep")
+    require(config.sites is None, "--sites", config.sites, "none for fedrun plan, which knows "
+            "neither the text of sites nor the memory of masks")
+    require(not config.private, "--dp", config.dp, "none for fedrun plan, which does not know the "
+            "memory of noise")
+    require(config.init_from is None, "--init_from", config.init_from, "left out for fedrun plan: "
+            "give the preset of that shape as --config")
+    require(machine.device_rates is None or config.device != "cpu", "--device", config.device,
+            f"auto or cuda with --device_rates {machine.device_rates}")

@@ -1,0 +1,120 @@
+"""What a run writes, and what its workers send."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fedrun.aggregation.bounds import Bounds
+from fedrun.config import FederatedConfig
+from fedrun.federation.client_store import OnDisk, kind_of_store
+from fedrun.federation.schedule import Schedule
+from fedrun.records.checkpoint import CHECKPOINTS_KEPT, DTYPES, file_size
+from fedrun.tools.plan_memory import Layout, Worker
+
+
+@dataclass(frozen=True)
+class Files:
+    """Bytes of the files that grow with the model."""
+
+    left: dict[str, int]
+    """In the run's folder at the end, by what they hold."""
+    meanwhile: dict[str, int]
+    """Besides, while it runs."""
+    checkpoint: int
+    """Of one checkpoint."""
+
+
+def files(config: FederatedConfig, found: Worker, layout: Layout, rounds: int) -> Files:
+    """Of a run of so many rounds, with the states of all clients once each has trained."""
+    model = _model_size(dict(found.flat.views(found.flat.vector)))
+    clients, state = config.num_clients, file_size(found.state)
+    if not config.keeps_states:
+        state = 0
+    checkpoint = file_size(found.kept) + clients * state
+    evaluated = evaluations(config, rounds)
+    params, deltas = (_snapshot_size(found, prefix) for prefix in ("", "delta_"))
+    left = {"the model": model}
+    if config.keep == "best":
+        left["the best model"] = model
+    if params:
+        left["snapshots"] = params + evaluated * (params + deltas)
+        if config.save_client_deltas:
+            left["snapshots of clients"] = evaluated * config.cohort_size * (params + deltas)
+    meanwhile = {}
+    if (every := config.checkpoint_freq) is not None:
+        saved = len({*range(every, rounds + 1, every), rounds})
+        kept = min(saved, CHECKPOINTS_KEPT)
+        left[f"{kept} checkpoint{'s' * (kept > 1)}"] = kept * checkpoint
+        if saved > kept:
+            meanwhile["a checkpoint that is written"] = checkpoint
+    if state and kind_of_store(config, layout.hosted(clients), layout.gpu) is OnDisk:
+        meanwhile["states of clients (--client_store disk)"] = clients * state
+    return Files(left, meanwhile, checkpoint)
+
+
+def evaluations(config: FederatedConfig, rounds: int) -> int:
+    """How often a run of so many rounds is evaluated."""
+    return len({1, *range(config.val_freq, rounds + 1, config.val_freq), rounds})
+
+
+def _model_size(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of a file that the library safetensors writes."""
+    header: dict[str, object] = {}
+    end = 0
+    for name, tensor in sorted(tensors.items()):
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    length = len(json.dumps(header, separators=(",", ":")))
+    return 8 + math.ceil(length / 8) * 8 + end
+
+
+def _snapshot_size(found: Worker, prefix: str) -> int:
+    """Bytes of a file with the tracked parameters; 0 without any."""
+    tracked = found.flat.names.tracked
+    if not tracked:
+        return 0
+    empty = io.BytesIO()
+    arrays: dict[str, Any] = {prefix + name: np.empty(0, np.float32) for name in tracked.values()}
+    np.savez(empty, **arrays)
+    return len(empty.getvalue()) + found.tracked_bytes
+
+
+# ---- what is sent --------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Sent:
+    """Bytes of the sums of a run's rounds."""
+
+    most: int
+    """A term's, in the round that sends the most: what a client adds to the sum."""
+    mean: float
+    """The same over all rounds."""
+    recorded: int
+    """What the history says at the end: every client's term up, and the sum down."""
+    senders: int
+    """Workers that send; 0: they share memory, or there is one."""
+
+
+def sent(config: FederatedConfig, found: Worker, layout: Layout, rounds: int, shards: list[int]
+         ) -> Sent:
+    """shards: sequences of each client."""
+    schedule, bounds, of_round = Schedule(config, shards), Bounds(1.0), dict[tuple[str, ...], int]()
+    terms = []
+    for number in range(1, rounds + 1):
+        moments = schedule.moments(number)
+        if moments not in of_round:
+            found.aggregator.begin(bounds, moments)
+            of_round[moments] = found.aggregator.bytes_sent
+        terms.append(of_round[moments])
+    senders = layout.workers if layout.gpu else min(layout.machines, layout.workers)
+    return Sent(max(terms), sum(terms) / rounds, 2 * config.cohort_size * sum(terms),
+                senders if senders > 1 else 0)

@@ -1,0 +1,235 @@
+"""The lines that `fedrun plan` prints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fedrun.config import Dtype, FederatedConfig
+from fedrun.distributed.launch import Launch
+from fedrun.distributed.runtime import choose_device
+from fedrun.experiment import resolve_dtype
+from fedrun.federation.schedule import Schedule
+from fedrun.model.hardware import hardware
+from fedrun.model.memory import machine_memory
+from fedrun.tools.plan_disk import evaluations, files, sent
+from fedrun.tools.plan_machine import PUBLISHED, USABLE, Machine
+from fedrun.tools.plan_memory import ITEMS, Layout, Rank, Worker, on_machine, ranks, worker
+from fedrun.tools.plan_text import Text, text_of
+from fedrun.tools.plan_time import Seconds, measured, published
+from fedrun.training.evaluate import BATCH_SEQUENCES
+
+WIDTH = 34  # of the first column
+# What spares memory: shown if a run does not fit, in this order. The last changes the training.
+SPARING = ({"micro_batch": 1}, {"checkpoint_activations": True}, {"client_store": "disk"},
+           {"moments_dtype": "bf16"}, {"client_moments": "reset"})
+
+
+def report(config: FederatedConfig, machine: Machine) -> Iterator[str]:
+    """The plan of a run, line by line. InputError if its text or its vocabulary cannot be."""
+    rates = PUBLISHED[machine.device_rates] if machine.device_rates else None
+    device = torch.device("cpu") if rates else choose_device(config.device, Launch(), False)
+    layout = Layout(machine.processes, machine.machines, config.server == "colocated",
+                    rates is not None or device.type == "cuda")
+    dtype: Dtype = config.dtype
+    if rates is None:
+        dtype = resolve_dtype(config, [hardware(device)])
+    elif dtype == "auto":
+        dtype = "bf16"
+    config, text = dataclasses.replace(config, dtype=dtype), text_of(config, machine.vocab_size)
+    found = worker(config, text.vocab_size, layout.gpu, layout.most(config))
+    processes = ranks(config, found, layout)
+    yield from _heading(config, text, found, layout)
+    yield ""
+    for rank in processes:
+        yield from _table(rank)
+        yield ""
+    yield from _fits(config, text, layout, processes, _memory(machine, layout, device))
+    rounds, known = _rounds(config, text)
+    traffic = sent(config, found, layout, rounds, _shards(config, text))
+    yield "\ntime"
+    seconds = published(config, found, layout, traffic.mean, str(machine.device_rates), rates
+                        ) if rates else measured(config, text.vocab_size, found, device)
+    yield from _time(config, text, layout, found, seconds, rounds if known else None)
+    yield "\non the wire"
+    yield from _wire(found, layout, traffic.most, traffic.mean,
+                     traffic.senders)
+    if known:
+        yield _row("recorded in the history at the end", amount(traffic.recorded))
+    yield "\non disk"
+    yield from _disk(config, found, layout, rounds, known)
+
+
+def amount(size: float) -> str:
+    """Bytes for a reader: 5.38 GB."""
+    for unit, large in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= large:
+            return f"{size / large:,.{2 if size < 100 * large else 0}f} {unit}"
+    return f"{size:.0f} B"
+
+
+def arithmetic(flop: int) -> str:
+    """FLOP for a reader."""
+    return f"{flop / 1e12:,.3g} TFLOP" if flop >= 1e11 else f"{flop / 1e9:.3g} GFLOP"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a reader."""
+    for unit, large in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * large:
+            return f"{seconds / large:,.1f} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def _row(name: str, *cells: str) -> str:
+    return f"  {name:<{WIDTH}}" + "".join(f"{cell:>14}" for cell in cells)
+
+
+def _heading(config: FederatedConfig, text: Text, found: Worker, layout: Layout) -> Iterator[str]:
+    yield (f"{config.method}, {config.config_name}: {found.flat.size:,} parameters, a vocabulary "
+           f"of {text.vocab_size:,}, {config.dtype} products")
+    where = "GPUs" if layout.gpu else "CPUs"
+    hosted = layout.hosted(config.num_clients)
+    who = "one process is the server and the worker" if layout.processes == 1 else (
+        f"{layout.processes} processes on {layout.machines} machine{'s' * (layout.machines > 1)}, "
+        f"{layout.workers} of them workers")
+    yield (f"{who}, on {where}; {config.num_clients:,} clients, {config.cohort_size:,} in a round, "
+           f"at most {hosted:,} on a worker")
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+def _table(rank: Rank) -> Iterator[str]:
+    gpu = bool(rank.device)
+    yield f"{f'memory of {rank.name}':<{WIDTH + 2}}" + "".join(
+        f"{head:>14}" for head in (("GPU", "host") if gpu else ("host",)))
+    for item in ITEMS:
+        cells = [rank.device[item], rank.host[item]] if gpu else [rank.host[item]]
+        if any(cells):
+            yield _row(item, *(amount(cell) if cell else "" for cell in cells))
+    totals = [rank.device.total(), rank.host.total()] if gpu else [rank.host.total()]
+    yield _row("at the most", *map(amount, totals))
+    if rank.shared and rank.name != "the process":
+        yield (f"  of which the workers of a machine have {amount(rank.shared)} together")
+
+
+def _memory(machine: Machine, layout: Layout, device: torch.device) -> float:
+    """Bytes of a GPU, or of a machine without."""
+    if (given := machine.given_bytes) is not None:
+        return given
+    if machine.device_rates:
+        return PUBLISHED[machine.device_rates].bytes
+    if layout.gpu:
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    return float(machine_memory())
+
+
+def _needed(found: list[Rank], layout: Layout) -> int:
+    """Bytes of the memory that counts: of a worker's GPU, or of a machine's host."""
+    return found[-1].device.total() if layout.gpu else on_machine(found, layout)
+
+
+def _fits(config: FederatedConfig, text: Text, layout: Layout, found: list[Rank], memory: float
+          ) -> Iterator[str]:
+    where, most = "a GPU" if layout.gpu else "a machine", USABLE * memory
+    needed = _needed(found, layout)
+    there = f"of {amount(memory)}, where {USABLE:.0%} are for tensors"
+    if layout.gpu:
+        yield f"all processes on the first machine: {amount(on_machine(found, layout))} of its host"
+    if needed <= most:
+        yield f"fits: {amount(needed)} on {where} {there}"
+        return
+    yield f"DOES NOT FIT: {amount(needed)} on {where} {there}"
+    yield from advice(config, text, layout, needed, most)
+
+
+def advice(config: FederatedConfig, text: Text, layout: Layout, needed: int, most: float
+           ) -> Iterator[str]:
+    """Flags that spare memory, one after the other until the run fits."""
+    began = needed
+    for change in SPARING:
+        flag, value = next(iter(change.items()))
+        changed: Any = change
+        try:
+            tried = dataclasses.replace(config, **changed)
+        except ValueError:  # not with this method, or these flags
+            continue
+        smaller = worker(tried, text.vocab_size, layout.gpu, layout.most(tried))
+        less = _needed(ranks(tried, smaller, layout), layout)
+        if getattr(config, flag) == value or less > 0.99 * needed:
+            continue
+        shown = f"--{flag} {str(value).lower() if value is True else value}"
+        yield f"  with {shown}{' as well' if needed < began else ''}: {amount(less)}" + (
+            ", which fits" if less <= most else "")
+        config, needed = tried, less
+        if needed <= most:
+            return
+    if layout.gpu or layout.machines >= layout.workers:
+        yield "  then a smaller --config, or a larger memory"
+    else:
+        yield "  then more --machines, fewer --processes or a smaller --config"
+
+
+# ---- time, wire, disk ----------------------------------------------------------------------------
+
+def _shards(config: FederatedConfig, text: Text) -> list[int]:
+    """Sequences of each client; as few as a round needs where they are not known."""
+    return text.shards or [config.batch_size * config.local_updates] * config.num_clients
+
+
+def _rounds(config: FederatedConfig, text: Text) -> tuple[int, bool]:
+    """The rounds of the run, and whether they are known: else one, as an example."""
+    if text.shards is None and config.rounds is None:
+        return 1, False
+    return Schedule(config, _shards(config, text)).rounds, True
+
+
+def _time(config: FederatedConfig, text: Text, layout: Layout, found: Worker, seconds: Seconds,
+          rounds: int | None) -> Iterator[str]:
+    yield f"  {seconds.how}"
+    yield _row("a local step", arithmetic(found.flop), duration(seconds.step))
+    one = seconds.of_round(config, layout)
+    tokens = config.cohort_size * config.local_updates * config.batch_size * config.sequence_length
+    yield _row("a round", f"{tokens:,} tokens", duration(one))
+    if seconds.wire is None and layout.processes > 1:
+        yield "  besides what is sent between workers, and evaluations"
+    if rounds is None:
+        yield ("  how many rounds: unknown until the text is tokenised, or given as --rounds N")
+        return
+    total = rounds * one
+    if seconds.evaluation is not None and text.validation is not None:
+        batches = -(-text.validation // BATCH_SEQUENCES)
+        pass_ = seconds.evaluation * -(-batches // layout.workers)
+        total += evaluations(config, rounds) * pass_
+        yield _row("an evaluation", "", duration(pass_))
+    yield _row(f"{rounds:,} rounds", f"{rounds * tokens:,} tokens", duration(total))
+
+
+def _wire(found: Worker, layout: Layout, most: int, mean: float, senders: int
+          ) -> Iterator[str]:
+    if senders:
+        yield _row("sent by a worker in a round", amount(mean))
+        if mean != most:
+            yield _row("in a round that averages moments", amount(most))
+        yield f"  by each of {senders} workers, once; a ring of them passes on nearly twice that"
+    else:
+        yield ("  nothing: there is one worker" if layout.workers == 1 else
+               "  nothing: the workers of a machine share memory")
+    yield _row("a client's term", amount(mean),
+               f"{mean / found.flat.size:.3g} B each")
+    yield _row("a copy of the model to the server", amount(found.parameter_bytes))
+
+
+def _disk(config: FederatedConfig, found: Worker, layout: Layout, rounds: int, known: bool
+          ) -> Iterator[str]:
+    written = files(config, found, layout, rounds)
+    for name, size in written.left.items():
+        yield _row(name, amount(size))
+    if not known:
+        yield "  after one round; snapshots grow with each evaluation, and two checkpoints are kept"
+    yield _row("left at the end", amount(sum(written.left.values())))
+    for name, size in written.meanwhile.items():
+        yield _row(f"meanwhile {name}", amount(size))

@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -160,9 +159,6 @@ def lock_entry(entry: Path, what: str) -> Iterator[None]:
         with suppress(OSError):  # another user's lock file
             lock.write()
         yield
-    except OSError:
-        shutil.rmtree(f"{entry}.partial", ignore_errors=True)  # frees the space it took
-        raise
     finally:
         lock.release()
 

@@ -4,7 +4,7 @@ A corpus is two sequences of rows, for training and for validation. A row is a r
 (for WikiText a line), a line of a text file, or a whole document of `pydocs`. Each split is read
 once, from its files into rows on disk (stored_rows.py). In memory are at one time a row and a batch
 of records; all of a .json file that has not one object per line, or of a compressed .parquet or
-.arrow file; and with --partition column:NAME 30 bytes a row.
+.arrow file; and with --partition column:NAME 40 bytes a row.
 """
 
 from __future__ import annotations

@@ -342,3 +342,22 @@ def test_a_cache_that_cannot_be_written_names_the_flag(tmp_path: Path) -> None:
     file = text_file(tmp_path)
     with pytest.raises(ValueError, match=r"--cache_dir .*tale.txt"):
         prepare(str(file), "bpe:300", 16, file)
+
+
+def test_who_waits_does_so_for_as_long_as_something_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = str(text_file(tmp_path))
+    prepare(file, "bpe:300", 16, tmp_path)
+    (entry,) = entries(tmp_path)
+    entry.rename(f"{entry}.partial")
+    monkeypatch.setattr(cache_entry, "LOCK_SECONDS", 0.5)
+    with FileLock(f"{entry}.lock"):
+        waiting = threading.Thread(target=prepare, args=(file, "bpe:300", 16, tmp_path))
+        waiting.start()
+        for _ in range(30):
+            time.sleep(0.05)
+            os.utime(f"{entry}.partial/train.bin")
+        assert waiting.is_alive()
+    waiting.join(20)
+    assert entry.is_dir()

@@ -3,7 +3,7 @@
     python -m tests.support.killed_building TEXT TOKENIZER CACHE POINT ...
 
 A point is `mark:N`, before it is said the Nth time how far a stage is; `torn:N`, when half of the
-Nth block is in the file of the token ids; or `manifest` or `rename`, before these. A child builds in
+Nth block is in the file of the token ids; `manifest` or `rename`, before these. A child builds in
 CACHE/POINT and is killed there; then this process builds, which goes on where the child was. Prints
 for each point the number of blocks that this process tokenised.
 """

@@ -95,11 +95,11 @@ class PartialEntry:
         """Say that the text has been read."""
         assert isinstance(corpus.train, StoredRows)
         assert isinstance(corpus.validation, StoredRows)
-        spans = {"train": corpus.train.spans, "validation": corpus.validation.spans}
+        train, validation = corpus.train.spans, corpus.validation.spans
 
         def sync() -> None:
             files.sync()
-            np.savez(self.folder / ROWS / "splits.npz", **spans)
+            np.savez(self.folder / ROWS / "splits.npz", train=train, validation=validation)
             corpus.documents.save(self.folder / ROWS / "documents.npz")
             for name in ("splits.npz", "documents.npz"):
                 sync_file(self.folder / ROWS / name)

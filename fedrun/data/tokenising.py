@@ -12,7 +12,7 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as WaitedTooLong
 from dataclasses import dataclass
@@ -132,7 +132,8 @@ def processes_for(rows: StoredRows) -> int:
     return max(1, min(len(os.sched_getaffinity(0)), size // BYTES_A_PROCESS))
 
 
-def _encoded(rows: StoredRows, encoder: Encoder, tokenizer: Tokenizer) -> Iterator[Encoded]:
+def _encoded(rows: StoredRows, encoder: Encoder, tokenizer: Tokenizer
+             ) -> Generator[Encoded, None, None]:
     """The token ids of each block of the rows, in order."""
     blocks = rows.blocks(BLOCK_BYTES)
     processes = processes_for(rows)

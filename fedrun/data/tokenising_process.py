@@ -11,6 +11,7 @@ It ends when nobody can ask any more, also if the other process is killed.
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -23,7 +24,6 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-import fedrun
 from fedrun.common.errors import FedrunError, InputError
 from fedrun.data.stored_rows import RowFiles, StoredRows
 from fedrun.data.tokenizer import encode, load_tokenizer, separated
@@ -34,11 +34,14 @@ if TYPE_CHECKING:
 BATCH_CHARACTERS = 1 << 18  # tokenised at once: 100 bytes a token until it is a number
 BATCH_ROWS = 1 << 13
 SECONDS_TO_END = 10.0
+PROGRAM = ("import json, sys; sys.path[:] = json.loads(sys.argv[1])\n"  # this process's packages
+           "from fedrun.data.tokenising_process import main; main(*sys.argv[2:])")
 
 
 class HelperEnded(FedrunError, RuntimeError):
     """A process that tokenises was killed, or does not answer."""
 
+    code = "memory"  # by far the most frequent reason
     may_pass = True
 
 
@@ -88,14 +91,12 @@ class Helper:
     """A process that tokenises. Ends with the block of a `with` statement."""
 
     def __init__(self, encoder: Encoder) -> None:
-        found = [str(Path(fedrun.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
         self._dtype = encoder.dtype
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__, str(encoder.rows), str(encoder.tokenizer),
-             encoder.dtype.str, encoder.flag, encoder.separator],
+            [sys.executable, "-P", "-c", PROGRAM, json.dumps(sys.path), str(encoder.rows),
+             str(encoder.tokenizer), encoder.dtype.str, encoder.flag, encoder.separator],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-            env=os.environ | {"TOKENIZERS_PARALLELISM": "false",
-                              "PYTHONPATH": os.pathsep.join(filter(None, found))})
+            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
 
     def ask(self, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What `Encoder.encoded` makes of these ranges of rows. Raises its errors, and HelperEnded
@@ -155,7 +156,7 @@ def main(rows: str, tokenizer_json: str, dtype: str, flag: str, separator: str) 
             ids, counts = encoder.encoded(tokenizer, StoredRows(files, spans.reshape(-1, 2)))
         except InputError as error:
             line = str(error).encode(errors="replace")
-            parts = [np.array([-1, len(line)]).tobytes(), line]
+            parts: list[bytes | memoryview] = [np.array([-1, len(line)]).tobytes(), line]
         else:
             parts = [np.array([len(ids), len(counts)]).tobytes(), ids.data, counts.data]
         try:
@@ -164,7 +165,3 @@ def main(rows: str, tokenizer_json: str, dtype: str, flag: str, separator: str) 
             answers.flush()
         except BrokenPipeError:
             os._exit(0)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

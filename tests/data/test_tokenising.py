@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -37,6 +37,7 @@ ROWS = st.lists(st.text(alphabet="aé漢\n \N{GRINNING FACE}", max_size=9), max_
 
 # ---- rows on disk -------------------------------------------------------------------------------
 
+@settings(max_examples=50, deadline=None)
 @given(ROWS, st.integers(0, 30), st.integers(0, 30), st.integers(1, 40), st.randoms(),
        st.integers(1, 50))
 def test_rows_on_disk_are_what_a_list_is(texts: list[str], start: int, stop: int, size: int,

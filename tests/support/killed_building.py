@@ -24,7 +24,7 @@ from fedrun.data.tokenising_process import Encoder
 from fedrun.data.tokens import prepare
 
 BLOCK_BYTES = 3000
-encoded, mark = Encoder.encoded, PartialEntry.mark
+encoded, mark, patch = Encoder.encoded, PartialEntry.mark, setattr
 
 
 def die(*_: Any) -> NoReturn:
@@ -58,14 +58,14 @@ def arm(point: str) -> None:
         return ids, counts
 
     if fault == "mark":
-        PartialEntry.mark = mark_or_die  # type: ignore[method-assign]
+        patch(PartialEntry, "mark", mark_or_die)
     elif fault == "torn":
-        Encoder.encoded = encode_or_die  # type: ignore[method-assign]
+        patch(Encoder, "encoded", encode_or_die)
     elif fault == "manifest":
-        building.write_manifest = die
+        patch(building, "write_manifest", die)
     else:
         assert fault == "rename"
-        Path.rename = die  # type: ignore[method-assign]
+        patch(Path, "rename", die)
 
 
 def main(text: str, tokenizer: str, cache: str, *points: str) -> None:
@@ -87,9 +87,9 @@ def main(text: str, tokenizer: str, cache: str, *points: str) -> None:
             blocks += 1
             return encoded(encoder, *given)
 
-        Encoder.encoded = count  # type: ignore[method-assign]
+        patch(Encoder, "encoded", count)
         prepare(text, tokenizer, 16, folder)
-        Encoder.encoded = encoded  # type: ignore[method-assign]
+        patch(Encoder, "encoded", encoded)
         print(point, blocks)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -165,14 +166,14 @@ def test_rows_of_sources_are_tokenised_in_the_order_of_the_sources(
 
 
 def test_small_text_starts_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenising.os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
     files = RowFiles(tmp_path)
     rows = files.extend(["x" * 1000] * 1000)
     assert tokenising.processes_for(rows) == 1
     monkeypatch.setattr(tokenising, "BYTES_A_PROCESS", 100_000)
     assert tokenising.processes_for(rows) == 10
     assert tokenising.processes_for(rows[:350]) == 3
-    monkeypatch.setattr(tokenising.os, "sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     assert tokenising.processes_for(rows) == 2
 
 

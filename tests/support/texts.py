@@ -12,7 +12,7 @@ import pytest
 
 from fedrun.data.corpora import Corpus, load_corpus
 from fedrun.data.documents import Documents
-from fedrun.data.stored_rows import RowFiles
+from fedrun.data.stored_rows import FILES, RowFiles
 from fedrun.data.text_options import TextOptions
 from tests.support.runs import ROOT
 
@@ -88,5 +88,10 @@ def in_memory(corpus: Corpus) -> Loaded:
 
 
 def load(path: Path | str, **reading: Any) -> Loaded:
-    with tempfile.TemporaryDirectory() as folder:
-        return in_memory(load_corpus(str(path), RowFiles(Path(folder)), TextOptions(**reading)))
+    folder = Path(tempfile.mkdtemp())
+    try:
+        return in_memory(load_corpus(str(path), RowFiles(folder), TextOptions(**reading)))
+    finally:
+        for name in FILES:  # tests break what else could empty a folder
+            (folder / name).unlink()
+        folder.rmdir()

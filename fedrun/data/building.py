@@ -40,7 +40,8 @@ def build_entry(entry: Path, dataset: Source, tokenizer: str, options: TextOptio
     """Write the files into a folder beside `entry`, then rename it. Call with the entry locked.
 
     What a killed process has left there is made use of (partial_entry.py). It also stays if the
-    disk is full or the user interrupts, but for what is of no use.
+    user interrupts, and if the disk is full, if token ids have been recorded by then: the text
+    alone is sooner read again than room is made for it.
 
     Returns:
         the manifest
@@ -48,12 +49,14 @@ def build_entry(entry: Path, dataset: Source, tokenizer: str, options: TextOptio
     partial = PartialEntry(Path(f"{entry}.partial"))
     try:
         meta = _build(entry, partial, dataset, tokenizer, options)
-    except (OSError, MemoryError, HelperEnded, KeyboardInterrupt, SystemExit):
-        if not partial.worth_keeping:
+    except BaseException as error:
+        if isinstance(error, OSError):
+            kept = "train" in partial.recorded
+        else:
+            kept = bool(partial.recorded) and isinstance(
+                error, MemoryError | HelperEnded | KeyboardInterrupt | SystemExit)
+        if not kept:
             shutil.rmtree(partial.folder, ignore_errors=True)
-        raise
-    except BaseException:
-        shutil.rmtree(partial.folder, ignore_errors=True)
         raise
     shutil.rmtree(partial.folder, ignore_errors=True)
     return meta

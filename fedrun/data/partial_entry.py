@@ -40,7 +40,7 @@ class PartialEntry:
         self.folder, self.entry = folder, folder / ENTRY
         self._stages: dict[str, dict[str, Any]] = {}
         self._unsynced: dict[str, Callable[[], None]] = {}
-        self._recorded = time.monotonic()
+        self._recorded_at = time.monotonic()
         try:
             held = read_json(folder / PROGRESS, dict)
             if held.get("format") == FORMAT and all(
@@ -49,8 +49,8 @@ class PartialEntry:
                 self._stages = held["stages"]
         except (OSError, DamagedFile, KeyError, TypeError, AttributeError):
             pass  # not there, or not ours
-        self.worth_keeping = bool(self._stages)
-        """Whether a later process could go on with something."""
+        self.recorded = set(self._stages)
+        """The stages with which a later process could go on."""
         for leftover in self.entry.glob(f"*{MANIFEST}*"):  # is made last, of all that is there
             leftover.unlink()
         if not self._stages:
@@ -72,13 +72,13 @@ class PartialEntry:
         """
         self._stages[stage] = {"value": dict(value), "files": dict(files)}
         self._unsynced[stage] = sync
-        if time.monotonic() - self._recorded < RECORD_SECONDS:
+        if time.monotonic() - self._recorded_at < RECORD_SECONDS:
             return
         for each in self._unsynced.values():
             each()
         write_json(self.folder / PROGRESS, {"format": FORMAT, "stages": self._stages})
         self._unsynced.clear()
-        self._recorded, self.worth_keeping = time.monotonic(), True
+        self._recorded_at, self.recorded = time.monotonic(), set(self._stages)
 
     def mark_files(self, stage: str, files: Sequence[Path]) -> None:
         """Say that files in `folder` are whole."""

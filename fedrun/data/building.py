@@ -10,7 +10,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,8 +22,15 @@ from fedrun.data.corpora import Corpus
 from fedrun.data.documents import Documents
 from fedrun.data.given import GivenData, IdCorpus, Source, of_clients, require_a_sequence
 from fedrun.data.given_parts import in_chunks
+from fedrun.data.partial_entry import ROWS, PartialEntry
+from fedrun.data.stored_rows import RowFiles, StoredRows
 from fedrun.data.text_options import TextOptions
-from fedrun.data.tokenizer import save_tokenizer, tokenizer_name, write_ids
+from fedrun.data.tokenising import write_ids
+from fedrun.data.tokenising_process import Encoder, HelperEnded
+from fedrun.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_name
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 SPLITS = ("train", "validation")
 
@@ -32,30 +39,46 @@ def build_entry(entry: Path, dataset: Source, tokenizer: str, options: TextOptio
                 ) -> dict[str, Any]:
     """Write the files into a folder beside `entry`, then rename it. Call with the entry locked.
 
+    What a killed process has left there is made use of (partial_entry.py). It also stays if the
+    user interrupts, and if the disk is full, if token ids have been recorded by then: the text
+    alone is sooner read again than room is made for it.
+
     Returns:
         the manifest
     """
-    work = Path(f"{entry}.partial")
+    partial = PartialEntry(Path(f"{entry}.partial"))
     try:
-        return _build(entry, work, dataset, tokenizer, options)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)  # what an error has left
+        meta = _build(entry, partial, dataset, tokenizer, options)
+    except BaseException as error:
+        if isinstance(error, OSError):
+            kept = "train" in partial.recorded
+        else:
+            kept = bool(partial.recorded) and isinstance(
+                error, MemoryError | HelperEnded | KeyboardInterrupt | SystemExit)
+        if not kept:
+            shutil.rmtree(partial.folder, ignore_errors=True)
+        raise
+    shutil.rmtree(partial.folder, ignore_errors=True)
+    return meta
 
 
-def _build(entry: Path, work: Path, dataset: Source, tokenizer: str, options: TextOptions
-           ) -> dict[str, Any]:
+def _build(entry: Path, partial: PartialEntry, dataset: Source, tokenizer: str,
+           options: TextOptions) -> dict[str, Any]:
     started = time.perf_counter()
-    cache_dir = entry.parents[1]
-    corpus = dataset.read(options) if isinstance(dataset, GivenData) else corpora.load_corpus(
-        dataset, options, cache_dir)
+    cache_dir, work = entry.parents[1], partial.entry
+    corpus = partial.corpus() or _read(partial, dataset, options, cache_dir)
     damaged = Path(f"{entry}.damaged")
-    for leftover in (work, damaged):
-        shutil.rmtree(leftover, ignore_errors=True)
-    work.mkdir()
+    shutil.rmtree(damaged, ignore_errors=True)
     log(visible(f"tokenising {corpus.name} with {tokenizer}, once on this machine"
                 if isinstance(corpus, Corpus) else f"writing {corpus.name} into {entry.parent}"))
-    loaded = save_tokenizer(tokenizer, corpus.train if isinstance(corpus, Corpus) else None,
-                            work / "tokenizer", options.row_separator, cache_dir)
+    if said := partial.done("train"):
+        log(f"an interrupted start has left {said['tokens']:,} tokens: going on behind them")
+    if partial.done("tokenizer") is None:
+        shutil.rmtree(work / "tokenizer", ignore_errors=True)
+        save_tokenizer(tokenizer, corpus.train if isinstance(corpus, Corpus) else None,
+                       work / "tokenizer", options.row_separator, cache_dir)
+        partial.mark_files("tokenizer", sorted((work / "tokenizer").iterdir()))
+    loaded = load_tokenizer(work / "tokenizer" / "tokenizer.json")
     vocab_size = max(loaded.get_vocab().values()) + 1
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
     if isinstance(corpus, IdCorpus):
@@ -67,15 +90,9 @@ def _build(entry: Path, work: Path, dataset: Source, tokenizer: str, options: Te
                     file.writelines(in_chunks(array, dtype))
         documents = corpus.documents
     else:
-        row_tokens = {
-            split: write_ids(work / f"{split}.bin", rows, loaded, dtype, f"--tokenizer {tokenizer}",
-                             options.row_separator)
-            for split, rows in (("train", corpus.train), ("validation", corpus.validation))
-            if split == "train" or rows is not corpus.train
-        }
-        if corpus.validation is corpus.train:  # nothing is held out
-            shutil.copyfile(work / "train.bin", work / "validation.bin")
-        documents = corpus.documents.in_tokens(row_tokens["train"])
+        encoder = Encoder(partial.folder / ROWS, work / "tokenizer" / "tokenizer.json", dtype,
+                          f"--tokenizer {tokenizer}", options.row_separator)
+        documents = _tokenise(corpus, encoder, loaded, partial)
         if isinstance(dataset, GivenData) and dataset.by_client:
             uncut, documents = documents.starts[-1], _cut_clients(
                 work / "train.bin", dtype, documents, dataset)
@@ -113,6 +130,32 @@ def _build(entry: Path, work: Path, dataset: Source, tokenizer: str, options: Te
     log(f"{'tokenised' if isinstance(corpus, Corpus) else 'wrote'} {made:,} tokens "
         f"in {time.perf_counter() - started:.1f} s")
     return meta
+
+
+def _read(partial: PartialEntry, dataset: Source, options: TextOptions, cache_dir: Path
+          ) -> Corpus | IdCorpus:
+    files = RowFiles(partial.folder / ROWS)
+    corpus = dataset.read(files, options) if isinstance(dataset, GivenData) else \
+        corpora.load_corpus(dataset, files, options, cache_dir)
+    if isinstance(corpus, Corpus):
+        partial.mark_corpus(corpus, files)
+    return corpus
+
+
+def _tokenise(corpus: Corpus, encoder: Encoder, tokenizer: Tokenizer, partial: PartialEntry
+              ) -> Documents:
+    """Write the token ids of both splits; returns the documents in tokens."""
+    assert isinstance(corpus.train, StoredRows)
+    assert isinstance(corpus.validation, StoredRows)
+    work = partial.entry
+    starts = write_ids(work / "train.bin", corpus.train, corpus.documents.starts, encoder,
+                       tokenizer, partial)
+    if corpus.validation is corpus.train:  # nothing is held out
+        shutil.copyfile(work / "train.bin", work / "validation.bin")
+    else:
+        write_ids(work / "validation.bin", corpus.validation,
+                  np.array([len(corpus.validation)]), encoder, tokenizer, partial)
+    return replace(corpus.documents, starts=starts)
 
 
 def _cut_clients(file: Path, dtype: np.dtype, documents: Documents, given: GivenData) -> Documents:

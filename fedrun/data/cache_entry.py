@@ -11,7 +11,6 @@ import hashlib
 import importlib.metadata
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -145,26 +144,38 @@ def lock_entry(entry: Path, what: str) -> Iterator[None]:
     what: what is prepared under it, for messages.
 
     Raises:
-        TimeoutError: another process has held it for an hour.
+        TimeoutError: another process has held it for an hour, in which it has written nothing.
     """
-    try:
-        lock = locks.acquire(
-            Path(f"{entry}.lock"), LOCK_SECONDS,
-            lambda holder: log(visible(f"waiting for {holder}, which prepares {what}")))
-    except locks.Busy as holder:
-        raise TimeoutError(
-            f"waited {LOCK_SECONDS:.0f} s for {holder}, which prepares {what}; end it if it hangs, "
-            "or use another --cache_dir"
-        ) from None
+    def tell(holder: str) -> None:
+        log(visible(f"waiting for {holder}, which prepares {what}"))
+
+    lock, waits = None, 0
+    while lock is None:
+        written = _last_written(entry)
+        try:
+            lock = locks.acquire(Path(f"{entry}.lock"), LOCK_SECONDS, tell)
+        except locks.Busy as holder:
+            waits += 1
+            if _last_written(entry) == written:
+                raise TimeoutError(
+                    f"waited {LOCK_SECONDS * waits:.0f} s for {holder}, which prepares {what}; end "
+                    "it if it hangs, or use another --cache_dir"
+                ) from None
     try:
         with suppress(OSError):  # another user's lock file
             lock.write()
         yield
-    except OSError:
-        shutil.rmtree(f"{entry}.partial", ignore_errors=True)  # frees the space it took
-        raise
     finally:
         lock.release()
+
+
+def _last_written(entry: Path) -> int:
+    """When a file of the entry that is being made was last written; 0 if there is none."""
+    times = [0]
+    with suppress(OSError):  # it may be finished at any moment
+        for file in Path(f"{entry}.partial").rglob("*"):
+            times.append(file.stat().st_mtime_ns)
+    return max(times)
 
 
 def _sha256(file: Path) -> str:

@@ -1,7 +1,10 @@
 """Loads the text of a dataset: from the hub, local files, or the running Python's documentation.
 
-A corpus is two lists of rows, for training and for validation. A row is a record of a table (for
-WikiText a line), a line of a text file, or a whole document of `pydocs`.
+A corpus is two sequences of rows, for training and for validation. A row is a record of a table
+(for WikiText a line), a line of a text file, or a whole document of `pydocs`. Each split is read
+once, from its files into rows on disk (stored_rows.py). In memory are at one time a row and a batch
+of records; all of a .json file that has not one object per line, or of a compressed .parquet or
+.arrow file; and with --partition column:NAME 40 bytes a row.
 """
 
 from __future__ import annotations
@@ -9,9 +12,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import sysconfig
-from collections.abc import Callable, Iterable
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from fedrun.common.errors import InputError
 from fedrun.data.discovery import (
@@ -30,6 +36,7 @@ from fedrun.data.pydocs import (
     split_by_hash,
     stdlib_files,
 )
+from fedrun.data.stored_rows import RowFiles
 from fedrun.data.table_files import KINDS, Table, choose_text_columns, open_table, table_rows
 from fedrun.data.text_files import COMPRESSED, TEXT_ENDINGS, DataFile, open_text, printable
 from fedrun.data.text_options import TextOptions, require_dataset
@@ -50,8 +57,8 @@ class Corpus:
     """The rows of one dataset."""
 
     name: str
-    train: list[str]
-    validation: list[str]
+    train: Sequence[str]
+    validation: Sequence[str]
     validation_from: str
     """Where the validation rows come from, for reports; part of the fingerprint."""
     documents: Documents
@@ -72,11 +79,11 @@ class Corpus:
         return digest.hexdigest()
 
 
-def load_corpus(dataset: str, options: TextOptions = TextOptions(),  # noqa: B008
+def load_corpus(dataset: str, files: RowFiles, options: TextOptions = TextOptions(),  # noqa: B008
                 cache_dir: Path = CACHE_DIR) -> Corpus:
     """Read all text of `dataset` (the value of `--dataset`).
 
-    cache_dir: the value of --cache_dir, for what comes from the hub.
+    files: where the rows are put. cache_dir: the value of --cache_dir, for what comes from the hub.
 
     If there is no validation split, the last twentieth of the train rows is held out; see
     validation.py for exceptions.
@@ -87,7 +94,7 @@ def load_corpus(dataset: str, options: TextOptions = TextOptions(),  # noqa: B00
         ConnectionError: the hub cannot be reached and the dataset is not in its local cache.
     """
     if dataset == "pydocs":
-        return _pydocs(options)
+        return _pydocs(files, options)
     local = bool(local_files(dataset))
     name = dataset_name(dataset)
     try:
@@ -95,11 +102,11 @@ def load_corpus(dataset: str, options: TextOptions = TextOptions(),  # noqa: B00
                         else _hub_splits(dataset, options, cache_dir))
         wanted = _validation_split(list(splits), options)
         # An evaluation may ask for the only split of a dataset that has no train split.
-        train = splits["train" if "train" in splits else str(wanted)]()
+        train = splits["train" if "train" in splits else str(wanted)](files)
         if options.source_column:
             train = train.by_source()
         if wanted is not None:
-            validation, documents = splits[wanted]().rows, train.documents()
+            validation, documents = splits[wanted](files).rows, train.documents()
             rows, validation_from = train.rows, "the split of that name"
             if options.validation_split:
                 validation_from = f"the split {wanted}"
@@ -173,8 +180,8 @@ def file_signature(files: Iterable[Path]) -> list[list[object]]:
 
 # ---- the splits of a dataset --------------------------------------------------------------------
 
-Splits = dict[str, Callable[[], Rows]]
-"""For each split, a function that reads its rows."""
+Splits = dict[str, Callable[[RowFiles], Rows]]
+"""For each split, a function that reads its rows into files."""
 
 
 def _validation_split(available: list[str], options: TextOptions) -> str | None:
@@ -212,7 +219,7 @@ def _local_splits(dataset: str, options: TextOptions) -> tuple[Splits, str]:
     wanted = _validation_split(list(found.splits), options)
     _require_train(found.splits, wanted, options)
     used = [split for split in ("train", wanted) if split in found.splits]
-    splits: Splits = dict.fromkeys(found.splits, Rows)
+    splits: Splits = dict.fromkeys(found.splits, lambda files: Rows(files.extend([])))
     if next(iter(found.splits.values()))[0].suffix in KINDS:
         tables = {split: [(file, open_table(file, options.encoding))
                           for file in found.splits[split]] for split in used}
@@ -244,16 +251,20 @@ def _require_no_columns(options: TextOptions) -> None:
             raise InputError(f"{flag} {value}: the dataset is text, which has no columns")
 
 
-def _read_lines(files: list[DataFile], encoding: str | None, folder: bool) -> Rows:
+def _read_lines(texts: list[DataFile], encoding: str | None, folder: bool, files: RowFiles
+                ) -> Rows:
     """The lines of text files; without line ends if from a folder, as `datasets` reads them."""
-    read = Rows()
-    for file in files:
-        with open_text(file, encoding) as stream:
-            # Not str.splitlines, which also splits at form feeds and other characters.
-            lines = [line.rstrip("\n") for line in stream] if folder else list(stream)
-        read.files.append(TextFile((file.path / (file.member or "")).absolute(), len(lines)))
-        read.rows.extend(lines)
-    return read
+    first, read = len(files), list[TextFile]()
+    for text in texts:
+        lines = len(files.extend(_lines(text, encoding, folder)))
+        read.append(TextFile((text.path / (text.member or "")).absolute(), lines))
+    return Rows(files.since(first), read)
+
+
+def _lines(file: DataFile, encoding: str | None, stripped: bool) -> Iterator[str]:
+    """Not str.splitlines, which also splits at form feeds and other characters."""
+    with open_text(file, encoding) as stream:
+        yield from (line.rstrip("\n") for line in stream) if stripped else stream
 
 
 def _choose_columns(tables: Iterable[Table], options: TextOptions) -> list[str]:
@@ -266,18 +277,20 @@ def _choose_columns(tables: Iterable[Table], options: TextOptions) -> list[str]:
     return choose_text_columns(tables, options.text_column, options.columns, options.source_column)
 
 
-def read_records(tables: list[Table], columns: list[str], source_column: str | None) -> Rows:
+def read_records(tables: list[Table], columns: list[str], source_column: str | None,
+                 files: RowFiles) -> Rows:
     """The text of every record and, with a source column, its source."""
-    read = Rows(sources=[] if source_column else None, source_column=source_column or "")
+    first, source, numbers = len(files), array("i"), dict[str, int]()
     for table in tables:
-        for text, source in table_rows(table, columns, source_column):
-            read.rows.append(text)
-            if read.sources is not None:
-                read.sources.append(source)
-    return read
+        for text, name in table_rows(table, columns, source_column):
+            files.append(text)
+            if source_column:
+                source.append(numbers.setdefault(name, len(numbers)))
+    return Rows(files.since(first), [], np.array(source) if source_column else None,
+                list(numbers), source_column or "")
 
 
-def _pydocs(options: TextOptions) -> Corpus:
+def _pydocs(files: RowFiles, options: TextOptions) -> Corpus:
     if options.source_column or options.text_column:
         _require_no_columns(options)
     if options.validation_split not in (None, "validation"):
@@ -285,5 +298,5 @@ def _pydocs(options: TextOptions) -> Corpus:
                          "pydocs has no other splits")
     share = PYDOCS_HELD_OUT if options.val_fraction is None else options.val_fraction
     train, held = split_by_hash(read_pydocs(local_files("pydocs")), share)
-    return Corpus("pydocs", list(train.values()), list(held.values()),
+    return Corpus("pydocs", files.extend(train.values()), files.extend(held.values()),
                   f"whole documents, {share:.0%} of the text", pydocs_documents(list(train)))

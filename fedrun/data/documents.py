@@ -14,12 +14,16 @@
 
 Documents follow each other without gaps. A sequence of tokens belongs to the document that most of
 its tokens come from, so that a short document may own no sequence.
+
+Of documents without a source, rows and paragraphs, a text of any size has at most MOST_DOCUMENTS:
+beyond that 2 neighbours count as one document, or 4, or 8 and so on.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +31,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+MOST_DOCUMENTS = 2**24  # 128 MB of their beginnings
 TOP_HEADING = re.compile(r"= (?!= ).*(?<! =) =")  # of a stripped row; ` = = Section = = ` is lower
 
 
@@ -53,12 +58,6 @@ class Documents:
     def load(cls, path: Path) -> Documents:
         with np.load(path) as held:
             return cls(str(held["kind"]), held["starts"], held["source"], held["sources"].tolist())
-
-    def in_tokens(self, row_tokens: np.ndarray) -> Documents:
-        """The same documents in tokens instead of rows. row_tokens: tokens in each row."""
-        assert self.starts[-1] == len(row_tokens)
-        before = np.concatenate([[0], np.cumsum(row_tokens)])
-        return Documents(self.kind, before[self.starts], self.source, self.sources)
 
     def of_sequences(self, n_sequences: int, sequence_length: int) -> np.ndarray:
         """The document that most tokens of each sequence come from (of several, the first).
@@ -92,43 +91,75 @@ def find_documents(rows: Sequence[str], files: Sequence[TextFile]) -> Documents:
     files: those whose lines the rows are, in order; empty if rows are not lines of files. They may
         have more lines than there are rows; the excess is ignored.
     """
-    if headings := _top_headings(rows):
-        titles = [rows[n].strip(" =\n") for n in headings]
+    n_rows = len(rows)
+    starts, titles = _top_headings(rows)
+    if titles:
         # Each article is a source of its own: several may have the same title, `<unk>`.
-        return Documents("an article", np.array([0, *headings[1:], len(rows)], dtype=np.int64),
-                         np.arange(len(headings)), titles)
+        starts[0] = 0
+        return Documents("an article", np.append(starts, n_rows), np.arange(len(titles)), titles)
     firsts = np.cumsum([0, *(file.lines for file in files)])
     owned = [(file, first) for file, first in zip(files, firsts[:-1].tolist(), strict=True)
-             if file.lines and first < len(rows)]
+             if file.lines and first < n_rows]
     if len(owned) > 1:
-        return named_documents("a file", [first for _, first in owned], len(rows),
+        return named_documents("a file", [first for _, first in owned], n_rows,
                                _folders([file.path for file, _ in owned]))
     if files:
-        blank = [not row.strip() for row in rows]
-        starts = [n for n in range(1, len(rows)) if blank[n - 1] and not blank[n]]
-        return named_documents("a paragraph", [0, *starts], len(rows), [])
-    return named_documents("a row", range(len(rows)), len(rows), [])
+        return named_documents("a paragraph", _paragraphs(rows), n_rows, [])
+    step = 1
+    while n_rows > step * MOST_DOCUMENTS:
+        step *= 2
+    return named_documents("a row", np.arange(0, n_rows, step), n_rows, [])
 
 
-def named_documents(kind: str, starts: Iterable[int], end: int, source_names: Sequence[str]
-                    ) -> Documents:
+def named_documents(kind: str, starts: Iterable[int] | np.ndarray, end: int,
+                    source_names: Sequence[str]) -> Documents:
     """Documents from their first rows and the names of their sources, if they have any."""
     numbers: dict[str, int] = {}
     source = [numbers.setdefault(name, len(numbers)) for name in source_names]
-    return Documents(kind, np.array([*starts, end], dtype=np.int64),
+    begins = starts if isinstance(starts, np.ndarray) else np.fromiter(starts, np.int64)
+    return Documents(kind, np.append(begins, end).astype(np.int64, copy=False),
                      np.array(source, dtype=np.int64), list(numbers))
 
 
-def _top_headings(rows: Sequence[str]) -> list[int]:
-    """The rows that are top headings of WikiText; empty if the text does not begin with one."""
-    def blank(n: int) -> bool:
-        return not 0 <= n < len(rows) or not rows[n].strip()
+def _paragraphs(rows: Iterable[str]) -> np.ndarray:
+    """The first row, and those with text behind one without; at most MOST_DOCUMENTS of them."""
+    found, after_blank, step, number = array("q", [0]), False, 1, 0
+    for n, row in enumerate(rows):
+        blank = not row.strip()
+        if after_blank and not blank:
+            number += 1
+            if number % step == 0:
+                found.append(n)
+                if len(found) > MOST_DOCUMENTS:
+                    found, step = found[::2], 2 * step
+        after_blank = blank
+    return np.array(found, dtype=np.int64)
 
-    first = next((n for n in range(len(rows)) if not blank(n)), 0)
-    # A formula on a line of its own may look like a heading, but has no blank rows around it.
-    found = [n for n, row in enumerate(rows) if row.startswith((" = ", "= "))
-             and TOP_HEADING.fullmatch(row.strip()) and blank(n - 1) and blank(n + 1)]
-    return found if found and found[0] == first else []
+
+def _top_headings(rows: Iterable[str]) -> tuple[np.ndarray, list[str]]:
+    """The rows that are top headings of WikiText, int64, and their titles; none if the text does
+    not begin with one."""
+    found, titles, begins = array("q"), list[str](), -1
+    heading, before, n = "", True, -1  # the last row if it may be a heading, and if it is blank
+    for n, row in enumerate(rows):
+        blank = not row.strip()
+        # A formula on a line of its own may look like a heading, but has no blank rows around it.
+        if heading and blank:
+            found.append(n - 1)
+            titles.append(heading.strip(" =\n"))
+        heading = row if before and row.startswith((" = ", "= ")) and TOP_HEADING.fullmatch(
+            row.strip()) else ""
+        if begins < 0 and not blank:
+            begins = n
+            if not heading:
+                break
+        before = blank
+    if heading:  # nothing follows
+        found.append(n)
+        titles.append(heading.strip(" =\n"))
+    if not found or found[0] != begins:
+        return np.empty(0, dtype=np.int64), []
+    return np.array(found, dtype=np.int64), titles
 
 
 def _folders(files: Sequence[Path]) -> list[str]:

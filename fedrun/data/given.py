@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,8 @@ from fedrun.common.errors import InputError
 from fedrun.data.corpora import Corpus, read_records
 from fedrun.data.documents import Documents, named_documents
 from fedrun.data.given_parts import Ids, Texts, in_chunks
-from fedrun.data.table_files import Table, choose_text_columns
+from fedrun.data.stored_rows import RowFiles, joined
+from fedrun.data.table_files import Table, choose_text_columns, table_rows
 from fedrun.data.text_options import TextOptions
 from fedrun.data.validation import (
     ALL_OF_THE_TEXT,
@@ -87,8 +88,8 @@ class GivenData:
                 raise InputError(f"{ids.name}: has the token id {ids.largest}; must be below "
                                  f"{vocab_size}, the vocabulary size {whose}")
 
-    def read(self, options: TextOptions) -> Corpus | IdCorpus:
-        """The train and validation split.
+    def read(self, files: RowFiles, options: TextOptions) -> Corpus | IdCorpus:
+        """The train and validation split. files: where rows of text are put.
 
         Raises:
             InputError: there is too little of something, or no column that is clearly the text; the
@@ -96,21 +97,21 @@ class GivenData:
         """
         if self.ids:
             return self._split_ids(options)
-        texts = [_rows(part, options) for part in self.parts if isinstance(part, Table)]
+        texts = [_rows(part, options, files) for part in self.parts if isinstance(part, Table)]
         train = texts[0]
         if self.by_client:
-            parts = [(each.rows, list[str]()) for each in texts]
+            parts = [(each.rows, each.rows[:0]) for each in texts]
             if self.validation is None:
                 parts, validation_from = hold_out_of_clients(texts, options.held_out)
             starts = np.cumsum([0, *(len(rows) for rows, _ in parts)]).tolist()
-            rows, held = ([row for part in parts for row in part[n]] for n in (0, 1))
+            rows, held = (joined([part[n] for part in parts]) for n in (0, 1))
             documents = of_clients(starts)
         elif self.validation is not None:
-            rows, held, documents = train.rows, [], train.documents()
+            rows, held, documents = train.rows, train.rows[:0], train.documents()
         else:
             rows, held, documents, validation_from = divided(train, options)
         if isinstance(self.validation, Table):
-            held = _rows(self.validation, _without_source(options)).rows
+            held = _rows(self.validation, _without_source(options), files).rows
             validation_from = GIVEN_AS_VALIDATION
         if not has_text(rows) or not has_text(held):
             raise InputError("data: has too little text to hold some of it out; give validation=")
@@ -203,8 +204,8 @@ def given_data(parts: list[Ids | Table], validation: Ids | Table | None, by_clie
     for part in everything:
         digest.update(b"part\n")
         if isinstance(part, Table):
-            rows = _rows(part, _without_source(options) if part is validation else options)
-            for row in itertools.zip_longest(rows.rows, rows.sources or []):
+            reading = _without_source(options) if part is validation else options
+            for row in _texts_and_sources(part, reading):
                 digest.update(json.dumps(row).encode() + b"\n")
             continue
         if part.width not in (None, sequence_length):
@@ -223,18 +224,38 @@ def _without_source(options: TextOptions) -> TextOptions:
     return dataclasses.replace(options, partition="")
 
 
-def _rows(table: Table, options: TextOptions) -> Rows:
+def _rows(table: Table, options: TextOptions, files: RowFiles) -> Rows:
+    rows = read_records([table], _columns(table, options), options.source_column, files)
+    if not has_text(rows.rows):
+        raise InputError(f"{table.name}: has no text")
+    return rows.by_source()
+
+
+def _texts_and_sources(table: Table, options: TextOptions) -> Iterator[tuple[str, str | None]]:
+    """What `_rows` would read, in its order, and the sources; None without sources. With sources
+    all of a table is held in memory. InputError as there."""
+    records = table_rows(table, _columns(table, options), options.source_column)
+    if options.source_column:
+        of_source: dict[str, list[tuple[str, str]]] = {}
+        for record in records:
+            of_source.setdefault(record[1], []).append(record)
+        records = itertools.chain.from_iterable(of_source.values())
+    any_text = False
+    for text, source in records:
+        any_text = any_text or bool(text.strip())
+        yield text, source if options.source_column else None
+    if not any_text:
+        raise InputError(f"{table.name}: has no text")
+
+
+def _columns(table: Table, options: TextOptions) -> list[str]:
     if options.source_column and options.source_column not in table.columns:
         raise InputError(f"--partition {options.partition}: {table.name} has no column "
                          f"{options.source_column}; the columns are {', '.join(table.columns)}")
-    columns = ["text"]
-    if not isinstance(table, Texts):
-        try:
-            columns = choose_text_columns([table], options.text_column, options.columns,
-                                          options.source_column)
-        except ValueError as error:
-            raise InputError(f"{table.name}: {error}") from None
-    rows = read_records([table], columns, options.source_column)
-    if not has_text(rows.rows):
-        raise InputError(f"{table.name}: has no text")
-    return rows.by_source() if options.source_column else rows
+    if isinstance(table, Texts):
+        return ["text"]
+    try:
+        return choose_text_columns([table], options.text_column, options.columns,
+                                   options.source_column)
+    except ValueError as error:
+        raise InputError(f"{table.name}: {error}") from None

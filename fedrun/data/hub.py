@@ -7,13 +7,13 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from fedrun.common.errors import FedrunError, InputError, one_line
-from fedrun.data.table_files import Table, is_text_type
+from fedrun.data.table_files import Table, is_text_type, records_at_once
 
 HUB_ID = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[\w.-]+))?")
 HUB_SECONDS = 5.0  # the hub counts as unreachable if it takes longer to answer
@@ -96,8 +96,19 @@ def hub_tables(dataset: str, hub_id: str, cache_dir: Path) -> dict[str, Table]:
 def dataset_table(name: str, rows: Any) -> Table:
     """A `datasets.Dataset` as a table."""
     columns = {field.name: is_text_type(field.type) for field in rows.features.arrow_schema}
-    return Table(name, columns, lambda names: zip(
-        *(rows[name][:] if name in columns else [None] * len(rows) for name in names), strict=True))
+    return Table(name, columns, lambda names: _dataset_rows(rows, names, columns))
+
+
+def _dataset_rows(rows: Any, names: Sequence[str], columns: Mapping[str, bool]
+                  ) -> Iterator[tuple[Any, ...]]:
+    present = [name for name in dict.fromkeys(names) if name in columns]
+    chosen = rows.select_columns(present) if present else None
+    most = records_at_once(rows.data.nbytes, rows.data.num_rows)
+    for start in range(0, len(rows), most):
+        count = min(most, len(rows) - start)
+        values = {} if chosen is None else chosen[start:start + count]
+        missing = [None] * count
+        yield from zip(*(values.get(name, missing) for name in names), strict=True)
 
 
 @functools.cache

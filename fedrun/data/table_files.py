@@ -25,6 +25,7 @@ KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".
          ".parquet": "parquet", ".arrow": "arrow"}  # fmt: skip
 SCHEMA_RECORDS = 1000  # records that are read to find the columns of a file without a schema
 RECORDS_AT_ONCE = 10_000
+BYTES_AT_ONCE = 1 << 24  # of records; fewer are taken at once if they are long
 NOT_PROSE = re.compile(  # strings that are not text to train on: numbers, truth values, dates
     r"\s*([-+]?(\d[\d_.,]*|\.\d+)([eE][-+]?\d+)?%?|true|false|nan|none|null|inf"
     r"|\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d([.,]\d+)?)?\s*(Z|[-+]\d\d:?\d\d)?)?)?\s*", re.I)
@@ -227,8 +228,10 @@ def _arrow(file: DataFile) -> Iterator[tuple[Any, Callable[[Sequence[str]], Iter
                 pyarrow.memory_map(str(file.path))
             if KINDS[file.suffix] == "parquet":
                 table = parquet.ParquetFile(content)
+                size = sum(table.metadata.row_group(n).total_byte_size
+                           for n in range(table.num_row_groups))
                 yield table.schema_arrow, lambda names: table.iter_batches(
-                    RECORDS_AT_ONCE, columns=list(names))
+                    records_at_once(size, table.metadata.num_rows), columns=list(names))
                 return
             try:
                 batches = ipc.open_stream(content)
@@ -245,10 +248,18 @@ def _arrow(file: DataFile) -> Iterator[tuple[Any, Callable[[Sequence[str]], Iter
 def _arrow_rows(file: DataFile, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     with _arrow(file) as (schema, batches):
         present = [name for name in names if name in schema.names]
-        for batch in batches(present):
+        parts = (whole.slice(start, count) for whole in batches(present)
+                 for count in [records_at_once(whole.nbytes, whole.num_rows)]
+                 for start in range(0, whole.num_rows, count))
+        for batch in parts:
             values = {name: batch.column(name).to_pylist() for name in present}
             missing = [None] * batch.num_rows
             yield from zip(*(values.get(name, missing) for name in names), strict=True)
+
+
+def records_at_once(size: int, count: int) -> int:
+    """How many of `count` records, which take `size` bytes, to hold in memory at one time."""
+    return max(1, min(RECORDS_AT_ONCE, BYTES_AT_ONCE * count // max(size, 1)))
 
 
 def is_text_type(kind: Any) -> bool:

@@ -5,15 +5,12 @@ Code that comes with a tokenizer is never run, even if the tokenizer's files ask
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from fedrun.common.errors import InputError, one_line
 from fedrun.common.files import read_regular
@@ -27,7 +24,6 @@ if TYPE_CHECKING:
 BPE_SMALLEST = 257  # 256 bytes and the end-of-text token
 LARGEST_IDS = 2**24  # most of ids:N, whose tokenizer is a table that takes 100 bytes for each
 END_OF_TEXT = "<|endoftext|>"
-ROWS_AT_ONCE = 1000
 LONGEST_WORD = 1024  # characters; longer ones are cut, since training time grows with the square
 GPT2_WORD = (  # the pattern in the library's ByteLevel
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -64,9 +60,9 @@ def tokenizer_name(tokenizer: str) -> str:
     return path.resolve().name if path.is_dir() else tokenizer
 
 
-def save_tokenizer(name: str, rows: list[str] | None, folder: Path, separator: str,
-                   cache_dir: Path) -> Tokenizer:
-    """Train or fetch the tokenizer `name` (the value of --tokenizer), save it and load it.
+def save_tokenizer(name: str, rows: Iterable[str] | None, folder: Path, separator: str,
+                   cache_dir: Path) -> None:
+    """Train or fetch the tokenizer `name` (the value of --tokenizer) and save it.
 
     rows: to train it on; None where token ids were given.
     separator: --row_separator, for training. cache_dir: --cache_dir, for what comes from the hub.
@@ -75,8 +71,6 @@ def save_tokenizer(name: str, rows: list[str] | None, folder: Path, separator: s
         InputError: there is no such tokenizer, or it is not usable.
         ConnectionError: the hub cannot be reached and the tokenizer is not in its local cache.
     """
-    from tokenizers import Tokenizer
-
     size = bpe_size(name)
     if rows is None and (n_ids := ids_size(name)) is not None:
         _save_numbers(n_ids, folder)
@@ -87,15 +81,21 @@ def save_tokenizer(name: str, rows: list[str] | None, folder: Path, separator: s
         _train_bpe(rows, size, folder, separator)
     else:
         _fetch_tokenizer(name, cache_dir).save_pretrained(folder)
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    if not tokenizer.get_vocab_size():
+    if not load_tokenizer(folder / "tokenizer.json").get_vocab_size():
         raise InputError(f"--tokenizer {name}: it has no tokens")
+
+
+def load_tokenizer(file: Path) -> Tokenizer:
+    """The tokenizer that `save_tokenizer` has saved, as texts are tokenised: whole."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(file))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def _train_bpe(rows: list[str], size: int, folder: Path, separator: str) -> None:
+def _train_bpe(rows: Iterable[str], size: int, folder: Path, separator: str) -> None:
     """Train a byte-level BPE with at most `size` tokens and save it (Sennrich et al. 2016; on bytes
     as in GPT-2, Radford et al. 2019). The same rows give the same files.
     """
@@ -138,7 +138,7 @@ def _save_numbers(size: int, folder: Path) -> None:
     _save_config(folder)
 
 
-def _splitter(rows: list[str], separator: str) -> PreTokenizer:
+def _splitter(rows: Iterable[str], separator: str) -> PreTokenizer:
     """GPT-2's pre-tokenizer: splits text into words and works on bytes.
 
     Words longer than LONGEST_WORD (lines of DNA, for example) are cut, since training time grows
@@ -150,7 +150,8 @@ def _splitter(rows: list[str], separator: str) -> PreTokenizer:
 
     plain: PreTokenizer = ByteLevel(add_prefix_space=False)
     may_have_long_words = re.compile(rf"\S{{{LONGEST_WORD}}}|\s{{{LONGEST_WORD}}}")
-    candidates = (row for row in separated(rows, separator) if may_have_long_words.search(row))
+    candidates = (row for row in separated(rows, separator)
+                  if len(row) > LONGEST_WORD and may_have_long_words.search(row))
     spans = (span for row in candidates for _, span in plain.pre_tokenize_str(row))
     if all(end - begin <= LONGEST_WORD for begin, end in spans):
         return plain
@@ -261,25 +262,6 @@ def _unknown(tokenizer: Tokenizer, texts: list[str]) -> str:
             except Exception:
                 return word[:40]
     return texts[0][:40]
-
-
-def write_ids(
-    path: Path, rows: list[str], tokenizer: Tokenizer, dtype: np.dtype, flag: str, separator: str
-) -> np.ndarray:
-    """Write the token ids of all rows to a new file, concatenated; return the number of tokens of
-    each row, int64, (n_rows,)."""
-    from tqdm import tqdm
-
-    counts: list[int] = []
-    with path.open("wb") as file, tqdm(total=len(rows), unit=" rows", disable=None) as bar:
-        texts = separated(rows, separator)
-        while batch := list(itertools.islice(texts, ROWS_AT_ONCE)):
-            encodings = encode(tokenizer, batch, flag)
-            ids = np.fromiter(itertools.chain.from_iterable(e.ids for e in encodings), dtype)
-            file.write(ids.tobytes())
-            counts += [len(e.ids) for e in encodings]
-            bar.update(len(batch))
-    return np.array(counts, dtype=np.int64)
 
 
 def separated(rows: Iterable[str], separator: str) -> Iterator[str]:

@@ -8,6 +8,7 @@
         topics-<key>.npz    the documents' topics, computed when they are first needed
         entry.json          manifest with checksums (cache_entry.py), written last; it does not list
                             the topics, which carry a checksum of their own
+    cache_dir/tokens/<...>.partial/     while it is made, with a copy of the text (partial_entry.py)
 
 The key is a digest of the request: names, and for local files their sizes and times. A warm start
 therefore reads no text, and a changed file never gets stale tokens. What came from the hub stays

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
 
 from fedrun.data.documents import Documents, TextFile, find_documents, named_documents
+from fedrun.data.stored_rows import StoredRows, joined
 from fedrun.data.text_options import TextOptions
 
 ALL_OF_THE_TEXT = "all of the text"  # `validation_from` when nothing is held out
@@ -20,34 +21,38 @@ LARGEST_CUT_SHIFT = 0.5  # to reach a break, as a share of the text that is held
 class Rows:
     """The rows of a split."""
 
-    rows: list[str] = field(default_factory=list)
+    rows: StoredRows
     files: list[TextFile] = field(default_factory=list)
     """The text files whose lines the rows are, in order; empty if rows are records."""
-    sources: list[str] | None = None
-    """For --partition column:NAME, the value of that column in each row."""
+    source: np.ndarray | None = None
+    """For --partition column:NAME, the number in `sources` of each row's value in that column,
+    int32, (n_rows,): numbers in the order in which the values first occur."""
+    sources: list[str] = field(default_factory=list)
     source_column: str = ""
 
     def documents(self) -> Documents:
         """The documents among the rows; with a source column, one document per source."""
-        if self.sources is None:
+        if self.source is None:
             return find_documents(self.rows, self.files)
-        starts = [n for n in range(len(self.rows))
-                  if n == 0 or self.sources[n] != self.sources[n - 1]]
+        source = self.source[:len(self.rows)]
+        starts = np.flatnonzero(np.append(True, source[1:] != source[:-1])) if len(source) else \
+            np.empty(0, dtype=np.int64)
         return named_documents(f"all of a {self.source_column}", starts, len(self.rows),
-                               [self.sources[n] for n in starts])
+                               [self.sources[n] for n in source[starts].tolist()])
 
     def by_source(self) -> Rows:
         """The same rows grouped by source, sources in the order of their first rows."""
-        sources = self.sources or []
-        number: dict[str, int] = {}
-        for source in sources:
-            number.setdefault(source, len(number))
-        order = sorted(range(len(sources)), key=lambda n: number[sources[n]])
-        return Rows([self.rows[n] for n in order], [], [sources[n] for n in order],
+        if self.source is None or not len(self.source):
+            return self
+        order = np.argsort(self.source, kind="stable")
+        breaks = np.flatnonzero(np.diff(order) != 1) + 1
+        begins, ends = np.append(0, breaks), np.append(breaks, len(order))
+        spans = np.stack([order[begins], order[ends - 1] + 1], axis=1)
+        return Rows(self.rows.taken(spans), [], self.source[order], self.sources,
                     self.source_column)
 
 
-def has_text(rows: list[str]) -> bool:
+def has_text(rows: Iterable[str]) -> bool:
     """Whether any row has more than white space."""
     return any(row.strip() for row in rows)
 
@@ -57,7 +62,8 @@ def in_words(share: Fraction) -> str:
     return "twentieth" if share == Fraction(1, 20) else f"{float(share):.3g}"
 
 
-def divided(text: Rows, options: TextOptions) -> tuple[list[str], list[str], Documents, str]:
+def divided(text: Rows, options: TextOptions
+            ) -> tuple[StoredRows, StoredRows, Documents, str]:
     """What `hold_out` holds out of a text without a validation split; where the options say that
     nothing is, all of it for both."""
     if options.hold_out:
@@ -66,7 +72,7 @@ def divided(text: Rows, options: TextOptions) -> tuple[list[str], list[str], Doc
 
 
 def hold_out(train: Rows, share: Fraction, of_sources: bool
-             ) -> tuple[list[str], list[str], Documents, str]:
+             ) -> tuple[StoredRows, StoredRows, Documents, str]:
     """Hold out `share` of the train rows for validation.
 
     The last rows are held out; with `of_sources` the last rows of each source, so that every source
@@ -81,8 +87,9 @@ def hold_out(train: Rows, share: Fraction, of_sources: bool
     documents = train.documents() if of_sources else None
     if documents is not None and documents.sources:
         kept = _rows_to_keep(documents, share)
-        rows = [row for row, keep in zip(train.rows, kept, strict=True) if keep]
-        held = [row for row, keep in zip(train.rows, kept, strict=True) if not keep]
+        begins, ends = documents.starts[:-1], documents.starts[1:]
+        rows = train.rows.taken(np.stack([begins, begins + kept], axis=1))
+        held = train.rows.taken(np.stack([begins + kept, ends], axis=1))
         if has_text(rows) and has_text(held):
             return rows, held, _with_rows_removed(documents, kept), \
                 f"the last {in_words(share)} of every source's train rows"
@@ -92,12 +99,12 @@ def hold_out(train: Rows, share: Fraction, of_sources: bool
     if not (has_text(rows) and has_text(held)) and has_text(train.rows):
         rows, held = _split_text(train.rows, float(share))
         description = f"the last {in_words(share)} of the text"
-    shortened = Rows(rows, train.files, train.sources, train.source_column)
+    shortened = Rows(rows, train.files, train.source, train.sources, train.source_column)
     return rows, held, shortened.documents(), description
 
 
 def hold_out_of_clients(clients: Sequence[Rows], share: Fraction
-                        ) -> tuple[list[tuple[list[str], list[str]]], str]:
+                        ) -> tuple[list[tuple[StoredRows, StoredRows]], str]:
     """Hold out `share` of the clients' text for validation, the end of each one's.
 
     Whole rows, counted as by `held_of_each`, so that a client of few rows may hold out none; the
@@ -108,7 +115,8 @@ def hold_out_of_clients(clients: Sequence[Rows], share: Fraction
     Returns:
         train and validation rows of each client, and a description of what is held out
     """
-    with_text = [[n for n, row in enumerate(each.rows) if row.strip()] for each in clients]
+    with_text = [np.flatnonzero(np.fromiter((bool(row.strip()) for row in each.rows), bool))
+                 for each in clients]
     several = [len(numbers) for numbers in with_text if len(numbers) > 1]
     held = iter(held_of_each(several, share))
     counts = [next(held) if len(numbers) > 1 else None for numbers in with_text]
@@ -116,7 +124,7 @@ def hold_out_of_clients(clients: Sequence[Rows], share: Fraction
         counts = [None] * len(clients)
     parts = []
     for each, numbers, count in zip(clients, with_text, counts, strict=True):
-        at = numbers[-count] if count else len(each.rows)
+        at = int(numbers[-count]) if count else len(each.rows)
         parts.append(_split_text(each.rows, float(share)) if count is None else
                      (each.rows[:at], each.rows[at:]))
     return parts, of_clients_in_words(share, "text", all(count != 0 for count in counts))
@@ -129,15 +137,18 @@ def of_clients_in_words(share: Fraction, what: str, every: bool) -> str:
 
 
 def _rows_to_keep(documents: Documents, share: Fraction) -> np.ndarray:
-    """Whether each row stays in the train split; bool, (n_rows,)."""
-    kept = np.ones(documents.starts[-1], dtype=bool)
-    order = np.argsort(documents.source, kind="stable")
-    of_sources = [np.concatenate([np.arange(documents.starts[d], documents.starts[d + 1])
-                                  for d in of_source]) for of_source in np.split(
-                  order, np.flatnonzero(np.diff(documents.source[order])) + 1)]
-    held = held_of_each([len(rows) for rows in of_sources], share)
-    for rows, n_held in zip(of_sources, held, strict=True):
-        kept[rows[len(rows) - n_held:]] = False
+    """How many of each document's rows, its first ones, stay in the train split; int64,
+    (n_documents,)."""
+    order = np.argsort(documents.source, kind="stable")  # by source, and then as they follow
+    sizes = np.diff(documents.starts)[order]
+    firsts = np.append(0, np.flatnonzero(np.diff(documents.source[order])) + 1)
+    of_sources = np.add.reduceat(sizes, firsts)
+    held = np.array(held_of_each(of_sources.tolist(), share))
+    source = np.repeat(np.arange(len(firsts)), np.diff(np.append(firsts, len(order))))
+    # Of a source's rows, those before the held ones less those before the document.
+    room = (np.cumsum(of_sources) - held)[source] - (np.cumsum(sizes) - sizes)
+    kept = np.empty_like(sizes)
+    kept[order] = np.clip(room, 0, sizes)
     return kept
 
 
@@ -156,26 +167,26 @@ def held_of_each(sizes: Sequence[int], share: Fraction) -> list[int]:
 
 
 def _with_rows_removed(documents: Documents, kept: np.ndarray) -> Documents:
-    """The documents of the rows that are kept, without those that have no such row."""
-    before = np.concatenate([[0], np.cumsum(kept)])
-    starts = before[documents.starts]
-    has_rows = np.diff(starts) > 0
-    return Documents(documents.kind, np.array([*starts[:-1][has_rows], starts[-1]], dtype=np.int64),
+    """The documents of the rows that are kept, without those that have no such row. kept: how many
+    of each document's."""
+    ends = np.cumsum(kept)
+    has_rows = kept > 0
+    return Documents(documents.kind, np.append((ends - kept)[has_rows], ends[-1:]),
                      documents.source[has_rows], documents.sources)
 
 
-def _split_text(rows: list[str], share: float) -> tuple[list[str], list[str]]:
+def _split_text(rows: StoredRows, share: float) -> tuple[StoredRows, StoredRows]:
     """Cut the text so that about `share` of its characters are in the second part."""
-    sizes = [len(row.strip()) for row in rows]
-    total = sum(sizes)
+    sizes = np.fromiter((len(row.strip()) for row in rows), np.int64, len(rows))
+    total = int(sizes.sum())
     behind, number = 0, len(rows)
     while behind < share * total:
         number -= 1
-        behind += sizes[number]
+        behind += int(sizes[number])
     if behind <= (1 + LARGEST_CUT_SHIFT) * share * total and has_text(rows[:number]):
         return rows[:number], rows[number:]
     row = rows[number]
-    at = len(row.rstrip()) - max(1, round(share * total) - (behind - sizes[number]))
+    at = len(row.rstrip()) - max(1, round(share * total) - (behind - int(sizes[number])))
     reach = round(LARGEST_CUT_SHIFT * share * total)
     for mark in BREAKS:
         nearest = [cut for cut in (row.rfind(mark, max(0, at - reach), at) + len(mark),
@@ -184,4 +195,5 @@ def _split_text(rows: list[str], share: float) -> tuple[list[str], list[str]]:
         if nearest:
             at = min(nearest, key=lambda cut: abs(cut - at))
             break
-    return [*rows[:number], row[:at]], [row[at:], *rows[number + 1:]]
+    cut = rows.files.extend([row[:at], row[at:]])
+    return joined([rows[:number], cut[:1]]), joined([cut[1:], rows[number + 1:]])

@@ -9,11 +9,17 @@ from pydoc_data.topics import topics
 import pytest
 
 from fedrun.data import corpora
-from fedrun.data.corpora import load_corpus
 from fedrun.data.pydocs import SHORTEST_REPEAT, read_pydocs
 from fedrun.data.tokens import prepare
 from tests.support.runs import fresh_python
-from tests.support.texts import WIKITEXT, dataset_folder, needs_shared_data, text_file
+from tests.support.texts import (
+    WIKITEXT,
+    Loaded,
+    dataset_folder,
+    load,
+    needs_shared_data,
+    text_file,
+)
 
 # ---- pydocs -------------------------------------------------------------------------------------
 
@@ -24,8 +30,8 @@ def pydocs() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def pydocs_corpus() -> corpora.Corpus:
-    return load_corpus("pydocs")
+def pydocs_corpus() -> Loaded:
+    return load("pydocs")
 
 
 def test_pydocs_holds_topics_and_docstrings(pydocs: dict[str, str]) -> None:
@@ -40,7 +46,7 @@ def test_pydocs_holds_topics_and_docstrings(pydocs: dict[str, str]) -> None:
 
 
 def test_pydocs_holds_out_topics_and_modules_and_nothing_that_train_says(
-    pydocs: dict[str, str], pydocs_corpus: corpora.Corpus
+    pydocs: dict[str, str], pydocs_corpus: Loaded
 ) -> None:
     corpus = pydocs_corpus
     held_out = set(corpus.validation)
@@ -59,11 +65,13 @@ def test_pydocs_holds_out_topics_and_modules_and_nothing_that_train_says(
 
 
 def test_pydocs_is_the_same_in_another_process_and_imports_nothing_it_reads(
-    pydocs_corpus: corpora.Corpus,
+    tmp_path: Path, pydocs_corpus: Loaded,
 ) -> None:
     printed = fresh_python(
-        "import sys; from fedrun.data.corpora import load_corpus\n"
-        "print(load_corpus('pydocs').fingerprint, 'turtle' in sys.modules, 'cmd' in sys.modules)",
+        "import sys; from pathlib import Path; from fedrun.data.corpora import load_corpus\n"
+        "from fedrun.data.stored_rows import RowFiles\n"
+        f"corpus = load_corpus('pydocs', RowFiles(Path({str(tmp_path)!r})))\n"
+        "print(corpus.fingerprint, 'turtle' in sys.modules, 'cmd' in sys.modules)",
         env={"PYTHONHASHSEED": "1"},
     )
     assert printed == f"{pydocs_corpus.fingerprint} False False\n"
@@ -76,7 +84,7 @@ def test_pydocs_is_the_same_in_another_process_and_imports_nothing_it_reads(
 def test_a_folder_is_read_as_the_hub_would_serve_it() -> None:
     import pyarrow.parquet
 
-    corpus = load_corpus(str(WIKITEXT))
+    corpus = load(WIKITEXT)
     assert corpus.name == "wikitext-2-heldout"
     assert (len(corpus.train), len(corpus.validation)) == (4358, 3760)
     for split, rows in (("train", corpus.train), ("validation", corpus.validation)):
@@ -88,7 +96,7 @@ def test_the_last_twentieth_is_held_out_where_there_is_no_validation_split(
         tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "fedrun")
     file = text_file(tmp_path)
-    corpus = load_corpus(str(tmp_path / "*.txt"))
+    corpus = load(tmp_path / "*.txt")
     lines = file.read_text().splitlines(keepends=True)
     assert (corpus.train, corpus.validation) == (lines[:380], lines[380:])
     prepare(str(file), "bpe:300", 16, tmp_path / "cache")
@@ -98,7 +106,7 @@ def test_the_last_twentieth_is_held_out_where_there_is_no_validation_split(
 def test_text_files_follow_each_other_in_the_order_of_their_names(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("second\n" * 20)
     (tmp_path / "a.txt").write_text("first\x0cstill first\n" * 20)
-    rows = load_corpus(str(tmp_path / "*.txt"))
+    rows = load(tmp_path / "*.txt")
     assert rows.train[:20] == ["first\x0cstill first\n"] * 20
     assert rows.validation == ["second\n"] * 2
 
@@ -108,7 +116,7 @@ def test_the_text_column_is_text_or_the_only_strings(tmp_path: Path, column: str
     other: list[object] = ["label"] * 20 if column == "text" else list(range(20))
     rows: list[object] = [None, *(f"row {n}" for n in range(1, 20))]
     folder = dataset_folder(tmp_path / "set", other=other, **{column: rows})
-    corpus = load_corpus(str(folder))
+    corpus = load(folder)
     assert corpus.train == ["", *rows[1:19]]
     assert corpus.validation == rows[19:]
 
@@ -116,10 +124,10 @@ def test_the_text_column_is_text_or_the_only_strings(tmp_path: Path, column: str
 def test_a_doubtful_text_column_is_an_error_that_names_the_columns(tmp_path: Path) -> None:
     folder = dataset_folder(tmp_path / "set", title=["a", "b"], story=["c", "d"])
     with pytest.raises(ValueError, match=r"--dataset .*set: .* columns are title, story; .*--text"):
-        load_corpus(str(folder))
+        load(folder)
     (folder / "train.jsonl").rename(folder / "test.jsonl")
     with pytest.raises(ValueError, match=r"--dataset .*set: .*no train split, only test"):
-        load_corpus(str(folder))
+        load(folder)
 
 
 @pytest.mark.parametrize("text", ["", " \n\n", "x"])
@@ -139,4 +147,4 @@ def test_an_unknown_dataset_lists_what_there_is(dataset: str, tmp_path: Path) ->
 def test_a_file_that_is_not_text_names_the_flag(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
     with pytest.raises(ValueError, match=r"--dataset .*picture.png: not UTF-8 text"):
-        load_corpus(str(tmp_path / "picture.png"))
+        load(tmp_path / "picture.png")

@@ -18,12 +18,11 @@ from hypothesis import strategies as st
 
 from fedrun.config import Partition
 from fedrun.data import cache_entry, tokens, topics
-from fedrun.data.corpora import load_corpus
 from fedrun.data.documents import Documents, find_documents
 from fedrun.data.partition import client_shards
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.data.topics import find_topics
-from tests.support.texts import GPT2, WIKITEXT, needs_shared_data
+from tests.support.texts import GPT2, WIKITEXT, load, needs_shared_data
 
 # ---- documents ----------------------------------------------------------------------------------
 
@@ -80,7 +79,7 @@ def test_real_wikitext_has_its_articles_and_their_topics(tmp_path: Path) -> None
 
 def test_pydocs_documents_are_modules_and_sources_packages(pydocs_tokens: TokenData) -> None:
     documents, tokenizer = pydocs_tokens.load_documents(), pydocs_tokens.load_tokenizer()
-    corpus = load_corpus("pydocs")
+    corpus = load("pydocs")
     assert len(documents) == len(corpus.train)
     assert {"topics", "asyncio", "email", "argparse"} <= set(documents.sources)
     stream = np.memmap(pydocs_tokens.tokenizer_path.parent / "train.bin",
@@ -102,8 +101,8 @@ def write_files(folder: Path) -> None:
 @pytest.mark.parametrize("form", ["pattern", "folder"])
 def test_text_files_are_documents_and_their_top_folders_sources(tmp_path: Path, form: str) -> None:
     write_files(tmp_path / "texts")
-    corpus = load_corpus(str(tmp_path / "texts" / "**" / "*.txt") if form == "pattern"
-                         else str(tmp_path / "texts"))
+    corpus = load(tmp_path / "texts" / "**" / "*.txt" if form == "pattern"
+                  else tmp_path / "texts")
     assert corpus.documents.kind == "a file"
     assert corpus.documents.sources == ["news", "sport"]
     assert corpus.documents.source.tolist() == [0, 0, 1]
@@ -117,9 +116,9 @@ def test_files_that_lie_together_have_no_sources_and_a_lone_one_has_paragraphs(t
                                                                                ) -> None:
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("one\ntwo\n\n\nthree\n\n" * 10)
-    together = load_corpus(str(tmp_path / "*.txt")).documents
+    together = load(tmp_path / "*.txt").documents
     assert (together.kind, len(together), together.sources) == ("a file", 2, [])
-    alone = load_corpus(str(tmp_path / "a.txt")).documents
+    alone = load(tmp_path / "a.txt").documents
     assert (alone.kind, alone.starts[:4].tolist()) == ("a paragraph", [0, 4, 6, 10])
 
 

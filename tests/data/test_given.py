@@ -18,10 +18,11 @@ from fedrun.data.corpora import Corpus
 from fedrun.data.given import GivenData, given_data
 from fedrun.data.given_parts import Ids, given_part
 from fedrun.data.partition import Shards, client_shards
+from fedrun.data.stored_rows import RowFiles
 from fedrun.data.text_options import TextOptions
 from fedrun.data.tokens import TokenData, prepare, verify
 from fedrun.data.validation import held_of_each
-from tests.support.texts import lines, records
+from tests.support.texts import Loaded, in_memory, lines, records
 
 LENGTH = 8
 
@@ -79,12 +80,12 @@ def test_a_share_of_every_client_is_held_out(tmp_path: Path) -> None:
     assert "one text." in held
 
 
-def test_clients_of_few_texts_hold_out_no_more_than_the_share() -> None:
-    def split(sizes: Sequence[int], **reading: Any) -> Corpus:
+def test_clients_of_few_texts_hold_out_no_more_than_the_share(tmp_path: Path) -> None:
+    def split(sizes: Sequence[int], **reading: Any) -> Loaded:
         corpus = given([lines(f"client {n}", size) for n, size in enumerate(sizes)], **reading
-                       ).read(TextOptions(**reading))
+                       ).read(RowFiles(tmp_path), TextOptions(**reading))
         assert isinstance(corpus, Corpus)
-        return corpus
+        return in_memory(corpus)
 
     sizes = [2 + n % 2 for n in range(60)]
     corpus = split(sizes)

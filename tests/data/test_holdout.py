@@ -85,5 +85,5 @@ def test_documents_without_a_row_are_left_out() -> None:
     from fedrun.data.validation import _with_rows_removed
 
     documents = Documents("a test", np.array([0, 2, 3, 5]), np.array([0, 1, 0]), ["x", "y"])
-    left = _with_rows_removed(documents, np.array([True, False, False, True, True]))
+    left = _with_rows_removed(documents, np.array([1, 0, 2]))
     assert (left.starts.tolist(), left.source.tolist()) == ([0, 1, 3], [0, 0])

@@ -17,12 +17,11 @@ import pytest
 import fedrun
 from fedrun.common.errors import InputError
 from fedrun.data import corpora, hub
-from fedrun.data.corpora import load_corpus
 from fedrun.data.documents import find_documents
 from fedrun.data.tokens import prepare
 from fedrun.model.pretrained import find_pretrained
 from tests.support.runs import fresh_python
-from tests.support.texts import text_file
+from tests.support.texts import load, text_file
 
 WITHOUT_NETWORK = "--dataset pydocs --tokenizer bpe:8192"
 
@@ -88,7 +87,7 @@ def silent_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_hub_that_never_answers_is_not_waited_for() -> None:
     start = time.perf_counter()
     with pytest.raises(ConnectionError, match=f"owner/name.*{WITHOUT_NETWORK}") as raised:
-        load_corpus("owner/name")
+        load("owner/name")
     assert isinstance(raised.value, fedrun.FedrunError)  # as every error worded for users
     assert len(traceback.format_exception(raised.value)) < 10  # not the libraries' chain
     assert time.perf_counter() - start < 5

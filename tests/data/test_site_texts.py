@@ -22,7 +22,7 @@ from fedrun.data.site_texts import (
     texts_digest,
 )
 from fedrun.data.sites import SiteEntry
-from fedrun.data.tokenizer import write_ids
+from fedrun.data.tokenising import write_ids
 from fedrun.data.tokens import TokenData, prepare
 from tests.support.runs import CORPUS
 from tests.support.site_files import THREE, public, sites_of, texts_of

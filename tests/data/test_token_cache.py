@@ -21,6 +21,7 @@ from filelock import FileLock
 import fedrun.central
 from fedrun import cli
 from fedrun.cli import parse
+from fedrun.common import locks
 from fedrun.data import building, cache_entry, corpora, tokens
 from fedrun.data.tokens import TokenData, prepare, verify
 from fedrun.distributed.comparison import difference
@@ -342,3 +343,23 @@ def test_a_cache_that_cannot_be_written_names_the_flag(tmp_path: Path) -> None:
     file = text_file(tmp_path)
     with pytest.raises(ValueError, match=r"--cache_dir .*tale.txt"):
         prepare(str(file), "bpe:300", 16, file)
+
+
+def test_who_waits_does_so_for_as_long_as_something_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "entry.partial" / "train.bin"
+    file.parent.mkdir()
+    writes = iter((True, True, False, True))
+
+    def busy(*_: object) -> None:
+        if next(writes):
+            file.touch()
+            os.utime(file, ns=(0, file.stat().st_mtime_ns + 10**9))
+        raise locks.Busy("process 17 on elsewhere")
+
+    monkeypatch.setattr(locks, "acquire", busy)
+    with pytest.raises(TimeoutError, match="waited 10800 s for process 17 on elsewhere"), \
+            cache_entry.lock_entry(tmp_path / "entry", "it"):
+        pass
+    assert next(writes), "the third time nothing was written"

@@ -9,12 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedrun.data.corpora import load_corpus
 from fedrun.data.text_options import TextOptions
 from fedrun.data.tokens import prepare
 from fedrun.flags import resolve
 from tests.support.runs import fresh_python
-from tests.support.texts import GPT2, WIKITEXT, needs_shared_data, text_file
+from tests.support.texts import GPT2, WIKITEXT, load, needs_shared_data, text_file
 
 
 @needs_shared_data
@@ -23,7 +22,7 @@ def test_tokens_are_those_of_the_rows_end_to_end(tmp_path: Path) -> None:
 
     data = prepare(str(WIKITEXT), str(GPT2), 256, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(GPT2)
-    corpus = load_corpus(str(WIKITEXT))
+    corpus = load(WIKITEXT)
     for rows, sequences in ((corpus.train, data.train), (corpus.validation, data.validation)):
         ids: list[int] = []
         for row in rows:
@@ -47,7 +46,7 @@ def test_without_a_row_separator_rows_are_tokenised_as_they_are(tmp_path: Path, 
         prepare(str(file), tokenizer, 8, tmp_path, resolve("fed_avg", flags).text_options)
         for flags in ({}, {"row_separator": "none"}))
     for data, ends in ((with_newlines, "\n"), (as_they_are, "")):
-        corpus = load_corpus(str(file))
+        corpus = load(file)
         ids = [i for row in corpus.train
                for i in data.tokenizer.encode(row if row.endswith("\n") else row + ends).ids]
         assert len(ids) == data.fingerprint["train_tokens"]
@@ -57,7 +56,7 @@ def test_without_a_row_separator_rows_are_tokenised_as_they_are(tmp_path: Path, 
 
 
 def test_bpe_decodes_to_the_text_it_was_trained_on(tmp_path: Path) -> None:
-    corpus = load_corpus(str(text_file(tmp_path)))
+    corpus = load(text_file(tmp_path))
     data = prepare(str(tmp_path / "tale.txt"), "bpe:300", 16, tmp_path / "cache")
     decoded = data.load_tokenizer().decode(data.train.reshape(-1).tolist())
     text = "".join(corpus.train)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedrun.data.corpora import Corpus, load_corpus
+from fedrun.data.documents import Documents
+from fedrun.data.stored_rows import FILES, RowFiles
 from fedrun.data.text_options import TextOptions
 from tests.support.runs import ROOT
 
@@ -65,5 +69,29 @@ def records(path: Path, n: int = 60, users: int = 3) -> Path:
     return path
 
 
-def load(path: Path | str, **reading: Any) -> Corpus:
-    return load_corpus(str(path), TextOptions(**reading))
+@dataclass(frozen=True)
+class Loaded:
+    """A corpus in memory; the fields are those of `Corpus`."""
+
+    name: str
+    train: list[str]
+    validation: list[str]
+    validation_from: str
+    documents: Documents
+    read: str
+    fingerprint: str
+
+
+def in_memory(corpus: Corpus) -> Loaded:
+    return Loaded(corpus.name, list(corpus.train), list(corpus.validation), corpus.validation_from,
+                  corpus.documents, corpus.read, corpus.fingerprint)
+
+
+def load(path: Path | str, **reading: Any) -> Loaded:
+    folder = Path(tempfile.mkdtemp())
+    try:
+        return in_memory(load_corpus(str(path), RowFiles(folder), TextOptions(**reading)))
+    finally:
+        for name in FILES:  # tests break what else could empty a folder
+            (folder / name).unlink()
+        folder.rmdir()

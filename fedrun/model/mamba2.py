@@ -258,6 +258,7 @@ class Mamba2LM(nn.Module):
             grad_embedding.index_add_(0, ids.flatten(), grad_embedded.flatten(0, 1))
             loss += part_loss
             add = True
+            del grads, grad, grad_embedded  # or those of the next part are made beside them
         return loss
 
     def at_a_time_on_gpu(self, sequences: int, length: int) -> int:

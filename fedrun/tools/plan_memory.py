@@ -146,7 +146,7 @@ def _counted(config: FederatedConfig, vocab_size: int, sequences: int, gpu: bool
     with Counting() as count, _way(gpu):
         with count.item(PARAMETERS):
             model = _model(config, vocab_size)
-            flat = FlatParams(model)
+            FlatParams(model)  # whose vectors the model keeps
         few = sequences
         if trains:  # more than what is computed at a time, and once again, takes no more
             few = min(sequences, 2 * model.at_a_time_on_gpu(sequences, length) if gpu else sum(
@@ -160,7 +160,6 @@ def _counted(config: FederatedConfig, vocab_size: int, sequences: int, gpu: bool
             else:
                 with torch.no_grad():
                     model.loss(ids)
-    assert flat.size
     items = count.peak
     del items[PARAMETERS]
     return Gradient(items, count.flop * sequences // few)

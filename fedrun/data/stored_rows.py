@@ -189,7 +189,7 @@ class StoredRows(Sequence[str]):
 
 def joined(parts: Sequence[StoredRows]) -> StoredRows:
     """The rows of several parts, which lie in the same files, one after the other."""
-    assert len({id(part.files) for part in parts}) == 1
+    assert all(part.files is parts[0].files for part in parts)
     return StoredRows(parts[0].files, np.concatenate([part.spans for part in parts]))
 
 

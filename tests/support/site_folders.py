@@ -30,7 +30,7 @@ def of_sites(data_dir: Path, secure: bool = True, holdout: bool = True, real: bo
         "num_clients": sites.num_clients, "sites": "sites.yaml", "secure_sum": secure,
         "site_holdout": 0.05 if holdout else None, **settings})
     config = cast(FederatedConfig, SimpleNamespace(run_dir=run, secure_sum=secure, dp="none",
-                                                   private=False))
+                                                   private=False, client_clip=None))
     write_privacy(config, real, demonstration=False)
     environment = json.loads((run / "environment.json").read_text())
     write(run / "environment.json", environment | {

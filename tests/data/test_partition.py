@@ -357,7 +357,8 @@ def test_central_takes_the_batches_of_the_same_clients(pydocs_tokens: TokenData)
 # ---- whole runs ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("method", "partition"), [
-    pytest.param("fed_avg", "dirichlet", marks=pytest.mark.slow), ("fed_entropy", "documents")])
+    pytest.param("fed_avg", "dirichlet", marks=pytest.mark.soak),
+    pytest.param("fed_entropy", "documents", marks=pytest.mark.slow)])
 def test_unequal_clients_have_the_same_bits_in_1_and_3_processes(
         run: Run, method: str, partition: str) -> None:
     flags = ("--num_clients", 5, "--rounds", 3, "--partition", partition, "--alpha", 0.3,

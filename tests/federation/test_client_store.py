@@ -270,7 +270,8 @@ def test_stopped_and_resumed_from_disk_and_memory(run: Run, tmp_path: Path) -> N
         assert_equal(resumed, whole)
 
 
-@pytest.mark.parametrize(("at", "goes_on"), [("train:2", False), ("after-manifest:4", True)])
+@pytest.mark.parametrize(("at", "goes_on"), [
+    pytest.param("train:2", False, marks=pytest.mark.slow), ("after-manifest:4", True)])
 def test_files_that_a_kill_left_are_not_taken(run: Run, tmp_path: Path, undisturbed: Outcome,
                                               at: str, goes_on: bool) -> None:
     killed = run("fed_avg", *FLAGS, "--client_store", "disk", script=FAULTY,

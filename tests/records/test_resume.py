@@ -72,7 +72,8 @@ def test_stopped_and_resumed_in_another_world(run: Run, tmp_path: Path, method: 
 
 
 @pytest.mark.parametrize(("rank", "at"), [
-    (1, "train:3"), pytest.param(0, "before-manifest:6", marks=pytest.mark.soak),
+    pytest.param(1, "train:3", marks=pytest.mark.slow),
+    pytest.param(0, "before-manifest:6", marks=pytest.mark.soak),
     pytest.param(0, "after-manifest:7", marks=pytest.mark.soak)])  # nothing is left to train
 def test_killed_and_restarted_in_place(run: Run, tmp_path: Path, undisturbed: Outcome, rank: int,
                                        at: str) -> None:

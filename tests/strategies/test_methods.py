@@ -22,8 +22,9 @@ from tests.support.every_method import METHODS
 from tests.support.runs import Outcome, Run, execute, torchrun, without_clocks
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("many", [3, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("many", [pytest.param(3, marks=pytest.mark.soak), 5])
 def test_every_method_has_the_same_bits_in_1_and_many_processes(
         little_text: tuple[str, ...], tmp_path: Path, many: int) -> None:
     flags = (*little_text, "--num_clients", "4", "--rounds", "3", "--local_updates", "2",

@@ -111,7 +111,8 @@ def test_the_model_card_has_the_numbers_of_the_history(
         assert said in card
 
 
-@pytest.mark.parametrize(("form", "processes"), [("run", 1), ("mamba_ssm", 2)])
+@pytest.mark.parametrize(("form", "processes"), [
+    ("run", 1), pytest.param("mamba_ssm", 2, marks=pytest.mark.slow)])
 def test_training_starts_from_a_model(trained: Outcome, tmp_path: Path, cache_dir: Path, form: str,
                                           processes: int) -> None:
     """With a vanishing learning rate the first round leaves the model where it was."""

@@ -38,6 +38,12 @@ def _one_client(config: Any) -> str:
     return "with one client in a round" if config.cohort_size == 1 else ""
 
 
+def _nothing_to_store(config: Any) -> str:
+    if config.num_clients == 1:
+        return "with one client, whose state always stays in place"
+    return "" if config.keeps_states else "with clients that keep no state between their rounds"
+
+
 def _no_outer(config: Any) -> str:
     """Of a central run; a method whose server has these flags always uses them."""
     return "without --outer_every" if getattr(config, "outer_every", 1) is None else ""
@@ -60,8 +66,7 @@ IDLE: dict[str, Callable[[Any], str]] = {
     "extend": lambda c: "" if c.lr_schedule != "constant" else
     "with --lr_schedule constant: such a run can be trained further without it",
     "prox_mu": lambda c: "with --local_updates 1" if c.local_updates == 1 else "",
-    "client_store": lambda c: "with one client, whose state always stays in place"
-    if c.num_clients == 1 else "",
+    "client_store": _nothing_to_store,
     "moments_every": lambda c: "" if c.client_moments == "average_sqrt"
     else "without --client_moments average_sqrt",
     "dp_dir": lambda c: "" if c.private else "without --dp client or example",

@@ -75,6 +75,7 @@ IDLE_CASES: list[tuple[str, dict[str, Any], dict[str, Any], str, dict[str, Any]]
     ("fed_avg", {"moments_every": "3,6"}, {}, "without --client_moments average_sqrt",
      {"client_moments": "average_sqrt", "grad_clip": 1}),
     ("fed_avg", {"client_store": "disk"}, {"num_clients": 1}, "with one client", {}),
+    ("fed_avg", {"client_store": "disk"}, {"client_moments": "reset"}, "that keep no state", {}),
     ("fed_avg", {"weighting": "uniform"}, {"cohort": 1}, "with one client in a round", {}),
     ("fed_entropy", {"temperature": 0.5}, {"num_clients": 1}, "with one client in a round", {}),
     ("fed_entropy", {"entropy_holdout": 0.2}, {"entropy_on": "validation"},
@@ -137,7 +138,7 @@ def test_whatever_a_run_does_not_read_is_in_the_tables(
     for cls in (RunConfig, Strategy):
         monkeypatch.setattr(cls, "__getattribute__", watched, raising=False)
     flags: dict[str, Any] = {k[2:]: v for k, v in zip(SMALL[::2], SMALL[1::2], strict=True)}
-    flags |= {"rounds": 2, "data_dir": tmp_path, "cache_dir": cache_dir, "num_clients": 2}
+    flags |= {"rounds": 2, "data_dir": tmp_path, "cache_dir": cache_dir, "num_clients": 5}
     assert run(resolve(method, flags)) == 0
     assert read["text_options"], "which is made of the flags that decide which text is read"
     unread = set(method_flags(method)) - set(read) - WORDS - {

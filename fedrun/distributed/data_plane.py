@@ -225,8 +225,8 @@ class DataPlane:
     def _summable(self, vector: Tensor) -> Tensor:
         """A vector where the group can sum it: NCCL sums nothing but what is on a GPU. Not run on a
         GPU."""
-        nccl = self.group is not None and dist.get_backend(self.group) == "nccl"
-        return vector.cuda() if nccl else vector
+        on_gpus = self.group is not None and dist.get_backend(self.group) != "gloo"
+        return vector.cuda() if on_gpus else vector
 
     def _sum_over_groups(self, vector: Tensor, group: dist.ProcessGroup | None, mask: Mask | None
                          ) -> None:

@@ -15,7 +15,7 @@ import torch
 import torch.cuda.nccl
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import AllreduceOptions, ProcessGroupGloo
+from torch._C._distributed_c10d import AllreduceOptions, AllToAllOptions, ProcessGroupGloo
 
 from tests.pretended_cuda.cuda_module import properties, uncounted
 
@@ -56,6 +56,14 @@ class Work:
             self._copied = True
 
 
+def _require_usable(tensor: Tensor) -> None:
+    if not tensor.is_cuda:
+        raise RuntimeError(f"No backend type associated with device type {tensor.device.type}")
+    if not tensor.is_contiguous() or tensor.dtype not in TYPES:
+        raise RuntimeError(f"NCCL takes no tensor of {tensor.dtype} with strides "
+                           f"{tensor.stride()}")
+
+
 class PretendedNccl(dist.ProcessGroup):
     """A group of ranks with a pretended GPU each."""
 
@@ -80,14 +88,21 @@ class PretendedNccl(dist.ProcessGroup):
 
     def allreduce(self, tensors: Any, opts: Any = None) -> Any:  # type: ignore[override]
         tensor, = tensors
-        if not tensor.is_cuda:
-            raise RuntimeError(f"No backend type associated with device type {tensor.device.type}")
-        if not tensor.is_contiguous() or tensor.dtype not in TYPES:
-            raise RuntimeError(f"NCCL takes no tensor of {tensor.dtype} with strides "
-                               f"{tensor.stride()}")
+        _require_usable(tensor)
         with uncounted():
             gloo, host = self._connect(tensor), tensor.cpu()
         return Work(gloo.allreduce([host], opts or AllreduceOptions()), host, tensor)
+
+    def all_to_all_single(self, output: Tensor, input: Tensor, output_sizes: list[int],
+                          input_sizes: list[int], opts: Any = None) -> Any:
+        _require_usable(output)
+        _require_usable(input)
+        with uncounted():
+            gloo, received, sent = self._connect(output), output.cpu(), input.cpu()
+        return Work(gloo.alltoall_base(received, sent, output_sizes, input_sizes,
+                                       opts or AllToAllOptions()), received, output)
+
+    alltoall_base: Any = all_to_all_single  # its name in older versions of torch
 
     def shutdown(self) -> None:
         self._gloo = None

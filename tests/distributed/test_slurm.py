@@ -18,7 +18,7 @@ from fedrun.records.outcome import read_outcome
 from tests.slurm.cluster import Cluster, Job, running_cluster
 from tests.support.runs import ROOT, execute, read_json, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(450)]
 
 ROUNDS = 50
 

@@ -98,7 +98,7 @@ class Job:
         wait_until(lambda: text in self.output, limit,
                    lambda: f"{text!r} is not in\n{self.output}")
 
-    def until_over(self, limit: float = 60) -> str:
+    def until_over(self, limit: float = 120) -> str:
         """Wait until the job will not run again; its state."""
         wait_until(lambda: self.state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING",
                                               "REQUEUED"), limit, lambda: self.output)

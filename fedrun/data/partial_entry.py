@@ -1,4 +1,4 @@
-"""An entry of the token cache while it is made: after a kill it goes on with the last whole block.
+"""An entry of the token cache while it is made; after a kill, from the last whole block on.
 
     <entry>.partial/
         entry/          the files of the entry so far

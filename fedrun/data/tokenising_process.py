@@ -118,8 +118,8 @@ class Helper:
             code = self._process.poll()
             raise HelperEnded("a process that tokenises has ended" + (
                 f" with code {code}" if code is not None else "") + "; if the machine is short of "
-                "memory, fewer cores need less (taskset -c 0 fedrun ...); started again, it goes "
-                "on with what is not done yet") from None
+                "memory, fewer cores need less (taskset -c 0 fedrun ...); the next "
+                "start continues where this one ended") from None
 
     def end(self) -> None:
         """End the process now."""

@@ -262,7 +262,7 @@ class Mamba2LM(nn.Module):
         return loss
 
     def at_a_time_on_gpu(self, sequences: int, length: int) -> int:
-        """How many of so many sequences the layers take at a time on a GPU."""
+        """How many sequences of a batch the layers take at a time on a GPU."""
         most = GPU_ACTIVATIONS[kernels.path_for(self.backbone.embedding.weight)]
         return self._at_most(min(sequences, max(
             1, most // (length * self.config.n_layer * self.config.d_model))))

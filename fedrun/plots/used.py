@@ -49,6 +49,6 @@ def figure(run: Run) -> Figure | None:
 
 
 def _evenly(count: int) -> list[int]:
-    """At most MOST_TICKS of so many places, with the first and the last."""
+    """At most MOST_TICKS of this many places, with the first and the last."""
     places = np.linspace(0, count - 1, min(count, MOST_TICKS)).round().astype(int)
     return list(dict.fromkeys(places.tolist()))

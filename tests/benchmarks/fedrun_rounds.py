@@ -169,7 +169,7 @@ class FloorWorker(worker.Worker):
             diagonal = self.fisher.diagonal.uniform_(1e-6, 1e-4)
             fisher: Any = SimpleNamespace(diagonal=diagonal, begin=lambda: None,
                                           finish=lambda: diagonal)
-            self.fisher = fisher
+            self.fisher = self.terms.fisher = fisher
         self.floor = Floor(self)
         self.at_start = self.global_model[MOVED].clone()
 

@@ -24,8 +24,9 @@ from tests.support.runs import ROOT, execute
 @pytest.mark.slow
 @pytest.mark.timeout(420)
 @pytest.mark.parametrize(("path", "length", "shape"), [
-    ("ours", 64, "usual"), ("ours", 48, "usual"), ("conv1d_and_chunk_scan", 64, "usual"),
-    ("conv1d_and_chunk_scan", 64, "unusual")])
+    ("ours", 48, "usual"), ("conv1d_and_chunk_scan", 64, "unusual"),
+    pytest.param("ours", 64, "usual", marks=pytest.mark.soak),
+    pytest.param("conv1d_and_chunk_scan", 64, "usual", marks=pytest.mark.soak)])
 def test_logits_and_gradients_equal_the_official_ones(official_python: Path, path: str,
                                                       length: int, shape: str) -> None:
     code, output = execute([str(official_python), str(ROOT / "tests/official/parity.py"), path,

@@ -174,8 +174,8 @@ def test_the_same_bits_in_1_3_and_5_processes_at_no_further_cost(run: Run, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", ["reduced:1", "record:4",
-                                pytest.param("reduced:3", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("at", ["reduced:1", *(
+    pytest.param(at, marks=pytest.mark.soak) for at in ("reduced:3", "record:4"))])
 def test_a_run_that_was_killed_ends_in_the_same_bits_and_log(at: str, run: Run, tmp_path: Path
                                                              ) -> None:
     """Killed before the first checkpoint too. The log is a new one beside the same key."""

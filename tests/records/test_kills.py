@@ -1,8 +1,8 @@
 """Kill any process at any moment and start again: the final model is the undisturbed one, bit for
 bit.
 
-10 kills (rank, stage, round) from a seeded generator, one at each stage of local training,
-reduction, evaluation and the writing of checkpoints; some kill torchrun itself. Clients' states are
+5 kills (rank, stage, round) from a seeded generator, each at another stage of local
+training, reduction, evaluation and the writing of checkpoints; some kill torchrun itself. Clients' states are
 kept in memory or on disk, before and after the kill. `make soak` draws 200.
 """
 
@@ -30,10 +30,10 @@ from tests.support.runs import (
     wait_until,
 )
 
-STAGES = {"train": "worker", "reduce": "worker", "reduced": "worker", "evaluate": "worker",
-          "half-written": "worker", "decide": "server", "record": "server",
-          "before-manifest": "server", "after-manifest": "server", "finish": "server"}
-KILLS = int(os.environ.get("KILLS", "10"))
+STAGES = {"train": "worker", "record": "server", "reduced": "worker", "before-manifest": "server",
+          "half-written": "worker", "after-manifest": "server", "reduce": "worker",
+          "decide": "server", "evaluate": "worker", "finish": "server"}
+KILLS = int(os.environ.get("KILLS", "5"))
 WORKERS = 2
 LIMIT_SECONDS = 100.0
 

@@ -243,7 +243,9 @@ def test_what_a_rule_does_not_go_with_names_the_flag(method: str, flags: dict[st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["train", "reduce", "reduced"])
+@pytest.mark.parametrize("stage", [
+    pytest.param("train", marks=pytest.mark.soak), pytest.param("reduce", marks=pytest.mark.soak),
+    "reduced"])
 def test_kill_and_resume(run: Run, tmp_path: Any, stage: str) -> None:
     """A worker of three is killed, in the middle of what it gathers too; the launcher starts all of
     them again."""

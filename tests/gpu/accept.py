@@ -30,7 +30,7 @@ import torch
 
 from fedrun.model.precision import accumulate_in_fp32
 from tests.gpu import failures, hardware, node, numerics, planes, runs, speed
-from tests.gpu.checks import CHECKS, Check, Found, Job, end, lone_digest_file
+from tests.gpu.checks import CHECKS, SLOWNESS, Check, Found, Job, end, lone_digest_file
 from tests.support.runs import ROOT
 
 # In the order of their worth: a suite that ends early still tells most.
@@ -38,7 +38,6 @@ TOPICS = [topic.__name__ for topic in (hardware, numerics, speed, runs, planes, 
 LAST = ("kernels_by_default",)  # under --quick: fedrun never computes that way
 QUICK_SECONDS = 570.0
 PROGRAM = (sys.executable, "-m", "tests.gpu.accept")
-SLOWNESS = 4  # of pretended GPUs, in limits
 LINES = 30  # of the output of a check that failed
 
 

@@ -16,6 +16,7 @@ import psutil
 from tests.support.runs import CORPUS, ROOT, Outcome, torchrun
 
 CHECKS: dict[str, Check] = {}
+SLOWNESS = 4  # of pretended GPUs, in limits
 # A model that keeps a GPU busy, with as many tokens as the documentation of Python makes: 10 M
 # parameters. SMALL's 400 would leave next to nothing of its head.
 LARGE: dict[str, Any] = {"config": "pure_ssm_1_layer", "dataset": "pydocs",
@@ -108,7 +109,9 @@ def flags(job: Job, **changed: object) -> list[str]:
 
 def fedrun(job: Job, method: str, name: str, processes: int = 1, *, module: str = "fedrun",
            env: Mapping[str, str] | None = None, limit: float = 300, **changed: object) -> Outcome:
-    """A whole run, named `name`. Past the limit (seconds) it is ended."""
+    """A whole run, named `name`. Past the limit (seconds; longer on pretended GPUs) it
+    is ended."""
+    limit *= SLOWNESS if job.pretended else 1
     code, output = command([*torchrun(processes), "-m", module, method,
                             *flags(job, **changed), "--run_name", name], limit, env)
     return Outcome(code, output, job.folder / name)

@@ -28,8 +28,7 @@ def by_name(folder: Path) -> dict[str, Any]:
 
 SKIPPED = {"kernels", "kernels_by_default", "capturable", "efficiency"}
 # Those that make no whole run, of which tests/pretended_cuda/ makes enough.
-SHORT = {"what_is_here", "head", "sums", "own_scan", "waits_in_a_step", "steps", "sums_between_gpus",
-         *SKIPPED}
+SHORT = {"what_is_here", "head", "sums", "own_scan", "waits_in_a_step", "steps", *SKIPPED}
 
 
 @pytest.mark.slow
@@ -87,6 +86,7 @@ sys.exit(accept.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_check_that_fails_does_not_stop_the_next(pretended_cuda: dict[str, str], tmp_path: Path
                                                    ) -> None:
     script = tmp_path / "failing.py"

@@ -1,9 +1,9 @@
 """Kill any process at any moment and start again: the final model is the undisturbed one, bit for
 bit.
 
-5 kills (rank, stage, round) from a seeded generator, each at another stage of local
-training, reduction, evaluation and the writing of checkpoints; some kill torchrun itself. Clients' states are
-kept in memory or on disk, before and after the kill. `make soak` draws 200.
+5 kills (rank, stage, round) from a seeded generator, each at another stage of local training,
+reduction, evaluation and the writing of checkpoints; some kill torchrun itself. Clients' states are
+kept in memory or on disk, before and after the kill. `make soak` draws 200, at all ten stages.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ PAGES = {str(path.parent.relative_to(ROOT)): path.read_text(encoding="utf-8")
 OTHERS = {"--plugin", "--print_config", "--help", "--nproc-per-node", "--node-rank",
           "--extra-index-url", "--no-build-isolation", "--no-deps", "--standalone", "--axes",
           "--scale", "--name", "--dry_run", "--site", "--site_data", "--site_dir",
-          "--from", "--y_max", "--where", "--against", "--settings", "--so_far",
+          "--from", "--y_max", "--where", "--against", "--settings", "--recorded", "--so_far",
           "--processes", "--device_memory", "--device_rates"}
 """Flags that no method has."""
 

@@ -7,7 +7,8 @@ learning rates, with one seed, and tuned on the first half of the validation spl
 value lies at the grid's edge, the grid is extended. Settings close enough to the reference are run
 again at their best value with other seeds, and reported on the second half, as ratios of perplexity
 to the reference with the same seed. Each run has a folder in results/NAME/runs. Finished runs are
-not repeated, so that the same command resumes a study.
+not repeated, so that the same command resumes a study; with --recorded, and results/NAME/runs.jsonl
+in place of the folders, also on another machine.
 
     name: methods               # results go to results/methods
     jobs: 2                     # runs of one process at the same time
@@ -77,6 +78,7 @@ from fedrun.tools.study_devices import places, remark, visible_gpus
 from fedrun.tools.study_file import OF_A_TABLE, Study, notes, read
 from fedrun.tools.study_process import handling_signals
 from fedrun.tools.study_queue import Member, Stopped, run_all
+from fedrun.tools.study_records import RECORDS, take_records
 from fedrun.tools.study_runs import loss_halves
 from fedrun.tools.study_table import write
 
@@ -288,6 +290,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--scale", metavar="NAME", help="one of the scales in FILE")
     parser.add_argument("--settings", metavar="NAME,NAME",
                         help="these settings of FILE alone, with the reference among them")
+    parser.add_argument("--recorded", action="store_true",
+                        help=f"do not repeat the runs that {RECORDS} in the study's folder lists, "
+                             "of an earlier machine or of others; to repeat one, remove its line")
     parser.add_argument("--so_far", action="store_true",
                         help="write the table and figures of the runs that are finished, and exit, "
                              "also while others go on")
@@ -302,7 +307,7 @@ def main(argv: Sequence[str]) -> int:
     given = vars(parser.parse_intermixed_args(argv))
     path, results = given.pop("file"), given.pop("results")
     dry_run, print_config = given.pop("dry_run"), given.pop("print_config")
-    partly = given.pop("so_far")
+    partly, recorded = given.pop("so_far"), given.pop("recorded")
     print_run_dir = given.pop("print_run_dir")
     overrides = {name: value for name, value in given.items() if value is not None}
     study, launch = read(path, results, overrides), detect(os.environ)
@@ -315,6 +320,8 @@ def main(argv: Sequence[str]) -> int:
     if print_config:
         print(yaml.safe_dump(study.to_dict(), sort_keys=False), end="")
         return 0
+    if recorded and (taken := take_records(study.folder)):
+        log(f"{taken} finished runs of {study.folder / RECORDS} are not repeated")
     if partly:
         publish(so_far(study))
         return 0

@@ -40,6 +40,7 @@ from fedrun.library.training import train
 from fedrun.records.outcome import START_VARIABLE, read_outcome
 from fedrun.strategies.plugins import LOADED
 from fedrun.tools.study_devices import VISIBLE
+from fedrun.tools.study_records import FAILED
 
 FLAG = "--child"  # of `fedrun study`: not for users; torchrun must not take it for one of its own
 CONFIG, ERROR = "config.json", "error.txt"
@@ -187,7 +188,7 @@ def start(config: RunConfig, gpus: str | None, children: Children) -> None:
     code, line = children.run(config, gpus, token)
     failed = (read_outcome(run.folder).get("start"), run.outcome) == (token, "failed")
     if failed and run.diverged:
-        (run.folder / "failed.txt").write_text(f"{run.reason}\n", encoding="utf-8")
+        (run.folder / FAILED).write_text(f"{run.reason}\n", encoding="utf-8")
     elif children.stopped_by:
         return
     elif code < 0:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from fedrun.common.errors import InputError, one_line
 from fedrun.common.files import DamagedFile, read_json
@@ -20,6 +20,7 @@ from fedrun.data.text_options import TextOptions
 from fedrun.library.opened_run import Run
 from fedrun.records.provenance import INPUT_DIGESTS, corpus_digests, differing_settings
 from fedrun.records.run_dir import ENVIRONMENT
+from fedrun.tools.study_records import FAILED, PARAMETERS, count_parameters
 
 
 def loss_halves(config: RunConfig) -> list[float] | None:
@@ -40,7 +41,7 @@ def loss_halves(config: RunConfig) -> list[float] | None:
     if differences:
         raise InputError(f"study: {folder} holds a run with another {', '.join(differences)}; "
                          "remove it, or give the study another name")
-    if (folder / "failed.txt").exists():
+    if (folder / FAILED).exists():
         return [math.inf, math.inf]
     if run.outcome != "finished":
         return None
@@ -63,9 +64,9 @@ def history(config: RunConfig) -> list[dict[str, Any]]:
 def parameters(config: RunConfig) -> int:
     """The number of parameters of a finished run's model, tied ones once. ValueError if its file is
     damaged."""
-    with _naming_damage(), safe_open(config.run_dir / "model.safetensors", "numpy") as model:
-        names: list[str] = model.keys()
-        return sum(math.prod(model.get_slice(name).get_shape()) for name in names)
+    with _naming_damage():
+        recorded = read_json(config.run_dir / ENVIRONMENT, dict).get(PARAMETERS)
+        return count_parameters(config.run_dir) if recorded is None else int(number(recorded))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from fedrun.common.files import finite, write_atomic, write_json
 from fedrun.common.perplexity import perplexity
 from fedrun.records.schema import HELD_OUT, SITE_VAL_PPL, read_field
 from fedrun.tools.study_file import Study
+from fedrun.tools.study_records import write_records
 from fedrun.tools.study_runs import history, loss_halves, number, parameters
 from fedrun.tools.study_setting import Point, StudySetting
 
@@ -144,8 +145,8 @@ def _rounded(value: float | None, unit: str = "") -> str:
 
 
 def write(study: Study) -> None:
-    """Write table.json, table.md, and histories.json: the histories of each setting's runs at its
-    best point."""
+    """Write table.json, table.md, histories.json, which has the histories of each setting's runs at
+    its best point, and runs.jsonl."""
     rows = table(study)
     curves = {}
     for setting in study.settings.values():
@@ -160,6 +161,7 @@ def write(study: Study) -> None:
     write_atomic(study.folder / "histories.json",
                 (json.dumps(finite(curves), allow_nan=False) + "\n").encode())
     write_atomic(study.folder / "table.md", markdown(study, rows).encode())
+    write_records(study.folder)
 
 
 def _shown(point: Point) -> str:

@@ -128,6 +128,31 @@ def test_a_whole_study_and_its_resumption(tmp_path: Path, cache_dir: Path,
     with pytest.raises(ValueError, match="another sequence_length"):
         study.main([*argv, "--sequence_length", "16"])
 
+    # What it has recorded makes the same table elsewhere, without a run.
+    there = tmp_path / "elsewhere" / "little"
+    there.mkdir(parents=True)
+    records = (tmp_path / "little" / "runs.jsonl").read_text().splitlines()
+    (there / "runs.jsonl").write_text("\n".join(records) + "\n")
+    argv[-1] = str(there.parent)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(study_queue, "start", None)
+        assert study.main([*argv, "--recorded"]) == 0
+    for name in ("table.md", "table.json", "runs.jsonl"):
+        assert (there / name).read_bytes() == (tmp_path / "little" / name).read_bytes(), name
+    # A run whose line is removed is repeated, and nothing else.
+    shutil.rmtree(there / "runs")
+    (there / "runs.jsonl").write_text("\n".join(records[1:]) + "\n")
+    capsys.readouterr()
+    assert study.main([*argv, "--recorded"]) == 0
+    assert capsys.readouterr().out.count(" s  val ppl") == 1
+    repeated = (there / "runs.jsonl").read_text().splitlines()
+    assert repeated[1:] == records[1:]
+    assert json.loads(repeated[0])["run"] == json.loads(records[0])["run"]
+    for line in ('{"run": "../away"}', '{"run": "it", "config.json": 3}', "[]", "{"):
+        (there / "runs.jsonl").write_text(f"{records[0]}\n{line}\n")
+        with pytest.raises(ValueError, match=r"runs\.jsonl, line 2: is not a run of a study"):
+            study.main([*argv, "--recorded"])
+
 
 def test_the_better_of_two_references_and_the_table_of_what_is_finished(
         tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch,

@@ -28,6 +28,7 @@ from fedrun.model.transformers_lm import TransformersLM, build
 from fedrun.training.muon import COEFFICIENTS, ITERATIONS, orthogonalise
 from fedrun.training.optimizer import LocalOptimizer
 from fedrun.training.params import FlatParams
+from tests.support.runs import Run
 
 LR, DECAY, CLIP = 1e-2, 0.1, 2.0
 A, B, C = COEFFICIENTS
@@ -215,3 +216,22 @@ def test_where_it_does_not_fit_it_is_refused(method: str, flags: dict[str, Any],
                                              ) -> None:
     with pytest.raises(InputError, match=message):
         resolve(method, {"local_optimizer": "muon", **flags})
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_runs_have_the_same_bits_in_any_world_and_with_clients_on_disk(run: Run) -> None:
+    flags = ("fed_avg", "--num_clients", 4, "--local_updates", 2, "--rounds", 4, "--grad_clip", 1,
+             "--local_optimizer")
+    alone, adamw = (run(*flags, kind, name=kind) for kind in ("muon", "adamw"))
+    assert alone.code == adamw.code == 0, alone.output + adamw.output
+    for processes, store in ((3, "disk"), (5, "memory")):
+        others = run(*flags, "muon", "--client_store", store, processes=processes, name=store)
+        assert others.code == 0, others.output
+        assert others.bits == alone.bits != adamw.bits
+    assert alone.history[-1]["server_val_loss"] < alone.history[0]["server_val_loss"]
+    size, other = ((done.run_dir / "checkpoints/step_000004/client_0.safetensors").stat().st_size
+                   for done in (alone, adamw))
+    matrices = 4 * sum(t.numel() for name, t in alone.model.items()
+                       if "in_proj" in name or "out_proj" in name)
+    assert other - size == pytest.approx(matrices, abs=64)

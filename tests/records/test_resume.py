@@ -44,8 +44,7 @@ from tests.support.runs import (
     *(pytest.param(*case, marks=pytest.mark.slow) for case in [
         ("central", ("--rounds", 7, "--checkpoint_freq", 2)),
         ("fed_avg", (*FLAGS, "--sync", "epoch", "--epoch_passes", 0.01)),
-        ("fed_fisher", (*FLAGS, "--client_moments", "reset")),
-        ("fed_avg", (*FLAGS, "--local_optimizer", "muon", "--local_updates", 2))]),
+        ("fed_fisher", (*FLAGS, "--client_moments", "reset"))]),
     *(pytest.param(*case, marks=pytest.mark.soak) for case in [
         ("fed_yogi", (*FLAGS, "--sampling", "replacement")),
         ("fed_entropy", FLAGS),

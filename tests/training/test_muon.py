@@ -219,19 +219,20 @@ def test_where_it_does_not_fit_it_is_refused(method: str, flags: dict[str, Any],
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_runs_have_the_same_bits_in_any_world_and_with_clients_on_disk(run: Run) -> None:
-    flags = ("fed_avg", "--num_clients", 4, "--local_updates", 2, "--rounds", 4, "--grad_clip", 1,
-             "--local_optimizer")
-    alone, adamw = (run(*flags, kind, name=kind) for kind in ("muon", "adamw"))
-    assert alone.code == adamw.code == 0, alone.output + adamw.output
-    for processes, store in ((3, "disk"), (5, "memory")):
-        others = run(*flags, "muon", "--client_store", store, processes=processes, name=store)
-        assert others.code == 0, others.output
-        assert others.bits == alone.bits != adamw.bits
-    assert alone.history[-1]["server_val_loss"] < alone.history[0]["server_val_loss"]
-    size, other = ((done.run_dir / "checkpoints/step_000004/client_0.safetensors").stat().st_size
-                   for done in (alone, adamw))
-    matrices = 4 * sum(t.numel() for name, t in alone.model.items()
-                       if "in_proj" in name or "out_proj" in name)
-    assert other - size == pytest.approx(matrices, abs=64)
+@pytest.mark.timeout(400)
+def test_runs_have_the_same_bits_in_any_world_and_after_a_stop(run: Run) -> None:
+    """With clients' states in memory and on disk; of matrices a state has one moment."""
+    flags = ("fed_avg", "--num_clients", 4, "--local_updates", 2, "--grad_clip", 1,
+             "--local_optimizer", "muon", "--rounds")
+    whole = run(*flags, 4, name="whole")
+    assert whole.code == 0, whole.output
+    parts = run(*flags, 2, "--client_store", "disk", processes=5, name="parts")
+    assert parts.code == 0, parts.output
+    parts = run(*flags, 4, processes=3, name="parts")
+    assert "resuming from step 2" in parts.output
+    assert parts.bits == whole.bits
+    assert whole.history[-1]["server_val_loss"] < whole.history[0]["server_val_loss"]
+    size = sum(t.numel() for t in whole.model.values())
+    matrices = sum(t.numel() for name, t in whole.model.items() if "_proj.weight" in name)
+    state = (whole.run_dir / "checkpoints/step_000004/client_0.safetensors").stat().st_size
+    assert 0 < state - 4 * (2 * size - matrices) < 1000

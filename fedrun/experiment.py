@@ -203,8 +203,8 @@ def require_model(config: RunConfig, vocab_size: int, device: torch.device) -> N
     shape = config.model
     try:
         count = parameters_of(shape, shape.rows(vocab_size))
-        require_memory(count, bytes_to_train(config.moments_dtype) if device.type == "cpu"
-                       else BYTES_TO_LOAD, where)
+        needed = bytes_to_train(config.moments_dtype, config.local_optimizer)
+        require_memory(count, needed if device.type == "cpu" else BYTES_TO_LOAD, where)
         require_trainable(shape, vocab_size, config.sequence_length, config.init_from is None)
     except InputError as error:
         if str(error).startswith("--"):

@@ -114,6 +114,12 @@ class FederatedConfig(PrivacySettings, RunConfig):
         require(self.moments_dtype == "fp32" or not self.averaged_moments, "--moments_dtype",
                 self.moments_dtype, f"fp32 with --client_moments {self.client_moments}, which sums "
                 "moments as they are")
+        if self.local_optimizer == "muon":
+            require(not self.averaged_moments, "--client_moments", self.client_moments,
+                    "keep, reset or reset_epoch with --local_optimizer muon, which has no second "
+                    "moment of matrices to average")
+            require(not {"exp_avg", "exp_avg_sq"} & {*self.strategy.inputs}, "--local_optimizer",
+                    "muon", f"adamw for {self.method}, which takes AdamW's moments")
         if self.aggregation == "int8":
             self._check_int8()
         check_client_clip(self)

@@ -46,7 +46,12 @@ class RunConfig:
 
     # ---- optimization
     lr: float = 5e-4
-    """Peak learning rate of AdamW. The first setting to tune."""
+    """Peak learning rate of the local optimizer. The first setting to tune."""
+    local_optimizer: Literal["adamw", "muon"] = "adamw"
+    """What makes the local steps: AdamW, or Muon for the matrices inside the layers and AdamW for
+    all else, embedding and head too (muon). Of an averaged gradient Muon makes all directions about
+    equally long, so that rare ones are learned as well. Its steps are as large as AdamW's, so --lr
+    and --weight_decay serve both; it keeps one moment of a matrix, not two."""
     beta1: float = 0.9
     """AdamW's decay rate for the average of gradients, its first moment."""
     beta2: float = 0.999
@@ -56,7 +61,7 @@ class RunConfig:
     """Type in which AdamW's first moment is kept between steps: bf16 takes 2 bytes a parameter less
     of each client. The second moment stays in fp32, since its steps are too small for bf16."""
     weight_decay: float = 0.01
-    """AdamW's weight decay: each step shrinks the parameters by the learning rate times this."""
+    """Weight decay: each local step shrinks the parameters by the learning rate times this."""
     grad_clip: float | None = None
     """Scale a gradient down to this L2 norm if it is longer; helps when the loss has spikes. none:
     no clipping."""
@@ -186,6 +191,8 @@ class RunConfig:
                 "above the square of --beta1 and below 1 (otherwise AdamW's steps are unbounded)")
         require(self.moments_dtype == "fp32" or self.dtype != "fp64", "--moments_dtype",
                 self.moments_dtype, "fp32 with --dtype fp64")
+        require(self.moments_dtype == "fp32" or self.local_optimizer == "adamw", "--moments_dtype",
+                self.moments_dtype, "fp32 with --local_optimizer muon")
         require(0 <= self.weight_decay < math.inf, "--weight_decay", self.weight_decay, ">= 0")
         require(self.grad_clip is None or self.grad_clip > 0, "--grad_clip", self.grad_clip,
                 "> 0, or none")

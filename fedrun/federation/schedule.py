@@ -11,6 +11,7 @@ from fedrun.common.errors import InputError
 from fedrun.config import FederatedConfig
 from fedrun.data.sites import Sites
 from fedrun.federation.messages import RoundPlan
+from fedrun.model.build import longest_side
 from fedrun.privacy import client_level, example_level
 from fedrun.privacy.shares import spread
 from fedrun.secure import FEWEST_SITES
@@ -49,6 +50,7 @@ class Schedule:
         self.sites = sites
         self.rounds_per_epoch = rounds_per_epoch(config, shard_sizes)
         self.rounds = config.rounds or config.n_epochs * self.rounds_per_epoch
+        self._muon_side = longest_side(config.model) if config.local_optimizer == "muon" else 0
         self.noise = 0.0
         """The noise multiplier of --dp."""
         if config.dp == "client":
@@ -71,7 +73,7 @@ class Schedule:
             [self.shard_sizes[k] * length for k in cohort],
             config.local_updates * config.batch_size * (length - 1))
         bound = update_bound(drift * config.local_updates, config.lr, config.weight_decay,
-                             config.beta1, config.beta2)
+                             config.beta1, config.beta2, self._muon_side)
         if config.dp == "client":
             assert config.dp_clip is not None
             weights = [1 / len(cohort)] * len(cohort)

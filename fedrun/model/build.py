@@ -86,6 +86,16 @@ def longest_sequence(shape: ModelShape) -> int | None:
     return None
 
 
+def longest_side(shape: ModelShape) -> int:
+    """The longest side of the matrices inside the layers (see ParameterNames); 0 without any."""
+    if isinstance(shape, TransformersShape):
+        from fedrun.model import transformers_lm
+        matrices = transformers_lm.matrices_of(transformers_lm.outline(shape, 8))
+        return max((max(m.shape) for m in matrices.values()), default=0)
+    assert isinstance(shape, ModelConfig)
+    return shape.projected
+
+
 def require_positions(shape: ModelShape, sequence_length: int) -> None:
     """Raise InputError if sequences are longer than a model of this shape was made for."""
     most = longest_sequence(shape)

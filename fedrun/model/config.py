@@ -104,14 +104,19 @@ class ModelConfig(ModelShape):
         """Rows of the embedding, padding included."""
         return -(-vocab_size // self.pad_vocab_multiple) * self.pad_vocab_multiple
 
+    @property
+    def projected(self) -> int:
+        """What a block's in_proj makes of a token: the longest side of its matrices."""
+        inner = self.expand * self.d_model
+        return 2 * inner + 2 * self.ngroups * self.d_state + inner // self.headdim
+
     def parameters(self, rows: int) -> int:
         """Number of parameters of a model whose embedding has `rows` rows."""
         inner = self.expand * self.d_model
         heads = inner // self.headdim
         conv = inner + 2 * self.ngroups * self.d_state
-        projected = inner + conv + heads
-        block = (self.d_model * projected + inner * self.d_model  # in_proj, out_proj
-                 + (projected + self.d_model) * self.proj_bias + conv * (self.d_conv
+        block = (self.d_model * self.projected + inner * self.d_model  # in_proj, out_proj
+                 + (self.projected + self.d_model) * self.proj_bias + conv * (self.d_conv
                                                                         + self.conv_bias)
                  + 3 * heads + inner + self.d_model)  # dt_bias, A_log, D; two norms
         return (2 - self.tie_embeddings) * rows * self.d_model + self.n_layer * block + self.d_model

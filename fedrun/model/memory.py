@@ -11,9 +11,9 @@ from fedrun.common.errors import InputError
 BYTES_TO_LOAD = 4  # per parameter: float32
 
 
-def bytes_to_train(moments_dtype: str) -> int:
-    """Bytes per parameter: with its gradient and AdamW's two moments."""
-    return {"fp32": 16, "bf16": 14}[moments_dtype]
+def bytes_to_train(moments_dtype: str, local_optimizer: str) -> int:
+    """Bytes per parameter at least: with its gradient and AdamW's two moments, or Muon's one."""
+    return 12 if local_optimizer == "muon" else {"fp32": 16, "bf16": 14}[moments_dtype]
 
 
 def require_memory(count: int, bytes_per_parameter: int, where: str) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 EMBEDDING = "backbone.embedding.weight"
 LM_HEAD = "lm_head.weight"
 _MIXER = ".mixer."
+_MATRICES = "in_proj.weight", "out_proj.weight"
 _TRACKED = {"in_proj.weight": "in_proj", "A_log": "A_log", "D": "D", "dt_bias": "dt_bias"}
 
 
@@ -20,6 +21,9 @@ class ParameterNames:
     """Those whose values and changes a run saves in its evaluated steps -> their names there."""
     mixers: frozenset[str] = frozenset()
     """Those of sequence mixers, for --fisher_scope mixers."""
+    matrices: frozenset[str] = frozenset()
+    """The 2-dimensional weights inside the layers, which are neither embedding nor head: those that
+    --local_optimizer muon updates by Muon."""
     tied: str | None = None
     """The one that is both the embedding and the head; None if each has its own."""
 
@@ -30,12 +34,15 @@ def mamba2_names(names: Iterable[str]) -> ParameterNames:
     Tracked are in_proj, A_log, D and dt_bias of every layer, under names such as
     `layers.0.in_proj`.
     """
-    given, tracked, mixers = list(names), {}, set[str]()
+    given, tracked, mixers, matrices = list(names), {}, set[str](), set[str]()
     for name in given:
         block, in_mixer, parameter = name.partition(_MIXER)
         if in_mixer:
             mixers.add(name)
+            if parameter in _MATRICES:
+                matrices.add(name)
             if parameter in _TRACKED:
                 layer = block.rpartition("layers.")[2]
                 tracked[name] = f"layers.{layer}.{_TRACKED[parameter]}"
-    return ParameterNames(tracked, frozenset(mixers), None if LM_HEAD in given else EMBEDDING)
+    return ParameterNames(tracked, frozenset(mixers), frozenset(matrices),
+                          None if LM_HEAD in given else EMBEDDING)

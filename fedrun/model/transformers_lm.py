@@ -82,7 +82,8 @@ class TransformersLM:
         weight = getattr(inner, "weight", None)
         tied = [name for name, p in self.named_parameters()
                 if p is weight and p is getattr(outer, "weight", None)]
-        return ParameterNames(tied=tied[0] if tied else None)
+        return ParameterNames(matrices=frozenset(matrices_of(self.lm)),
+                              tied=tied[0] if tied else None)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """All parameters by the library's names; of a tied weight's names the first."""
@@ -245,6 +246,16 @@ def embedding_name(shape: TransformersShape) -> str:
     lm = outline(shape, 8)
     weight = lm.get_input_embeddings().weight
     return next(str(name) for name, p in lm.named_parameters() if p is weight)
+
+
+def matrices_of(lm: Any) -> dict[str, nn.Parameter]:
+    """The 2-dimensional weights of modules that are neither embedding nor head, by name."""
+    head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings().weight
+    found = {f"{name}.weight": getattr(module, "weight", None)
+             for name, module in lm.named_modules()
+             if module is not head and not isinstance(module, nn.Embedding)}
+    return {name: weight for name, weight in found.items() if isinstance(weight, nn.Parameter)
+            and weight.ndim == 2 and weight is not embedding}
 
 
 def parameters_of(shape: TransformersShape, rows: int) -> int:

@@ -31,6 +31,12 @@ def adamw_ratio(beta1: float, beta2: float, steps: float = math.inf) -> float:
     return (1 - beta1) / math.sqrt((1 - beta2) * (1 - ratio)) * math.sqrt(1 - ratio**steps)
 
 
+def muon_scale(side: int) -> float:
+    """What multiplies Muon's step of a matrix with this longer side: so the root mean square of its
+    elements is about 0.2 for any shape, as AdamW's is (Liu et al. 2025, arXiv:2502.16982)."""
+    return 0.2 * math.sqrt(side)
+
+
 @dataclass(frozen=True)
 class BoundExponents:
     """The largest element of a vector, as exponents of three quantities known before training: how
@@ -178,7 +184,8 @@ class Strategy:
             # its own model is the global one of before the round.
             for flag, value in {"local_updates": 1, "client_moments": "keep", "sync": "round",
                                 "prox_mu": 0, "grad_clip": None, "moments_dtype": "fp32",
-                                "eval_clients": False, "save_client_deltas": False}.items():
+                                "local_optimizer": "adamw", "eval_clients": False,
+                                "save_client_deltas": False}.items():
                 require(getattr(config, flag) == value, f"--{flag}", getattr(config, flag),
                         f"{value} for {config.method}".lower())
         if "fisher" in self.inputs and self.fisher_settings.estimate == "corrected":

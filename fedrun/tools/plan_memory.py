@@ -38,7 +38,7 @@ from fedrun.training.fisher import FisherEstimate
 from fedrun.training.optimizer import LocalOptimizer
 from fedrun.training.params import FlatParams
 
-PARAMETERS, GRADIENTS, MOMENTS = "parameters", "gradients", "AdamW's moments"
+PARAMETERS, GRADIENTS, MOMENTS = "parameters", "gradients", "optimizer's moments"
 GLOBAL_MODEL, SERVERS, AVERAGED = "global model", "the server's own vectors", "averaged moments"
 BUFFER, SCRATCH, FISHER = "sum buffer", "scratch slices", "Fisher information"
 UPDATES = "updates of single clients"
@@ -107,7 +107,9 @@ class Worker:
     kept: dict[str, Tensor]
     """The global state."""
     flop: int
-    """Of a local step of one client."""
+    """Of the gradients of a local step of one client."""
+    muon_flop: int
+    """Of the step's other products: Muon's of all matrices."""
 
     @property
     def parameter_bytes(self) -> int:
@@ -190,10 +192,11 @@ class _Trained:
 
 
 class _Resting(LocalOptimizer):
-    """Makes no step: those on a CPU take slices alone, hundreds of thousands of large models."""
+    """Makes no step: AdamW's on a CPU take slices alone, hundreds of thousands of large models."""
 
     def update(self, rate: float | Tensor) -> None:
-        pass
+        if self.muon:
+            super().update(rate)
 
 
 def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None = None
@@ -235,6 +238,7 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
                 client.train(model, 2, 0, anchor=state.model, prox_mu=config.prox_mu, fisher=fisher)
             else:
                 client.gradient(model)
+        muon_flop = count.flop  # a counted gradient is not computed again
         with count.item(OWN):
             if config.sync == "epoch":
                 client.keep_parameters()
@@ -245,7 +249,7 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
         count.besides(evaluated.items)
     steps = 2 if strategy.trains else 1
     return Worker(flat, aggregator, +count.peak, dict(client.state()), state.named(),
-                  model.flop // steps)
+                  model.flop // steps, muon_flop // steps)
 
 
 def _sequences(config: FederatedConfig) -> set[int]:

@@ -190,7 +190,7 @@ def _rounds(config: FederatedConfig, text: Text) -> tuple[int, bool]:
 def _time(config: FederatedConfig, text: Text, layout: Layout, found: Worker, seconds: Seconds,
           rounds: int | None) -> Iterator[str]:
     yield f"  {seconds.how}"
-    yield _row("a local step", arithmetic(found.flop), duration(seconds.step))
+    yield _row("a local step", arithmetic(found.flop + found.muon_flop), duration(seconds.step))
     one = seconds.of_round(config, layout)
     tokens = config.cohort_size * config.local_updates * config.batch_size * config.sequence_length
     yield _row("a round", f"{tokens:,} tokens", duration(one))

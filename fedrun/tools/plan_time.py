@@ -68,7 +68,8 @@ def published(config: FederatedConfig, found: Worker, layout: Layout, sent: floa
     products = rates.bf16 if config.dtype == "bf16" else rates.fp32
     wire = 2 * (layout.workers - 1) / layout.workers * sent / LINK
     return Seconds(
-        found.flop / (products * UTILISATION) + ADAMW_BYTES * size / rates.memory,
+        found.flop / (products * UTILISATION) + found.muon_flop / (rates.fp32 * UTILISATION)
+        + ADAMW_BYTES * size / rates.memory,
         TERM_BYTES * size / rates.memory, wire, None,
         f"NOT MEASURED: from {name}'s published {products / 1e12:g} TFLOP/s in {config.dtype}, of "
         f"which {UTILISATION:.0%} are assumed, its {rates.memory / 1e12:g} TB/s of memory, and "
@@ -84,7 +85,8 @@ def measured(config: FederatedConfig, vocab_size: int, found: Worker, device: to
         assert isinstance(config.model, ModelConfig)
         tried = dataclasses.replace(config, model=dataclasses.replace(config.model, n_layer=1),
                                     batch_size=1, micro_batch=None)
-        scale = found.flop / gradient(tried, vocab_size, 1, device.type == "cuda").flop
+        one = gradient(tried, vocab_size, 1, device.type == "cuda").flop
+        scale = (found.flop + found.muon_flop) / (one + found.muon_flop / config.model.n_layer)
         how += f" on 1 of {config.model.n_layer} layers and 1 sequence, and scaled by FLOP"
     shape = measure(_experiment(tried, vocab_size), device)
     # Fisher information of single sequences and parts computes as many gradients.

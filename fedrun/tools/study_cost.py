@@ -87,7 +87,7 @@ def estimate(configs: Iterable[RunConfig], workers: int = 1) -> Cost:
         experiment = lengths[key]
         shape_key = _key([config.to_dict()[name] for name in (
             "model", "init_from", "tokenizer", "dataset", "batch_size", "sequence_length", "dtype",
-            "device", "threads")])
+            "device", "threads", "local_optimizer")])
         if shape_key not in shapes:
             shapes[shape_key] = measure(experiment, device)
         steps, updates, in_turn = experiment.length.steps, 1, 1

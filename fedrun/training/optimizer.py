@@ -1,10 +1,12 @@
-"""The local optimizer: AdamW on the flat vector, its schedule, and saving and loading its moments.
+"""The local optimizer on the flat vector, its schedule, and saving and loading its moments.
+
+AdamW, or with --local_optimizer muon Muon for matrices and AdamW for all between them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch.optim.adamw import adamw
 
 from fedrun.config import RunConfig
 from fedrun.strategies.base import ADAMW_EPS, adamw_ratio
+from fedrun.training.muon import muon_step
 from fedrun.training.params import FlatParams
 
 ADAMW_IMPLEMENTATION: dict[str, Any] = {"fused": True}
@@ -34,8 +37,20 @@ def scheduled_lr(config: RunConfig, step: int, steps: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
+def between(flat: FlatParams) -> Iterator[slice]:
+    """What is not in `flat.matrices`, as slices of the vector."""
+    start = 0
+    for part in flat.matrices:
+        if part.start > start:
+            yield slice(start, part.start)
+        start = part.stop
+    if start < flat.size:
+        yield slice(start, flat.size)
+
+
 class LocalOptimizer:
-    """AdamW (Loshchilov & Hutter 2019) on all parameters of a worker's model.
+    """AdamW (Loshchilov & Hutter 2019) on all parameters of a worker's model, or with
+    --local_optimizer muon on all but `flat.matrices`, which Muon updates.
 
     Uses torch's functional form: constructing an optimizer class imports torch's compiler, which
     takes longer than the rest of a process's start.
@@ -47,9 +62,13 @@ class LocalOptimizer:
         self.flat = flat
         self.config = config
         self.total_steps = total_steps
+        self.muon = config.local_optimizer == "muon"
+        self._between = list(between(flat)) if self.muon else [slice(0, flat.size)]
+        """What AdamW updates."""
         self.state: dict[str, Tensor] = {}
         """`step` (0-dim), `exp_avg` and `exp_avg_sq` (size,); empty before the first step. Of the
-        parameters' type, but for `exp_avg` with --moments_dtype bf16."""
+        parameters' type, but for `exp_avg` with --moments_dtype bf16. With Muon, `exp_avg` has its
+        momentum where matrices are, and `exp_avg_sq` only what is between them, without gaps."""
         self._moment = torch.bfloat16 if config.moments_dtype == "bf16" else flat.vector.dtype
         # A CUDA graph of `update` reads the rate from this memory; a number, it would repeat.
         self._rate = torch.zeros((), device=flat.vector.device) if flat.vector.is_cuda else None
@@ -65,10 +84,10 @@ class LocalOptimizer:
             tensor.zero_()
 
     def _create_state(self) -> None:
-        vector = self.flat.vector
+        vector, squares = self.flat.vector, sum(part.stop - part.start for part in self._between)
         self.state = {"step": torch.zeros((), device=vector.device),
                       "exp_avg": torch.zeros_like(vector, dtype=self._moment),
-                      "exp_avg_sq": torch.zeros_like(vector)}
+                      "exp_avg_sq": vector.new_zeros(squares)}
 
     def step(self, number: int) -> None:
         """Update the parameters with flat.grad. number: of the step in the run, from 0."""
@@ -85,7 +104,9 @@ class LocalOptimizer:
         if config.grad_clip is not None:
             norm = torch.linalg.vector_norm(self.flat.grad)
             self.flat.grad.mul_((config.grad_clip / (norm + 1e-6)).clamp_(max=1.0))
-        if self._moment == self.flat.vector.dtype:
+        if self.muon:
+            self._update_with_muon(rate)
+        elif self._moment == self.flat.vector.dtype:
             self._adamw(rate, self.flat.vector, self.flat.grad, self.state["exp_avg"],
                         self.state["exp_avg_sq"], self.state["step"])
         else:
@@ -97,6 +118,19 @@ class LocalOptimizer:
         adamw([vector], [grad], [m], [v], [], [step], **ADAMW_IMPLEMENTATION, lr=rate,
               beta1=config.beta1, beta2=config.beta2, eps=ADAMW_EPS,
               weight_decay=config.weight_decay, amsgrad=False, maximize=False)
+
+    def _update_with_muon(self, rate: float | Tensor) -> None:
+        flat, moment, squares = self.flat, self.state["exp_avg"], self.state["exp_avg_sq"]
+        for place in flat.matrices:
+            matrix, grad, momentum = (vector[place.start:place.stop].view(place.shape)
+                                      for vector in (flat.vector, flat.grad, moment))
+            muon_step(matrix, grad, momentum, rate, self.config.weight_decay)
+        before, done = self.state["step"].clone(), 0
+        for part in self._between:
+            size = part.stop - part.start
+            self._adamw(rate, flat.vector[part], flat.grad[part], moment[part],
+                        squares[done:done + size], self.state["step"].copy_(before))
+            done += size
 
     def _update_in_slices(self, rate: float | Tensor) -> None:
         """The same with the first moment in bf16: a slice at a time is widened, updated, rounded,

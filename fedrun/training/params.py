@@ -31,7 +31,8 @@ class FlatParams:
 
     The model works as before, on views. Names are sorted, so that all ranks that build the same
     model agree on the layout. A tied weight has one slice, under the first of its names. All
-    parameters must have the same type and device. `names` are the model's.
+    parameters must have the same type and device. `names` are the model's; `matrices` are the
+    slices of those that it names so.
     """
 
     def __init__(self, model: Model | nn.Module) -> None:
@@ -43,6 +44,7 @@ class FlatParams:
             self.slices.append(ParamSlice(name, start, start + p.numel(), p.shape))
             start += p.numel()
         self.size = start
+        self.matrices = [part for part in self.slices if part.name in self.names.matrices]
         first = parameters[0][1]
         self.vector = torch.empty(self.size, dtype=first.dtype, device=first.device)
         self.grad = torch.zeros_like(self.vector)

@@ -102,6 +102,7 @@ def test_what_the_shards_do_not_allow_is_refused_before_anything_is_overwritten(
     ("diloco", {"prox_mu": 0.1, "local_updates": 3, "client_store": "disk"}),
     *(pytest.param("fed_avg", flags, marks=pytest.mark.soak) for flags in (
         {"client_moments": "average", "eval_clients": True}, {"moments_dtype": "bf16"},
+        {"local_optimizer": "muon"},
         {"sync": "epoch", "cohort": None, "client_moments": "reset_epoch"}))])
 def test_other_methods_go_with_it_and_repeat(method: str, flags: dict[str, Any], tmp_path: Path,
                                              cache_dir: Path) -> None:

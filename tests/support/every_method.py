@@ -15,6 +15,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "average": ("fed_avg", "--client_moments", "average", "--prox_mu", "0.5", "--grad_clip", "1"),
     "average_sqrt": ("fed_avg", "--client_moments", "average_sqrt", "--moments_every", "2,3",
                      "--grad_clip", "1"),
+    "muon": ("fed_avg", "--local_optimizer", "muon", "--grad_clip", "1"),
     "clipped": ("fed_avg", "--client_clip", "median"),
     "fed_momentum": ("fed_momentum",),
     "diloco": ("diloco", "--warmup", "2", "--lr_schedule", "cosine"),

@@ -63,6 +63,7 @@ def _fresh_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 CASES = [("fed_avg", {}), ("fed_avg", {"micro_batch": 1, "checkpoint_activations": True}),
          ("fed_avg", {"moments_dtype": "bf16", "prox_mu": 0.1}),
+         ("fed_avg", {"local_optimizer": "muon"}),
          ("fed_avg", {"aggregation": "int8", "client_moments": "average_sqrt", "grad_clip": 1,
                       "moments_every": "2,1"}),
          ("fed_avg", {"client_moments": "average"}), ("diloco", {"client_moments": "reset"}),

@@ -8,7 +8,7 @@ cancel: if not, it would be one of 0 to the number of sites only by a chance of 
     secure.begin(plan, model)                       # before training
     secure.make_ahead(size, 32)                     # during training, where a core is free
     secure.count(clients)                           # after it: site <-> site
-    aggregator.mask = secure.mask("vector", 32)     # for the sums that follow
+    aggregator.masks = secure.vector_masks(1, 32)   # for the sums that follow
 
 In a simulation of sites there is nobody to hide from, and nothing is masked; a round is refused for
 the same reasons, so that it ends as it would with sites.
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 LARGEST_SHARE = 0.9
 """Of a round's weights, that one site may have: of more, the sum would be nearly its term."""
 COUNT, VECTOR, TAIL, HOLDOUT = "count", "vector", "tail", "holdout"
-"""The masked sums of a round, in this order; the last in evaluated rounds with --site_holdout."""
+"""The masked sums of a round, in this order; the last in evaluated rounds with --site_holdout. A
+method that sums the vectors again has more of the second kind (`vector_masks`)."""
 REFUSED = "refused"
 """In place of the first, from a site that refuses the round."""
 MEMORY_SHARE = 1 / 8
@@ -191,6 +192,12 @@ class SecureSum:
     def _require_enough(self, found: int) -> None:
         if found < FEWEST_SITES:
             raise TooFewSites(f"{found} sites have a finite update; a sum needs {FEWEST_SITES}")
+
+    def vector_masks(self, sums: int, bits: int) -> list[Mask | None]:
+        """This site's masks for this many sums of vectors in the round, each of a name of its own.
+        """
+        return [self.mask(VECTOR if number == 1 else f"{VECTOR} {number}", bits)
+                for number in range(1, sums + 1)]
 
     def mask(self, name: str, bits: int) -> Mask | None:
         """This site's mask for one of the round's sums, of integers of 32 or 64 bits; None where

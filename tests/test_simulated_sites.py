@@ -24,6 +24,7 @@ from fedrun.strategies import STRATEGIES
 from fedrun.strategies.robust import Robust
 from tests.support.runs import CORPUS, FAULTY, Run, assert_equal, fault, without_clocks
 from tests.support.site_files import THREE, sites_file, sites_of, texts_of
+from tests.support.sites import NAMES
 
 FLAGS = ("--rounds", 4, "--checkpoint_freq", 2, "--cohort", 4)
 
@@ -206,6 +207,26 @@ def test_a_secure_sum_needs_three_sites(count: int, tmp_path: Path) -> None:
         return
     with pytest.raises(InputError, match=f"--secure_sum true: must be false with the {count} "):
         resolve("fed_avg", flags)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_several_sums_of_the_same_updates_need_more_sites(steps: int, tmp_path: Path) -> None:
+    """And every round has clients of so many."""
+    dealing = {name: {"clients": 2} for name in NAMES[:4]}
+    flags = {"sites": str(sites_file(tmp_path, dealing)), "secure_sum": True, "rounds": 50,
+             "weiszfeld_steps": steps}
+    if steps == 3:
+        with pytest.raises(InputError, match=r"--secure_sum true: must be false with the 4 sites.*"
+                           r"at least 5 have to be in the 3 sums of fed_geometric_median"):
+            resolve("fed_geometric_median", flags)
+        return
+    with pytest.raises(InputError, match=f"--cohort {steps + 1}: must be at least {steps + 2} "):
+        resolve("fed_geometric_median", flags | {"cohort": steps + 1})
+    config = resolve("fed_geometric_median", flags | {"cohort": steps + 2})
+    assert isinstance(config, FederatedConfig)
+    sites = sites_of(dealing)
+    schedule = Schedule(config, [8] * sites.num_clients, sites)
+    assert {owners(sites, schedule.cohort(n)) for n in range(1, 51)} == {steps + 2}
 
 
 def test_the_number_of_clients_is_that_of_the_file(tmp_path: Path) -> None:

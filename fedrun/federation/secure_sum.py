@@ -33,7 +33,7 @@ from fedrun.federation.messages import RoundPlan
 from fedrun.federation.schedule import Schedule
 from fedrun.federation.site_keys import JournalRefused, RoundRefused
 from fedrun.model.memory import machine_memory
-from fedrun.secure import FEWEST_SITES
+from fedrun.secure import fewest_sites
 from fedrun.strategies.base import ClientReport
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ class SecureSum:
         plane.masked = leader is not None
         self._reference = config.strategy.first_entropy_reference(vocab_size, config.cohort_size)
         self._processes = processes
+        self._fewest = fewest_sites(config.strategy.reweighted)
         self._round = done
         self._plan: RoundPlan | None = None
 
@@ -131,9 +132,9 @@ class SecureSum:
         for client, weight in zip(plan.cohort, plan.weights, strict=True):
             owner = self.sites.site_of(client)
             shares[owner] = shares.get(owner, 0.0) + weight
-        if len(shares) < FEWEST_SITES:
+        if len(shares) < self._fewest:
             raise PlanRefused(f"round {plan.round}: its clients are of {len(shares)} sites "
-                              f"({', '.join(shares)}); must be of {FEWEST_SITES} at least")
+                              f"({', '.join(shares)}); must be of {self._fewest} at least")
         largest = max(shares, key=lambda name: shares[name])
         share = shares[largest] / math.fsum(plan.weights)
         if share > LARGEST_SHARE:
@@ -173,7 +174,8 @@ class SecureSum:
         if self.leader is not None:
             try:
                 self.leader.record(self._plan,
-                                   (self._plan.round - 1) * self.config.local_updates)
+                                   (self._plan.round - 1) * self.config.local_updates,
+                                   self.config.strategy.reweighted)
                 mask = self.mask(COUNT, 64)
             except JournalRefused as error:
                 # The others wait for a word. Under another mask nothing cancels, and if all refuse
@@ -190,8 +192,8 @@ class SecureSum:
         self._require_enough(found)
 
     def _require_enough(self, found: int) -> None:
-        if found < FEWEST_SITES:
-            raise TooFewSites(f"{found} sites have a finite update; a sum needs {FEWEST_SITES}")
+        if found < self._fewest:
+            raise TooFewSites(f"{found} sites have a finite update; a sum needs {self._fewest}")
 
     def vector_masks(self, sums: int, bits: int) -> list[Mask | None]:
         """This site's masks for this many sums of vectors in the round, each of a name of its own.

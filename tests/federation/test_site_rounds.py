@@ -35,6 +35,13 @@ def test_masked_sums_are_the_plain_ones(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_masked_sums_of_the_same_updates_are_the_plain_ones(tmp_path: Path) -> None:
+    """Several a round, between five workers of as many sites."""
+    run_cases(tmp_path, 6, ["three_steps:5:none:gloo", "two_steps:5:4:gloo"], 500)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_masked_sums_are_the_plain_ones_in_every_way(tmp_path: Path) -> None:
     """Every method twice, with two workers at some sites, which share memory or do not: with all
     clients or a cohort, at three sites or five."""

@@ -153,6 +153,20 @@ def test_from_python(given: list[str], run_here: Run, little_text: tuple[str, ..
         fedrun.train("fed_avg", sites=path, **flags)
 
 
+def test_a_method_that_weighs_clients_anew_tells_nothing_of_one(given: list[str], run_here: Run
+                                                               ) -> None:
+    outcome = run_here("fed_geometric_median", *given, "--rounds", 2, "--weiszfeld_steps", 1,
+                       "--secure_sum")
+    assert outcome.code == 0, outcome.output
+    for record in outcome.history:
+        # A cosine would be one by the planned weights, which the sum does not have.
+        assert not {"client_used", "client_weights", "update_cosine"} & record.keys()
+        assert record["step_norm"] > 0
+    assert not any("clients" in event for event in outcome.events if event["event"] == "round")
+    page = (outcome.run_dir / "privacy.md").read_text(encoding="utf-8")
+    assert "--weiszfeld_steps 1`, all learn so many sums" in page
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("method", "argv", "message"), [

@@ -70,11 +70,11 @@ With `--client_clip` all learn besides, of each round, how many clients had a lo
 """
 
 REWEIGHTED = """\
-With `{method}` a round makes {sums} sums of the same updates, with the weights that clients work
-out from the sum before; all learn each of these and the sum of its weights. Two sites are then too
-few for the second assumption below: at least {others} must not share what they know with the
-adversary, whom as many sums of fewer sites' updates could show single ones. Every round has clients
-of {fewest} sites at least.
+With `{method}` and `--weiszfeld_steps {sums}`, all learn so many sums of the same updates in each
+round, with weights that each client works out from its update and the sum before, and the sums of
+these weights. So many sums of as few sites' updates could show single ones: for the second
+assumption below, at least {others} sites must not share what they know with the adversary. Every
+round has clients of {fewest} sites at least.
 """
 
 CLAIMS = {"none": CLAIM, "client": SHARED_CLAIM, "example": EXAMPLE_CLAIM}

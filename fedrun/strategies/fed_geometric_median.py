@@ -10,8 +10,9 @@ where hostile clients have less than half of the weights w_k.
 
 Each step is a weighted mean, whose weights every client works out for itself from its update and
 the mean before, so sums over the clients are all that it needs. nu is SMOOTHING of the longest
-update of a round (its bound in every element), and depends on nothing that clients send. Updates of
-AdamW have some hundredths of that length, so nu matters to those that all but agree with the mean.
+update of a round (its bound in every element), and depends on nothing that clients send. With the
+usual betas that is a five hundredth of an update whose elements all move by --lr at every step, so
+nu matters to those that all but agree with the mean, and where the learning rate falls far below.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ def test_several_sums_of_the_same_updates_hide_among_more_sites(tmp_path: Path, 
                              method="fed_geometric_median")
     write_privacy(cast(FederatedConfig, config), real=True, demonstration=False)
     page = words((tmp_path / run_files.PRIVACY).read_text(encoding="utf-8"))
-    assert f"`fed_geometric_median` a round makes {steps} sums of the same updates" in page
-    assert f"at least {others} must not share what they know" in page
+    assert f"`fed_geometric_median` and `--weiszfeld_steps {steps}`, all learn so many sums" in page
+    assert f"at least {others} sites must not share what they know" in page
     assert f"clients of {fewest} sites at least" in page
     assert words(CLAIM) in page
 

@@ -24,6 +24,7 @@ from fedrun.strategies import STRATEGIES
 from fedrun.strategies.robust import Robust
 from tests.support.runs import CORPUS, FAULTY, Run, assert_equal, fault, without_clocks
 from tests.support.site_files import THREE, sites_file, sites_of, texts_of
+from tests.support.sites import NAMES
 
 FLAGS = ("--rounds", 4, "--checkpoint_freq", 2, "--cohort", 4)
 
@@ -152,6 +153,20 @@ def test_from_python(given: list[str], run_here: Run, little_text: tuple[str, ..
         fedrun.train("fed_avg", sites=path, **flags)
 
 
+def test_a_method_that_weighs_clients_anew_tells_nothing_of_one(given: list[str], run_here: Run
+                                                               ) -> None:
+    outcome = run_here("fed_geometric_median", *given, "--rounds", 2, "--weiszfeld_steps", 1,
+                       "--secure_sum")
+    assert outcome.code == 0, outcome.output
+    for record in outcome.history:
+        # A cosine would be one by the planned weights, which the sum does not have.
+        assert not {"client_used", "client_weights", "update_cosine"} & record.keys()
+        assert record["step_norm"] > 0
+    assert not any("clients" in event for event in outcome.events if event["event"] == "round")
+    page = (outcome.run_dir / "privacy.md").read_text(encoding="utf-8")
+    assert "--weiszfeld_steps 1`, all learn so many sums" in page
+
+
 # ---- what is refused -----------------------------------------------------------------------------
 
 @pytest.mark.parametrize(("method", "argv", "message"), [
@@ -206,6 +221,26 @@ def test_a_secure_sum_needs_three_sites(count: int, tmp_path: Path) -> None:
         return
     with pytest.raises(InputError, match=f"--secure_sum true: must be false with the {count} "):
         resolve("fed_avg", flags)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_several_sums_of_the_same_updates_need_more_sites(steps: int, tmp_path: Path) -> None:
+    """And every round has clients of so many."""
+    dealing = {name: {"clients": 2} for name in NAMES[:4]}
+    flags = {"sites": str(sites_file(tmp_path, dealing)), "secure_sum": True, "rounds": 50,
+             "weiszfeld_steps": steps}
+    if steps == 3:
+        with pytest.raises(InputError, match=r"--secure_sum true: must be false with the 4 sites.*"
+                           r"at least 5 have to be in the 3 sums of fed_geometric_median"):
+            resolve("fed_geometric_median", flags)
+        return
+    with pytest.raises(InputError, match=f"--cohort {steps + 1}: must be at least {steps + 2} "):
+        resolve("fed_geometric_median", flags | {"cohort": steps + 1})
+    config = resolve("fed_geometric_median", flags | {"cohort": steps + 2})
+    assert isinstance(config, FederatedConfig)
+    sites = sites_of(dealing)
+    schedule = Schedule(config, [8] * sites.num_clients, sites)
+    assert {owners(sites, schedule.cohort(n)) for n in range(1, 51)} == {steps + 2}
 
 
 def test_the_number_of_clients_is_that_of_the_file(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ class Aggregator(ABC):
     Where workers share memory, each reads the others' buffers, and nothing is sent.
     """
 
+    collectives = 1
+    """Sums over all workers that `reduce` makes."""
     moments: tuple[str, ...] = ()
     """AdamW's moments that are averaged in this round, besides the method's own sums."""
 
@@ -41,9 +43,9 @@ class Aggregator(ABC):
         self.slices = Slices(size, scratch.shape[1], self.plane)
         self._memory = self.plane.allocate(length, dtype, scratch.device)
         self._shorten(length)
-        self.mask: Mask | None = None
-        """With secure sums, on the first worker of a site: what hides its term in the next
-        `reduce`."""
+        self.masks: list[Mask | None] = []
+        """With secure sums, on the first worker of a site: what hides its terms in the sums of the
+        next `reduce`, in their order."""
 
     def _shorten(self, length: int) -> None:
         """Use this much of the memory for the round: no more is sent."""
@@ -87,7 +89,7 @@ class Aggregator(ABC):
 
     def reduce(self) -> None:
         """Workers: sum over all of them."""
-        mask, self.mask = self.mask, None
+        mask = self.masks.pop(0) if self.masks else None
         self._reduced = self.plane.reduce(self._buffers, mask)
 
     @abstractmethod

@@ -6,11 +6,6 @@ clients' updates. The workers of a machine read each other's memory; between mac
 others their sections, and has the memory of its own section of all updates besides. The results are
 put together as a sum is, so all that follows is as after one.
 
-    aggregator.expect(turns)
-    for client in mine:
-        aggregator.keep(client, update)
-    aggregator.reduce()                        # workers <-> workers
-
 A rule works on integers, element by element, or chooses clients by distances that are exact sums
 over the sections: the same bits in any number of processes.
 """
@@ -22,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fedrun.aggregation.exact import ExactAggregator
+from fedrun.aggregation.keeping import KeepingAggregator
 from fedrun.aggregation.ordering import products, rounded_mean, squared_distances, trimmed_mean
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.strategies.robust import Robust
@@ -31,7 +26,7 @@ GRID_BITS = 30
 """Bits of an update's largest element."""
 
 
-class GatheringAggregator(ExactAggregator):
+class GatheringAggregator(KeepingAggregator):
     """Keeps a round's updates until all have trained, and applies a robust rule to them."""
 
     def __init__(self, strategy: Robust, size: int, like: Tensor, most: int, cohort: int,
@@ -53,25 +48,24 @@ class GatheringAggregator(ExactAggregator):
         self._pieces = [range(a, min(a + self._width, own.stop))
                         for a in range(own.start, own.stop, self._width)]
         self._places: dict[int, tuple[int, int]] = {}  # client: worker, row
-        self._kept: set[int] = set()
-        self.used: dict[int, float] = {}
+        self.kept = set()
+        self.used = {}
         """What the last round used of each client's update: the share of its elements."""
 
     def expect(self, turns: Sequence[Sequence[int]]) -> None:
-        """A round begins. turns: the clients that each worker trains in it."""
-        self._kept.clear()
+        self.kept.clear()
         self._places = {client: (worker, row) for worker, clients in enumerate(turns)
                         for row, client in enumerate(clients)}
 
-    def keep(self, client: int, update: Tensor) -> None:
-        """Keep a client's update, (size,), whose elements are within the round's bound."""
+    def keep(self, client: int, update: Tensor, weight: float = 1.0) -> None:
+        """As in KeepingAggregator; a rule takes every client for as much."""
         worker, number = self._places[client]
         assert worker == self.plane.worker
         row = self.rows[self.plane.node_rank][number]
         scale = self.scale / 2.0 ** (self._bits - GRID_BITS)
         for whole, part in zip(row.split(self._width), update.split(self._width), strict=True):
             whole.copy_(torch.mul(part, scale).round_())
-        self._kept.add(client)
+        self.kept.add(client)
 
     def reduce(self) -> None:
         """Workers: apply the rule, each to its section, and put the results together."""
@@ -88,7 +82,7 @@ class GatheringAggregator(ExactAggregator):
     def _taken(self) -> list[int]:
         """Workers: the clients of the round whose updates are kept, in order."""
         cohort = sorted(self._places)
-        flags = self.plane.sum_words([int(client in self._kept) for client in cohort])
+        flags = self.plane.sum_words([int(client in self.kept) for client in cohort])
         return [client for client, kept in zip(cohort, flags, strict=True) if kept]
 
     def _gather(self, clients: Sequence[int]) -> None:

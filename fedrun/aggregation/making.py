@@ -8,8 +8,10 @@ from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.exact import ExactAggregator
 from fedrun.aggregation.gathering import GatheringAggregator
 from fedrun.aggregation.int8 import Int8Aggregator
+from fedrun.aggregation.weiszfeld import WeiszfeldAggregator
 from fedrun.config import FederatedConfig
 from fedrun.distributed.data_plane import DataPlane
+from fedrun.strategies.fed_geometric_median import FedGeometricMedian
 from fedrun.strategies.robust import Robust
 
 
@@ -22,6 +24,8 @@ def make_aggregator(config: FederatedConfig, vector: Tensor, plane: DataPlane, m
     if isinstance(config.strategy, Robust):
         return GatheringAggregator(config.strategy, len(vector), vector, most, config.cohort_size,
                                    plane)
+    if isinstance(config.strategy, FedGeometricMedian):
+        return WeiszfeldAggregator(config.strategy, len(vector), vector, most, plane)
     averaged = tuple(config.averaged_moments)
     if config.aggregation == "int8":
         return Int8Aggregator(config.strategy, len(vector), vector, config.cohort_size,

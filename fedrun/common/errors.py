@@ -20,7 +20,7 @@ ERROR_TEXTS: dict[ErrorCode, str] = {
     "text": "its text cannot be read, or is too little for its clients",
     "settings": "a setting or a package does not work there",
     "plan": "the server's plan is not the one that the settings give",
-    "few": "fewer than three sites have a finite update",
+    "few": "fewer than three sites have a finite update, or than --weiszfeld_steps and two",
     "masks": "the masks or their keys do not match",
     "journal": "its journal refuses the sum, or cannot be written",
     "diverged": "the loss or the parameters are not finite",

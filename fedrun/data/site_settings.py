@@ -7,7 +7,7 @@ from typing import Any
 
 from fedrun.common.errors import require
 from fedrun.data.sites import Sites
-from fedrun.secure import FEWEST_SITES
+from fedrun.secure import FEWEST_SITES, fewest_sites
 
 DEALT_BY_SITES = ("partition", "alpha", "size_skew")  # settings that the file has, for each site
 
@@ -42,15 +42,19 @@ def refuse_dealt(config: Any, name: str, given: bool) -> None:
 
 def require_fit(config: Any, sites: Sites) -> None:
     """InputError unless the settings of a federated run fit the file that its --sites names."""
-    file, few = f"--sites {config.sites}", len(sites.sites) < FEWEST_SITES
+    file, fewest = f"--sites {config.sites}", fewest_sites(config.strategy.reweighted)
     require(config.num_clients == sites.num_clients, "--num_clients", config.num_clients,
             f"left out beside {file}, whose sites have {sites.num_clients}")
-    require(not config.secure_sum or not few, "--secure_sum", "true", f"false with the "
-            f"{len(sites.sites)} sites of {file}: at least {FEWEST_SITES} have to be in a sum, or "
-            "each would learn the other's part")
-    require(not config.secure_sum or config.cohort_size >= FEWEST_SITES, "--cohort",
-            config.cohort_size, f"at least {FEWEST_SITES} clients with --secure_sum, so that each "
-            f"round has some of {FEWEST_SITES} sites")
+    sums, others = "a sum", "each would learn the other's part"
+    if config.strategy.reweighted:
+        sums = f"the {config.strategy.reweighted} sums of {config.method} (--weiszfeld_steps)"
+        others = "together they could show single updates"
+    require(not config.secure_sum or len(sites.sites) >= fewest, "--secure_sum", "true", f"false "
+            f"with the {len(sites.sites)} sites of {file}: at least {fewest} have to be in {sums}, "
+            f"or {others}")
+    require(not config.secure_sum or config.cohort_size >= fewest, "--cohort", config.cohort_size,
+            f"at least {fewest} clients with --secure_sum, so that each round has some of {fewest} "
+            "sites")
     if config.dp == "client":
         count = len(sites.sites)
         require(config.dp_colluding <= count - 2, "--dp_colluding", config.dp_colluding,

@@ -77,8 +77,7 @@ class CohortLog:
         def record(measured: Mapping[str, float], gradients: bool) -> dict[str, Any]:
             strategy = self.config.strategy
             if isinstance(strategy, Robust) and not strategy.by_distance:
-                # Cosines follow from the norm of the clients' mean, which this is not.
-                measured = {name: n for name, n in measured.items() if name != "mean_norm"}
+                measured = _without_mean(measured)
             fields = cohort_record(clients, measured, gradients)
             if self.config.eval_clients:
                 fields["client_val_ppls"] = [perplexity(mean_loss(client.validation))
@@ -102,9 +101,15 @@ class CohortLog:
                 "recorded of them", WARNING)
         self._why += [why for why, count in tail.left_out.items() for _ in range(count)]
         self._uses.add_clipped(tail.clipped)
+
+        def record(measured: Mapping[str, float], gradients: bool) -> dict[str, Any]:
+            if self.config.strategy.reweighted:  # with weights that leave no site
+                measured = _without_mean(measured)
+            return tail.sums().record(measured, gradients)
+
         return RoundSums(tail.loss_sum, tail.tokens, {
-            "left_out": left_out, "left_out_why": tail.left_out} | self._clipped(tail.clipped),
-            tail.sums().record)
+            "left_out": left_out, "left_out_why": tail.left_out}
+            | self._clipped(tail.clipped), record)
 
     def _clipped(self, clients: list[int] | int) -> dict[str, Any]:
         """Fields of an event: whose updates were clipped, or of how many clients."""
@@ -147,3 +152,9 @@ class CohortLog:
         if self.config.client_clip is not None:
             fields["clipped"] = clipped
         return fields | ({"client_used": used} if used else {})
+
+
+def _without_mean(measured: Mapping[str, float]) -> dict[str, float]:
+    """What was measured of a round whose result is not the mean of the clients' updates by the
+    weights that are recorded: cosines follow from the norm of that mean alone."""
+    return {name: number for name, number in measured.items() if name != "mean_norm"}

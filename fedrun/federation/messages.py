@@ -105,8 +105,9 @@ class RoundReport:
     written: list[dict[str, Any]] = field(default_factory=list)
     """Checkpoint files that were written since the last report (`CheckpointWriter.written`)."""
     used: list[list[float]] = field(default_factory=list)
-    """From the first worker, of a method that sees single updates: clients whose updates it had,
-    and how much of each it used (`ClientReport.used`)."""
+    """Of a method that keeps single updates, without sites: clients of this worker, and how much of
+    each one's update, or of its weight, the round used (`used_by_rule` makes `ClientReport.used` of
+    them)."""
     tail: list[int] = field(default_factory=list)
     """In runs with sites, from the first worker: the words of the round's tail (see tail.py)."""
     site_losses: list[int] = field(default_factory=list)

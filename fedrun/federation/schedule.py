@@ -14,11 +14,11 @@ from fedrun.federation.messages import RoundPlan
 from fedrun.model.build import longest_side
 from fedrun.privacy import client_level, example_level
 from fedrun.privacy.shares import spread
-from fedrun.secure import FEWEST_SITES
+from fedrun.secure import FEWEST_SITES, fewest_sites
 
 COHORT_STREAM = 1  # the stream of random numbers that cohorts are drawn from
 BALANCED = 0  # key of the permutations that cohorts are cut from; rounds have keys from 1
-REDRAWN = 64  # draws of a cohort, until it has clients of three sites
+REDRAWN = 64  # draws of a cohort, until it has clients of three sites, or of as many as it needs
 
 
 def rounds_per_epoch(config: FederatedConfig, shard_sizes: list[int]) -> int:
@@ -57,6 +57,7 @@ class Schedule:
             self.noise = client_level.multiplier(config, self.rounds)
         elif config.dp == "example":
             self.noise = example_level.multiplier(config, self.rounds, shard_sizes)
+        self._fewest = fewest_sites(config.strategy.reweighted)
         self._turn = 0, list[np.ndarray]()  # the cohorts of the last one asked for, from 1
 
     def plan(self, number: int, entropy_reference: float, save: bool = False) -> RoundPlan:
@@ -109,6 +110,7 @@ class Schedule:
 
         With sites, three or more, they are drawn again until three are among their owners, with
         --secure_sum or without; if that needs luck, one client of each of three sites comes first.
+        A method that sums the same updates again needs more than three (`fewest_sites`).
         With --dp all train equally often: as many rounds as it takes for each client to train once
         cut one permutation of the clients into their cohorts, which is drawn again until each of
         them has clients of three sites.
@@ -122,14 +124,14 @@ class Schedule:
                 self._turn = turn + 1, self._balanced(turn)
             return sorted(int(k) for k in self._turn[1][place])
         drawn = self._drawn(number)
-        if self.sites is None or min(len(self.sites.sites), size) < FEWEST_SITES:
+        if self.sites is None or min(len(self.sites.sites), size) < self._fewest:
             return drawn
         for again in range(1, REDRAWN):
-            if len(set(map(self.sites.site_of, drawn))) >= FEWEST_SITES:
+            if len(set(map(self.sites.site_of, drawn))) >= self._fewest:
                 return drawn
             drawn = self._drawn(number, again)
         random = self._random(number, REDRAWN)
-        chosen = random.permutation(self.sites.names)[:FEWEST_SITES]
+        chosen = random.permutation(self.sites.names)[:self._fewest]
         first = [int(random.choice(self.sites.clients_of(name))) for name in chosen]
         others = np.setdiff1d(np.arange(clients), first)
         return sorted([*first, *random.choice(others, size - len(first), replace=False).tolist()])

@@ -8,7 +8,7 @@ cancel: if not, it would be one of 0 to the number of sites only by a chance of 
     secure.begin(plan, model)                       # before training
     secure.make_ahead(size, 32)                     # during training, where a core is free
     secure.count(clients)                           # after it: site <-> site
-    aggregator.mask = secure.mask("vector", 32)     # for the sums that follow
+    aggregator.masks = secure.vector_masks(1, 32)   # for the sums that follow
 
 In a simulation of sites there is nobody to hide from, and nothing is masked; a round is refused for
 the same reasons, so that it ends as it would with sites.
@@ -33,7 +33,7 @@ from fedrun.federation.messages import RoundPlan
 from fedrun.federation.schedule import Schedule
 from fedrun.federation.site_keys import JournalRefused, RoundRefused
 from fedrun.model.memory import machine_memory
-from fedrun.secure import FEWEST_SITES
+from fedrun.secure import fewest_sites
 from fedrun.strategies.base import ClientReport
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 LARGEST_SHARE = 0.9
 """Of a round's weights, that one site may have: of more, the sum would be nearly its term."""
 COUNT, VECTOR, TAIL, HOLDOUT = "count", "vector", "tail", "holdout"
-"""The masked sums of a round, in this order; the last in evaluated rounds with --site_holdout."""
+"""The masked sums of a round, in this order; the last in evaluated rounds with --site_holdout. A
+method that sums the vectors again has more of the second kind (`vector_masks`)."""
 REFUSED = "refused"
 """In place of the first, from a site that refuses the round."""
 MEMORY_SHARE = 1 / 8
@@ -82,6 +83,7 @@ class SecureSum:
         plane.masked = leader is not None
         self._reference = config.strategy.first_entropy_reference(vocab_size, config.cohort_size)
         self._processes = processes
+        self._fewest = fewest_sites(config.strategy.reweighted)
         self._round = done
         self._plan: RoundPlan | None = None
 
@@ -130,9 +132,9 @@ class SecureSum:
         for client, weight in zip(plan.cohort, plan.weights, strict=True):
             owner = self.sites.site_of(client)
             shares[owner] = shares.get(owner, 0.0) + weight
-        if len(shares) < FEWEST_SITES:
+        if len(shares) < self._fewest:
             raise PlanRefused(f"round {plan.round}: its clients are of {len(shares)} sites "
-                              f"({', '.join(shares)}); must be of {FEWEST_SITES} at least")
+                              f"({', '.join(shares)}); must be of {self._fewest} at least")
         largest = max(shares, key=lambda name: shares[name])
         share = shares[largest] / math.fsum(plan.weights)
         if share > LARGEST_SHARE:
@@ -172,7 +174,8 @@ class SecureSum:
         if self.leader is not None:
             try:
                 self.leader.record(self._plan,
-                                   (self._plan.round - 1) * self.config.local_updates)
+                                   (self._plan.round - 1) * self.config.local_updates,
+                                   self.config.strategy.reweighted)
                 mask = self.mask(COUNT, 64)
             except JournalRefused as error:
                 # The others wait for a word. Under another mask nothing cancels, and if all refuse
@@ -189,8 +192,14 @@ class SecureSum:
         self._require_enough(found)
 
     def _require_enough(self, found: int) -> None:
-        if found < FEWEST_SITES:
-            raise TooFewSites(f"{found} sites have a finite update; a sum needs {FEWEST_SITES}")
+        if found < self._fewest:
+            raise TooFewSites(f"{found} sites have a finite update; a sum needs {self._fewest}")
+
+    def vector_masks(self, sums: int, bits: int) -> list[Mask | None]:
+        """This site's masks for this many sums of vectors in the round, each of a name of its own.
+        """
+        return [self.mask(VECTOR if number == 1 else f"{VECTOR} {number}", bits)
+                for number in range(1, sums + 1)]
 
     def mask(self, name: str, bits: int) -> Mask | None:
         """This site's mask for one of the round's sums, of integers of 32 or 64 bits; None where

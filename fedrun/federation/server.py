@@ -85,6 +85,10 @@ class Server:
             log(f"{config.method}: the updates of a round's {config.cohort_size} clients take "
                 f"{kept:.3g} MB together, and each worker's section of them {kept / workers:.3g} "
                 "MB, of which it gets from other machines what it does not have")
+        elif sums := config.strategy.reweighted:
+            kept = config.cohort_size * self.size * 4 / 1e6
+            log(f"{config.method}: workers keep the updates of a round's {config.cohort_size} "
+                f"clients, {kept:.3g} MB together, and sum them {sums} times")
         self.spending: Spending | None = None
         """With --dp: what it costs (see spending.py)."""
 

@@ -114,10 +114,12 @@ class Leader:
         """Take the digest of the global model, (size,), while clients train from it."""
         self._model = self._pool.submit(digest_of, model)
 
-    def record(self, plan: RoundPlan, steps: int) -> None:
+    def record(self, plan: RoundPlan, steps: int, sums: int = 0) -> None:
         """On return the round is in the journal, on the disk. JournalRefused if it must not be.
 
-        steps: that the run's clients have made before the round.
+        steps: that the run's clients have made before the round. sums: `Strategy.reweighted`; such
+        sums follow from the plan and each other, and are repeated as they were, but no other number
+        of them is made of the same updates, nor the one with planned weights besides.
         """
         from fedrun.secure.journal import Sum
 
@@ -126,7 +128,8 @@ class Leader:
         # one of the sites, nearly the same sum of the others.
         start = _digest("start", self._model.result(), self._text, self._seed, steps)
         terms = f"{', '.join(self.sites.names)}: " + _digest(
-            "terms", plan.cohort, plan.weights, self.sites.digest(), self._text)
+            "terms", plan.cohort, plan.weights, self.sites.digest(), self._text,
+            *([sums] if sums else []))
         try:
             self._journal.record(Sum(self.run, plan.round, "update", start, terms))
         except (FedrunError, OSError) as error:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.bounds import bound_exceeded
 from fedrun.aggregation.clipping import shorten_
-from fedrun.aggregation.gathering import GatheringAggregator
+from fedrun.aggregation.keeping import KeepingAggregator
 from fedrun.aggregation.slices import max_abs, norm
 from fedrun.config import FederatedConfig
 from fedrun.federation.client import Client
@@ -38,15 +38,17 @@ class Terms:
     def begin(self, turns: Sequence[Sequence[int]]) -> None:
         """Before a round's first client. turns: the clients that each worker trains."""
         self._waiting.clear()
-        if isinstance(self.aggregator, GatheringAggregator):
+        if isinstance(self.aggregator, KeepingAggregator):
             self.aggregator.expect(turns)
 
     @property
     def used(self) -> list[list[float]]:
-        """After the sum: `RoundReport.used`."""
-        if not isinstance(self.aggregator, GatheringAggregator):
+        """After the sum: `RoundReport.used`. With sites nothing of a single client leaves."""
+        aggregator = self.aggregator
+        if not isinstance(aggregator, KeepingAggregator) or self.config.sites is not None:
             return []
-        return [[client, share] for client, share in self.aggregator.used.items()]
+        return [[client, share] for client, share in aggregator.used.items()
+                if client in aggregator.kept]
 
     def add(self, client: Client, planned: float, plan: RoundPlan, report: ClientReport,
             noise: Noise | None = None) -> ClientReport:
@@ -61,7 +63,7 @@ class Terms:
             weight = self.config.strategy.client_weight(planned, report, plan.entropy_reference)
         except ValueError as error:
             return replace(report, left_out=str(error))
-        if self.config.client_clip is not None or isinstance(self.aggregator, GatheringAggregator):
+        if self.config.client_clip is not None or isinstance(self.aggregator, KeepingAggregator):
             return self._add_checked(client, weight, plan, report)
         vectors = reported_vectors(client, self.config.strategy, self.aggregator,
                                    self.state.moments is not None, self.fisher)
@@ -84,7 +86,7 @@ class Terms:
 
     def _add_checked(self, client: Client, weight: float, plan: RoundPlan, report: ClientReport
                      ) -> ClientReport:
-        """With --client_clip, or for a method that sees single updates. What exceeds the round's
+        """With --client_clip, or for a method that keeps single updates. What exceeds the round's
         bound is not clipped but left out, as it is without: such a client is broken, and is to be
         seen."""
         update = client.flat.vector.sub_(self.state.model)
@@ -114,8 +116,8 @@ class Terms:
         self._waiting.clear()
 
     def _add_update(self, client: int, update: Tensor, weight: float) -> None:
-        if isinstance(self.aggregator, GatheringAggregator):
-            self.aggregator.keep(client, update)
+        if isinstance(self.aggregator, KeepingAggregator):
+            self.aggregator.keep(client, update, weight)
             return
         left_out = self.aggregator.add({"delta": update}, weight)
         assert not left_out, left_out

@@ -34,12 +34,18 @@ def clipped_to(clip: float | None, clients: Sequence[ClientReport]) -> list[Clie
 def used_by_rule(reports: Sequence[RoundReport], clients: Sequence[ClientReport],
                  strategy: Strategy) -> list[ClientReport]:
     """The reports of clients with what a robust rule used of their updates; of a rule that chooses
-    clients, with a weight for these alone. Under other methods they are as they were."""
-    if not isinstance(strategy, Robust):
+    clients, with a weight for these alone. Of a method that weighs them anew, with their weights in
+    its last sum, and how much of each one's weight counted beside the client of which the most did.
+    Under other methods they are as they were."""
+    weighs = strategy.by_distance if isinstance(strategy, Robust) else strategy.reweighted > 0
+    if not weighs and not isinstance(strategy, Robust):
         return list(clients)
     found = {int(k): used for report in reports for k, used in report.used}
+    if strategy.reweighted and found:
+        most = max(found.values())
+        found = {k: used / most for k, used in found.items()}
     return [replace(c, used=found[c.client] * (1.0 if c.used is None else c.used),
-                    weight=c.weight * found[c.client] if strategy.by_distance else c.weight)
+                    weight=c.weight * found[c.client] if weighs else c.weight)
             if c.client in found else c for c in clients]
 
 

@@ -29,7 +29,7 @@ from fedrun.federation.messages import RoundPlan, RoundReport, WorkerReport
 from fedrun.federation.noise import Noise
 from fedrun.federation.placement import Placement, hosted_clients
 from fedrun.federation.schedule import Schedule
-from fedrun.federation.secure_sum import TAIL, VECTOR, PlanRefused, SecureSum
+from fedrun.federation.secure_sum import TAIL, PlanRefused, SecureSum
 from fedrun.federation.sequence_noise import SequenceNoise
 from fedrun.federation.site_holdout import sum_of_sites
 from fedrun.federation.tail import Tail
@@ -244,7 +244,7 @@ class Worker:
         measured = self.server_update.apply(state.model, state.server, context, state.moments,
                                             measure=plan.evaluate)
         return RoundReport(aggregation_seconds=time.monotonic() - began, measured=measured,
-                           tail=words, used=self.terms.used if self._index == 0 else [],
+                           tail=words, used=self.terms.used,
                            charged=self.noise is not None and self.noise.charged)
 
     def _sum(self, plan: RoundPlan) -> Tail | None:
@@ -253,7 +253,7 @@ class Worker:
         secure, aggregator = self.secure, self.aggregator
         if secure is not None:
             secure.count(self._added)
-            aggregator.mask = secure.mask(VECTOR, aggregator.layout[1])
+            aggregator.masks = secure.vector_masks(aggregator.collectives, aggregator.layout[1])
         if self.noise is not None:
             self.noise.add_to(aggregator, plan, self.global_model)
         aggregator.reduce()

@@ -12,6 +12,7 @@ from fedrun.common.files import DamagedFile, read_regular, write_atomic
 from fedrun.records.example_privacy import EXAMPLE_CLAIM
 from fedrun.records.run_files import PRIVACY
 from fedrun.records.shared_privacy import PART, SHARED_CLAIM
+from fedrun.secure import fewest_sites
 
 if TYPE_CHECKING:
     from fedrun.config import FederatedConfig
@@ -68,6 +69,14 @@ CLIPPED = """\
 With `--client_clip` all learn besides, of each round, how many clients had a longer update.
 """
 
+REWEIGHTED = """\
+With `{method}` and `--weiszfeld_steps {sums}`, all learn so many sums of the same updates in each
+round, with weights that each client works out from its update and the sum before, and the sums of
+these weights. So many sums of as few sites' updates could show single ones: for the second
+assumption below, at least {others} sites must not share what they know with the adversary. Every
+round has clients of {fewest} sites at least.
+"""
+
 CLAIMS = {"none": CLAIM, "client": SHARED_CLAIM, "example": EXAMPLE_CLAIM}
 """By --dp."""
 
@@ -89,5 +98,8 @@ def write_privacy(config: FederatedConfig, real: bool, demonstration: bool) -> N
         remarks.append(NOISED_IN_THE_CLEAR if config.dp == "example" else IN_THE_CLEAR)
     if config.client_clip is not None:
         remarks.append(CLIPPED)
+    if sums := config.strategy.reweighted:
+        remarks.append(REWEIGHTED.format(method=config.method, sums=sums, others=max(2, sums + 1),
+                                         fewest=fewest_sites(sums)))
     page = "\n".join(["# What this run showed, and to whom\n", *remarks, CLAIMS[config.dp]])
     write_atomic(config.run_dir / PRIVACY, (page + numbers).encode())

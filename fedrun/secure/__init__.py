@@ -6,6 +6,13 @@ from fedrun.common.errors import FedrunError
 FEWEST_SITES = 3  # in a sum that hides its terms: of two, each would learn the other's
 
 
+def fewest_sites(sums: int) -> int:
+    """In a round that makes this many sums of the same vectors, each with other weights. One site's
+    terms aside, as many sums as there are others could give away each of these: there has to be one
+    more."""
+    return max(FEWEST_SITES, sums + 2)
+
+
 class ForgedSignature(FedrunError):
     """Something was not signed by whom it is said to come from, or not for this start."""
 

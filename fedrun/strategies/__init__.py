@@ -6,6 +6,7 @@ from fedrun.strategies.base import Strategy
 from fedrun.strategies.fed_avg import FedAvg
 from fedrun.strategies.fed_entropy import FedEntropy
 from fedrun.strategies.fed_fisher import FedFisher
+from fedrun.strategies.fed_geometric_median import FedGeometricMedian
 from fedrun.strategies.fed_krum import FedKrum
 from fedrun.strategies.fed_median import FedMedian
 from fedrun.strategies.fed_momentum import DiLoCo, FedMomentum
@@ -26,6 +27,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "fed_median": FedMedian,
     "fed_trimmed_mean": FedTrimmedMean,
     "fed_krum": FedKrum,
+    "fed_geometric_median": FedGeometricMedian,
 }
 
 

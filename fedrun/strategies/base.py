@@ -82,7 +82,8 @@ class ClientReport:
     """Whether its update was longer than --client_clip."""
     used: float | None = None
     """How much of its update the round used, from 0 to 1: the factor that clipped it, times the
-    share of its elements that a robust rule took; None if nothing could take less than all."""
+    share of its elements that a robust rule took, or of its weight beside the client of which the
+    most counted; None if nothing could take less than all."""
     noised_norm: float | None = None
     """With --dp example: norm of the gradient of its last step, with its noise."""
     left_out: str = ""
@@ -160,6 +161,12 @@ class Strategy:
     def fisher_settings(self) -> FisherSettings:
         """How clients estimate `fisher`, for methods that have it among their inputs."""
         return FisherSettings()
+
+    @property
+    def reweighted(self) -> int:
+        """How many sums of the same updates a round makes, each with weights that clients work out
+        from the mean before it; 0: one sum, with the weights above."""
+        return 0
 
     @property
     def holdout(self) -> float:

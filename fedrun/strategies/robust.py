@@ -17,6 +17,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def require_kept_updates(config: Any) -> None:
+    """InputError, naming the flag, for settings of a run that do not go with a method which keeps
+    its clients' updates until all have trained."""
+    method = config.method
+    require(config.aggregation == "exact", "--aggregation", config.aggregation,
+            f"exact with {method}")
+    require(config.sync == "round", "--sync", config.sync, f"round with {method}")
+    require(not config.averaged_moments, "--client_moments", config.client_moments,
+            f"keep, reset or reset_epoch with {method}: an average of moments is not robust")
+
+
 @dataclass(frozen=True)
 class Robust(Strategy):
     """A rule over the updates of a round, in place of their weighted mean.
@@ -59,11 +70,7 @@ class Robust(Strategy):
         require(not config.secure_sum, "--secure_sum", "true", f"false {single}")
         require(config.sites is None, "--sites", config.sites, f"none {single}")
         require(config.dp == "none", "--dp", config.dp, f"none {single}")
-        require(config.aggregation == "exact", "--aggregation", config.aggregation,
-                f"exact with {method}")
-        require(config.sync == "round", "--sync", config.sync, f"round with {method}")
-        require(not config.averaged_moments, "--client_moments", config.client_moments,
-                f"keep, reset or reset_epoch with {method}: an average of moments is not robust")
+        require_kept_updates(config)
 
     def plan_weights(self, shard_tokens: Sequence[int], round_tokens: int) -> list[float]:
         return [1 / len(shard_tokens)] * len(shard_tokens)

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from fedrun.aggregation.base import Aggregator
-from fedrun.aggregation.gathering import GatheringAggregator
 from fedrun.aggregation.int8 import Int8Aggregator, residual_of
+from fedrun.aggregation.keeping import KeepingAggregator
 from fedrun.aggregation.making import make_aggregator
 from fedrun.aggregation.update import ServerUpdate
+from fedrun.aggregation.weiszfeld import WeiszfeldAggregator
 from fedrun.config import FederatedConfig
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.federation.client import Client
@@ -41,17 +42,17 @@ from fedrun.training.params import FlatParams
 PARAMETERS, GRADIENTS, MOMENTS = "parameters", "gradients", "optimizer's moments"
 GLOBAL_MODEL, SERVERS, AVERAGED = "global model", "the server's own vectors", "averaged moments"
 BUFFER, SCRATCH, FISHER = "sum buffer", "scratch slices", "Fisher information"
-UPDATES = "updates of single clients"
+UPDATES, CENTRE = "updates of single clients", "the mean they are weighed by"
 OWN, TEMPORARY, ACTIVATIONS = "the client's own vectors", "temporary vectors", "activations"
 EVALUATION = "activations of an evaluation"
 STATES, CHECKPOINT = "states of other clients", "copies for a checkpoint"
 LIBRARIES = "Python and its libraries"
 SERVER_MODEL, TRACKED = "the server's model", "tracked parameters"
 WRITTEN, RECEIVED = "a model that is written", "the next model, received meanwhile"
-OF_A_MACHINE = {GLOBAL_MODEL, SERVERS, AVERAGED}
+OF_A_MACHINE = {GLOBAL_MODEL, SERVERS, AVERAGED, CENTRE}
 """Items of which workers on the CPUs of a machine have one together."""
 ITEMS = (PARAMETERS, GRADIENTS, MOMENTS, OWN, GLOBAL_MODEL, SERVERS, AVERAGED, BUFFER, SCRATCH,
-         UPDATES, FISHER, ACTIVATIONS, EVALUATION, LOSS_HEAD, TEMPORARY, STATES, CHECKPOINT,
+         UPDATES, CENTRE, FISHER, ACTIVATIONS, EVALUATION, LOSS_HEAD, TEMPORARY, STATES, CHECKPOINT,
          SERVER_MODEL, TRACKED, WRITTEN, RECEIVED, LIBRARIES)
 """All of them, in the order in which they are shown."""
 
@@ -214,8 +215,10 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
         with count.item(SCRATCH):
             aggregator = make_aggregator(config, flat.vector, plane, most)
             count.name(BUFFER, aggregator.buffer)
-            if isinstance(aggregator, GatheringAggregator):
+            if isinstance(aggregator, KeepingAggregator):
                 count.name(UPDATES, *aggregator.rows)
+            if isinstance(aggregator, WeiszfeldAggregator):
+                count.name(CENTRE, aggregator.centre)
             state = GlobalState(config, flat.vector, plane, aggregator)
             ServerUpdate(strategy, aggregator)
         count.name(GLOBAL_MODEL, state.model)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedrun.aggregation.bounds import Bounds
-from fedrun.aggregation.gathering import GatheringAggregator
+from fedrun.aggregation.keeping import KeepingAggregator
 from fedrun.aggregation.making import make_aggregator
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.config import FederatedConfig
@@ -135,10 +135,10 @@ def _term(config: FederatedConfig, device: torch.device) -> float:
         aggregator.begin(Bounds(1.0, 1.0, config.grad_clip or 1.0))
         began = time.monotonic()
         flat.vector.copy_(state.model)
-        if isinstance(aggregator, GatheringAggregator):  # a rule takes all clients together
+        if isinstance(aggregator, KeepingAggregator):  # a rule takes all clients together
             aggregator.expect([range(config.cohort_size)])
             for index in range(config.cohort_size):
-                aggregator.keep(index, flat.vector)
+                aggregator.keep(index, flat.vector, 1 / config.cohort_size)
             aggregator.reduce()
             update.apply(state.model, state.server, ServerRound(number))
             seconds = (time.monotonic() - began) / config.cohort_size

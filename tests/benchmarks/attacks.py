@@ -46,7 +46,8 @@ OUT = Path("results/attacks")
 METHODS: dict[str, tuple[str, ...]] = {
     "FedAvg": ("fed_avg", "--weighting", "uniform"),
     "FedAvg, clipped": ("fed_avg", "--weighting", "uniform", "--client_clip", "median"),
-    "FedMedian": ("fed_median",), "FedTrimmedMean": ("fed_trimmed_mean",), "FedKrum": ("fed_krum",)}
+    "FedMedian": ("fed_median",), "FedTrimmedMean": ("fed_trimmed_mean",), "FedKrum": ("fed_krum",),
+    "FedGeometricMedian": ("fed_geometric_median", "--weighting", "uniform")}
 ROBUST = ("FedMedian", "FedTrimmedMean", "FedKrum")
 ATTACKS = ("none", "sign_flip", "bound", "noise", "boost", "shuffled", "little")
 WORLDS = ("8:1", "8:3", "20:6")  # clients: hostile ones

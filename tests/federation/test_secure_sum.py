@@ -111,7 +111,19 @@ def test_rounds_come_one_after_the_other(tmp_path: Path, sites: Sites) -> None:
     ((4, 5), "of 1 sites (west); must"), ((0, 1, 2, 3, 4, 5), "")])
 def test_a_cohort_is_of_three_sites_at_least(tmp_path: Path, sites: Sites,
                                              cohort: tuple[int, ...], refused: str) -> None:
-    config = config_with(tmp_path)
+    of_cohort(config_with(tmp_path), sites, cohort, refused)
+
+
+@pytest.mark.parametrize(("cohort", "refused"), [
+    ((0, 2, 3), "of 3 sites (north, south, east); must be of 4 at least"), ((0, 2, 3, 5), "")])
+def test_several_sums_of_the_same_updates_need_more_sites(
+        tmp_path: Path, sites: Sites, cohort: tuple[int, ...], refused: str) -> None:
+    config = config_with(tmp_path, "fed_geometric_median", {"weiszfeld_steps": "2"})
+    of_cohort(config, sites, cohort, refused)
+
+
+def of_cohort(config: FederatedConfig, sites: Sites, cohort: tuple[int, ...], refused: str) -> None:
+    """Begin the round of this cohort, which is refused in these words, if any."""
     schedule = Fixed(config, [20] * 6)
     schedule.drawn = cohort
     secure, plan = secure_sum(config, sites, schedule)
@@ -202,10 +214,10 @@ class AtSite:
 
     def start(self, run: str = "run 1", done: int = 0, text: str = "text",
               flags: Mapping[str, str] | None = None, plane: Alone | None = None,
-              schedule: type[Schedule] = Schedule, sizes: list[int] | None = None
-              ) -> tuple[SecureSum, RoundPlan]:
+              schedule: type[Schedule] = Schedule, sizes: list[int] | None = None,
+              method: str = "fed_avg") -> tuple[SecureSum, RoundPlan]:
         """A start of this site, with fresh keys, and the next round's plan."""
-        config = config_with(self.folder, flags={"rounds": "9", **(flags or {})})
+        config = config_with(self.folder, method, {"rounds": "9", **(flags or {})})
         leaders = make_leaders(self.folder, self.sites, run, config.seed, text)
         found, plan = secure_sum(config, self.sites, schedule(config, sizes or [20] * 6), done)
         found.leader, found.plane = leaders["north"], plane or self.plane
@@ -303,6 +315,36 @@ def test_the_same_start_in_another_run_has_the_same_terms(north: AtSite) -> None
     go(*north.start(run="run 6", flags={"cohort": "5", "seed": "1"}))
     go(*north.start(run="run 7", done=1, flags={"cohort": "5"}))
     refused(*north.start(run="run 8", flags={"cohort": "4"}), model=MODEL + 1)
+
+
+def test_other_sums_of_the_same_updates_are_other_terms(north: AtSite) -> None:
+    """Each would show more of the same updates. The sums of a round that is repeated are the same.
+    """
+    median, two, one = "fed_geometric_median", {"weiszfeld_steps": "2"}, {"weiszfeld_steps": "1"}
+    plane = Alone(3)
+    go(*north.start(method=median, flags=two, plane=plane))
+    go(*north.start(method=median, flags=two, plane=plane))
+    for start in (north.start(run="run 2"), north.start(run="run 3", method=median, flags=one)):
+        assert "made of other terms in round 1, run run 1" in refused(*start)
+    again = north.start(method=median, flags=two, done=1, plane=plane)
+    go(*again, model=MODEL + 1)
+
+
+def test_every_sum_of_the_vectors_has_a_mask_of_its_own(north: AtSite) -> None:
+    secure, plan = north.start(method="fed_geometric_median", flags={"weiszfeld_steps": "2"},
+                               plane=Alone(3))
+    go(secure, plan)
+    secure.make_ahead(8, 32)
+    made = []
+    for mask in secure.vector_masks(2, 32):
+        assert mask is not None
+        made.append(np.zeros(8, np.int32))
+        mask.add_to(made[-1])
+        with pytest.raises(Exception, match="added already"):
+            mask.add_to(made[-1])
+    assert not (made[0] == made[1]).any()
+    with pytest.raises(Exception, match="made already"):
+        secure.vector_masks(2, 32)
 
 
 def test_other_sites_are_other_terms(north: AtSite, tmp_path: Path) -> None:

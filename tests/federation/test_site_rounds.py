@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.every_site import METHODS
+from tests.support.every_site import FEWEST, METHODS
 from tests.support.prepared import join_ranks, start_ranks
 from tests.support.site_runs import make_sites
 
@@ -35,10 +35,21 @@ def test_masked_sums_are_the_plain_ones(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_masked_sums_of_the_same_updates_are_the_plain_ones(tmp_path: Path) -> None:
+    """Several a round, between five workers of as many sites."""
+    run_cases(tmp_path, 6, ["three_steps:5:none:gloo", "two_steps:5:4:gloo"], 500)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_masked_sums_are_the_plain_ones_in_every_way(tmp_path: Path) -> None:
     """Every method twice, with two workers at some sites, which share memory or do not: with all
     clients or a cohort, at three sites or five."""
-    ways = list(itertools.product(("3", "5"), ("none", "4"), ("shared", "gloo")))
-    cases = [(method, *ways[(number + turn) % len(ways)])
-             for number, method in enumerate(METHODS) for turn in (0, 5)]
+    everywhere = list(itertools.product(("3", "5"), ("none", "4"), ("shared", "gloo")))
+    cases = []
+    for number, method in enumerate(METHODS):
+        fewest = FEWEST.get(method, 3)
+        ways = [(sites, cohort, plane) for sites, cohort, plane in everywhere
+                if int(sites) >= fewest and (cohort == "none" or int(cohort) >= fewest)]
+        cases += [(method, *ways[(number + turn) % len(ways)]) for turn in (0, 5)]
     run_cases(tmp_path, 7, [":".join(case) for case in cases], 500)

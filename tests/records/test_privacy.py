@@ -15,6 +15,8 @@ from fedrun.records.example_privacy import BY_SITES, EXAMPLE_CLAIM, ExampleGuara
 from fedrun.records.example_privacy import part as of_sequences
 from fedrun.records.privacy import CLAIM, write_privacy
 from fedrun.records.shared_privacy import SHARED_CLAIM, add_part, noised_by, part
+from fedrun.strategies.fed_avg import FedAvg
+from fedrun.strategies.fed_geometric_median import FedGeometricMedian
 from tests.support.runs import ROOT
 
 
@@ -37,7 +39,7 @@ def test_the_readme_has_the_claim_word_for_word() -> None:
 def test_the_page_says_what_did_not_hold(tmp_path: Path, real: bool, demonstration: bool,
                                          secure: bool, clip: str | None, said: list[str]) -> None:
     config = SimpleNamespace(run_dir=tmp_path, secure_sum=secure, dp="none", private=False,
-                             client_clip=clip)
+                             client_clip=clip, strategy=FedAvg())
     write_privacy(cast(FederatedConfig, config), real, demonstration)
     page = words((config.run_dir / run_files.PRIVACY).read_text(encoding="utf-8"))
     assert words(CLAIM) in page
@@ -49,13 +51,27 @@ def test_the_page_says_what_did_not_hold(tmp_path: Path, real: bool, demonstrati
         assert (remark in page) == (remark in said)
 
 
+@pytest.mark.parametrize(("steps", "others", "fewest"), [(1, 2, 3), (3, 4, 5)])
+def test_several_sums_of_the_same_updates_hide_among_more_sites(tmp_path: Path, steps: int,
+                                                                others: int, fewest: int) -> None:
+    config = SimpleNamespace(run_dir=tmp_path, secure_sum=True, dp="none", private=False,
+                             client_clip=None, strategy=FedGeometricMedian(weiszfeld_steps=steps),
+                             method="fed_geometric_median")
+    write_privacy(cast(FederatedConfig, config), real=True, demonstration=False)
+    page = words((tmp_path / run_files.PRIVACY).read_text(encoding="utf-8"))
+    assert f"`fed_geometric_median` and `--weiszfeld_steps {steps}`, all learn so many sums" in page
+    assert f"at least {others} sites must not share what they know" in page
+    assert f"clients of {fewest} sites at least" in page
+    assert words(CLAIM) in page
+
+
 @pytest.mark.parametrize(("colluding", "said"), [
     (0, ["against the server and any one site.", "shares that are counted on | 4: all but"]),
     (2, ["any 3 sites together.", "| 2: all but those of 3 sites |"])])
 def test_with_noise_between_sites_the_page_says_both(tmp_path: Path, colluding: int,
                                                      said: list[str]) -> None:
     config = SimpleNamespace(run_dir=tmp_path, secure_sum=True, dp="client", private=True,
-                             client_clip=None)
+                             client_clip=None, strategy=FedAvg())
     guarantee = ClientGuarantee(12, 4, 9, 3, 0.5, 1.5, 1e-3, 0.25, 4.5, 0.0,
                                 noised_by(5, colluding))
     for _ in range(2):  # also of a start that resumes the run
@@ -77,7 +93,7 @@ def test_with_noise_between_sites_the_page_says_both(tmp_path: Path, colluding: 
 def test_with_noise_in_gradients_the_page_says_both(tmp_path: Path, real: bool, secure: bool
                                                     ) -> None:
     config = SimpleNamespace(run_dir=tmp_path, secure_sum=secure, dp="example", private=True,
-                             client_clip=None)
+                             client_clip=None, strategy=FedAvg())
     guarantee = ExampleGuarantee(12, 4, 9, 3, 2, 8, 100, 32, 0.5, 1.5, 1e-3, 0.25, 4.5, 7.0,
                                  BY_SITES)
     for _ in range(2):

@@ -18,7 +18,6 @@ from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.gathering import GatheringAggregator
 from fedrun.aggregation.ordering import in_order, products, squared_distances, trimmed_mean
 from fedrun.aggregation.update import ServerUpdate
-from fedrun.federation.client import Client
 from fedrun.flags import resolve
 from fedrun.strategies.base import ServerRound
 from fedrun.strategies.fed_krum import FedKrum
@@ -26,7 +25,7 @@ from fedrun.strategies.robust import Robust
 from tests.support.naive_robust import CASES
 from tests.support.naive_strategies import SIZE, UPDATE, record
 from tests.support.runs import Run, assert_equal, error_lines, fault
-from tests.support.spoiled import spoil_updates
+from tests.support.spoiled import shout, spoil_updates
 
 
 def aggregated(strategy: Robust, updates: dict[int, Tensor], clients: int, dtype: torch.dtype
@@ -150,21 +149,6 @@ def test_equal_scores_take_the_lower_number() -> None:
 
 
 # ---- runs --------------------------------------------------------------------------------------
-
-def shout(monkeypatch: pytest.MonkeyPatch, clients: set[int]) -> None:
-    """These clients send the largest update of all, the wrong way."""
-    healthy = Client.train
-
-    def train(client: Client, *args: Any, **how: Any) -> Any:
-        before = client.flat.vector.clone()
-        losses = healthy(client, *args, **how)
-        if client.index in clients:
-            wrong = (client.flat.vector - before).sign().neg_()
-            client.flat.vector.copy_(before).add_(wrong, alpha=0.02)
-        return losses
-
-    monkeypatch.setattr(Client, "train", train)
-
 
 @pytest.mark.parametrize("method", ["fed_median", "fed_trimmed_mean", "fed_krum"])
 def test_one_hostile_client_of_five(run_here: Run, monkeypatch: pytest.MonkeyPatch, method: str

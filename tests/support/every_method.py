@@ -31,6 +31,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "fed_median": ("fed_median",),
     "fed_trimmed_mean": ("fed_trimmed_mean", "--num_clients", "5"),
     "fed_krum": ("fed_krum", "--num_clients", "5"),
+    "fed_geometric_median": ("fed_geometric_median",),
 }
 
 

@@ -21,13 +21,16 @@ from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.exact import MOMENTS, ExactAggregator
 from fedrun.aggregation.gathering import GatheringAggregator
 from fedrun.aggregation.int8 import BLOCK, Int8Aggregator, residual_of
+from fedrun.aggregation.keeping import KeepingAggregator
 from fedrun.aggregation.update import ServerUpdate
+from fedrun.aggregation.weiszfeld import WeiszfeldAggregator
 from fedrun.distributed.control_plane import HEAD_BYTES, ControlPlane
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.distributed.shared_memory import SharedBuffer
 from fedrun.strategies.base import ServerRound, Strategy
 from fedrun.strategies.fed_avg import FedAvg
 from fedrun.strategies.fed_fisher import FedFisher
+from fedrun.strategies.fed_geometric_median import FedGeometricMedian
 from fedrun.strategies.fed_krum import FedKrum
 from fedrun.strategies.fed_opt import FedAdam
 from fedrun.strategies.fed_trimmed_mean import FedTrimmedMean
@@ -54,6 +57,12 @@ def gathering(strategy: Strategy, plane: DataPlane) -> Aggregator:
                                CLIENTS, plane)
 
 
+def weighing(strategy: Strategy, plane: DataPlane) -> Aggregator:
+    """The aggregator of the method that sums single updates several times."""
+    assert isinstance(strategy, FedGeometricMedian)
+    return WeiszfeldAggregator(strategy, SIZE, torch.zeros(()), -(-CLIENTS // plane.workers), plane)
+
+
 CASES: dict[str, tuple[Strategy, Made]] = {
     "fed_avg": (FedAvg(), full(True)), "average": (FedAvg(), full(True, MOMENTS)),
     "apart": (FedAvg(), full(True, ("momentum", "rms"))),
@@ -61,6 +70,7 @@ CASES: dict[str, tuple[Strategy, Made]] = {
         FedFisher(fisher_floor_mode="relative"), full(True)),
     "float": (FedAvg(), full(False)),
     "fed_trimmed_mean": (FedTrimmedMean(), gathering), "fed_krum": (FedKrum(), gathering),
+    "fed_geometric_median": (FedGeometricMedian(), weighing),
     "int8": (FedAvg(), lambda strategy, plane: Int8Aggregator(strategy, SIZE, torch.zeros(()),
                                                               CLIENTS, CLIENTS, plane)),
     "int8 apart": (FedAvg(), lambda strategy, plane: Int8Aggregator(
@@ -98,14 +108,14 @@ def result(case: str, plane: DataPlane, mine: range) -> dict[str, Tensor]:
     for number in range(ROUNDS):
         terms.begin(Bounds(BOUND), APART[case][number] if case in APART else None)
         due += terms.bytes_sent
-        if isinstance(terms, GatheringAggregator):
+        if isinstance(terms, KeepingAggregator):
             terms.expect([range(CLIENTS)[worker::plane.workers]
                           for worker in range(plane.workers)])
             for client in mine:
                 # One is left out, but not where the rule needs all.
                 if number != 1 or client != 2 or isinstance(strategy, FedKrum):
-                    terms.keep(client, vectors(client, number)["delta"] / (client + 1))
-        for client in () if isinstance(terms, GatheringAggregator) else mine:
+                    terms.keep(client, vectors(client, number)["delta"] / (client + 1), WEIGHT)
+        for client in () if isinstance(terms, KeepingAggregator) else mine:
             reported = vectors(client, number)
             inputs = ["parameters" if name == "delta" else name for name in strategy.inputs]
             wanted = [*inputs, *terms.moments]

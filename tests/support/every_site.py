@@ -51,7 +51,12 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "fed_yogi": ("fed_yogi", {}), "fed_adagrad": ("fed_adagrad", {}),
     "fed_fisher": ("fed_fisher", {}),
     "relative": ("fed_fisher", {"fisher_floor_mode": "relative"}),
-    "fed_sgd": ("fed_sgd", {})}
+    "fed_sgd": ("fed_sgd", {}),
+    "fed_geometric_median": ("fed_geometric_median", {"weiszfeld_steps": "1"}),
+    "two_steps": ("fed_geometric_median", {"weiszfeld_steps": "2", "client_clip": "0.5"}),
+    "three_steps": ("fed_geometric_median", {})}
+FEWEST = {"two_steps": 4, "three_steps": 5}
+"""Of sites, and of clients in a round, for some of them."""
 ROUNDS = 3
 PROVENANCE = {"content": "", "partition": "", "init_from": None, "plugin": ""}
 

@@ -6,8 +6,8 @@ FAULT=kill|stop|term|launcher|disk: at FAULT_AT, `stage:step`, on rank FAULT_RAN
     the file FAULT_ONCE is made then. SIGKILL, SIGSTOP or SIGTERM to this process, SIGKILL to its
     parent, or the error of a full disk.
 
-Stages of workers: train, reduce, reduced, evaluate, half-written. Of the server: decide, record,
-before-manifest, after-manifest, finish. Of a central run: step.
+Stages of workers: train, reduce, between (two sums of a round), reduced, evaluate, half-written. Of
+the server: decide, record, before-manifest, after-manifest, finish. Of a central run: step.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fedrun import __main__, central
+from fedrun.aggregation.weiszfeld import WeiszfeldAggregator
 from fedrun.federation import server, worker
 from fedrun.federation.client import Client
 from fedrun.records import checkpoint_writer
@@ -77,7 +78,7 @@ current = {"round": 0}
 
 
 def of_plan_remembered(worker: Any, plan: Any) -> int:
-    """The round of the plan, kept for `evaluate`, which gets no plan."""
+    """The round of the plan, kept for what gets no plan."""
     current["round"] = of_plan(worker, plan)
     return current["round"]
 
@@ -114,6 +115,7 @@ if FAULT in ("raise", "nan", "beyond"):
 else:
     after(Client, "next_batch", "train", lambda client: client.steps_done)
     before(worker.Worker, "aggregate", "reduce", of_plan_remembered)
+    before(WeiszfeldAggregator, "_move_centre", "between", lambda *_: current["round"])
     after(worker.Worker, "aggregate", "reduced", of_plan)
     before(worker.Worker, "evaluate", "evaluate", lambda *_: current["round"])
     patched = checkpoint_writer

@@ -26,3 +26,18 @@ def spoil_updates(monkeypatch: pytest.MonkeyPatch, value: float, round_: int, cl
             return losses
 
         monkeypatch.setattr(Client, name, faulty)
+
+
+def shout(monkeypatch: pytest.MonkeyPatch, clients: set[int]) -> None:
+    """These clients send the largest update of all, the wrong way."""
+    healthy = Client.train
+
+    def train(client: Client, *args: Any, **how: Any) -> Any:
+        before = client.flat.vector.clone()
+        losses = healthy(client, *args, **how)
+        if client.index in clients:
+            wrong = (client.flat.vector - before).sign().neg_()
+            client.flat.vector.copy_(before).add_(wrong, alpha=0.02)
+        return losses
+
+    monkeypatch.setattr(Client, "train", train)

@@ -68,7 +68,8 @@ CASES = [("fed_avg", {}), ("fed_avg", {"micro_batch": 1, "checkpoint_activations
                       "moments_every": "2,1"}),
          ("fed_avg", {"client_moments": "average"}), ("diloco", {"client_moments": "reset"}),
          ("fed_fisher", {"fisher": "corrected"}), ("fed_sgd", {"local_updates": 1}),
-         ("fed_median", {"byzantine": 1}), ("fed_avg", {"client_clip": "median"})]
+         ("fed_median", {"byzantine": 1}), ("fed_avg", {"client_clip": "median"}),
+         ("fed_geometric_median", {})]
 
 
 @pytest.mark.parametrize(("method", "flags"), CASES)

@@ -120,11 +120,13 @@ def test_the_gradient_equals_that_of_a_cpu(monkeypatch: pytest.MonkeyPatch, tied
     torch.testing.assert_close(flat.grad, expected, rtol=1e-9, atol=1e-14)
 
 
-def test_what_outlives_a_step_stays_where_it_is(monkeypatch: pytest.MonkeyPatch, as_on_a_gpu: None
-                                                ) -> None:
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_what_outlives_a_step_stays_where_it_is(monkeypatch: pytest.MonkeyPatch, as_on_a_gpu: None,
+                                                kind: str) -> None:
     """A CUDA graph would read and write the addresses of the step that it was captured from; it
     forbids waits and pinned memory."""
-    config = resolve("fed_avg", {"grad_clip": 1.0, "batch_size": 4, "warmup": 5})
+    config = resolve("fed_avg", {"grad_clip": 1.0, "batch_size": 4, "warmup": 5,
+                                 "local_optimizer": kind})
     model = Mamba2LM(ModelConfig(n_layer=2, **SMALL), VOCAB, torch.bfloat16)
     model.init_weights(0)
     flat = FlatParams(model)

@@ -11,6 +11,7 @@ from typing import Any, cast
 from fedrun.config import FederatedConfig
 from fedrun.data.sites import Sites
 from fedrun.records.privacy import write_privacy
+from fedrun.strategies.fed_avg import FedAvg
 from tests.support.folders import ours, write
 from tests.support.site_files import THREE, sites_of
 
@@ -30,7 +31,8 @@ def of_sites(data_dir: Path, secure: bool = True, holdout: bool = True, real: bo
         "num_clients": sites.num_clients, "sites": "sites.yaml", "secure_sum": secure,
         "site_holdout": 0.05 if holdout else None, **settings})
     config = cast(FederatedConfig, SimpleNamespace(run_dir=run, secure_sum=secure, dp="none",
-                                                   private=False, client_clip=None))
+                                                   private=False, client_clip=None,
+                                                   strategy=FedAvg()))
     write_privacy(config, real, demonstration=False)
     environment = json.loads((run / "environment.json").read_text())
     write(run / "environment.json", environment | {

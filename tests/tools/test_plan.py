@@ -241,7 +241,7 @@ def test_seconds_of_a_round_by_hand() -> None:
     two = Layout(processes=3, machines=1, colocated=False, gpu=True)
     assert Seconds(step=2, term=1, wire=0.5, evaluation=None, how="").of_round(
         config, two) == 3 * (4 * 2 + 1) + 0.5
-    found: Any = SimpleNamespace(flat=SimpleNamespace(size=10**9), flop=4 * 10**12)
+    found: Any = SimpleNamespace(flat=SimpleNamespace(size=10**9), flop=4 * 10**12, muon_flop=0)
     rates = Rates(bf16=1e15, fp32=1e14, memory=1e12, bytes=8e10)
     fp32 = published(config, found, two, sent=4e9, name="it", rates=rates)
     assert fp32.step == pytest.approx(4e12 / 4e13 + 28e9 / 1e12)

@@ -160,7 +160,8 @@ def test_what_a_central_run_writes(run: Run) -> None:
     assert record["val_ppl"] < outcome.history[0]["val_ppl"]
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 4])
 def test_a_client_that_raises_ends_every_rank(run: Run, processes: int) -> None:
     """In the middle of local training: the others break off theirs, which would take minutes."""
     outcome = run("fed_avg", "--num_clients", 3, "--rounds", 3, "--local_updates", 400,
@@ -200,6 +201,7 @@ def test_an_update_that_cannot_be_used_is_left_out(run: Run, fault: str, why: st
     assert all(torch.isfinite(v).all() for v in runs[0].model.values())
 
 
+@pytest.mark.slow
 def test_when_no_client_is_left_the_last_good_model_is_kept(run: Run) -> None:
     good = run("fed_avg", "--num_clients", 2, "--rounds", 2, name="good")
     outcome = run("fed_avg", "--num_clients", 2, "--rounds", 5, processes=3, script=FAULTY,

@@ -77,6 +77,7 @@ def test_real_wikitext_has_its_articles_and_their_topics(tmp_path: Path) -> None
         assert sum(map(len, shards)) == 1150
 
 
+@pytest.mark.slow
 def test_pydocs_documents_are_modules_and_sources_packages(pydocs_tokens: TokenData) -> None:
     documents, tokenizer = pydocs_tokens.load_documents(), pydocs_tokens.load_tokenizer()
     corpus = load("pydocs")

@@ -67,6 +67,7 @@ def test_bpe_decodes_to_the_text_it_was_trained_on(tmp_path: Path) -> None:
     assert data.load_tokenizer().eos_token_id == 0
 
 
+@pytest.mark.slow
 def test_bpe_is_the_same_in_every_process(tmp_path: Path) -> None:
     code = (
         "import hashlib, sys; from pathlib import Path; from fedrun.data.tokens import prepare\n"

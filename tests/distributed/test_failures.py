@@ -118,7 +118,8 @@ def launched(tmp_path: Path, cache_dir: Path, processes: int, rounds: int, timeo
 
 
 @pytest.mark.parametrize(("sent", "timeout"), [
-    (signal.SIGKILL, 600), pytest.param(signal.SIGSTOP, 4, marks=pytest.mark.slow)])
+    pytest.param(signal.SIGKILL, 600, marks=pytest.mark.slow),
+    pytest.param(signal.SIGSTOP, 4, marks=pytest.mark.slow)])
 def test_a_lost_worker_ends_all_ranks(sent: signal.Signals, timeout: int, cache_dir: Path,
                                       tmp_path: Path) -> None:
     """A killed worker is noticed at once, a stopped one at the timeout. The server names it."""

@@ -46,7 +46,8 @@ def test_what_is_no_cohort_is_refused(cohort: str) -> None:
 
 
 # Clients with a state stay with a worker; those without train on whichever is free.
-@pytest.mark.parametrize("moments", [pytest.param("keep", marks=pytest.mark.slow), "reset"])
+@pytest.mark.slow
+@pytest.mark.parametrize("moments", ["keep", "reset"])
 def test_the_same_bits_in_1_and_3_processes_and_after_a_stop(run: Run, tmp_path: Path, moments: str
                                                                 ) -> None:
     flags = ("--num_clients", 5, "--cohort", 2, "--rounds", 5, "--client_moments", moments,

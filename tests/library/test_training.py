@@ -208,6 +208,7 @@ os.write(1, f"{ended} {stopped.outcome}\\n".encode())  # whole: print may write 
 """
 
 
+@pytest.mark.slow
 def test_a_script_under_torchrun(flags: dict[str, Any], tmp_path: Path) -> None:
     """Two runs and a third in the same processes, as a script of the user's has them."""
     script = tmp_path / "script.py"

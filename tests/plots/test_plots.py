@@ -298,6 +298,7 @@ def test_central_figures(tmp_path: Path, study_keys: bool) -> None:
                                folders.change(folders.STEPS[-1], 1))
 
 
+@pytest.mark.slow
 def test_federated_figures_of_server_clients_and_layers(tmp_path: Path) -> None:
     run = folders.ours(tmp_path, "fed_momentum", CONFIG, 8, seed=3)
     folders.ours(tmp_path, "central", CONFIG)

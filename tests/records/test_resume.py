@@ -39,9 +39,9 @@ from tests.support.runs import (
 @pytest.mark.parametrize(("method", "flags"), [
     ("central", ("--rounds", 7, "--checkpoint_freq", 1, "--outer_every", 3,
                  "--server_momentum_warmup", "true")),
-    ("diloco", (*FLAGS, "--client_moments", "average", "--local_updates", 2,
-                "--server_momentum_warmup", "true")),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        ("diloco", (*FLAGS, "--client_moments", "average", "--local_updates", 2,
+                    "--server_momentum_warmup", "true")),
         ("central", ("--rounds", 7, "--checkpoint_freq", 2)),
         ("fed_avg", (*FLAGS, "--sync", "epoch", "--epoch_passes", 0.01)),
         ("fed_fisher", (*FLAGS, "--client_moments", "reset"))]),

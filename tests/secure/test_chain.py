@@ -87,6 +87,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_a_killed_process(name: str, path: Path) -> None:
     """What it said to have recorded is there, at most one more is, and the file goes on."""

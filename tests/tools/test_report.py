@@ -78,7 +78,7 @@ def seen_by_browser(page: Path, width: int, tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed (apt-get install chromium)")
-@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize("width", [1200, pytest.param(390, marks=pytest.mark.slow)])
 def test_page_in_a_browser(data_dir: Path, tmp_path: Path, width: int) -> None:
     assert cli.main(["report", "--data_dir", str(data_dir)]) == 0
     seen = seen_by_browser(data_dir / "report.html", width, tmp_path)

@@ -72,8 +72,11 @@ class Worker:
         self.flat = FlatParams(model)
         plane, vector = runtime.data_plane, self.flat.vector
         self.placement = Placement.of(config, len(runtime.workers))
-        self.aggregator = make_aggregator(config, vector, plane,
-                                          self.placement.most(config.cohort_size))
+        hosted = hosted_clients(shards, runtime) if config.keeps_states else []
+        # A site's clients are on its own workers.
+        most = min(config.cohort_size, len(hosted)) if config.sites else \
+            self.placement.most(config.cohort_size)
+        self.aggregator = make_aggregator(config, vector, plane, most)
         self.global_state = GlobalState(config, vector, plane, self.aggregator)
         self.global_model = self.global_state.model
         self.server_update = ServerUpdate(self.strategy, self.aggregator)
@@ -82,8 +85,7 @@ class Worker:
         self.terms = Terms(config, self.aggregator, self.global_state, self.fisher)
         self._memory = BatchMemory(vector.device)
         self.optimizer = LocalOptimizer(self.flat, config, schedule.rounds * config.local_updates)
-        self.clients = {k: self._new_client(k) for k in hosted_clients(shards, runtime)
-                        } if config.keeps_states else {}
+        self.clients = {k: self._new_client(k) for k in hosted}
         """Those whose states are here; clients without one are made for their turn."""
         self.store = make_store(config, self.folders, {
             k: c.state() for k, c in self.clients.items()}, runtime.device

@@ -105,16 +105,17 @@ def _draw(found: Sequence[Point], every_step: float) -> Result:
         ax.annotate(style.text(point.name + beyond, 40), (point.bytes, y), (5 * side, 4),
                     textcoords="offset points", fontsize=7.5, ha="left" if side > 0 else "right")
     ax.axhline(1.0, color=style.look("central").colour, linewidth=1.0, linestyle=(0, (4, 2)))
-    if math.isfinite(every_step):
-        ax.plot([every_step], [1.0], color=style.look("central").colour, marker="o",
-                linestyle="none", clip_on=False)
-        ax.annotate("fp32 gradients\nsummed at every step", (every_step, 1.0), (0, -24),
-                    textcoords="offset points", fontsize=7.5, ha="center")
+    if math.isfinite(every_step):  # a line and no point: the reference need not be trained so
+        ax.axvline(every_step, color=style.look("central").colour, linewidth=1.0,
+                   linestyle=(0, (1, 2)))
+        ax.annotate("fp32 gradients\nsummed at every step", (every_step, 1.0), (-4, -4),
+                    xycoords=ax.get_xaxis_transform(), textcoords="offset points", fontsize=7.5,
+                    ha="right", va="top")
     bottom, above = ax.get_ylim()
     ax.set_ylim(bottom - 0.08 * (above - bottom), above)  # room for the words below the last point
     ax.set_xscale("log")
     ax.margins(x=0.1)
-    ax.xaxis.set_major_formatter(EngFormatter(unit="B", sep=""))
+    ax.xaxis.set_major_formatter(EngFormatter(unit="B"))
     ax.set_xlabel("bytes that the clients send and receive for a token of training")
     ax.set_ylabel("perplexity ÷ the reference's")
     ax.set_title("Perplexity and bytes")

@@ -66,7 +66,7 @@ def test_the_figure_of_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (ax,) = figure.axes
     shown = {text.get_text() for text in ax.texts}
     assert {"average_8", "diloco_60 (1.9)", "fp32 gradients\nsummed at every step"} <= shown
-    assert any(list(line.get_xdata()) == [2048.0] * 2 for line in ax.lines)
+    assert any(np.array_equal(line.get_xdata(), [2048.0] * 2) for line in ax.lines)
     assert not is_cut_off(figure)
     placed = {text.get_text(): text.get_horizontalalignment() for text in ax.texts}
     assert (placed["own_8"], placed["as_own_8"]) == ("left", "right")  # not on each other

@@ -164,7 +164,7 @@ def test_a_method_that_weighs_clients_anew_tells_nothing_of_one(given: list[str]
         assert record["step_norm"] > 0
     assert not any("clients" in event for event in outcome.events if event["event"] == "round")
     page = (outcome.run_dir / "privacy.md").read_text(encoding="utf-8")
-    assert "--weiszfeld_steps 1`, all learn so many sums" in page
+    assert "--weiszfeld_steps 1`, the same updates are summed once for each" in page
 
 
 # ---- what is refused -----------------------------------------------------------------------------

@@ -33,10 +33,10 @@ def clipped_to(clip: float | None, clients: Sequence[ClientReport]) -> list[Clie
 
 def used_by_rule(reports: Sequence[RoundReport], clients: Sequence[ClientReport],
                  strategy: Strategy) -> list[ClientReport]:
-    """The reports of clients with what a robust rule used of their updates; of a rule that chooses
-    clients, with a weight for these alone. Of a method that weighs them anew, with their weights in
-    its last sum, and how much of each one's weight counted beside the client of which the most did.
-    Under other methods they are as they were."""
+    """The reports of clients with what a robust rule used of their updates. If the rule chooses
+    clients, only these have a weight. If the method weighs clients anew, `weight` is that of its
+    last sum, and `used` the share of the planned weight that was left, divided by the largest such
+    share. Under other methods the reports are as they were."""
     weighs = strategy.by_distance if isinstance(strategy, Robust) else strategy.reweighted > 0
     if not weighs and not isinstance(strategy, Robust):
         return list(clients)

@@ -70,11 +70,15 @@ With `--client_clip` all learn besides, of each round, how many clients had a lo
 """
 
 REWEIGHTED = """\
-With `{method}` and `--weiszfeld_steps {sums}`, all learn so many sums of the same updates in each
-round, with weights that each client works out from its update and the sum before, and the sums of
-these weights. So many sums of as few sites' updates could show single ones: for the second
-assumption below, at least {others} sites must not share what they know with the adversary. Every
-round has clients of {fewest} sites at least.
+In a round of `{method}` with `--weiszfeld_steps {sums}`, the same updates are summed once for each
+step, with weights that each client works out from its update and the sum before. All learn each of
+these sums, and the sums of the weights.
+"""
+
+REWEIGHTED_SITES = """\
+Several sums of a few sites' updates could show single updates. So the second assumption below is
+another: at least {others} sites do not share what they know with the adversary. Every round has
+clients of at least {fewest} sites.
 """
 
 CLAIMS = {"none": CLAIM, "client": SHARED_CLAIM, "example": EXAMPLE_CLAIM}
@@ -99,7 +103,9 @@ def write_privacy(config: FederatedConfig, real: bool, demonstration: bool) -> N
     if config.client_clip is not None:
         remarks.append(CLIPPED)
     if sums := config.strategy.reweighted:
-        remarks.append(REWEIGHTED.format(method=config.method, sums=sums, others=max(2, sums + 1),
-                                         fewest=fewest_sites(sums)))
+        remarks.append(REWEIGHTED.format(method=config.method, sums=sums))
+        if config.secure_sum:
+            fewest = fewest_sites(sums)
+            remarks.append(REWEIGHTED_SITES.format(others=fewest - 1, fewest=fewest))
     page = "\n".join(["# What this run showed, and to whom\n", *remarks, CLAIMS[config.dp]])
     write_atomic(config.run_dir / PRIVACY, (page + numbers).encode())

@@ -25,9 +25,9 @@ from fedrun.strategies.fed_avg import FedAvg
 from fedrun.strategies.robust import require_kept_updates
 
 SMOOTHING = 2.0**-12
-"""nu, as a share of the longest update of a round. A client's weight is at least half of this times
-its planned one: so many of the 30 bits of a grid step are left that a mean is as fine as the fp32
-of a model that it is added to."""
+"""nu, as a share of the longest update of a round. A client keeps at least half of this share of
+its planned weight, so a mean loses at most 13 of the grid's 30 bits. What is left is as fine as
+the fp32 parameters that the mean is added to."""
 MOST_STEPS = 32
 
 
@@ -37,7 +37,7 @@ class FedGeometricMedian(FedAvg):
     than half of the weights: a few weighted sums of the same updates in each round."""
 
     weiszfeld_steps: int = 3
-    """Weiszfeld's steps to the median, of one sum each: a round sends so many times 4 bytes a
+    """Steps of Weiszfeld's algorithm towards the median. Each is a sum of its own, of 4 bytes a
     parameter. With --secure_sum a round needs clients of two more sites than this."""
 
     @property

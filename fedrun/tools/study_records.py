@@ -1,4 +1,4 @@
-"""A study's finished runs in one file, with which it goes on elsewhere.
+"""A file of a study's finished runs, from which the study can be continued on another machine.
 
 A study of days may outlast the machine it began on, and others may want to compare a setting of
 theirs to a published one without repeating it. runs.jsonl in the study's folder has a line for each
@@ -48,7 +48,7 @@ def write_records(study: Path) -> None:
 
 
 def take_records(study: Path) -> int:
-    """Make a folder for each recorded run that has none; returns how many.
+    """Make the missing folders of recorded runs; returns their number.
 
     Raises:
         DamagedFile: runs.jsonl is not what `write_records` writes.

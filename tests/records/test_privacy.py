@@ -59,10 +59,16 @@ def test_several_sums_of_the_same_updates_hide_among_more_sites(tmp_path: Path, 
                              method="fed_geometric_median")
     write_privacy(cast(FederatedConfig, config), real=True, demonstration=False)
     page = words((tmp_path / run_files.PRIVACY).read_text(encoding="utf-8"))
-    assert f"`fed_geometric_median` and `--weiszfeld_steps {steps}`, all learn so many sums" in page
-    assert f"at least {others} sites must not share what they know" in page
-    assert f"clients of {fewest} sites at least" in page
+    assert f"a round of `fed_geometric_median` with `--weiszfeld_steps {steps}`" in page
+    assert f"at least {others} sites do not share what they know" in page
+    assert f"clients of at least {fewest} sites" in page
     assert words(CLAIM) in page
+    # Without masks no round needs more sites, and the page does not say so.
+    config.secure_sum = False
+    write_privacy(cast(FederatedConfig, config), real=True, demonstration=False)
+    page = words((tmp_path / run_files.PRIVACY).read_text(encoding="utf-8"))
+    assert "All learn each of these sums" in page
+    assert "clients of at least" not in page
 
 
 @pytest.mark.parametrize(("colluding", "said"), [

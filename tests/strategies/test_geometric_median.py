@@ -21,7 +21,7 @@ from fedrun.strategies.fed_geometric_median import SMOOTHING, FedGeometricMedian
 from tests.support.naive_geometric_median import distances, weiszfeld
 from tests.support.naive_strategies import SIZE, UPDATE, record
 from tests.support.runs import Run, assert_equal, fault
-from tests.support.spoiled import shout, spoil_updates
+from tests.support.spoiled import held_against_one_of_five, spoil_updates
 
 NU = SMOOTHING * UPDATE * math.sqrt(SIZE)
 
@@ -147,13 +147,8 @@ def test_a_client_of_next_to_no_weight_is_still_in_the_sum() -> None:
 
 def test_one_hostile_client_of_five(run_here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run gets better as without it, and its history and events tell of it."""
-    flags = ("--num_clients", 5, "--rounds", 4, "--local_updates", 2, "--val_freq", 2)
-    shout(monkeypatch, {3})
-    held = run_here("fed_geometric_median", *flags, "--weighting", "uniform")
-    assert held.code == 0, held.output
-    assert held.history[-1]["server_val_ppl"] < 0.97 * held.history[0]["server_val_ppl"]
-    rounds = [e for e in held.events if e["event"] == "round"]
-    assert len(rounds) == 4
+    held, rounds = held_against_one_of_five(
+        run_here, monkeypatch, "fed_geometric_median", "--weighting", "uniform")
     for event in rounds:
         used = [client["used"] for client in event["clients"]]
         assert max(used) == 1

@@ -25,7 +25,7 @@ from fedrun.strategies.robust import Robust
 from tests.support.naive_robust import CASES
 from tests.support.naive_strategies import SIZE, UPDATE, record
 from tests.support.runs import Run, assert_equal, error_lines, fault
-from tests.support.spoiled import shout, spoil_updates
+from tests.support.spoiled import held_against_one_of_five, spoil_updates
 
 
 def aggregated(strategy: Robust, updates: dict[int, Tensor], clients: int, dtype: torch.dtype
@@ -154,13 +154,7 @@ def test_equal_scores_take_the_lower_number() -> None:
 def test_one_hostile_client_of_five(run_here: Run, monkeypatch: pytest.MonkeyPatch, method: str
                                     ) -> None:
     """The run gets better as without it, and its history and events tell of it."""
-    flags = ("--num_clients", 5, "--rounds", 4, "--local_updates", 2, "--val_freq", 2)
-    shout(monkeypatch, {3})
-    held = run_here(method, *flags)
-    assert held.code == 0, held.output
-    assert held.history[-1]["server_val_ppl"] < 0.97 * held.history[0]["server_val_ppl"]
-    rounds = [e for e in held.events if e["event"] == "round"]
-    assert len(rounds) == 4
+    held, rounds = held_against_one_of_five(run_here, monkeypatch, method)
     for event in rounds:
         used = [client["used"] for client in event["clients"]]
         assert min(used) == used[3] < 0.25

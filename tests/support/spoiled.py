@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fedrun.federation.client import Client
+from tests.support.runs import Outcome, Run
 
 
 def spoil_updates(monkeypatch: pytest.MonkeyPatch, value: float, round_: int, clients: set[int]
@@ -41,3 +42,16 @@ def shout(monkeypatch: pytest.MonkeyPatch, clients: set[int]) -> None:
         return losses
 
     monkeypatch.setattr(Client, "train", train)
+
+
+def held_against_one_of_five(run: Run, monkeypatch: pytest.MonkeyPatch, *method: str
+                             ) -> tuple[Outcome, list[dict[str, Any]]]:
+    """A run of four rounds in which client 3 of five shouts, and the events of its rounds. It gets
+    better as without that client."""
+    shout(monkeypatch, {3})
+    held = run(*method, "--num_clients", 5, "--rounds", 4, "--local_updates", 2, "--val_freq", 2)
+    assert held.code == 0, held.output
+    assert held.history[-1]["server_val_ppl"] < 0.97 * held.history[0]["server_val_ppl"]
+    rounds = [event for event in held.events if event["event"] == "round"]
+    assert len(rounds) == 4
+    return held, rounds

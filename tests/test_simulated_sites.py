@@ -225,7 +225,7 @@ def test_a_secure_sum_needs_three_sites(count: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_several_sums_of_the_same_updates_need_more_sites(steps: int, tmp_path: Path) -> None:
-    """And every round has clients of so many."""
+    """And every round has clients of at least that number of sites."""
     dealing = {name: {"clients": 2} for name in NAMES[:4]}
     flags = {"sites": str(sites_file(tmp_path, dealing)), "secure_sum": True, "rounds": 50,
              "weiszfeld_steps": steps}

@@ -34,8 +34,8 @@ def clipped_to(clip: float | None, clients: Sequence[ClientReport]) -> list[Clie
 def used_by_rule(reports: Sequence[RoundReport], clients: Sequence[ClientReport],
                  strategy: Strategy) -> list[ClientReport]:
     """The reports of clients with what a robust rule used of their updates. If the rule chooses
-    clients, only these have a weight. If the method weighs clients anew, `weight` is that of its
-    last sum, and `used` the share of the planned weight that was left, divided by the largest such
+    clients, only these have a weight. If the method weighs clients anew, `weight` is the one in its
+    last sum, and `used` the share of the planned weight that this is, divided by the largest such
     share. Under other methods the reports are as they were."""
     weighs = strategy.by_distance if isinstance(strategy, Robust) else strategy.reweighted > 0
     if not weighs and not isinstance(strategy, Robust):

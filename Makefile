@@ -24,9 +24,10 @@ TOGETHER := -n 2 --dist loadfile
 test: $(VENV)/.ready-test
 	$(BIN)/python -m pytest $(TOGETHER)
 
-# The tests that take longer.
+# The tests that take longer: three at a time, since their ranks wait for each other more than half
+# of the time.
 test-all: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -m "slow and not soak" $(TOGETHER)
+	$(BIN)/python -m pytest -m "slow and not soak" -n 3 --dist loadfile
 
 # On a machine with GPUs: what it has to show, on one of them within ten minutes (tests/gpu/). It
 # writes one file, GPU_RESULTS/gpu.json; without a GPU it does nothing. With the Python that has the

@@ -345,6 +345,7 @@ def large(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.timeout(550)
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(large: Path) -> None:
     made = prepare(str(large / "small.txt"), "bpe:2000", 16, large / "made")

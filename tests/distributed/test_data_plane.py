@@ -99,6 +99,7 @@ def test_a_plane_of_a_site_does_nothing_that_would_show_what_is_in_it() -> None:
         DataPlane().sum_words([1], Mask())
 
 
+@pytest.mark.timeout(250)
 @pytest.mark.slow
 def test_the_same_bits_on_any_machines() -> None:
     code, output = execute([*torchrun(5), "-m", "tests.support.every_plane"], limit=200)

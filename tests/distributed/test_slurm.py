@@ -147,6 +147,7 @@ def test_srun_without_torchrun(cluster: Cluster, flags: list[str], undisturbed: 
     assert parameters(tmp_path / "run") == undisturbed
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(450)
 def test_nodes_share_a_study_and_one_is_lost(
         cluster: Cluster, submit: Callable[..., Job], flags: list[str], tmp_path: Path) -> None:

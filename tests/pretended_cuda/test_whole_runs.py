@@ -89,7 +89,8 @@ def test_killed_and_resumed_on_other_gpus(pretended_cuda: Gpus, run: Run, alone:
     pytest.param("fed_avg", ("--client_moments", "average"), marks=pytest.mark.soak),
     ("fed_avg", ("--client_moments", "average_sqrt", "--grad_clip", 1, "--moments_every", "2,1",
                  "--aggregation", "int8")),
-    ("fed_fisher", ("--client_moments", "reset", "--eval_clients", "--save_client_deltas"))])
+    pytest.param("fed_fisher", ("--client_moments", "reset", "--eval_clients",
+                                "--save_client_deltas"), marks=pytest.mark.soak)])
 def test_eight_bits_and_averaged_moments(pretended_cuda: Gpus, run: Run, method: str,
                                          flags: tuple[object, ...]) -> None:
     one, three = (run(method, *FLAGS, *flags, processes=n, name=f"in{n}", env=pretended_cuda,

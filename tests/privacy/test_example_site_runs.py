@@ -95,13 +95,15 @@ def test_a_kill_costs_no_bit_and_no_epsilon(kind: str, at: str, module: str, ran
     require_repeated(institutions, undisturbed, MASKED, kind, at, module, rank)
 
 
-@pytest.mark.parametrize(("flags", "kind"), [(MASKED, "spent"), (FLAGS, "full")])
+@pytest.mark.parametrize(("flags", "kind"), [
+    (MASKED, "spent"), pytest.param(FLAGS, "full", marks=pytest.mark.soak)])
 def test_a_site_that_must_not_let_it_cost_more_ends_the_run(
         flags: tuple[object, ...], kind: str, institutions: Institutions) -> None:
     """Or that cannot write it down."""
     require_refused(institutions, kind, *flags, "--seed", len(kind), "--max_epsilon", 8)
 
 
+@pytest.mark.soak
 def test_a_simulation_has_the_same_bits_in_any_number_of_processes(institutions: Institutions
                                                                    ) -> None:
     alone = simulated(institutions, MASKED)

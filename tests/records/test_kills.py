@@ -1,7 +1,7 @@
 """Kill any process at any moment and start again: the final model is the undisturbed one, bit for
 bit.
 
-5 kills (rank, stage, round) from a seeded generator, each at another stage of local training,
+3 kills (rank, stage, round) from a seeded generator, each at another stage of local training,
 reduction, evaluation and the writing of checkpoints; some kill torchrun itself. Clients' states are
 kept in memory or on disk, before and after the kill. `make soak` draws 200, at all ten stages.
 """
@@ -33,7 +33,7 @@ from tests.support.runs import (
 STAGES = {"train": "worker", "record": "server", "reduced": "worker", "before-manifest": "server",
           "half-written": "worker", "after-manifest": "server", "reduce": "worker",
           "decide": "server", "evaluate": "worker", "finish": "server"}
-KILLS = int(os.environ.get("KILLS", "5"))
+KILLS = int(os.environ.get("KILLS", "3"))
 WORKERS = 2
 LIMIT_SECONDS = 100.0
 

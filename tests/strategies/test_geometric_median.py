@@ -196,6 +196,7 @@ def test_what_it_does_not_go_with_names_the_flag(flags: dict[str, Any], message:
         resolve("fed_geometric_median", flags)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [
     pytest.param("train", marks=pytest.mark.soak), "between",

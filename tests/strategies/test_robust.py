@@ -220,6 +220,7 @@ def test_what_a_rule_does_not_go_with_names_the_flag(method: str, flags: dict[st
         resolve(method, flags)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [
     pytest.param("train", marks=pytest.mark.soak), pytest.param("reduce", marks=pytest.mark.soak),

@@ -167,6 +167,7 @@ def of(folder: Path, pattern: str) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_the_published_shape_on_a_pretended_gpu(pretended_cuda: dict[str, str]) -> None:
     """Allocations of mamba2_130m: two clients, whose states wait in the host's memory."""
     code, output = execute([sys.executable, "-m", "tests.support.planned", "mamba2_130m"],

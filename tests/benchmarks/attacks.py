@@ -4,9 +4,10 @@
     python -m tests.benchmarks.attacks --hours 0.5 --worlds 8:1     # a part of it
     python -m tests.benchmarks.attacks --table                      # the table of what is made
 
-Clients are the authors of `../shared/data/books`, several to a client. The last F of K are hostile:
-they train as the others do, and send something else in place of the update d. All attacks stay
-within the round's bound, beyond which a client is left out anyway:
+Clients are the authors of `../shared/data/books/train`, several to a client; a hundredth of each is
+held out for the perplexities. The last F of K are hostile: they train as the others do, and send
+something else in place of the update d. All attacks stay within the round's bound, beyond which a
+client is left out anyway:
 
     sign_flip   -d
     bound       the bound, with the sign of d turned
@@ -41,7 +42,7 @@ from fedrun.aggregation.bounds import update_bound
 from fedrun.common.files import read_json, write_atomic
 from fedrun.federation.client import Client
 
-BOOKS = Path("../shared/data/books")
+BOOKS = Path("../shared/data/books/train")
 OUT = Path("results/attacks")
 METHODS: dict[str, tuple[str, ...]] = {
     "FedAvg": ("fed_avg", "--weighting", "uniform"),
@@ -53,7 +54,7 @@ ATTACKS = ("none", "sign_flip", "bound", "noise", "boost", "shuffled", "little")
 WORLDS = ("8:1", "8:3", "20:6")  # clients: hostile ones
 SHARED = ("--config", "tiny", "--tokenizer", "bpe:4096", "--sequence_length", "64", "--batch_size",
           "4", "--lr", "2e-3", "--local_updates", "8", "--dtype", "fp32", "--partition",
-          "by_source", "--val_freq", "1000", "--checkpoint_freq", "none")
+          "by_source", "--val_fraction", "0.01", "--val_freq", "1000", "--checkpoint_freq", "none")
 LR, STEPS = 2e-3, 8  # of SHARED
 BOOST, LITTLE, NOISE = 10.0, 1.5, 0.25
 

@@ -4,10 +4,10 @@
     python -m tests.benchmarks.attacks --hours 0.5 --worlds 8:1     # a part of it
     python -m tests.benchmarks.attacks --table                      # the table of what is made
 
-Clients are the authors of `../shared/data/books/train`, several to a client; a hundredth of each is
-held out for the perplexities. The last F of K are hostile: they train as the others do, and send
-something else in place of the update d. All attacks stay within the round's bound, beyond which a
-client is left out anyway:
+Clients are the authors of `../shared/data/books/train`, several to a client; three thousandths of
+each are held out for the perplexities. The last F of K are hostile: they train as the others do,
+and send something else in place of the update d. All attacks stay within the round's bound, beyond
+which a client is left out anyway:
 
     sign_flip   -d
     bound       the bound, with the sign of d turned
@@ -52,10 +52,11 @@ METHODS: dict[str, tuple[str, ...]] = {
 ROBUST = ("FedMedian", "FedTrimmedMean", "FedKrum")
 ATTACKS = ("none", "sign_flip", "bound", "noise", "boost", "shuffled", "little")
 WORLDS = ("8:1", "8:3", "20:6")  # clients: hostile ones
-SHARED = ("--config", "tiny", "--tokenizer", "bpe:4096", "--sequence_length", "64", "--batch_size",
-          "4", "--lr", "2e-3", "--local_updates", "8", "--dtype", "fp32", "--partition",
-          "by_source", "--val_fraction", "0.01", "--val_freq", "1000", "--checkpoint_freq", "none")
-LR, STEPS = 2e-3, 8  # of SHARED
+SHARED = ("--config", "tiny_1_layer", "--tokenizer", "bpe:1024", "--sequence_length", "32",
+          "--batch_size", "4", "--lr", "4e-3", "--local_updates", "8", "--dtype", "fp32",
+          "--partition", "by_source", "--val_fraction", "0.003", "--val_freq", "1000",
+          "--checkpoint_freq", "none")
+LR, STEPS = 4e-3, 8  # of SHARED
 BOOST, LITTLE, NOISE = 10.0, 1.5, 0.25
 
 
@@ -200,7 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--hours", type=float, default=2.0, help="no run begins after these")
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--worlds", default=",".join(WORLDS), help="clients:hostile, ...")
     parser.add_argument("--attacks", default=",".join(ATTACKS))
     parser.add_argument("--table", action="store_true", help="make no run")

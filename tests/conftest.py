@@ -52,7 +52,7 @@ def run(cache_dir: Path, tmp_path: Path) -> Run:
     """
 
     def run_it(method: str, *flags: object, processes: int = 1, name: str = "run",
-               limit: float = 100, script: str | Path = "fedrun", restarts: int = 0,
+               limit: float = 250, script: str | Path = "fedrun", restarts: int = 0,
                env: dict[str, str] | None = None, launcher: bool = False) -> Outcome:
         arguments = [method, *SMALL, "--data_dir", str(tmp_path), "--cache_dir", str(cache_dir),
                      "--run_name", name, *map(str, flags)]
@@ -105,7 +105,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Ou
     folder = tmp_path_factory.mktemp("undisturbed")
     subprocess.run([sys.executable, "-m", "fedrun", "fed_avg", *SMALL, *map(str, FLAGS),
                     "--data_dir", str(folder), "--cache_dir", str(cache_dir), "--run_name", "run"],
-                   check=True, cwd=ROOT, timeout=100, capture_output=True)
+                   check=True, cwd=ROOT, timeout=250, capture_output=True)
     return Outcome(0, "", folder / "run")
 
 

@@ -92,7 +92,7 @@ class Institutions:
         return {"FEDRUN_SITE": site, "FEDRUN_SITE_DATA": str(folder / "text" / "*.txt"),
                 "FEDRUN_SITE_DIR": str(folder / "site"), "HOME": str(folder)}
 
-    def train(self, *flags: object, name: str = "run", limit: float = 100,
+    def train(self, *flags: object, name: str = "run", limit: float = 250,
               ranks: Sequence[str] = NAMES, env: Mapping[str, Mapping[str, str]] | None = None,
               module: str = "fedrun") -> Ranks:
         """A run of the server and these sites' ranks. env: more of the environment, by owner."""

@@ -94,7 +94,7 @@ class Outcome:
 Run = Callable[..., Outcome]
 
 
-def execute(command: Sequence[str], limit: float = 100, env: dict[str, str] | None = None,
+def execute(command: Sequence[str], limit: float = 250, env: dict[str, str] | None = None,
             cwd: Path = ROOT) -> tuple[int, str]:
     """Run a command; its exit code and all it printed. Past the limit (seconds) it and the
     processes it started, which share its session, are killed, and the test fails."""

@@ -30,7 +30,9 @@ SECONDS_TO_FOLLOW = 15.0
 PR_SET_PDEATHSIG = 1
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with threads could not be forked
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["fedrun.cli", "fedrun.run", "tokenizers"])
+_context.set_forkserver_preload([
+    "fedrun.cli", "fedrun.run", "tokenizers",
+    "torch.fx.experimental.symbolic_shapes"])  # and sympy: torch imports them at the first backward
 
 
 def run_ranks(processes: int, arguments: Sequence[str], limit: float, module: str = "fedrun"

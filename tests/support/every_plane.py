@@ -17,10 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fedrun.aggregation.base import Aggregator
+from fedrun.aggregation.blocks import BLOCK, residual_of
 from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.exact import MOMENTS, ExactAggregator
 from fedrun.aggregation.gathering import GatheringAggregator
-from fedrun.aggregation.int8 import BLOCK, Int8Aggregator, residual_of
+from fedrun.aggregation.int8 import Int8Aggregator
 from fedrun.aggregation.keeping import KeepingAggregator
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.aggregation.weiszfeld import WeiszfeldAggregator
@@ -131,7 +132,7 @@ def result(case: str, plane: DataPlane, mine: range) -> dict[str, Tensor]:
     else:
         assert plane.bytes_sent - sent in (0, due), case
     if isinstance(terms, Int8Aggregator):
-        state |= terms.kept
+        state |= terms.carried
     return {"model": model.clone(), **{n: v.clone() for n, v in (state | moments).items()},
             "measured": torch.tensor(list(measured.values()), dtype=torch.float64)}
 

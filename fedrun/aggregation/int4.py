@@ -69,7 +69,7 @@ from fedrun.aggregation.blocks import (
     update_slice,
 )
 from fedrun.aggregation.bounds import Bounds, bound_exceeded
-from fedrun.aggregation.packing import LEVELS, TYPES, bits_of_sum, pack, unpack
+from fedrun.aggregation.packing import LEVELS, TYPES, as_numbers, bits_of_sum, pack, unpack
 from fedrun.aggregation.slices import Peaks, slice_width
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.strategies.base import Strategy
@@ -119,9 +119,10 @@ class Int4Aggregator(Aggregator):
         self._results = shared(padded * _ROW, torch.uint8).view(padded, _ROW)
         self._bits = bits_of_sum(min(cohort, most * max(map(len, plane.nodes))))
         """Of an element of the sum over a machine, on its way to the owner."""
-        row = self._bits * BLOCK // 8 + 1
-        self._sent, self._received = (shared(padded * row * (nodes > 1), torch.uint8).view(-1, row)
-                                      for _ in range(2))
+        if nodes > 1:
+            row = self._bits * BLOCK // 8 + 1
+            self._sent, self._received = (shared(padded * row, torch.uint8).view(padded, row)
+                                          for _ in range(2))
         self._round_steps = torch.empty_like(self.steps)
         self._bound = math.inf
         self._weight = self._total = 0
@@ -262,7 +263,7 @@ class Int4Aggregator(Aggregator):
         rows = self._results[first:last]
         mean = self._scratch[0, :(last - first) * BLOCK].view(-1, BLOCK)
         mean.copy_(unpack(rows[:, :_PACKED], 4))
-        steps = rows[:, _PACKED:-1].contiguous().view(torch.bfloat16)
+        steps = as_numbers(rows[:, _PACKED:-1], torch.bfloat16)
         mean.mul_(steps.to(mean.dtype)).div_(weight)
         return {"delta": mean.view(-1)[:b - a]}, {}
 

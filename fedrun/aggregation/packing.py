@@ -19,6 +19,12 @@ def bits_of_sum(clients: int) -> int:
     return 8 if clients * LEVELS <= torch.iinfo(torch.int8).max else 16
 
 
+def as_numbers(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows of bytes, which may be a part of longer ones, as numbers of this type, copied."""
+    # `contiguous` copies no single row, which may begin where no number of more bytes can.
+    return rows.clone(memory_format=torch.contiguous_format).view(dtype)
+
+
 def pack(numbers: Tensor, bits: int) -> Tensor:
     """Rows of integers, (rows, n), as bytes, (rows, n bits / 8)."""
     if bits != 4:
@@ -31,5 +37,5 @@ def pack(numbers: Tensor, bits: int) -> Tensor:
 def unpack(rows: Tensor, bits: int) -> Tensor:
     """The integers that `pack` has packed. The bytes may be a part of longer rows."""
     if bits != 4:
-        return rows.contiguous().view(TYPES[bits])
+        return as_numbers(rows, TYPES[bits])
     return torch.cat([rows & 15, rows >> 4], 1).to(torch.int8).sub_(LEVELS)

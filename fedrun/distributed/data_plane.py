@@ -189,10 +189,9 @@ class DataPlane:
         """Leaders of the nodes: each sends all others its section of a vector, of which there are
         as many as nodes, of equal lengths. Afterwards `whole`, (size,), has all of them."""
         assert self.inter_node_group is not None
-        assert whole.numel() % len(self.nodes) == 0
-        length = whole.numel() // len(self.nodes)
-        mine = whole[self.node * length:(self.node + 1) * length].clone()
-        work = dist.all_gather_into_tensor(whole, mine, self.inter_node_group, async_op=True)
+        sections = whole.view(len(self.nodes), -1).unbind()
+        mine = sections[self.node].clone()
+        work = dist.all_gather(list(sections), mine, self.inter_node_group, async_op=True)
         wait_for(work, self._control, self._polls)
         self.bytes_sent += mine.nbytes * (len(self.nodes) - 1)
 

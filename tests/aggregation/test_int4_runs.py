@@ -38,9 +38,9 @@ def test_half_the_bytes_of_int8_for_nearly_the_same_model(run_here: Run) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("machines", ["one", "two"])
-def test_both_residuals_are_part_of_a_checkpoint(run: Run, tmp_path: Path, machines: str) -> None:
-    """Of which a machine has its section alone, if there are several; they are cut anew."""
+@pytest.mark.timeout(300)
+def test_both_residuals_are_part_of_a_checkpoint(run: Run, tmp_path: Path) -> None:
+    """Also on two machines, of which each has its section alone of what the server keeps."""
     flags = (*FLAGS, "--cohort", 3, "--checkpoint_freq", 1)
     alone = run("diloco", *flags, name="alone")
     stopped = run("diloco", *flags, script=FAULTY, env=fault(tmp_path, "kill", "record:3"))
@@ -52,8 +52,7 @@ def test_both_residuals_are_part_of_a_checkpoint(run: Run, tmp_path: Path, machi
     assert last["int4.residual"].shape == last["model"].shape
     for name in ("int4.residual", "int4.steps"):
         assert not torch.equal(first[name], last[name])
-    resumed = run("diloco", *flags, processes=5 if machines == "two" else 3,
-                  script="tests.support.two_machines" if machines == "two" else "fedrun")
+    resumed = run("diloco", *flags, processes=4, limit=200, script="tests.support.two_machines")
     assert resumed.code == 0, resumed.output
     assert "resuming from step" in resumed.output
     assert resumed.bits == alone.bits

@@ -111,7 +111,7 @@ class PretendedNccl(dist.ProcessGroup):
 
     alltoall_base: Any = all_to_all_single  # its name in older versions of torch
 
-    def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:  # type: ignore[override]
+    def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
         (parts,), (mine,) = outputs, inputs
         for tensor in (mine, *parts):
             _require_usable(tensor)

@@ -18,7 +18,7 @@ from fedrun.aggregation.update import ServerUpdate
 from fedrun.config import INT4_COHORT
 from fedrun.strategies import FedAvg
 from fedrun.strategies.base import ServerRound
-from tests.aggregation.test_int8 import BOUND, HOSTILE, SIZE, drawn
+from tests.support.hostile_updates import BOUND, HOSTILE, SIZE, drawn
 from tests.support.naive_int4 import Naive, bfloat16
 from tests.support.wired import Board, Wired, together
 

@@ -180,6 +180,8 @@ def test_a_method_that_weighs_clients_anew_tells_nothing_of_one(given: list[str]
     ("fed_avg", ["--save_client_deltas"], "--save_client_deltas true: must be false with --sites"),
     ("fed_entropy", [], "none with fed_entropy, which weights each client by an entropy"),
     ("fed_avg", ["--secure_sum", "--aggregation", "float"], "--aggregation float: must be exact"),
+    ("fed_avg", ["--secure_sum", "--aggregation", "int4"], "--aggregation int4: must be exact or"),
+    ("fed_avg", ["--aggregation", "int4"], "int4: must be exact, float or int8 with --sites"),
     ("fed_avg", ["--secure_sum", "--cohort", "2"], "--cohort 2: must be at least 3 clients with"),
     ("fed_avg", ["--site_holdout", "0.1"],
      "--site_holdout 0.1: must be none without --sites FILE and --secure_sum"),

@@ -73,6 +73,30 @@ class Aggregator(ABC):
         """Payload of this round for a worker that sends."""
         return self._buffer.nbytes
 
+    @property
+    def bytes_received(self) -> int:
+        """Payload of what comes back to it."""
+        return self.bytes_sent
+
+    @property
+    def residuals(self) -> tuple[str, ...]:
+        """This round's vectors of which a client keeps what it has not sent."""
+        return ()
+
+    @property
+    def carried(self) -> dict[str, Tensor]:
+        """What is needed of this round in the next, by name: the same on every worker."""
+        return {}
+
+    @property
+    def carried_in_sections(self) -> dict[str, Tensor]:
+        """More of it, (size,) each, of which every node has its own section until `complete`."""
+        return {}
+
+    def complete(self) -> None:
+        """Workers, after a round: let every node have all of `carried_in_sections`."""
+        assert not self.carried_in_sections, "who has some says how"
+
     @abstractmethod
     def begin(self, bounds: Bounds, moments: Sequence[str] | None = None) -> None:
         """Start a round whose clients stay within these bounds. moments: those that are averaged in

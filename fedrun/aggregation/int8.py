@@ -72,18 +72,27 @@ import torch
 from torch import Tensor
 
 from fedrun.aggregation.base import Aggregator
+from fedrun.aggregation.blocks import (
+    BLOCK,
+    FULL,
+    SHRINK,
+    SMALLEST,
+    WEIGHT_BITS,
+    block_range,
+    follow,
+    give_off,
+    residual_of,
+    update_slice,
+)
 from fedrun.aggregation.bounds import Bounds, bound_exceeded
 from fedrun.aggregation.slices import Peaks, slice_width
 from fedrun.config import INT8_COHORT
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.strategies.base import Strategy
 
-BLOCK = 256  # elements that share a step
 LEVELS = INT8_COHORT + 1  # of all clients together, on either side of zero: their sum fits a byte
-FIRST, SMALLEST = 1 / 4, 1 / 256  # steps, as shares of what equal clients at the bound need
+FIRST = 1 / 4  # step, as a share of what equal clients at the bound need
 FIRST_OF_MOMENTS = 1.0
-FULL, SHRINK = 0.7, 0.75  # FULL < SHRINK: what has just shrunk does not clip at once
-_WEIGHT_BITS = 30
 
 
 class Int8Aggregator(Aggregator):
@@ -136,8 +145,11 @@ class Int8Aggregator(Aggregator):
         self._bounds = {"delta": math.inf}
 
     @property
-    def kept(self) -> dict[str, Tensor]:
-        """What the next round's steps are made of, by name."""
+    def residuals(self) -> tuple[str, ...]:
+        return tuple(self._moving)
+
+    @property
+    def carried(self) -> dict[str, Tensor]:
         return {"steps": self.steps} | {f"steps.{n}": t for n, t in self.moment_steps.items()} | (
             {"scales": self.scales} if self.moment_steps else {})
 
@@ -158,7 +170,7 @@ class Int8Aggregator(Aggregator):
         self._parts["delta"].begin(bounds.update)
         for name in self.moments:
             self._parts[name].begin(self.scales)
-        self._grid = 2.0 ** (_WEIGHT_BITS - math.ceil(math.log2(bounds.clip)))  # of the scales
+        self._grid = 2.0 ** (WEIGHT_BITS - math.ceil(math.log2(bounds.clip)))  # of the scales
         self.buffer.zero_()
 
     def add(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None = None) -> str:
@@ -183,19 +195,17 @@ class Int8Aggregator(Aggregator):
         if self.moment_steps:
             scales = torch.mul(client["peaks"], weight * self._grid).round_()
             self.buffer[self._scales_at].add_(scales.to(torch.int32))
-        self.buffer[-2] += round(weight * 2**_WEIGHT_BITS)
+        self.buffer[-2] += round(weight * 2**WEIGHT_BITS)
         self.buffer[-1] += levels
         return ""
 
     def _difference(self, name: str, client: Mapping[str, Tensor], start: Tensor | None, a: int,
                     b: int) -> Tensor:
         """A slice of what the client adds to a vector's sum."""
-        out = self._scratch[1, :b - a]
         if name in self.moment_steps:
-            return torch.sub(client[name][a:b], self.averages[name][a:b], out=out)
-        if start is None or "parameters" not in client:
-            return client["delta"][a:b]
-        return torch.sub(client["parameters"][a:b], start[a:b], out=out)
+            return torch.sub(client[name][a:b], self.averages[name][a:b],
+                             out=self._scratch[1, :b - a])
+        return update_slice(client, start, a, b, self._scratch[1])
 
     def reduce(self) -> None:
         """Workers: sum over all of them, and choose the next round's steps."""
@@ -204,12 +214,11 @@ class Int8Aggregator(Aggregator):
         for part in self._moving.values():
             clipped, full = (self._sum(where).view(torch.uint8)[mine.start:mine.stop]
                              for where in part.counts)
-            steps = part.shares[mine.start:mine.stop]
-            kept = torch.where(full > 0, steps, self._shrink * steps)
-            steps.copy_(torch.where(clipped > 0, 2.0 * steps, kept)).clamp_(*self._range)
+            follow(part.shares[mine.start:mine.stop], clipped > 0, full > 0, self._shrink,
+                   self._range)
         if self.moment_steps:
             scales = self._sum(self._scales_at)[mine.start:mine.stop].to(self.scales.dtype)
-            step = 1.0 / (self._grid * max(self.total_weight(), 2.0**-_WEIGHT_BITS))
+            step = 1.0 / (self._grid * max(self.total_weight(), 2.0**-WEIGHT_BITS))
             self.scales[mine.start:mine.stop] = scales.mul_(step).clamp_(min=step)
 
     def _sum(self, where: slice) -> Tensor:
@@ -217,7 +226,7 @@ class Int8Aggregator(Aggregator):
         return torch.stack([part[where] for part in self._reduced]).sum(0, dtype=torch.int32)
 
     def total_weight(self) -> float:
-        return self._total(-2) / 2.0**_WEIGHT_BITS
+        return self._total(-2) / 2.0**WEIGHT_BITS
 
     def _total(self, index: int) -> int:
         """One of the two numbers at the buffers' ends, summed over all workers."""
@@ -225,7 +234,7 @@ class Int8Aggregator(Aggregator):
 
     def means(self, a: int, b: int, weight: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         levels, found = self._total(-1), {}
-        first, last = _block_range(a, b)
+        first, last = block_range(a, b)
         for row, (name, part) in zip((0, *range(2, len(self._scratch))), self._moving.items(),
                                      strict=False):
             words = self._sum_over_workers(part.start + first * BLOCK // 4,
@@ -274,32 +283,14 @@ class _Part:
 
     def send(self, residual: Tensor, levels: int, a: int, b: int, scratch: Tensor) -> None:
         """Move what fits the grid from a slice of a client's residual to the buffer."""
-        first, last = _block_range(a, b)
-        blocks = scratch[0, :(last - first) * BLOCK]
-        blocks[:b - a] = residual[a:b]
-        blocks[b - a:] = 0
-        blocks = blocks.view(-1, BLOCK)
-        step = self.steps[first:last, None]
-        q = torch.div(blocks, step, out=scratch[1, :blocks.numel()].view_as(blocks))
-        furthest = torch.maximum(q.amax(1), q.amin(1).neg_())
+        q, furthest = give_off(residual, self.steps, levels, a, b, scratch)
+        first, last = block_range(a, b)
         fits = levels + 0.5
         self._clipped[first:last].add_(furthest > fits)
         self._full[first:last].add_(furthest > FULL * fits)
-        q.round_().clamp_(-levels, levels)
-        residual[a:b] = blocks.addcmul_(q, step, value=-1).view(-1)[:b - a]
         self._bytes[first:last].add_(q.add_(levels).to(torch.uint8))
-
-
-def residual_of(name: str) -> str:
-    """What a client calls its residual of a vector."""
-    return "residual" if name == "delta" else f"residual.{name}"
 
 
 def _levels(cohort: int, weight: float) -> int:
     """Levels on either side of zero of a client of this weight."""
     return 1 + math.floor((LEVELS - cohort) * weight)
-
-
-def _block_range(a: int, b: int) -> tuple[int, int]:
-    """The blocks that hold elements a to b; a is the first element of one."""
-    return a // BLOCK, -(-b // BLOCK)

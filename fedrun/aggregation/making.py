@@ -7,6 +7,7 @@ from torch import Tensor
 from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.exact import ExactAggregator
 from fedrun.aggregation.gathering import GatheringAggregator
+from fedrun.aggregation.int4 import Int4Aggregator
 from fedrun.aggregation.int8 import Int8Aggregator
 from fedrun.aggregation.weiszfeld import WeiszfeldAggregator
 from fedrun.config import FederatedConfig
@@ -30,5 +31,8 @@ def make_aggregator(config: FederatedConfig, vector: Tensor, plane: DataPlane, m
     if config.aggregation == "int8":
         return Int8Aggregator(config.strategy, len(vector), vector, config.cohort_size,
                               config.num_clients, plane, averaged)
+    if config.aggregation == "int4":
+        return Int4Aggregator(config.strategy, len(vector), vector, config.cohort_size,
+                              config.num_clients, most, plane)
     return ExactAggregator(config.strategy, len(vector), vector, config.aggregation == "exact",
                            averaged, plane)

@@ -8,7 +8,8 @@ cannot work. Torch is not imported, so that `--help` and a wrong flag answer at 
 from __future__ import annotations
 
 from fedrun.config.central import CentralConfig
-from fedrun.config.federated import INT8_COHORT, FederatedConfig
+from fedrun.config.federated import INT4_COHORT, INT8_COHORT, FederatedConfig
 from fedrun.config.shared import Dtype, Partition, RunConfig
 
-__all__ = ["INT8_COHORT", "CentralConfig", "Dtype", "FederatedConfig", "Partition", "RunConfig"]
+__all__ = ["INT4_COHORT", "INT8_COHORT", "CentralConfig", "Dtype", "FederatedConfig", "Partition",
+           "RunConfig"]

@@ -27,8 +27,8 @@ def check_client_clip(config: Any) -> None:
             f"none with {config.method}, whose sums are not of updates alone")
     require(config.dp != "client", "--client_clip", given, "none with --dp client, which clips to "
             "--dp_clip")
-    require(config.aggregation != "int8", "--aggregation", "int8", f"exact or float with {flag}: "
-            "in eight bits a client also sends what earlier rounds have left")
+    require(not config.sends_few_bits, "--aggregation", config.aggregation, f"exact or float with "
+            f"{flag}: in few bits a client also sends what earlier rounds have left")
     require(not config.averaged_moments, "--client_moments", config.client_moments,
             f"keep, reset or reset_epoch with {flag}: moments are not clipped")
     require(config.sync == "round", "--sync", config.sync, f"round with {flag}")

@@ -16,6 +16,7 @@ from fedrun.privacy.settings import PrivacySettings, check_privacy
 from fedrun.strategies import FedAvg, Strategy
 
 INT8_COHORT = 126  # most clients whose int8 sum still gives each one level on both sides of zero
+INT4_COHORT = 4681  # most clients whose sum, of 7 levels each, fits 16 bits
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,12 @@ class FederatedConfig(PrivacySettings, RunConfig):
     client_store: Literal["memory", "disk"] = "memory"
     """Where the state of clients that are not training is kept: in the host's memory, or in files
     in the run's folder (disk), so that hundreds of clients take the memory of two."""
-    aggregation: Literal["exact", "float", "int8"] = "exact"
+    aggregation: Literal["exact", "float", "int8", "int4"] = "exact"
     """How updates are summed: exact (integers on a grid: the same bits in any number of processes;
-    4 bytes a parameter, more for some methods), float (floating point, no bound on an update), or
-    int8 (8 bits, 1.01 bytes a parameter; a client adds its rounding error to its next update)."""
+    4 bytes a parameter, more for some methods), float (floating point, no bound on an update), int8
+    (8 bits, 1.01 bytes a parameter; a client adds its rounding error to its next update), or int4
+    (4 bits each way, 0.51 bytes a parameter; the sum is rounded too, and the server adds that error
+    to its next sum)."""
     client_clip: str | None = None
     """Longest update of a client, in L2 norm: a longer one is scaled down to it, so that no client
     can move the model further however it trained. A number, or the median of the round's norms
@@ -120,8 +123,8 @@ class FederatedConfig(PrivacySettings, RunConfig):
                     "moment of matrices to average")
             require(not {"exp_avg", "exp_avg_sq"} & {*self.strategy.inputs}, "--local_optimizer",
                     "muon", f"adamw for {self.method}, which takes AdamW's moments")
-        if self.aggregation == "int8":
-            self._check_int8()
+        if self.sends_few_bits:
+            self._check_few_bits()
         check_client_clip(self)
         check_sites(self)
         self.strategy.check(self)
@@ -166,20 +169,30 @@ class FederatedConfig(PrivacySettings, RunConfig):
         """Whether a client keeps anything from one round to the next besides its place in its text,
         which follows from the rounds in which it trained. Sites keep a file of each client in any
         case."""
-        return (self.keeps_moments or self.aggregation == "int8" or self.sync == "epoch"
+        return (self.keeps_moments or self.sends_few_bits or self.sync == "epoch"
                 or self.sites is not None)
 
-    def _check_int8(self) -> None:
-        """int8 sums only updates from the global model, weighted in advance, of INT8_COHORT clients
-        at most."""
+    @property
+    def sends_few_bits(self) -> bool:
+        """Whether updates are rounded to so few bits that each client keeps what it has not sent.
+        """
+        return self.aggregation in ("int8", "int4")
+
+    def _check_few_bits(self) -> None:
+        """int8 and int4 sum only updates from the global model, weighted in advance, of so many
+        clients at most."""
+        given = self.aggregation
         fits = set(self.strategy.sums) == {"delta"} and not self.strategy.weight_headroom
-        require(fits, "--aggregation", "int8",
-                f"exact or float for {self.method} (int8 carries only updates)")
-        require(self.client_moments != "average", "--client_moments", self.client_moments,
-                "keep, reset, reset_epoch or average_sqrt with --aggregation int8")
-        require(self.cohort_size <= INT8_COHORT, "--cohort", self.cohort_size,
-                f"at most {INT8_COHORT} clients in a round with --aggregation int8")
-        require(self.sync == "round", "--sync", self.sync, "round with --aggregation int8")
+        require(fits, "--aggregation", given,
+                f"exact or float for {self.method} ({given} carries only updates)")
+        roots = ", reset_epoch or average_sqrt" if given == "int8" else " or reset_epoch"
+        require(not self.averaged_moments or (
+            given == "int8" and self.client_moments == "average_sqrt"), "--client_moments",
+                self.client_moments, f"keep, reset{roots} with --aggregation {given}")
+        most = INT8_COHORT if given == "int8" else INT4_COHORT
+        require(self.cohort_size <= most, "--cohort", self.cohort_size,
+                f"at most {most} clients in a round with --aggregation {given}")
+        require(self.sync == "round", "--sync", self.sync, f"round with --aggregation {given}")
 
     def warnings(self) -> list[str]:
         """One line for each setting that works but is probably a mistake (see unused.py too)."""

@@ -29,9 +29,11 @@ def check_sites(config: Any) -> None:
     for name in ("eval_clients", "save_client_deltas"):
         require(not getattr(config, name), f"--{name}", "true", f"false with --sites "
                 f"{config.sites}: nothing of a single client's model leaves its site")
-    require(not config.secure_sum or config.aggregation != "float", "--aggregation",
+    require(not config.secure_sum or config.aggregation in ("exact", "int8"), "--aggregation",
             config.aggregation, "exact or int8 with --secure_sum, whose masks cancel in sums of "
             "integers alone")
+    require(config.aggregation != "int4", "--aggregation", "int4", f"exact, float or int8 with "
+            f"--sites {config.sites}, where the first worker of each site sends for all of its own")
 
 
 def refuse_dealt(config: Any, name: str, given: bool) -> None:

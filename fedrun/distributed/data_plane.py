@@ -185,6 +185,16 @@ class DataPlane:
         wait_for(work, self._control, self._polls)
         self.bytes_sent += sent.nbytes - sent.itemsize * lengths[self.node] * senders[self.node]
 
+    def gather_sections(self, whole: Tensor) -> None:
+        """Leaders of the nodes: each sends all others its section of a vector, of which there are
+        as many as nodes, of equal lengths. Afterwards `whole`, (size,), has all of them."""
+        assert self.inter_node_group is not None
+        sections = whole.view(len(self.nodes), -1).unbind()
+        mine = sections[self.node].clone()
+        work = dist.all_gather(list(sections), mine, self.inter_node_group, async_op=True)
+        wait_for(work, self._control, self._polls)
+        self.bytes_sent += mine.nbytes * (len(self.nodes) - 1)
+
     def reduce(self, parts: Sequence[Tensor], mask: Mask | None = None) -> tuple[Tensor, ...]:
         """Sum vectors over all workers of all sites. `parts` come from `allocate`; each worker has
         filled its own. mask: on leaders; added to the sum over the site before it is sent.

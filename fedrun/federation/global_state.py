@@ -23,8 +23,7 @@ from fedrun.distributed.data_plane import DataPlane
 from fedrun.records.checkpoint import DTYPES, GLOBAL, Checkpoint
 
 State = Mapping[str, Tensor]
-INT8 = "int8."
-STEPS = INT8 + "steps"
+STEPS = "int8.steps"
 _TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -35,25 +34,31 @@ class GlobalState:
                  aggregator: Aggregator) -> None:
         """Workers: as it is before the first round. vector: the model's, (size,)."""
         self.model = plane.replicated(vector)
-        """The global model; this and all others but those of `int8`: (size,)."""
+        """The global model; this and all others but `carried`: (size,)."""
         self.server = {name: plane.replicated(torch.full_like(vector, value))
                        for name, value in config.strategy.state.items()}
         """The method's own, by name."""
         self.moments = {name: plane.replicated(torch.zeros_like(vector))
                         for name in config.averaged_moments} or None
         """AdamW's moments as they were averaged last, if clients share them."""
-        self.int8: dict[str, Tensor] = {}
-        """With --aggregation int8 what the aggregator makes the next round's steps of, by name."""
+        self.carried = {f"{config.aggregation}.{n}": t for n, t in aggregator.carried.items()}
+        """What the aggregator makes the next round's steps of, with int8 and int4."""
+        self.sections = {f"{config.aggregation}.{n}": t
+                         for n, t in aggregator.carried_in_sections.items()}
+        """What is the same on all only after the aggregator's `complete`."""
         if isinstance(aggregator, Int8Aggregator):
-            self.int8 = {INT8 + name: t for name, t in aggregator.kept.items()}
             aggregator.averages = self.moments or {}
         self._plane = plane
 
     def named(self) -> dict[str, Tensor]:
         """All of it by the names that checkpoints use: the tensors themselves."""
+        return self.replicated() | self.sections
+
+    def replicated(self) -> dict[str, Tensor]:
+        """What is the same on all workers after every round."""
         return {"model": self.model} | {
             f"server.{name}": t for name, t in self.server.items()} | {
-            f"moments.{name}": t for name, t in (self.moments or {}).items()} | self.int8
+            f"moments.{name}": t for name, t in (self.moments or {}).items()} | self.carried
 
     def load(self, checkpoint: Checkpoint, warns: bool) -> None:
         """Workers: take what a checkpoint holds. warns: whether this one says what is missing."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from fedrun.aggregation.base import Aggregator
+from fedrun.aggregation.blocks import BLOCK, residual_of
 from fedrun.aggregation.exact import MOMENTS
-from fedrun.aggregation.int8 import BLOCK, Int8Aggregator, residual_of
+from fedrun.aggregation.int8 import Int8Aggregator
 from fedrun.federation.client import Client
 from fedrun.strategies.base import Strategy
 from fedrun.training import averaged_moments
@@ -22,12 +23,10 @@ def reported_vectors(client: Client, strategy: Strategy, aggregator: Aggregator,
     """
     vectors: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
-    besides: dict[str, Tensor] = {}  # what int8 needs
     averaged = aggregator.moments
-    if isinstance(aggregator, Int8Aggregator):
-        besides = {name: client.residual(name) for name in map(residual_of, ("delta", *averaged))}
-        if averages:
-            besides["peaks"] = averaged_moments.peaks(client.optimizer, BLOCK)
+    besides = {name: client.residual(name) for name in map(residual_of, aggregator.residuals)}
+    if averages and isinstance(aggregator, Int8Aggregator):
+        besides["peaks"] = averaged_moments.peaks(client.optimizer, BLOCK)
     if averaged != MOMENTS and set(MOMENTS) & set(strategy.inputs):
         moments = client.optimizer.bias_corrected_moments(copy=True)  # it keeps using its own
     moments |= (reported := averaged_moments.take(client.optimizer, averaged))

@@ -145,7 +145,8 @@ class Worker:
         self._added = [report.client for report in reports if not report.left_out]
         self._ready = plan.round
         return WorkerReport([] if self.config.sites or self.config.dp == "client" else reports,
-                            bytes=2 * len(reports) * self.aggregator.bytes_sent,
+                            bytes=len(reports) * (self.aggregator.bytes_sent
+                                                  + self.aggregator.bytes_received),
                             local_training_seconds=time.monotonic() - began)
 
     def _hosted(self, cohort: list[int]) -> list[int]:
@@ -289,12 +290,14 @@ class Worker:
         replica of their own."""
         if self.runtime.data_plane.node_rank > 0:
             return report
-        state = self.global_state.named()
+        state = self.global_state.replicated()
         return replace(report, replicas=replicas.digests(state),
                        not_finite=replicas.not_finite(state))
 
     def save(self, plan: RoundPlan) -> None:
-        """Start to write this worker's files of a checkpoint, with everything as it is now."""
+        """Workers: start to write this worker's files of a checkpoint, with everything as it is
+        now."""
+        self.aggregator.complete()
         first = self._index == 0 if self.site_states is None else self.site_states.process == 0
         files = {GLOBAL: self.global_state.named()} if first else {}
         self.store.save(self.checkpoint_writer, self.folders.step(plan.round), plan.round, files)

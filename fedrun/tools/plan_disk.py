@@ -107,14 +107,16 @@ class Sent:
 def sent(config: FederatedConfig, found: Worker, layout: Layout, rounds: int, shards: list[int]
          ) -> Sent:
     """shards: sequences of each client."""
-    schedule, bounds, of_round = Schedule(config, shards), Bounds(1.0), dict[tuple[str, ...], int]()
-    terms = []
+    schedule, bounds = Schedule(config, shards), Bounds(1.0)
+    of_round = dict[tuple[str, ...], tuple[int, int]]()
+    terms, both_ways = [], 0
     for number in range(1, rounds + 1):
         moments = schedule.moments(number)
         if moments not in of_round:
             found.aggregator.begin(bounds, moments)
-            of_round[moments] = found.aggregator.bytes_sent
-        terms.append(of_round[moments])
+            of_round[moments] = found.aggregator.bytes_sent, found.aggregator.bytes_received
+        terms.append(of_round[moments][0])
+        both_ways += sum(of_round[moments])
     senders = layout.workers if layout.gpu else min(layout.machines, layout.workers)
-    return Sent(max(terms), sum(terms) / rounds, 2 * config.cohort_size * sum(terms),
+    return Sent(max(terms), sum(terms) / rounds, config.cohort_size * both_ways,
                 senders if senders > 1 else 0)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from fedrun.aggregation.base import Aggregator
-from fedrun.aggregation.int8 import Int8Aggregator, residual_of
+from fedrun.aggregation.blocks import residual_of
+from fedrun.aggregation.int8 import Int8Aggregator
 from fedrun.aggregation.keeping import KeepingAggregator
 from fedrun.aggregation.making import make_aggregator
 from fedrun.aggregation.update import ServerUpdate
@@ -222,7 +223,7 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
             state = GlobalState(config, flat.vector, plane, aggregator)
             ServerUpdate(strategy, aggregator)
         count.name(GLOBAL_MODEL, state.model)
-        count.name(SERVERS, *state.server.values())
+        count.name(SERVERS, *state.server.values(), *state.sections.values())
         count.name(AVERAGED, *(state.moments or {}).values())
         with count.item(FISHER):
             fisher = FisherEstimate(flat, strategy.fisher_settings
@@ -272,10 +273,9 @@ def _client(config: FederatedConfig, flat: FlatParams, gpu: bool) -> Client:
 
 
 def _residuals(client: Client, aggregator: Aggregator) -> list[str]:
-    """The vectors that a client keeps of what it has not sent, with --aggregation int8."""
-    if not isinstance(aggregator, Int8Aggregator):
-        return []
-    return [residual_of(name) for name in ("delta", *aggregator.moment_steps)]
+    """The vectors that a client keeps of what it has not sent, with --aggregation int8 or int4."""
+    moments = aggregator.moment_steps if isinstance(aggregator, Int8Aggregator) else ()
+    return [residual_of(name) for name in dict.fromkeys((*aggregator.residuals, *moments))]
 
 
 # ---- the ranks -----------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -11,17 +11,16 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from fedrun.aggregation.blocks import BLOCK, FULL, SHRINK, SMALLEST
 from fedrun.aggregation.bounds import Bounds
-from fedrun.aggregation.int8 import BLOCK, FULL, SHRINK, SMALLEST, Int8Aggregator
+from fedrun.aggregation.int8 import Int8Aggregator
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.config import INT8_COHORT
 from fedrun.distributed.data_plane import DataPlane, Mask
 from fedrun.strategies import FedAvg
 from fedrun.strategies.base import ServerRound
+from tests.support.hostile_updates import BOUND, HOSTILE, SIZE, drawn
 from tests.support.naive_int8 import Naive, NaiveMoments
-
-SIZE = 70_001  # more than one slice, a part of a block at the end
-BOUND = 2.0**-6
 
 
 class Wire(DataPlane):
@@ -71,14 +70,6 @@ class World:
         return first
 
 
-def drawn(clients: int, size: int = SIZE, seed: int = 0) -> list[torch.Tensor]:
-    """Updates whose blocks are of very different sizes, the largest elements near BOUND / 3."""
-    generator = torch.Generator().manual_seed(seed)
-    blocks = 10 ** -(3 * torch.rand(-(-size // BLOCK), generator=torch.Generator().manual_seed(7)))
-    spread = torch.rand(size, generator=generator) * blocks.repeat_interleave(BLOCK)[:size]
-    return [torch.randn(size, generator=generator) * spread * BOUND / 16 for _ in range(clients)]
-
-
 @pytest.mark.parametrize(("weights", "turns"), [
     ([1.0], 1), ([0.5, 0.3, 0.2], 1), ([0.25] * 4, 3), ([0.9] + [0.1 / 19] * 19, 1)])
 def test_eight_rounds_against_the_formulas_in_float64(weights: list[float], turns: int) -> None:
@@ -123,18 +114,6 @@ def test_sent_and_residual_add_up_to_what_was_trained() -> None:
         sent += world.round(deltas)
     assert torch.allclose(sent + sum(world.residuals), trained, rtol=0, atol=1e-6 * BOUND)
     assert float((sent - trained).norm()) < 0.02 * float(trained.norm())
-
-
-# Each round's updates of two or more clients, as shares of the bound: hostile to steps that only
-# the sum of the updates decides.
-HOSTILE: dict[str, Callable[[int, int], float]] = {
-    "cancel": lambda number, k: 0.3 * (-1) ** k,
-    "cancel, from small": lambda number, k: (0.001 if number < 30 else 0.5) * (-1) ** k,
-    "one is 100 times larger": lambda number, k: 0.9 if k == 0 else 0.009,
-    "grow 100 times": lambda number, k: 0.005 if number < 30 else 0.5,
-    "shrink 100 times": lambda number, k: 0.5 if number < 30 else 0.005,
-    "silent for long, then at the bound": lambda number, k: float(number >= 45),
-    "every other round": lambda number, k: 0.8 * (number % 2) * (-1) ** (k + number // 2)}
 
 
 @pytest.mark.parametrize("clients", [2, 7])

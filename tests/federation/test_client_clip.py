@@ -127,6 +127,8 @@ def test_what_was_used_is_kept_to_the_next_record_and_over_a_restart() -> None:
     ("fed_fisher", {"client_clip": "1"}, "--client_clip 1: must be none with fed_fisher"),
     ("fed_avg", {"client_clip": "1", "aggregation": "int8"},
      "--aggregation int8: must be exact or float with --client_clip 1"),
+    ("fed_avg", {"client_clip": "1", "aggregation": "int4"},
+     "--aggregation int4: must be exact or float with --client_clip 1"),
     ("fed_avg", {"client_clip": "1", "client_moments": "average"}, "--client_moments average: must "
      "be keep, reset or reset_epoch with --client_clip 1"),
     ("fed_avg", {"client_clip": "1", "sync": "epoch"}, "--sync epoch: must be round with"),

@@ -111,7 +111,7 @@ CASES = [
     ("fed_avg", {"sync": "epoch"}, 2),  # the clients' own models, kept and loaded
     ("fed_momentum", {}, 1), ("diloco", {}, 1), ("fed_adam", {}, 1), ("fed_yogi", {}, 1),
     ("fed_adagrad", {}, 1), ("fed_entropy", {}, 1), ("fed_fisher", {}, 1),
-    ("fed_avg", {"aggregation": "int8"}, 1),
+    ("fed_avg", {"aggregation": "int8"}, 1), ("fed_avg", {"aggregation": "int4"}, 1),
     ("fed_avg", {"aggregation": "int8", "client_moments": "average_sqrt", "grad_clip": "1",
                  "moments_every": "2,1"}, 1),
     ("fed_fisher", {"fisher_floor_mode": "relative"}, 1), ("fed_sgd", {}, 1)]

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedrun.aggregation.base import Aggregator
+from fedrun.aggregation.blocks import BLOCK, residual_of
 from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.exact import MOMENTS, ExactAggregator
-from fedrun.aggregation.int8 import BLOCK, Int8Aggregator, residual_of
+from fedrun.aggregation.int4 import Int4Aggregator
+from fedrun.aggregation.int8 import Int8Aggregator
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.flags import resolve
 from fedrun.model.config import ModelConfig
@@ -105,7 +107,7 @@ METHODS: dict[str, tuple[Strategy, tuple[str, ...]]] = {  # and the moments that
     "fed_avg": (FedAvg(), ()), "averaged moments": (FedAvg(), MOMENTS),
     "averaged roots": (FedAvg(), BOUNDED), "fed_fisher": (FedFisher(), ()),
     "fed_entropy": (FedEntropy(), ()), "fed_adam": (FedAdam(), ()), "int8": (FedAvg(), ()),
-    "int8, averaged roots": (FedAvg(), BOUNDED)}
+    "int8, averaged roots": (FedAvg(), BOUNDED), "int4": (FedAvg(), ())}
 
 
 def client_vectors(size: int) -> Iterator[dict[str, Tensor]]:
@@ -139,6 +141,9 @@ def summed(name: str, size: int, device: torch.device) -> dict[str, Any]:
         terms.averages = moments
         terms.scales.fill_(1.0)
         wanted += ["peaks", *map(residual_of, ("delta", *averaged))]
+    elif name == "int4":
+        terms = Int4Aggregator(strategy, size, like, CLIENTS, CLIENTS, CLIENTS)
+        wanted.append(residual_of("delta"))
     else:
         terms = ExactAggregator(strategy, size, like, True, averaged)
     terms.begin(Bounds(BOUND))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -15,7 +16,12 @@ import torch
 import torch.cuda.nccl
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import AllreduceOptions, AllToAllOptions, ProcessGroupGloo
+from torch._C._distributed_c10d import (
+    AllgatherOptions,
+    AllreduceOptions,
+    AllToAllOptions,
+    ProcessGroupGloo,
+)
 
 from tests.pretended_cuda.cuda_module import properties, uncounted
 
@@ -25,10 +31,10 @@ TYPES = (torch.int8, torch.uint8, torch.int32, torch.int64, torch.float16, torch
 
 
 class Work:
-    """A sum under way."""
+    """A collective under way, from which tensors get what arrives on the host."""
 
-    def __init__(self, gloo: Any, host: Tensor, tensor: Tensor) -> None:
-        self._gloo, self._host, self._tensor = gloo, host, tensor
+    def __init__(self, gloo: Any, hosts: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        self._gloo, self._hosts, self._tensors = gloo, hosts, tensors
         self._copied = False
 
     def is_completed(self) -> bool:
@@ -52,7 +58,8 @@ class Work:
     def _copy(self) -> None:
         if not self._copied:
             with uncounted():
-                self._tensor.copy_(self._host)
+                for tensor, host in zip(self._tensors, self._hosts, strict=True):
+                    tensor.copy_(host)
             self._copied = True
 
 
@@ -91,7 +98,7 @@ class PretendedNccl(dist.ProcessGroup):
         _require_usable(tensor)
         with uncounted():
             gloo, host = self._connect(tensor), tensor.cpu()
-        return Work(gloo.allreduce([host], opts or AllreduceOptions()), host, tensor)
+        return Work(gloo.allreduce([host], opts or AllreduceOptions()), [host], [tensor])
 
     def all_to_all_single(self, output: Tensor, input: Tensor, output_sizes: list[int],
                           input_sizes: list[int], opts: Any = None) -> Any:
@@ -100,9 +107,18 @@ class PretendedNccl(dist.ProcessGroup):
         with uncounted():
             gloo, received, sent = self._connect(output), output.cpu(), input.cpu()
         return Work(gloo.alltoall_base(received, sent, output_sizes, input_sizes,
-                                       opts or AllToAllOptions()), received, output)
+                                       opts or AllToAllOptions()), [received], [output])
 
     alltoall_base: Any = all_to_all_single  # its name in older versions of torch
+
+    def allgather(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
+        (parts,), (mine,) = outputs, inputs
+        for tensor in (mine, *parts):
+            _require_usable(tensor)
+        with uncounted():
+            gloo, gathered = self._connect(mine), [part.cpu() for part in parts]
+            work = gloo.allgather([gathered], [mine.cpu()], opts or AllgatherOptions())
+        return Work(work, gathered, parts)
 
     def shutdown(self) -> None:
         self._gloo = None

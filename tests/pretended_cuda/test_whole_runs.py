@@ -85,13 +85,14 @@ def test_killed_and_resumed_on_other_gpus(pretended_cuda: Gpus, run: Run, alone:
 
 
 @pytest.mark.parametrize(("method", "flags"), [
+    ("diloco", ("--aggregation", "int4")),
     pytest.param("diloco", ("--aggregation", "int8"), marks=pytest.mark.soak),
     pytest.param("fed_avg", ("--client_moments", "average"), marks=pytest.mark.soak),
     ("fed_avg", ("--client_moments", "average_sqrt", "--grad_clip", 1, "--moments_every", "2,1",
                  "--aggregation", "int8")),
     pytest.param("fed_fisher", ("--client_moments", "reset", "--eval_clients",
                                 "--save_client_deltas"), marks=pytest.mark.soak)])
-def test_eight_bits_and_averaged_moments(pretended_cuda: Gpus, run: Run, method: str,
+def test_few_bits_and_averaged_moments(pretended_cuda: Gpus, run: Run, method: str,
                                          flags: tuple[object, ...]) -> None:
     one, three = (run(method, *FLAGS, *flags, processes=n, name=f"in{n}", env=pretended_cuda,
                       limit=200) for n in (1, 3))

@@ -6,6 +6,7 @@ the workers that share memory only the first may send a sum.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,10 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fedrun.aggregation.base import Aggregator
+from fedrun.aggregation.blocks import BLOCK, residual_of
 from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.exact import MOMENTS, ExactAggregator
 from fedrun.aggregation.gathering import GatheringAggregator
-from fedrun.aggregation.int8 import BLOCK, Int8Aggregator, residual_of
+from fedrun.aggregation.int4 import Int4Aggregator
+from fedrun.aggregation.int8 import Int8Aggregator
 from fedrun.aggregation.keeping import KeepingAggregator
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.aggregation.weiszfeld import WeiszfeldAggregator
@@ -74,7 +77,9 @@ CASES: dict[str, tuple[Strategy, Made]] = {
     "int8": (FedAvg(), lambda strategy, plane: Int8Aggregator(strategy, SIZE, torch.zeros(()),
                                                               CLIENTS, CLIENTS, plane)),
     "int8 apart": (FedAvg(), lambda strategy, plane: Int8Aggregator(
-        strategy, SIZE, torch.zeros(()), CLIENTS, CLIENTS, plane, ("momentum", "rms")))}
+        strategy, SIZE, torch.zeros(()), CLIENTS, CLIENTS, plane, ("momentum", "rms"))),
+    "int4": (FedAvg(), lambda strategy, plane: Int4Aggregator(
+        strategy, SIZE, torch.zeros(()), CLIENTS, CLIENTS, -(-CLIENTS // plane.workers), plane))}
 BOUND, WEIGHT = 1e-3, 1 / CLIENTS
 APART = {"apart": [("rms",), ("momentum", "rms"), ()],
          "int8 apart": [(), ("momentum", "rms"), ("rms",)]}
@@ -119,8 +124,9 @@ def result(case: str, plane: DataPlane, mine: range) -> dict[str, Tensor]:
             reported = vectors(client, number)
             inputs = ["parameters" if name == "delta" else name for name in strategy.inputs]
             wanted = [*inputs, *terms.moments]
+            wanted += map(residual_of, terms.residuals)
             if isinstance(terms, Int8Aggregator):
-                wanted += ["peaks", *map(residual_of, ("delta", *terms.moments))]
+                wanted.append("peaks")
             reported["parameters"] = reported.pop("delta").add_(model)
             assert not terms.add({n: reported[n] for n in wanted}, WEIGHT, start=model)
         terms.reduce()
@@ -128,12 +134,25 @@ def result(case: str, plane: DataPlane, mine: range) -> dict[str, Tensor]:
         # As after a round of messages: a fast worker is already at the next.
     if isinstance(terms, GatheringAggregator):
         measured |= {str(client): used for client, used in terms.used.items()}
+    elif isinstance(terms, Int4Aggregator):
+        assert plane.bytes_sent - sent == in_four_bits(plane), case
     else:
         assert plane.bytes_sent - sent in (0, due), case
-    if isinstance(terms, Int8Aggregator):
-        state |= terms.kept
+    terms.complete()
+    state |= terms.carried | terms.carried_in_sections
     return {"model": model.clone(), **{n: v.clone() for n, v in (state | moments).items()},
             "measured": torch.tensor(list(measured.values()), dtype=torch.float64)}
+
+
+def in_four_bits(plane: DataPlane) -> int:
+    """What this worker sends in ROUNDS rounds of "int4": the sum of the weights, and to the other
+    machines all that is in their sections, and twice what is in its own."""
+    nodes = len(plane.nodes)
+    sends = nodes > 1 and plane.node_rank == 0
+    section = math.ceil(math.ceil(SIZE / BLOCK) / nodes)
+    bits = 4 if max(map(len, plane.nodes)) * -(-CLIENTS // plane.workers) == 1 else 8
+    of_round = 8 * (plane.workers > 1) + sends * (nodes - 1) * section * (32 * bits + 1 + 131)
+    return ROUNDS * of_round
 
 
 def connect(group: dist.ProcessGroup, workers: int, machines: list[int] | None) -> DataPlane:
@@ -176,7 +195,7 @@ def compare(workers: int, group: dist.ProcessGroup, expected: dict[str, dict[str
             before = plane.bytes_sent
             found = result(case, plane, mine)
             sends = len(plane.node_leaders) > 1 and rank in plane.node_leaders
-            few_words = isinstance(CASES[case][0], Robust)  # which all workers sum
+            few_words = isinstance(CASES[case][0], Robust) or case == "int4"  # all workers sum them
             assert (plane.bytes_sent > before) == sends or few_words, case
             for what, tensor in whole.items():
                 same = (torch.allclose(found[what], tensor, rtol=1e-6, atol=1e-9)

@@ -63,7 +63,7 @@ def _fresh_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 CASES = [("fed_avg", {}), ("fed_avg", {"micro_batch": 1, "checkpoint_activations": True}),
          ("fed_avg", {"moments_dtype": "bf16", "prox_mu": 0.1}),
-         ("fed_avg", {"local_optimizer": "muon"}),
+         ("fed_avg", {"local_optimizer": "muon"}), ("fed_avg", {"aggregation": "int4"}),
          ("fed_avg", {"aggregation": "int8", "client_moments": "average_sqrt", "grad_clip": 1,
                       "moments_every": "2,1"}),
          ("fed_avg", {"client_moments": "average"}), ("diloco", {"client_moments": "reset"}),
@@ -89,7 +89,7 @@ def test_memory_of_a_worker_is_what_it_allocates(method: str, flags: dict[str, o
         seen.update({
             PARAMETERS: worker.flat.vector.nbytes, GRADIENTS: worker.flat.grad.nbytes,
             GLOBAL_MODEL: state.model.nbytes, BUFFER: worker.aggregator._memory[0].nbytes,
-            SERVERS: sum(t.nbytes for t in state.server.values()),
+            SERVERS: sum(t.nbytes for t in (state.server | state.sections).values()),
             AVERAGED: sum(t.nbytes for t in (state.moments or {}).values()),
             MOMENTS: moments[0] or alone, STATES: sum(own[1:]),
             CHECKPOINT: sum(own) + sum(t.nbytes for t in state.named().values()),
@@ -123,6 +123,7 @@ def test_activations_of_a_gradient(gpu: bool, flags: dict[str, object],
 
 SENT = [("fed_avg", ()), ("fed_avg", ("--client_moments", "average_sqrt", "--grad_clip", 1,
                                       "--moments_every", "2,3", "--aggregation", "int8")),
+        ("fed_avg", ("--aggregation", "int4")),
         ("diloco", ("--keep", "best", "--save_client_deltas", "true"))]
 
 

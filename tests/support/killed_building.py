@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from fedrun.data import building, partial_entry, tokenising
+from fedrun.data import building, partial_entry, tokenising_pool
 from fedrun.data.partial_entry import PartialEntry
 from fedrun.data.tokenising_process import Encoder
 from fedrun.data.tokens import prepare
@@ -69,7 +69,7 @@ def arm(point: str) -> None:
 
 
 def main(text: str, tokenizer: str, cache: str, *points: str) -> None:
-    tokenising.BLOCK_BYTES = BLOCK_BYTES
+    tokenising_pool.BLOCK_BYTES = BLOCK_BYTES
     partial_entry.RECORD_SECONDS = 0.0
     for point in points:
         folder = Path(cache) / point

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-TOPICS_LAYOUT = 2  # raise it when the same documents would get different topics
+TOPICS_LAYOUT = 3  # raise it when the same documents would get different topics
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from fedrun.data.tokens import TokenData, prepare
 from fedrun.data.validation import Rows
 from fedrun.flags import resolve
 from tests.support.disk import no_space
+from tests.support.runs import fresh_python
 from tests.support.texts import load, text_file
 
 BINARIES = ("train.bin", "validation.bin", "documents.npz")
@@ -235,6 +236,18 @@ def test_after_an_interruption_anywhere_it_goes_on_to_the_same_bytes(
         assert blocks <= every + 3, "blocks that were recorded are not tokenised again"
         assert not list(tmp_path.glob("at-*/tokens/*.partial"))
     assert ended > every
+
+
+def test_after_a_kill_it_goes_on(tmp_path: Path) -> None:
+    file = str(write_rows(tmp_path / "whole.jsonl", ROWS))
+    expected = digests(prepare(file, "bpe:300", 16, tmp_path, TextOptions(max_tokens=MOST)))
+    points = ["mark:1", "mark:3", "torn:1", "torn:3", "manifest"]
+    fresh_python("import sys; from tests.support.killed_building import main; main(*sys.argv[1:])",
+                 file, "bpe:300", str(tmp_path), str(MOST), *points,
+                 env={"TOKENIZERS_PARALLELISM": "false"})
+    for point in points:
+        found = prepare(file, "bpe:300", 16, tmp_path / point, TextOptions(max_tokens=MOST))
+        assert digests(found) == expected, point
 
 
 def test_other_rows_than_before_are_noticed(tmp_path: Path, tokenizer: str) -> None:

@@ -240,7 +240,7 @@ def test_after_a_kill_it_goes_on_at_the_last_whole_block(
         whole: tuple[str, dict[str, str]], tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.killed_building", whole[0], "bpe:300", str(tmp_path),
-         *POINTS], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+         "none", *POINTS], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
         env={"PATH": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
     assert done.returncode == 0, done.stderr
     blocks = {point: int(count) for point, count in map(str.split, done.stdout.splitlines())}

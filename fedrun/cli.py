@@ -81,7 +81,8 @@ FIRST_STEPS = (
 GROUPS: dict[str, tuple[str, ...]] = {
     "model": ("config", "init_from"),
     "data": ("dataset", "tokenizer", "sequence_length", "text_column", "encoding",
-             "row_separator", "validation_split", "val_fraction", "sampling"),
+             "row_separator", "validation_split", "val_fraction", "max_tokens", "stream",
+             "sampling"),
     "federation": ("num_clients", "sites", "cohort", "local_updates", "sync", "batches",
                    "partition", "alpha", "size_skew"),
     "length of the training": ("rounds", "n_epochs", "epoch_passes"),

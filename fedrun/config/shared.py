@@ -98,6 +98,13 @@ class RunConfig:
     row_separator: Literal["newline", "none"] = "newline"
     """Whether each row that does not end with a newline gets one (newline), or is tokenised as it
     is (none), so that an empty row of WikiText is no token."""
+    max_tokens: int | None = None
+    """Read only the first rows of the train split, until they have N tokens, and of a validation
+    split until they have N/20 (otherwise the held-out rows are among the first N tokens). bpe:N is
+    then trained on the first N bytes. none: all rows."""
+    stream: bool = False
+    """Read a data set of the hub in its order without downloading it whole; with --max_tokens it
+    may be larger than the disk."""
     tokenizer: str = "gpt2"
     """A tokenizer's hub name, folder or tokenizer.json, or bpe:N to train a byte-level BPE with N
     tokens on the training text, which needs no network."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import os
 import platform
 import shutil
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,17 +24,20 @@ from fedrun.data.corpora import Corpus
 from fedrun.data.documents import Documents
 from fedrun.data.given import GivenData, IdCorpus, Source, of_clients, require_a_sequence
 from fedrun.data.given_parts import in_chunks
+from fedrun.data.limited_rows import LimitedRows, MadeIds
 from fedrun.data.partial_entry import ROWS, PartialEntry
 from fedrun.data.stored_rows import RowFiles, StoredRows
 from fedrun.data.text_options import TextOptions
 from fedrun.data.tokenising import write_ids
+from fedrun.data.tokenising_pool import Encodes
 from fedrun.data.tokenising_process import Encoder, HelperEnded
-from fedrun.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_name
+from fedrun.data.tokenizer import bpe_size, load_tokenizer, save_tokenizer, tokenizer_name
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 SPLITS = ("train", "validation")
+COUNTED = "counted"  # the stage of LimitedRows
 
 
 def build_entry(entry: Path, dataset: Source, tokenizer: str, options: TextOptions
@@ -51,7 +56,7 @@ def build_entry(entry: Path, dataset: Source, tokenizer: str, options: TextOptio
         meta = _build(entry, partial, dataset, tokenizer, options)
     except BaseException as error:
         if isinstance(error, OSError):
-            kept = "train" in partial.recorded
+            kept = bool({"train", COUNTED} & partial.recorded)
         else:
             kept = bool(partial.recorded) and isinstance(
                 error, MemoryError | HelperEnded | KeyboardInterrupt | SystemExit)
@@ -66,21 +71,17 @@ def _build(entry: Path, partial: PartialEntry, dataset: Source, tokenizer: str,
            options: TextOptions) -> dict[str, Any]:
     started = time.perf_counter()
     cache_dir, work = entry.parents[1], partial.entry
-    corpus = partial.corpus() or _read(partial, dataset, options, cache_dir)
+    make = functools.partial(_tokenizer, partial, tokenizer, options, cache_dir)
+    corpus = partial.corpus() or _read(partial, dataset, options, cache_dir, make,
+                                       bpe_size(tokenizer) is not None)
     damaged = Path(f"{entry}.damaged")
     shutil.rmtree(damaged, ignore_errors=True)
     log(visible(f"tokenising {corpus.name} with {tokenizer}, once on this machine"
                 if isinstance(corpus, Corpus) else f"writing {corpus.name} into {entry.parent}"))
     if said := partial.done("train"):
         log(f"an interrupted start has left {said['tokens']:,} tokens: going on behind them")
-    if partial.done("tokenizer") is None:
-        shutil.rmtree(work / "tokenizer", ignore_errors=True)
-        save_tokenizer(tokenizer, corpus.train if isinstance(corpus, Corpus) else None,
-                       work / "tokenizer", options.row_separator, cache_dir)
-        partial.mark_files("tokenizer", sorted((work / "tokenizer").iterdir()))
-    loaded = load_tokenizer(work / "tokenizer" / "tokenizer.json")
-    vocab_size = max(loaded.get_vocab().values()) + 1
-    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
+    loaded, encoder = make(corpus.train if isinstance(corpus, Corpus) else None)
+    vocab_size, dtype = _vocab_size(loaded), encoder.dtype
     if isinstance(corpus, IdCorpus):
         assert isinstance(dataset, GivenData)
         dataset.require_below(vocab_size, f"of --tokenizer {tokenizer}")
@@ -90,9 +91,8 @@ def _build(entry: Path, partial: PartialEntry, dataset: Source, tokenizer: str,
                     file.writelines(in_chunks(array, dtype))
         documents = corpus.documents
     else:
-        encoder = Encoder(partial.folder / ROWS, work / "tokenizer" / "tokenizer.json", dtype,
-                          f"--tokenizer {tokenizer}", options.row_separator)
-        documents = _tokenise(corpus, encoder, loaded, partial)
+        documents = _tokenise(corpus, encoder if options.max_tokens is None else
+                              MadeIds(partial.folder / ROWS, encoder), loaded, partial)
         if isinstance(dataset, GivenData) and dataset.by_client:
             uncut, documents = documents.starts[-1], _cut_clients(
                 work / "train.bin", dtype, documents, dataset)
@@ -132,9 +132,31 @@ def _build(entry: Path, partial: PartialEntry, dataset: Source, tokenizer: str,
     return meta
 
 
-def _read(partial: PartialEntry, dataset: Source, options: TextOptions, cache_dir: Path
+def _tokenizer(partial: PartialEntry, tokenizer: str, options: TextOptions, cache_dir: Path,
+               rows: Sequence[str] | None) -> tuple[Tokenizer, Encoder]:
+    """The tokenizer of the entry, which is saved there first if it is not. rows: to train it on."""
+    folder = partial.entry / "tokenizer"
+    if partial.done("tokenizer") is None:
+        shutil.rmtree(folder, ignore_errors=True)
+        save_tokenizer(tokenizer, rows, folder, options.row_separator, cache_dir)
+        partial.mark_files("tokenizer", sorted(folder.iterdir()))
+    loaded = load_tokenizer(folder / "tokenizer.json")
+    dtype = np.dtype(np.uint16 if _vocab_size(loaded) <= 2**16 else np.int32)
+    return loaded, Encoder(partial.folder / ROWS, folder / "tokenizer.json", dtype,
+                           f"--tokenizer {tokenizer}", options.row_separator)
+
+
+def _vocab_size(tokenizer: Tokenizer) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _read(partial: PartialEntry, dataset: Source, options: TextOptions, cache_dir: Path,
+          make: Callable[[Sequence[str] | None], tuple[Tokenizer, Encoder]], trained: bool
           ) -> Corpus | IdCorpus:
-    files = RowFiles(partial.folder / ROWS)
+    """Read the text. make: `_tokenizer` for rows, which it is trained on if it is `trained`."""
+    folder = partial.folder / ROWS
+    files = RowFiles(folder) if options.max_tokens is None else LimitedRows(
+        folder, make, trained, partial.done(COUNTED), functools.partial(_count, partial))
     corpus = dataset.read(files, options) if isinstance(dataset, GivenData) else \
         corpora.load_corpus(dataset, files, options, cache_dir)
     if isinstance(corpus, Corpus):
@@ -142,7 +164,13 @@ def _read(partial: PartialEntry, dataset: Source, options: TextOptions, cache_di
     return corpus
 
 
-def _tokenise(corpus: Corpus, encoder: Encoder, tokenizer: Tokenizer, partial: PartialEntry
+def _count(partial: PartialEntry, value: Mapping[str, int], sizes: Mapping[str, int],
+           sync: Callable[[], None]) -> None:
+    """Say how far rows are read and tokenised, where only so many tokens are wanted."""
+    partial.mark(COUNTED, value, {f"{ROWS}/{name}": size for name, size in sizes.items()}, sync)
+
+
+def _tokenise(corpus: Corpus, encoder: Encodes, tokenizer: Tokenizer, partial: PartialEntry
               ) -> Documents:
     """Write the token ids of both splits; returns the documents in tokens."""
     assert isinstance(corpus.train, StoredRows)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import sysconfig
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedrun.common.errors import InputError
+from fedrun.common.errors import InputError, require
 from fedrun.data.discovery import (
     SPLIT_OF,
     discover,
@@ -29,6 +30,8 @@ from fedrun.data.discovery import (
 )
 from fedrun.data.documents import Documents, TextFile
 from fedrun.data.hub import CACHE_DIR, HUB_ID, hub_tables
+from fedrun.data.hub_stream import stream_tables
+from fedrun.data.limited_rows import LimitedRows
 from fedrun.data.pydocs import (
     PYDOCS_HELD_OUT,
     pydocs_documents,
@@ -46,6 +49,7 @@ ALIASES = {
     "wikitext-2": "Salesforce/wikitext:wikitext-2-raw-v1",
     "wikitext-103": "Salesforce/wikitext:wikitext-103-raw-v1",
 }
+VALIDATION_PART = 20  # with --max_tokens N a validation split is read up to N/20
 ACCEPTED = (
     f"{', '.join(ALIASES)}, pydocs, a hub id (owner/name or owner/name:config), a folder "
     "(or FOLDER:CONFIG), a file, or a pattern ('path/*.txt')"
@@ -83,33 +87,39 @@ def load_corpus(dataset: str, files: RowFiles, options: TextOptions = TextOption
                 cache_dir: Path = CACHE_DIR) -> Corpus:
     """Read all text of `dataset` (the value of `--dataset`).
 
-    files: where the rows are put. cache_dir: the value of --cache_dir, for what comes from the hub.
+    files: where the rows are put; LimitedRows with `options.max_tokens`. cache_dir: the value of
+        --cache_dir, for what comes from the hub.
 
-    If there is no validation split, the last twentieth of the train rows is held out; see
-    validation.py for exceptions.
+    If there is no validation split, the last twentieth of the train rows, of those that are read,
+    is held out; see validation.py for exceptions.
 
     Raises:
         InputError: an unknown dataset, a file that cannot be read, no text, or no column that is
             clearly the text.
         ConnectionError: the hub cannot be reached and the dataset is not in its local cache.
     """
+    local = dataset == "pydocs" or bool(local_files(dataset))
+    require(not (local and options.stream), "--stream", "true", f"false with --dataset "
+            f"{printable(dataset)}, which is read where it lies; only data sets of the hub stream")
     if dataset == "pydocs":
         return _pydocs(files, options)
-    local = bool(local_files(dataset))
     name = dataset_name(dataset)
     try:
         splits, read = (_local_splits(dataset, options) if local
                         else _hub_splits(dataset, options, cache_dir))
         wanted = _validation_split(list(splits), options)
         # An evaluation may ask for the only split of a dataset that has no train split.
-        train = splits["train" if "train" in splits else str(wanted)](files)
+        train = _limited(files, splits["train" if "train" in splits else str(wanted)], options)
         if options.source_column:
             train = train.by_source()
         if wanted is not None:
-            validation, documents = splits[wanted](files).rows, train.documents()
+            held = _limited(files, splits[wanted], options, VALIDATION_PART)
+            validation, documents = held.rows, train.documents()
             rows, validation_from = train.rows, "the split of that name"
             if options.validation_split:
                 validation_from = f"the split {wanted}"
+            if options.max_tokens is not None:
+                validation_from += f", at most {_most(options, VALIDATION_PART):,} tokens"
         else:
             rows, validation, documents, validation_from = divided(train, options)
     except ValueError as error:
@@ -123,7 +133,23 @@ def load_corpus(dataset: str, files: RowFiles, options: TextOptions = TextOption
         if not has_text(text):
             raise InputError(f"--dataset {printable(dataset)}: the corpus has no text in its "
                              f"{split} split")
+    if options.max_tokens is not None:
+        read = f"{read or f'read from {name}'}; the first rows, until they have " \
+               f"{options.max_tokens:,} tokens"
     return Corpus(name, rows, validation, validation_from, documents, read)
+
+
+def _limited(files: RowFiles, reader: Callable[[RowFiles], Rows], options: TextOptions,
+             part: int = 1) -> Rows:
+    """What a split's reader reads; with --max_tokens until that has a part of so many tokens."""
+    if not isinstance(files, LimitedRows):
+        return reader(files)
+    return files.read(reader, _most(options, part))
+
+
+def _most(options: TextOptions, part: int) -> int:
+    assert options.max_tokens is not None
+    return -(-options.max_tokens // part)
 
 
 def dataset_name(dataset: str) -> str:
@@ -204,7 +230,8 @@ def _require_train(splits: Iterable[str], validation: str | None, options: TextO
 
 
 def _hub_splits(dataset: str, options: TextOptions, cache_dir: Path) -> tuple[Splits, str]:
-    tables = hub_tables(dataset, ALIASES.get(dataset, dataset), cache_dir)
+    tables = (stream_tables if options.stream else hub_tables)(
+        dataset, ALIASES.get(dataset, dataset), cache_dir)
     wanted = _validation_split(list(tables), options)
     _require_train(tables, wanted, options)
     used = [tables[split] for split in ("train", wanted) if split in tables]
@@ -258,6 +285,8 @@ def _read_lines(texts: list[DataFile], encoding: str | None, folder: bool, files
     for text in texts:
         lines = len(files.extend(_lines(text, encoding, folder)))
         read.append(TextFile((text.path / (text.member or "")).absolute(), lines))
+        if not files.wants_more:
+            break
     return Rows(files.since(first), read)
 
 
@@ -281,11 +310,13 @@ def read_records(tables: list[Table], columns: list[str], source_column: str | N
                  files: RowFiles) -> Rows:
     """The text of every record and, with a source column, its source."""
     first, source, numbers = len(files), array("i"), dict[str, int]()
-    for table in tables:
-        for text, name in table_rows(table, columns, source_column):
-            files.append(text)
-            if source_column:
-                source.append(numbers.setdefault(name, len(numbers)))
+    for text, name in itertools.chain.from_iterable(
+            table_rows(table, columns, source_column) for table in tables):
+        files.append(text)
+        if source_column:
+            source.append(numbers.setdefault(name, len(numbers)))
+        if not files.wants_more:
+            break
     return Rows(files.since(first), [], np.array(source) if source_column else None,
                 list(numbers), source_column or "")
 
@@ -298,5 +329,11 @@ def _pydocs(files: RowFiles, options: TextOptions) -> Corpus:
                          "pydocs has no other splits")
     share = PYDOCS_HELD_OUT if options.val_fraction is None else options.val_fraction
     train, held = split_by_hash(read_pydocs(local_files("pydocs")), share)
-    return Corpus("pydocs", files.extend(train.values()), files.extend(held.values()),
-                  f"whole documents, {share:.0%} of the text", pydocs_documents(list(train)))
+
+    def read(texts: dict[str, str], files: RowFiles) -> Rows:
+        return Rows(files.extend(texts.values()))
+
+    rows, validation = (_limited(files, functools.partial(read, texts), options, part).rows
+                        for texts, part in ((train, 1), (held, VALIDATION_PART)))
+    return Corpus("pydocs", rows, validation, f"whole documents, {share:.0%} of the text",
+                  pydocs_documents(list(train)[:len(rows)]))

@@ -32,6 +32,7 @@ from typing import NamedTuple
 import numpy as np
 
 MOST_DOCUMENTS = 2**24  # 128 MB of their beginnings
+TOKENS_AT_ONCE = 2**22
 TOP_HEADING = re.compile(r"= (?!= ).*(?<! =) =")  # of a stripped row; ` = = Section = = ` is lower
 
 
@@ -65,16 +66,26 @@ class Documents:
         Returns:
             int64, (n_sequences,)
         """
-        cuts = np.arange(n_sequences + 1) * sequence_length
-        assert cuts[-1] <= self.starts[-1]
+        assert n_sequences * sequence_length <= self.starts[-1]
+        at_once = max(1, TOKENS_AT_ONCE // sequence_length)
+        found = np.empty(n_sequences, dtype=np.int64)
+        for first in range(0, n_sequences, at_once):
+            last = min(first + at_once, n_sequences)
+            found[first:last] = self._of_some(first, last, sequence_length)
+        return found
+
+    def _of_some(self, first: int, last: int, sequence_length: int) -> np.ndarray:
+        """`of_sequences` for numbers first to last - 1."""
+        cuts = np.arange(first, last + 1) * sequence_length
+        low, high = np.searchsorted(self.starts, (cuts[0], cuts[-1]))
         # The pieces between all beginnings, of documents and of sequences.
-        begins = np.union1d(self.starts[self.starts < cuts[-1]], cuts[:-1])
+        begins = np.union1d(self.starts[low:high], cuts[:-1])
         lengths = np.diff(begins, append=cuts[-1])
         sequence = begins // sequence_length
         document = np.searchsorted(self.starts, begins, side="right") - 1
         longest_first = np.lexsort((document, -lengths, sequence))
-        first = np.searchsorted(sequence[longest_first], np.arange(n_sequences))
-        found: np.ndarray = document[longest_first][first]
+        at = np.searchsorted(sequence[longest_first], np.arange(first, last))
+        found: np.ndarray = document[longest_first][at]
         return found
 
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 from fedrun.common.errors import FedrunError, InputError, one_line
 from fedrun.data.table_files import Table, is_text_type, records_at_once
@@ -69,6 +69,14 @@ def hub_tables(dataset: str, hub_id: str, cache_dir: Path) -> dict[str, Table]:
         InputError: the hub has no such dataset, or it cannot be loaded.
         HubUnreachable: the hub cannot be reached, and the dataset is not in its cache.
     """
+    return {split: dataset_table(f"{dataset}, split {split}", rows)
+            for split, rows in load_from_hub(dataset, hub_id, cache_dir).items()}
+
+
+def load_from_hub(dataset: str, hub_id: str, cache_dir: Path, streaming: bool = False
+                  ) -> Mapping[str, Any]:
+    """The splits of a dataset as the library has them: `datasets.Dataset`, or IterableDataset if
+    `streaming`. Arguments and errors are those of `hub_tables`."""
     import datasets
 
     if not sys.stderr.isatty():
@@ -80,17 +88,18 @@ def hub_tables(dataset: str, hub_id: str, cache_dir: Path) -> dict[str, Table]:
         folder = folders.datasets
         with _settings(folders.hub, offline=not hub_answers()):
             return datasets.load_dataset(asked["name"], asked["config"],
-                                         cache_dir=None if folder is None else str(folder))
+                                         cache_dir=None if folder is None else str(folder),
+                                         **({"streaming": True} if streaming else {}))
 
     try:
-        splits = from_hub(cache_dir, load)
+        if streaming and not hub_answers():
+            raise ConnectionError("no answer")
+        return cast(Mapping[str, Any], from_hub(cache_dir, load))
     except Exception as error:  # the library raises many types for user errors
         refused = isinstance(error, datasets.exceptions.DatasetsError)
         if hub_answers() and (refused or not isinstance(error, OSError)):
             raise InputError(f"--dataset {dataset}: {one_line(error)}") from error
         raise hub_unreachable("--dataset", dataset, error) from None
-    return {split: dataset_table(f"{dataset}, split {split}", rows)
-            for split, rows in splits.items()}
 
 
 def dataset_table(name: str, rows: Any) -> Table:

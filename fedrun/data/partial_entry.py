@@ -106,8 +106,7 @@ class PartialEntry:
 
         self.mark("text", {"name": corpus.name, "validation_from": corpus.validation_from,
                            "read": corpus.read, "held_out": corpus.validation is not corpus.train},
-                  {f"{ROWS}/rows.text": files.size, f"{ROWS}/rows.starts": 8 * len(files) + 8},
-                  sync)
+                  {f"{ROWS}/{name}": size for name, size in files.file_sizes().items()}, sync)
 
     def corpus(self) -> Corpus | None:
         """The text that an earlier process has read; None if there is none."""

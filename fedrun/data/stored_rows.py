@@ -33,18 +33,25 @@ class RowFiles:
     Any method raises OSError, without a file's name, if the disk is full.
     """
 
-    def __init__(self, folder: Path, whole: bool = False) -> None:
-        """whole: whether to open files that are there, instead of new ones."""
-        flags = os.O_RDONLY if whole else os.O_RDWR | os.O_CREAT | os.O_TRUNC
+    wants_more = True
+    """Whether who reads a split shall append more of its rows; see limited_rows.py."""
+
+    def __init__(self, folder: Path, whole: bool = False, kept: int = 0) -> None:
+        """whole: whether to open files that are there, instead of new ones. kept: how many rows of
+        files that are there to keep, and append behind them."""
+        flags = os.O_RDONLY if whole else os.O_RDWR if kept else \
+            os.O_RDWR | os.O_CREAT | os.O_TRUNC
         self._text, self._starts = (os.open(folder / name, flags | os.O_CLOEXEC, 0o666)
                                     for name in FILES)
         self._written, self._bytes, self._pending = 0, 0, list[bytes]()
+        self._pending_bytes = 0
         if whole:
             self._written = os.fstat(self._starts).st_size // 8 - 1
             self._bytes = os.fstat(self._text).st_size
+        elif kept:
+            self.truncate(kept)
         else:
             _write(self._starts, bytes(8))
-        self._pending_bytes = 0
         self._began = time.monotonic()
         self._next_line = self._began + LINE_SECONDS / 2
 
@@ -73,11 +80,26 @@ class RowFiles:
         first = len(self)
         for row in rows:
             self.append(row)
+            if not self.wants_more:
+                break
         return self.since(first)
 
     def since(self, first: int) -> StoredRows:
         """The rows from number `first` on."""
         return StoredRows(self, np.array([[first, len(self)]], dtype=np.int64))
+
+    def truncate(self, n_rows: int) -> None:
+        """Keep the first rows alone."""
+        self.flush()
+        self._bytes = int(self.starts(n_rows, n_rows)[0])
+        self._written = n_rows
+        for handle, size in ((self._text, self._bytes), (self._starts, 8 * n_rows + 8)):
+            os.ftruncate(handle, size)
+            os.lseek(handle, size, os.SEEK_SET)
+
+    def file_sizes(self) -> dict[str, int]:
+        """Bytes of each file, by its name, when all rows are written."""
+        return dict(zip(FILES, (self.size, 8 * len(self) + 8), strict=True))
 
     def sync(self) -> None:
         """Wait until all rows are on the disk."""
@@ -129,6 +151,11 @@ class StoredRows(Sequence[str]):
 
     def __len__(self) -> int:
         return int(self._before[-1])
+
+    @property
+    def about_bytes(self) -> int:
+        """Bytes of their text, were all rows of the files equally long."""
+        return self.files.size * len(self) // max(1, len(self.files))
 
     def __iter__(self) -> Iterator[str]:
         for first, last in self._ranges():

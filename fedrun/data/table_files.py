@@ -126,7 +126,7 @@ def _text(value: Any, column: str, table: Table) -> str:
                          f"{type(value).__name__}, not text; choose another one")
     text = value if isinstance(value, str) else str(value)
     # JSON may contain lone surrogates, which no encoding can write.
-    return LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
+    return text if text.isascii() else LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 # ---- JSON and CSV -------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def _json_records(file: DataFile, encoding: str | None) -> Iterator[Record]:
             opening = None
         if isinstance(opening, dict) and len(first) == 2:
             for number, line in itertools.chain(first, lines):
-                yield _record(_parsed(line, f"{file}, line {number}"), file)
+                yield _record(_parsed(line, file, number), file)
         elif opening is not None and len(first) == 1:
             yield from _records_of([opening], file)
         elif first:
@@ -149,11 +149,11 @@ def _json_records(file: DataFile, encoding: str | None) -> Iterator[Record]:
             yield from _records_of(_values(rest, str(file)), file)
 
 
-def _parsed(text: str, where: str) -> Any:
+def _parsed(text: str, file: DataFile, line: int) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON: {error}") from None
+        raise InputError(f"{file}, line {line}: not JSON: {error}") from None
 
 
 def _values(text: str, where: str) -> list[Any]:

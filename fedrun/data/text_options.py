@@ -32,6 +32,11 @@ class TextOptions:
     """by_source or column:NAME, for which a share of every source is held out; else empty."""
     row_separator: Literal["newline", "none"] = "newline"
     """Whether a row that does not end with a newline gets one before it is tokenised."""
+    max_tokens: int | None = None
+    """Read the first rows of the train split until they have so many tokens, and of a validation
+    split until they have a twentieth of it; None: all."""
+    stream: bool = False
+    """Whether a dataset of the hub is read without a copy of it on this machine."""
     hold_out: bool = True
     """Whether a dataset without a validation split has one held out of its train rows; otherwise
     all of its text is validation text."""
@@ -45,6 +50,8 @@ class TextOptions:
                 self.val_fraction, "in (0, 1)")
         require(self.validation_split is None or bool(self.validation_split.strip()),
                 "--validation_split", self.validation_split, "the name of a split, such as test")
+        require(self.max_tokens is None or self.max_tokens >= 1, "--max_tokens", self.max_tokens,
+                "an integer >= 1, or none")
         require(self.validation_split is None or self.val_fraction is None, "--val_fraction",
                 self.val_fraction, "none with --validation_split, which names the text")
 
@@ -56,11 +63,13 @@ class TextOptions:
 
     @property
     def key(self) -> list[Any]:
-        """All options for the cache's key. A separator that is the default is left out, so that
-        text that was tokenised before there was a choice is found."""
+        """All options for the cache's key. What was added later is left out where it is the
+        default, so that text that was tokenised before there was a choice is found."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        separator = values.pop("row_separator")
-        return [*values.values(), *([] if separator == "newline" else [separator])]
+        separator, *added = (values.pop(name) for name in (
+            "row_separator", "max_tokens", "stream"))
+        return [*values.values(), *([] if separator == "newline" else [separator]),
+                *([added] if added != [None, False] else [])]
 
     @property
     def source_column(self) -> str | None:
@@ -83,12 +92,13 @@ def text_options_of(settings: Mapping[str, Any]) -> TextOptions:
         value = settings.get(name)
         return value if isinstance(value, str) else None
 
-    fraction = settings.get("val_fraction")
+    fraction, most = settings.get("val_fraction"), settings.get("max_tokens")
     partition = text("partition") or ""
     return TextOptions(text("text_column"), text("encoding"),
                    fraction if isinstance(fraction, float) else None, text("validation_split"),
                    partition if partition == "by_source" or partition.startswith(COLUMN) else "",
-                   "none" if text("row_separator") == "none" else "newline")
+                   "none" if text("row_separator") == "none" else "newline",
+                   most if isinstance(most, int) else None, settings.get("stream") is True)
 
 
 def require_dataset(dataset: str) -> None:

@@ -1,9 +1,9 @@
 """Tokenises the rows of a split block by block, in several processes if the text is large.
 
 The processes (tokenising_process.py) read the rows themselves; their token ids come back and are
-appended in the order of the blocks. Since each row is tokenised by itself, neither blocks nor
-processes change an id. In memory are two blocks of ids a process, the text of one, and what the
-tokenizer makes of a quarter of a megabyte, or of one row if it is longer.
+appended in the order of the blocks (tokenising_pool.py). In memory are two blocks of ids a process,
+the text of one, and what the tokenizer makes of a quarter of a megabyte, or of one row if it is
+longer.
 """
 
 from __future__ import annotations
@@ -11,34 +11,27 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as WaitedTooLong
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fedrun.common.log import log
+from fedrun.data import tokenising_pool
 from fedrun.data.partial_entry import PartialEntry, sync_file
 from fedrun.data.stored_rows import StoredRows
-from fedrun.data.tokenising_process import Encoder, Helper, HelperEnded
+from fedrun.data.tokenising_pool import Encoded, Encodes, TokenisingPool
+from fedrun.data.tokenising_process import Encoder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-BLOCK_BYTES = 1 << 22  # of text
-BYTES_A_PROCESS = 1 << 23  # less text is tokenised before another process has started
-BLOCK_SECONDS = 3600.0  # a process that has not answered for so long does not answer
 LINE_SECONDS = 20.0  # between lines about the progress; the first comes after half of it
-Encoded = tuple[np.ndarray, np.ndarray]
-"""Token ids of a block, and the number of tokens of each of its rows."""
 
 
-def write_ids(path: Path, rows: StoredRows, starts: np.ndarray, encoder: Encoder,
+def write_ids(path: Path, rows: StoredRows, starts: np.ndarray, encoder: Encodes,
               tokenizer: Tokenizer, partial: PartialEntry) -> np.ndarray:
     """Write the token ids of all rows to a file, concatenated; or what is missing of them there.
 
@@ -124,54 +117,15 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-# ---- processes ----------------------------------------------------------------------------------
-
-def processes_for(rows: StoredRows) -> int:
-    """How many processes tokenise these rows; 1: this one does."""
-    size = rows.files.size * len(rows) // max(1, len(rows.files))
-    return max(1, min(len(os.sched_getaffinity(0)), size // BYTES_A_PROCESS))
-
-
-def _encoded(rows: StoredRows, encoder: Encoder, tokenizer: Tokenizer
+def _encoded(rows: StoredRows, encoder: Encodes, tokenizer: Tokenizer
              ) -> Generator[Encoded, None, None]:
     """The token ids of each block of the rows, in order."""
-    blocks = rows.blocks(BLOCK_BYTES)
-    processes = processes_for(rows)
-    if processes == 1:
-        for spans in blocks:
-            yield encoder.encoded(tokenizer, StoredRows(rows.files, spans))
-        return
-    rows.files.flush()
-    with contextlib.ExitStack() as stack:
-        helpers = [stack.enter_context(Helper(encoder)) for _ in range(processes)]
-        free: SimpleQueue[Helper] = SimpleQueue()
-        for helper in helpers:
-            free.put(helper)
-
-        def ask(spans: np.ndarray) -> Encoded:
-            helper = free.get()
-            try:
-                return helper.ask(spans)
-            finally:
-                free.put(helper)
-
-        threads = ThreadPoolExecutor(processes)
-        # The helpers end first, and with them what threads wait for.
-        stack.callback(threads.shutdown, cancel_futures=True)
-        for helper in helpers:
-            stack.callback(helper.end)
-        asked: deque[Future[Encoded]] = deque()
-        for spans in blocks:
-            asked.append(threads.submit(ask, spans))
-            if len(asked) > 2 * processes:
-                yield _result(asked.popleft())
-        while asked:
-            yield _result(asked.popleft())
-
-
-def _result(block: Future[Encoded]) -> Encoded:
-    try:
-        return block.result(BLOCK_SECONDS)
-    except WaitedTooLong:
-        raise HelperEnded(f"a process that tokenises has not answered for {BLOCK_SECONDS:.0f} s; "
-                          "start again, and it goes on with what is not done yet") from None
+    processes = tokenising_pool.processes_for(rows.about_bytes) if isinstance(
+        encoder, Encoder) else 1
+    with TokenisingPool(rows.files, encoder, tokenizer, processes) as pool:
+        for spans in rows.blocks(tokenising_pool.BLOCK_BYTES):
+            pool.ask(spans)
+            if len(pool) >= pool.most:
+                yield pool.take()
+        while len(pool):
+            yield pool.take()

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-TOPICS_LAYOUT = 2  # raise it when the same documents would get different topics
+TOPICS_LAYOUT = 3  # raise it when the same documents would get different topics
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def prepare(
     if meta["read"]:
         log(visible(meta["read"]))
     for split in ("train", "validation"):
-        _require_tokens(meta, split, sequence_length, dataset)
+        _require_tokens(meta, split, sequence_length, dataset, options)
     train, validation = (
         _sequences(entry, meta, split, sequence_length)
         for split in ("train", "validation")
@@ -218,13 +218,15 @@ def verify(dataset: Source, tokenizer: str, cache_dir: Path,
 
 
 def _require_tokens(
-    meta: dict[str, Any], split: str, sequence_length: int, dataset: Source
+    meta: dict[str, Any], split: str, sequence_length: int, dataset: Source, options: TextOptions
 ) -> None:
     tokens = meta["fingerprint"][f"{split}_tokens"]
     if tokens < sequence_length:
         there = sum(meta["fingerprint"][f"{each}_tokens"] for each in ("train", "validation"))
         share = math.ceil(200 * sequence_length / max(there, 1)) / 100
         other = f", or --val_fraction {share:g}" * (split == "validation" and share <= 0.5)
+        if options.max_tokens is not None:
+            other += f", or more than --max_tokens {options.max_tokens}"
         argument = f"--dataset {dataset}"
         if isinstance(dataset, GivenData):
             argument = "the data that was given"

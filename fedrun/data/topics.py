@@ -20,10 +20,12 @@ from fedrun.common.errors import one_line
 from fedrun.common.files import DamagedFile, read_regular
 
 TOPICS = 10  # few enough to distinguish in a figure, and to be large with 50 documents
-FITTED_ON = 10_000  # documents that topics are fitted on; the rest are assigned to them
+FITTED_ON = 10_000  # documents at most that topics are fitted on; the rest are assigned to them
+MOST_ENTRIES = 2**26  # of their counts, 8 bytes each; of long documents, fewer are fitted on
 DIMENSIONS = 50  # of the projection
 TYPICAL = 100  # tokens kept for naming a topic
 TOKENS_AT_ONCE = 2**22
+DOCUMENTS_AT_ONCE = 2**16  # of which each takes DIMENSIONS numbers
 LARGEST = 2**34  # bytes; a larger file is not read
 
 
@@ -64,6 +66,9 @@ class Topics:
 def find_topics(stream: np.ndarray, starts: np.ndarray, vocab_size: int) -> Topics:
     """Group documents into at most TOPICS topics, fewer if there are fewer different documents.
 
+    Takes memory for what topics are fitted on, for a block of documents, and some 40 bytes for each
+    document; time for a pass over the stream.
+
     Args:
         stream: token ids, (n_tokens,)
         starts: where documents begin in it, and its end; int64, (n_documents + 1,)
@@ -77,14 +82,12 @@ def find_topics(stream: np.ndarray, starts: np.ndarray, vocab_size: int) -> Topi
     from threadpoolctl import threadpool_limits
 
     n_documents = len(starts) - 1
-    chosen = np.zeros(n_documents, dtype=bool)
-    order = np.random.default_rng(0).permutation(n_documents)
-    chosen[order[:FITTED_ON]] = True
+    chosen = _to_fit_on(starts, vocab_size)
     # One thread: with more, k-means adds in an order that changes from run to run. errstate: the
     # explained variance, which is not used here, is 0/0 if all documents are equal.
     with threadpool_limits(1), np.errstate(invalid="ignore"):
-        counts = sparse.vstack([part[chosen[span]] for span, part in
-                                _counts(stream, starts, vocab_size)], format="csr")
+        counts = sparse.vstack([part for _, part in _counts(stream, starts, vocab_size, chosen)],
+                               format="csr")
         words = _distinguishing_tokens(counts)
         if len(words) < 2:  # a text of one token
             return Topics(np.zeros(n_documents, dtype=np.int64), words[None, :TYPICAL])
@@ -95,7 +98,7 @@ def find_topics(stream: np.ndarray, starts: np.ndarray, vocab_size: int) -> Topi
         groups = KMeans(min(TOPICS, n_documents), n_init=10, random_state=0)
         fitted = groups.fit_predict(project.fit_transform(weighted))
         found = np.empty(n_documents, dtype=np.int64)
-        if n_documents <= FITTED_ON:
+        if len(chosen) == n_documents:
             found[:] = fitted
         else:
             for span, part in _counts(stream, starts, vocab_size):
@@ -110,24 +113,46 @@ def find_topics(stream: np.ndarray, starts: np.ndarray, vocab_size: int) -> Topi
     return Topics(number[found], words[np.argsort(-apart, axis=1)[:, :TYPICAL]])
 
 
-def _counts(stream: np.ndarray, starts: np.ndarray, vocab_size: int
-            ) -> Iterator[tuple[slice, Any]]:
-    """Token counts, a block of documents at a time: a slice of the documents, and a sparse matrix
-    (documents in the block, vocab_size)."""
+def _to_fit_on(starts: np.ndarray, vocab_size: int) -> np.ndarray:
+    """The documents that topics are fitted on, drawn at random; int64, ascending."""
+    drawn = np.random.default_rng(0).permutation(len(starts) - 1)[:FITTED_ON]
+    entries = np.cumsum(np.minimum(starts[drawn + 1] - starts[drawn], vocab_size))
+    return np.sort(drawn[:max(1, int(np.searchsorted(entries, MOST_ENTRIES, side="right")))])
+
+
+def _counts(stream: np.ndarray, starts: np.ndarray, vocab_size: int,
+            chosen: np.ndarray | None = None) -> Iterator[tuple[slice, Any]]:
+    """Token counts, a block of documents at a time: a slice of the documents, or of those that are
+    chosen, and a sparse matrix (documents in the block, vocab_size)."""
     from scipy import sparse
 
+    bounds = starts if chosen is None else np.append(
+        0, np.cumsum(starts[chosen + 1] - starts[chosen]))
     first = 0
-    while first < len(starts) - 1:
-        limit = int(np.searchsorted(starts, starts[first] + TOKENS_AT_ONCE, side="right")) - 1
-        last = max(first + 1, limit)
-        ids = np.asarray(stream[starts[first]:starts[last]], dtype=np.int32)
-        # The tokens of a document are the column indices of its row; duplicates are summed below.
-        part = sparse.csr_matrix((np.ones(len(ids), np.float32), ids,
-                                  starts[first:last + 1] - starts[first]),
-                                 shape=(last - first, vocab_size))
-        part.sum_duplicates()
+    while first < len(bounds) - 1:
+        limit = int(np.searchsorted(bounds, bounds[first] + TOKENS_AT_ONCE, side="right")) - 1
+        last = max(first + 1, min(limit, first + DOCUMENTS_AT_ONCE))
+        cuts = [(int(starts[first]), int(starts[last]))] if chosen is None else [
+            (int(starts[one]), int(starts[one + 1])) for one in chosen[first:last]]
+        if bounds[last] - bounds[first] > TOKENS_AT_ONCE:  # one long document
+            part = sparse.csr_matrix(_count_pieces(stream, *cuts[0], vocab_size)[None])
+        else:
+            ids = np.concatenate([stream[begin:end] for begin, end in cuts]).astype(np.int32)
+            # The tokens of a document are the column indices of its row; duplicates are summed.
+            part = sparse.csr_matrix((np.ones(len(ids), np.float32), ids,
+                                      bounds[first:last + 1] - bounds[first]),
+                                     shape=(last - first, vocab_size))
+            part.sum_duplicates()
         yield slice(first, last), part
         first = last
+
+
+def _count_pieces(stream: np.ndarray, begin: int, end: int, vocab_size: int) -> np.ndarray:
+    """How often each token occurs between two positions; float32, (vocab_size,)."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for at in range(begin, end, TOKENS_AT_ONCE):
+        counts += np.bincount(stream[at:min(at + TOKENS_AT_ONCE, end)], minlength=vocab_size)
+    return counts.astype(np.float32)
 
 
 def _distinguishing_tokens(counts: Any) -> np.ndarray:

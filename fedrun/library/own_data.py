@@ -93,7 +93,7 @@ def _refuse_contradictions(config: RunConfig, flags: Given, asked: Given, parts:
     there, count = config.to_dict()["num_clients"], len(parts)
     if by_client and there != count and ("num_clients" in flags or not _reads_no_clients(config)):
         raise InputError(f"--num_clients {there}: must be {count}, the length of clients=")
-    names = ["dataset", "encoding", "validation_split"]
+    names = ["dataset", "encoding", "validation_split", "max_tokens", "stream"]
     names += ["val_fraction"] * (validation is not None)
     names += ["partition", "size_skew"] * by_client
     names += ["text_column"] * all(isinstance(part, Ids | Texts) for part in everything)

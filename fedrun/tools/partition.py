@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 # The settings of a federated run that decide its partition.
 FLAGS = ("config", "dataset", "text_column", "encoding", "validation_split", "val_fraction",
-         "tokenizer", "sequence_length", "cache_dir", "num_clients",
+         "max_tokens", "stream", "tokenizer", "sequence_length", "cache_dir", "num_clients",
          "partition", "alpha", "size_skew", "batch_size", "seed")
 TOPIC_WORDS = 3  # at most, in a topic's name
 WORD = re.compile(r"\s[^\W\d_]{3,}")  # a whole word as byte-level tokenizers decode it

@@ -1,18 +1,27 @@
 """Tokenising a text file of some size, beside `datasets.map` with as many processes.
 
     python -m tests.benchmarks.corpus 50 200 --folder DIR    # MB of text; minutes; markdown
+    python -m tests.benchmarks.corpus 30 --folder DIR --reading    # what reading takes beside it
 
 The text is made from ../shared/data/books: the books over and over, each time with other numbers in
 them. Memory is the proportional set size of the process and of those that it starts, sampled five
 times a second; what it takes after a megabyte of text, with all libraries and the tokenizer, is
 subtracted. Each side has a process of its own. DIR needs six times the room of the text.
+
+--reading: the text in eight files of each kind, read as a corpus is, and then all of an entry of
+the cache. Processor seconds; since one process reads and all cores tokenise, the share that reading
+has of the elapsed time is worked out for several numbers of cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import gzip
+import json
 import os
 import re
+import resource
 import shutil
 import sys
 import threading
@@ -30,6 +39,13 @@ HEADER = """\
 | text (MB) | side | processes | seconds | MB/s | memory above the tokenizer's (MiB) |
 |---|---|---|---|---|---|"""
 SMALL = 1  # MB
+KINDS = ("txt", "jsonl", "jsonl.gz", "parquet")
+SHARDS = 8
+CORES = (2, 8, 32)
+READING = f"""\
+| files | text (MB) | reading (CPU s) | tokenising (CPU s) | \
+{" | ".join(f"share on {cores} cores" for cores in CORES)} |
+|---|---|---|---|{"---|" * len(CORES)}"""
 
 
 def write_text(path: Path, megabytes: int) -> None:
@@ -119,6 +135,58 @@ def measure(side: str, megabytes: int, tokenizer: str, folder: Path, processes: 
           f"| {watch.peak - before:.0f} |", flush=True)
 
 
+def write_shards(text: Path, folder: Path, kind: str) -> None:
+    """The lines of a text, in SHARDS files of a kind."""
+    import pyarrow
+    import pyarrow.parquet
+
+    lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
+    folder.mkdir()
+    for n in range(SHARDS):
+        part = lines[n * len(lines) // SHARDS:(n + 1) * len(lines) // SHARDS]
+        path = folder / f"{n}.{kind}"
+        if kind == "parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"text": part}), path)
+        elif kind == "txt":
+            path.write_text("".join(part), encoding="utf-8")
+        else:
+            content = "".join(json.dumps({"text": line}) + "\n" for line in part).encode()
+            path.write_bytes(gzip.compress(content) if kind.endswith(".gz") else content)
+
+
+def processor_seconds(work: Callable[[], object]) -> float:
+    """Of this process and of those that it starts and waits for."""
+    def so_far() -> float:
+        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        return sum(each.ru_utime + each.ru_stime for each in used)
+
+    before = so_far()
+    work()
+    return so_far() - before
+
+
+def compare_reading(megabytes: int, tokenizer: str, folder: Path) -> None:
+    from fedrun.data.corpora import load_corpus
+    from fedrun.data.stored_rows import RowFiles
+    from fedrun.data.tokens import prepare
+
+    print(f"\n{READING}")
+    write_text(folder / "small.txt", SMALL)
+    prepare(str(folder / "small.txt"), tokenizer, 1024, folder / "small")  # imports, as it is used
+    write_text(folder / "large.txt", megabytes)
+    (folder / "rows").mkdir()
+    for kind in KINDS:
+        shards = folder / kind.replace(".", "_")
+        write_shards(folder / "large.txt", shards, kind)
+        reading = processor_seconds(functools.partial(
+            load_corpus, str(shards), RowFiles(folder / "rows")))
+        whole = processor_seconds(functools.partial(
+            prepare, str(shards), tokenizer, 1024, folder / f"{shards.name}-cache"))
+        shares = (reading / (reading + (whole - reading) / cores) for cores in CORES)
+        print(f"| 8 .{kind} | {megabytes} | {reading:.2f} | {whole - reading:.1f} | "
+              f"{' | '.join(f'{share:.0%}' for share in shares)} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("megabytes", type=int, nargs="*")
@@ -126,6 +194,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", default=str(DATA / "gpt2"))
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--ours_alone", action="store_true")
+    parser.add_argument("--reading", action="store_true")
     parser.add_argument("--side", choices=["fedrun", "datasets"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
@@ -133,7 +202,17 @@ def main() -> None:
         answer(ours(args.tokenizer, args.folder) if args.side == "fedrun" else
                theirs(args.tokenizer, args.folder, args.processes))
         return
-    print(f"{machine()}; {time.strftime('%Y-%m-%d')}; Python {sys.version.split()[0]}\n\n{HEADER}")
+    print(f"{machine()}; {time.strftime('%Y-%m-%d')}; Python {sys.version.split()[0]}")
+    if args.reading:
+        for megabytes in args.megabytes:
+            folder = args.folder / f"reading-{megabytes}"
+            folder.mkdir(parents=True)
+            try:
+                compare_reading(megabytes, args.tokenizer, folder)
+            finally:
+                shutil.rmtree(folder)
+        return
+    print(f"\n{HEADER}")
     for megabytes in args.megabytes:
         for side in ("fedrun",) if args.ours_alone else ("fedrun", "datasets"):
             folder = args.folder / f"corpus-{megabytes}-{side}"

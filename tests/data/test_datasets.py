@@ -175,7 +175,7 @@ def test_how_text_is_read_is_part_of_the_caches_key_and_logged_at_every_start(
     choices: list[dict[str, Any]] = [
         {}, {"text_column": "text"}, {"encoding": "latin-1"}, {"val_fraction": 0.1},
         {"validation_split": "test"}, {"partition": "column:user"}, {"hold_out": False},
-        {"row_separator": "none"}]
+        {"row_separator": "none"}, {"max_tokens": 9}, {"stream": True}]
     names = {cache_entry.entry_name("pydocs", "bpe:400", TextOptions(**choice))
              for choice in choices}
     assert len(names) == len(choices)

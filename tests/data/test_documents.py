@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import get_args
@@ -18,22 +20,26 @@ from hypothesis import strategies as st
 
 from fedrun.config import Partition
 from fedrun.data import cache_entry, tokens, topics
+from fedrun.data import documents as documents_module
 from fedrun.data.documents import Documents, find_documents
-from fedrun.data.partition import client_shards
+from fedrun.data.partition import client_shards, deal_topics
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.data.topics import find_topics
 from tests.support.texts import GPT2, WIKITEXT, load, needs_shared_data
 
 # ---- documents ----------------------------------------------------------------------------------
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=30), st.integers(1, 12))
-def test_a_sequence_belongs_where_most_of_its_tokens_come_from(lengths: list[int], length: int
-                                                               ) -> None:
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=30), st.integers(1, 12),
+       st.integers(1, 99))
+def test_a_sequence_belongs_where_most_of_its_tokens_come_from(lengths: list[int], length: int,
+                                                               at_once: int) -> None:
     starts = np.concatenate([[0], np.cumsum(lengths)])
     documents = Documents("a test", starts, np.array([], np.int64), [])
     of_token = np.repeat(np.arange(len(lengths)), lengths)
     n = len(of_token) // length
-    found = documents.of_sequences(n, length).tolist() if n else []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents_module, "TOKENS_AT_ONCE", at_once)
+        found = documents.of_sequences(n, length).tolist() if n else []
     for sequence, document in enumerate(found):
         there = Counter(of_token[sequence * length:(sequence + 1) * length].tolist())
         assert document == min(d for d in there if there[d] == max(there.values()))
@@ -157,8 +163,52 @@ def test_planted_topics_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     # In small portions, and found on some of the documents: the others are assigned to them.
     monkeypatch.setattr(topics, "TOKENS_AT_ONCE", 500)
     np.testing.assert_array_equal(find_topics(stream, starts, 220).of_document, found.of_document)
+    monkeypatch.setattr(topics, "DOCUMENTS_AT_ONCE", 3)
+    np.testing.assert_array_equal(find_topics(stream, starts, 220).of_document, found.of_document)
     monkeypatch.setattr(topics, "FITTED_ON", 40)
     np.testing.assert_array_equal(find_topics(stream, starts, 220).of_document, found.of_document)
+
+
+def test_long_documents_are_counted_in_pieces_and_few_of_them_fitted_on(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, starts, _ = planted()
+    naive = np.array([np.bincount(stream[begin:end], minlength=220)
+                      for begin, end in itertools.pairwise(starts)])
+    monkeypatch.setattr(topics, "TOKENS_AT_ONCE", 7)
+    for chosen in (None, np.array([0, 1, 5, 119])):
+        blocks = list(topics._counts(stream, starts, 220, chosen))
+        assert [span.start for span, _ in blocks] == list(range(len(blocks)))
+        np.testing.assert_array_equal(np.concatenate([part.toarray() for _, part in blocks]),
+                                      naive if chosen is None else naive[chosen])
+    every = topics._to_fit_on(starts, 220)
+    assert every.tolist() == list(range(120))
+    monkeypatch.setattr(topics, "MOST_ENTRIES", 1000)
+    fewer = topics._to_fit_on(starts, 220)
+    lengths = np.minimum(np.diff(starts), 220)
+    assert 1000 - 120 < lengths[fewer].sum() <= 1000
+    assert 7 < len(set(fewer.tolist())) == len(fewer)
+
+
+def test_memory_for_topics_is_that_of_a_block_and_a_little_for_each_document(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8,000 documents and of 80,000, of three tokens each, with topics fitted on as many."""
+    monkeypatch.setattr(topics, "FITTED_ON", 300)
+    monkeypatch.setattr(topics, "DOCUMENTS_AT_ONCE", 1024)
+    monkeypatch.setattr(documents_module, "TOKENS_AT_ONCE", 4096)
+    find_topics(*planted()[:2], 220)  # imports what it needs
+    peaks = []
+    for n_documents in (8_000, 80_000):
+        starts = np.arange(n_documents + 1) * 3
+        stream = np.random.default_rng(1).integers(300, size=starts[-1]).astype(np.uint16)
+        tracemalloc.start()
+        found = find_topics(stream, starts, 300)
+        owner = Documents("a row", starts, np.empty(0, np.int64), []).of_sequences(
+            3 * n_documents // 4, 4)
+        deal_topics(found.of_document[owner], owner, np.full(4, len(owner) // 4), 1.0,
+                    np.random.default_rng(0))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 64 * 72_000
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")

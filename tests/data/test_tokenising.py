@@ -21,7 +21,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from fedrun.common.errors import InputError
-from fedrun.data import documents, partial_entry, stored_rows, table_files, tokenising
+from fedrun.data import (
+    documents,
+    partial_entry,
+    stored_rows,
+    table_files,
+    tokenising,
+    tokenising_pool,
+)
 from fedrun.data.documents import TextFile, find_documents
 from fedrun.data.partial_entry import PartialEntry
 from fedrun.data.stored_rows import RowFiles, StoredRows, joined
@@ -142,9 +149,9 @@ def test_blocks_and_processes_change_no_bit(
         block: int, processes: int, whole: tuple[str, dict[str, str]], tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "fedrun")
-    monkeypatch.setattr(tokenising, "BLOCK_BYTES", block)
+    monkeypatch.setattr(tokenising_pool, "BLOCK_BYTES", block)
     monkeypatch.setattr(tokenising, "LINE_SECONDS", 0.0)
-    monkeypatch.setattr(tokenising, "processes_for", lambda rows: processes)
+    monkeypatch.setattr(tokenising_pool, "processes_for", lambda size: processes)
     prepare(whole[0], "bpe:300", 16, tmp_path)
     assert entry_files(tmp_path) == whole[1]
     lines = [line for line in caplog.messages if "of the train split: " in line]
@@ -159,8 +166,8 @@ def test_rows_of_sources_are_tokenised_in_the_order_of_the_sources(
     file.write_text("".join(json.dumps({"text": f"{n} of {n % 7}" * (n % 5), "who": f"w{n % 7}"})
                             + "\n" for n in range(400)))
     for cache, block, processes in (("one", 1 << 22, 1), ("many", 300, 2)):
-        monkeypatch.setattr(tokenising, "BLOCK_BYTES", block)
-        monkeypatch.setattr(tokenising, "processes_for", lambda rows, n=processes: n)
+        monkeypatch.setattr(tokenising_pool, "BLOCK_BYTES", block)
+        monkeypatch.setattr(tokenising_pool, "processes_for", lambda size, n=processes: n)
         data = prepare(str(file), "bpe:300", 4, tmp_path / cache,
                        TextOptions(partition="column:who", text_column="text"))
         assert data.load_documents().sources == [f"w{n}" for n in range(7)]
@@ -171,12 +178,12 @@ def test_small_text_starts_no_process(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
     files = RowFiles(tmp_path)
     rows = files.extend(["x" * 1000] * 1000)
-    assert tokenising.processes_for(rows) == 1
-    monkeypatch.setattr(tokenising, "BYTES_A_PROCESS", 100_000)
-    assert tokenising.processes_for(rows) == 10
-    assert tokenising.processes_for(rows[:350]) == 3
+    assert tokenising_pool.processes_for(rows.about_bytes) == 1
+    monkeypatch.setattr(tokenising_pool, "BYTES_A_PROCESS", 100_000)
+    assert tokenising_pool.processes_for(rows.about_bytes) == 10
+    assert tokenising_pool.processes_for(rows[:350].about_bytes) == 3
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    assert tokenising.processes_for(rows) == 2
+    assert tokenising_pool.processes_for(rows.about_bytes) == 2
 
 
 def test_errors_of_processes_are_those_of_the_tokenizer(tmp_path: Path,
@@ -185,8 +192,8 @@ def test_errors_of_processes_are_those_of_the_tokenizer(tmp_path: Path,
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "a.txt").write_text("known\n" * 300 + "stranger\n" + "known\n" * 300)
-    monkeypatch.setattr(tokenising, "BLOCK_BYTES", 100)
-    monkeypatch.setattr(tokenising, "processes_for", lambda rows: 2)
+    monkeypatch.setattr(tokenising_pool, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(tokenising_pool, "processes_for", lambda size: 2)
     with pytest.raises(InputError, match=r"^--tokenizer \S+: it cannot encode 'stranger'"):
         prepare(str(tmp_path / "a.txt"), str(tmp_path / "tokenizer.json"), 16, tmp_path / "cache")
     assert not list(tmp_path.glob("cache/tokens/*.partial")), "it would fail again"
@@ -210,10 +217,10 @@ def test_a_process_that_is_killed_is_named_and_its_work_is_done_later(
             started[0].end()
 
     monkeypatch.setattr(partial_entry, "RECORD_SECONDS", 0.0)
-    monkeypatch.setattr(tokenising, "BLOCK_BYTES", 500)
+    monkeypatch.setattr(tokenising_pool, "BLOCK_BYTES", 500)
     with monkeypatch.context() as patch:
-        patch.setattr(tokenising, "processes_for", lambda rows: 2)
-        patch.setattr(tokenising, "Helper", Watched)
+        patch.setattr(tokenising_pool, "processes_for", lambda size: 2)
+        patch.setattr(tokenising_pool, "Helper", Watched)
         patch.setattr(PartialEntry, "mark", and_kill)
         with pytest.raises(HelperEnded, match="a process that tokenises has ended"):
             prepare(whole[0], "bpe:300", 16, tmp_path)
@@ -233,7 +240,7 @@ def test_after_a_kill_it_goes_on_at_the_last_whole_block(
         whole: tuple[str, dict[str, str]], tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.support.killed_building", whole[0], "bpe:300", str(tmp_path),
-         *POINTS], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+         "none", *POINTS], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
         env={"PATH": "", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
     assert done.returncode == 0, done.stderr
     blocks = {point: int(count) for point, count in map(str.split, done.stdout.splitlines())}
@@ -268,7 +275,7 @@ def test_a_full_disk_leaves_no_torn_entry_and_keeps_what_is_done(
         fails_at: int, left: bool, whole: tuple[str, dict[str, str]], tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "fedrun")
-    monkeypatch.setattr(tokenising, "BLOCK_BYTES", BLOCK_BYTES)
+    monkeypatch.setattr(tokenising_pool, "BLOCK_BYTES", BLOCK_BYTES)
     monkeypatch.setattr(partial_entry, "RECORD_SECONDS", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(PartialEntry, "mark", marking(fails_at))

@@ -207,6 +207,8 @@ IDS, TEXTS = list(range(60)) * 4, ["a text"] * 90
     ({"data": IDS, "dataset": "wikitext-2"}, "--dataset wikitext-2: must be left out with data="),
     ({"data": IDS, "text_column": "body"}, "--text_column body: must be left out with data="),
     ({"data": TEXTS, "text_column": "body"}, "--text_column body: must be left out with data="),
+    ({"data": TEXTS, "max_tokens": 9}, "--max_tokens 9: must be left out with data="),
+    ({"data": TEXTS, "stream": True}, "--stream True: must be left out with data="),
     ({"data": TEXTS, "encoding": "latin-1"}, "--encoding latin-1: must be left out with data="),
     ({"data": IDS, "validation": IDS, "val_fraction": 0.1},
      "--val_fraction 0.1: must be left out with data= and validation="),

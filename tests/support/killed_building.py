@@ -1,11 +1,11 @@
 """Builds an entry of the token cache over and over, killed (SIGKILL) at one point after the other.
 
-    python -m tests.support.killed_building TEXT TOKENIZER CACHE POINT ...
+    python -m tests.support.killed_building TEXT TOKENIZER CACHE MAX_TOKENS POINT ...
 
-A point is `mark:N`, before it is said the Nth time how far a stage is; `torn:N`, when half of the
-Nth block is in the file of the token ids; `manifest` or `rename`, before these. A child builds in
-CACHE/POINT and is killed there; then this process builds, which goes on where the child was. Prints
-for each point the number of blocks that this process tokenised.
+MAX_TOKENS may be none. A point is `mark:N`, before it is said the Nth time how far a stage is;
+`torn:N`, when half of the Nth block is in the file of the token ids; `manifest` or `rename`, before
+these. A child builds in CACHE/POINT and is killed there; then this process builds, which goes on
+where the child was. Prints for each point the number of blocks that this process tokenised.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from fedrun.data import building, partial_entry, tokenising
+from fedrun.data import building, partial_entry, tokenising_pool
 from fedrun.data.partial_entry import PartialEntry
+from fedrun.data.text_options import TextOptions
 from fedrun.data.tokenising_process import Encoder
 from fedrun.data.tokens import prepare
 
@@ -68,14 +69,15 @@ def arm(point: str) -> None:
         patch(Path, "rename", die)
 
 
-def main(text: str, tokenizer: str, cache: str, *points: str) -> None:
-    tokenising.BLOCK_BYTES = BLOCK_BYTES
+def main(text: str, tokenizer: str, cache: str, max_tokens: str, *points: str) -> None:
+    options = TextOptions(max_tokens=None if max_tokens == "none" else int(max_tokens))
+    tokenising_pool.BLOCK_BYTES = BLOCK_BYTES
     partial_entry.RECORD_SECONDS = 0.0
     for point in points:
         folder = Path(cache) / point
         if (child := os.fork()) == 0:
             arm(point)
-            prepare(text, tokenizer, 16, folder)
+            prepare(text, tokenizer, 16, folder, options)
             os._exit(1)  # the point is behind the end
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), f"{point}: not killed, {status}"
@@ -88,7 +90,7 @@ def main(text: str, tokenizer: str, cache: str, *points: str) -> None:
             return encoded(encoder, *given)
 
         patch(Encoder, "encoded", count)
-        prepare(text, tokenizer, 16, folder)
+        prepare(text, tokenizer, 16, folder, options)
         patch(Encoder, "encoded", encoded)
         print(point, blocks)
 

@@ -74,6 +74,7 @@ from torch import Tensor
 from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.bounds import Bounds, bound_exceeded
 from fedrun.aggregation.slices import Peaks, slice_width
+from fedrun.common.pinned import brought
 from fedrun.config import INT8_COHORT
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.strategies.base import Strategy
@@ -192,10 +193,10 @@ class Int8Aggregator(Aggregator):
         """A slice of what the client adds to a vector's sum."""
         out = self._scratch[1, :b - a]
         if name in self.moment_steps:
-            return torch.sub(client[name][a:b], self.averages[name][a:b], out=out)
+            return torch.sub(client[name][a:b], brought(self.averages[name][a:b], out), out=out)
         if start is None or "parameters" not in client:
             return client["delta"][a:b]
-        return torch.sub(client["parameters"][a:b], start[a:b], out=out)
+        return torch.sub(client["parameters"][a:b], brought(start[a:b], out), out=out)
 
     def reduce(self) -> None:
         """Workers: sum over all of them, and choose the next round's steps."""
@@ -235,7 +236,8 @@ class Int8Aggregator(Aggregator):
             step = part.steps[first:last, None]
             mean.mul_(step).div_(weight)
             if name in self.moment_steps:
-                mean.view(-1)[:b - a].add_(self.averages[name][a:b])
+                mean.view(-1)[:b - a].add_(brought(self.averages[name][a:b],
+                                                   self._scratch[1, :b - a]))
                 if name == "rms":
                     torch.maximum(mean, step, out=mean)
             found[name] = mean.view(-1)[:b - a]

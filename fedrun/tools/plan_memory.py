@@ -334,6 +334,8 @@ def of_worker(config: FederatedConfig, found: Worker, hosted: int, gpu: bool
         host[STATES] = hosted * state if kind is InMemory else 2 * state * gpu
     if config.checkpoint_freq is not None:
         host[CHECKPOINT] = bytes_of(found.kept) + (0 if kind is OnDisk else hosted * state)
+    if config.offload == "global":
+        host.update({item: device.pop(item, 0) for item in (GLOBAL_MODEL, SERVERS, AVERAGED)})
     if config.save_client_deltas:
         host[TRACKED] = 4 * found.tracked_bytes  # the start, now, the change, and the file
     return (+device, +host) if gpu else (Counter(), device + host)

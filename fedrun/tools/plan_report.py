@@ -24,8 +24,8 @@ from fedrun.training.evaluate import BATCH_SEQUENCES
 
 WIDTH = 34  # of the first column
 # What spares memory: shown if a run does not fit, in this order. The last changes the training.
-SPARING = ({"micro_batch": 1}, {"checkpoint_activations": True}, {"client_store": "disk"},
-           {"moments_dtype": "bf16"}, {"client_moments": "reset"})
+SPARING = ({"micro_batch": 1}, {"checkpoint_activations": True}, {"offload": "global"},
+           {"client_store": "disk"}, {"moments_dtype": "bf16"}, {"client_moments": "reset"})
 
 
 def report(config: FederatedConfig, machine: Machine) -> Iterator[str]:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from fedrun.federation.worker import Worker
-from fedrun.tools.plan_memory import of_worker, worker
+from fedrun.tools.plan_memory import worker
+from fedrun.tools.plan_ranks import of_worker
 from tests.support.every_method import METHODS
 from tests.support.planned import config_of, experiment_of, rounds
 

@@ -1,5 +1,4 @@
-"""What a central run takes: the one process of central.py, counted as in plan_memory.py.
-"""
+"""What a central run takes: the one process of central.py, counted as in plan_memory.py."""
 
 from __future__ import annotations
 

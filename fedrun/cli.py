@@ -96,7 +96,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
                                "data_dir", "run_name", "overwrite", "resume", "extend",
                                "checkpoint_freq"),
     "machine": ("device", "dtype", "checkpoint_activations", "threads", "deterministic", "server",
-                "client_store", "cache_dir", "timeout")}
+                "client_store", "offload", "cache_dir", "timeout")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -239,7 +239,7 @@ def _connect_and_train(prepared: Prepared, on_round: OnRound | None) -> str:
         folder = None if experiment.at_site else config.run_dir
         stopping = StopRequest(folder, folder and folder / LOCK, control.lost_peers, launch)
         with stopping.listening():
-            remarks = launch_warnings(config, launch, experiment.real) + remarks
+            remarks = launch_warnings(config, launch, workers, experiment.real) + remarks
             for warning in remarks if launch.rank == 0 else []:
                 log(warning, WARNING)
             compile_in_turn(experiment, runtime, workers)
@@ -329,7 +329,8 @@ def warnings(given: RunConfig, experiment: Experiment) -> list[str]:
     return found + (config.warnings() if isinstance(config, FederatedConfig) else [])
 
 
-def launch_warnings(config: RunConfig, launch: Launch, real_sites: bool = False) -> list[str]:
+def launch_warnings(config: RunConfig, launch: Launch, found_hardware: Mapping[int, Hardware],
+                    real_sites: bool = False) -> list[str]:
     """The same for how the run was launched, and where."""
     found = []
     if real_sites and launch.local_world_size > 1:
@@ -340,6 +341,8 @@ def launch_warnings(config: RunConfig, launch: Launch, real_sites: bool = False)
         if workers > config.num_clients:
             found.append(f"{workers} workers for {config.num_clients} clients: "
                          f"{workers - config.num_clients} will only help to evaluate")
+        if config.offload != "none" and not any(one.gpu for one in found_hardware.values()):
+            found.append(f"--offload {config.offload} has no effect on CPUs")
         if launch.alone and config.server != FederatedConfig.server:
             found.append(f"--server {config.server} has no effect in one process")
     if config.device != "cpu" and torch.cuda.is_available() and import_warning():

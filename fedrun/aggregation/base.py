@@ -107,7 +107,8 @@ class Aggregator(ABC):
         """Add one client's terms, times its weight.
 
         client: its vectors by name, (size,) each; `parameters` stands for its update, the
-        difference from `start`, the model that it started from. Returns why the client is left out,
+        difference from `start`, the model that it started from, which may wait in the host's
+        memory. Returns why the client is left out,
         with nothing of it added, if an element is not finite or exceeds its bound; empty otherwise.
         """
 

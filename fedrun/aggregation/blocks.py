@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fedrun.common.pinned import brought
+
 BLOCK = 256  # elements that share a step
 SMALLEST = 1 / 256  # step, as a share of what equal clients at the bound need
 FULL, SHRINK = 0.7, 0.75  # FULL < SHRINK: what has just shrunk does not clip at once
@@ -34,7 +36,8 @@ def update_slice(client: Mapping[str, Tensor], start: Tensor | None, a: int, b: 
     `Aggregator.add`."""
     if start is None or "parameters" not in client:
         return client["delta"][a:b]
-    return torch.sub(client["parameters"][a:b], start[a:b], out=out[:b - a])
+    out = out[:b - a]
+    return torch.sub(client["parameters"][a:b], brought(start[a:b], out), out=out)
 
 
 def give_off(residual: Tensor, steps: Tensor, levels: int, a: int, b: int, scratch: Tensor

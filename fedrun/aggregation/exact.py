@@ -25,6 +25,7 @@ from torch import Tensor
 from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.bounds import Bounds, bound_exceeded
 from fedrun.aggregation.slices import Peaks, slice_width
+from fedrun.common.pinned import brought
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.model.kernels import current_device, uses_triton
 from fedrun.strategies.base import CLIENT_VECTORS, Strategy
@@ -138,7 +139,7 @@ class ExactAggregator(Aggregator):
         checked in the same pass, and since their peaks are read after it, a GPU is waited for once.
         """
         peaks = Peaks()
-        if self._in_one_pass:
+        if self._in_one_pass and (start is None or start.device == self.device):
             from fedrun.aggregation import triton_sum  # see gpu_head.py
 
             sums = zip(self._names, self._scales, self._buffer[:-1].split(self.size), strict=True)
@@ -165,8 +166,8 @@ class ExactAggregator(Aggregator):
             slices = dict(zip(names, column, strict=True))
             if starts:
                 trained = slices["delta"]
-                slices["delta"] = torch.sub(trained, starts[index],
-                                            out=_fitting(self._rows[-1], trained))
+                row = _fitting(self._rows[-1], trained)
+                slices["delta"] = torch.sub(trained, brought(starts[index], row), out=row)
             yield index, slices
 
     def _bound_exceeded(self, client: Mapping[str, Tensor], start: Tensor | None, peaks: Peaks

@@ -86,6 +86,7 @@ from fedrun.aggregation.blocks import (
 )
 from fedrun.aggregation.bounds import Bounds, bound_exceeded
 from fedrun.aggregation.slices import Peaks, slice_width
+from fedrun.common.pinned import brought
 from fedrun.config import INT8_COHORT
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.strategies.base import Strategy
@@ -203,8 +204,8 @@ class Int8Aggregator(Aggregator):
                     b: int) -> Tensor:
         """A slice of what the client adds to a vector's sum."""
         if name in self.moment_steps:
-            return torch.sub(client[name][a:b], self.averages[name][a:b],
-                             out=self._scratch[1, :b - a])
+            out = self._scratch[1, :b - a]
+            return torch.sub(client[name][a:b], brought(self.averages[name][a:b], out), out=out)
         return update_slice(client, start, a, b, self._scratch[1])
 
     def reduce(self) -> None:
@@ -244,7 +245,8 @@ class Int8Aggregator(Aggregator):
             step = part.steps[first:last, None]
             mean.mul_(step).div_(weight)
             if name in self.moment_steps:
-                mean.view(-1)[:b - a].add_(self.averages[name][a:b])
+                mean.view(-1)[:b - a].add_(brought(self.averages[name][a:b],
+                                                   self._scratch[1, :b - a]))
                 if name == "rms":
                     torch.maximum(mean, step, out=mean)
             found[name] = mean.view(-1)[:b - a]

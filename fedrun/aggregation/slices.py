@@ -90,13 +90,23 @@ def max_abs(vector: Tensor) -> float:
 def norm(vector: Tensor, origin: Tensor | None = None) -> float:
     """Euclidean norm in double precision; with `origin`, the distance from there.
 
-    Slice by slice, because torch copies the whole vector to convert it.
+    Slice by slice, because torch copies the whole vector to convert it. The origin may wait in the
+    host's memory.
     """
     width = _SLICE[vector.device.type]
     slices: Iterable[Tensor] = vector.split(width)
     if origin is not None:
-        slices = map(torch.sub, slices, origin.split(width))
+        slices = (part - start.to(part.device, non_blocking=True)
+                  for part, start in zip(slices, origin.split(width), strict=True))
     return root_of_squares(torch.stack(list(map(double_norm, slices))).tolist())
+
+
+def subtract_(vector: Tensor, origin: Tensor) -> Tensor:
+    """vector -= origin, which may wait in the host's memory, slice by slice."""
+    width = _SLICE[vector.device.type]
+    for part, start in zip(vector.split(width), origin.split(width), strict=True):
+        part.sub_(start.to(part.device, non_blocking=True))
+    return vector
 
 
 def double_norm(vector: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from fedrun.aggregation.base import Aggregator
@@ -31,12 +32,14 @@ class ServerUpdate:
               ) -> dict[str, float]:
         """Update `model` (size,), the method's `state` and the averaged `moments` in place.
 
-        This worker updates its section; the others' sections are done when this returns. With
-        `measure`, returns the norm of the model's step (`step_norm`), that of the mean update or
-        gradient (`mean_norm`, if the method sums one), and the method's diagnostics as shares of
-        all elements.
+        This worker updates its section; the others' sections are done when this returns. Vectors
+        may wait in the host's page-locked memory, beside a GPU that computes. With `measure`,
+        returns the norm of the model's step (`step_norm`), that of the mean update or gradient
+        (`mean_norm`, if the method sums one), and the method's diagnostics as shares of all
+        elements.
         """
         aggregator, strategy, table = self.aggregator, self.strategy, self._table
+        device = aggregator.device
         weight = aggregator.total_weight()
         assert weight > 0, "the server ends a round in which no client is left"
         if strategy.global_means:
@@ -45,8 +48,11 @@ class ServerUpdate:
             mean, mean_moments = aggregator.means(a, b, weight)
             for name, tensor in mean_moments.items():
                 assert moments is not None
-                moments[name][a:b] = tensor
-            before = model[a:b].clone() if measure else model
+                moments[name][a:b].copy_(tensor, non_blocking=True)
+            mine, own = model[a:b], {name: v[a:b] for name, v in state.items()}
+            new = mine.to(device, non_blocking=True)
+            new_state = {name: v.to(device, non_blocking=True) for name, v in own.items()}
+            before = new.clone() if measure else new
             if measure:
                 counts = strategy.count_diagnostics(mean, context)
                 assert counts.keys() == set(strategy.diagnostics)
@@ -54,9 +60,14 @@ class ServerUpdate:
                     table.write(name, index, count)
                 if self._measured:
                     table.write("mean_norm", index, double_norm(mean[self._measured]))
-            strategy.server_update(model[a:b], {k: v[a:b] for k, v in state.items()}, mean, context)
+            strategy.server_update(new, new_state, mean, context)
             if measure:
-                table.write("step_norm", index, double_norm(before.sub_(model[a:b])))
+                table.write("step_norm", index, double_norm(before.sub_(new)))
+            mine.copy_(new, non_blocking=True)  # nothing to do unless it was brought over
+            for name, kept in own.items():
+                kept.copy_(new_state[name], non_blocking=True)
+        if model.device != device:
+            torch.cuda.current_stream(device).synchronize()  # from here on the host reads them
         aggregator.plane.barrier()
         if not measure:
             return {}

@@ -38,6 +38,13 @@ class PinnedMemory:
         return memory
 
 
+def brought(vector: Tensor, memory: Tensor) -> Tensor:
+    """The vector itself where it is on the device of `memory`; else its copy there, in `memory`,
+    which has its size and its type. A GPU makes it when its stream gets there, from page-locked
+    memory, which must not change until then."""
+    return vector if vector.device == memory.device else memory.copy_(vector, non_blocking=True)
+
+
 def _lock(driver: Any, memory: Tensor) -> bool:
     """Whether the driver has locked this memory."""
     if driver is None:  # torch was built without CUDA, and tests pretend a device

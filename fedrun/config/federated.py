@@ -65,6 +65,11 @@ class FederatedConfig(PrivacySettings, RunConfig):
     client_store: Literal["memory", "disk"] = "memory"
     """Where the state of clients that are not training is kept: in the host's memory, or in files
     in the run's folder (disk), so that hundreds of clients take the memory of two."""
+    offload: Literal["none", "global"] = "none"
+    """What waits in the host's memory beside a GPU: the global model, with the server's own vectors
+    and averaged moments (global), 4 bytes of each a parameter; clients' states do so in any case
+    (--client_store). The same bits; each client's turn copies the model over twice, with --prox_mu
+    each step once more."""
     aggregation: Literal["exact", "float", "int8", "int4"] = "exact"
     """How updates are summed: exact (integers on a grid: the same bits in any number of processes;
     4 bytes a parameter, more for some methods), float (floating point, no bound on an update), int8
@@ -86,7 +91,7 @@ class FederatedConfig(PrivacySettings, RunConfig):
     uses every process for training."""
 
     not_in_results: ClassVar[frozenset[str]] = RunConfig.not_in_results | {
-        "server", "client_store", "dp_dir"}
+        "server", "client_store", "offload", "dp_dir"}
     only_in_records: ClassVar[frozenset[str]] = RunConfig.only_in_records | {
         "eval_clients", "save_client_deltas"}
 

@@ -133,7 +133,9 @@ class Client:
             loss, count = self._gradient(model, fisher, gradients)
             if prox_mu:
                 assert anchor is not None
-                self.flat.grad.add_(self.flat.vector - anchor, alpha=prox_mu)
+                away = anchor.to(self.flat.vector.device, non_blocking=True)
+                away = torch.sub(self.flat.vector, away, out=None if away is anchor else away)
+                self.flat.grad.add_(away, alpha=prox_mu)
             self.optimizer.step(first_step + step)
             loss_sum += loss
             tokens += count

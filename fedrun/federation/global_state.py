@@ -17,6 +17,7 @@ from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.int8 import Int8Aggregator
 from fedrun.common.errors import InputError
 from fedrun.common.log import WARNING, log
+from fedrun.common.pinned import PinnedMemory
 from fedrun.config import FederatedConfig
 from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.data_plane import DataPlane
@@ -28,17 +29,25 @@ _TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class GlobalState:
-    """A worker's replica, which it shares with the others of its node."""
+    """A worker's replica, which it shares with the others of its node.
+
+    With --offload global that of a GPU waits in the host's page-locked memory. Whoever computes
+    with it brings it over slice by slice (`common.pinned.brought`), or all at once into memory that
+    is there anyway; the server update writes its slices back. Not run on a GPU.
+    """
 
     def __init__(self, config: FederatedConfig, vector: Tensor, plane: DataPlane,
                  aggregator: Aggregator) -> None:
         """Workers: as it is before the first round. vector: the model's, (size,)."""
-        self.model = plane.replicated(vector)
+        self._pinned = PinnedMemory() if (config.offload == "global"
+                                          and vector.device.type == "cuda") else None
+        self._plane = plane
+        self.model = self._replica(vector)
         """The global model; this and all others but `carried`: (size,)."""
-        self.server = {name: plane.replicated(torch.full_like(vector, value))
+        self.server = {name: self._replica(torch.full_like(vector, value))
                        for name, value in config.strategy.state.items()}
         """The method's own, by name."""
-        self.moments = {name: plane.replicated(torch.zeros_like(vector))
+        self.moments = {name: self._replica(torch.zeros_like(vector))
                         for name in config.averaged_moments} or None
         """AdamW's moments as they were averaged last, if clients share them."""
         self.carried = {f"{config.aggregation}.{n}": t for n, t in aggregator.carried.items()}
@@ -48,7 +57,11 @@ class GlobalState:
         """What is the same on all only after the aggregator's `complete`."""
         if isinstance(aggregator, Int8Aggregator):
             aggregator.averages = self.moments or {}
-        self._plane = plane
+
+    def _replica(self, vector: Tensor) -> Tensor:
+        if self._pinned is None:
+            return self._plane.replicated(vector)
+        return self._pinned.empty_like(vector).copy_(vector)
 
     def named(self) -> dict[str, Tensor]:
         """All of it by the names that checkpoints use: the tensors themselves."""

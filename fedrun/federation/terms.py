@@ -12,7 +12,7 @@ from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.bounds import bound_exceeded
 from fedrun.aggregation.clipping import shorten_
 from fedrun.aggregation.keeping import KeepingAggregator
-from fedrun.aggregation.slices import max_abs, norm
+from fedrun.aggregation.slices import max_abs, norm, subtract_
 from fedrun.config import FederatedConfig
 from fedrun.federation.client import Client
 from fedrun.federation.global_state import GlobalState
@@ -79,7 +79,7 @@ class Terms:
     def _add_private(self, client: Client, weight: float, noise: Noise) -> None:
         """With --dp client: add its update, clipped; zeros for one that is not finite, of which
         nobody hears."""
-        update = client.flat.vector.sub_(self.state.model)
+        update = subtract_(client.flat.vector, self.state.model)
         if not noise.clip(client.index, update):
             client.forget()
         self._add_update(client.index, update, weight)
@@ -89,7 +89,7 @@ class Terms:
         """With --client_clip, or for a method that keeps single updates. What exceeds the round's
         bound is not clipped but left out, as it is without: such a client is broken, and is to be
         seen."""
-        update = client.flat.vector.sub_(self.state.model)
+        update = subtract_(client.flat.vector, self.state.model)
         bound = plan.bound if self.config.aggregation == "exact" else math.inf
         if left_out := bound_exceeded("delta", max_abs(update), bound):
             return replace(report, left_out=left_out)

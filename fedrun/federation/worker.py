@@ -159,7 +159,7 @@ class Worker:
     def _train_client(self, client: Client, planned: float, plan: RoundPlan) -> ClientReport:
         """One client's part of a round: train, measure its model, add its term."""
         own = None if plan.start_from_global else client.vectors.get("parameters")
-        self.flat.vector.copy_(self.global_model if own is None else own)
+        self.flat.vector.copy_(self.global_model if own is None else own, non_blocking=True)
         steps = self.config.local_updates
         first_step = (plan.round - 1) * steps
         hidden = self.noise if isinstance(self.noise, SequenceNoise) else None

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from fedrun.common.errors import InputError, require
 from fedrun.common.log import WARNING, log
 from fedrun.common.terminal import say
-from fedrun.config import FederatedConfig
+from fedrun.config import FederatedConfig, RunConfig
 from fedrun.flags import Parser, add_flags, closest, flags_of, method_flags, methods, resolve
 from fedrun.model.config import ModelConfig
 from fedrun.tools.plan_machine import Machine
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def parse(argv: Sequence[str]) -> tuple[FederatedConfig, Machine] | None:
+def parse(argv: Sequence[str]) -> tuple[RunConfig, Machine] | None:
     """The run that is planned, and where it will be; None if only help was asked for."""
     own = flags_of(Machine)
     if not argv or argv[0] in ("-h", "--help"):
@@ -57,10 +57,9 @@ def parse(argv: Sequence[str]) -> tuple[FederatedConfig, Machine] | None:
         parser.print_help()
         return None
     method = argv[0].replace("-", "_")
-    federated = [name for name in methods() if name != "central"]
-    if method not in federated:
-        raise InputError(f"fedrun plan {argv[0]}: must be a federated method"
-                         f"{closest(method, federated)}: {', '.join(federated)}")
+    if method not in methods():
+        raise InputError(f"fedrun plan {argv[0]}: must be central or a federated method"
+                         f"{closest(method, methods())}: {', '.join(methods())}")
     known = method_flags(method)
     parser = Parser(prog=f"fedrun plan {method}", description=ABOUT, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -71,20 +70,27 @@ def parse(argv: Sequence[str]) -> tuple[FederatedConfig, Machine] | None:
                          for name in [*given] if name in own})
     refuse_unread(method, given)
     config = resolve(method, given)
-    assert isinstance(config, FederatedConfig)
     refuse(config, machine)
     return config, machine
 
 
-def refuse(config: FederatedConfig, machine: Machine) -> None:
+def refuse(config: RunConfig, machine: Machine) -> None:
     """Raise InputError for runs that cannot be planned."""
+    if isinstance(config, FederatedConfig):
+        _refuse_federated(config)
+    else:
+        require(machine.processes == 1, "--processes", machine.processes, "1 for central")
     require(isinstance(config.model, ModelConfig), "--config", config.config,
             "a Mamba-2 model for fedrun plan, which cannot tell what others keep")
-    require(config.sites is None, "--sites", config.sites, "none for fedrun plan, which knows "
-            "neither the text of sites nor the memory of masks")
-    require(not config.private, "--dp", config.dp, "none for fedrun plan, which does not know the "
-            "memory of noise")
     require(config.init_from is None, "--init_from", config.init_from, "left out for fedrun plan: "
             "give the preset of that shape as --config")
     require(machine.device_rates is None or config.device != "cpu", "--device", config.device,
             f"auto or cuda with --device_rates {machine.device_rates}")
+
+
+def _refuse_federated(config: FederatedConfig) -> None:
+    require(config.sites is None, "--sites", config.sites, "none for fedrun plan, which knows "
+            "neither the text of sites nor the memory of masks: leave it out, and give "
+            "--num_clients")
+    require(not config.private, "--dp", config.dp, "none for fedrun plan, which does not know the "
+            "memory of noise: without it all else is planned")

@@ -13,11 +13,12 @@ import numpy as np
 from torch import Tensor
 
 from fedrun.aggregation.bounds import Bounds
-from fedrun.config import FederatedConfig
+from fedrun.config import FederatedConfig, RunConfig
 from fedrun.federation.client_store import OnDisk, kind_of_store
 from fedrun.federation.schedule import Schedule
 from fedrun.records.checkpoint import CHECKPOINTS_KEPT, DTYPES, file_size
-from fedrun.tools.plan_memory import Layout, Worker
+from fedrun.tools.plan_memory import Trains, Worker
+from fedrun.tools.plan_ranks import Layout
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,12 @@ class Files:
     """Of one checkpoint."""
 
 
-def files(config: FederatedConfig, found: Worker, layout: Layout, rounds: int) -> Files:
+def files(config: RunConfig, found: Trains, layout: Layout, rounds: int) -> Files:
     """Of a run of so many rounds, with the states of all clients once each has trained."""
     model = _model_size(dict(found.flat.views(found.flat.vector)))
-    clients, state = config.num_clients, file_size(found.state)
-    if not config.keeps_states:
-        state = 0
+    clients, state = 1, file_size(found.state)
+    if isinstance(config, FederatedConfig):
+        clients, state = config.num_clients, state * config.keeps_states
     checkpoint = file_size(found.kept) + clients * state
     evaluated = evaluations(config, rounds)
     params, deltas = (_snapshot_size(found, prefix) for prefix in ("", "delta_"))
@@ -46,7 +47,7 @@ def files(config: FederatedConfig, found: Worker, layout: Layout, rounds: int) -
         left["the best model"] = model
     if params:
         left["snapshots"] = params + evaluated * (params + deltas)
-        if config.save_client_deltas:
+        if isinstance(config, FederatedConfig) and config.save_client_deltas:
             left["snapshots of clients"] = evaluated * config.cohort_size * (params + deltas)
     meanwhile = {}
     if (every := config.checkpoint_freq) is not None:
@@ -55,12 +56,13 @@ def files(config: FederatedConfig, found: Worker, layout: Layout, rounds: int) -
         left[f"{kept} checkpoint{'s' * (kept > 1)}"] = kept * checkpoint
         if saved > kept:
             meanwhile["a checkpoint that is written"] = checkpoint
-    if state and kind_of_store(config, layout.hosted(clients), layout.gpu) is OnDisk:
+    if (isinstance(config, FederatedConfig) and state
+            and kind_of_store(config, layout.hosted(clients), layout.gpu) is OnDisk):
         meanwhile["states of clients (--client_store disk)"] = clients * state
     return Files(left, meanwhile, checkpoint)
 
 
-def evaluations(config: FederatedConfig, rounds: int) -> int:
+def evaluations(config: RunConfig, rounds: int) -> int:
     """How often a run of so many rounds is evaluated."""
     return len({1, *range(config.val_freq, rounds + 1, config.val_freq), rounds})
 
@@ -77,7 +79,7 @@ def _model_size(tensors: Mapping[str, Tensor]) -> int:
     return 8 + math.ceil(length / 8) * 8 + end
 
 
-def _snapshot_size(found: Worker, prefix: str) -> int:
+def _snapshot_size(found: Trains, prefix: str) -> int:
     """Bytes of a file with the tracked parameters; 0 without any."""
     tracked = found.flat.names.tracked
     if not tracked:

@@ -1,9 +1,8 @@
-"""What the ranks of a run hold in memory, by item.
+"""What a worker of a run holds in memory, by item.
 
-The objects of a worker are built by their own classes on the meta device, where tensors have shapes
-and no memory, and make a round there; what they allocate is counted (plan_counting.py). What does
-not show there is added after the code that allocates it: the states of clients in their store,
-copies for a checkpoint, and what the server holds.
+Its objects are built by their own classes on the meta device, where tensors have shapes and no
+memory, and make a round there; what they allocate is counted (plan_counting.py). What does not show
+there is added in plan_ranks.py.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -25,12 +23,10 @@ from fedrun.aggregation.keeping import KeepingAggregator
 from fedrun.aggregation.making import make_aggregator
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.aggregation.weiszfeld import WeiszfeldAggregator
-from fedrun.config import FederatedConfig
+from fedrun.config import FederatedConfig, RunConfig
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.federation.client import Client
-from fedrun.federation.client_store import InMemory, OnDevice, OnDisk, kind_of_store
 from fedrun.federation.global_state import GlobalState
-from fedrun.federation.placement import Placement, assign_clients
 from fedrun.federation.reported import reported_vectors
 from fedrun.model.build import DTYPES, uninitialised_model
 from fedrun.model.mamba2 import Mamba2LM
@@ -42,6 +38,7 @@ from fedrun.training.params import FlatParams
 
 PARAMETERS, GRADIENTS, MOMENTS = "parameters", "gradients", "optimizer's moments"
 GLOBAL_MODEL, SERVERS, AVERAGED = "global model", "the server's own vectors", "averaged moments"
+COMPARED, OUTER = "gradients of earlier steps", "the outer optimizer's vectors"
 BUFFER, SCRATCH, FISHER = "sum buffer", "scratch slices", "Fisher information"
 UPDATES, CENTRE = "updates of single clients", "the mean they are weighed by"
 OWN, TEMPORARY, ACTIVATIONS = "the client's own vectors", "temporary vectors", "activations"
@@ -52,39 +49,10 @@ SERVER_MODEL, TRACKED = "the server's model", "tracked parameters"
 WRITTEN, RECEIVED = "a model that is written", "the next model, received meanwhile"
 OF_A_MACHINE = {GLOBAL_MODEL, SERVERS, AVERAGED, CENTRE}
 """Items of which workers on the CPUs of a machine have one together."""
-ITEMS = (PARAMETERS, GRADIENTS, MOMENTS, OWN, GLOBAL_MODEL, SERVERS, AVERAGED, BUFFER, SCRATCH,
-         UPDATES, CENTRE, FISHER, ACTIVATIONS, EVALUATION, LOSS_HEAD, TEMPORARY, STATES, CHECKPOINT,
-         SERVER_MODEL, TRACKED, WRITTEN, RECEIVED, LIBRARIES)
+ITEMS = (PARAMETERS, GRADIENTS, MOMENTS, OWN, COMPARED, OUTER, GLOBAL_MODEL, SERVERS, AVERAGED,
+         BUFFER, SCRATCH, UPDATES, CENTRE, FISHER, ACTIVATIONS, EVALUATION, LOSS_HEAD, TEMPORARY,
+         STATES, CHECKPOINT, SERVER_MODEL, TRACKED, WRITTEN, RECEIVED, LIBRARIES)
 """All of them, in the order in which they are shown."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The processes of a run."""
-
-    processes: int
-    machines: int
-    colocated: bool
-    gpu: bool
-    """Whether workers compute on GPUs."""
-
-    @property
-    def workers(self) -> int:
-        return self.processes if self.colocated or self.processes == 1 else self.processes - 1
-
-    @property
-    def workers_here(self) -> int:
-        """Workers on the machine with the most of them."""
-        rest = -(-self.processes // self.machines)
-        return min(self.workers, rest)
-
-    def hosted(self, clients: int) -> int:
-        """Clients of the worker with the most of them."""
-        return max(map(len, assign_clients([1] * clients, self.workers)))
-
-    def most(self, config: FederatedConfig) -> int:
-        """The most clients that a worker may have to train in a round."""
-        return Placement.of(config, self.workers).most(config.cohort_size)
 
 
 @dataclass(frozen=True)
@@ -97,17 +65,16 @@ class Gradient:
 
 
 @dataclass(frozen=True)
-class Worker:
-    """A worker, in the round in which it takes the most."""
+class Trains:
+    """A process that trains, when it takes the most."""
 
     flat: FlatParams
-    aggregator: Aggregator
     items: Counter[str]
     """Bytes on its device, but for states of other clients."""
     state: dict[str, Tensor]
     """Of a client between its turns: on the meta device, as all tensors here."""
     kept: dict[str, Tensor]
-    """The global state."""
+    """The global state, as a checkpoint holds it."""
     flop: int
     """Of the gradients of a local step of one client."""
     muon_flop: int
@@ -128,28 +95,35 @@ class Worker:
         return bytes_of(self.state)
 
 
+@dataclass(frozen=True)
+class Worker(Trains):
+    """A worker, in the round in which it takes the most."""
+
+    aggregator: Aggregator
+
+
 def bytes_of(tensors: dict[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
 # ---- a gradient ----------------------------------------------------------------------------------
 
-def gradient(config: FederatedConfig, vocab_size: int, sequences: int, gpu: bool) -> Gradient:
+def gradient(config: RunConfig, vocab_size: int, sequences: int, gpu: bool) -> Gradient:
     """The gradient of this many sequences."""
     return _counted(config, vocab_size, sequences, gpu, trains=True)
 
 
-def evaluation(config: FederatedConfig, vocab_size: int, gpu: bool) -> Gradient:
+def evaluation(config: RunConfig, vocab_size: int, gpu: bool) -> Gradient:
     """The loss of a batch of the validation split."""
     return _counted(config, vocab_size, BATCH_SEQUENCES, gpu, trains=False)
 
 
-def _counted(config: FederatedConfig, vocab_size: int, sequences: int, gpu: bool, trains: bool
+def _counted(config: RunConfig, vocab_size: int, sequences: int, gpu: bool, trains: bool
              ) -> Gradient:
     length = config.sequence_length
-    with Counting() as count, _way(gpu):
+    with Counting() as count, way_of(gpu):
         with count.item(PARAMETERS):
-            model = _model(config, vocab_size)
+            model = model_of(config, vocab_size)
             FlatParams(model)  # whose vectors the model keeps
         few = sequences
         if trains:  # more than what is computed at a time, and once again, takes no more
@@ -169,18 +143,18 @@ def _counted(config: FederatedConfig, vocab_size: int, sequences: int, gpu: bool
     return Gradient(items, count.flop * sequences // few)
 
 
-def _model(config: FederatedConfig, vocab_size: int) -> Mamba2LM:
+def model_of(config: RunConfig, vocab_size: int) -> Mamba2LM:
     with torch.device("meta"):
         return uninitialised_model(config, vocab_size).to(DTYPES[config.dtype])
 
 
-def _way(gpu: bool) -> AbstractContextManager[object]:
+def way_of(gpu: bool) -> AbstractContextManager[object]:
     return AsOnGpu() if gpu else nullcontext()
 
 
 # ---- a worker ------------------------------------------------------------------------------------
 
-class _Trained:
+class Trained:
     """In place of a model whose gradients were counted."""
 
     def __init__(self, count: Counting, counted: dict[int, Gradient]) -> None:
@@ -208,9 +182,9 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
     most = config.cohort_size if most is None else most
     counted = {n: gradient(config, vocab_size, n, gpu) for n in _sequences(config)}
     evaluated, strategy = evaluation(config, vocab_size, gpu), config.strategy
-    with Counting() as count, _way(gpu):
+    with Counting() as count, way_of(gpu):
         with count.item(PARAMETERS):
-            flat = FlatParams(_model(config, vocab_size))
+            flat = FlatParams(model_of(config, vocab_size))
         count.name(GRADIENTS, flat.grad)
         plane = DataPlane()
         with count.item(SCRATCH):
@@ -229,14 +203,14 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
             fisher = FisherEstimate(flat, strategy.fisher_settings
                                     ) if "fisher" in strategy.inputs else None
         with count.item(SCRATCH):
-            client = _client(config, flat, gpu)
+            client = client_of(config, flat, gpu, config.keeps_moments)
         if config.clips_to_median:  # of this and the round's others, until the median is known
             waiting = [torch.empty_like(flat.vector) for _ in range(most)]
             count.name(UPDATES, *waiting)
         if strategy.trains:
             with count.item(MOMENTS):
                 client.optimizer.begin_at(1)
-        model: Any = _Trained(count, counted)
+        model: Any = Trained(count, counted)
         with count.item(TEMPORARY):
             if strategy.trains:
                 client.train(model, 2, 0, anchor=state.model, prox_mu=config.prox_mu, fisher=fisher)
@@ -252,8 +226,8 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
             reported_vectors(client, strategy, aggregator, state.moments is not None, fisher)
         count.besides(evaluated.items)
     steps = 2 if strategy.trains else 1
-    return Worker(flat, aggregator, +count.peak, dict(client.state()), state.named(),
-                  model.flop // steps, muon_flop // steps)
+    return Worker(flat, +count.peak, dict(client.state()), state.named(), model.flop // steps,
+                  muon_flop // steps, aggregator)
 
 
 def _sequences(config: FederatedConfig) -> set[int]:
@@ -265,87 +239,15 @@ def _sequences(config: FederatedConfig) -> set[int]:
              "corrected": config.batch_size // settings.microbatches}[settings.estimate]}
 
 
-def _client(config: FederatedConfig, flat: FlatParams, gpu: bool) -> Client:
+def client_of(config: RunConfig, flat: FlatParams, gpu: bool, keeps_moments: bool = True
+              ) -> Client:
     batch = config.batch_size
     tokens = np.zeros((batch, config.sequence_length), np.uint16)
     optimizer = (LocalOptimizer if gpu else _Resting)(flat, config, 2)
-    return Client(0, np.arange(batch), tokens, flat, config, optimizer, config.keeps_moments)
+    return Client(0, np.arange(batch), tokens, flat, config, optimizer, keeps_moments)
 
 
 def _residuals(client: Client, aggregator: Aggregator) -> list[str]:
     """The vectors that a client keeps of what it has not sent, with --aggregation int8 or int4."""
     moments = aggregator.moment_steps if isinstance(aggregator, Int8Aggregator) else ()
     return [residual_of(name) for name in dict.fromkeys((*aggregator.residuals, *moments))]
-
-
-# ---- the ranks -----------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Rank:
-    """What a process holds, in bytes by item."""
-
-    name: str
-    device: Counter[str]
-    """On its GPU; empty on a CPU."""
-    host: Counter[str]
-
-    @property
-    def shared(self) -> int:
-        """Of the host's, what the workers of a machine have together."""
-        return 0 if self.device else sum(self.host[item] for item in OF_A_MACHINE)
-
-
-def ranks(config: FederatedConfig, found: Worker, layout: Layout) -> list[Rank]:
-    """The server, and the worker that hosts the most clients; one process may be both."""
-    libraries = Counter({LIBRARIES: psutil.Process().memory_info().rss})
-    device, host = of_worker(config, found, layout.hosted(config.num_clients), layout.gpu)
-    server = of_server(config, found)
-    if layout.processes == 1:
-        return [Rank("the process", device, libraries + host + server)]
-    worker = Rank("a worker", device, libraries + host)
-    if layout.colocated:
-        return [Rank("rank 0, server and worker", device, libraries + host + server), worker]
-    return [Rank("the server", Counter(), libraries + server), worker]
-
-
-def on_machine(found: list[Rank], layout: Layout) -> int:
-    """Bytes of the host's memory on the machine of the server, all processes together."""
-    worker, here = found[-1], layout.workers_here
-    if layout.machines > 1 and not layout.colocated:
-        here = min(here, -(-layout.processes // layout.machines) - 1)
-    total = here * worker.host.total() - max(0, here - 1) * worker.shared
-    if len(found) == 1:
-        return total
-    first = found[0].host.total()
-    return total + first - (worker.host.total() if layout.colocated else 0)
-
-
-def of_worker(config: FederatedConfig, found: Worker, hosted: int, gpu: bool
-              ) -> tuple[Counter[str], Counter[str]]:
-    """On its GPU and on the host, if it hosts this many clients. On a CPU the first is empty."""
-    device, host, state = found.items.copy(), Counter[str](), found.state_bytes
-    kind = kind_of_store(config, hosted, gpu)
-    if not config.keeps_states:
-        hosted = 0
-    elif kind is OnDevice:
-        device[STATES] = (hosted - 1) * state
-    else:  # the next one's is fetched, or the last one's stored, while a client trains
-        device[STATES] = state
-        host[STATES] = hosted * state if kind is InMemory else 2 * state * gpu
-    if config.checkpoint_freq is not None:
-        host[CHECKPOINT] = bytes_of(found.kept) + (0 if kind is OnDisk else hosted * state)
-    if config.save_client_deltas:
-        host[TRACKED] = 4 * found.tracked_bytes  # the start, now, the change, and the file
-    return (+device, +host) if gpu else (Counter(), device + host)
-
-
-def of_server(config: FederatedConfig, found: Worker) -> Counter[str]:
-    """On the host: its model for sample texts, with gradients that it does not use, and the copies
-    that it receives and writes (records/recorder.py)."""
-    model, tracked = found.parameter_bytes, found.tracked_bytes
-    items = Counter({SERVER_MODEL: 2 * model, TRACKED: 2 * tracked,
-                     # The copy, and while it is written its file's bytes, or a snapshot's.
-                     WRITTEN: model + max(model, 2 * tracked)})
-    if config.rounds is None or config.rounds > 1:
-        items[RECEIVED] = model
-    return items

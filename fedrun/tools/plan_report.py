@@ -8,31 +8,34 @@ from typing import Any
 
 import torch
 
-from fedrun.config import Dtype, FederatedConfig
+from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
 from fedrun.distributed.launch import Launch
 from fedrun.distributed.runtime import choose_device
 from fedrun.experiment import resolve_dtype
 from fedrun.federation.schedule import Schedule
 from fedrun.model.hardware import hardware
 from fedrun.model.memory import machine_memory
-from fedrun.tools.plan_disk import evaluations, files, sent
+from fedrun.tools import plan_central
+from fedrun.tools.plan_disk import Sent, evaluations, files, sent
 from fedrun.tools.plan_machine import PUBLISHED, USABLE, Machine
-from fedrun.tools.plan_memory import ITEMS, Layout, Rank, Worker, on_machine, ranks, worker
+from fedrun.tools.plan_memory import ITEMS, Trains, Worker, worker
+from fedrun.tools.plan_ranks import Layout, Rank, on_machine, ranks
 from fedrun.tools.plan_text import Text, text_of
 from fedrun.tools.plan_time import Seconds, measured, published
 from fedrun.training.evaluate import BATCH_SEQUENCES
 
 WIDTH = 34  # of the first column
 # What spares memory: shown if a run does not fit, in this order. The last changes the training.
-SPARING = ({"micro_batch": 1}, {"checkpoint_activations": True}, {"client_store": "disk"},
-           {"moments_dtype": "bf16"}, {"client_moments": "reset"})
+SPARING = ({"micro_batch": 1}, {"checkpoint_activations": True}, {"offload": "global"},
+           {"client_store": "disk"}, {"moments_dtype": "bf16"}, {"client_moments": "reset"})
 
 
-def report(config: FederatedConfig, machine: Machine) -> Iterator[str]:
+def report(config: RunConfig, machine: Machine) -> Iterator[str]:
     """The plan of a run, line by line. InputError if its text or its vocabulary cannot be."""
     rates = PUBLISHED[machine.device_rates] if machine.device_rates else None
     device = torch.device("cpu") if rates else choose_device(config.device, Launch(), False)
-    layout = Layout(machine.processes, machine.machines, config.server == "colocated",
+    layout = Layout(machine.processes, machine.machines,
+                    isinstance(config, FederatedConfig) and config.server == "colocated",
                     rates is not None or device.type == "cuda")
     dtype: Dtype = config.dtype
     if rates is None:
@@ -40,8 +43,7 @@ def report(config: FederatedConfig, machine: Machine) -> Iterator[str]:
     elif dtype == "auto":
         dtype = "bf16"
     config, text = dataclasses.replace(config, dtype=dtype), text_of(config, machine.vocab_size)
-    found = worker(config, text.vocab_size, layout.gpu, layout.most(config))
-    processes = ranks(config, found, layout)
+    found, processes = counted(config, text, layout)
     yield from _heading(config, text, found, layout)
     yield ""
     for rank in processes:
@@ -49,18 +51,33 @@ def report(config: FederatedConfig, machine: Machine) -> Iterator[str]:
         yield ""
     yield from _fits(config, text, layout, processes, _memory(machine, layout, device))
     rounds, known = _rounds(config, text)
-    traffic = sent(config, found, layout, rounds, _shards(config, text))
+    traffic = None
+    if isinstance(config, FederatedConfig) and isinstance(found, Worker):
+        traffic = sent(config, found, layout, rounds, _shards(config, text))
     yield "\ntime"
-    seconds = published(config, found, layout, traffic.mean, str(machine.device_rates), rates
-                        ) if rates else measured(config, text.vocab_size, found, device)
+    if rates is None:
+        seconds = measured(config, text.vocab_size, found, device)
+    else:
+        seconds = published(config, found, layout, traffic.mean if traffic else 0.0,
+                            str(machine.device_rates), rates)
     yield from _time(config, text, layout, found, seconds, rounds if known else None)
-    yield "\non the wire"
-    yield from _wire(found, layout, traffic.most, traffic.mean,
-                     traffic.senders)
-    if known:
-        yield _row("recorded in the history at the end", amount(traffic.recorded))
+    if traffic is not None:
+        yield "\non the wire"
+        yield from _wire(found, layout, traffic)
+        if known:
+            yield _row("recorded in the history at the end", amount(traffic.recorded))
     yield "\non disk"
     yield from _disk(config, found, layout, rounds, known)
+
+
+def counted(config: RunConfig, text: Text, layout: Layout) -> tuple[Trains, list[Rank]]:
+    """The process that trains, and all of them."""
+    if isinstance(config, CentralConfig):
+        one = plan_central.process(config, text.vocab_size, layout.gpu)
+        return one, plan_central.ranks(config, one, layout.gpu)
+    assert isinstance(config, FederatedConfig)
+    found = worker(config, text.vocab_size, layout.gpu, layout.most(config))
+    return found, ranks(config, found, layout)
 
 
 def amount(size: float) -> str:
@@ -88,10 +105,13 @@ def _row(name: str, *cells: str) -> str:
     return f"  {name:<{WIDTH}}" + "".join(f"{cell:>14}" for cell in cells)
 
 
-def _heading(config: FederatedConfig, text: Text, found: Worker, layout: Layout) -> Iterator[str]:
+def _heading(config: RunConfig, text: Text, found: Trains, layout: Layout) -> Iterator[str]:
     yield (f"{config.method}, {config.config_name}: {found.flat.size:,} parameters, a vocabulary "
            f"of {text.vocab_size:,}, {config.dtype} products")
     where = "GPUs" if layout.gpu else "CPUs"
+    if not isinstance(config, FederatedConfig):
+        yield f"one process, on {where}"
+        return
     hosted = layout.hosted(config.num_clients)
     who = "one process is the server and the worker" if layout.processes == 1 else (
         f"{layout.processes} processes on {layout.machines} machine{'s' * (layout.machines > 1)}, "
@@ -132,7 +152,7 @@ def _needed(found: list[Rank], layout: Layout) -> int:
     return found[-1].device.total() if layout.gpu else on_machine(found, layout)
 
 
-def _fits(config: FederatedConfig, text: Text, layout: Layout, found: list[Rank], memory: float
+def _fits(config: RunConfig, text: Text, layout: Layout, found: list[Rank], memory: float
           ) -> Iterator[str]:
     where, most = "a GPU" if layout.gpu else "a machine", USABLE * memory
     needed = _needed(found, layout)
@@ -146,19 +166,20 @@ def _fits(config: FederatedConfig, text: Text, layout: Layout, found: list[Rank]
     yield from advice(config, text, layout, needed, most)
 
 
-def advice(config: FederatedConfig, text: Text, layout: Layout, needed: int, most: float
+def advice(config: RunConfig, text: Text, layout: Layout, needed: int, most: float
            ) -> Iterator[str]:
     """Flags that spare memory, one after the other until the run fits."""
     began = needed
     for change in SPARING:
         flag, value = next(iter(change.items()))
         changed: Any = change
+        if not hasattr(config, flag):  # which central has not
+            continue
         try:
             tried = dataclasses.replace(config, **changed)
         except ValueError:  # not with this method, or these flags
             continue
-        smaller = worker(tried, text.vocab_size, layout.gpu, layout.most(tried))
-        less = _needed(ranks(tried, smaller, layout), layout)
+        less = _needed(counted(tried, text, layout)[1], layout)
         if getattr(config, flag) == value or less > 0.99 * needed:
             continue
         shown = f"--{flag} {str(value).lower() if value is True else value}"
@@ -180,24 +201,30 @@ def _shards(config: FederatedConfig, text: Text) -> list[int]:
     return text.shards or [config.batch_size * config.local_updates] * config.num_clients
 
 
-def _rounds(config: FederatedConfig, text: Text) -> tuple[int, bool]:
-    """The rounds of the run, and whether they are known: else one, as an example."""
+def _rounds(config: RunConfig, text: Text) -> tuple[int, bool]:
+    """The rounds of the run, or a central one's steps, and whether they are known: else one, as an
+    example."""
+    if isinstance(config, CentralConfig):
+        return plan_central.length(config, text.shards)
+    assert isinstance(config, FederatedConfig)
     if text.shards is None and config.rounds is None:
         return 1, False
     return Schedule(config, _shards(config, text)).rounds, True
 
 
-def _time(config: FederatedConfig, text: Text, layout: Layout, found: Worker, seconds: Seconds,
+def _time(config: RunConfig, text: Text, layout: Layout, found: Trains, seconds: Seconds,
           rounds: int | None) -> Iterator[str]:
     yield f"  {seconds.how}"
     yield _row("a local step", arithmetic(found.flop + found.muon_flop), duration(seconds.step))
     one = seconds.of_round(config, layout)
-    tokens = config.cohort_size * config.local_updates * config.batch_size * config.sequence_length
-    yield _row("a round", f"{tokens:,} tokens", duration(one))
+    tokens, unit = config.batch_size * config.sequence_length, "steps"
+    if isinstance(config, FederatedConfig):
+        tokens, unit = tokens * config.cohort_size * config.local_updates, "rounds"
+        yield _row("a round", f"{tokens:,} tokens", duration(one))
     if seconds.wire is None and layout.processes > 1:
         yield "  besides what is sent between workers, and evaluations"
     if rounds is None:
-        yield ("  how many rounds: unknown until the text is tokenised, or given as --rounds N")
+        yield (f"  how many {unit}: unknown until the text is tokenised, or given as --rounds N")
         return
     total = rounds * one
     if seconds.evaluation is not None and text.validation is not None:
@@ -205,16 +232,17 @@ def _time(config: FederatedConfig, text: Text, layout: Layout, found: Worker, se
         pass_ = seconds.evaluation * -(-batches // layout.workers)
         total += evaluations(config, rounds) * pass_
         yield _row("an evaluation", "", duration(pass_))
-    yield _row(f"{rounds:,} rounds", f"{rounds * tokens:,} tokens", duration(total))
+    yield _row(f"{rounds:,} {unit}", f"{rounds * tokens:,} tokens", duration(total))
 
 
-def _wire(found: Worker, layout: Layout, most: int, mean: float, senders: int
-          ) -> Iterator[str]:
-    if senders:
+def _wire(found: Trains, layout: Layout, traffic: Sent) -> Iterator[str]:
+    mean = traffic.mean
+    if traffic.senders:
         yield _row("sent by a worker in a round", amount(mean))
-        if mean != most:
-            yield _row("in a round that averages moments", amount(most))
-        yield f"  by each of {senders} workers, once; a ring of them passes on nearly twice that"
+        if mean != traffic.most:
+            yield _row("in a round that averages moments", amount(traffic.most))
+        yield (f"  by each of {traffic.senders} workers, once; a ring of them passes on nearly "
+               "twice that")
     else:
         yield ("  nothing: there is one worker" if layout.workers == 1 else
                "  nothing: the workers of a machine share memory")
@@ -223,7 +251,7 @@ def _wire(found: Worker, layout: Layout, most: int, mean: float, senders: int
     yield _row("a copy of the model to the server", amount(found.parameter_bytes))
 
 
-def _disk(config: FederatedConfig, found: Worker, layout: Layout, rounds: int, known: bool
+def _disk(config: RunConfig, found: Trains, layout: Layout, rounds: int, known: bool
           ) -> Iterator[str]:
     written = files(config, found, layout, rounds)
     for name, size in written.left.items():

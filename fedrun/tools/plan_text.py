@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedrun.common.errors import InputError
-from fedrun.config import FederatedConfig
+from fedrun.config import RunConfig
 from fedrun.data.cache_entry import entry_name, read_manifest
 from fedrun.data.tokenizer import bpe_size, ids_size, read_tokenizer
 from fedrun.data.tokens import prepare
@@ -27,7 +27,7 @@ class Text:
     """Sequences of the validation split."""
 
 
-def text_of(config: FederatedConfig, vocab_size: int | None) -> Text:
+def text_of(config: RunConfig, vocab_size: int | None) -> Text:
     """From the cache, if the text is there. vocab_size: the value of --vocab_size.
 
     InputError if the vocabulary is not known, or there is no such text.

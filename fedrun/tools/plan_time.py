@@ -17,7 +17,7 @@ from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.keeping import KeepingAggregator
 from fedrun.aggregation.making import make_aggregator
 from fedrun.aggregation.update import ServerUpdate
-from fedrun.config import FederatedConfig
+from fedrun.config import FederatedConfig, RunConfig
 from fedrun.data.partition import Shards
 from fedrun.data.tokens import TokenData
 from fedrun.distributed.data_plane import DataPlane
@@ -28,7 +28,8 @@ from fedrun.federation.reported import reported_vectors
 from fedrun.model.config import ModelConfig
 from fedrun.strategies.base import ServerRound
 from fedrun.tools.plan_machine import LINK, UTILISATION, Rates
-from fedrun.tools.plan_memory import Layout, Worker, gradient
+from fedrun.tools.plan_memory import Trains, gradient
+from fedrun.tools.plan_ranks import Layout
 from fedrun.tools.study_cost import measure
 from fedrun.training.evaluate import BATCH_SEQUENCES
 from fedrun.training.fisher import FisherEstimate
@@ -55,13 +56,15 @@ class Seconds:
     how: str
     """Where they come from."""
 
-    def of_round(self, config: FederatedConfig, layout: Layout) -> float:
-        """Without an evaluation."""
+    def of_round(self, config: RunConfig, layout: Layout) -> float:
+        """Of a round, or of a central run's step; without an evaluation."""
+        if not isinstance(config, FederatedConfig):
+            return self.step
         turns = math.ceil(config.cohort_size / layout.workers)
         return turns * (config.local_updates * self.step + self.term) + (self.wire or 0.0)
 
 
-def published(config: FederatedConfig, found: Worker, layout: Layout, sent: float, name: str,
+def published(config: RunConfig, found: Trains, layout: Layout, sent: float, name: str,
               rates: Rates) -> Seconds:
     """From a device's published rates. sent: bytes of a term."""
     size = found.flat.size
@@ -76,8 +79,7 @@ def published(config: FederatedConfig, found: Worker, layout: Layout, sent: floa
         f"{LINK / 1e9:g} GB/s each way between workers, assumed")
 
 
-def measured(config: FederatedConfig, vocab_size: int, found: Worker, device: torch.device
-             ) -> Seconds:
+def measured(config: RunConfig, vocab_size: int, found: Trains, device: torch.device) -> Seconds:
     """From a step of the run's model on this device, or of one layer of it and one sequence where
     the step would take long; and from a sum of short vectors."""
     tried, scale, how = config, 1.0, "measured here"
@@ -90,12 +92,13 @@ def measured(config: FederatedConfig, vocab_size: int, found: Worker, device: to
         how += f" on 1 of {config.model.n_layer} layers and 1 sequence, and scaled by FLOP"
     shape = measure(_experiment(tried, vocab_size), device)
     # Fisher information of single sequences and parts computes as many gradients.
-    term = _term(config, device) * found.flat.size / ELEMENTS
+    term = _term(config, device) * found.flat.size / ELEMENTS if isinstance(
+        config, FederatedConfig) else 0.0
     return Seconds(shape.step * scale, term, None,
                    shape.evaluation if tried is config else None, how)
 
 
-def _experiment(config: FederatedConfig, vocab_size: int) -> Experiment:
+def _experiment(config: RunConfig, vocab_size: int) -> Experiment:
     """With random tokens for a text."""
     random, length = np.random.default_rng(0), config.sequence_length
     train, validation = (random.integers(vocab_size, size=(count, length), dtype=np.int32)

@@ -19,6 +19,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from fedrun.common.pinned import brought
 from fedrun.strategies.base import adamw_ratio
 from fedrun.training.optimizer import LocalOptimizer
 
@@ -76,9 +77,10 @@ def _load_bounded(optimizer: LocalOptimizer, averages: Mapping[str, Tensor], ste
     config, state = optimizer.config, optimizer.begin_at(steps)
     m, v = state["exp_avg"], state["exp_avg_sq"]
     if "momentum" in averages:
-        torch.mul(averages["momentum"], 1 - config.beta1**steps, out=m)
+        torch.mul(brought(averages["momentum"], m), 1 - config.beta1**steps, out=m)
     if "rms" in averages:
-        torch.mul(averages["rms"], averages["rms"], out=v).mul_(1 - config.beta2**steps)
+        rms = brought(averages["rms"], v)
+        torch.mul(rms, rms, out=v).mul_(1 - config.beta2**steps)
     largest = torch.sqrt(v, out=optimizer.flat.grad).mul_(
         adamw_ratio(config.beta1, config.beta2, steps))
     torch.minimum(m, largest, out=m)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from fedrun.common.pinned import brought
 from fedrun.config import RunConfig
 from fedrun.strategies.base import ADAMW_EPS, adamw_ratio
 from fedrun.training.muon import muon_step
@@ -174,7 +175,8 @@ class LocalOptimizer:
         """Restore bias-corrected moments, (size,) each, as they were after `steps` steps."""
         state = self.begin_at(steps)
         for name, beta in (("exp_avg", self.config.beta1), ("exp_avg_sq", self.config.beta2)):
-            torch.mul(moments[name], 1 - beta**steps, out=state[name])
+            moment = state[name]
+            torch.mul(brought(moments[name], moment), 1 - beta**steps, out=moment)
 
     def begin_at(self, steps: int) -> dict[str, Tensor]:
         """The state, with this count of steps."""

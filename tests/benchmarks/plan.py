@@ -17,7 +17,8 @@ from fedrun.flags import resolve
 from fedrun.tools.plan_counting import LOSS_HEAD
 from fedrun.tools.plan_disk import files, sent
 from fedrun.tools.plan_machine import PUBLISHED
-from fedrun.tools.plan_memory import ACTIVATIONS, Layout, Rank, of_server, ranks, worker
+from fedrun.tools.plan_memory import ACTIVATIONS, worker
+from fedrun.tools.plan_ranks import Layout, Rank, of_server, ranks
 from fedrun.tools.plan_text import vocabulary
 from fedrun.tools.plan_time import published
 

@@ -57,7 +57,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 
 
 def warnings() -> list[str]:
-    return launch_warnings(resolve("central", {}), Launch())
+    return launch_warnings(resolve("central", {}), Launch(), {})
 
 
 @pytest.mark.parametrize(("files", "path", "warning"), [

@@ -78,8 +78,8 @@ def test_killed_and_resumed_on_other_gpus(pretended_cuda: Gpus, run: Run, alone:
                  env=pretended_cuda | fault(tmp_path, "kill", "reduce:4", rank=2))
     assert killed.code == 1
     assert (tmp_path / "struck").exists()
-    resumed = run("fed_avg", *FLAGS, "--server", "colocated", processes=2, env=pretended_cuda,
-                  limit=200)
+    resumed = run("fed_avg", *FLAGS, "--server", "colocated", "--offload", "global", processes=2,
+                  env=pretended_cuda, limit=200)
     assert "resuming from step" in resumed.output
     assert_same(resumed, alone)
 

@@ -28,7 +28,8 @@ from fedrun.federation.messages import RoundReport
 from fedrun.federation.worker import Worker
 from fedrun.flags import resolve
 from fedrun.protocol import make_worker
-from fedrun.tools.plan_memory import Layout, of_worker, worker
+from fedrun.tools.plan_memory import worker
+from fedrun.tools.plan_ranks import Layout, of_worker
 from fedrun.training.evaluate import BATCH_SEQUENCES
 
 

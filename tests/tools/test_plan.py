@@ -38,9 +38,8 @@ from fedrun.tools.plan_memory import (
     PARAMETERS,
     SERVERS,
     STATES,
-    Layout,
-    of_worker,
 )
+from fedrun.tools.plan_ranks import Layout, of_worker
 from fedrun.tools.plan_report import report
 from fedrun.tools.plan_text import Text, text_of
 from fedrun.tools.plan_time import Seconds, published
@@ -255,7 +254,6 @@ def test_seconds_of_a_round_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (("plan", "central"), "fedrun plan central: must be a federated method"),
     (("plan", "fed_av"), "did you mean fed_avg?"),
     ((*PLAN, "--device_memory", "8 apples"), "--device_memory 8 apples: must be a size"),
     ((*PLAN, "--device_rates", "b3"), "--device_rates b3: must be a100, h100, h200"),

@@ -1,0 +1,171 @@
+"""What a round's messages cost the server, by the number of workers: the control plane alone.
+
+    python -m tests.benchmarks.control              # a minute or two, 2 GB of memory; markdown
+    python -m tests.benchmarks.control 10 100       # other numbers of workers
+
+Every rank is a process, forked from one that has imported torch, so that hundreds fit a machine.
+They speak the messages of a round (federation/messages.py) over the run's own ControlPlane and do
+nothing else. gloo connects two of them when they first have something to say to each other
+(TORCH_GLOO_LAZY_INIT); in a run all connect to all, which is what the start costs, not a round.
+
+The seconds that count are the server's own CPU seconds, of all its threads: those of the clock are
+of one machine that runs all ranks on its few cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+
+from fedrun.distributed.connect import LOOPBACK, listen, serve
+from fedrun.distributed.control_plane import ControlPlane
+from fedrun.federation.messages import (
+    RoundDecision,
+    RoundPlan,
+    RoundReport,
+    WorkerReport,
+    clients_of,
+    encode,
+    gather,
+    share,
+)
+from fedrun.strategies.base import ClientReport
+from tests.benchmarks.common import machine
+
+ROUNDS = 2  # that are measured, after one in which ranks connect
+LIMIT = timedelta(seconds=240)
+HEADER = """\
+| workers | CPU ms of the server a round | ms of the clock | the plan (kB) |
+|---|---|---|---|"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("workers", nargs="*", type=int, default=[10, 100, 300])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ |= {"TORCH_GLOO_LAZY_INIT": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and the ranks with it
+    gc.freeze()  # the ranks share what is there
+    print(f"{machine()}; load {os.getloadavg()[0]:.1f}\n\n{HEADER}", flush=True)
+    found = {}
+    for workers in args.workers:
+        one = measure(workers)
+        found[workers] = statistics.median(one["cpu"])
+        print(f"| {workers:,} | {1e3 * found[workers]:.1f} "
+              f"| {1e3 * statistics.median(one['clock']):.0f} | {one['plan'] / 1e3:.1f} |",
+              flush=True)
+    if len(found) > 1:
+        each, once = fit(found)
+        print(f"\n{1e6 * each:.0f} us a worker and round, and {1e3 * once:.1f} ms besides: "
+              f"by that line {1000 * each + once:.2f} s with a thousand workers and "
+              f"{10_000 * each + once:.1f} s with ten thousand")
+
+
+def fit(found: dict[int, float]) -> tuple[float, float]:
+    """Seconds a worker, and besides, of the line with the least squared relative errors: each
+    number of workers counts as much."""
+    weights = [1 / seconds**2 for seconds in found.values()]
+    x, y = [*found], [*found.values()]
+    total = sum(weights)
+    mean_x = sum(w * a for w, a in zip(weights, x, strict=True)) / total
+    mean_y = sum(w * b for w, b in zip(weights, y, strict=True)) / total
+    each = (sum(w * (a - mean_x) * (b - mean_y) for w, a, b in zip(weights, x, y, strict=True))
+            / sum(w * (a - mean_x)**2 for w, a in zip(weights, x, strict=True)))
+    return each, mean_y - each * mean_x
+
+
+# ---- the ranks -----------------------------------------------------------------------------------
+
+def measure(workers: int) -> dict[str, Any]:
+    """Of the server, by round: CPU seconds (`cpu`) and seconds of the clock (`clock`); bytes of the
+    `plan`."""
+    listening = listen(LOOPBACK, 0, one_machine=True)
+    port = listening.getsockname()[1]
+    out, into = os.pipe()
+    ranks = [fork(lambda: rank_of(0, workers, serve(listening, LIMIT), into))]
+    listening.close()
+    os.close(into)
+    try:
+        for rank in range(1, workers + 1):
+            ranks.append(fork(partial(worker_of, rank, workers, port)))
+        with os.fdopen(out) as answer:
+            line = answer.readline()
+        if not line:
+            sys.exit(f"the server of {workers} workers ended without an answer")
+        found: dict[str, Any] = json.loads(line)
+        return found
+    finally:
+        for process in ranks:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+
+
+def worker_of(rank: int, workers: int, port: int) -> None:
+    rank_of(rank, workers, TCPStore(LOOPBACK, port, None, False, LIMIT, wait_for_workers=False))
+
+
+def fork(work: Callable[[], None]) -> int:
+    """The ID of a process that does this and ends."""
+    if process := os.fork():
+        return process
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(2 * LIMIT.seconds)
+        work()
+    finally:
+        os._exit(0)
+
+
+def rank_of(rank: int, workers: int, store: TCPStore, answer: int | None = None) -> None:
+    """A rank's process. answer: where the server writes what it has measured."""
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=workers + 1, timeout=LIMIT)
+    control = ControlPlane(dist.group.WORLD, timeout=LIMIT, first_worker=1)
+    found = dict[str, list[float]](cpu=[], clock=[])
+    for number in range(ROUNDS + 1):
+        began = time.process_time(), time.perf_counter()
+        plan = round_of(control, rank, workers, number)
+        if number:
+            found["cpu"].append(time.process_time() - began[0])
+            found["clock"].append(time.perf_counter() - began[1])
+    if answer is not None:
+        size = len(json.dumps(encode(plan)))
+        os.write(answer, json.dumps({**found, "plan": size}).encode() + b"\n")
+    time.sleep(LIMIT.seconds)  # the process that has forked this one ends it
+
+
+def round_of(control: ControlPlane, rank: int, workers: int, number: int) -> RoundPlan:
+    """All ranks: the messages of a round that is evaluated, with a client on each worker."""
+    serves = rank == 0
+    plan = share(control, RoundPlan, RoundPlan(
+        number, list(range(workers)), [1 / workers] * workers, bound=1e-3, gradient_bound=1.0,
+        entropy_reference=0.0, start_from_global=True, evaluate=True, save=False, last=False
+        ) if serves else None)
+    clients = [] if serves else [ClientReport(rank - 1, 2048, 8765.4321 + number,
+                                              weight=1 / workers, norm=0.123456789)]
+    trained = gather(control, WorkerReport(clients, bytes=10**8, local_training_seconds=1.25))
+    if serves:
+        clients_of(plan, trained)
+    share(control, RoundDecision, RoundDecision() if serves else None)
+    gather(control, RoundReport(0.25, 0.5, {"mean_norm": 0.1, "step_norm": 0.1}, [
+        (rank, 5432.1, 4096)], {"model": 16 * "0"}))
+    share(control, RoundDecision, RoundDecision() if serves else None)
+    return plan
+
+
+if __name__ == "__main__":
+    main()

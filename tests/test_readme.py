@@ -21,6 +21,7 @@ OTHERS = {"--plugin", "--print_config", "--help", "--nproc-per-node", "--node-ra
 """Flags that no method has."""
 
 
+@pytest.mark.slow
 def test_a_method_of_your_own(tmp_path: Path, run: Run) -> None:
     """Saved and run as the page has it, by one process and by three."""
     source = re.search(r"```python\n(.*?class FedSign.*?)```", PAGES["fedrun/strategies"],

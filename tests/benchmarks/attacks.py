@@ -1,7 +1,7 @@
 """What each method makes of hostile clients: the final perplexity of a run, a method and an attack.
 
     python -m tests.benchmarks.attacks                              # all that is not made yet
-    python -m tests.benchmarks.attacks --hours 0.5 --worlds 8:1     # a part of it
+    python -m tests.benchmarks.attacks --worlds 20:6 --rounds 20    # a part of it
     python -m tests.benchmarks.attacks --table                      # the table of what is made
 
 Clients are the authors of `../shared/data/books/train`, several to a client; three thousandths of

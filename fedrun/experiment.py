@@ -32,7 +32,12 @@ from fedrun.model.build import new_model, require_trainable
 from fedrun.model.hardware import Hardware, together
 from fedrun.model.memory import BYTES_TO_LOAD, bytes_to_train, require_memory
 from fedrun.model.pretrained import Pretrained, find_pretrained, parameters_of
-from fedrun.records.provenance import Length, corpus_digests, settings_equal_on_all_ranks
+from fedrun.records.provenance import (
+    Length,
+    central_length,
+    corpus_digests,
+    settings_equal_on_all_ranks,
+)
 from fedrun.start import RunRefused
 from fedrun.strategies.plugins import method_digest
 
@@ -94,12 +99,7 @@ class Experiment:
         """The global steps of the run. InputError if it would make none."""
         if isinstance(self.config, FederatedConfig):
             return Length(self.config, rounds_per_epoch(self.config, self.shards.sizes))
-        owned, batch = sum(self.shards.sizes), self.config.batch_size
-        length = Length(self.config, int(owned * self.config.epoch_passes) // batch)
-        if length.steps == 0:
-            raise InputError(f"--batch_size {batch}: must be at most {owned}, the number of "
-                             "sequences to train on")
-        return length
+        return central_length(self.config, sum(self.shards.sizes))
 
     @property
     def schedule(self) -> Schedule:

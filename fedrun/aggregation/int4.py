@@ -33,7 +33,8 @@ after them. So it is bounded, whatever clients do; where nobody clips it is half
 
 Server's residual. R / t is 7 at most, but for the rounding of t to eight bits: nothing is clipped,
 and what stays is at most t / 2, a fourteenth of the largest |R|. With M the largest sum of any
-round in the block, |R| <= (|R| + M) / 13.9, so it never exceeds M / 12.
+round in the block, |R| <= (|R| + M) / 13.9, so it never exceeds M / 12. (If clients are left out,
+what was kept back is divided by the weights of the others alone, as their residuals are.)
 
 The same bits in any world: the sum of the q_k is one of integers, R is worked out for each element
 by itself, in operations that are rounded one by one, and t for each block. Which worker does it
@@ -146,6 +147,11 @@ class Int4Aggregator(Aggregator):
     @property
     def bytes_received(self) -> int:
         return self._blocks * _ROW + _WEIGHT_BYTES
+
+    def exchanged_bytes(self, nodes: int, clients: int) -> int:
+        """Of what a node sends and receives, among this many with so many clients on each."""
+        row = bits_of_sum(clients) * BLOCK // 8 + 1
+        return 2 * nodes * -(-self._blocks // nodes) * row if nodes > 1 else 0
 
     # ---- clients ---------------------------------------------------------------------------------
 

@@ -178,7 +178,7 @@ class RunConfig:
     # --config and --device lead to (the settings, the kernels), not by how these were given.
     not_in_results: ClassVar[frozenset[str]] = frozenset(
         {"data_dir", "cache_dir", "run_name", "overwrite", "resume", "extend", "checkpoint_freq",
-         "keep", "track", "timeout", "config", "device", "checkpoint_activations"})
+         "keep", "track", "timeout", "config", "device", "checkpoint_activations", "stream"})
     # What a run records of itself. May be changed on resume: training does not depend on it.
     only_in_records: ClassVar[frozenset[str]] = frozenset({"val_freq"})
 

@@ -24,7 +24,7 @@ from fedrun.data.corpora import Corpus
 from fedrun.data.documents import Documents
 from fedrun.data.given import GivenData, IdCorpus, Source, of_clients, require_a_sequence
 from fedrun.data.given_parts import in_chunks
-from fedrun.data.limited_rows import LimitedRows, MadeIds
+from fedrun.data.limited_rows import LimitedRows, MadeIds, RowsChanged
 from fedrun.data.partial_entry import ROWS, PartialEntry
 from fedrun.data.stored_rows import RowFiles, StoredRows
 from fedrun.data.text_options import TextOptions
@@ -60,6 +60,9 @@ def build_entry(entry: Path, dataset: Source, tokenizer: str, options: TextOptio
         else:
             kept = bool(partial.recorded) and isinstance(
                 error, MemoryError | HelperEnded | KeyboardInterrupt | SystemExit)
+            # Of a stream that broke off, which may look like text that cannot be read.
+            kept |= COUNTED in partial.recorded and not any(
+                isinstance(one, RowsChanged) for one in (error, error.__cause__))
         if not kept:
             shutil.rmtree(partial.folder, ignore_errors=True)
         raise

@@ -282,11 +282,9 @@ def _read_lines(texts: list[DataFile], encoding: str | None, folder: bool, files
                 ) -> Rows:
     """The lines of text files; without line ends if from a folder, as `datasets` reads them."""
     first, read = len(files), list[TextFile]()
-    for text in texts:
-        lines = len(files.extend(_lines(text, encoding, folder)))
+    for text in texts:  # those behind the limit are named too, for the folder of all
+        lines = len(files.extend(_lines(text, encoding, folder))) if files.wants_more else 0
         read.append(TextFile((text.path / (text.member or "")).absolute(), lines))
-        if not files.wants_more:
-            break
     return Rows(files.since(first), read)
 
 

@@ -113,7 +113,8 @@ def find_documents(rows: Sequence[str], files: Sequence[TextFile]) -> Documents:
              if file.lines and first < n_rows]
     if len(owned) > 1:
         return named_documents("a file", [first for _, first in owned], n_rows,
-                               _folders([file.path for file, _ in owned]))
+                               _folders([file.path for file, _ in owned],
+                                        os.path.commonpath([file.path.parent for file in files])))
     if files:
         return named_documents("a paragraph", _paragraphs(rows), n_rows, [])
     step = 1
@@ -173,8 +174,7 @@ def _top_headings(rows: Iterable[str]) -> tuple[np.ndarray, list[str]]:
     return np.array(found, dtype=np.int64), titles
 
 
-def _folders(files: Sequence[Path]) -> list[str]:
+def _folders(files: Sequence[Path], common: str) -> list[str]:
     """Each file's first folder below the common one ('.' if it has none); [] if all have '.'."""
-    common = os.path.commonpath([file.parent for file in files])
     below = [file.parent.relative_to(common).parts for file in files]
     return [parts[0] if parts else "." for parts in below] if any(below) else []

@@ -58,5 +58,4 @@ def _guarded(dataset: str, stream: Any) -> Iterator[dict[str, Any]]:
         raise InputError(f"{dataset}: cannot be read: {one_line(error)}") from error
     except Exception as error:  # the libraries raise many types
         raise hub.HubUnreachable(f"--dataset {dataset}: the stream broke off ({one_line(error)}); "
-                                 "start again, and tokens that are made are not made again"
-                                 ) from error
+                                 "start again") from error

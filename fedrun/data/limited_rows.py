@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -46,6 +46,10 @@ Record = Callable[[Mapping[str, int], Mapping[str, int], Callable[[], None]], No
 and a function that waits until they are on the disk."""
 
 
+class RowsChanged(InputError):
+    """The first rows are not those that an interrupted start has read."""
+
+
 class LimitedRows(RowFiles):
     """RowFiles that take the rows of a split until these have enough tokens."""
 
@@ -60,7 +64,7 @@ class LimitedRows(RowFiles):
         self._counted, self._tokens, self._behind = done["rows"], done["tokens"], 0
         super().__init__(folder, kept=self._counted)
         self._behind = self._counted  # rows of the earlier start that are not read again yet
-        self._earlier = self.rows(0, self._counted)
+        self._earlier: Iterator[str] = self.rows(0, self._counted) if self._counted else iter(())
         self._ids = _open(folder / IDS, done["id_bytes"])
         self._id_starts = _open(folder / ID_STARTS, 8 * self._counted + 8 * bool(self._counted))
         if not self._counted:
@@ -115,14 +119,23 @@ class LimitedRows(RowFiles):
     def append(self, row: str) -> None:
         if self._behind:
             if row != next(self._earlier):
-                raise InputError("its rows are not those that an interrupted start has read; start "
-                                 "again, and all of it is read anew")
+                raise RowsChanged("its rows are not those that an interrupted start has read; "
+                                  "start again, and all of it is read anew")
             self._behind -= 1
             self.wants_more = len(self) < self._full_at
+            self._after_comparing()
             return
         super().append(row)
         if self._most and self.size >= self._next_at:
             self._tokenise(last=False)
+
+    def _after_comparing(self) -> None:
+        if not self._behind:
+            self._earlier = iter(())  # it holds the files
+        elif (now := time.monotonic()) >= self._next_line:
+            self._next_line = now + LINE_SECONDS
+            os.utime(self._ids.name)  # other ranks wait as long as files change
+            log(f"compared {len(self):,} of the {self._counted:,} rows of an interrupted start")
 
     # ---- its tokens ------------------------------------------------------------------------------
 
@@ -183,7 +196,8 @@ class LimitedRows(RowFiles):
 
     def _rate(self) -> float:
         """Tokens a byte; 1, about the most there can be, until something is tokenised."""
-        return self._tokens_made / self._bytes_counted if self._tokens_made else 1.0
+        known = self._tokens_made and self._bytes_counted  # empty rows may have tokens
+        return self._tokens_made / self._bytes_counted if known else 1.0
 
     def _expected(self) -> float:
         """Tokens of the split when all blocks that were asked for have come."""

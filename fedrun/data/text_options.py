@@ -50,8 +50,8 @@ class TextOptions:
                 self.val_fraction, "in (0, 1)")
         require(self.validation_split is None or bool(self.validation_split.strip()),
                 "--validation_split", self.validation_split, "the name of a split, such as test")
-        require(self.max_tokens is None or self.max_tokens >= 1, "--max_tokens", self.max_tokens,
-                "an integer >= 1, or none")
+        require(self.max_tokens is None or 1 <= self.max_tokens < 2**62, "--max_tokens",
+                self.max_tokens, "an integer >= 1, or none for all")
         require(self.validation_split is None or self.val_fraction is None, "--val_fraction",
                 self.val_fraction, "none with --validation_split, which names the text")
 

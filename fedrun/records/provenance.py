@@ -35,6 +35,15 @@ _CUT = ("train_tokens", "validation_tokens", "train_documents", "sequence_length
 _NAMES = ("dataset", "tokenizer", "validation_from", "python_version")
 
 
+def central_length(config: RunConfig, sequences: int) -> Length:
+    """The steps of a central run on so many sequences. InputError if there would be none."""
+    length = Length(config, int(sequences * config.epoch_passes) // config.batch_size)
+    if length.steps == 0:
+        raise InputError(f"--batch_size {config.batch_size}: must be at most {sequences}, the "
+                         "number of sequences to train on")
+    return length
+
+
 @dataclass(frozen=True)
 class Length:
     """How long a run is, in global steps: rounds, or a central run's optimizer steps."""

@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from fedrun.config import CentralConfig
-from fedrun.records.provenance import Length
+from fedrun.records.provenance import central_length
 from fedrun.tools.plan_counting import Counting
 from fedrun.tools.plan_memory import (
     CHECKPOINT,
@@ -83,4 +83,4 @@ def length(config: CentralConfig, shards: list[int] | None) -> tuple[int, bool]:
     of each client, if the text is tokenised."""
     if shards is None:
         return config.rounds or 1, config.rounds is not None
-    return Length(config, int(sum(shards) * config.epoch_passes) // config.batch_size).steps, True
+    return central_length(config, sum(shards)).steps, True

@@ -38,6 +38,7 @@ from fedrun.training.params import FlatParams
 
 PARAMETERS, GRADIENTS, MOMENTS = "parameters", "gradients", "optimizer's moments"
 GLOBAL_MODEL, SERVERS, AVERAGED = "global model", "the server's own vectors", "averaged moments"
+SERVER_RESIDUAL, EXCHANGED = "the server's residual", "sections that are exchanged"
 COMPARED, OUTER = "gradients of earlier steps", "the outer optimizer's vectors"
 BUFFER, SCRATCH, FISHER = "sum buffer", "scratch slices", "Fisher information"
 UPDATES, CENTRE = "updates of single clients", "the mean they are weighed by"
@@ -47,11 +48,12 @@ STATES, CHECKPOINT = "states of other clients", "copies for a checkpoint"
 LIBRARIES = "Python and its libraries"
 SERVER_MODEL, TRACKED = "the server's model", "tracked parameters"
 WRITTEN, RECEIVED = "a model that is written", "the next model, received meanwhile"
-OF_A_MACHINE = {GLOBAL_MODEL, SERVERS, AVERAGED, CENTRE}
+OF_A_MACHINE = {GLOBAL_MODEL, SERVERS, AVERAGED, SERVER_RESIDUAL, EXCHANGED, CENTRE}
 """Items of which workers on the CPUs of a machine have one together."""
 ITEMS = (PARAMETERS, GRADIENTS, MOMENTS, OWN, COMPARED, OUTER, GLOBAL_MODEL, SERVERS, AVERAGED,
-         BUFFER, SCRATCH, UPDATES, CENTRE, FISHER, ACTIVATIONS, EVALUATION, LOSS_HEAD, TEMPORARY,
-         STATES, CHECKPOINT, SERVER_MODEL, TRACKED, WRITTEN, RECEIVED, LIBRARIES)
+         SERVER_RESIDUAL, BUFFER, EXCHANGED, SCRATCH, UPDATES, CENTRE, FISHER, ACTIVATIONS,
+         EVALUATION, LOSS_HEAD, TEMPORARY, STATES, CHECKPOINT, SERVER_MODEL, TRACKED, WRITTEN,
+         RECEIVED, LIBRARIES)
 """All of them, in the order in which they are shown."""
 
 
@@ -197,7 +199,8 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
             state = GlobalState(config, flat.vector, plane, aggregator)
             ServerUpdate(strategy, aggregator)
         count.name(GLOBAL_MODEL, state.model)
-        count.name(SERVERS, *state.server.values(), *state.sections.values())
+        count.name(SERVERS, *state.server.values())
+        count.name(SERVER_RESIDUAL, *state.sections.values())
         count.name(AVERAGED, *(state.moments or {}).values())
         with count.item(FISHER):
             fisher = FisherEstimate(flat, strategy.fisher_settings

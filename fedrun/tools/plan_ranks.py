@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 import psutil
 
+from fedrun.aggregation.int4 import Int4Aggregator
 from fedrun.config import FederatedConfig, RunConfig
 from fedrun.federation.client_store import InMemory, OnDevice, OnDisk, kind_of_store
 from fedrun.federation.placement import Placement, assign_clients
 from fedrun.tools.plan_memory import (
     AVERAGED,
     CHECKPOINT,
+    EXCHANGED,
     GLOBAL_MODEL,
     LIBRARIES,
     OF_A_MACHINE,
@@ -55,6 +57,11 @@ class Layout:
         """Clients of the worker with the most of them."""
         return max(map(len, assign_clients([1] * clients, self.workers)))
 
+    @property
+    def nodes(self) -> int:
+        """Groups of workers that share memory: machines, or GPUs by themselves."""
+        return self.workers if self.gpu else min(self.machines, self.workers)
+
     def most(self, config: FederatedConfig) -> int:
         """The most clients that a worker may have to train in a round."""
         return Placement.of(config, self.workers).most(config.cohort_size)
@@ -79,6 +86,10 @@ def ranks(config: FederatedConfig, found: Worker, layout: Layout) -> list[Rank]:
     """The server, and the worker that hosts the most clients; one process may be both."""
     libraries = Counter({LIBRARIES: psutil.Process().memory_info().rss})
     device, host = of_worker(config, found, layout.hosted(config.num_clients), layout.gpu)
+    if isinstance(found.aggregator, Int4Aggregator):
+        together = layout.most(config) * (1 if layout.gpu else layout.workers_here)
+        (device if layout.gpu else host)[EXCHANGED] = found.aggregator.exchanged_bytes(
+            layout.nodes, min(config.cohort_size, together))
     server = of_server(config, found)
     if layout.processes == 1:
         return [Rank("the process", device, libraries + host + server)]

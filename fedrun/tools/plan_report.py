@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fedrun.aggregation.int4 import Int4Aggregator
 from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
 from fedrun.distributed.launch import Launch
 from fedrun.distributed.runtime import choose_device
@@ -241,8 +242,12 @@ def _wire(found: Trains, layout: Layout, traffic: Sent) -> Iterator[str]:
         yield _row("sent by a worker in a round", amount(mean))
         if mean != traffic.most:
             yield _row("in a round that averages moments", amount(traffic.most))
-        yield (f"  by each of {traffic.senders} workers, once; a ring of them passes on nearly "
-               "twice that")
+        if isinstance(found, Worker) and isinstance(found.aggregator, Int4Aggregator):
+            yield (f"  by each of {traffic.senders} workers, if it has one client: a sum of "
+                   "several takes a byte for each parameter, or two")
+        else:
+            yield (f"  by each of {traffic.senders} workers, once; a ring of them passes on nearly "
+                   "twice that")
     else:
         yield ("  nothing: there is one worker" if layout.workers == 1 else
                "  nothing: the workers of a machine share memory")

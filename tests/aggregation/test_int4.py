@@ -264,3 +264,13 @@ def test_a_block_in_which_nothing_moves_stays() -> None:
 def test_the_references_short_floats_are_those_of_torch() -> None:
     numbers = torch.randn(1000).abs() * 2.0 ** torch.randint(-100, 100, (1000,))
     assert [bfloat16(float(x)) for x in numbers] == numbers.to(torch.bfloat16).double().tolist()
+
+
+@pytest.mark.parametrize("nodes", [2, 3])
+@pytest.mark.parametrize("clients", [1, 2, 25])
+def test_a_plan_counts_what_is_exchanged(nodes: int, clients: int) -> None:
+    """In four bits, in a byte, and in two."""
+    groups = [[node * clients + k for k in range(clients)] for node in range(nodes)]
+    worker = World(groups, [1 / (nodes * clients)] * (nodes * clients)).workers[0]
+    assert worker.exchanged_bytes(nodes, clients) == worker._sent.nbytes + worker._received.nbytes
+    assert worker.exchanged_bytes(1, clients) == 0

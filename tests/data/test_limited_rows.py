@@ -337,9 +337,15 @@ def test_no_more_is_read_than_is_needed(endless: list[int], tokenizer: str, tmp_
     assert not list(tmp_path.glob("tokens/*.partial"))
 
 
+@pytest.mark.parametrize(("broken", "kind", "message"), [
+    (ConnectionResetError("reset by peer"), hub.HubUnreachable,
+     r"--dataset owner/name: the stream broke off \(reset by peer\); start again"),
+    (ValueError("I/O operation on closed file"), InputError,
+     "--dataset owner/name: cannot be read: I/O operation on closed file")])
 def test_what_a_broken_stream_has_left_is_gone_on_with(
         asked: list[dict[str, Any]], tokenizer: str, tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch: pytest.MonkeyPatch, broken: Exception, kind: type[Exception], message: str
+        ) -> None:
     monkeypatch.setattr(partial_entry, "RECORD_SECONDS", 0.0)
     in_small_blocks(monkeypatch, 300, 2000, 1)
     options = TextOptions(max_tokens=2 * MOST, text_column="text", stream=True)
@@ -354,14 +360,13 @@ def test_what_a_broken_stream_has_left_is_gone_on_with(
     def breaking(self: Any, *size: int) -> Iterator[Any]:
         for n, batch in enumerate(batches(self, *size)):
             if n == 3:
-                raise ConnectionResetError("reset by peer")
+                raise broken
             yield batch
 
     monkeypatch.setattr(Encoder, "encoded", counting)
     with monkeypatch.context() as patch:
         patch.setattr(datasets.IterableDataset, "iter", breaking)
-        with pytest.raises(hub.HubUnreachable, match=r"^--dataset owner/name: the stream broke off "
-                                                     r"\(reset by peer\); start again"):
+        with pytest.raises(kind, match=message):
             prepare("owner/name", tokenizer, 16, tmp_path, options)
     before, blocks = blocks, 0
     assert before > 3
@@ -377,6 +382,27 @@ def test_without_a_network_there_is_no_stream(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(hub, "hub_answers", lambda: False)
     with pytest.raises(hub.HubUnreachable, match=r"^--dataset owner/name: .*cannot be reached"):
         prepare("owner/name", "bpe:300", 16, tmp_path, TextOptions(stream=True))
+
+
+def test_a_split_of_empty_rows_has_no_text(tokenizer: str, tmp_path: Path) -> None:
+    """Each of them is a token all the same."""
+    folder = tmp_path / "text"
+    write_rows(folder / "train.txt", ROWS[:50])
+    write_rows(folder / "validation.txt", [""] * 50)
+    with pytest.raises(InputError, match="no text in its validation split"):
+        prepare(str(folder), tokenizer, 16, tmp_path, TextOptions(max_tokens=200))
+
+
+def test_sources_are_those_of_the_whole_folder(tokenizer: str, tmp_path: Path) -> None:
+    """Where the limit leaves one language, its subfolders do not become the sources."""
+    for name in ("de/x/1.txt", "de/y/1.txt", "en/x/1.txt"):
+        path = tmp_path / "text" / name
+        path.parent.mkdir(parents=True)
+        write_rows(path, ROWS[:60])
+    data = prepare(str(tmp_path / "text"), tokenizer, 16, tmp_path, TextOptions(max_tokens=2500))
+    documents = data.load_documents()
+    assert (documents.kind, documents.sources) == ("a file", ["de"])
+    assert len(documents) == 2
 
 
 # ---- flags --------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from tests.support.every_method import METHODS
 from tests.support.offloaded import BESIDES
 from tests.support.runs import Run, execute
 
-QUICK = ("average", "diloco", "int8_moments")
+QUICK = ("average", "diloco", "int8_moments", "int4")
 
 
 def compared(gpus: dict[str, str], *names: str, limit: float) -> list[dict[str, Any]]:
@@ -29,7 +29,7 @@ def check(found: dict[str, Any]) -> None:
     assert found["same"], found
     assert found["without"]["host"] == 0
     pinned, kept = found["with"]["pinned"], found["with"]["kept"]
-    assert pinned == [name for name in kept if not name.startswith("int8.")]
+    assert pinned == [name for name in kept if not name.startswith(("int8.", "int4."))]
 
 
 def test_same_bits_and_less_memory_on_the_device(pretended_cuda: dict[str, str]) -> None:

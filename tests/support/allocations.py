@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.autograd import profiler
 def peak_bytes(compute: Callable[[], object]) -> int:
     """The most bytes of tensors that were allocated and not yet freed at one time, above what there
     was before."""
+    gc.collect()  # what earlier tests have left would be freed meanwhile, and count against it
     # Not torch.profiler, which imports torch's compiler.
     with profiler.profile(profile_memory=True) as profile:
         compute()

@@ -36,6 +36,7 @@ from fedrun.tools.plan_memory import (
     MOMENTS,
     OWN,
     PARAMETERS,
+    SERVER_RESIDUAL,
     SERVERS,
     STATES,
 )
@@ -88,7 +89,8 @@ def test_memory_of_a_worker_is_what_it_allocates(method: str, flags: dict[str, o
         seen.update({
             PARAMETERS: worker.flat.vector.nbytes, GRADIENTS: worker.flat.grad.nbytes,
             GLOBAL_MODEL: state.model.nbytes, BUFFER: worker.aggregator._memory[0].nbytes,
-            SERVERS: sum(t.nbytes for t in (state.server | state.sections).values()),
+            SERVERS: sum(t.nbytes for t in state.server.values()),
+            SERVER_RESIDUAL: sum(t.nbytes for t in state.sections.values()),
             AVERAGED: sum(t.nbytes for t in (state.moments or {}).values()),
             MOMENTS: moments[0] or alone, STATES: sum(own[1:]),
             CHECKPOINT: sum(own) + sum(t.nbytes for t in state.named().values()),

@@ -9,6 +9,7 @@ counted.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from itertools import pairwise
@@ -51,6 +52,7 @@ def compare(method: str, flags: dict[str, str]) -> dict[str, Any]:
                          "pinned": [name for name, t in state.items() if t.is_pinned()],
                          "host": sum(t.nbytes for t in state.values() if t.is_pinned())})
 
+        gc.collect()  # what the run before has left
         pretended.reset_peak(0)
         rounds(experiment_of(config, VOCAB, validation=2), "cuda:0", look=look)
         seen[-1] |= {"counted": pretended.peak_allocated(0), "planned": device.total(),

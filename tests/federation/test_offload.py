@@ -37,11 +37,11 @@ def test_same_bits_and_less_memory_on_the_device(pretended_cuda: dict[str, str])
     server's momentum."""
     for found in compared(pretended_cuda, *QUICK, limit=100):
         check(found)
-        less, planned_less = (found["without"][what] - found["with"][what]
-                              for what in ("counted", "planned"))
-        assert planned_less == found["with"]["host"] > 0, found
-        # When a thread frees its copy may move the peak by a slice.
-        assert less == pytest.approx(planned_less, rel=0.2), found
+        held, planned, peak = (found["without"][what] - found["with"][what]
+                               for what in ("held", "planned", "counted"))
+        assert held == planned == found["with"]["host"] > 0, found
+        # A thread fetches the next client's state meanwhile, which moves the peak.
+        assert peak > 0.5 * planned, found
         assert (found["with"]["planned on the host"] - found["without"]["planned on the host"]
                 == found["with"]["host"])
 

@@ -3,8 +3,8 @@
     python -m tests.pretended_cuda python -m tests.support.offloaded PRESET NAME ...
 
 prints for each, as a line of JSON: whether both end in the same bits, and without the flag and with
-it what of the global state waits in pinned memory, and the most bytes on the device, planned and
-counted.
+it what of the global state waits in pinned memory, the bytes on the device at the end, and the most
+of them, planned and counted.
 """
 
 from __future__ import annotations
@@ -47,14 +47,18 @@ def compare(method: str, flags: dict[str, str]) -> dict[str, Any]:
 
         def look(one: Worker) -> None:
             state = one.global_state.named()
-            seen.append({"bits": [(name, t.cpu()) for name, t in state.items()],
+            gc.collect()
+            seen.append({"held": pretended.allocated(0),
+                         "bits": [(name, t.cpu()) for name, t in state.items()],
                          "kept": [*state],
                          "pinned": [name for name, t in state.items() if t.is_pinned()],
                          "host": sum(t.nbytes for t in state.values() if t.is_pinned())})
 
         gc.collect()  # what the run before has left
+        before = pretended.allocated(0)
         pretended.reset_peak(0)
         rounds(experiment_of(config, VOCAB, validation=2), "cuda:0", look=look)
+        seen[-1]["held"] -= before
         seen[-1] |= {"counted": pretended.peak_allocated(0), "planned": device.total(),
                      "planned on the host": sum(host.values())}
     plain, offloaded = (one.pop("bits") for one in seen)

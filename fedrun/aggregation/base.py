@@ -108,8 +108,8 @@ class Aggregator(ABC):
 
         client: its vectors by name, (size,) each; `parameters` stands for its update, the
         difference from `start`, the model that it started from, which may wait in the host's
-        memory. Returns why the client is left out,
-        with nothing of it added, if an element is not finite or exceeds its bound; empty otherwise.
+        memory. Returns why the client is left out, with nothing of it added, if an element is not
+        finite or exceeds its bound; empty otherwise.
         """
 
     def reduce(self) -> None:

@@ -121,7 +121,7 @@ class Int4Aggregator(Aggregator):
         self._bits = bits_of_sum(min(cohort, most * max(map(len, plane.nodes))))
         """Of an element of the sum over a machine, on its way to the owner."""
         if nodes > 1:
-            row = self._bits * BLOCK // 8 + 1
+            row = _sent_row(self._bits)
             self._sent, self._received = (shared(padded * row, torch.uint8).view(padded, row)
                                           for _ in range(2))
         self._round_steps = torch.empty_like(self.steps)
@@ -149,9 +149,10 @@ class Int4Aggregator(Aggregator):
         return self._blocks * _ROW + _WEIGHT_BYTES
 
     def exchanged_bytes(self, nodes: int, clients: int) -> int:
-        """Of what a node sends and receives, among this many with so many clients on each."""
-        row = bits_of_sum(clients) * BLOCK // 8 + 1
-        return 2 * nodes * -(-self._blocks // nodes) * row if nodes > 1 else 0
+        """Bytes of a node's two buffers, for sending and for receiving, if there are this many
+        nodes with at most so many clients each."""
+        share = -(-self._blocks // nodes)
+        return 2 * nodes * share * _sent_row(bits_of_sum(clients)) if nodes > 1 else 0
 
     # ---- clients ---------------------------------------------------------------------------------
 
@@ -272,6 +273,11 @@ class Int4Aggregator(Aggregator):
         steps = as_numbers(rows[:, _PACKED:-1], torch.bfloat16)
         mean.mul_(steps.to(mean.dtype)).div_(weight)
         return {"delta": mean.view(-1)[:b - a]}, {}
+
+
+def _sent_row(bits: int) -> int:
+    """Bytes of a block on its way to the owner: its elements, and what clients said of it."""
+    return bits * BLOCK // 8 + 1
 
 
 def _combined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -184,8 +184,8 @@ class FederatedConfig(PrivacySettings, RunConfig):
         return self.aggregation in ("int8", "int4")
 
     def _check_few_bits(self) -> None:
-        """int8 and int4 sum only updates from the global model, weighted in advance, of so many
-        clients at most."""
+        """int8 and int4 sum nothing but updates from the global model whose weights are known
+        before the round, and only of a limited number of clients."""
         given = self.aggregation
         fits = set(self.strategy.sums) == {"delta"} and not self.strategy.weight_headroom
         require(fits, "--aggregation", given,

@@ -169,7 +169,7 @@ def _read(partial: PartialEntry, dataset: Source, options: TextOptions, cache_di
 
 def _count(partial: PartialEntry, value: Mapping[str, int], sizes: Mapping[str, int],
            sync: Callable[[], None]) -> None:
-    """Say how far rows are read and tokenised, where only so many tokens are wanted."""
+    """Record how far rows have been read and tokenised, with --max_tokens."""
     partial.mark(COUNTED, value, {f"{ROWS}/{name}": size for name, size in sizes.items()}, sync)
 
 

@@ -141,7 +141,8 @@ def load_corpus(dataset: str, files: RowFiles, options: TextOptions = TextOption
 
 def _limited(files: RowFiles, reader: Callable[[RowFiles], Rows], options: TextOptions,
              part: int = 1) -> Rows:
-    """What a split's reader reads; with --max_tokens until that has a part of so many tokens."""
+    """The rows of a split. With --max_tokens only the first ones: until they have that many tokens,
+    or the n-th part of them."""
     if not isinstance(files, LimitedRows):
         return reader(files)
     return files.read(reader, _most(options, part))

@@ -6,8 +6,8 @@
 lie beside the files of stored_rows.py. The row with which a split has its tokens is its last one;
 what was read behind it, less than a block, is removed from the files.
 
-Of an interrupted start what was recorded is kept (partial_entry.py). The rows are read again from
-the first, but those that are in the files are only compared; behind them it goes on.
+What an interrupted start has recorded is kept (partial_entry.py). The next start reads all rows
+again. It compares those that are in the files, and tokenises only what comes after them.
 
 A tokenizer that is trained on the text is trained on the first rows, as many as have a byte for
 each token that is wanted: it has to be there before tokens can be counted.
@@ -47,7 +47,7 @@ and a function that waits until they are on the disk."""
 
 
 class RowsChanged(InputError):
-    """The first rows are not those that an interrupted start has read."""
+    """The first rows have changed since an interrupted start read them."""
 
 
 class LimitedRows(RowFiles):
@@ -81,8 +81,8 @@ class LimitedRows(RowFiles):
         """What `reader` reads into these files, up to the row with which it has `most` tokens.
 
         Raises:
-            InputError: the tokenizer has no token for a word, or the first rows are not those that
-                an interrupted start has read; and what `reader` raises.
+            InputError: the tokenizer has no token for a word, or the first rows have changed since
+                an interrupted start read them; and what `reader` raises.
             HelperEnded: a process that tokenises was killed.
         """
         self._begin(most)
@@ -119,8 +119,8 @@ class LimitedRows(RowFiles):
     def append(self, row: str) -> None:
         if self._behind:
             if row != next(self._earlier):
-                raise RowsChanged("its rows are not those that an interrupted start has read; "
-                                  "start again, and all of it is read anew")
+                raise RowsChanged("its rows have changed since an interrupted start read them; "
+                                  "start again to read everything anew")
             self._behind -= 1
             self.wants_more = len(self) < self._full_at
             self._after_comparing()

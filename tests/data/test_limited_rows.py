@@ -1,22 +1,17 @@
-"""--max_tokens and --stream: the first rows with so many tokens, and little is read behind them."""
+"""--max_tokens: the first rows with so many tokens, and little is read behind them."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer
 
 from fedrun.common.errors import InputError
-from fedrun.data import corpora, hub, limited_rows, partial_entry, tokenising_pool
+from fedrun.data import corpora, partial_entry
 from fedrun.data.limited_rows import LimitedRows
 from fedrun.data.partial_entry import PartialEntry
 from fedrun.data.stored_rows import RowFiles
@@ -26,56 +21,22 @@ from fedrun.data.tokens import TokenData, prepare
 from fedrun.data.validation import Rows
 from fedrun.flags import resolve
 from tests.support.disk import no_space
+from tests.support.first_rows import (
+    MOST,
+    ROWS,
+    digests,
+    first_rows,
+    in_small_blocks,
+    saved_tokenizer,
+    write_rows,
+)
 from tests.support.runs import fresh_python
 from tests.support.texts import load, text_file
-
-BINARIES = ("train.bin", "validation.bin", "documents.npz")
-ROWS = [f"{n} ships — {n * 7919 % 1000} of them {'漢' * (n % 5)} came home." + "\n" * (n % 3 == 0)
-        if n % 11 else "" for n in range(700)]
-HOME = [f"w{n % 7}" for n in range(700)]
-MOST = 5000
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    return str(prepare(str(text_file(folder)), "bpe:300", 16, folder).tokenizer_path)
-
-
-def write_rows(path: Path, rows: list[str]) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    values = {"text": rows, "who": HOME[:len(rows)]}
-    if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.table(values), path)
-    elif path.suffix == ".txt":
-        path.write_text("".join(f"{row.rstrip()}\n" for row in rows))
-    else:
-        path.write_text("".join(json.dumps(dict(zip(values, row, strict=True))) + "\n"
-                                for row in zip(*values.values(), strict=True)))
-    return path
-
-
-def first_rows(rows: list[str], tokenizer: str, most: int) -> list[str]:
-    """The first rows with `most` tokens, counted one after the other."""
-    loaded, count = Tokenizer.from_file(f"{tokenizer}/tokenizer.json"), 0
-    for n, row in enumerate(rows):
-        if count >= most:
-            return rows[:n]
-        count += len(loaded.encode(row if row.endswith("\n") else f"{row}\n",
-                                   add_special_tokens=False).ids)
-    return rows
-
-
-def digests(data: TokenData) -> list[str]:
-    return [hashlib.sha256((data.tokenizer_path.parent / name).read_bytes()).hexdigest()
-            for name in BINARIES]
-
-
-def in_small_blocks(monkeypatch: pytest.MonkeyPatch, smallest: int, largest: int, processes: int
-                    ) -> None:
-    monkeypatch.setattr(limited_rows, "SMALLEST_BLOCK", smallest)
-    monkeypatch.setattr(tokenising_pool, "BLOCK_BYTES", largest)
-    monkeypatch.setattr(tokenising_pool, "processes_for", lambda size: processes)
+    return saved_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 # ---- which rows ---------------------------------------------------------------------------------
@@ -265,123 +226,8 @@ def test_other_rows_than_before_are_noticed(tmp_path: Path, tokenizer: str) -> N
     assert list(files(None).read(reading(ROWS), 100).rows) == first_rows(ROWS, tokenizer, 100)
     again = files(recorded[-1]).read(reading(ROWS), 200)
     assert list(again.rows) == first_rows(ROWS, tokenizer, 200)
-    with pytest.raises(InputError, match="not those that an interrupted start has read; start aga"):
+    with pytest.raises(InputError, match="have changed since an interrupted start read them"):
         files(recorded[-1]).read(reading([ROWS[0], "another", *ROWS[2:]]), 300)
-
-
-# ---- streams ------------------------------------------------------------------------------------
-
-@pytest.fixture
-def shards(tmp_path: Path) -> Path:
-    for n in range(3):
-        write_rows(tmp_path / "hub" / f"train-{n}.parquet", [f"{n}: {row}" for row in ROWS])
-    return tmp_path / "hub"
-
-
-@pytest.fixture
-def asked(shards: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A hub that answers and has one dataset; what it is asked for."""
-    real, calls = datasets.load_dataset, list[dict[str, Any]]()
-
-    def load_dataset(*names: Any, **how: Any) -> Any:
-        calls.append({"names": names, **how})
-        return real("parquet", data_files={"train": str(shards / "*.parquet")}, **how)
-
-    monkeypatch.setattr(hub, "hub_answers", lambda: True)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return calls
-
-
-def test_a_stream_is_the_same_text(asked: list[dict[str, Any]], shards: Path, tokenizer: str,
-                                   tmp_path: Path) -> None:
-    options = TextOptions(max_tokens=3 * MOST, text_column="text")
-    local = prepare(str(shards), tokenizer, 16, tmp_path / "local", options)
-    assert not asked
-    streamed, copied = (
-        prepare("owner/name:part", tokenizer, 16, tmp_path / "cache",
-                TextOptions(max_tokens=3 * MOST, text_column="text", stream=stream))
-        for stream in (True, False))
-    assert digests(streamed) == digests(copied) == digests(local)
-    assert [call["names"] for call in asked] == [("owner/name", "part")] * 2
-    assert [call.get("streaming", False) for call in asked] == [True, False]
-    everything = prepare("owner/name", tokenizer, 16, tmp_path / "cache",
-                         TextOptions(text_column="text", stream=True))
-    assert everything.fingerprint["dataset_sha256"] == prepare(
-        str(shards), tokenizer, 16, tmp_path, TextOptions(text_column="text")
-    ).fingerprint["dataset_sha256"]
-
-
-@pytest.fixture
-def endless(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A hub with a dataset that never ends; the number of its last record that was read."""
-    read = [0]
-
-    def records() -> Iterator[dict[str, object]]:
-        while True:
-            read[0] += 1
-            yield {"text": f"{read[0]} ships went out, and {read[0] // 2} came home.", "n": read[0]}
-
-    stream = datasets.IterableDataset.from_generator(records)
-    assert stream.features is None
-    monkeypatch.setattr(hub, "hub_answers", lambda: True)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": stream})
-    return read
-
-
-def test_no_more_is_read_than_is_needed(endless: list[int], tokenizer: str, tmp_path: Path) -> None:
-    data = prepare("owner/name", tokenizer, 16, tmp_path,
-                   TextOptions(max_tokens=100_000, stream=True))
-    rows = len(data.load_documents()) * 20 / 19
-    assert rows > 3_000
-    assert endless[0] - rows < limited_rows.SMALLEST_BLOCK / 40 + 400, "a block, and the head"
-    assert not list(tmp_path.glob("tokens/*.partial"))
-
-
-@pytest.mark.parametrize(("broken", "kind", "message"), [
-    (ConnectionResetError("reset by peer"), hub.HubUnreachable,
-     r"--dataset owner/name: the stream broke off \(reset by peer\); start again"),
-    (ValueError("I/O operation on closed file"), InputError,
-     "--dataset owner/name: cannot be read: I/O operation on closed file")])
-def test_what_a_broken_stream_has_left_is_gone_on_with(
-        asked: list[dict[str, Any]], tokenizer: str, tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch, broken: Exception, kind: type[Exception], message: str
-        ) -> None:
-    monkeypatch.setattr(partial_entry, "RECORD_SECONDS", 0.0)
-    in_small_blocks(monkeypatch, 300, 2000, 1)
-    options = TextOptions(max_tokens=2 * MOST, text_column="text", stream=True)
-    expected = digests(prepare("owner/name", tokenizer, 16, tmp_path / "whole", options))
-    encoded, blocks, batches = Encoder.encoded, 0, datasets.IterableDataset.iter
-
-    def counting(*given: Any) -> Any:
-        nonlocal blocks
-        blocks += 1
-        return encoded(*given)
-
-    def breaking(self: Any, *size: int) -> Iterator[Any]:
-        for n, batch in enumerate(batches(self, *size)):
-            if n == 3:
-                raise broken
-            yield batch
-
-    monkeypatch.setattr(Encoder, "encoded", counting)
-    with monkeypatch.context() as patch:
-        patch.setattr(datasets.IterableDataset, "iter", breaking)
-        with pytest.raises(kind, match=message):
-            prepare("owner/name", tokenizer, 16, tmp_path, options)
-    before, blocks = blocks, 0
-    assert before > 3
-    assert digests(prepare("owner/name", tokenizer, 16, tmp_path, options)) == expected
-    again = blocks
-    blocks = 0
-    prepare("owner/name", tokenizer, 16, tmp_path / "another", options)
-    assert again <= blocks - before + 1
-
-
-def test_without_a_network_there_is_no_stream(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-                                              ) -> None:
-    monkeypatch.setattr(hub, "hub_answers", lambda: False)
-    with pytest.raises(hub.HubUnreachable, match=r"^--dataset owner/name: .*cannot be reached"):
-        prepare("owner/name", "bpe:300", 16, tmp_path, TextOptions(stream=True))
 
 
 def test_a_split_of_empty_rows_has_no_text(tokenizer: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from fedrun.aggregation.blocks import BLOCK
@@ -23,9 +24,21 @@ HOSTILE: dict[str, Callable[[int, int], float]] = {
     "every other round": lambda number, k: 0.8 * (number % 2) * (-1) ** (k + number // 2)}
 
 
+PLACEMENTS = ([[0, 1, 2, 3, 4]], [[4, 2], [0], [3, 1]], [[0], [1], [2], [3], [4]],
+              [[], [4, 3, 2, 1, 0]])
+"""Five clients on workers, in the order in which each worker adds them."""
+
+
 def drawn(clients: int, size: int = SIZE, seed: int = 0) -> list[torch.Tensor]:
     """Updates whose blocks are of very different sizes, the largest elements near BOUND / 3."""
     generator = torch.Generator().manual_seed(seed)
     blocks = 10 ** -(3 * torch.rand(-(-size // BLOCK), generator=torch.Generator().manual_seed(7)))
     spread = torch.rand(size, generator=generator) * blocks.repeat_interleave(BLOCK)[:size]
     return [torch.randn(size, generator=generator) * spread * BOUND / 16 for _ in range(clients)]
+
+
+def require_near(model: torch.Tensor, expected: np.ndarray) -> None:
+    """A quotient that lies on a tie may be rounded either way: it makes up for it next time."""
+    apart = np.abs(model.numpy() - expected)
+    assert np.mean(apart > 1e-8 * np.abs(expected) + 1e-12) < 1e-3  # weights have 30 bits
+    assert apart.sum() <= 1e-3 * np.abs(expected).sum()

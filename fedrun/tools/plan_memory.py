@@ -28,8 +28,9 @@ from fedrun.distributed.data_plane import DataPlane
 from fedrun.federation.client import Client
 from fedrun.federation.global_state import GlobalState
 from fedrun.federation.reported import reported_vectors
-from fedrun.model.build import DTYPES, uninitialised_model
+from fedrun.model.build import outlined_model
 from fedrun.model.mamba2 import Mamba2LM
+from fedrun.model.transformers_lm import TransformersLM
 from fedrun.tools.plan_counting import LOSS_HEAD, AsOnGpu, Counting
 from fedrun.training.evaluate import BATCH_SEQUENCES
 from fedrun.training.fisher import FisherEstimate
@@ -122,15 +123,13 @@ def evaluation(config: RunConfig, vocab_size: int, gpu: bool) -> Gradient:
 
 def _counted(config: RunConfig, vocab_size: int, sequences: int, gpu: bool, trains: bool
              ) -> Gradient:
-    length = config.sequence_length
+    length, model = config.sequence_length, outlined_model(config, vocab_size)
     with Counting() as count, way_of(gpu):
         with count.item(PARAMETERS):
-            model = model_of(config, vocab_size)
             FlatParams(model)  # whose vectors the model keeps
         few = sequences
         if trains:  # more than what is computed at a time, and once again, takes no more
-            few = min(sequences, 2 * model.at_a_time_on_gpu(sequences, length) if gpu else sum(
-                model.at_a_time_on_cpu(length, add) for add in (False, True, True)))
+            few = min(sequences, _enough(model, sequences, length, gpu))
         ids = torch.zeros(few, length, dtype=torch.int64, device="meta")
         count.name(PARAMETERS, ids)
         count.begin()
@@ -145,9 +144,12 @@ def _counted(config: RunConfig, vocab_size: int, sequences: int, gpu: bool, trai
     return Gradient(items, count.flop * sequences // few)
 
 
-def model_of(config: RunConfig, vocab_size: int) -> Mamba2LM:
-    with torch.device("meta"):
-        return uninitialised_model(config, vocab_size).to(DTYPES[config.dtype])
+def _enough(model: Mamba2LM | TransformersLM, sequences: int, length: int, gpu: bool) -> int:
+    """Sequences that take as much as any larger batch."""
+    if not isinstance(model, Mamba2LM):
+        return 2 * model.at_a_time(length, gpu)
+    return 2 * model.at_a_time_on_gpu(sequences, length) if gpu else sum(
+        model.at_a_time_on_cpu(length, add) for add in (False, True, True))
 
 
 def way_of(gpu: bool) -> AbstractContextManager[object]:
@@ -184,9 +186,10 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
     most = config.cohort_size if most is None else most
     counted = {n: gradient(config, vocab_size, n, gpu) for n in _sequences(config)}
     evaluated, strategy = evaluation(config, vocab_size, gpu), config.strategy
+    outlined = outlined_model(config, vocab_size)
     with Counting() as count, way_of(gpu):
         with count.item(PARAMETERS):
-            flat = FlatParams(model_of(config, vocab_size))
+            flat = FlatParams(outlined)
         count.name(GRADIENTS, flat.grad)
         plane = DataPlane()
         with count.item(SCRATCH):

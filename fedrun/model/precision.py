@@ -95,11 +95,11 @@ class _Bf16OnMeta(TorchFunctionMode):
 
     def __enter__(self) -> Self:
         self._entered.append(self._enabled)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         self._entered.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -16,6 +16,7 @@ import torch
 from fedrun import cli
 from fedrun.config import FederatedConfig
 from fedrun.experiment import prepare_experiment
+from fedrun.federation.schedule import Schedule
 from fedrun.federation.worker import Worker
 from fedrun.flags import resolve
 from fedrun.model import loss
@@ -141,7 +142,7 @@ def test_traffic_and_files_are_those_that_a_run_leaves(run_here: Run, method: st
     assert isinstance(config, FederatedConfig)
     rows = len(run.model["backbone.embedding.weight"])
     found = plan_memory.worker(config, rows, gpu=False)
-    traffic = sent(config, found, ALONE, 5, [10] * 3)
+    traffic = sent(config, found, ALONE, 5, Schedule(config, [10] * 3))
     assert traffic.recorded == run.history[-1]["bytes"]
     assert traffic.senders == 0
     planned = files(config, found, ALONE, 5)
@@ -228,11 +229,11 @@ def test_rounds_and_hours_follow_from_a_text_that_is_tokenised(little_text: tupl
                                                               ) -> None:
     asked = parse(["fed_avg", *little_text, "--n_epochs", "2", "--num_clients", "3"])
     assert asked is not None
-    config, machine = asked
+    config = asked.config
     experiment = prepare_experiment(config, torch.device("cpu"))
     assert text_of(config, None) == Text(experiment.data.vocab_size, experiment.shards.sizes,
                                          len(experiment.data.validation))
-    out = "\n".join(report(config, machine))
+    out = "\n".join(report(*asked))
     assert f"\n  {experiment.length.steps:,} rounds" in out
     assert "an evaluation" in out
     assert "unknown" not in out
@@ -277,5 +278,4 @@ def test_what_cannot_be_planned_is_one_line(argv: tuple[str, ...], message: str,
 def test_flags_may_be_spelled_with_dashes() -> None:
     found = parse(["fed-avg", "--config", "tiny", "--processes", "5"])
     assert found is not None
-    config, machine = found
-    assert (config.method, machine.processes) == ("fed_avg", 5)
+    assert (found.config.method, found.machine.processes) == ("fed_avg", 5)

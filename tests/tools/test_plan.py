@@ -8,10 +8,11 @@ import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fedrun import cli
 from fedrun.config import FederatedConfig
@@ -20,8 +21,12 @@ from fedrun.federation.schedule import Schedule
 from fedrun.federation.worker import Worker
 from fedrun.flags import resolve
 from fedrun.model import loss
+from fedrun.model.build import uninitialised_model
+from fedrun.model.config import TransformersShape
 from fedrun.model.mamba2 import Mamba2LM
-from fedrun.tools import plan_memory
+from fedrun.model.pretrained import Pretrained, parameters_of
+from fedrun.model.transformers_lm import ends_in_its_head, one_layer, require_trainable
+from fedrun.tools import plan_memory, plan_time
 from fedrun.tools.plan import parse
 from fedrun.tools.plan_counting import LOSS_HEAD
 from fedrun.tools.plan_disk import files, sent
@@ -41,12 +46,13 @@ from fedrun.tools.plan_memory import (
     SERVERS,
     STATES,
 )
-from fedrun.tools.plan_ranks import Layout, of_worker
-from fedrun.tools.plan_report import report
+from fedrun.tools.plan_ranks import Layout, of_worker, starting_bytes
+from fedrun.tools.plan_report import amount, report
 from fedrun.tools.plan_text import Text, text_of
 from fedrun.tools.plan_time import Seconds, published
 from tests.support.allocations import peak_bytes
 from tests.support.planned import config_of, experiment_of, made, rounds
+from tests.support.private import PRIVATE
 from tests.support.runs import Outcome, Run, execute
 
 VOCAB, CLIENTS = 1000, 3
@@ -62,6 +68,12 @@ def _fresh_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+SLOW = pytest.mark.slow
+GPT2 = {"model_type": "gpt2", "n_layer": 3, "n_embd": 64, "n_head": 4, "n_positions": 64}
+# Its logits are limited after the head.
+GEMMA2 = {"model_type": "gemma2", "num_hidden_layers": 3, "hidden_size": 64, "head_dim": 16,
+          "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+          "final_logit_softcapping": 30.0, "max_position_embeddings": 64}
 CASES = [("fed_avg", {}), ("fed_avg", {"micro_batch": 1, "checkpoint_activations": True}),
          ("fed_avg", {"moments_dtype": "bf16", "prox_mu": 0.1}),
          ("fed_avg", {"local_optimizer": "muon"}), ("fed_avg", {"aggregation": "int4"}),
@@ -70,15 +82,24 @@ CASES = [("fed_avg", {}), ("fed_avg", {"micro_batch": 1, "checkpoint_activations
          ("fed_avg", {"client_moments": "average"}), ("diloco", {"client_moments": "reset"}),
          ("fed_fisher", {"fisher": "corrected"}), ("fed_sgd", {"local_updates": 1}),
          ("fed_median", {"byzantine": 1}), ("fed_avg", {"client_clip": "median"}),
-         ("fed_geometric_median", {})]
+         ("fed_geometric_median", {}), ("fed_avg", PRIVATE), ("fed_avg", {"model": GPT2}),
+         pytest.param("fed_avg", PRIVATE | {"dp": "example", "batch_size": 4}, marks=SLOW),
+         pytest.param("fed_avg", {"model": GEMMA2, "dtype": "bf16"}, marks=SLOW)]
 
 
 @pytest.mark.parametrize(("method", "flags"), CASES)
 def test_memory_of_a_worker_is_what_it_allocates(method: str, flags: dict[str, object],
                                                  tmp_path: Path) -> None:
     """All together within a tenth, and item by item where a tensor can be named."""
-    config = config_of(method, **SHAPE | flags, data_dir=str(tmp_path), checkpoint_freq=1)
-    _, planned = of_worker(config, plan_memory.worker(config, VOCAB, gpu=False), CLIENTS, gpu=False)
+    changed = {name: flags[name] for name in ("dtype",) if name in flags}
+    if "model" in flags:
+        changed["model"] = TransformersShape(cast(dict[str, Any], flags["model"]))
+    given = {name: value for name, value in flags.items() if name not in changed}
+    config = dataclasses.replace(config_of(
+        method, **SHAPE | given, data_dir=str(tmp_path), checkpoint_freq=1), **cast(Any, changed))
+    experiment = experiment_of(config, VOCAB)
+    _, planned = of_worker(config, plan_memory.worker(
+        config, VOCAB, gpu=False, schedule=experiment.schedule), CLIENTS, gpu=False)
     seen: dict[str, int] = {}
 
     def look(worker: Worker) -> None:
@@ -99,7 +120,6 @@ def test_memory_of_a_worker_is_what_it_allocates(method: str, flags: dict[str, o
                 t.nbytes for t in vars(worker.fisher).values() if isinstance(t, torch.Tensor)),
             OWN: own[0] - moments[0] - 8})
 
-    experiment = experiment_of(config, VOCAB)
     counted = peak_bytes(partial(rounds, experiment, "cpu", tmp_path, look))
     assert {item: planned[item] for item in seen} == pytest.approx(seen, rel=0.01, abs=16)
     assert planned.total() == pytest.approx(counted, rel=0.1)
@@ -169,6 +189,61 @@ def of(folder: Path, pattern: str) -> int:
     return sum(file.stat().st_size for file in folder.glob(pattern))
 
 
+# ---- models from elsewhere -----------------------------------------------------------------------
+
+def test_the_shape_of_a_folder_is_read_without_its_weights(
+        capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        ) -> None:
+    """Of a run, and of a model of transformers: bytes of the start are those of files and model."""
+    monkeypatch.setattr(Pretrained, "weights", lambda _: pytest.fail("weights are read"))
+    run, theirs = tmp_path / "run", tmp_path / "theirs"
+    for folder in (run, theirs):
+        folder.mkdir()
+    config = config_of("fed_avg", config="tiny")
+    model = uninitialised_model(config, 408)
+    save_file({name: p.detach() for name, p in model.named_parameters()},
+              run / "model.safetensors")
+    (run / "config.json").write_text(json.dumps(config.to_dict(), default=str))
+    (theirs / "config.json").write_text(json.dumps(GPT2 | {"vocab_size": 500}))
+    (theirs / "model.safetensors").write_bytes(bytes(1000))
+    out = printed(capsys, "--init_from", str(run), "--rounds", "2")
+    size = sum(p.numel() for p in model.parameters())
+    assert f"{size:,} parameters, a vocabulary of 408" in out
+    read = (run / "model.safetensors").stat().st_size + 4 * size
+    assert f"takes {amount(read)} of its host, where the model is read" in out
+    out = printed(capsys, "--init_from", str(theirs), "--rounds", "2", "--device_rates", "h100",
+                  "--processes", "3")
+    size = parameters_of(TransformersShape(GPT2), 500)
+    assert f"{size:,} parameters, a vocabulary of 500" in out
+    assert f"takes {amount(1000 + 4 * size)} of its host" in out
+
+
+def test_a_model_of_transformers_is_tried_at_the_start() -> None:
+    """With its gradients, 8 bytes a parameter; and what its head needs is known without them."""
+    shape = TransformersShape(GPT2 | {"n_embd": 256})
+    counted = peak_bytes(partial(require_trainable, shape, VOCAB, 32))
+    found: Any = SimpleNamespace(flat=SimpleNamespace(size=parameters_of(shape, VOCAB)))
+    config: Any = SimpleNamespace(model=shape)
+    assert starting_bytes(config, found, None) == pytest.approx(counted, rel=0.1)
+    assert one_layer(shape)[1] == 3
+    assert ends_in_its_head(shape)
+    assert not ends_in_its_head(TransformersShape(GEMMA2))
+
+
+def test_a_preset_of_transformers(capsys: pytest.CaptureFixture[str], tmp_path: Path,
+                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured on one layer where a step would take long; no settings that need other names."""
+    monkeypatch.setattr(plan_time, "LONGEST", 1e6)
+    preset = tmp_path / "theirs.yaml"
+    preset.write_text(json.dumps({"model": {"transformers": GPT2}}))
+    flags = ("--config", str(preset), "--rounds", "2")
+    out = printed(capsys, *flags)
+    assert "on 1 of 3 layers and 1 sequence" in out
+    assert "snapshots" not in out
+    assert cli.main([*PLAN, *flags, "--save_client_deltas", "true"]) == 2
+    assert "--save_client_deltas true: must be false" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_published_shape_on_a_pretended_gpu(pretended_cuda: dict[str, str]) -> None:
@@ -232,7 +307,8 @@ def test_rounds_and_hours_follow_from_a_text_that_is_tokenised(little_text: tupl
     config = asked.config
     experiment = prepare_experiment(config, torch.device("cpu"))
     assert text_of(config, None) == Text(experiment.data.vocab_size, experiment.shards.sizes,
-                                         len(experiment.data.validation))
+                                         len(experiment.data.validation),
+                                         public_bytes=experiment.data.validation.nbytes)
     out = "\n".join(report(*asked))
     assert f"\n  {experiment.length.steps:,} rounds" in out
     assert "an evaluation" in out
@@ -263,9 +339,8 @@ def test_seconds_of_a_round_by_hand() -> None:
     ((*PLAN, "--processes", "2", "--machines", "3"), "--machines 3: must be at most --processes 2"),
     ((*PLAN, "--device", "cpu", "--device_rates", "h100"), "--device cpu: must be auto or cuda"),
     ((*PLAN, "--tokenizer", "some/one"), "--tokenizer some/one: its size is not known"),
-    ((*PLAN, "--init_from", "x/y"), "--init_from x/y: must be left out"),
-    ((*PLAN, "--dp", "client", "--dp_clip", "1", "--dp_noise", "1", "--dp_delta", "1e-5"),
-     "--dp client: must be none"),
+    ((*PLAN, "--init_from", "x/y"), "--init_from x/y: must be a folder here"),
+    ((*PLAN, "--site_data", "x"), "--site_data (or others of --site): must be given with --sites"),
     ((*PLAN, "--roundz", "3"), "unknown flag --roundz")])
 def test_what_cannot_be_planned_is_one_line(argv: tuple[str, ...], message: str,
                                             capsys: pytest.CaptureFixture[str]) -> None:

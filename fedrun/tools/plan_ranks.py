@@ -144,9 +144,9 @@ def on_machine(found: list[Rank], layout: Layout) -> int:
     """Bytes of the host's memory on the machine of the server, or of a site where they have their
     own, all processes together."""
     if layout.sites:
-        first = found[-1]
-        less = first.shared + first.host[MASK] + first.host[MASKED]  # than each of the others has
-        return layout.team * first.host.total() - (layout.team - 1) * less
+        leader = found[-1]
+        less = leader.shared + leader.host[MASK] + leader.host[MASKED]  # of each of the others
+        return layout.team * leader.host.total() - (layout.team - 1) * less
     worker, here = found[-1], layout.workers_here
     if layout.machines > 1 and not layout.colocated:
         here = min(here, -(-layout.processes // layout.machines) - 1)

@@ -210,6 +210,12 @@ def require_model(config: RunConfig, vocab_size: int, device: torch.device) -> N
         if str(error).startswith("--"):
             raise
         raise InputError(f"{where}: {error}") from None
+    require_names(config)
+
+
+def require_names(config: RunConfig) -> None:
+    """Raise InputError for settings that need more names of parameters than the model has."""
+    shape = config.model
     if shape.tracks_parameters or not isinstance(config, FederatedConfig):
         return
     why = "for a model of transformers, which names no"

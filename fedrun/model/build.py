@@ -64,6 +64,19 @@ def uninitialised_model(settings: ModelSettings, vocab_size: int) -> Mamba2LM:
                    settings)
 
 
+def outlined_model(settings: ModelSettings, vocab_size: int) -> Mamba2LM | TransformersLM:
+    """The model of a run without memory, on the meta device."""
+    dtype, shape = DTYPES[settings.dtype], settings.model
+    if isinstance(shape, TransformersShape):
+        from fedrun.model import transformers_lm
+        theirs = transformers_lm.TransformersLM(
+            transformers_lm.outline(shape, vocab_size), compute_dtype(settings),
+            transformers_lm.ends_in_its_head(shape))
+        return _spared(theirs, settings).to(torch.device("meta"), dtype)
+    with torch.device("meta"):
+        return uninitialised_model(settings, vocab_size).to(dtype)
+
+
 def _spared(model: SomeModel, settings: ModelSettings) -> SomeModel:
     """The same model, told how it spares memory."""
     model.micro_batch = settings.micro_batch

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fedrun.model.conv import causal_conv_silu
+from fedrun.model.precision import bf16_products
 
 
 def use_own_scan(lm: nn.Module) -> None:
@@ -55,13 +56,13 @@ def mix(mixer: Any, u: Tensor) -> Tensor:
     """Mix sequences from their start: (b, l, d) -> (b, l, d)."""
     x, gate = mixer.in_proj(u).chunk(2, dim=-1)  # (b, l, i) each
     weight = mixer.conv1d.weight
-    with torch.autocast(u.device.type, enabled=False):
+    with bf16_products(u, False):
         window = F.pad(x, (0, 0, weight.shape[-1] - 1, 0))
         x = causal_conv_silu(window, weight, mixer.conv1d.bias)
     low_rank, B, C = mixer.x_proj(x).split(
         [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size], dim=-1)
     dt = F.linear(low_rank, mixer.dt_proj.weight)  # (b, l, i)
-    with torch.autocast(u.device.type, enabled=False):
+    with bf16_products(u, False):
         dt = F.softplus(dt.to(x.dtype) + mixer.dt_proj.bias)
         y = selective_scan(x, dt, -torch.exp(mixer.A_log), B.to(x.dtype), C.to(x.dtype))
         y = torch.addcmul(y, x, mixer.D) * F.silu(gate.to(x.dtype))

@@ -1,11 +1,18 @@
 """Precision of matrix products: which devices multiply bf16 in hardware, which `--dtype auto`
-chooses on these, fp32 without TF32, and deterministic kernels."""
+chooses on these, fp32 without TF32, deterministic kernels, and bf16 products without memory."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Self
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fedrun.common.errors import InputError
 from fedrun.model.kernels import ignores_determinism
@@ -60,3 +67,51 @@ def make_deterministic(official_kernels: bool) -> None:
         raise InputError("--deterministic: the results would differ from run to run with the "
                          f"installed {package} (pip install --upgrade); without the package, "
                          "torch does its part")
+
+
+def bf16_products(tensor: Tensor, enabled: bool) -> AbstractContextManager[object]:
+    """In its block products of fp32 tensors on this one's device are of bf16, or are not where they
+    were before."""
+    if tensor.is_meta:
+        return _Bf16OnMeta(enabled)
+    return torch.autocast(tensor.device.type, torch.bfloat16, enabled=enabled)
+
+
+_PRODUCTS = {F.linear, F.conv1d, torch.conv1d, torch.einsum, torch.matmul, torch.mm, torch.bmm,
+             torch.addmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm}
+_WIDE_ON_GPUS = {F.softmax, F.log_softmax, F.layer_norm, F.softplus, torch.softmax, Tensor.softmax}
+
+
+class _Bf16OnMeta(TorchFunctionMode):
+    """torch.autocast, which does not know the meta device: the types, and so the sizes, of what
+    products take and give. For tensors that say they are on a GPU, softmax and norms of bf16 are
+    computed in fp32, as autocast does there."""
+
+    _entered: ClassVar[list[bool]] = []  # the innermost block decides
+
+    def __init__(self, enabled: bool) -> None:
+        super().__init__()
+        self._enabled = enabled
+
+    def __enter__(self) -> Self:
+        self._entered.append(self._enabled)
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._entered.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._entered[-1] and func in _PRODUCTS:
+            args, kwargs = tree_map(_as(torch.float32, torch.bfloat16), (args, kwargs))
+        elif self._entered[-1] and func in _WIDE_ON_GPUS and any(
+                isinstance(leaf, Tensor) and leaf.is_cuda for leaf in tree_leaves(args)):
+            args, kwargs = tree_map(_as(torch.bfloat16, torch.float32), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _as(old: torch.dtype, new: torch.dtype) -> Callable[[Any], Any]:
+    return lambda value: value.to(new) if isinstance(value, Tensor) and value.dtype == old \
+        else value

@@ -98,10 +98,18 @@ class Pretrained:
                                  "config.json has them tied")
         return found
 
+    def _files(self) -> list[Path]:
+        return sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("*.bin")])
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the weight files."""
+        return sum(file.stat().st_size for file in self._files())
+
     def digest(self) -> str:
         """A short digest of the weight files, to check that all machines have the same."""
         total = hashlib.sha256()
-        for file in sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("*.bin")]):
+        for file in self._files():
             total.update(hashlib.sha256(file.read_bytes()).digest())
         return total.hexdigest()[:16]
 
@@ -130,10 +138,12 @@ class Pretrained:
         return model
 
 
-def find_pretrained(name: str, flag: str, cache_dir: Path = hub.CACHE_DIR) -> Pretrained:
+def find_pretrained(name: str, flag: str, cache_dir: Path = hub.CACHE_DIR, downloads: bool = True
+                    ) -> Pretrained:
     """Find a model by its folder, its run's name under results/, or its name on the hub.
 
-    cache_dir: the value of --cache_dir, for what comes from the hub.
+    cache_dir: the value of --cache_dir, for what comes from the hub. downloads: whether anything
+    may come from there that is not in the cache.
 
     Raises InputError, naming `flag`, if there is none or it has another architecture, and
     ConnectionError if the hub is needed and cannot be reached.
@@ -142,7 +152,7 @@ def find_pretrained(name: str, flag: str, cache_dir: Path = hub.CACHE_DIR) -> Pr
     if not folder.is_dir() and (Path("results") / name).is_dir():
         folder = Path("results") / name
     if not folder.is_dir():
-        folder = _download(name, flag, cache_dir)
+        folder = _download(name, flag, cache_dir, downloads)
     try:
         config = read_json(folder / "config.json", dict)
         if "method" in config:
@@ -235,7 +245,7 @@ def from_mamba_ssm_config(config: Mapping[str, Any]) -> tuple[ModelConfig, int]:
     return model, whole_rows(config["vocab_size"], config.get("pad_vocab_size_multiple", 8))
 
 
-def _download(name: str, flag: str, cache_dir: Path) -> Path:
+def _download(name: str, flag: str, cache_dir: Path, downloads: bool) -> Path:
     """The folder of a hub model in the cache, downloaded if it is missing or out of date."""
     if not HUB_NAME.fullmatch(name):
         raise InputError(f"{flag} {name}: no such folder; must be the folder of a run or of an "
@@ -244,9 +254,12 @@ def _download(name: str, flag: str, cache_dir: Path) -> Path:
     from huggingface_hub.errors import RepositoryNotFoundError
     try:
         return Path(hub.from_hub(cache_dir, lambda folders: snapshot_download(
-            name, allow_patterns=FILES, local_files_only=not hub.hub_answers(),
+            name, allow_patterns=FILES, local_files_only=not (downloads and hub.hub_answers()),
             cache_dir=folders.hub)))
     except RepositoryNotFoundError as error:
         raise InputError(f"{flag} {name}: neither a folder nor a model on the hub") from error
     except Exception as error:  # the library raises many kinds
+        if not downloads:
+            raise InputError(f"{flag} {name}: must be a folder here, or a model that a run has "
+                             "downloaded: nothing is downloaded for this") from error
         raise hub.hub_unreachable(flag, name, error) from None

@@ -7,6 +7,7 @@ autocast on fp32 parameters. No model has a cache in training.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from fedrun.model.loss import (
 )
 from fedrun.model.mamba1 import use_own_scan
 from fedrun.model.names import ParameterNames
+from fedrun.model.precision import bf16_products
 from fedrun.model.transformers_config import (
     ATTENTION,
     library_config,
@@ -38,6 +40,7 @@ LOGITS = 2**27  # that are kept at a time where the model does not end in a line
 CACHES = "cache", "past_key_values"  # names of what a forward pass returns for the next token
 LONGEST_TRIAL = 64  # tokens: what is tried depends on no length, and large models take long
 LONGEST_TEXT = 128  # tokens of a sample text with its prompt
+LAYERS = "num_hidden_layers"  # the library's name, whatever an architecture's own is
 PROBE = 8  # tokens of the sequences on which a model is tried
 LARGE_LOGIT = 100.0  # which a limit on logits, as some models have, would change
 ROUNDING = 1e-5  # of the largest logit: what is different by more is not equal
@@ -56,8 +59,10 @@ class Written:
 class TransformersLM:
     """A causal language model of transformers; `lm` is the library's own."""
 
-    def __init__(self, lm: Any, compute_dtype: torch.dtype = torch.float32) -> None:
-        """lm: on the CPU, in fp32."""
+    def __init__(self, lm: Any, compute_dtype: torch.dtype = torch.float32,
+                 fused_head: bool | None = None) -> None:
+        """lm: on the CPU, in fp32; or on the meta device, with the answer of `ends_in_its_head`,
+        which nothing can be found out of there, as fused_head."""
         self.lm, self.compute_dtype = lm.eval(), compute_dtype
         lm.config.pad_token_id = None  # every token is text
         for module in lm.modules():
@@ -67,7 +72,8 @@ class TransformersLM:
         self.micro_batch: int | None = None
         """The most sequences that the layers take at a time; None: as many as suit the device."""
         self.max_positions = max_positions(lm.config)
-        self.head: nn.Linear | None = _linear_head(lm)
+        self.head: nn.Linear | None = _linear_head(lm) if fused_head is None else \
+            lm.get_output_embeddings() if fused_head else None
         """The model's last layer, if nothing but it stands between hidden states and logits."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> TransformersLM:
@@ -161,19 +167,23 @@ class TransformersLM:
 
     def _parts(self, input_ids: Tensor) -> tuple[Tensor, ...]:
         """The batch in as many sequences at a time as memory is meant for."""
-        most = TOKENS.get(input_ids.device.type, TOKENS["cpu"])
+        parts: tuple[Tensor, ...] = input_ids.split(
+            self.at_a_time(input_ids.shape[1], input_ids.is_cuda))
+        return parts
+
+    def at_a_time(self, length: int, on_gpu: bool) -> int:
+        """How many sequences of a batch are computed at a time."""
+        most = TOKENS["cuda" if on_gpu else "cpu"]
         if self.head is None:
             most = min(most, LOGITS // self.lm.get_input_embeddings().weight.shape[0])
-        fitting = max(1, most // input_ids.shape[1])
-        parts: tuple[Tensor, ...] = input_ids.split(min(fitting, self.micro_batch or fitting))
-        return parts
+        fitting = max(1, most // length)
+        return min(fitting, self.micro_batch or fitting)
 
     def _matmul_dtype(self, weight: Tensor) -> torch.dtype:
         return weight.dtype if weight.dtype == torch.float64 else self.compute_dtype
 
     def _autocast(self, input_ids: Tensor) -> AbstractContextManager[object]:
-        return torch.autocast(input_ids.device.type, torch.bfloat16,
-                              enabled=self.compute_dtype == torch.bfloat16)
+        return bf16_products(input_ids, self.compute_dtype == torch.bfloat16)
 
     # ---- generation: in the parameters' type -----------------------------------------------------
 
@@ -261,6 +271,29 @@ def matrices_of(lm: Any) -> dict[str, nn.Parameter]:
 def parameters_of(shape: TransformersShape, rows: int) -> int:
     """Number of parameters."""
     return sum(p.numel() for p in outline(shape, rows).parameters())
+
+
+def one_layer(shape: TransformersShape) -> tuple[TransformersShape, int]:
+    """The same shape with one layer, and how many it has; itself and 1 where the library cannot
+    build it with one."""
+    config = library_config(shape)
+    layers = getattr(config, "num_hidden_layers", 1)
+    own = type(config).attribute_map.get(LAYERS, LAYERS)
+    given = {name: value[:1] if isinstance(value, list) and len(value) == layers else value
+             for name, value in shape.settings.items() if name not in (own, LAYERS)}
+    one = TransformersShape({**given, own: 1})
+    try:
+        outline(one, PROBE)
+    except InputError:
+        return shape, 1
+    return one, layers
+
+
+@functools.lru_cache(maxsize=16)
+def ends_in_its_head(shape: TransformersShape) -> bool:
+    """Whether the logits of such a model are its head times its hidden states and nothing else;
+    found out on one layer of it, with few tokens."""
+    return TransformersLM(build(one_layer(shape)[0], PROBE, seed=0)).head is not None
 
 
 def require_trainable(shape: TransformersShape, rows: int, sequence_length: int) -> None:

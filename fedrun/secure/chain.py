@@ -34,6 +34,12 @@ def sync_folder(folder: Path) -> None:
     os.close(handle)
 
 
+def line_of(purpose: bytes, values: list[Any], before: str) -> tuple[bytes, str]:
+    """An entry's line, and its checksum. before: that of the line before."""
+    checksum = derive(purpose, before, json.dumps(values)).hex()
+    return json.dumps([*values, checksum]).encode() + b"\n", checksum
+
+
 class Chain(ABC, Generic[Entry]):
     """An append-only file, which several processes may share; checksums cover all lines before."""
 
@@ -84,9 +90,7 @@ class Chain(ABC, Generic[Entry]):
             self.keep(entry)
 
     def _line(self, entry: Entry, before: str) -> tuple[bytes, str]:
-        values = self.values(entry)
-        checksum = derive(self.purpose, before, json.dumps(values)).hex()
-        return json.dumps([*values, checksum]).encode() + b"\n", checksum
+        return line_of(self.purpose, self.values(entry), before)
 
     def _read(self) -> None:
         """Read what was added. A line without an end was cut off by a crash: it never counted."""

@@ -61,6 +61,11 @@ class Ledger(Chain[Release]):
         return found
 
     def values(self, entry: Release) -> list[Any]:
+        return self.line(entry)
+
+    @staticmethod
+    def line(entry: Release) -> list[Any]:
+        """What a release's line has before its checksum."""
         # As before there were releases of sequences, so that older logs are read.
         return list(entry if entry.rates or entry.unit == SEQUENCE else entry[:-2])
 

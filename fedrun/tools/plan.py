@@ -9,16 +9,21 @@ tokenised already.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from fedrun.common.errors import InputError, require
 from fedrun.common.log import WARNING, log
 from fedrun.common.terminal import say
 from fedrun.config import FederatedConfig, RunConfig
+from fedrun.data.sites import Site, take_private
 from fedrun.flags import Parser, add_flags, closest, flags_of, method_flags, methods, resolve
-from fedrun.model.config import ModelConfig
 from fedrun.tools.plan_machine import Machine
 from fedrun.unused import idle, refuse_unread
+
+if TYPE_CHECKING:
+    from fedrun.model.pretrained import Pretrained
 
 ABOUT = """\
 What a run takes, computed before anything is started: the bytes of each process by
@@ -38,17 +43,28 @@ def main(argv: Sequence[str]) -> int:
     if asked is None:
         return 0
     from fedrun.tools.plan_report import report
-    config, machine = asked
-    for line in idle(config).values():
+    for line in idle(asked.config).values():
         log(line, WARNING)
-    for line in report(config, machine):
+    for line in report(*asked):
         say(line)
     return 0
 
 
-def parse(argv: Sequence[str]) -> tuple[RunConfig, Machine] | None:
+class Asked(NamedTuple):
+    """What is to be planned."""
+
+    config: RunConfig
+    machine: Machine
+    site: Site | None
+    """What --site_data and the like say."""
+    pretrained: Pretrained | None
+    """The model of --init_from, of which the header is read alone."""
+
+
+def parse(argv: Sequence[str]) -> Asked | None:
     """The run that is planned, and where it will be; None if only help was asked for."""
     own = flags_of(Machine)
+    site, argv = take_private(argv, os.environ)
     if not argv or argv[0] in ("-h", "--help"):
         parser = Parser(prog="fedrun plan METHOD", description=ABOUT, allow_abbrev=False,
                         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -69,28 +85,20 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, Machine] | None:
     machine = Machine(**{name: own[name].parse(given.pop(name), f"--{name} ")
                          for name in [*given] if name in own})
     refuse_unread(method, given)
-    config = resolve(method, given)
+    config, pretrained = resolve(method, given), None
     refuse(config, machine)
-    return config, machine
+    if config.init_from is not None:
+        from fedrun.experiment import with_pretrained
+        from fedrun.model.pretrained import find_pretrained
+        pretrained = find_pretrained(config.init_from, "--init_from", config.cache_dir,
+                                     downloads=False)
+        config = with_pretrained(config, pretrained)
+    return Asked(config, machine, site, pretrained)
 
 
 def refuse(config: RunConfig, machine: Machine) -> None:
     """Raise InputError for runs that cannot be planned."""
-    if isinstance(config, FederatedConfig):
-        _refuse_federated(config)
-    else:
-        require(machine.processes == 1, "--processes", machine.processes, "1 for central")
-    require(isinstance(config.model, ModelConfig), "--config", config.config,
-            "a Mamba-2 model for fedrun plan, which cannot tell what others keep")
-    require(config.init_from is None, "--init_from", config.init_from, "left out for fedrun plan: "
-            "give the preset of that shape as --config")
+    require(isinstance(config, FederatedConfig) or machine.processes == 1, "--processes",
+            machine.processes, "1 for central")
     require(machine.device_rates is None or config.device != "cpu", "--device", config.device,
             f"auto or cuda with --device_rates {machine.device_rates}")
-
-
-def _refuse_federated(config: FederatedConfig) -> None:
-    require(config.sites is None, "--sites", config.sites, "none for fedrun plan, which knows "
-            "neither the text of sites nor the memory of masks: leave it out, and give "
-            "--num_clients")
-    require(not config.private, "--dp", config.dp, "none for fedrun plan, which does not know the "
-            "memory of noise: without it all else is planned")

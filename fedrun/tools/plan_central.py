@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from fedrun.config import CentralConfig
+from fedrun.model.build import outlined_model
 from fedrun.records.provenance import central_length
 from fedrun.tools.plan_counting import Counting
 from fedrun.tools.plan_memory import (
@@ -27,7 +28,6 @@ from fedrun.tools.plan_memory import (
     client_of,
     evaluation,
     gradient,
-    model_of,
     way_of,
 )
 from fedrun.tools.plan_ranks import Rank, of_writing
@@ -39,9 +39,10 @@ def process(config: CentralConfig, vocab_size: int, gpu: bool) -> Trains:
     """The process while it makes a step, and while it evaluates."""
     counted = {config.batch_size: gradient(config, vocab_size, config.batch_size, gpu)}
     evaluated, outer, compared = evaluation(config, vocab_size, gpu), None, []
+    outlined = outlined_model(config, vocab_size)
     with Counting() as count, way_of(gpu):
         with count.item(PARAMETERS):
-            flat = FlatParams(model_of(config, vocab_size))
+            flat = FlatParams(outlined)
         count.name(GRADIENTS, flat.grad)
         if config.outer_every is not None:
             with count.item(OUTER):

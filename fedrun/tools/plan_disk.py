@@ -18,6 +18,7 @@ from fedrun.federation.client_store import OnDisk, kind_of_store
 from fedrun.federation.schedule import Schedule
 from fedrun.records.checkpoint import CHECKPOINTS_KEPT, DTYPES, file_size
 from fedrun.tools.plan_memory import Trains, Worker
+from fedrun.tools.plan_protected import word_bytes
 from fedrun.tools.plan_ranks import Layout
 
 
@@ -30,7 +31,9 @@ class Files:
     meanwhile: dict[str, int]
     """Besides, while it runs."""
     checkpoint: int
-    """Of one checkpoint."""
+    """Of one checkpoint; the server's part, where sites have their own."""
+    at_site: dict[str, int]
+    """In the folder of the site with the most clients, at the end."""
 
 
 def files(config: RunConfig, found: Trains, layout: Layout, rounds: int) -> Files:
@@ -39,7 +42,9 @@ def files(config: RunConfig, found: Trains, layout: Layout, rounds: int) -> File
     clients, state = 1, file_size(found.state)
     if isinstance(config, FederatedConfig):
         clients, state = config.num_clients, state * config.keeps_states
-    checkpoint = file_size(found.kept) + clients * state
+    if layout.sites:
+        clients = max(site.clients for site in layout.sites.sites)
+    checkpoint = file_size(found.kept) + clients * state * (layout.sites is None)
     evaluated = evaluations(config, rounds)
     params, deltas = (_snapshot_size(found, prefix) for prefix in ("", "delta_"))
     left = {"the model": model}
@@ -49,17 +54,20 @@ def files(config: RunConfig, found: Trains, layout: Layout, rounds: int) -> File
         left["snapshots"] = params + evaluated * (params + deltas)
         if isinstance(config, FederatedConfig) and config.save_client_deltas:
             left["snapshots of clients"] = evaluated * config.cohort_size * (params + deltas)
-    meanwhile = {}
+    meanwhile, at_site = {}, dict[str, int]()
     if (every := config.checkpoint_freq) is not None:
         saved = len({*range(every, rounds + 1, every), rounds})
         kept = min(saved, CHECKPOINTS_KEPT)
         left[f"{kept} checkpoint{'s' * (kept > 1)}"] = kept * checkpoint
         if saved > kept:
             meanwhile["a checkpoint that is written"] = checkpoint
+        if layout.sites:
+            at_site[f"clients' states of {kept} checkpoint{'s' * (kept > 1)}"] = (
+                kept * clients * state)
     if (isinstance(config, FederatedConfig) and state
             and kind_of_store(config, layout.hosted(clients), layout.gpu) is OnDisk):
         meanwhile["states of clients (--client_store disk)"] = clients * state
-    return Files(left, meanwhile, checkpoint)
+    return Files(left, meanwhile, checkpoint, at_site)
 
 
 def evaluations(config: RunConfig, rounds: int) -> int:
@@ -103,13 +111,15 @@ class Sent:
     recorded: int
     """What the history says at the end: every client's term up, and the sum down."""
     senders: int
-    """Workers that send; 0: they share memory, or there is one."""
+    """Workers that send vectors; 0: they share memory, or there is one."""
+    words: int
+    """Sent by the first worker, or that of a site, beside vectors in a round that is evaluated."""
 
 
-def sent(config: FederatedConfig, found: Worker, layout: Layout, rounds: int, shards: list[int]
+def sent(config: FederatedConfig, found: Worker, layout: Layout, rounds: int, schedule: Schedule
          ) -> Sent:
-    """shards: sequences of each client."""
-    schedule, bounds = Schedule(config, shards), Bounds(1.0)
+    """Of this many rounds."""
+    bounds = Bounds(1.0)
     of_round = dict[tuple[str, ...], tuple[int, int]]()
     terms, both_ways = [], 0
     for number in range(1, rounds + 1):
@@ -120,5 +130,8 @@ def sent(config: FederatedConfig, found: Worker, layout: Layout, rounds: int, sh
         terms.append(of_round[moments][0])
         both_ways += sum(of_round[moments])
     senders = layout.workers if layout.gpu else min(layout.machines, layout.workers)
+    if layout.sites:
+        senders = len(layout.sites.sites)
     return Sent(max(terms), sum(terms) / rounds, config.cohort_size * both_ways,
-                senders if senders > 1 else 0)
+                senders if senders > 1 else 0,
+                word_bytes(config, layout, schedule.sites, evaluated=True))

@@ -27,9 +27,14 @@ from fedrun.config import FederatedConfig, RunConfig
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.federation.client import Client
 from fedrun.federation.global_state import GlobalState
+from fedrun.federation.noise_keeper import Level, level_of
+from fedrun.federation.private_gradient import PrivateGradient
 from fedrun.federation.reported import reported_vectors
-from fedrun.model.build import DTYPES, uninitialised_model
+from fedrun.federation.schedule import Schedule
+from fedrun.model.build import outlined_model
 from fedrun.model.mamba2 import Mamba2LM
+from fedrun.model.transformers_lm import TransformersLM
+from fedrun.privacy.example_level import ExampleLevel
 from fedrun.tools.plan_counting import LOSS_HEAD, AsOnGpu, Counting
 from fedrun.training.evaluate import BATCH_SEQUENCES
 from fedrun.training.fisher import FisherEstimate
@@ -40,6 +45,9 @@ PARAMETERS, GRADIENTS, MOMENTS = "parameters", "gradients", "optimizer's moments
 GLOBAL_MODEL, SERVERS, AVERAGED = "global model", "the server's own vectors", "averaged moments"
 SERVER_RESIDUAL, EXCHANGED = "the server's residual", "sections that are exchanged"
 COMPARED, OUTER = "gradients of earlier steps", "the outer optimizer's vectors"
+CLIPPED, DIGESTED = "sum of clipped gradients", "a copy whose digest is made"
+MASK, MASKED = "a mask, made ahead", "what is sent, while it is masked"
+OF_SITES = "the global state, of a checkpoint"
 BUFFER, SCRATCH, FISHER = "sum buffer", "scratch slices", "Fisher information"
 UPDATES, CENTRE = "updates of single clients", "the mean they are weighed by"
 OWN, TEMPORARY, ACTIVATIONS = "the client's own vectors", "temporary vectors", "activations"
@@ -51,9 +59,9 @@ WRITTEN, RECEIVED = "a model that is written", "the next model, received meanwhi
 OF_A_MACHINE = {GLOBAL_MODEL, SERVERS, AVERAGED, SERVER_RESIDUAL, EXCHANGED, CENTRE}
 """Items of which workers on the CPUs of a machine have one together."""
 ITEMS = (PARAMETERS, GRADIENTS, MOMENTS, OWN, COMPARED, OUTER, GLOBAL_MODEL, SERVERS, AVERAGED,
-         SERVER_RESIDUAL, BUFFER, EXCHANGED, SCRATCH, UPDATES, CENTRE, FISHER, ACTIVATIONS,
-         EVALUATION, LOSS_HEAD, TEMPORARY, STATES, CHECKPOINT, SERVER_MODEL, TRACKED, WRITTEN,
-         RECEIVED, LIBRARIES)
+         SERVER_RESIDUAL, BUFFER, EXCHANGED, SCRATCH, CLIPPED, UPDATES, CENTRE, FISHER, ACTIVATIONS,
+         EVALUATION, LOSS_HEAD, TEMPORARY, STATES, CHECKPOINT, DIGESTED, MASK, MASKED, SERVER_MODEL,
+         TRACKED, WRITTEN, RECEIVED, OF_SITES, LIBRARIES)
 """All of them, in the order in which they are shown."""
 
 
@@ -102,6 +110,8 @@ class Worker(Trains):
     """A worker, in the round in which it takes the most."""
 
     aggregator: Aggregator
+    level: Level | None
+    """With --dp."""
 
 
 def bytes_of(tensors: dict[str, Tensor]) -> int:
@@ -122,15 +132,13 @@ def evaluation(config: RunConfig, vocab_size: int, gpu: bool) -> Gradient:
 
 def _counted(config: RunConfig, vocab_size: int, sequences: int, gpu: bool, trains: bool
              ) -> Gradient:
-    length = config.sequence_length
+    length, model = config.sequence_length, outlined_model(config, vocab_size)
     with Counting() as count, way_of(gpu):
         with count.item(PARAMETERS):
-            model = model_of(config, vocab_size)
             FlatParams(model)  # whose vectors the model keeps
         few = sequences
         if trains:  # more than what is computed at a time, and once again, takes no more
-            few = min(sequences, 2 * model.at_a_time_on_gpu(sequences, length) if gpu else sum(
-                model.at_a_time_on_cpu(length, add) for add in (False, True, True)))
+            few = min(sequences, _enough(model, sequences, length, gpu))
         ids = torch.zeros(few, length, dtype=torch.int64, device="meta")
         count.name(PARAMETERS, ids)
         count.begin()
@@ -145,9 +153,12 @@ def _counted(config: RunConfig, vocab_size: int, sequences: int, gpu: bool, trai
     return Gradient(items, count.flop * sequences // few)
 
 
-def model_of(config: RunConfig, vocab_size: int) -> Mamba2LM:
-    with torch.device("meta"):
-        return uninitialised_model(config, vocab_size).to(DTYPES[config.dtype])
+def _enough(model: Mamba2LM | TransformersLM, sequences: int, length: int, gpu: bool) -> int:
+    """Sequences that take as much as any larger batch."""
+    if not isinstance(model, Mamba2LM):
+        return 2 * model.at_a_time(length, gpu)
+    return 2 * model.at_a_time_on_gpu(sequences, length) if gpu else sum(
+        model.at_a_time_on_cpu(length, add) for add in (False, True, True))
 
 
 def way_of(gpu: bool) -> AbstractContextManager[object]:
@@ -169,6 +180,19 @@ class Trained:
         return torch.zeros((), device="meta"), batch[:, 1:].numel()
 
 
+class _Singles:
+    """In place of the gradients of --dp example: those of as many single sequences as are in a step
+    on average. What is clipped, rounded and drawn meanwhile is small pieces."""
+
+    def __init__(self, level: ExampleLevel, flat: FlatParams) -> None:
+        self._sequences, self._kept = level.batch_size, PrivateGradient(level, flat)
+
+    def write(self, model: Trained, client: Client) -> None:
+        one = client.on_device(client.sequences[:1].astype(np.int64))
+        for _ in range(self._sequences):
+            model.compute_grad(one)
+
+
 class _Resting(LocalOptimizer):
     """Makes no step: AdamW's on a CPU take slices alone, hundreds of thousands of large models."""
 
@@ -177,16 +201,17 @@ class _Resting(LocalOptimizer):
             super().update(rate)
 
 
-def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None = None
-           ) -> Worker:
+def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None = None,
+           schedule: Schedule | None = None) -> Worker:
     """A worker while a client trains and reports, and while it evaluates. most: how many of a
-    round's clients it may have to train; None: all."""
+    round's clients it may have to train; None: all. schedule: of the run, with --dp."""
     most = config.cohort_size if most is None else most
     counted = {n: gradient(config, vocab_size, n, gpu) for n in _sequences(config)}
     evaluated, strategy = evaluation(config, vocab_size, gpu), config.strategy
+    outlined = outlined_model(config, vocab_size)
     with Counting() as count, way_of(gpu):
         with count.item(PARAMETERS):
-            flat = FlatParams(model_of(config, vocab_size))
+            flat = FlatParams(outlined)
         count.name(GRADIENTS, flat.grad)
         plane = DataPlane()
         with count.item(SCRATCH):
@@ -210,15 +235,20 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
         if config.clips_to_median:  # of this and the round's others, until the median is known
             waiting = [torch.empty_like(flat.vector) for _ in range(most)]
             count.name(UPDATES, *waiting)
+        level = None if schedule is None or not config.private else level_of(
+            config, schedule, flat.size)
+        with count.item(CLIPPED):
+            singles: Any = _Singles(level, flat) if isinstance(level, ExampleLevel) else None
         if strategy.trains:
             with count.item(MOMENTS):
                 client.optimizer.begin_at(1)
         model: Any = Trained(count, counted)
         with count.item(TEMPORARY):
             if strategy.trains:
-                client.train(model, 2, 0, anchor=state.model, prox_mu=config.prox_mu, fisher=fisher)
+                client.train(model, 2, 0, anchor=state.model, prox_mu=config.prox_mu, fisher=fisher,
+                             gradients=singles)
             else:
-                client.gradient(model)
+                client.gradient(model, singles)
         muon_flop = count.flop  # a counted gradient is not computed again
         with count.item(OWN):
             if config.sync == "epoch":
@@ -230,11 +260,13 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
         count.besides(evaluated.items)
     steps = 2 if strategy.trains else 1
     return Worker(flat, +count.peak, dict(client.state()), state.named(), model.flop // steps,
-                  muon_flop // steps, aggregator)
+                  muon_flop // steps, aggregator, level)
 
 
 def _sequences(config: FederatedConfig) -> set[int]:
     """The sizes of the batches whose gradients a client computes."""
+    if config.dp == "example":
+        return {1}
     if "fisher" not in config.strategy.inputs:
         return {config.batch_size}
     settings = config.strategy.fisher_settings

@@ -11,16 +11,25 @@ from dataclasses import dataclass
 import psutil
 
 from fedrun.aggregation.int4 import Int4Aggregator
+from fedrun.common.errors import require
 from fedrun.config import FederatedConfig, RunConfig
+from fedrun.data.sites import Sites
 from fedrun.federation.client_store import InMemory, OnDevice, OnDisk, kind_of_store
 from fedrun.federation.placement import Placement, assign_clients
+from fedrun.model.config import TransformersShape
+from fedrun.model.pretrained import Pretrained
 from fedrun.tools.plan_memory import (
     AVERAGED,
     CHECKPOINT,
+    CLIPPED,
+    DIGESTED,
     EXCHANGED,
     GLOBAL_MODEL,
     LIBRARIES,
+    MASK,
+    MASKED,
     OF_A_MACHINE,
+    OF_SITES,
     RECEIVED,
     SERVER_MODEL,
     SERVERS,
@@ -42,6 +51,19 @@ class Layout:
     colocated: bool
     gpu: bool
     """Whether workers compute on GPUs."""
+    sites: Sites | None = None
+    """Of their own, with processes and a machine for each of them, beside the server's."""
+
+    def __post_init__(self) -> None:
+        count = len(self.sites.sites) if self.sites else 1
+        require(self.sites is None or (self.processes > 1 and self.workers % count == 0),
+                "--processes", self.processes, f"one for the server, and as many for each of the "
+                f"{count} sites: {1 + count}, {1 + 2 * count}, ...")
+
+    @property
+    def team(self) -> int:
+        """Workers of a site of its own, or all."""
+        return self.workers // len(self.sites.sites) if self.sites else self.workers
 
     @property
     def workers(self) -> int:
@@ -50,20 +72,33 @@ class Layout:
     @property
     def workers_here(self) -> int:
         """Workers on the machine with the most of them."""
+        if self.sites:
+            return self.team
         rest = -(-self.processes // self.machines)
         return min(self.workers, rest)
 
     def hosted(self, clients: int) -> int:
         """Clients of the worker with the most of them."""
-        return max(map(len, assign_clients([1] * clients, self.workers)))
+        if self.sites:
+            clients = max(site.clients for site in self.sites.sites)
+        return max(map(len, assign_clients([1] * clients, self.team)))
 
     @property
     def nodes(self) -> int:
-        """Groups of workers that share memory: machines, or GPUs by themselves."""
+        """Groups of workers that share memory: machines, or GPUs by themselves. Without sites."""
         return self.workers if self.gpu else min(self.machines, self.workers)
+
+    def turns(self, config: FederatedConfig) -> int:
+        """Clients that a worker trains in a round, one after the other: at most, or where sites
+        have their own and a cohort is drawn, if it is spread over them evenly."""
+        if self.sites and config.cohort_size == config.num_clients:
+            return self.hosted(config.num_clients)
+        return -(-config.cohort_size // self.workers)
 
     def most(self, config: FederatedConfig) -> int:
         """The most clients that a worker may have to train in a round."""
+        if self.sites:
+            return min(config.cohort_size, self.hosted(config.num_clients))
         return Placement.of(config, self.workers).most(config.cohort_size)
 
 
@@ -91,6 +126,12 @@ def ranks(config: FederatedConfig, found: Worker, layout: Layout) -> list[Rank]:
         (device if layout.gpu else host)[EXCHANGED] = found.aggregator.exchanged_bytes(
             layout.nodes, min(config.cohort_size, together))
     server = of_server(config, found)
+    if layout.sites:
+        host += of_leader(config, found, layout.gpu)
+        if config.checkpoint_freq is not None:
+            server[OF_SITES] = bytes_of(found.kept)
+        return [Rank("the server", Counter(), libraries + server),
+                Rank("the first worker of a site", device, libraries + host)]
     if layout.processes == 1:
         return [Rank("the process", device, libraries + host + server)]
     worker = Rank("a worker", device, libraries + host)
@@ -100,7 +141,12 @@ def ranks(config: FederatedConfig, found: Worker, layout: Layout) -> list[Rank]:
 
 
 def on_machine(found: list[Rank], layout: Layout) -> int:
-    """Bytes of the host's memory on the machine of the server, all processes together."""
+    """Bytes of the host's memory on the machine of the server, or of a site where they have their
+    own, all processes together."""
+    if layout.sites:
+        leader = found[-1]
+        less = leader.shared + leader.host[MASK] + leader.host[MASKED]  # of each of the others
+        return layout.team * leader.host.total() - (layout.team - 1) * less
     worker, here = found[-1], layout.workers_here
     if layout.machines > 1 and not layout.colocated:
         here = min(here, -(-layout.processes // layout.machines) - 1)
@@ -129,7 +175,17 @@ def of_worker(config: FederatedConfig, found: Worker, hosted: int, gpu: bool
         host.update({item: device.pop(item, 0) for item in (GLOBAL_MODEL, SERVERS, AVERAGED)})
     if config.save_client_deltas:
         host[TRACKED] = 4 * found.tracked_bytes  # the start, now, the change, and the file
+    if gpu and config.private:  # of a client's update, or of the sum of a step, which is int64
+        host[DIGESTED] = device[CLIPPED] or found.parameter_bytes
     return (+device, +host) if gpu else (Counter(), device + host)
+
+
+def of_leader(config: FederatedConfig, found: Worker, gpu: bool) -> Counter[str]:
+    """On the host of a site's first worker, with --secure_sum: the mask of the round's largest sum,
+    made ahead if a core and the memory for it are free; and from a GPU what it is added to."""
+    integers, bits = found.aggregator.layout
+    sent = integers * bits // 8 * config.secure_sum
+    return +Counter({MASK: sent, MASKED: sent * gpu})
 
 
 def of_server(config: FederatedConfig, found: Worker) -> Counter[str]:
@@ -147,3 +203,12 @@ def of_writing(config: RunConfig, found: Trains) -> Counter[str]:
     if config.rounds is None or config.rounds > 1:
         items[RECEIVED] = model
     return items
+
+
+def starting_bytes(config: RunConfig, found: Trains, pretrained: Pretrained | None) -> int:
+    """On the host of each process before the first step, for a moment; 0 for a model of ours from
+    scratch, which takes no more than it does later."""
+    if pretrained is not None:  # what was read, and the model in float32 that it is copied to
+        return pretrained.stored_bytes + 4 * found.flat.size
+    # With gradients: whether the library's model can be trained is tried.
+    return 8 * found.flat.size if isinstance(config.model, TransformersShape) else 0

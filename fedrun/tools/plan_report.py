@@ -10,19 +10,21 @@ import torch
 
 from fedrun.aggregation.int4 import Int4Aggregator
 from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
+from fedrun.data.sites import Site
 from fedrun.distributed.launch import Launch
 from fedrun.distributed.runtime import choose_device
-from fedrun.experiment import resolve_dtype
-from fedrun.federation.schedule import Schedule
+from fedrun.experiment import require_names, resolve_dtype
 from fedrun.model.hardware import hardware
 from fedrun.model.memory import machine_memory
+from fedrun.model.pretrained import Pretrained
 from fedrun.tools import plan_central
 from fedrun.tools.plan_disk import Sent, evaluations, files, sent
 from fedrun.tools.plan_machine import PUBLISHED, USABLE, Machine
-from fedrun.tools.plan_memory import ITEMS, Trains, Worker, worker
-from fedrun.tools.plan_ranks import Layout, Rank, on_machine, ranks
+from fedrun.tools.plan_memory import ITEMS, Trains, Worker, bytes_of, worker
+from fedrun.tools.plan_protected import journal_bytes, log_bytes, of_privacy
+from fedrun.tools.plan_ranks import Layout, Rank, on_machine, ranks, starting_bytes
 from fedrun.tools.plan_text import Text, text_of
-from fedrun.tools.plan_time import Seconds, measured, published
+from fedrun.tools.plan_time import Seconds, measured, protected, published
 from fedrun.training.evaluate import BATCH_SEQUENCES
 
 WIDTH = 34  # of the first column
@@ -31,44 +33,53 @@ SPARING = ({"micro_batch": 1}, {"checkpoint_activations": True}, {"offload": "gl
            {"client_store": "disk"}, {"moments_dtype": "bf16"}, {"client_moments": "reset"})
 
 
-def report(config: RunConfig, machine: Machine) -> Iterator[str]:
-    """The plan of a run, line by line. InputError if its text or its vocabulary cannot be."""
+def report(config: RunConfig, machine: Machine, site: Site | None = None,
+           pretrained: Pretrained | None = None) -> Iterator[str]:
+    """The plan of a run, line by line. site: with --site_data and the like; pretrained: of
+    --init_from. InputError if its text, its vocabulary or its settings cannot be."""
+    require_names(config)
+    text = text_of(config, machine.vocab_size, site, pretrained)
     rates = PUBLISHED[machine.device_rates] if machine.device_rates else None
     device = torch.device("cpu") if rates else choose_device(config.device, Launch(), False)
     layout = Layout(machine.processes, machine.machines,
                     isinstance(config, FederatedConfig) and config.server == "colocated",
-                    rates is not None or device.type == "cuda")
+                    rates is not None or device.type == "cuda", text.sites if text.real else None)
     dtype: Dtype = config.dtype
     if rates is None:
         dtype = resolve_dtype(config, [hardware(device)])
     elif dtype == "auto":
         dtype = "bf16"
-    config, text = dataclasses.replace(config, dtype=dtype), text_of(config, machine.vocab_size)
+    config = dataclasses.replace(config, dtype=dtype)
     found, processes = counted(config, text, layout)
     yield from _heading(config, text, found, layout)
     yield ""
     for rank in processes:
         yield from _table(rank)
         yield ""
+    if at_start := starting_bytes(config, found, pretrained):
+        yield (f"for a moment at its start each process takes {amount(at_start)} of its host, "
+               "where the model is " + ("read" if pretrained else "tried"))
     yield from _fits(config, text, layout, processes, _memory(machine, layout, device))
     rounds, known = _rounds(config, text)
     traffic = None
     if isinstance(config, FederatedConfig) and isinstance(found, Worker):
-        traffic = sent(config, found, layout, rounds, _shards(config, text))
+        traffic = sent(config, found, layout, rounds, text.schedule(config))
+        yield from _unknown(config, text, found, rounds if known else None)
     yield "\ntime"
     if rates is None:
         seconds = measured(config, text.vocab_size, found, device)
     else:
         seconds = published(config, found, layout, traffic.mean if traffic else 0.0,
                             str(machine.device_rates), rates)
+    seconds = protected(config, found, layout, device, seconds)
     yield from _time(config, text, layout, found, seconds, rounds if known else None)
     if traffic is not None:
         yield "\non the wire"
-        yield from _wire(found, layout, traffic)
+        yield from _wire(config, text, found, layout, traffic)
         if known:
             yield _row("recorded in the history at the end", amount(traffic.recorded))
     yield "\non disk"
-    yield from _disk(config, found, layout, rounds, known)
+    yield from _disk(config, text, found, layout, rounds, known)
 
 
 def counted(config: RunConfig, text: Text, layout: Layout) -> tuple[Trains, list[Rank]]:
@@ -77,7 +88,8 @@ def counted(config: RunConfig, text: Text, layout: Layout) -> tuple[Trains, list
         one = plan_central.process(config, text.vocab_size, layout.gpu)
         return one, plan_central.ranks(config, one, layout.gpu)
     assert isinstance(config, FederatedConfig)
-    found = worker(config, text.vocab_size, layout.gpu, layout.most(config))
+    found = worker(config, text.vocab_size, layout.gpu, layout.most(config),
+                   text.schedule(config) if config.private else None)
     return found, ranks(config, found, layout)
 
 
@@ -114,6 +126,12 @@ def _heading(config: RunConfig, text: Text, found: Trains, layout: Layout) -> It
         yield f"one process, on {where}"
         return
     hosted = layout.hosted(config.num_clients)
+    if layout.sites:
+        yield (f"{layout.processes} processes: a server, and {layout.team} for each of "
+               f"{len(layout.sites.sites)} sites, on a machine of each site's own, on {where}; "
+               f"{config.num_clients:,} clients, {config.cohort_size:,} in a round, at most "
+               f"{hosted:,} on a worker")
+        return
     who = "one process is the server and the worker" if layout.processes == 1 else (
         f"{layout.processes} processes on {layout.machines} machine{'s' * (layout.machines > 1)}, "
         f"{layout.workers} of them workers")
@@ -156,10 +174,13 @@ def _needed(found: list[Rank], layout: Layout) -> int:
 def _fits(config: RunConfig, text: Text, layout: Layout, found: list[Rank], memory: float
           ) -> Iterator[str]:
     where, most = "a GPU" if layout.gpu else "a machine", USABLE * memory
+    if layout.sites:
+        where += " of a site"
     needed = _needed(found, layout)
     there = f"of {amount(memory)}, where {USABLE:.0%} are for tensors"
     if layout.gpu:
-        yield f"all processes on the first machine: {amount(on_machine(found, layout))} of its host"
+        first = "a site's" if layout.sites else "the first"
+        yield f"all processes on {first} machine: {amount(on_machine(found, layout))} of its host"
     if needed <= most:
         yield f"fits: {amount(needed)} on {where} {there}"
         return
@@ -197,9 +218,16 @@ def advice(config: RunConfig, text: Text, layout: Layout, needed: int, most: flo
 
 # ---- time, wire, disk ----------------------------------------------------------------------------
 
-def _shards(config: FederatedConfig, text: Text) -> list[int]:
-    """Sequences of each client; as few as a round needs where they are not known."""
-    return text.shards or [config.batch_size * config.local_updates] * config.num_clients
+def _unknown(config: FederatedConfig, text: Text, found: Worker, rounds: int | None
+             ) -> Iterator[str]:
+    """Of the noise and the text, what is known and what is not. rounds: None if it is not known."""
+    if found.level is not None:
+        of_text = config.dp == "example" and text.shards is None
+        yield from of_privacy(config, text.schedule(config), found.level,
+                              None if of_text else rounds, text.knows_noise(config))
+    if text.sites is not None and text.shards is None:
+        yield ("how many sequences each client has is not known before "
+               + ("the sites say so" if text.real else "their text is tokenised"))
 
 
 def _rounds(config: RunConfig, text: Text) -> tuple[int, bool]:
@@ -210,7 +238,7 @@ def _rounds(config: RunConfig, text: Text) -> tuple[int, bool]:
     assert isinstance(config, FederatedConfig)
     if text.shards is None and config.rounds is None:
         return 1, False
-    return Schedule(config, _shards(config, text)).rounds, True
+    return text.schedule(config).rounds, True
 
 
 def _time(config: RunConfig, text: Text, layout: Layout, found: Trains, seconds: Seconds,
@@ -221,6 +249,11 @@ def _time(config: RunConfig, text: Text, layout: Layout, found: Trains, seconds:
     tokens, unit = config.batch_size * config.sequence_length, "steps"
     if isinstance(config, FederatedConfig):
         tokens, unit = tokens * config.cohort_size * config.local_updates, "rounds"
+        if seconds.noise:
+            yield _row("the noise of a round", "", duration(seconds.noise))
+        if seconds.masks:
+            yield _row("the masks of a site", "", duration(seconds.masks))
+            yield "  made beside the training where a core is left over, else besides"
         yield _row("a round", f"{tokens:,} tokens", duration(one))
     if seconds.wire is None and layout.processes > 1:
         yield "  besides what is sent between workers, and evaluations"
@@ -236,9 +269,16 @@ def _time(config: RunConfig, text: Text, layout: Layout, found: Trains, seconds:
     yield _row(f"{rounds:,} {unit}", f"{rounds * tokens:,} tokens", duration(total))
 
 
-def _wire(found: Trains, layout: Layout, traffic: Sent) -> Iterator[str]:
+def _wire(config: RunConfig, text: Text, found: Trains, layout: Layout, traffic: Sent
+          ) -> Iterator[str]:
     mean = traffic.mean
-    if traffic.senders:
+    if layout.sites:
+        yield _row("sent by a site in a round", amount(mean))
+        yield (f"  by the first worker of each of {traffic.senders} sites, once; a ring of them "
+               "passes on nearly twice that")
+        if layout.gpu and layout.team > 1:
+            yield "  and as much again, twice, between the GPUs of a site"
+    elif traffic.senders:
         yield _row("sent by a worker in a round", amount(mean))
         if mean != traffic.most:
             yield _row("in a round that averages moments", amount(traffic.most))
@@ -251,12 +291,18 @@ def _wire(found: Trains, layout: Layout, traffic: Sent) -> Iterator[str]:
     else:
         yield ("  nothing: there is one worker" if layout.workers == 1 else
                "  nothing: the workers of a machine share memory")
+    if traffic.words:
+        yield _row("words beside vectors, evaluated", amount(traffic.words))
     yield _row("a client's term", amount(mean),
                f"{mean / found.flat.size:.3g} B each")
     yield _row("a copy of the model to the server", amount(found.parameter_bytes))
+    if layout.sites and config.checkpoint_freq is not None:
+        yield _row("a checkpoint's state to the server", amount(bytes_of(found.kept)))
+    if layout.sites and text.public_bytes is not None:
+        yield _row("validation text to each process", amount(text.public_bytes))
 
 
-def _disk(config: RunConfig, found: Trains, layout: Layout, rounds: int, known: bool
+def _disk(config: RunConfig, text: Text, found: Trains, layout: Layout, rounds: int, known: bool
           ) -> Iterator[str]:
     written = files(config, found, layout, rounds)
     for name, size in written.left.items():
@@ -266,3 +312,20 @@ def _disk(config: RunConfig, found: Trains, layout: Layout, rounds: int, known: 
     yield _row("left at the end", amount(sum(written.left.values())))
     for name, size in written.meanwhile.items():
         yield _row(f"meanwhile {name}", amount(size))
+    if not isinstance(config, FederatedConfig) or not isinstance(found, Worker):
+        return
+    for name, size in (written.at_site | _logs(config, text, found, layout, rounds)).items():
+        yield _row(name, amount(size))
+
+
+def _logs(config: FederatedConfig, text: Text, found: Worker, layout: Layout, rounds: int
+          ) -> dict[str, int]:
+    """Bytes of the files that runs append to, after this one."""
+    schedule, logs = text.schedule(config), dict[str, int]()
+    largest = max(layout.sites.sites, key=lambda one: one.clients) if layout.sites else None
+    if largest is not None and config.secure_sum:
+        logs["a site's journal"] = journal_bytes(config, schedule, largest, rounds)
+    if found.level is not None and text.knows_noise(config) and (
+            config.dp == "client" or text.shards is not None):
+        logs["the log of what was spent"] = log_bytes(schedule, found.level, rounds, largest)
+    return logs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +18,23 @@ from fedrun.aggregation.making import make_aggregator
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.config import FederatedConfig, RunConfig
 from fedrun.data.partition import Shards
+from fedrun.data.sites import read_sites
 from fedrun.data.tokens import TokenData
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.experiment import Experiment
 from fedrun.federation.client import Client
 from fedrun.federation.global_state import GlobalState
+from fedrun.federation.messages import RoundPlan
+from fedrun.federation.noise import Noise
+from fedrun.federation.private_gradient import PrivateGradient
 from fedrun.federation.reported import reported_vectors
-from fedrun.model.config import ModelConfig
+from fedrun.model import transformers_lm
+from fedrun.model.config import ModelConfig, ModelShape, TransformersShape
+from fedrun.privacy.client_level import ClientLevel, update_bound
+from fedrun.privacy.example_level import ExampleLevel
 from fedrun.strategies.base import ServerRound
 from fedrun.tools.plan_machine import LINK, UTILISATION, Rates
-from fedrun.tools.plan_memory import Trains, gradient
+from fedrun.tools.plan_memory import Trains, Worker, gradient
 from fedrun.tools.plan_ranks import Layout
 from fedrun.tools.study_cost import measure
 from fedrun.training.evaluate import BATCH_SEQUENCES
@@ -55,13 +61,18 @@ class Seconds:
     """The loss of a batch of 16 sequences; None if it is not known."""
     how: str
     """Where they come from."""
+    noise: float = 0.0
+    """With --dp client: drawing the noise of a round, by all workers together."""
+    masks: float = 0.0
+    """With --secure_sum: making a site's masks of a round, beside the training where a core is
+    free."""
 
     def of_round(self, config: RunConfig, layout: Layout) -> float:
         """Of a round, or of a central run's step; without an evaluation."""
         if not isinstance(config, FederatedConfig):
             return self.step
-        turns = math.ceil(config.cohort_size / layout.workers)
-        return turns * (config.local_updates * self.step + self.term) + (self.wire or 0.0)
+        of_client = config.local_updates * self.step + self.term
+        return layout.turns(config) * of_client + (self.wire or 0.0) + self.noise
 
 
 def published(config: RunConfig, found: Trains, layout: Layout, sent: float, name: str,
@@ -79,23 +90,58 @@ def published(config: RunConfig, found: Trains, layout: Layout, sent: float, nam
         f"{LINK / 1e9:g} GB/s each way between workers, assumed")
 
 
+def protected(config: RunConfig, found: Trains, layout: Layout, device: torch.device,
+              seconds: Seconds) -> Seconds:
+    """The same with what --dp and --secure_sum take besides, measured here on short vectors; noise
+    and masks are a processor's work wherever workers compute."""
+    if not isinstance(config, FederatedConfig) or not isinstance(found, Worker):
+        return seconds
+    times = found.flat.size / ELEMENTS
+    if isinstance(found.level, ExampleLevel):
+        step = seconds.step + times * _private_gradient(config, found.level, device)
+        seconds = dataclasses.replace(seconds, step=step)
+    elif found.level is not None:
+        clip, noise = _clip_and_noise(config, found.level, device)
+        if config.sites is not None and layout.sites is None:  # a simulation draws all shares
+            noise *= len(read_sites(config.sites).sites)
+        seconds = dataclasses.replace(seconds, term=seconds.term + times * clip,
+                                      noise=times * noise / layout.team)
+    if layout.sites and config.secure_sum:
+        integers, bits = found.aggregator.layout
+        masks = _masks(len(layout.sites.sites) - 1, bits) * integers / ELEMENTS
+        seconds = dataclasses.replace(seconds, masks=masks)
+    return seconds
+
+
 def measured(config: RunConfig, vocab_size: int, found: Trains, device: torch.device) -> Seconds:
     """From a step of the run's model on this device, or of one layer of it and one sequence where
-    the step would take long; and from a sum of short vectors."""
-    tried, scale, how = config, 1.0, "measured here"
+    the step would take long; and from a sum of short vectors. Without noise and masks."""
+    tried, scale, how = _open(config), 1.0, "measured here"
     if found.flop > LONGEST:
-        assert isinstance(config.model, ModelConfig)
-        tried = dataclasses.replace(config, model=dataclasses.replace(config.model, n_layer=1),
-                                    batch_size=1, micro_batch=None)
+        model, layers = one_layer(config.model)
+        tried = dataclasses.replace(tried, model=model, batch_size=1, micro_batch=None)
         one = gradient(tried, vocab_size, 1, device.type == "cuda").flop
-        scale = (found.flop + found.muon_flop) / (one + found.muon_flop / config.model.n_layer)
-        how += f" on 1 of {config.model.n_layer} layers and 1 sequence, and scaled by FLOP"
+        scale = (found.flop + found.muon_flop) / (one + found.muon_flop / layers)
+        how += f" on 1 of {layers} layers and 1 sequence, and scaled by FLOP"
+    elif isinstance(config, FederatedConfig) and config.dp == "example":
+        tried, scale = dataclasses.replace(tried, batch_size=1), float(config.batch_size)
+        how += " on 1 sequence after the other"
     shape = measure(_experiment(tried, vocab_size), device)
     # Fisher information of single sequences and parts computes as many gradients.
-    term = _term(config, device) * found.flat.size / ELEMENTS if isinstance(
-        config, FederatedConfig) else 0.0
+    whole = _open(config)
+    term = _term(whole, device) * found.flat.size / ELEMENTS if isinstance(
+        whole, FederatedConfig) else 0.0
     return Seconds(shape.step * scale, term, None,
-                   shape.evaluation if tried is config else None, how)
+                   shape.evaluation if tried.model is config.model else None, how)
+
+
+def _open(config: RunConfig) -> RunConfig:
+    """The same run without noise, masks and sites."""
+    if not isinstance(config, FederatedConfig):
+        return config
+    return dataclasses.replace(
+        config, sites=None, secure_sum=False, site_holdout=None, dp="none", dp_clip=None,
+        dp_noise=None, dp_epsilon=None, dp_delta=None, dp_colluding=1, max_epsilon=None)
 
 
 def _experiment(config: RunConfig, vocab_size: int) -> Experiment:
@@ -107,6 +153,14 @@ def _experiment(config: RunConfig, vocab_size: int) -> Experiment:
     return Experiment(config, data, Shards([np.arange(len(train))]), None, {})
 
 
+def one_layer(shape: ModelShape) -> tuple[ModelShape, int]:
+    """The same shape with one layer, and how many it has."""
+    if isinstance(shape, TransformersShape):
+        return transformers_lm.one_layer(shape)
+    assert isinstance(shape, ModelConfig)
+    return dataclasses.replace(shape, n_layer=1), shape.n_layer
+
+
 class _Vector(nn.Module):
     """A model of one parameter, whose gradient is 0."""
 
@@ -116,6 +170,53 @@ class _Vector(nn.Module):
 
     def compute_grad(self, batch: Tensor) -> tuple[Tensor, int]:
         return torch.zeros((), device=self.weight.device), batch[:, 1:].numel()
+
+
+def _private_gradient(config: FederatedConfig, level: ExampleLevel, device: torch.device) -> float:
+    """Seconds that a step of ELEMENTS spends on clipping, integers and noise: as many sequences as
+    are in it on average."""
+    model: Any = _Vector(device)
+    flat = FlatParams(model)
+    gradients = PrivateGradient(dataclasses.replace(level, size=flat.size), flat)
+    gradients.begin(bytes(32))
+    tokens = np.zeros((config.batch_size, 2), np.uint16)
+    client = Client(0, np.arange(len(tokens)), tokens, flat, config,
+                    LocalOptimizer(flat, config, 2))
+    gradients.write(model, client)
+    began = time.monotonic()
+    gradients.write(model, client)
+    return time.monotonic() - began
+
+
+def _clip_and_noise(config: FederatedConfig, level: ClientLevel, device: torch.device
+                    ) -> tuple[float, float]:
+    """Seconds of clipping the update of a client, of ELEMENTS, and of a round's noise of one share.
+    """
+    level = dataclasses.replace(level, size=ELEMENTS)
+    update, plane = torch.ones(ELEMENTS, device=device), DataPlane()
+    aggregator = make_aggregator(config, update, plane, config.cohort_size)
+    bound = update_bound(level.clip, level.spread, level.cohort)
+    aggregator.begin(Bounds(bound))
+    noise = Noise(level, plane, None)
+    plan = RoundPlan(1, [0], [1.0], bound, 1.0, 0.0, True, evaluate=False, save=False, last=True)
+    seconds = []
+    for work in (lambda: noise.clip(0, update),
+                 lambda: noise.add_to(aggregator, plan, update)):
+        work()
+        began = time.monotonic()
+        work()
+        seconds.append(time.monotonic() - began)
+    return seconds[0], seconds[1]
+
+
+def _masks(others: int, bits: int) -> float:
+    """Seconds of a site's mask of ELEMENTS integers, with this many other sites."""
+    from fedrun.secure.masks import Mask
+
+    vector, mask = np.zeros(ELEMENTS, f"i{bits // 8}"), Mask([(True, bytes(32))] * others, bits)
+    began = time.monotonic()
+    mask.add_to(vector)
+    return time.monotonic() - began
 
 
 def _term(config: FederatedConfig, device: torch.device) -> float:

@@ -11,20 +11,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import re
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
+
+from fedrun.config import FederatedConfig
+from fedrun.federation.messages import encode
+from fedrun.federation.schedule import Schedule
+from fedrun.flags import config_of
 from tests.benchmarks.common import machine
 
 COHORT, ROUNDS, WORKERS = 50, 6, 2
 HEADER = """\
-| clients | seconds to start | a round | largest process (MiB) | a checkpoint (files, MiB) |
-|---|---|---|---|---|"""
+| clients | s to the first round's end | s a round | a worker (MiB) | server (MiB) | plan (kB) \
+| an event (kB) | a checkpoint (files, MiB) |
+|---|---|---|---|---|---|---|---|"""
 
 
 def main() -> None:
@@ -49,8 +57,11 @@ def run(folder: Path, clients: int, name: str, shown: bool = False) -> None:
                str(folder / "cache"), "--run_name", name]
     began = time.time()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    if os.waitstatus_to_exitcode(status) != 0:
+    peaks = dict[str, float]()
+    while process.poll() is None:
+        time.sleep(0.1)
+        look(process.pid, peaks)
+    if process.returncode != 0:
         sys.exit(f"the run of {clients} clients failed: {' '.join(command)}")
     if not shown:
         return
@@ -59,9 +70,31 @@ def run(folder: Path, clients: int, name: str, shown: bool = False) -> None:
     rounds = [event["time"] for event in events if event["event"] == "round"]
     between = sorted(b - a for a, b in pairwise(rounds[:-1]))  # not the first and last: evaluated
     files = [*(folder / name / "checkpoints" / f"step_{ROUNDS:06d}").iterdir()]
-    print(f"| {clients:,} | {events[0]['time'] - began:.1f} | {between[len(between) // 2]:.2f} "
-          f"| {usage.ru_maxrss / 1024:.0f} | {len(files)}, "
+    worker = max(size for rank, size in peaks.items() if rank != "0")
+    line = max(len(line) for line, event in zip(lines, events, strict=True)
+               if event["event"] == "round")
+    print(f"| {clients:,} | {rounds[0] - began:.1f} | {between[len(between) // 2]:.2f} "
+          f"| {worker:.0f} | {peaks['0']:.0f} | {plan_bytes(folder / name) / 1e3:.1f} "
+          f"| {line / 1e3:.1f} | {len(files)}, "
           f"{sum(file.stat().st_size for file in files) / 2**20:.1f} |", flush=True)
+
+
+def look(launcher: int, peaks: dict[str, float]) -> None:
+    """Note the most MiB that each rank has taken so far."""
+    for child in psutil.Process(launcher).children(recursive=True):
+        with suppress(psutil.Error, OSError):
+            rank = child.environ().get("RANK")
+            status = Path(f"/proc/{child.pid}/status").read_text()
+            if rank and (peak := re.search(r"VmHWM:\s+(\d+) kB", status)):
+                peaks[rank] = max(peaks.get(rank, 0.0), int(peak[1]) / 1024)
+
+
+def plan_bytes(run_dir: Path) -> int:
+    """Of the message that plans a round of this run, to each rank."""
+    config = config_of(json.loads((run_dir / "config.json").read_text()))
+    assert isinstance(config, FederatedConfig)
+    sizes = [config.batch_size * config.local_updates] * config.num_clients
+    return len(json.dumps(encode(Schedule(config, sizes).plan(2, 0.0))))
 
 
 if __name__ == "__main__":

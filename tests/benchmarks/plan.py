@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 
 from fedrun.config import FederatedConfig
+from fedrun.federation.schedule import Schedule
 from fedrun.flags import resolve
 from fedrun.tools.plan_counting import LOSS_HEAD
 from fedrun.tools.plan_disk import files, sent
@@ -54,7 +55,7 @@ def row(preset: str) -> str:
     less = _worker(spared, ranks(spared, worker(spared, vocab_size, gpu=True), LAYOUT))
     size = found.flat.size
     shards = [8 * config.batch_size] * config.num_clients
-    term = sent(config, found, LAYOUT, 100, shards).most
+    term = sent(config, found, LAYOUT, 100, Schedule(config, shards)).most
     seconds = published(config, found, LAYOUT, term, GPU, PUBLISHED[GPU]).of_round(config, LAYOUT)
     own = gpu.device[ACTIVATIONS] + gpu.device[LOSS_HEAD]
     return "| " + " | ".join((

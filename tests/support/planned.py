@@ -25,8 +25,10 @@ from fedrun.distributed.launch import Launch
 from fedrun.distributed.runtime import build_runtime
 from fedrun.experiment import Experiment
 from fedrun.federation.messages import RoundReport
+from fedrun.federation.noise_keeper import level_of
 from fedrun.federation.worker import Worker
 from fedrun.flags import resolve
+from fedrun.protecting import hiding
 from fedrun.protocol import make_worker
 from fedrun.tools.plan_memory import worker
 from fedrun.tools.plan_ranks import Layout, of_worker
@@ -54,8 +56,12 @@ def experiment_of(config: FederatedConfig, vocab_size: int, validation: int = BA
 def made(experiment: Experiment, device: str) -> Worker:
     """The only worker of a run."""
     runtime = build_runtime(Launch(), torch.device(device), ControlPlane(), {})
-    found = make_worker(experiment, experiment.schedule, runtime, None)
+    schedule = experiment.schedule
+    found = make_worker(experiment, schedule, runtime, None)
     assert found is not None
+    if experiment.federated.private:  # without a log of what is spent
+        level = level_of(experiment.federated, schedule, found.flat.size)
+        found.noise = hiding(experiment, level, found, runtime, None)
     return found
 
 

@@ -8,7 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,9 +16,11 @@ import torch
 from fedrun import cli
 from fedrun.config import FederatedConfig
 from fedrun.experiment import prepare_experiment
+from fedrun.federation.schedule import Schedule
 from fedrun.federation.worker import Worker
 from fedrun.flags import resolve
 from fedrun.model import loss
+from fedrun.model.config import TransformersShape
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.tools import plan_memory
 from fedrun.tools.plan import parse
@@ -46,6 +48,7 @@ from fedrun.tools.plan_text import Text, text_of
 from fedrun.tools.plan_time import Seconds, published
 from tests.support.allocations import peak_bytes
 from tests.support.planned import config_of, experiment_of, made, rounds
+from tests.support.private import PRIVATE
 from tests.support.runs import Outcome, Run, execute
 
 VOCAB, CLIENTS = 1000, 3
@@ -61,6 +64,12 @@ def _fresh_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+SLOW = pytest.mark.slow
+GPT2 = {"model_type": "gpt2", "n_layer": 3, "n_embd": 64, "n_head": 4, "n_positions": 64}
+# Its logits are limited after the head.
+GEMMA2 = {"model_type": "gemma2", "num_hidden_layers": 3, "hidden_size": 64, "head_dim": 16,
+          "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+          "final_logit_softcapping": 30.0, "max_position_embeddings": 64}
 CASES = [("fed_avg", {}), ("fed_avg", {"micro_batch": 1, "checkpoint_activations": True}),
          ("fed_avg", {"moments_dtype": "bf16", "prox_mu": 0.1}),
          ("fed_avg", {"local_optimizer": "muon"}), ("fed_avg", {"aggregation": "int4"}),
@@ -69,15 +78,24 @@ CASES = [("fed_avg", {}), ("fed_avg", {"micro_batch": 1, "checkpoint_activations
          ("fed_avg", {"client_moments": "average"}), ("diloco", {"client_moments": "reset"}),
          ("fed_fisher", {"fisher": "corrected"}), ("fed_sgd", {"local_updates": 1}),
          ("fed_median", {"byzantine": 1}), ("fed_avg", {"client_clip": "median"}),
-         ("fed_geometric_median", {})]
+         ("fed_geometric_median", {}), ("fed_avg", PRIVATE), ("fed_avg", {"model": GPT2}),
+         pytest.param("fed_avg", PRIVATE | {"dp": "example", "batch_size": 4}, marks=SLOW),
+         pytest.param("fed_avg", {"model": GEMMA2, "dtype": "bf16"}, marks=SLOW)]
 
 
 @pytest.mark.parametrize(("method", "flags"), CASES)
 def test_memory_of_a_worker_is_what_it_allocates(method: str, flags: dict[str, object],
                                                  tmp_path: Path) -> None:
     """All together within a tenth, and item by item where a tensor can be named."""
-    config = config_of(method, **SHAPE | flags, data_dir=str(tmp_path), checkpoint_freq=1)
-    _, planned = of_worker(config, plan_memory.worker(config, VOCAB, gpu=False), CLIENTS, gpu=False)
+    changed = {name: flags[name] for name in ("dtype",) if name in flags}
+    if "model" in flags:
+        changed["model"] = TransformersShape(cast(dict[str, Any], flags["model"]))
+    given = {name: value for name, value in flags.items() if name not in changed}
+    config = dataclasses.replace(config_of(
+        method, **SHAPE | given, data_dir=str(tmp_path), checkpoint_freq=1), **cast(Any, changed))
+    experiment = experiment_of(config, VOCAB)
+    _, planned = of_worker(config, plan_memory.worker(
+        config, VOCAB, gpu=False, schedule=experiment.schedule), CLIENTS, gpu=False)
     seen: dict[str, int] = {}
 
     def look(worker: Worker) -> None:
@@ -98,7 +116,6 @@ def test_memory_of_a_worker_is_what_it_allocates(method: str, flags: dict[str, o
                 t.nbytes for t in vars(worker.fisher).values() if isinstance(t, torch.Tensor)),
             OWN: own[0] - moments[0] - 8})
 
-    experiment = experiment_of(config, VOCAB)
     counted = peak_bytes(partial(rounds, experiment, "cpu", tmp_path, look))
     assert {item: planned[item] for item in seen} == pytest.approx(seen, rel=0.01, abs=16)
     assert planned.total() == pytest.approx(counted, rel=0.1)
@@ -141,7 +158,7 @@ def test_traffic_and_files_are_those_that_a_run_leaves(run_here: Run, method: st
     assert isinstance(config, FederatedConfig)
     rows = len(run.model["backbone.embedding.weight"])
     found = plan_memory.worker(config, rows, gpu=False)
-    traffic = sent(config, found, ALONE, 5, [10] * 3)
+    traffic = sent(config, found, ALONE, 5, Schedule(config, [10] * 3))
     assert traffic.recorded == run.history[-1]["bytes"]
     assert traffic.senders == 0
     planned = files(config, found, ALONE, 5)
@@ -228,11 +245,12 @@ def test_rounds_and_hours_follow_from_a_text_that_is_tokenised(little_text: tupl
                                                               ) -> None:
     asked = parse(["fed_avg", *little_text, "--n_epochs", "2", "--num_clients", "3"])
     assert asked is not None
-    config, machine = asked
+    config = asked.config
     experiment = prepare_experiment(config, torch.device("cpu"))
     assert text_of(config, None) == Text(experiment.data.vocab_size, experiment.shards.sizes,
-                                         len(experiment.data.validation))
-    out = "\n".join(report(config, machine))
+                                         len(experiment.data.validation),
+                                         public_bytes=experiment.data.validation.nbytes)
+    out = "\n".join(report(*asked))
     assert f"\n  {experiment.length.steps:,} rounds" in out
     assert "an evaluation" in out
     assert "unknown" not in out
@@ -262,9 +280,8 @@ def test_seconds_of_a_round_by_hand() -> None:
     ((*PLAN, "--processes", "2", "--machines", "3"), "--machines 3: must be at most --processes 2"),
     ((*PLAN, "--device", "cpu", "--device_rates", "h100"), "--device cpu: must be auto or cuda"),
     ((*PLAN, "--tokenizer", "some/one"), "--tokenizer some/one: its size is not known"),
-    ((*PLAN, "--init_from", "x/y"), "--init_from x/y: must be left out"),
-    ((*PLAN, "--dp", "client", "--dp_clip", "1", "--dp_noise", "1", "--dp_delta", "1e-5"),
-     "--dp client: must be none"),
+    ((*PLAN, "--init_from", "x/y"), "--init_from x/y: must be a folder here"),
+    ((*PLAN, "--site_data", "x"), "--site_data (or others of --site): must be given with --sites"),
     ((*PLAN, "--roundz", "3"), "unknown flag --roundz")])
 def test_what_cannot_be_planned_is_one_line(argv: tuple[str, ...], message: str,
                                             capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,5 +294,4 @@ def test_what_cannot_be_planned_is_one_line(argv: tuple[str, ...], message: str,
 def test_flags_may_be_spelled_with_dashes() -> None:
     found = parse(["fed-avg", "--config", "tiny", "--processes", "5"])
     assert found is not None
-    config, machine = found
-    assert (config.method, machine.processes) == ("fed_avg", 5)
+    assert (found.config.method, found.machine.processes) == ("fed_avg", 5)

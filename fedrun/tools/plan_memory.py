@@ -186,11 +186,11 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
     evaluated, strategy = evaluation(config, vocab_size, gpu), config.strategy
     with Counting() as count, way_of(gpu):
         with count.item(PARAMETERS):
-            flat = FlatParams(model_of(config, vocab_size))
+            flat = FlatParams(model_of(config, vocab_size), config.personal)
         count.name(GRADIENTS, flat.grad)
         plane = DataPlane()
         with count.item(SCRATCH):
-            aggregator = make_aggregator(config, flat.vector, plane, most)
+            aggregator = make_aggregator(config, flat.shared, plane, most)
             count.name(BUFFER, aggregator.buffer)
             if isinstance(aggregator, KeepingAggregator):
                 count.name(UPDATES, *aggregator.rows)
@@ -208,7 +208,7 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
         with count.item(SCRATCH):
             client = client_of(config, flat, gpu, config.keeps_moments)
         if config.clips_to_median:  # of this and the round's others, until the median is known
-            waiting = [torch.empty_like(flat.vector) for _ in range(most)]
+            waiting = [torch.empty_like(flat.shared) for _ in range(most)]
             count.name(UPDATES, *waiting)
         if strategy.trains:
             with count.item(MOMENTS):
@@ -216,13 +216,15 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
         model: Any = Trained(count, counted)
         with count.item(TEMPORARY):
             if strategy.trains:
-                client.train(model, 2, 0, anchor=state.model, prox_mu=config.prox_mu, fisher=fisher)
+                client.train(model, 2, 0, anchor=state.shared, prox_mu=config.prox_mu,
+                             fisher=fisher)
             else:
                 client.gradient(model)
         muon_flop = count.flop  # a counted gradient is not computed again
         with count.item(OWN):
             if config.sync == "epoch":
                 client.keep_parameters()
+            client.keep_personal()
             for name in _residuals(client, aggregator):
                 client.residual(name)
         with count.item(TEMPORARY):

@@ -247,8 +247,9 @@ def shards_of(config: RunConfig, data: TokenData) -> Shards:
     if isinstance(config, FederatedConfig):
         return Shards.deal(data, num_clients=config.num_clients, partition=config.partition,
                            alpha=config.alpha, size_skew=config.size_skew, seed=config.seed,
-                           holdout=config.held_out, batch_size=config.batch_size,
-                           flag=config.holdout_flag)
+                           holdout=config.client_holdout or config.strategy.holdout,
+                           flag="--client_holdout" if config.client_holdout else
+                           "--entropy_holdout", batch_size=config.batch_size)
     assert isinstance(config, CentralConfig)
     if config.batches == "all":
         return Shards([np.arange(len(data.train))])

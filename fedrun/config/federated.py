@@ -194,16 +194,6 @@ class FederatedConfig(PrivacySettings, RunConfig):
         """
         return self.aggregation in ("int8", "int4")
 
-    @property
-    def held_out(self) -> float:
-        """Share of each client's sequences that it does not train on."""
-        return self.strategy.holdout or self.client_holdout or 0.0
-
-    @property
-    def holdout_flag(self) -> str:
-        """Which flag says that share."""
-        return "--entropy_holdout" if self.strategy.holdout else "--client_holdout"
-
     def _check_few_bits(self) -> None:
         """int8 and int4 sum nothing but updates from the global model whose weights are known
         before the round, and only of a limited number of clients."""

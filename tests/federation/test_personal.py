@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import fedrun
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.federation.client import Client, LocalLosses
 from fedrun.flags import resolve
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
+from fedrun.model.pretrained import find_pretrained
 from fedrun.training.params import FlatParams
 from tests.support.personal_by_hand import LENGTH, LOCAL_UPDATES, rounds_by_hand
 from tests.support.runs import OF_SMALL, Outcome, Run, error_lines, without_clocks
@@ -139,6 +141,40 @@ def test_clients_are_measured_on_text_of_their_own(run_here: Run) -> None:
     assert len({*record["client_own_ppls"], *record["client_val_ppls"],
                 record["server_val_ppl"]}) == 7
     assert all(ppl < 400 for ppl in record["client_own_ppls"])
+
+
+def test_a_clients_own_model_can_be_had(run_here: Run, data: TokenData, tmp_path: Path) -> None:
+    """The global model with its parameters in it; before its first round, those of the start."""
+    found = run_here("fed_avg", *FLAGS, "--rounds", 1, "--cohort", 2)
+    opened, model = fedrun.open_run(found.run_dir), first_model(data.vocab_size)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trained = found.history[-1]["cohort"]
+    for client in range(3):
+        theirs = own(found, client, 1, model) if client in trained else start
+        for name, value in opened.model(client).named_parameters():
+            assert torch.equal(value, theirs[name] if stays(name) else found.model[name])
+    client = trained[0]
+    measured = [opened.evaluate(client=which)["perplexity"] for which in (None, client)]
+    assert measured[0] == pytest.approx(found.history[-1]["server_val_ppl"])
+    assert measured[0] != measured[1]
+    opened.export(tmp_path / "out", client=client)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "the own model of one of the clients" in card
+    assert "validation perplexity" not in card
+    again = find_pretrained(str(tmp_path / "out"), "RUN").build()
+    before = dict(opened.model(client).named_parameters())
+    assert all(torch.equal(value, before[name]) for name, value in again.named_parameters())
+    with pytest.raises(ValueError, match=r"--client 3: must be a client of .*below its 3 clients"):
+        opened.model(3)
+
+
+def test_only_a_run_with_such_parameters_has_clients_models(run_here: Run) -> None:
+    plain = run_here("fed_avg", "--rounds", 1, name="plain")
+    with pytest.raises(ValueError, match=r"--client 0: must be left out for .*plain"):
+        fedrun.open_run(plain.run_dir).model(0)
+    gone = run_here("fed_avg", *FLAGS, "--rounds", 1, "--checkpoint_freq", "none", name="gone")
+    with pytest.raises(ValueError, match=r"--client 0: .*gone has no checkpoint"):
+        fedrun.open_run(gone.run_dir).model(0)
 
 
 def test_a_client_that_is_left_out_keeps_what_it_had(run_here: Run,

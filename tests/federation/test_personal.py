@@ -20,7 +20,15 @@ from fedrun.model.mamba2 import Mamba2LM
 from fedrun.model.pretrained import find_pretrained
 from fedrun.training.params import FlatParams
 from tests.support.personal_by_hand import LENGTH, LOCAL_UPDATES, rounds_by_hand
-from tests.support.runs import OF_SMALL, Outcome, Run, error_lines, without_clocks
+from tests.support.runs import (
+    FAULTY,
+    OF_SMALL,
+    Outcome,
+    Run,
+    assert_equal,
+    error_lines,
+    fault,
+)
 
 PERSONAL = "*norm*,backbone.layers.1.mixer.out_proj.weight"
 FLAGS = ("--num_clients", 3, "--local_updates", LOCAL_UPDATES, "--personal", PERSONAL)
@@ -115,15 +123,18 @@ KEPT = ("--cohort", 2, "--client_moments", "average_sqrt", "--moments_every", "2
         1, "--prox_mu", 0.1, "--aggregation", "int8", "--server_momentum_warmup", "true")
 
 
-def test_the_same_bits_in_three_processes_and_after_a_stop(run: Run) -> None:
+def test_the_same_bits_in_three_processes_and_after_a_kill(run: Run, tmp_path: Path) -> None:
     """Also in each client's file, which a store on disk writes."""
-    flags = (*FLAGS, *KEPT, "--client_store", "disk", "--eval_clients", "--client_holdout", 0.05)
-    one = run("diloco", *flags, "--rounds", 5, "--checkpoint_freq", 5, name="one")
-    first = run("diloco", *flags, "--rounds", 3, "--checkpoint_freq", 3, name="three", processes=3)
-    three = run("diloco", *flags, "--rounds", 5, "--checkpoint_freq", 5, name="three", processes=3)
-    assert one.code == first.code == three.code == 0, one.output + three.output
-    assert one.bits == three.bits
-    assert without_clocks(one)[-1] == without_clocks(three)[-1]
+    flags = (*FLAGS, *KEPT, "--client_store", "disk", "--eval_clients", "--client_holdout", 0.05,
+             "--rounds", 5, "--checkpoint_freq", 2)
+    one = run("diloco", *flags, name="one")
+    killed = run("diloco", *flags, name="three", script=FAULTY,
+                 env=fault(tmp_path, "kill", "after-manifest:2"))
+    three = run("diloco", *flags, name="three", processes=3)
+    assert killed.code != 0
+    assert "resuming from step 2" in three.output
+    assert one.code == 0, one.output
+    assert_equal(three, one)
     for client in range(3):
         ours, theirs = state_of(one, client, 5), state_of(three, client, 5)
         assert ours.keys() == theirs.keys()

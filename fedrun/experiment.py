@@ -28,7 +28,7 @@ from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.launch import Launch
 from fedrun.federation.schedule import Schedule, rounds_per_epoch
 from fedrun.model.base import Model
-from fedrun.model.build import new_model, require_trainable
+from fedrun.model.build import new_model, require_personal, require_trainable
 from fedrun.model.hardware import Hardware, together
 from fedrun.model.memory import BYTES_TO_LOAD, bytes_to_train, require_memory
 from fedrun.model.pretrained import Pretrained, find_pretrained, parameters_of
@@ -201,6 +201,8 @@ def require_model(config: RunConfig, vocab_size: int, device: torch.device) -> N
     where = f"--config {config.config}" if config.init_from is None else \
         f"--init_from {config.init_from}"
     shape = config.model
+    if isinstance(config, FederatedConfig):
+        require_personal(config.personal, shape, vocab_size)
     try:
         count = parameters_of(shape, shape.rows(vocab_size))
         needed = bytes_to_train(config.moments_dtype, config.local_optimizer)
@@ -251,7 +253,9 @@ def shards_of(config: RunConfig, data: TokenData) -> Shards:
     if isinstance(config, FederatedConfig):
         return Shards.deal(data, num_clients=config.num_clients, partition=config.partition,
                            alpha=config.alpha, size_skew=config.size_skew, seed=config.seed,
-                           holdout=config.strategy.holdout, batch_size=config.batch_size)
+                           holdout=config.client_holdout or config.strategy.holdout,
+                           flag="--client_holdout" if config.client_holdout else
+                           "--entropy_holdout", batch_size=config.batch_size)
     assert isinstance(config, CentralConfig)
     if config.batches == "all":
         return Shards([np.arange(len(data.train))])

@@ -62,6 +62,25 @@ def test_the_table(books: Path, tmp_path: Path) -> None:
                                   abs=0.05)
 
 
+def test_of_clients_with_parameters_of_their_own_each_has_its_own_model(
+        books: Path, tmp_path: Path) -> None:
+    found = measured(FLAGS | {"personal": "backbone.embedding.weight"}, "by_source", books,
+                     tmp_path / "runs", tmp_path / "cache")
+    both = ("0", "1")
+    assert set(found) == {f"{name}client {k}" for k in both for name in ("", "average, ",
+                                                                         "the end, ")}
+    for client, other in (both, both[::-1]):  # its own words, after the average too
+        for name in ("", "average, ", "the end, "):
+            own = found[f"{name}client {client}"]
+            assert own[client] < 0.9 * own[other]
+            assert own[client] < found[f"{name}client {other}"][client]
+    last = table("a setting", "by_source", found).splitlines()[-1]
+    ends = [found[f"the end, client {k}"] for k in both]
+    expected = [(ends[0]["0"] + ends[1]["1"]) / 2, (ends[0]["1"] + ends[1]["0"]) / 2,
+                (ends[0]["unseen"] + ends[1]["unseen"]) / 2]
+    assert [float(cell) for cell in last.split("|")[2:5]] == pytest.approx(expected, abs=0.05)
+
+
 def test_whose_authors_are_whose(books: Path, tmp_path: Path) -> None:
     data = prepare(str(books), "bpe:300", 16, tmp_path)
     theirs = authors_of(data, 2, 0)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import fedrun
 from fedrun import cli
@@ -49,6 +50,26 @@ def test_the_same_bits_in_any_number_of_processes(processes: int, run: Run, give
     assert "site_data" not in alone.config
     for file in alone.run_dir.rglob("*.json*"):
         assert "texts/" not in file.read_text()
+
+
+def test_what_stays_at_clients_is_in_no_sum_of_sites(run_here: Run, given: list[str]) -> None:
+    """Masked or not, sums are of what is shared, to the same bits; what stays is in no model."""
+    flags = ("--rounds", 2, "--cohort", 4, *given, "--personal", "*out_proj*")
+    plain = run_here("fed_avg", *flags, name="plain")
+    masked = run_here("fed_avg", *flags, "--secure_sum", name="masked")
+    assert plain.code == masked.code == 0, plain.output + masked.output
+    assert plain.bits == masked.bits
+    start = np.load(plain.run_dir / "server" / "params" / "step_000000.npz")
+    whole = np.load(plain.run_dir / "server" / "params" / "step_000002.npz")
+    assert not np.array_equal(whole["layers.0.in_proj"], start["layers.0.in_proj"])
+    shared = sum(value.numel() for name, value in plain.model.items() if "out_proj" not in name)
+    assert plain.history[-1]["bytes"] == masked.history[-1]["bytes"]
+    assert 0 <= plain.history[-1]["bytes"] / (2 * 4 * 2) - 4 * shared < 64
+    own = [load_file(run.run_dir / "checkpoints" / "step_000002" / f"client_{client}.safetensors")
+           for run in (plain, masked) for client in plain.history[-1]["cohort"]]
+    values = [state["personal"] for state in own]
+    assert all(torch.equal(a, b) for a, b in zip(values[:4], values[4:], strict=True))
+    assert not any(torch.equal(values[0], other) for other in values[1:4])
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(3, marks=pytest.mark.slow)])

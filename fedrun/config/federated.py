@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 from fedrun.common.errors import require
 from fedrun.config.client_clip import MEDIAN, check_client_clip
+from fedrun.config.own import check_own
 from fedrun.config.shared import RunConfig
 from fedrun.data.site_settings import check_sites
 from fedrun.privacy.settings import PrivacySettings, check_privacy
@@ -51,6 +52,10 @@ class FederatedConfig(PrivacySettings, RunConfig):
     prox_mu: float = 0.0
     """Weight mu of FedProx's term (mu/2) |w - w_t|^2 in the clients' loss, which keeps a client's
     model w near the global one w_t. No effect at --local_updates 1, where w is w_t."""
+    personal: str | None = None
+    """Parameters that never leave a client, each of which keeps and trains its own: names or
+    patterns with *, separated by commas (*norm*,lm_head.weight); all others are averaged. none: all
+    of them are."""
     client_moments: Literal["keep", "reset", "reset_epoch", "average", "average_sqrt"] = "keep"
     """What happens to a client's AdamW moments after a round: kept for its next one (keep), set to
     zero (reset; reset_epoch: only at the start of each epoch), or averaged over the cohort together
@@ -82,7 +87,12 @@ class FederatedConfig(PrivacySettings, RunConfig):
     (median), for which each worker keeps its clients' updates until all have trained: 4 bytes a
     parameter and client."""
     eval_clients: bool = False
-    """Also evaluate every client's own model at each evaluation (client_val_ppls)."""
+    """Also evaluate every client's own model, as the round's training leaves it, at each evaluation
+    (client_val_ppls)."""
+    client_holdout: float | None = None
+    """Share of each client's sequences, the last of its shard, that it does not train on (0.05).
+    With --eval_clients its own model is evaluated on them too (client_own_ppls). none: all are
+    trained on."""
     save_client_deltas: bool = False
     """Also save every client's parameters and their change whenever the global model's are
     saved."""
@@ -134,6 +144,7 @@ class FederatedConfig(PrivacySettings, RunConfig):
         check_sites(self)
         self.strategy.check(self)
         check_privacy(self)
+        check_own(self)
 
     @property
     def cohort_size(self) -> int:
@@ -175,7 +186,7 @@ class FederatedConfig(PrivacySettings, RunConfig):
         which follows from the rounds in which it trained. Sites keep a file of each client in any
         case."""
         return (self.keeps_moments or self.sends_few_bits or self.sync == "epoch"
-                or self.sites is not None)
+                or self.sites is not None or self.personal is not None)
 
     @property
     def sends_few_bits(self) -> bool:

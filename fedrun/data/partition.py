@@ -41,14 +41,15 @@ class Shards:
     @classmethod
     def deal(cls, data: TokenData, *, num_clients: int, partition: str, alpha: float,
              size_skew: float, seed: int, holdout: float, batch_size: int,
-             rounded_to: int = 1, rows: np.ndarray | None = None) -> Shards:
+             rounded_to: int = 1, rows: np.ndarray | None = None,
+             flag: str = "--entropy_holdout") -> Shards:
         """Deal the sequences out as `client_shards` does, then hold out the end of each shard.
 
         holdout: fraction of each shard that is not trained on; 0 for none. batch_size: sequences
         that every client must have to train on. rounded_to: each shard loses its end, down to a
-        multiple of this. rows: of the sequences to deal out, ascending; None: all. InputError as
-        `client_shards`, and for a shard of which nothing can be held out or too little is left to
-        train on.
+        multiple of this. rows: of the sequences to deal out, ascending; None: all. flag: which asks
+        for the holdout. InputError as `client_shards`, and for a shard of which nothing can be held
+        out or too little is left to train on.
         """
         parts = [split_holdout(shard[:len(shard) - len(shard) % rounded_to], holdout)
                  for shard in client_shards(data, num_clients, partition, alpha, size_skew, seed,
@@ -57,7 +58,7 @@ class Shards:
             size = len(train) + len(held)
             if holdout and size and not len(held):
                 raise InputError(
-                    f"--entropy_holdout {holdout:g}: must be >= {1 / size:.2g}, or nothing of "
+                    f"{flag} {holdout:g}: must be >= {1 / size:.2g}, or nothing of "
                     f"client {client}'s shard of {size} sequences is held out")
             if len(train) < batch_size:
                 remedies = [f"--batch_size <= {len(train)}"] if len(train) else []

@@ -65,25 +65,43 @@ class Client:
                                     index)
         self.steps_done = 0
         self.vectors: dict[str, Tensor] = {}
-        """More of its state by name, (size,) each. `parameters`: its own model between rounds that
-        do not start from the global one. `residual`: the part of its updates that was not sent yet,
-        and others of averaged moments (see aggregation/int8.py)."""
+        """More of its state by name. (shared_size,): `parameters`, its own model between rounds
+        that do not start from the global one; `residual`, the part of its updates that was not sent
+        yet, and others of averaged moments (see aggregation/int8.py). `personal`: the values of
+        --personal parameters after the last round in which its update was used."""
 
     def keep_parameters(self) -> None:
-        """Keep the worker's parameters as this client's own, for a round that starts from them."""
-        if "parameters" not in self.vectors:
-            self.vectors["parameters"] = torch.empty_like(self.flat.vector)
-        self.vectors["parameters"].copy_(self.flat.vector)
+        """Keep the worker's shared parameters as this client's own, for a round that starts from
+        them."""
+        self._keep("parameters", self.flat.shared)
+
+    def keep_personal(self) -> None:
+        """Keep the worker's values of personal parameters as this client's."""
+        if self.flat.own.numel():
+            self._keep("personal", self.flat.own)
+
+    def _keep(self, name: str, values: Tensor) -> None:
+        if name not in self.vectors:
+            self.vectors[name] = torch.empty_like(values)
+        self.vectors[name].copy_(values)
+
+    def begin_round(self, model: Tensor, from_global: bool = True) -> None:
+        """Load where local training starts: the global model, (size,), or from its own parameters;
+        personal ones, from which `model` has what the run started from, are its own in any case."""
+        shared = self.flat.shared_size
+        own = None if from_global else self.vectors.get("parameters")
+        self.flat.shared.copy_(model[:shared] if own is None else own, non_blocking=True)
+        self.flat.own.copy_(self.vectors.get("personal", model[shared:]), non_blocking=True)
 
     def residual(self, name: str) -> Tensor:
-        """One of the client's residuals, (size,); zeros at first."""
+        """One of the client's residuals, (shared_size,); zeros at first."""
         if name not in self.vectors:
-            self.vectors[name] = torch.zeros_like(self.flat.vector)
+            self.vectors[name] = torch.zeros_like(self.flat.shared)
         return self.vectors[name]
 
     def forget(self) -> None:
         """Reset what local training leaves behind, because the update was left out. The residual of
-        earlier updates stays."""
+        earlier updates stays, and so do personal parameters as they were before."""
         dropped = self.vectors.pop("parameters", None)
         if dropped is not None and dropped.is_cuda:
             # Its memory is of the store's stream, which must not reuse it while training may still
@@ -96,17 +114,20 @@ class Client:
         and its own vectors. The tensors themselves, not copies."""
         state = {STEPS_DONE: torch.tensor(self.steps_done), **self.vectors}
         if self.keeps_moments:
-            state |= {ADAMW + name: t for name, t in self.optimizer.state.items()}
-        return state
+            return state | {ADAMW + name: t for name, t in self.optimizer.state.items()}
+        return state | {ADAMW + name: t for name, t in self.optimizer.own_state().items()}
 
     def load_state(self, state: ClientState) -> None:
         """Restore a saved state; tensors already on the device are used in place."""
         self.steps_done = int(state[STEPS_DONE])
         self.vectors = {name: t.to(self.flat.vector.device) for name, t in state.items()
                         if name != STEPS_DONE and not name.startswith(ADAMW)}
+        moments = {name.removeprefix(ADAMW): t for name, t in state.items()
+                   if name.startswith(ADAMW)}
         if self.keeps_moments:
-            self.optimizer.load_state({name.removeprefix(ADAMW): t for name, t in state.items()
-                                       if name.startswith(ADAMW)})
+            self.optimizer.load_state(moments)
+        else:
+            self.optimizer.load_own_state(moments)
 
     def release_state(self) -> ClientState:
         """Return `state` and keep no reference to it."""
@@ -123,7 +144,8 @@ class Client:
 
         first_step: index of the first of them in the run, counted from 0, for the schedule.
         With prox_mu, the loss has the term (prox_mu / 2) |w - anchor|^2 (Li et al. 2020, "Federated
-        Optimization in Heterogeneous Networks", equation 2). `fisher` estimates the Fisher diagonal
+        Optimization in Heterogeneous Networks", equation 2), of shared parameters alone; anchor:
+        (shared_size,). `fisher` estimates the Fisher diagonal
         from the same gradients, without that term. gradients: with --dp example.
         """
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.flat.vector.device)
@@ -134,8 +156,8 @@ class Client:
             if prox_mu:
                 assert anchor is not None
                 away = anchor.to(self.flat.vector.device, non_blocking=True)
-                away = torch.sub(self.flat.vector, away, out=None if away is anchor else away)
-                self.flat.grad.add_(away, alpha=prox_mu)
+                away = torch.sub(self.flat.shared, away, out=None if away is anchor else away)
+                self.flat.grad[:len(away)].add_(away, alpha=prox_mu)
             self.optimizer.step(first_step + step)
             loss_sum += loss
             tokens += count

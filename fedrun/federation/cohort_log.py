@@ -82,6 +82,9 @@ class CohortLog:
             if self.config.eval_clients:
                 fields["client_val_ppls"] = [perplexity(mean_loss(client.validation))
                                              for client in clients]
+            if self.config.eval_clients and self.config.client_holdout:
+                fields["client_own_ppls"] = [perplexity(mean_loss(client.on_own))
+                                             for client in clients]
             return fields
 
         return RoundSums(math.fsum(c.loss_sum for c in taken), sum(c.tokens for c in taken), {

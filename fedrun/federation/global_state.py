@@ -38,16 +38,21 @@ class GlobalState:
 
     def __init__(self, config: FederatedConfig, vector: Tensor, plane: DataPlane,
                  aggregator: Aggregator) -> None:
-        """Workers: as it is before the first round. vector: the model's, (size,)."""
+        """Workers: as it is before the first round. vector: the model's, (size,), of which as much
+        is shared as the aggregator sums; the rest (--personal) stays as it is."""
         self._pinned = PinnedMemory() if (config.offload == "global"
                                           and vector.device.type == "cuda") else None
         self._plane = plane
         self.model = self._replica(vector)
-        """The global model; this and all others but `carried`: (size,)."""
-        self.server = {name: self._replica(torch.full_like(vector, value))
+        """The global model, (size,). In place of personal parameters it has what the run started
+        from: no other values are everybody's, since clients' own never leave them."""
+        self.shared = self.model[:aggregator.size]
+        """What is averaged of it; this and all others but `carried`: (shared_size,)."""
+        shared = vector[:aggregator.size]
+        self.server = {name: self._replica(torch.full_like(shared, value))
                        for name, value in config.strategy.state.items()}
         """The method's own, by name."""
-        self.moments = {name: self._replica(torch.zeros_like(vector))
+        self.moments = {name: self._replica(torch.zeros_like(shared))
                         for name in config.averaged_moments} or None
         """AdamW's moments as they were averaged last, if clients share them."""
         self.carried = {f"{config.aggregation}.{n}": t for n, t in aggregator.carried.items()}

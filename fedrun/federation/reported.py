@@ -16,7 +16,8 @@ from fedrun.training.fisher import FisherEstimate
 
 def reported_vectors(client: Client, strategy: Strategy, aggregator: Aggregator, averages: bool,
                      fisher: FisherEstimate | None) -> dict[str, Tensor]:
-    """The vectors by name, (size,) each; its trained `parameters` stand for its update `delta`.
+    """The vectors by name, (shared_size,) each; its trained `parameters` stand for its update
+    `delta`.
 
     aggregator: of this round. averages: whether the run averages moments. fisher: of the client's
     training, for a method that asks for it.
@@ -32,12 +33,12 @@ def reported_vectors(client: Client, strategy: Strategy, aggregator: Aggregator,
     moments |= (reported := averaged_moments.take(client.optimizer, averaged))
     for name in strategy.inputs:
         if name == "delta":
-            vectors["parameters"] = client.flat.vector
+            vectors["parameters"] = client.flat.shared
         elif name == "gradient":
             vectors[name] = client.flat.grad
         elif name == "fisher":
             assert fisher is not None
-            vectors[name] = fisher.finish()
+            vectors[name] = fisher.finish()[:client.flat.shared_size]
         else:
             vectors[name] = moments[name]
     return vectors | reported | besides

@@ -68,7 +68,7 @@ class Server:
         """
         self.members = members
         self.config, self.data, self.schedule, self.model = config, data, schedule, model
-        self.flat = FlatParams(model)
+        self.flat = FlatParams(model, config.personal)
         self.entropy_reference = config.strategy.first_entropy_reference(data.vocab_size,
                                                                          config.cohort_size)
         self.cohorts = CohortLog(config, members)
@@ -81,14 +81,21 @@ class Server:
                                  step, state, skips_texts, on_round, members)
         self.stopping = stopping
         if isinstance(config.strategy, Robust):
-            kept = config.cohort_size * self.size * 4 / 1e6
+            kept = config.cohort_size * self.flat.shared_size * 4 / 1e6
             log(f"{config.method}: the updates of a round's {config.cohort_size} clients take "
                 f"{kept:.3g} MB together, and each worker's section of them {kept / workers:.3g} "
                 "MB, of which it gets from other machines what it does not have")
         elif sums := config.strategy.reweighted:
-            kept = config.cohort_size * self.size * 4 / 1e6
+            kept = config.cohort_size * self.flat.shared_size * 4 / 1e6
             log(f"{config.method}: workers keep the updates of a round's {config.cohort_size} "
                 f"clients, {kept:.3g} MB together, and sum them {sums} times")
+        if own := self.size - self.flat.shared_size:
+            measures = "" if config.eval_clients or config.sites else (
+                "; --eval_clients measures clients' own models, with --client_holdout on their own "
+                "text too")
+            log(f"--personal: {own:,} of {self.size:,} elements stay with each client; the global "
+                "model has what the run started from in their place, so its perplexity is that of "
+                f"no client{measures}")
         self.spending: Spending | None = None
         """With --dp: what it costs (see spending.py)."""
 

@@ -67,19 +67,19 @@ class Terms:
             return self._add_checked(client, weight, plan, report)
         vectors = reported_vectors(client, self.config.strategy, self.aggregator,
                                    self.state.moments is not None, self.fisher)
-        if left_out := self.aggregator.add(vectors, weight, start=self.state.model):
+        if left_out := self.aggregator.add(vectors, weight, start=self.state.shared):
             return replace(report, left_out=left_out)
         report = replace(report, weight=weight)
         if not plan.evaluate:
             return report
         first = next(iter(vectors))
-        origin = self.state.model if first == "parameters" else None
+        origin = self.state.shared if first == "parameters" else None
         return replace(report, norm=norm(vectors[first], origin))
 
     def _add_private(self, client: Client, weight: float, noise: Noise) -> None:
         """With --dp client: add its update, clipped; zeros for one that is not finite, of which
         nobody hears."""
-        update = subtract_(client.flat.vector, self.state.model)
+        update = subtract_(client.flat.shared, self.state.shared)
         if not noise.clip(client.index, update):
             client.forget()
         self._add_update(client.index, update, weight)
@@ -89,7 +89,7 @@ class Terms:
         """With --client_clip, or for a method that keeps single updates. What exceeds the round's
         bound is not clipped but left out, as it is without: such a client is broken, and is to be
         seen."""
-        update = subtract_(client.flat.vector, self.state.model)
+        update = subtract_(client.flat.shared, self.state.shared)
         bound = plan.bound if self.config.aggregation == "exact" else math.inf
         if left_out := bound_exceeded("delta", max_abs(update), bound):
             return replace(report, left_out=left_out)

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.making import make_aggregator
@@ -48,6 +49,8 @@ from fedrun.training.fisher import FisherEstimate
 from fedrun.training.optimizer import LocalOptimizer, scheduled_lr
 from fedrun.training.params import FlatParams
 
+PERSONAL_NOT_FINITE = "its personal parameters are not finite"
+
 
 class PeerFailed(Exception):
     """Local training was interrupted because another rank has failed."""
@@ -69,14 +72,14 @@ class Worker:
         self.folders = Folders.of(config) if site_states is None else site_states.folders
         self.strategy = config.strategy
         self.model = model
-        self.flat = FlatParams(model)
+        self.flat = FlatParams(model, config.personal)
         plane, vector = runtime.data_plane, self.flat.vector
         self.placement = Placement.of(config, len(runtime.workers))
         hosted = hosted_clients(shards, runtime) if config.keeps_states else []
         # A site's clients are on its own workers.
         most = min(config.cohort_size, len(hosted)) if config.sites else \
             self.placement.most(config.cohort_size)
-        self.aggregator = make_aggregator(config, vector, plane, most)
+        self.aggregator = make_aggregator(config, self.flat.shared, plane, most)
         self.global_state = GlobalState(config, vector, plane, self.aggregator)
         self.global_model = self.global_state.model
         self.server_update = ServerUpdate(self.strategy, self.aggregator)
@@ -158,8 +161,7 @@ class Worker:
 
     def _train_client(self, client: Client, planned: float, plan: RoundPlan) -> ClientReport:
         """One client's part of a round: train, measure its model, add its term."""
-        own = None if plan.start_from_global else client.vectors.get("parameters")
-        self.flat.vector.copy_(self.global_model if own is None else own, non_blocking=True)
+        client.begin_round(self.global_model, plan.start_from_global)
         steps = self.config.local_updates
         first_step = (plan.round - 1) * steps
         hidden = self.noise if isinstance(self.noise, SequenceNoise) else None
@@ -177,7 +179,7 @@ class Worker:
             if hidden is not None:
                 hidden.begin(client, plan.round)
             losses = client.train(self.model, steps, first_step, self._check_peers,
-                                  anchor=self.global_model, prox_mu=self.config.prox_mu,
+                                  anchor=self.global_state.shared, prox_mu=self.config.prox_mu,
                                   fisher=self.fisher, gradients=gradients)
         else:
             self._check_peers()
@@ -192,10 +194,15 @@ class Worker:
                               self._entropy(client))
         if plan.evaluate:
             report = self._measure(client, report, plan.round)
-        report = self.terms.add(client, planned, plan, report,
-                                self.noise if self.config.dp == "client" else None)
+        if self.flat.own.numel() and not bool(torch.isfinite(self.flat.own).all()):
+            report = replace(report, left_out=PERSONAL_NOT_FINITE)
+        else:
+            report = self.terms.add(client, planned, plan, report,
+                                    self.noise if self.config.dp == "client" else None)
         if report.left_out:
             client.forget()
+        else:
+            client.keep_personal()
         if hidden is not None:  # of its text nothing is known but how long it is
             report = replace(report, tokens=0, noised_norm=hidden.gradients.norm)
         return report
@@ -218,7 +225,11 @@ class Worker:
             save_snapshot(self.folders.run / f"client_{client.index}", number,
                           tracked_parameters(self.flat, self.flat.vector), self.start)
         if self.config.eval_clients:
-            return replace(report, validation=self._validate(0, 1))
+            report = replace(report, validation=self._validate(0, 1))
+            if self.config.client_holdout is not None:
+                held = client.sequences[self.shards.holdout[client.index]]
+                report = replace(report, on_own=validation_pieces(
+                    self.model, held, self.runtime.device, between_batches=self._check_peers))
         return report
 
     # ---- aggregation -----------------------------------------------------------------------------

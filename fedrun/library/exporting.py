@@ -112,7 +112,9 @@ def model_card(found: Pretrained, form: str, out: Path, model: Any) -> str:
     body = ["---", "", f"# {visible(found.folder.resolve().name)}", "",
             f"A {name} language model of {parameters:,} parameters (embedding and head are "
             f"{'tied' if model.names.tied else 'not tied'}), "
-            + _origin(settings) + ".", "", "```python",
+            + _origin(settings) + "." + (
+                " It is the own model of one of the clients." if found.own else ""),
+            "", "```python",
             LOADS[form].format(folder=visible(out.name)), "```", ""]
     body += _results(found)
     if settings:
@@ -140,11 +142,11 @@ def _origin(settings: dict[str, Any]) -> str:
 
 
 def _results(found: Pretrained) -> list[str]:
-    """The card's section on results: the last perplexity and the data, as far as they are recorded.
-    """
+    """The card's section on results: the last perplexity and the data, as far as they are recorded,
+    which they are not of a client's own model."""
     from fedrun.plots.run_folder import Damaged, read_run
     try:
-        run = read_run(found.folder) if found.settings else None
+        run = read_run(found.folder) if found.settings and not found.own else None
     except Damaged:
         run = None
     if run is None:

@@ -93,9 +93,10 @@ class Run:
         """
         return read_field(self.history[-1], "val_ppl") if self.history else None
 
-    def model(self) -> Mamba2LM | TransformersLM:
-        """The last good global model, float32, on the CPU."""
-        return self._pretrained().build()
+    def model(self, client: int | None = None) -> Mamba2LM | TransformersLM:
+        """The last good global model, float32, on the CPU. client: here and below, of a run with
+        --personal, the one whose own model is meant, of the newest checkpoint."""
+        return self._pretrained(client).build()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The run's tokenizer, as transformers has it."""
@@ -103,19 +104,19 @@ class Run:
         from fedrun.library.tokenizers import need_tokenizer
         return load_without_custom_code(need_tokenizer(self._pretrained()))
 
-    def generate(self, prompt: str, **options: Any) -> str:
+    def generate(self, prompt: str, *, client: int | None = None, **options: Any) -> str:
         """The prompt and the model's continuation; options as in `generation.continue_text`."""
         from fedrun.library.generation import continue_text
-        return continue_text(self._pretrained(), prompt, **options)
+        return continue_text(self._pretrained(client), prompt, **options)
 
-    def evaluate(self, dataset: str | None = None, split: str | None = None, **options: Any
-                 ) -> dict[str, Any]:
+    def evaluate(self, dataset: str | None = None, split: str | None = None, *,
+                 client: int | None = None, **options: Any) -> dict[str, Any]:
         """Loss and perplexity on any text, by default on what was held out from the run's own;
         options as in `evaluation.evaluate`."""
         from fedrun.library.evaluation import evaluate
-        return evaluate(self._pretrained(), dataset, split, **options)
+        return evaluate(self._pretrained(client), dataset, split, **options)
 
-    def export(self, out: str | Path, to: str = "hf") -> Path:
+    def export(self, out: str | Path, to: str = "hf", *, client: int | None = None) -> Path:
         """Write the model for transformers (`hf`) or the original library (`mamba_ssm`) into the
         new or empty folder `out`, which is returned."""
         from fedrun.library.exporting import LOADS, export
@@ -123,7 +124,7 @@ class Run:
             raise InputError(f"to={to}: must be {' or '.join(LOADS)}")
         folder = Path(out).expanduser()
         with naming("out", folder):
-            export(self._pretrained(), to, folder)
+            export(self._pretrained(client), to, folder)
         return folder
 
     def plot(self, x: Axis = "tokens") -> Figure:
@@ -136,9 +137,10 @@ class Run:
         except Damaged as damaged:
             raise InputError(f"{self.folder}: {damaged}") from None
 
-    def _pretrained(self) -> Pretrained:
+    def _pretrained(self, client: int | None = None) -> Pretrained:
+        from fedrun.library.own_models import of_client
         from fedrun.model.pretrained import find_pretrained
-        return find_pretrained(str(self.folder), "RUN")
+        return of_client(find_pretrained(str(self.folder), "RUN"), client)
 
     def _repr_html_(self) -> str:
         """What a notebook shows: the outcome, the last perplexity, the settings."""

@@ -10,6 +10,7 @@ from fedrun.common.errors import require
 from fedrun.model.base import Model
 from fedrun.model.config import ModelConfig, ModelShape, TransformersShape
 from fedrun.model.mamba2 import Mamba2LM
+from fedrun.model.names import personal_names
 from fedrun.model.precision import accumulate_in_fp32
 from fedrun.model.pretrained import Pretrained
 
@@ -107,6 +108,20 @@ def longest_side(shape: ModelShape) -> int:
         return max((max(m.shape) for m in matrices.values()), default=0)
     assert isinstance(shape, ModelConfig)
     return shape.projected
+
+
+def require_personal(patterns: str | None, shape: ModelShape, vocab_size: int) -> None:
+    """Raise InputError for a --personal that does not fit the parameters of this shape."""
+    if patterns is None:
+        return
+    if isinstance(shape, TransformersShape):
+        from fedrun.model import transformers_lm
+        model: torch.nn.Module = transformers_lm.outline(shape, shape.rows(vocab_size))
+    else:
+        assert isinstance(shape, ModelConfig)
+        with torch.device("meta"):
+            model = Mamba2LM(shape, shape.rows(vocab_size))
+    personal_names(patterns, [name for name, _ in model.named_parameters()])
 
 
 def require_positions(shape: ModelShape, sequence_length: int) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from fedrun.common.errors import InputError, require
 
 # Those of Mamba-2, as `mamba_ssm` has them.
 EMBEDDING = "backbone.embedding.weight"
@@ -46,3 +49,26 @@ def mamba2_names(names: Iterable[str]) -> ParameterNames:
                 tracked[name] = f"layers.{layer}.{_TRACKED[parameter]}"
     return ParameterNames(tracked, frozenset(mixers), frozenset(matrices),
                           None if LM_HEAD in given else EMBEDDING)
+
+
+def personal_names(patterns: str | None, names: Collection[str]) -> frozenset[str]:
+    """The parameters, of these, that --personal names; none for None.
+
+    patterns: separated by commas; `*` stands for any characters. InputError if one of them fits no
+    name, or all together fit every one.
+    """
+    if patterns is None:
+        return frozenset()
+    found = set[str]()
+    for pattern in patterns.split(","):
+        fitting = {name for name in names if fnmatchcase(name, pattern.strip())}
+        if not fitting:
+            ordered = sorted(names)
+            some = ordered[::max(1, len(ordered) // 4)][:5]
+            raise InputError(f"--personal {patterns}: no parameter of the model is named "
+                             f"{pattern.strip()!r}; must be names or patterns with *, separated by "
+                             f"commas, such as {', '.join(some)} (of {len(ordered)})")
+        found |= fitting
+    require(len(found) < len(names), "--personal", patterns, "names or patterns that leave some "
+            "parameters to be averaged")
+    return frozenset(found)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,8 @@ class Pretrained:
     """Rows of the embedding and head."""
     settings: dict[str, Any]
     """The run's config.json; empty for an exported or downloaded model."""
+    own: Mapping[str, Tensor] = field(default_factory=dict)
+    """Parameters by our names in place of the files': of a client's own model."""
 
     @property
     def tokenizer(self) -> Path | None:
@@ -88,7 +90,7 @@ class Pretrained:
             raise InputError(f"{self.folder}: cannot read the weights: "
                              f"{one_line(error)}") from error
         if not isinstance(self.model, ModelConfig):
-            return found
+            return {**found, **self.own}
         found = from_transformers(found)
         if self.model.tie_embeddings:
             head = found.pop(LM_HEAD, None)
@@ -96,7 +98,7 @@ class Pretrained:
             if head is not None and embedding is not None and not torch.equal(head, embedding):
                 raise InputError(f"{self.folder}: the head differs from the embedding, but "
                                  "config.json has them tied")
-        return found
+        return {**found, **self.own}
 
     def _files(self) -> list[Path]:
         return sorted([*self.folder.glob("*.safetensors"), *self.folder.glob("*.bin")])

@@ -86,7 +86,7 @@ def finish_from_checkpoint(config: RunConfig, checkpoint: Checkpoint, model: Mod
     """
     schema = _schema(config)
     run_dir, state = config.run_dir, checkpoint.server
-    flat = FlatParams(model)
+    flat = FlatParams(model, config.personal if isinstance(config, FederatedConfig) else None)
     start = tracked_parameters(flat, flat.vector)
     flat.vector.copy_(checkpoint.tensors(GLOBAL)["model"])
     save_model(run_dir / "model.safetensors", flat.views(flat.vector))

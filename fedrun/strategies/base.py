@@ -90,6 +90,8 @@ class ClientReport:
     """Why nothing of this client is in the sum; empty if it is."""
     validation: Sequence[tuple[int, float, int]] = field(default_factory=list)
     """Losses of the client's own model on the validation split (see training/evaluate.py)."""
+    on_own: Sequence[tuple[int, float, int]] = field(default_factory=list)
+    """The same on what the client holds out of its own text, with --client_holdout."""
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedrun.common.errors import InputError
+from fedrun.data.hub import CACHE_DIR
 from fedrun.flags import Parser
+
+if TYPE_CHECKING:
+    from fedrun.model.pretrained import Pretrained
 
 
 def model_parser(command: str, text: str) -> argparse.ArgumentParser:
@@ -15,7 +21,17 @@ def model_parser(command: str, text: str) -> argparse.ArgumentParser:
     parser.add_argument("model", metavar="RUN",
                         help="a run's folder or its name in results/, an exported folder, or a "
                              "model on the hub")
+    parser.add_argument("--client", type=int, metavar="K",
+                        help="of a run with --personal: client K's own model, of the newest "
+                             "checkpoint")
     return parser
+
+
+def model_of(name: str, client: int | None, cache_dir: Path = CACHE_DIR) -> Pretrained:
+    """The model that a parser of `model_parser` was asked for; InputError if there is none."""
+    from fedrun.library.own_models import of_client
+    from fedrun.model.pretrained import find_pretrained
+    return of_client(find_pretrained(name, "RUN", cache_dir), client)
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:

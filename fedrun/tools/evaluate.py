@@ -9,7 +9,7 @@ from pathlib import Path
 from fedrun.common.files import finite
 from fedrun.common.log import print_log
 from fedrun.data.hub import CACHE_DIR
-from fedrun.tools.common import either, model_parser, parse
+from fedrun.tools.common import either, model_of, model_parser, parse
 
 
 def main(argv: Sequence[str]) -> int:
@@ -43,13 +43,12 @@ def main(argv: Sequence[str]) -> int:
     args = parse(parser, argv)
 
     from fedrun.library.evaluation import evaluate
-    from fedrun.model.pretrained import find_pretrained
 
     given = vars(args)
-    name = given.pop("model")
+    name, client = given.pop("model"), given.pop("client")
     given["dataset"] = either(given.pop("text"), "--dataset", given["dataset"])
     print_log(to_stderr=True)
-    result = {"model": name} | evaluate(
-        find_pretrained(name, "RUN", args.cache_dir), **given)
+    result = {"model": name} | ({} if client is None else {"client": client}) | evaluate(
+        model_of(name, client, args.cache_dir), **given)
     print(json.dumps(finite(result), indent=1, allow_nan=False))
     return 0

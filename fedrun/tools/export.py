@@ -14,7 +14,7 @@ from pathlib import Path
 from fedrun.common.errors import naming
 from fedrun.common.terminal import say
 from fedrun.library.exporting import LOADS, export
-from fedrun.tools.common import model_parser, parse
+from fedrun.tools.common import model_of, model_parser, parse
 
 
 def main(argv: Sequence[str]) -> int:
@@ -26,8 +26,7 @@ def main(argv: Sequence[str]) -> int:
                              "(default: hf)")
     args = parse(parser, argv)
 
-    from fedrun.model.pretrained import find_pretrained
-    found = find_pretrained(args.model, "RUN")
+    found = model_of(args.model, args.client)
     with naming("OUT", args.out):
         export(found, args.to, args.out)
     say(f"wrote {args.out}; load it with\n\n{LOADS[args.to].format(folder=args.out)}")

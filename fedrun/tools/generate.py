@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedrun.common.terminal import argument_text, say_text
-from fedrun.tools.common import either, model_parser, parse
+from fedrun.tools.common import either, model_of, model_parser, parse
 
 PROMPT = "Once upon a time,"
 
@@ -31,7 +31,6 @@ def main(argv: Sequence[str]) -> int:
     prompt = either(args.text, "--prompt", args.prompt)
     prompt = argument_text(PROMPT if prompt is None else prompt, "--prompt")
     from fedrun.library.generation import continue_text
-    from fedrun.model.pretrained import find_pretrained
-    say_text(continue_text(find_pretrained(args.model, "RUN"), prompt, args.max_new_tokens,
+    say_text(continue_text(model_of(args.model, args.client), prompt, args.max_new_tokens,
                            args.temperature, args.top_k, args.seed, args.tokenizer))
     return 0

@@ -211,11 +211,11 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
     outlined = outlined_model(config, vocab_size)
     with Counting() as count, way_of(gpu):
         with count.item(PARAMETERS):
-            flat = FlatParams(outlined)
+            flat = FlatParams(outlined, config.personal)
         count.name(GRADIENTS, flat.grad)
         plane = DataPlane()
         with count.item(SCRATCH):
-            aggregator = make_aggregator(config, flat.vector, plane, most)
+            aggregator = make_aggregator(config, flat.shared, plane, most)
             count.name(BUFFER, aggregator.buffer)
             if isinstance(aggregator, KeepingAggregator):
                 count.name(UPDATES, *aggregator.rows)
@@ -233,7 +233,7 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
         with count.item(SCRATCH):
             client = client_of(config, flat, gpu, config.keeps_moments)
         if config.clips_to_median:  # of this and the round's others, until the median is known
-            waiting = [torch.empty_like(flat.vector) for _ in range(most)]
+            waiting = [torch.empty_like(flat.shared) for _ in range(most)]
             count.name(UPDATES, *waiting)
         level = None if schedule is None or not config.private else level_of(
             config, schedule, flat.size)
@@ -245,14 +245,15 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
         model: Any = Trained(count, counted)
         with count.item(TEMPORARY):
             if strategy.trains:
-                client.train(model, 2, 0, anchor=state.model, prox_mu=config.prox_mu, fisher=fisher,
-                             gradients=singles)
+                client.train(model, 2, 0, anchor=state.shared, prox_mu=config.prox_mu,
+                             fisher=fisher, gradients=singles)
             else:
                 client.gradient(model, singles)
         muon_flop = count.flop  # a counted gradient is not computed again
         with count.item(OWN):
             if config.sync == "epoch":
                 client.keep_parameters()
+            client.keep_personal()
             for name in _residuals(client, aggregator):
                 client.residual(name)
         with count.item(TEMPORARY):

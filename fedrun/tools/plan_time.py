@@ -78,13 +78,13 @@ class Seconds:
 def published(config: RunConfig, found: Trains, layout: Layout, sent: float, name: str,
               rates: Rates) -> Seconds:
     """From a device's published rates. sent: bytes of a term."""
-    size = found.flat.size
+    size, shared = found.flat.size, found.flat.shared_size
     products = rates.bf16 if config.dtype == "bf16" else rates.fp32
     wire = 2 * (layout.workers - 1) / layout.workers * sent / LINK
     return Seconds(
         found.flop / (products * UTILISATION) + found.muon_flop / (rates.fp32 * UTILISATION)
         + ADAMW_BYTES * size / rates.memory,
-        TERM_BYTES * size / rates.memory, wire, None,
+        TERM_BYTES * shared / rates.memory, wire, None,
         f"NOT MEASURED: from {name}'s published {products / 1e12:g} TFLOP/s in {config.dtype}, of "
         f"which {UTILISATION:.0%} are assumed, its {rates.memory / 1e12:g} TB/s of memory, and "
         f"{LINK / 1e9:g} GB/s each way between workers, assumed")
@@ -129,7 +129,7 @@ def measured(config: RunConfig, vocab_size: int, found: Trains, device: torch.de
     shape = measure(_experiment(tried, vocab_size), device)
     # Fisher information of single sequences and parts computes as many gradients.
     whole = _open(config)
-    term = _term(whole, device) * found.flat.size / ELEMENTS if isinstance(
+    term = _term(whole, device) * found.flat.shared_size / ELEMENTS if isinstance(
         whole, FederatedConfig) else 0.0
     return Seconds(shape.step * scale, term, None,
                    shape.evaluation if tried.model is config.model else None, how)

@@ -25,8 +25,8 @@ from fedrun.training.optimizer import LocalOptimizer
 
 
 def take(optimizer: LocalOptimizer, names: Collection[str]) -> dict[str, Tensor]:
-    """The moments with these names after local training, (size,) each. In the optimizer's memory:
-    they have to be loaded again before the next step."""
+    """The moments with these names after local training, (shared_size,) each. In the optimizer's
+    memory: they have to be loaded again before the next step."""
     if "exp_avg" in names:
         return optimizer.bias_corrected_moments()
     config, state, found = optimizer.config, optimizer.state, {}
@@ -34,17 +34,19 @@ def take(optimizer: LocalOptimizer, names: Collection[str]) -> dict[str, Tensor]
         assert config.grad_clip is not None
         steps, clip = optimizer.steps, _not_above(config.grad_clip, optimizer.flat.vector.dtype)
         # Rounding can exceed the clip, nothing else; NaN stays NaN.
+        shared = optimizer.flat.shared_size
         if "momentum" in names:
-            found["momentum"] = state["exp_avg"].div_(1 - config.beta1**steps).clamp_(-clip, clip)
+            found["momentum"] = state["exp_avg"][:shared].div_(
+                1 - config.beta1**steps).clamp_(-clip, clip)
         if "rms" in names:
-            found["rms"] = state["exp_avg_sq"].div_(1 - config.beta2**steps).sqrt_().clamp_(
-                max=clip)
+            found["rms"] = state["exp_avg_sq"][:shared].div_(
+                1 - config.beta2**steps).sqrt_().clamp_(max=clip)
     return found
 
 
 def peaks(optimizer: LocalOptimizer, block: int) -> Tensor:
     """The largest `rms` in each block of this many elements, (blocks,): before `take`."""
-    v, config = optimizer.state["exp_avg_sq"], optimizer.config
+    v, config = optimizer.state["exp_avg_sq"][:optimizer.flat.shared_size], optimizer.config
     whole = len(v) // block * block
     found = v[:whole].view(-1, block).amax(1)
     if whole < len(v):
@@ -62,8 +64,9 @@ def _not_above(limit: float, dtype: torch.dtype) -> float:
 
 def load(optimizer: LocalOptimizer, averages: Mapping[str, Tensor], steps: int,
          renewed: Collection[str]) -> None:
-    """Load averages, (size,) each, as if the optimizer had made this many steps: those that are
-    `renewed` since the last round, and all if the client has not trained in it, or was left out."""
+    """Load averages, (shared_size,) each, as if the optimizer had made this many steps: those that
+    are `renewed` since the last round, and all if the client has not trained in it, or was left
+    out."""
     if "exp_avg" in averages:
         optimizer.load_moments(averages, steps)
     elif len(renewed) == len(averages) or optimizer.steps != steps:
@@ -75,13 +78,14 @@ def load(optimizer: LocalOptimizer, averages: Mapping[str, Tensor], steps: int,
 def _load_bounded(optimizer: LocalOptimizer, averages: Mapping[str, Tensor], steps: int) -> None:
     """Load all of these, `momentum` or `rms` or both. Overwrites flat.grad."""
     config, state = optimizer.config, optimizer.begin_at(steps)
-    m, v = state["exp_avg"], state["exp_avg_sq"]
+    shared = optimizer.flat.shared_size
+    m, v = state["exp_avg"][:shared], state["exp_avg_sq"][:shared]
     if "momentum" in averages:
         torch.mul(brought(averages["momentum"], m), 1 - config.beta1**steps, out=m)
     if "rms" in averages:
         rms = brought(averages["rms"], v)
         torch.mul(rms, rms, out=v).mul_(1 - config.beta2**steps)
-    largest = torch.sqrt(v, out=optimizer.flat.grad).mul_(
+    largest = torch.sqrt(v, out=optimizer.flat.grad[:shared]).mul_(
         adamw_ratio(config.beta1, config.beta2, steps))
     torch.minimum(m, largest, out=m)
     torch.maximum(m, largest.neg_(), out=m)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from fedrun.common.pinned import brought
-from fedrun.config import RunConfig
+from fedrun.config import FederatedConfig, RunConfig
 from fedrun.strategies.base import ADAMW_EPS, adamw_ratio
 from fedrun.training.muon import muon_step
 from fedrun.training.params import FlatParams
@@ -64,12 +64,16 @@ class LocalOptimizer:
         self.config = config
         self.total_steps = total_steps
         self.muon = config.local_optimizer == "muon"
+        self._counts_apart = bool(flat.own.numel() and isinstance(config, FederatedConfig)
+                                  and config.averaged_moments)
         self._between = list(between(flat)) if self.muon else [slice(0, flat.size)]
         """What AdamW updates."""
         self.state: dict[str, Tensor] = {}
         """`step` (0-dim), `exp_avg` and `exp_avg_sq` (size,); empty before the first step. Of the
         parameters' type, but for `exp_avg` with --moments_dtype bf16. With Muon, `exp_avg` has its
-        momentum where matrices are, and `exp_avg_sq` only what is between them, without gaps."""
+        momentum where matrices are, and `exp_avg_sq` only what is between them, without gaps. Where
+        moments are averaged, those of personal parameters are not: the averages have the run's
+        count of steps, these the client's own, `own_step` (0-dim)."""
         self._moment = torch.bfloat16 if config.moments_dtype == "bf16" else flat.vector.dtype
         # A CUDA graph of `update` reads the rate from this memory; a number, it would repeat.
         self._rate = torch.zeros((), device=flat.vector.device) if flat.vector.is_cuda else None
@@ -89,6 +93,8 @@ class LocalOptimizer:
         self.state = {"step": torch.zeros((), device=vector.device),
                       "exp_avg": torch.zeros_like(vector, dtype=self._moment),
                       "exp_avg_sq": vector.new_zeros(squares)}
+        if self._counts_apart:
+            self.state["own_step"] = torch.zeros((), device=vector.device)
 
     def step(self, number: int) -> None:
         """Update the parameters with flat.grad. number: of the step in the run, from 0."""
@@ -107,6 +113,12 @@ class LocalOptimizer:
             self.flat.grad.mul_((config.grad_clip / (norm + 1e-6)).clamp_(max=1.0))
         if self.muon:
             self._update_with_muon(rate)
+        elif self._counts_apart:
+            shared = self.flat.shared_size
+            for part, step in ((slice(shared), "step"), (slice(shared, None), "own_step")):
+                self._adamw(rate, self.flat.vector[part], self.flat.grad[part],
+                            self.state["exp_avg"][part], self.state["exp_avg_sq"][part],
+                            self.state[step])
         elif self._moment == self.flat.vector.dtype:
             self._adamw(rate, self.flat.vector, self.flat.grad, self.state["exp_avg"],
                         self.state["exp_avg_sq"], self.state["step"])
@@ -157,25 +169,50 @@ class LocalOptimizer:
         device = self.flat.vector.device
         self.state = {name: tensor.to(device) for name, tensor in state.items()}
 
+    def own_state(self) -> dict[str, Tensor]:
+        """Copies of what belongs to personal parameters where moments are averaged; else nothing.
+        """
+        if not (self._counts_apart and self.state):
+            return {}
+        shared = self.flat.shared_size
+        return {"own_step": self.state["own_step"].clone()} | {
+            name: self.state[name][shared:].clone() for name in ("exp_avg", "exp_avg_sq")}
+
+    def load_own_state(self, state: Mapping[str, Tensor]) -> None:
+        """Restore `own_state`; what is empty is that of a client before its first step."""
+        if not self._counts_apart:
+            return
+        if not self.state:
+            self._create_state()
+        shared = self.flat.shared_size
+        for name, own in (("own_step", self.state["own_step"]),
+                          ("exp_avg", self.state["exp_avg"][shared:]),
+                          ("exp_avg_sq", self.state["exp_avg_sq"][shared:])):
+            if name in state:
+                own.copy_(state[name])
+            else:
+                own.zero_()
+
     def bias_corrected_moments(self, copy: bool = False) -> dict[str, Tensor]:
-        """AdamW's moments, (size,) each, corrected for their bias: in place, so that they have to
-        be loaded again before the next step, or as copies.
+        """AdamW's moments of what is shared, (shared_size,) each, corrected for their bias: in
+        place, so that they have to be loaded again before the next step, or as copies.
 
         Corrected because the second moment of a first step is a thousandth of the squared gradient,
         too small for the grid on which squared gradients are summed.
         """
         steps = self.steps
-        moments = {name: self.state[name] for name in ("exp_avg", "exp_avg_sq")}
+        shared = self.flat.shared_size
+        moments = {name: self.state[name][:shared] for name in ("exp_avg", "exp_avg_sq")}
         if copy:
             moments = {name: tensor.clone() for name, tensor in moments.items()}
         return {"exp_avg": moments["exp_avg"].div_(1 - self.config.beta1**steps),
                 "exp_avg_sq": moments["exp_avg_sq"].div_(1 - self.config.beta2**steps)}
 
     def load_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
-        """Restore bias-corrected moments, (size,) each, as they were after `steps` steps."""
+        """Restore bias-corrected moments, (shared_size,) each, as they were after `steps` steps."""
         state = self.begin_at(steps)
         for name, beta in (("exp_avg", self.config.beta1), ("exp_avg_sq", self.config.beta2)):
-            moment = state[name]
+            moment = state[name][:self.flat.shared_size]
             torch.mul(brought(moments[name], moment), 1 - beta**steps, out=moment)
 
     def begin_at(self, steps: int) -> dict[str, Tensor]:

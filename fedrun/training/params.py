@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedrun.model.base import Model
-from fedrun.model.names import ParameterNames
+from fedrun.model.names import ParameterNames, personal_names
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,16 @@ class FlatParams:
     model agree on the layout. A tied weight has one slice, under the first of its names. All
     parameters must have the same type and device. `names` are the model's; `matrices` are the
     slices of those that it names so.
+
+    What each client keeps for itself (--personal) comes last: `shared` (shared_size,) and `own` are
+    the vector's two parts. Without it, `shared` is all of it.
     """
 
-    def __init__(self, model: Model | nn.Module) -> None:
-        parameters = sorted(model.named_parameters())  # a tied weight appears once
+    def __init__(self, model: Model | nn.Module, personal: str | None = None) -> None:
+        """personal: of --personal. InputError if it does not fit the model's names."""
+        named = dict(model.named_parameters())  # a tied weight appears once
+        own = personal_names(personal, named)
+        parameters = sorted(named.items(), key=lambda item: (item[0] in own, item[0]))
         self.names = getattr(model, "names", ParameterNames())
         self.slices: list[ParamSlice] = []
         start = 0
@@ -44,10 +50,12 @@ class FlatParams:
             self.slices.append(ParamSlice(name, start, start + p.numel(), p.shape))
             start += p.numel()
         self.size = start
+        self.shared_size = start - sum(named[name].numel() for name in own)
         self.matrices = [part for part in self.slices if part.name in self.names.matrices]
         first = parameters[0][1]
         self.vector = torch.empty(self.size, dtype=first.dtype, device=first.device)
         self.grad = torch.zeros_like(self.vector)
+        self.shared, self.own = self.vector[:self.shared_size], self.vector[self.shared_size:]
         for (_, p), (_, value), (_, grad) in zip(parameters, self.views(self.vector),
                                                  self.views(self.grad), strict=True):
             value.copy_(p.data)

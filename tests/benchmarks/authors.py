@@ -2,6 +2,9 @@
 
     python -m tests.benchmarks.authors sqrt_int8_8     # a run by author and one on shuffled shards
 
+A setting with `personal` has no model for all: each client's average is the shared one with its own
+parameters in it, and the numbers at the end are means over the clients' models.
+
 Trains the setting as it was tuned (results/bytes/table.json), once with whole authors for each
 client and once with sequences dealt out at random. In the middle of each run, where the learning
 rate is still high, it keeps the clients' models before a round's average, and the average; at the
@@ -43,13 +46,15 @@ Models = dict[str, dict[str, Tensor]]
 @contextlib.contextmanager
 def kept(number: int, local_updates: int, models: Models) -> Iterator[None]:
     """In the block, models of a run are put here: the clients' after their training in this round,
-    and the average of that round, which the next one starts from."""
+    and the average of that round, which the next one starts from; if clients have parameters of
+    their own, one for each."""
     healthy, patched = Client.train, Client  # type: Any, Any
 
     def train(client: Client, model: Any, steps: int, first_step: int, *args: Any, **how: Any
               ) -> Any:
-        if first_step == number * local_updates and "average" not in models:
-            models["average"] = copied(client)
+        if first_step == number * local_updates:
+            whose = f", client {client.index}" if client.flat.own.numel() else ""
+            models.setdefault(f"average{whose}", copied(client))
         losses = healthy(client, model, steps, first_step, *args, **how)
         if first_step == (number - 1) * local_updates:
             models[f"client {client.index}"] = copied(client)
@@ -103,10 +108,16 @@ def measured(flags: Mapping[str, Any], partition: str, books: Path, runs: Path, 
     settings = {name: value for name, value in flags.items() if name != "method"} | {
         "partition": partition, "dataset": str(books), "seed": SEED, "cache_dir": str(cache),
         "data_dir": str(runs), "run_name": partition}
+    if settings.get("personal"):  # which the last checkpoint has
+        settings["checkpoint_freq"] = settings["rounds"]
     middle = settings["rounds"] // 2
     with kept(middle, settings["local_updates"], models):
         run = fedrun.train(flags["method"], **settings)
-    models["the end"] = {name: p.detach() for name, p in run.model().named_parameters()}
+    clients = range(settings["num_clients"]) if settings.get("personal") else [None]
+    for client in clients:
+        whose = "" if client is None else f", client {client}"
+        models[f"the end{whose}"] = {
+            name: p.detach() for name, p in run.model(client).named_parameters()}
     data = prepare(str(books), settings["tokenizer"], settings["sequence_length"], cache)
     authors = authors_of(data, settings["num_clients"], SEED)
     parts = {str(client): texts([books / "validation" / author for author in theirs])
@@ -116,24 +127,30 @@ def measured(flags: Mapping[str, Any], partition: str, books: Path, runs: Path, 
 
 
 def table(name: str, partition: str, found: Mapping[str, Mapping[str, float]]) -> str:
-    """A row for each model. Own, others': the clients' means of these, of one model for all."""
-    clients = [part for part in found["average"] if part != "unseen"]
+    """A row for each model; at the end means over the clients, whether they have one model or each
+    its own."""
+    clients = [part for part in found["client 0"] if part != "unseen"]
 
-    def row(title: str, model: Mapping[str, float], own: Sequence[str], others: Sequence[str]
-            ) -> str:
-        cells = [f"{sum(model[part] for part in parts) / len(parts):.1f}"
-                 for parts in (own, others, ["unseen"])]
-        return f"| {title} | {' | '.join(cells)} |"
+    def of(name: str, client: str) -> Mapping[str, float]:
+        return found.get(f"{name}, client {client}") or found[name]
+
+    def cells(model: Mapping[str, float], client: str) -> list[float]:
+        rest = [other for other in clients if other != client]
+        return [model[client], sum(model[other] for other in rest) / len(rest), model["unseen"]]
+
+    def row(title: str, numbers: Sequence[float]) -> str:
+        return f"| {title} | {' | '.join(f'{number:.1f}' for number in numbers)} |"
 
     rows = [f"{name}, {PARTITIONS[partition]}. Perplexity on the held-out text of", "",
             "| model | a client's own authors | the others' | unseen authors |",
             "|---|---|---|---|"]
     for client in clients:
-        rest = [other for other in clients if other != client]
-        rows.append(row(f"client {client}, before the average", found[f"client {client}"],
-                        [client], rest))
-        rows.append(row("the average", found["average"], [client], rest))
-    rows.append(row("at the end of the run, all clients", found["the end"], clients, clients))
+        rows.append(row(f"client {client}, before the average",
+                        cells(found[f"client {client}"], client)))
+        rows.append(row("the average", cells(of("average", client), client)))
+    ends = [cells(of("the end", client), client) for client in clients]
+    rows.append(row("at the end of the run, all clients",
+                    [sum(column) / len(ends) for column in zip(*ends, strict=True)]))
     return "\n".join(rows) + "\n"
 
 

@@ -51,7 +51,8 @@ def test_a_clients_place_is_how_often_it_was_drawn() -> None:
     ({}, False), ({"client_moments": "average"}, False),
     ({"client_moments": "average_sqrt", "grad_clip": "1"}, False),
     ({"client_moments": "average_sqrt", "grad_clip": "1", "moments_every": "3,6"}, True),
-    ({"client_moments": "keep"}, True), ({"aggregation": "int8"}, True)])
+    ({"client_moments": "keep"}, True), ({"aggregation": "int8"}, True),
+    ({"personal": "*norm*"}, True)])
 def test_which_clients_keep_a_state(flags: dict[str, str], keeps: bool) -> None:
     assert settings(7, 3, **flags).keeps_states == keeps
     whole = replace(settings(7, 7, **flags), cohort=None)

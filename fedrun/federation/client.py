@@ -20,6 +20,7 @@ from fedrun.training.params import FlatParams
 
 ADAMW = "adamw."  # prefix of the optimizer's tensors among a client's
 STEPS_DONE = "steps_done"
+OWN_PART = "own_part"
 ClientState = Mapping[str, Tensor]
 
 
@@ -67,7 +68,8 @@ class Client:
         self.vectors: dict[str, Tensor] = {}
         """More of its state by name, (size,) each. `parameters`: its own model between rounds that
         do not start from the global one. `residual`: the part of its updates that was not sent yet,
-        and others of averaged moments (see aggregation/int8.py)."""
+        and others of averaged moments (see aggregation/int8.py). `own_part`: its part of the mean
+        update that travels (see overlap.py)."""
 
     def keep_parameters(self) -> None:
         """Keep the worker's parameters as this client's own, for a round that starts from them."""
@@ -84,11 +86,13 @@ class Client:
     def forget(self) -> None:
         """Reset what local training leaves behind, because the update was left out. The residual of
         earlier updates stays."""
-        dropped = self.vectors.pop("parameters", None)
-        if dropped is not None and dropped.is_cuda:
-            # Its memory is of the store's stream, which must not reuse it while training may still
-            # read it: nobody waits for that here, as the store does before it frees a state.
-            dropped.record_stream(torch.cuda.current_stream())
+        for name in ("parameters", OWN_PART):
+            dropped = self.vectors.pop(name, None)
+            if dropped is not None and dropped.is_cuda:
+                # Its memory is of the store's stream, which must not reuse it while training may
+                # still read it: nobody waits for that here, as the store does before it frees a
+                # state.
+                dropped.record_stream(torch.cuda.current_stream())
         self.optimizer.reset()
 
     def state(self) -> ClientState:

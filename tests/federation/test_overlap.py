@@ -7,6 +7,7 @@ import copy
 import itertools
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fedrun.data.tokens import TokenData, prepare
+from fedrun.distributed.stopping import StopRequest
+from fedrun.federation.messages import RoundDecision, RoundPlan, WorkerReport
 from fedrun.federation.overlap import SUM
+from fedrun.federation.server import Server
 from fedrun.flags import resolve
 from fedrun.model.mamba2 import Mamba2LM
 from tests.support.prepared import run_ranks
@@ -195,17 +199,39 @@ def test_the_same_bits_in_every_world(processes: int, script: str, run: Run, alo
     assert without_clocks(other) == without_clocks(alone)
 
 
+def test_a_stopped_run_resumes_with_the_sum_that_travelled(
+        run_here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the clients' own parts of it: the last bits depend on both."""
+    flags = (*FLAGS, "--rounds", 4, "--checkpoint_freq", "none", "--val_freq", 100)
+    whole = run_here("diloco", *flags, name="whole")
+    healthy = Server.decide
+
+    def decide(server: Server, plan: RoundPlan, trained: list[WorkerReport]) -> RoundDecision:
+        decision = healthy(server, plan, trained)
+        return replace(decision, stop="the test") if plan.round == 2 else decision
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Server, "decide", decide)
+        patch.setattr(StopRequest, "obeyed", lambda _: None)
+        stopped = run_here("diloco", *flags, name="stopped")
+    held, = stopped.run_dir.glob("checkpoints/step_*2/global.*")
+    assert bool(load_file(held)[SUM].any())
+    resumed = run_here("diloco", *flags, after=stopped)
+    assert "resuming from step 2" in resumed.output
+    assert resumed.bits == whole.bits
+
+
+@pytest.mark.slow
 def test_a_sum_that_travels_is_part_of_a_checkpoint(run: Run, alone: Outcome, tmp_path: Path
                                                     ) -> None:
-    """Killed after round 5, whose sum was on its way, and resumed in another world."""
-    killed = run("diloco", *FLAGS, script=FAULTY, env=fault(tmp_path, "kill", "record:5"))
-    held = [load_file(file)[SUM] for file in killed.run_dir.glob("checkpoints/step_*/global.*")]
-    assert held
-    assert all(bool(one.any()) for one in held)
+    """Killed once that of round 4 is written, and resumed in another world."""
+    killed = run("diloco", *FLAGS, script=FAULTY, env=fault(tmp_path, "kill", "after-manifest:4"))
+    held, = killed.run_dir.glob("checkpoints/step_*4/global.*")
+    assert bool(load_file(held)[SUM].any())
     resumed = run("diloco", *FLAGS, processes=3, script="tests.support.two_machines")
-    assert "resuming from step" in resumed.output
+    assert "resuming from step 4" in resumed.output
     assert_equal(resumed, alone)
-    assert SUM not in load_file(next(resumed.run_dir.glob("checkpoints/step_6/global.*")))
+    assert SUM not in load_file(next(resumed.run_dir.glob("checkpoints/step_*6/global.*")))
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ from fedrun.federation.messages import RoundDecision, RoundPlan, WorkerReport
 from fedrun.federation.overlap import SUM
 from fedrun.federation.server import Server
 from fedrun.flags import resolve
+from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
 from tests.support.prepared import run_ranks
 from tests.support.runs import (
@@ -55,7 +56,8 @@ class ByHand:
     """Two clients in plain torch and float64, each with a model and an AdamW of its own."""
 
     def __init__(self, data: TokenData) -> None:
-        shape = resolve("fed_avg", {"config": "tiny"}).model
+        shape = ModelConfig(n_layer=2, d_model=64, d_state=16, headdim=16)
+        assert resolve("fed_avg", {"config": "tiny"}).model == shape
         model = Mamba2LM(shape, data.vocab_size)
         model.init_weights(0)
         self.first = flat(model.double())
@@ -135,6 +137,7 @@ def outer_steps_by_hand(hand: ByHand) -> Tensor:
             step(own, mine, part)
             starts.append(mine.detach())
         travelling = torch.stack(parts).sum(0)
+    assert travelling is not None
     step(outer, server, travelling)
     return server.detach()
 

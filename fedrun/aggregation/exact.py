@@ -27,6 +27,7 @@ from fedrun.aggregation.bounds import Bounds, bound_exceeded
 from fedrun.aggregation.slices import Peaks, slice_width
 from fedrun.common.pinned import brought
 from fedrun.distributed.data_plane import DataPlane
+from fedrun.distributed.waiting import Travelling
 from fedrun.model.kernels import current_device, uses_triton
 from fedrun.strategies.base import CLIENT_VECTORS, Strategy
 
@@ -69,6 +70,7 @@ class ExactAggregator(Aggregator):
         self._all_moments = tuple(moments)
         self._lay_out(self._all_moments)
         self._stale = True  # the buffer still holds the previous round's sum
+        self._travelling: Travelling | None = None
         self._rounded = torch.empty(width, dtype=dtype, device=like.device)
         self._bounds = dict.fromkeys(CLIENT_VECTORS, torch.finfo(like.dtype).max)
         self._table = self.slices.table(strategy.global_means, like.device
@@ -102,6 +104,29 @@ class ExactAggregator(Aggregator):
         """Workers: sum over all of them; a worker without a client in the sum adds zeros."""
         self._zero_if_stale()
         super().reduce()
+
+    def send(self) -> None:
+        """Workers: begin `reduce`, whose sum travels while they do something else, to `receive`."""
+        self._zero_if_stale()
+        self._travelling = self.plane.send(self._buffers)
+
+    def receive(self) -> None:
+        """Workers: wait for a sum that travels; afterwards all is as after `reduce`."""
+        assert self._travelling is not None, "`send` comes first"
+        self._reduced, self._travelling = self.plane.receive(self._travelling), None
+
+    def total(self) -> Tensor:
+        """After the sum: all of it, as long as the buffer, in memory of its own."""
+        total = self._reduced[0].clone()
+        for other in self._reduced[1:]:
+            total.add_(other)
+        return total
+
+    def restore(self, total: Tensor) -> None:
+        """Workers, after `begin` with the bounds of its round: all is as after the `reduce` that
+        made this total."""
+        self.plane.write(self._buffers[0], total)
+        self._reduced = self._buffers[:1]
 
     def begin(self, bounds: Bounds, moments: Sequence[str] | None = None) -> None:
         self._stale = True

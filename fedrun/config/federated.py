@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 from fedrun.common.errors import require
 from fedrun.config.client_clip import MEDIAN, check_client_clip
+from fedrun.config.overlap import check_overlap
 from fedrun.config.own import check_own
 from fedrun.config.shared import RunConfig
 from fedrun.data.site_settings import check_sites
@@ -81,6 +82,11 @@ class FederatedConfig(PrivacySettings, RunConfig):
     (8 bits, 1.01 bytes a parameter; a client adds its rounding error to its next update), or int4
     (4 bits each way, 0.51 bytes a parameter; the sum is rounded too, and the server adds that error
     to its next sum)."""
+    overlap: bool = False
+    """Let a round's sum travel while the next round trains, in which each client goes on from its
+    own part of it; the others' parts come one round late (Kale et al. 2025). What is recorded and
+    saved after a round is the model without that round's own update, except after the last. Takes 4
+    bytes a parameter more, and as much again in each client's state."""
     client_clip: str | None = None
     """Longest update of a client, in L2 norm: a longer one is scaled down to it, so that no client
     can move the model further however it trained. A number, or the median of the round's norms
@@ -141,6 +147,7 @@ class FederatedConfig(PrivacySettings, RunConfig):
         if self.sends_few_bits:
             self._check_few_bits()
         check_client_clip(self)
+        check_overlap(self)
         check_sites(self)
         self.strategy.check(self)
         check_privacy(self)
@@ -186,7 +193,7 @@ class FederatedConfig(PrivacySettings, RunConfig):
         which follows from the rounds in which it trained. Sites keep a file of each client in any
         case."""
         return (self.keeps_moments or self.sends_few_bits or self.sync == "epoch"
-                or self.sites is not None or self.personal is not None)
+                or self.sites is not None or self.overlap or self.personal is not None)
 
     @property
     def sends_few_bits(self) -> bool:

@@ -15,6 +15,7 @@ alone, and only its first worker, the leader, sends to other sites: what it has 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Protocol
@@ -27,7 +28,7 @@ from torch import Tensor
 from fedrun.common.errors import FedrunError
 from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.shared_memory import NO_ADDRESS, SharedBuffer
-from fedrun.distributed.waiting import wait_for
+from fedrun.distributed.waiting import Travelling, wait_for
 
 
 class Mask(Protocol):
@@ -202,18 +203,43 @@ class DataPlane:
         Returns buffers; their elementwise sum, in this order, is the result. Read-only until the
         next `barrier`.
         """
-        self.barrier()  # all workers of the site have filled theirs
+        parts = self._sum_in_node(parts)
         if self.inter_node_group is None and not self.of_site:
             return tuple(parts)
+        if self.node_rank == 0:
+            self._sum_over_groups(parts[0], self.inter_node_group, mask)
+        self.barrier()
+        return tuple(parts)
+
+    def _sum_in_node(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Once all workers of the site have filled their parts: those of this node, summed if the
+        sum goes on to other nodes or sites."""
+        self.barrier()
+        if self.inter_node_group is None and not self.of_site:
+            return parts
         first, *others = parts
         mine = self.section(first.numel())
         for other in others:
             first[mine.start:mine.stop].add_(other[mine.start:mine.stop])
         self.barrier()
-        if self.node_rank == 0:
-            self._sum_over_groups(first, self.inter_node_group, mask)
+        return parts[:1]
+
+    def send(self, parts: Sequence[Tensor]) -> Travelling:
+        """Begin `reduce`, in a run without sites. The sum travels, by threads of the backend, until
+        `receive`; meanwhile the parts must not change, and nothing else may be sent."""
+        assert not self.of_site
+        parts, work, began = self._sum_in_node(parts), None, time.monotonic()
+        if self.inter_node_group is not None and self.node_rank == 0:
+            work = dist.all_reduce(parts[0], group=self.inter_node_group, async_op=True)
+        return Travelling(tuple(parts), work, began)
+
+    def receive(self, sum_: Travelling) -> tuple[Tensor, ...]:
+        """Wait for a sum that travels; returns what `reduce` does."""
+        if sum_.work is not None:
+            wait_for(sum_.work, self._control, self._polls, sum_.since)
+            self.bytes_sent += sum_.parts[0].nbytes
         self.barrier()
-        return (first,)
+        return sum_.parts
 
     def sum_words(self, words: Sequence[int], mask: Mask | None = None) -> list[int]:
         """Sums of integers over all workers of all sites, each modulo 2^64, from -2^63 to 2^63 - 1.

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from fedrun.distributed.control_plane import ControlPlane, UnresponsiveRanks
 
@@ -25,18 +27,32 @@ SHARE_OF_TIMEOUT = 0.9  # after which an error counts as the timeout's
 SECONDS_FOR_REASON = 1.0  # two heartbeats
 
 
-def wait_for(work: dist.Work | None, control: ControlPlane | None, polled: bool) -> None:
+@dataclass(frozen=True)
+class Travelling:
+    """A sum that is on its way (`DataPlane.send`)."""
+
+    parts: tuple[Tensor, ...]
+    """The buffers whose elementwise sum it is, once it has arrived."""
+    work: dist.Work | None
+    """Its collective, on workers that wait for one."""
+    since: float
+    """When it was begun, by the monotonic clock."""
+
+
+def wait_for(work: dist.Work | None, control: ControlPlane | None, polled: bool,
+             since: float | None = None) -> None:
     """Workers: wait until a collective is done.
 
-    work: None if it is done already. polled: see above; never without a control plane. Raises
-    UnresponsiveRanks if another rank has failed or is lost, or after the control plane's timeout.
+    work: None if it is done already. polled: see above; never without a control plane. since: when
+    it was begun, by the monotonic clock; None: now. Raises UnresponsiveRanks if another rank has
+    failed or is lost, or after the control plane's timeout.
     """
     if work is None:
         return
     if control is None:
         work.wait()
         return
-    began = time.monotonic()
+    began = time.monotonic() if since is None else since
     try:
         if polled:
             _poll(work, control)

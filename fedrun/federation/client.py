@@ -20,6 +20,7 @@ from fedrun.training.params import FlatParams
 
 ADAMW = "adamw."  # prefix of the optimizer's tensors among a client's
 STEPS_DONE = "steps_done"
+OWN_PART = "own_part"
 ClientState = Mapping[str, Tensor]
 
 
@@ -67,8 +68,9 @@ class Client:
         self.vectors: dict[str, Tensor] = {}
         """More of its state by name. (shared_size,): `parameters`, its own model between rounds
         that do not start from the global one; `residual`, the part of its updates that was not sent
-        yet, and others of averaged moments (see aggregation/int8.py). `personal`: the values of
-        --personal parameters after the last round in which its update was used."""
+        yet, and others of averaged moments (see aggregation/int8.py); `own_part`, its part of the
+        mean update that travels (see overlap.py). `personal`: the values of --personal parameters
+        after the last round in which its update was used."""
 
     def keep_parameters(self) -> None:
         """Keep the worker's shared parameters as this client's own, for a round that starts from
@@ -85,11 +87,11 @@ class Client:
             self.vectors[name] = torch.empty_like(values)
         self.vectors[name].copy_(values)
 
-    def begin_round(self, model: Tensor, from_global: bool = True) -> None:
-        """Load where local training starts: the global model, (size,), or from its own parameters;
-        personal ones, from which `model` has what the run started from, are its own in any case."""
+    def begin_round(self, model: Tensor, own: Tensor | None = None) -> None:
+        """Load where local training starts: the global model, (size,), or in place of its shared
+        parameters `own`, (shared_size,); personal ones, of which `model` has what the run started
+        from, are the client's own in any case."""
         shared = self.flat.shared_size
-        own = None if from_global else self.vectors.get("parameters")
         self.flat.shared.copy_(model[:shared] if own is None else own, non_blocking=True)
         self.flat.own.copy_(self.vectors.get("personal", model[shared:]), non_blocking=True)
 
@@ -102,11 +104,13 @@ class Client:
     def forget(self) -> None:
         """Reset what local training leaves behind, because the update was left out. The residual of
         earlier updates stays, and so do personal parameters as they were before."""
-        dropped = self.vectors.pop("parameters", None)
-        if dropped is not None and dropped.is_cuda:
-            # Its memory is of the store's stream, which must not reuse it while training may still
-            # read it: nobody waits for that here, as the store does before it frees a state.
-            dropped.record_stream(torch.cuda.current_stream())
+        for name in ("parameters", OWN_PART):
+            dropped = self.vectors.pop(name, None)
+            if dropped is not None and dropped.is_cuda:
+                # Its memory is of the store's stream, which must not reuse it while training may
+                # still read it: nobody waits for that here, as the store does before it frees a
+                # state.
+                dropped.record_stream(torch.cuda.current_stream())
         self.optimizer.reset()
 
     def state(self) -> ClientState:

@@ -76,7 +76,7 @@ class CohortLog:
 
         def record(measured: Mapping[str, float], gradients: bool) -> dict[str, Any]:
             strategy = self.config.strategy
-            if isinstance(strategy, Robust) and not strategy.by_distance:
+            if (isinstance(strategy, Robust) and not strategy.by_distance) or self.config.overlap:
                 measured = _without_mean(measured)
             fields = cohort_record(clients, measured, gradients)
             if self.config.eval_clients:
@@ -159,5 +159,6 @@ class CohortLog:
 
 def _without_mean(measured: Mapping[str, float]) -> dict[str, float]:
     """What was measured of a round whose result is not the mean of the clients' updates by the
-    weights that are recorded: cosines follow from the norm of that mean alone."""
+    weights that are recorded, or with --overlap that of the round before: cosines follow from the
+    norm of that mean alone."""
     return {name: number for name, number in measured.items() if name != "mean_norm"}

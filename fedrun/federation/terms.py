@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from fedrun.aggregation.base import Aggregator
@@ -22,6 +23,8 @@ from fedrun.federation.reported import reported_vectors
 from fedrun.strategies.base import ClientReport
 from fedrun.training.fisher import FisherEstimate
 
+PERSONAL_NOT_FINITE = "its personal parameters are not finite"
+
 
 class Terms:
     """Adds the terms of a worker's clients, clipped where that is asked for.
@@ -35,9 +38,11 @@ class Terms:
         self.config, self.aggregator, self.state, self.fisher = config, aggregator, state, fisher
         self._waiting: list[tuple[int, Tensor, float, float]] = []  # client, update, norm, weight
 
-    def begin(self, turns: Sequence[Sequence[int]]) -> None:
-        """Before a round's first client. turns: the clients that each worker trains."""
+    def begin(self, turns: Sequence[Sequence[int]], aggregator: Aggregator) -> None:
+        """Before a round's first client. turns: the clients that each worker trains; aggregator:
+        what the round's terms are added to."""
         self._waiting.clear()
+        self.aggregator = aggregator
         if isinstance(self.aggregator, KeepingAggregator):
             self.aggregator.expect(turns)
 
@@ -51,12 +56,16 @@ class Terms:
                 if client in aggregator.kept]
 
     def add(self, client: Client, planned: float, plan: RoundPlan, report: ClientReport,
-            noise: Noise | None = None) -> ClientReport:
+            origin: Tensor, noise: Noise | None = None) -> ClientReport:
         """Add a client's term; returns its report with its weight and norm, or with the reason why
-        it is left out. noise: with --dp client."""
+        it is left out. origin: what its update is the difference from, (shared_size,): of the
+        global model, unless with --overlap. noise: with --dp client."""
         if noise is not None:
             self._add_private(client, planned, noise)
             return report
+        own = client.flat.own
+        if own.numel() and not bool(torch.isfinite(own).all()):
+            return replace(report, left_out=PERSONAL_NOT_FINITE)
         if report.entropy is not None and not math.isfinite(report.entropy):
             return replace(report, entropy=None, left_out="entropy not finite")
         try:
@@ -67,14 +76,14 @@ class Terms:
             return self._add_checked(client, weight, plan, report)
         vectors = reported_vectors(client, self.config.strategy, self.aggregator,
                                    self.state.moments is not None, self.fisher)
-        if left_out := self.aggregator.add(vectors, weight, start=self.state.shared):
+        if left_out := self.aggregator.add(vectors, weight, start=origin):
             return replace(report, left_out=left_out)
         report = replace(report, weight=weight)
         if not plan.evaluate:
             return report
         first = next(iter(vectors))
-        origin = self.state.shared if first == "parameters" else None
-        return replace(report, norm=norm(vectors[first], origin))
+        return replace(report, norm=norm(vectors[first],
+                                         origin if first == "parameters" else None))
 
     def _add_private(self, client: Client, weight: float, noise: Noise) -> None:
         """With --dp client: add its update, clipped; zeros for one that is not finite, of which

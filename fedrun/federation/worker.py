@@ -12,7 +12,6 @@ import time
 from dataclasses import replace
 
 import numpy as np
-import torch
 
 from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.making import make_aggregator
@@ -28,6 +27,7 @@ from fedrun.federation.counted_store import Counted
 from fedrun.federation.global_state import GlobalState, layout
 from fedrun.federation.messages import RoundPlan, RoundReport, WorkerReport
 from fedrun.federation.noise import Noise
+from fedrun.federation.overlap import Overlap
 from fedrun.federation.placement import Placement, hosted_clients
 from fedrun.federation.schedule import Schedule
 from fedrun.federation.secure_sum import TAIL, PlanRefused, SecureSum
@@ -48,8 +48,6 @@ from fedrun.training.evaluate import Piece, validation_pieces
 from fedrun.training.fisher import FisherEstimate
 from fedrun.training.optimizer import LocalOptimizer, scheduled_lr
 from fedrun.training.params import FlatParams
-
-PERSONAL_NOT_FINITE = "its personal parameters are not finite"
 
 
 class PeerFailed(Exception):
@@ -83,6 +81,12 @@ class Worker:
         self.global_state = GlobalState(config, vector, plane, self.aggregator)
         self.global_model = self.global_state.model
         self.server_update = ServerUpdate(self.strategy, self.aggregator)
+        self.overlap: Overlap | None = None
+        """With --overlap: the sum that travels while clients train (see overlap.py)."""
+        if config.overlap:
+            other = make_aggregator(config, self.flat.shared, plane, most)
+            self.overlap = Overlap(self.global_state, (
+                self.server_update, ServerUpdate(self.strategy, other)))
         self.fisher = FisherEstimate(self.flat, self.strategy.fisher_settings
                                      ) if "fisher" in self.strategy.inputs else None
         self.terms = Terms(config, self.aggregator, self.global_state, self.fisher)
@@ -108,6 +112,9 @@ class Worker:
         if checkpoint is not None:
             self.global_state.load(checkpoint, warns=self._index == 0)
             self.store.load(checkpoint)
+            if self.overlap is not None:
+                self.overlap.load(checkpoint, self._bounds(schedule.plan(checkpoint.step, 0.0)),
+                                  self._server_round(checkpoint.step))
 
     def _new_client(self, index: int) -> Client:
         """A client, which shares the worker's model, optimizer and memory for a batch."""
@@ -121,15 +128,24 @@ class Worker:
         assert self.runtime.worker is not None
         return self.runtime.worker
 
+    def _bounds(self, plan: RoundPlan) -> Bounds:
+        return Bounds(plan.bound, plan.gradient_bound, self.config.grad_clip or 1.0)
+
+    def _server_round(self, number: int) -> ServerRound:
+        config = self.config
+        return ServerRound(number, scheduled_lr(config, number - 1, self.schedule.rounds),
+                           config.beta1, config.beta2, config.weight_decay)
+
     # ---- local training --------------------------------------------------------------------------
 
     def train(self, plan: RoundPlan) -> WorkerReport:
         """Train the hosted clients of the cohort and add each one's term; nothing is sent."""
         began, self._ready = time.monotonic(), 0
         self.keep(plan.kept)
-        self.aggregator.begin(Bounds(plan.bound, plan.gradient_bound, self.config.grad_clip or 1.0),
-                              self.schedule.moments(plan.round))
-        self.terms.begin(self.placement.turns(plan.cohort))
+        if self.overlap is not None:
+            self.aggregator = self.overlap.aggregator(plan.round)
+        self.aggregator.begin(self._bounds(plan), self.schedule.moments(plan.round))
+        self.terms.begin(self.placement.turns(plan.cohort), self.aggregator)
         if self.secure is not None:
             self.secure.begin(plan, self.global_model)
             self.secure.make_ahead(*self.aggregator.layout)
@@ -161,7 +177,12 @@ class Worker:
 
     def _train_client(self, client: Client, planned: float, plan: RoundPlan) -> ClientReport:
         """One client's part of a round: train, measure its model, add its term."""
-        client.begin_round(self.global_model, plan.start_from_global)
+        origin = self.global_state.shared  # what its update is the difference from
+        own = None if plan.start_from_global else client.vectors.get("parameters")
+        if self.overlap is not None:
+            own = origin = self.overlap.start(client, plan.round > 1 and client.index
+                                              in self.schedule.cohort(plan.round - 1))
+        client.begin_round(self.global_model, own)
         steps = self.config.local_updates
         first_step = (plan.round - 1) * steps
         hidden = self.noise if isinstance(self.noise, SequenceNoise) else None
@@ -179,7 +200,7 @@ class Worker:
             if hidden is not None:
                 hidden.begin(client, plan.round)
             losses = client.train(self.model, steps, first_step, self._check_peers,
-                                  anchor=self.global_state.shared, prox_mu=self.config.prox_mu,
+                                  anchor=origin, prox_mu=self.config.prox_mu,
                                   fisher=self.fisher, gradients=gradients)
         else:
             self._check_peers()
@@ -194,15 +215,14 @@ class Worker:
                               self._entropy(client))
         if plan.evaluate:
             report = self._measure(client, report, plan.round)
-        if self.flat.own.numel() and not bool(torch.isfinite(self.flat.own).all()):
-            report = replace(report, left_out=PERSONAL_NOT_FINITE)
-        else:
-            report = self.terms.add(client, planned, plan, report,
-                                    self.noise if self.config.dp == "client" else None)
+        report = self.terms.add(client, planned, plan, report, origin,
+                                self.noise if self.config.dp == "client" else None)
         if report.left_out:
             client.forget()
         else:
             client.keep_personal()
+            if self.overlap is not None:
+                self.overlap.keep(client, origin, report.weight)
         if hidden is not None:  # of its text nothing is known but how long it is
             report = replace(report, tokens=0, noised_norm=hidden.gradients.norm)
         return report
@@ -244,19 +264,16 @@ class Worker:
             raise PlanRefused(f"round {plan.round}: the server continues, but this worker has not "
                               "trained its clients")
         began = time.monotonic()
-        tail = self._sum(plan)
+        tail = self._sum(plan) if self.overlap is None else None
         words = tail.words() if tail is not None and self._index == 0 else []
         if tail is not None and tail.diverged:
             return RoundReport(tail=words, failure="diverged")
         if not plan.last and (turns := self._hosted(self.schedule.cohort(plan.round + 1))):
             self.store.prefetch(turns[0])
-        config = self.config
-        context = ServerRound(plan.round, scheduled_lr(config, plan.round - 1,
-                                                       self.schedule.rounds),
-                              config.beta1, config.beta2, config.weight_decay)
-        state = self.global_state
-        measured = self.server_update.apply(state.model, state.server, context, state.moments,
-                                            measure=plan.evaluate)
+        context, state = self._server_round(plan.round), self.global_state
+        measured = self.server_update.apply(
+            state.model, state.server, context, state.moments, measure=plan.evaluate
+            ) if self.overlap is None else self.overlap.aggregate(context, plan)
         return RoundReport(aggregation_seconds=time.monotonic() - began, measured=measured,
                            tail=words, used=self.terms.used,
                            charged=self.noise is not None and self.noise.charged)
@@ -310,7 +327,8 @@ class Worker:
         now."""
         self.aggregator.complete()
         first = self._index == 0 if self.site_states is None else self.site_states.process == 0
-        files = {GLOBAL: self.global_state.named()} if first else {}
+        held = {} if self.overlap is None else self.overlap.held(first)
+        files = {GLOBAL: self.global_state.named() | held} if first else {}
         self.store.save(self.checkpoint_writer, self.folders.step(plan.round), plan.round, files)
 
     def announce_state(self, report: RoundReport) -> RoundReport:

@@ -25,9 +25,10 @@ from fedrun.aggregation.update import ServerUpdate
 from fedrun.aggregation.weiszfeld import WeiszfeldAggregator
 from fedrun.config import FederatedConfig, RunConfig
 from fedrun.distributed.data_plane import DataPlane
-from fedrun.federation.client import Client
+from fedrun.federation.client import OWN_PART, Client
 from fedrun.federation.global_state import GlobalState
 from fedrun.federation.noise_keeper import Level, level_of
+from fedrun.federation.overlap import SUM
 from fedrun.federation.private_gradient import PrivateGradient
 from fedrun.federation.reported import reported_vectors
 from fedrun.federation.schedule import Schedule
@@ -223,6 +224,10 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
                 count.name(CENTRE, aggregator.centre)
             state = GlobalState(config, flat.vector, plane, aggregator)
             ServerUpdate(strategy, aggregator)
+            if config.overlap:
+                second = make_aggregator(config, flat.shared, plane, most)
+                count.name(BUFFER, second.buffer)
+                ServerUpdate(strategy, second)
         count.name(GLOBAL_MODEL, state.model)
         count.name(SERVERS, *state.server.values())
         count.name(SERVER_RESIDUAL, *state.sections.values())
@@ -256,11 +261,14 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
             client.keep_personal()
             for name in _residuals(client, aggregator):
                 client.residual(name)
+            if config.overlap:
+                client.vectors[OWN_PART] = torch.empty_like(flat.shared)
         with count.item(TEMPORARY):
             reported_vectors(client, strategy, aggregator, state.moments is not None, fisher)
         count.besides(evaluated.items)
     steps = 2 if strategy.trains else 1
-    return Worker(flat, +count.peak, dict(client.state()), state.named(), model.flop // steps,
+    kept = state.named() | ({SUM: aggregator.buffer} if config.overlap else {})
+    return Worker(flat, +count.peak, dict(client.state()), kept, model.flop // steps,
                   muon_flop // steps, aggregator, level)
 
 

@@ -80,6 +80,7 @@ CASES = [("fed_avg", {}), ("fed_avg", {"micro_batch": 1, "checkpoint_activations
          ("fed_median", {"byzantine": 1}), ("fed_avg", {"client_clip": "median"}),
          ("fed_geometric_median", {}), ("fed_avg", PRIVATE), ("fed_avg", {"model": GPT2}),
          ("fed_adam", {"client_moments": "average", "personal": "*embedding*"}),
+         ("diloco", {"overlap": True}),
          pytest.param("fed_avg", PRIVATE | {"dp": "example", "batch_size": 4}, marks=SLOW),
          pytest.param("fed_avg", {"model": GEMMA2, "dtype": "bf16"}, marks=SLOW)]
 
@@ -108,12 +109,14 @@ def test_memory_of_a_worker_is_what_it_allocates(method: str, flags: dict[str, o
         alone = sum(t.nbytes for t in worker.optimizer.state.values())
         seen.update({
             PARAMETERS: worker.flat.vector.nbytes, GRADIENTS: worker.flat.grad.nbytes,
-            GLOBAL_MODEL: state.model.nbytes, BUFFER: worker.aggregator._memory[0].nbytes,
+            GLOBAL_MODEL: state.model.nbytes,
+            BUFFER: worker.aggregator._memory[0].nbytes * (1 if worker.overlap is None else 2),
             SERVERS: sum(t.nbytes for t in state.server.values()),
             SERVER_RESIDUAL: sum(t.nbytes for t in state.sections.values()),
             AVERAGED: sum(t.nbytes for t in (state.moments or {}).values()),
             MOMENTS: alone if named else moments[0] or alone, STATES: sum(own[1:]),
-            CHECKPOINT: sum(own) + sum(t.nbytes for t in state.named().values()),
+            CHECKPOINT: sum(own) + sum(t.nbytes for t in state.named().values())
+            + (0 if worker.overlap is None else worker.aggregator._memory[0].nbytes),
             FISHER: 0 if worker.fisher is None else sum(
                 t.nbytes for t in vars(worker.fisher).values() if isinstance(t, torch.Tensor)),
             OWN: own[0] - moments[0] - 8})

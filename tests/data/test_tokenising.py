@@ -30,10 +30,11 @@ from fedrun.data import (
     tokenising_pool,
 )
 from fedrun.data.documents import TextFile, find_documents
+from fedrun.data.helper_process import HelperEnded
 from fedrun.data.partial_entry import PartialEntry
 from fedrun.data.stored_rows import RowFiles, StoredRows, joined
 from fedrun.data.text_options import TextOptions
-from fedrun.data.tokenising_process import Helper, HelperEnded
+from fedrun.data.tokenising_process import Helper
 from fedrun.data.tokens import prepare
 from tests.support.disk import full, no_space
 from tests.support.killed_building import BLOCK_BYTES

@@ -39,6 +39,7 @@ class RowFiles:
     def __init__(self, folder: Path, whole: bool = False, kept: int = 0) -> None:
         """whole: whether to open files that are there, instead of new ones. kept: how many rows of
         files that are there to keep, and append behind them."""
+        self.folder = folder
         flags = os.O_RDONLY if whole else os.O_RDWR if kept else \
             os.O_RDWR | os.O_CREAT | os.O_TRUNC
         self._text, self._starts = (os.open(folder / name, flags | os.O_CLOEXEC, 0o666)
@@ -83,6 +84,17 @@ class RowFiles:
             if not self.wants_more:
                 break
         return self.since(first)
+
+    def append_files(self, others: RowFiles) -> None:
+        """Append all rows of other files, which are whole."""
+        self.flush()
+        for at in range(0, others._bytes, READ_BYTES):
+            _write(self._text, _read(others._text, min(READ_BYTES, others._bytes - at), at))
+        for first in range(0, others._written, READ_BYTES):
+            ends = others.starts(first, min(others._written, first + READ_BYTES))[1:]
+            _write(self._starts, (self._bytes + ends).tobytes())
+        self._written, self._bytes = self._written + others._written, self._bytes + others._bytes
+        self._report()
 
     def since(self, first: int) -> StoredRows:
         """The rows from number `first` on."""
@@ -134,6 +146,9 @@ class RowFiles:
         _write(self._starts, (self._bytes + np.cumsum(sizes)).tobytes())
         self._written, self._bytes = len(self), self.size
         self._pending, self._pending_bytes = [], 0
+        self._report()
+
+    def _report(self) -> None:
         if (now := time.monotonic()) >= self._next_line:
             self._next_line = now + LINE_SECONDS
             log(f"read {self._bytes / 1e6:,.0f} MB of text, "

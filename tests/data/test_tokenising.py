@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -39,7 +38,7 @@ from fedrun.data.tokens import prepare
 from tests.support.disk import full, no_space
 from tests.support.killed_building import BLOCK_BYTES
 from tests.support.runs import ROOT, fresh_python
-from tests.support.texts import load
+from tests.support.texts import entry_files, load
 
 ROWS = st.lists(st.text(alphabet="aé漢\n \N{GRINNING FACE}", max_size=9), max_size=30)
 
@@ -120,13 +119,6 @@ def test_long_records_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pyte
 
 
 # ---- blocks and processes -----------------------------------------------------------------------
-
-def entry_files(cache: Path) -> dict[str, str]:
-    """SHA-256 of the files of the one entry in a cache that is otherwise empty."""
-    (entry,) = [path for path in (cache / "tokens").iterdir() if path.is_dir()]
-    return {str(file.relative_to(entry)): hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in sorted(entry.rglob("*")) if file.is_file()}
-
 
 def tale(folder: Path, n_lines: int = 600) -> Path:
     """A text of paragraphs, with empty lines and letters of several bytes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 from dataclasses import dataclass
@@ -95,3 +96,10 @@ def load(path: Path | str, **reading: Any) -> Loaded:
         for name in FILES:  # tests break what else could empty a folder
             (folder / name).unlink()
         folder.rmdir()
+
+
+def entry_files(cache: Path) -> dict[str, str]:
+    """SHA-256 of the files of the one entry in a cache that is otherwise empty."""
+    (entry,) = [path for path in (cache / "tokens").iterdir() if path.is_dir()]
+    return {str(file.relative_to(entry)): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(entry.rglob("*")) if file.is_file()}

@@ -27,7 +27,7 @@ from fedrun.data.given_parts import in_chunks
 from fedrun.data.helper_process import HelperEnded
 from fedrun.data.limited_rows import LimitedRows, MadeIds, RowsChanged
 from fedrun.data.partial_entry import ROWS, PartialEntry
-from fedrun.data.stored_rows import RowFiles, StoredRows
+from fedrun.data.stored_rows import RowFiles
 from fedrun.data.text_options import TextOptions
 from fedrun.data.tokenising import write_ids
 from fedrun.data.tokenising_pool import Encodes
@@ -177,8 +177,6 @@ def _count(partial: PartialEntry, value: Mapping[str, int], sizes: Mapping[str, 
 def _tokenise(corpus: Corpus, encoder: Encodes, tokenizer: Tokenizer, partial: PartialEntry
               ) -> Documents:
     """Write the token ids of both splits; returns the documents in tokens."""
-    assert isinstance(corpus.train, StoredRows)
-    assert isinstance(corpus.validation, StoredRows)
     work = partial.entry
     starts = write_ids(work / "train.bin", corpus.train, corpus.documents.starts, encoder,
                        tokenizer, partial)

@@ -127,15 +127,20 @@ class RowFiles:
 
     def rows(self, first: int, last: int) -> Iterator[str]:
         """Rows first to last - 1."""
+        for content, cuts in self.contents(first, last):
+            for begin, end in itertools.pairwise(cuts.tolist()):
+                yield content[begin:end].decode()
+
+    def contents(self, first: int, last: int) -> Iterator[tuple[bytes, np.ndarray]]:
+        """The UTF-8 of rows first to last - 1, about READ_BYTES at a time, and where each row
+        begins there, and the end."""
         while first < last:
             starts = self.starts(first, min(last, first + READ_ROWS))
             fit = int(np.searchsorted(starts, starts[0] + READ_BYTES, side="right")) - 1
             starts = starts[:max(fit, 1) + 1]
-            content = _read(self._text, int(starts[-1] - starts[0]), int(starts[0]))
-            cuts = (starts - starts[0]).tolist()
-            for begin, end in itertools.pairwise(cuts):
-                yield content[begin:end].decode()
-            first += len(cuts) - 1
+            yield _read(self._text, int(starts[-1] - starts[0]), int(starts[0])), \
+                starts - starts[0]
+            first += len(starts) - 1
 
     def flush(self) -> None:
         """Write all rows to the files, for other processes to read."""
@@ -175,6 +180,11 @@ class StoredRows(Sequence[str]):
     def __iter__(self) -> Iterator[str]:
         for first, last in self._ranges():
             yield from self.files.rows(first, last)
+
+    def contents(self) -> Iterator[tuple[bytes, np.ndarray]]:
+        """Their UTF-8; see `RowFiles.contents`."""
+        for first, last in self._ranges():
+            yield from self.files.contents(first, last)
 
     @overload
     def __getitem__(self, at: int) -> str: ...

@@ -140,7 +140,7 @@ def table(n: int, kind: str) -> bytes:
 def csv(n: int) -> bytes:
     import pandas
 
-    return pandas.DataFrame(records(n)).to_csv(index=False).encode()
+    return str(pandas.DataFrame(records(n)).to_csv(index=False)).encode()
 
 
 def archive(n: int) -> bytes:

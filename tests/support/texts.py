@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 from fedrun.data.corpora import Corpus, load_corpus
 from fedrun.data.documents import Documents
-from fedrun.data.stored_rows import FILES, RowFiles
+from fedrun.data.stored_rows import FILES, RowFiles, StoredRows
 from fedrun.data.text_options import TextOptions
 from tests.support.runs import ROOT
 
@@ -86,6 +87,12 @@ class Loaded:
 def in_memory(corpus: Corpus) -> Loaded:
     return Loaded(corpus.name, list(corpus.train), list(corpus.validation), corpus.validation_from,
                   corpus.documents, corpus.read, corpus.fingerprint)
+
+
+def on_disk(texts: Sequence[str]) -> StoredRows:
+    """Rows as a corpus has them."""
+    with tempfile.TemporaryDirectory() as folder:  # open files stay until nobody has them
+        return RowFiles(Path(folder)).extend(texts)
 
 
 def load(path: Path | str, **reading: Any) -> Loaded:

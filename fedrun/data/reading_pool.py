@@ -34,7 +34,8 @@ from fedrun.data.text_files import DataFile, is_cut_at_lines
 from fedrun.data.validation import Rows
 
 PIECE_BYTES = 1 << 23
-BYTES_A_PROCESS = 1 << 24  # on the disk; less is read before another process has started
+BYTES_A_PROCESS = 1 << 23  # less is read before another process has started
+COMPRESSED_TO = 4  # bytes of text for each of a compressed file, about
 LINE_END_BYTES = 1 << 16  # looked through at once
 
 
@@ -56,7 +57,8 @@ def read_shards(shards: Sequence[DataFile], reading: Reading, files: RowFiles) -
     if isinstance(files, LimitedRows):
         return reading.read(shards, files)
     try:
-        processes = processes_for(sum(path.stat().st_size for path in {s.path for s in shards}))
+        processes = processes_for(sum({shard.path: _about_bytes(shard) for shard in shards
+                                       }.values()))
         pieces = list(cut(shards, reading)) if processes > 1 else []
     except (OSError, InputError):  # reading has the words for what is wrong
         return reading.read(shards, files)
@@ -119,7 +121,7 @@ def cut(shards: Iterable[DataFile], reading: Reading) -> Iterator[list[DataFile]
     small, held = list[DataFile](), 0
     for shard in shards:
         # Of what is in an archive the size is not known.
-        size = PIECE_BYTES if shard.member else shard.path.stat().st_size
+        size = PIECE_BYTES if shard.member else _about_bytes(shard)
         cuts = _cuts(shard, reading, size) if size > PIECE_BYTES else []
         if small and (held + size > PIECE_BYTES or len(cuts) > 2):
             yield small
@@ -132,6 +134,12 @@ def cut(shards: Iterable[DataFile], reading: Reading) -> Iterator[list[DataFile]
             held += size
     if small:
         yield small
+
+
+def _about_bytes(shard: DataFile) -> int:
+    """Bytes of a file, decompressed; of an archive as it is."""
+    compressed = shard.member is None and shard.plain_name != shard.name
+    return shard.path.stat().st_size * (COMPRESSED_TO if compressed else 1)
 
 
 def _cuts(shard: DataFile, reading: Reading, size: int) -> list[int]:

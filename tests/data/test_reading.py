@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -198,6 +199,12 @@ def test_processes_read_what_one_reads(kind: str, tmp_path: Path,
     expected = load(folder, **options)
     rows = {row.rstrip("\n") for row in TEXTS if row} if kind == "txt" else set(TEXTS)
     assert set(expected.train + expected.validation) == rows
+    digest = hashlib.sha256()
+    for split in (expected.train, expected.validation):
+        digest.update(f"{len(split)} rows\n".encode())
+        for row in split:
+            digest.update(f"{len(row.encode())} bytes\n{row}".encode())
+    assert expected.fingerprint == digest.hexdigest()
     in_pieces(monkeypatch, 2000)
     started = counted(monkeypatch)
     assert_same(load(folder, **options), expected)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gzip
 import hashlib
 import io
 import itertools
@@ -12,13 +11,10 @@ import os
 import tempfile
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
-import pyarrow
-import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,11 +29,8 @@ from fedrun.data.text_files import DataFile
 from fedrun.data.text_options import TextOptions
 from fedrun.data.tokens import prepare
 from tests.support.disk import full
+from tests.support.shards import KINDS, TEXTS, shards_of
 from tests.support.texts import Loaded, entry_files, load
-
-N_ROWS, SHARDS = 400, 3
-TEXTS = [f"{n} ships — {n // 2} of them {'漢' * (n % 5)} came\u2028home.\n" * (n % 7 > 0)
-         for n in range(N_ROWS)]
 
 
 def in_pieces(patch: pytest.MonkeyPatch, size: int, processes: int = 2) -> None:
@@ -116,59 +109,6 @@ def test_only_files_with_a_json_object_per_line_are_cut(
 
 
 # ---- processes ----------------------------------------------------------------------------------
-
-def records(n: int) -> dict[str, list[Any]]:
-    rows = range(n, N_ROWS, SHARDS)
-    return {"text": [TEXTS[row] for row in rows], "who": [f"w{row % 11}" for row in rows]}
-
-
-def json_lines(n: int) -> bytes:
-    held = records(n)
-    return "".join(json.dumps({"text": text, "who": who}) + "\n" for text, who in
-                   zip(held["text"], held["who"], strict=True)).encode()
-
-
-def table(n: int, kind: str) -> bytes:
-    buffer, held = io.BytesIO(), pyarrow.table(records(n))
-    if kind == "arrow":
-        with pyarrow.ipc.new_stream(buffer, held.schema) as stream:
-            stream.write_table(held)
-    else:
-        pyarrow.parquet.write_table(held, buffer, row_group_size=17)
-    return buffer.getvalue()
-
-
-def csv(n: int) -> bytes:
-    import pandas
-
-    return str(pandas.DataFrame(records(n)).to_csv(index=False)).encode()
-
-
-def archive(n: int) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        for part in range(2):
-            file.writestr(f"{part}.jsonl", json_lines(n))
-    return buffer.getvalue()
-
-
-def text(n: int) -> bytes:
-    return "".join(records(n)["text"]).encode()
-
-
-KINDS: dict[str, Callable[[int], bytes]] = {
-    "txt": text, "jsonl": json_lines, "jsonl.gz": lambda n: gzip.compress(json_lines(n)),
-    "json": lambda n: json.dumps(records(n)).encode(), "csv": csv, "zip": archive,
-    "parquet": lambda n: table(n, "parquet"), "arrow": lambda n: table(n, "arrow")}
-
-
-def shards_of(kind: str, folder: Path) -> Path:
-    for n in range(SHARDS):
-        path = folder / f"part{n}" / f"some.{kind}"
-        path.parent.mkdir(parents=True)
-        path.write_bytes(KINDS[kind](n))
-    return folder
-
 
 def assert_same(found: Loaded, expected: Loaded) -> None:
     for name in ("train", "validation", "validation_from", "read", "fingerprint"):

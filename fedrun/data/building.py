@@ -24,13 +24,14 @@ from fedrun.data.corpora import Corpus
 from fedrun.data.documents import Documents
 from fedrun.data.given import GivenData, IdCorpus, Source, of_clients, require_a_sequence
 from fedrun.data.given_parts import in_chunks
+from fedrun.data.helper_process import HelperEnded
 from fedrun.data.limited_rows import LimitedRows, MadeIds, RowsChanged
 from fedrun.data.partial_entry import ROWS, PartialEntry
-from fedrun.data.stored_rows import RowFiles, StoredRows
+from fedrun.data.stored_rows import RowFiles
 from fedrun.data.text_options import TextOptions
 from fedrun.data.tokenising import write_ids
 from fedrun.data.tokenising_pool import Encodes
-from fedrun.data.tokenising_process import Encoder, HelperEnded
+from fedrun.data.tokenising_process import Encoder
 from fedrun.data.tokenizer import bpe_size, load_tokenizer, save_tokenizer, tokenizer_name
 
 if TYPE_CHECKING:
@@ -176,8 +177,6 @@ def _count(partial: PartialEntry, value: Mapping[str, int], sizes: Mapping[str, 
 def _tokenise(corpus: Corpus, encoder: Encodes, tokenizer: Tokenizer, partial: PartialEntry
               ) -> Documents:
     """Write the token ids of both splits; returns the documents in tokens."""
-    assert isinstance(corpus.train, StoredRows)
-    assert isinstance(corpus.validation, StoredRows)
     work = partial.entry
     starts = write_ids(work / "train.bin", corpus.train, corpus.documents.starts, encoder,
                        tokenizer, partial)

@@ -13,8 +13,7 @@ import functools
 import hashlib
 import itertools
 import sysconfig
-from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from fedrun.data.discovery import (
     folder_of,
     matching_files,
 )
-from fedrun.data.documents import Documents, TextFile
+from fedrun.data.documents import Documents
 from fedrun.data.hub import CACHE_DIR, HUB_ID, hub_tables
 from fedrun.data.hub_stream import stream_tables
 from fedrun.data.limited_rows import LimitedRows
@@ -39,9 +38,11 @@ from fedrun.data.pydocs import (
     split_by_hash,
     stdlib_files,
 )
-from fedrun.data.stored_rows import RowFiles
-from fedrun.data.table_files import KINDS, Table, choose_text_columns, open_table, table_rows
-from fedrun.data.text_files import COMPRESSED, TEXT_ENDINGS, DataFile, open_text, printable
+from fedrun.data.reading import Reading, read_records
+from fedrun.data.reading_pool import read_shards
+from fedrun.data.stored_rows import RowFiles, StoredRows
+from fedrun.data.table_files import KINDS, Table, choose_text_columns, open_table
+from fedrun.data.text_files import COMPRESSED, TEXT_ENDINGS, printable
 from fedrun.data.text_options import TextOptions, require_dataset
 from fedrun.data.validation import Rows, divided, has_text
 
@@ -61,8 +62,8 @@ class Corpus:
     """The rows of one dataset."""
 
     name: str
-    train: Sequence[str]
-    validation: Sequence[str]
+    train: StoredRows
+    validation: StoredRows
     validation_from: str
     """Where the validation rows come from, for reports; part of the fingerprint."""
     documents: Documents
@@ -76,10 +77,14 @@ class Corpus:
         digest = hashlib.sha256()
         for rows in (self.train, self.validation):
             digest.update(b"%d rows\n" % len(rows))
-            for row in rows:
-                text = row.encode()
-                digest.update(b"%d bytes\n" % len(text))
-                digest.update(text)
+            for content, cuts in rows.contents():
+                # Without a line of Python per row: one process does this for all of the text.
+                sizes, which = np.unique(np.diff(cuts), return_inverse=True)
+                heads = [b"%d bytes\n" % size for size in sizes.tolist()]
+                row_texts = map(content.__getitem__, map(slice, *(
+                    part.tolist() for part in (cuts[:-1], cuts[1:]))))
+                digest.update(b"".join(itertools.chain.from_iterable(
+                    zip(map(heads.__getitem__, which.tolist()), row_texts, strict=True))))
         return digest.hexdigest()
 
 
@@ -262,13 +267,13 @@ def _local_splits(dataset: str, options: TextOptions) -> tuple[Splits, str]:
                             (file.name.as_posix() for file in lacking))
             found.splits[split] = [file for file, _ in part if file not in lacking]
             splits[split] = functools.partial(
-                read_records, [table for file, table in part if file not in lacking], columns,
-                options.source_column)
+                read_shards, found.splits[split],
+                Reading(options.encoding, tuple(columns), options.source_column))
     else:
         _require_no_columns(options)
         for split in used:
-            splits[split] = functools.partial(_read_lines, found.splits[split], options.encoding,
-                                              found.folder)
+            splits[split] = functools.partial(
+                read_shards, found.splits[split], Reading(options.encoding, stripped=found.folder))
     return splits, f"read from {dataset_name(dataset)}: {found.summary(used)}"
 
 
@@ -279,22 +284,6 @@ def _require_no_columns(options: TextOptions) -> None:
             raise InputError(f"{flag} {value}: the dataset is text, which has no columns")
 
 
-def _read_lines(texts: list[DataFile], encoding: str | None, folder: bool, files: RowFiles
-                ) -> Rows:
-    """The lines of text files; without line ends if from a folder, as `datasets` reads them."""
-    first, read = len(files), list[TextFile]()
-    for text in texts:  # those behind the limit are named too, for the folder of all
-        lines = len(files.extend(_lines(text, encoding, folder))) if files.wants_more else 0
-        read.append(TextFile((text.path / (text.member or "")).absolute(), lines))
-    return Rows(files.since(first), read)
-
-
-def _lines(file: DataFile, encoding: str | None, stripped: bool) -> Iterator[str]:
-    """Not str.splitlines, which also splits at form feeds and other characters."""
-    with open_text(file, encoding) as stream:
-        yield from (line.rstrip("\n") for line in stream) if stripped else stream
-
-
 def _choose_columns(tables: Iterable[Table], options: TextOptions) -> list[str]:
     """The columns that contain the text, looked for in all tables (`choose_text_columns`)."""
     tables = list(tables)
@@ -303,21 +292,6 @@ def _choose_columns(tables: Iterable[Table], options: TextOptions) -> list[str]:
         raise InputError(f"--partition {options.partition}: there is no column "
                          f"{options.source_column}; the columns are {', '.join(known)}")
     return choose_text_columns(tables, options.text_column, options.columns, options.source_column)
-
-
-def read_records(tables: list[Table], columns: list[str], source_column: str | None,
-                 files: RowFiles) -> Rows:
-    """The text of every record and, with a source column, its source."""
-    first, source, numbers = len(files), array("i"), dict[str, int]()
-    for text, name in itertools.chain.from_iterable(
-            table_rows(table, columns, source_column) for table in tables):
-        files.append(text)
-        if source_column:
-            source.append(numbers.setdefault(name, len(numbers)))
-        if not files.wants_more:
-            break
-    return Rows(files.since(first), [], np.array(source) if source_column else None,
-                list(numbers), source_column or "")
 
 
 def _pydocs(files: RowFiles, options: TextOptions) -> Corpus:

@@ -31,8 +31,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedrun.data.stored_rows import StoredRows
+
 MOST_DOCUMENTS = 2**24  # 128 MB of their beginnings
 TOKENS_AT_ONCE = 2**22
+SPACE_BEGINS = np.isin(np.arange(256), [*range(0x21), 0xC2, 0xE1, 0xE2, 0xE3])
+"""Bytes with which the UTF-8 of a character that is white space may begin."""
 TOP_HEADING = re.compile(r"= (?!= ).*(?<! =) =")  # of a stripped row; ` = = Section = = ` is lower
 
 
@@ -96,7 +100,7 @@ class TextFile(NamedTuple):
     lines: int
 
 
-def find_documents(rows: Sequence[str], files: Sequence[TextFile]) -> Documents:
+def find_documents(rows: StoredRows, files: Sequence[TextFile]) -> Documents:
     """Find the documents in `rows`, by the first rule that applies (see the top of this file).
 
     files: those whose lines the rows are, in order; empty if rows are not lines of files. They may
@@ -133,19 +137,29 @@ def named_documents(kind: str, starts: Iterable[int] | np.ndarray, end: int,
                      np.array(source, dtype=np.int64), list(numbers))
 
 
-def _paragraphs(rows: Iterable[str]) -> np.ndarray:
+def _paragraphs(rows: StoredRows) -> np.ndarray:
     """The first row, and those with text behind one without; at most MOST_DOCUMENTS of them."""
-    found, after_blank, step, number = array("q", [0]), False, 1, 0
-    for n, row in enumerate(rows):
-        blank = not row.strip()
-        if after_blank and not blank:
-            number += 1
-            if number % step == 0:
-                found.append(n)
-                if len(found) > MOST_DOCUMENTS:
-                    found, step = found[::2], 2 * step
-        after_blank = blank
-    return np.array(found, dtype=np.int64)
+    found, step, number, first, after_blank = np.zeros(1, np.int64), 1, 0, 0, False
+    for content, cuts in rows.contents():
+        blank = _blank(content, cuts)
+        begins = np.flatnonzero(~blank & np.append(after_blank, blank[:-1]))
+        numbers = np.arange(number + 1, number + 1 + len(begins))
+        found = np.append(found, first + begins[numbers % step == 0])
+        while len(found) > MOST_DOCUMENTS:
+            found, step = found[::2], 2 * step
+        number, first, after_blank = number + len(begins), first + len(blank), bool(blank[-1])
+    return found
+
+
+def _blank(content: bytes, cuts: np.ndarray) -> np.ndarray:
+    """Which rows are white space alone; bool, (n,). Arguments as from `RowFiles.contents`."""
+    sizes = np.diff(cuts)
+    blank: np.ndarray = sizes == 0
+    filled = np.flatnonzero(sizes)
+    heads = np.frombuffer(content, np.uint8)[cuts[filled]]
+    for row in filled[SPACE_BEGINS[heads]].tolist():
+        blank[row] = not content[cuts[row]:cuts[row + 1]].decode().strip()
+    return blank
 
 
 def _top_headings(rows: Iterable[str]) -> tuple[np.ndarray, list[str]]:

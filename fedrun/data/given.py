@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from fedrun.common.errors import InputError
-from fedrun.data.corpora import Corpus, read_records
+from fedrun.data.corpora import Corpus
 from fedrun.data.documents import Documents, named_documents
 from fedrun.data.given_parts import Ids, Texts, in_chunks
+from fedrun.data.reading import read_records
 from fedrun.data.stored_rows import RowFiles, joined
 from fedrun.data.table_files import Table, choose_text_columns, table_rows
 from fedrun.data.text_options import TextOptions

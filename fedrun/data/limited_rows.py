@@ -28,8 +28,8 @@ from fedrun.common.errors import InputError
 from fedrun.common.log import log
 from fedrun.data import tokenising_pool
 from fedrun.data.stored_rows import FILES, RowFiles, StoredRows
-from fedrun.data.tokenising_pool import Encoded, TokenisingPool
-from fedrun.data.tokenising_process import Encoder
+from fedrun.data.tokenising_pool import TokenisingPool
+from fedrun.data.tokenising_process import Encoded, Encoder
 from fedrun.data.validation import Rows
 
 if TYPE_CHECKING:

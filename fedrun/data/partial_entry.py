@@ -93,8 +93,6 @@ class PartialEntry:
 
     def mark_corpus(self, corpus: Corpus, files: RowFiles) -> None:
         """Say that the text has been read."""
-        assert isinstance(corpus.train, StoredRows)
-        assert isinstance(corpus.validation, StoredRows)
         train, validation = corpus.train.spans, corpus.validation.spans
 
         def sync() -> None:

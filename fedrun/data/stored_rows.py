@@ -39,6 +39,7 @@ class RowFiles:
     def __init__(self, folder: Path, whole: bool = False, kept: int = 0) -> None:
         """whole: whether to open files that are there, instead of new ones. kept: how many rows of
         files that are there to keep, and append behind them."""
+        self.folder = folder
         flags = os.O_RDONLY if whole else os.O_RDWR if kept else \
             os.O_RDWR | os.O_CREAT | os.O_TRUNC
         self._text, self._starts = (os.open(folder / name, flags | os.O_CLOEXEC, 0o666)
@@ -84,6 +85,17 @@ class RowFiles:
                 break
         return self.since(first)
 
+    def append_files(self, others: RowFiles) -> None:
+        """Append all rows of other files, which are whole."""
+        self.flush()
+        for at in range(0, others._bytes, READ_BYTES):
+            _write(self._text, _read(others._text, min(READ_BYTES, others._bytes - at), at))
+        for first in range(0, others._written, READ_BYTES):
+            ends = others.starts(first, min(others._written, first + READ_BYTES))[1:]
+            _write(self._starts, (self._bytes + ends).tobytes())
+        self._written, self._bytes = self._written + others._written, self._bytes + others._bytes
+        self._report()
+
     def since(self, first: int) -> StoredRows:
         """The rows from number `first` on."""
         return StoredRows(self, np.array([[first, len(self)]], dtype=np.int64))
@@ -115,15 +127,20 @@ class RowFiles:
 
     def rows(self, first: int, last: int) -> Iterator[str]:
         """Rows first to last - 1."""
+        for content, cuts in self.contents(first, last):
+            for begin, end in itertools.pairwise(cuts.tolist()):
+                yield content[begin:end].decode()
+
+    def contents(self, first: int, last: int) -> Iterator[tuple[bytes, np.ndarray]]:
+        """The UTF-8 of rows first to last - 1, about READ_BYTES at a time, and where each row
+        begins there, and the end."""
         while first < last:
             starts = self.starts(first, min(last, first + READ_ROWS))
             fit = int(np.searchsorted(starts, starts[0] + READ_BYTES, side="right")) - 1
             starts = starts[:max(fit, 1) + 1]
-            content = _read(self._text, int(starts[-1] - starts[0]), int(starts[0]))
-            cuts = (starts - starts[0]).tolist()
-            for begin, end in itertools.pairwise(cuts):
-                yield content[begin:end].decode()
-            first += len(cuts) - 1
+            yield _read(self._text, int(starts[-1] - starts[0]), int(starts[0])), \
+                starts - starts[0]
+            first += len(starts) - 1
 
     def flush(self) -> None:
         """Write all rows to the files, for other processes to read."""
@@ -134,6 +151,9 @@ class RowFiles:
         _write(self._starts, (self._bytes + np.cumsum(sizes)).tobytes())
         self._written, self._bytes = len(self), self.size
         self._pending, self._pending_bytes = [], 0
+        self._report()
+
+    def _report(self) -> None:
         if (now := time.monotonic()) >= self._next_line:
             self._next_line = now + LINE_SECONDS
             log(f"read {self._bytes / 1e6:,.0f} MB of text, "
@@ -160,6 +180,11 @@ class StoredRows(Sequence[str]):
     def __iter__(self) -> Iterator[str]:
         for first, last in self._ranges():
             yield from self.files.rows(first, last)
+
+    def contents(self) -> Iterator[tuple[bytes, np.ndarray]]:
+        """Their UTF-8; see `RowFiles.contents`."""
+        for first, last in self._ranges():
+            yield from self.files.contents(first, last)
 
     @overload
     def __getitem__(self, at: int) -> str: ...

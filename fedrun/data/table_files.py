@@ -11,6 +11,8 @@ kept in memory.
 
 from __future__ import annotations
 
+import functools
+import io
 import itertools
 import json
 import re
@@ -29,6 +31,7 @@ BYTES_AT_ONCE = 1 << 24  # of records; fewer are taken at once if they are long
 NOT_PROSE = re.compile(  # strings that are not text to train on: numbers, truth values, dates
     r"\s*([-+]?(\d[\d_.,]*|\.\d+)([eE][-+]?\d+)?%?|true|false|nan|none|null|inf"
     r"|\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d([.,]\d+)?)?\s*(Z|[-+]\d\d:?\d\d)?)?)?\s*", re.I)
+HEAD_BYTES = 1 << 20  # that have to say whether a file has one JSON object per line
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 Record = dict[str, Any]
 
@@ -50,20 +53,28 @@ def open_table(file: DataFile, encoding: str | None) -> Table:
         InputError: the file is damaged; also raised by `rows`. The message has the file's name and,
             for text, the position.
     """
-    kind = KINDS[file.suffix]
-    if kind in ("parquet", "arrow"):
+    columns = dict[str, bool]()
+    if KINDS[file.suffix] in ("parquet", "arrow"):
         with _arrow(file) as (schema, _):
             columns = {field.name: is_text_type(field.type) for field in schema}
-        return Table(str(file), columns, lambda names: _arrow_rows(file, names))
-    read = _json_records if kind == "json" else _csv_records
-    head = list(itertools.islice(read(file, encoding), SCHEMA_RECORDS))
-    columns = {}
-    for record in head:
-        for name, value in record.items():
-            columns[name] = columns.get(name, False) or (
-                isinstance(value, str) and not NOT_PROSE.fullmatch(value))
-    return Table(str(file), columns, lambda names: (
-        tuple(record.get(name) for name in names) for record in read(file, encoding)))
+    else:
+        for record in itertools.islice(_records(file, encoding), SCHEMA_RECORDS):
+            for name, value in record.items():
+                columns[name] = columns.get(name, False) or (
+                    isinstance(value, str) and not NOT_PROSE.fullmatch(value))
+    return Table(str(file), columns, functools.partial(file_values, file, encoding))
+
+
+def file_values(file: DataFile, encoding: str | None, names: Sequence[str]
+                ) -> Iterator[tuple[Any, ...]]:
+    """The values of a file's table in some columns; see `Table.rows` and `open_table`."""
+    if KINDS[file.suffix] in ("parquet", "arrow"):
+        return _arrow_rows(file, names)
+    return (tuple(record.get(name) for name in names) for record in _records(file, encoding))
+
+
+def _records(file: DataFile, encoding: str | None) -> Iterator[Record]:
+    return (_json_records if KINDS[file.suffix] == "json" else _csv_records)(file, encoding)
 
 
 # ---- which column -------------------------------------------------------------------------------
@@ -135,11 +146,8 @@ def _json_records(file: DataFile, encoding: str | None) -> Iterator[Record]:
     with open_text(file, encoding) as stream:
         lines = ((n, line) for n, line in enumerate(stream, 1) if not line.isspace())
         first = list(itertools.islice(lines, 2))
-        try:
-            opening = json.loads(first[0][1]) if first else None
-        except (ValueError, RecursionError):
-            opening = None
-        if isinstance(opening, dict) and len(first) == 2:
+        opening = _opening(first)
+        if file.part or (isinstance(opening, dict) and len(first) == 2):
             for number, line in itertools.chain(first, lines):
                 yield _record(_parsed(line, file, number), file)
         elif opening is not None and len(first) == 1:
@@ -147,6 +155,23 @@ def _json_records(file: DataFile, encoding: str | None) -> Iterator[Record]:
         elif first:
             rest = "".join(line for _, line in itertools.chain(first, lines))
             yield from _records_of(_values(rest, str(file)), file)
+
+
+def _opening(first: Sequence[tuple[int, str]]) -> Any:
+    """The JSON value in the first line that is not blank; None if there is none."""
+    try:
+        return json.loads(first[0][1]) if first else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def has_json_lines(file: DataFile) -> bool:
+    """Whether a file of JSON, in UTF-8, has an object per line, as far as its beginning says."""
+    with open_bytes(file) as stream:
+        head = io.TextIOWrapper(io.BytesIO(stream.read(HEAD_BYTES)), "utf-8-sig", "replace")
+    lines = ((n, line) for n, line in enumerate(head, 1) if not line.isspace())
+    first = list(itertools.islice(lines, 2))
+    return len(first) == 2 and isinstance(_opening(first), dict)
 
 
 def _parsed(text: str, file: DataFile, line: int) -> Any:
@@ -228,10 +253,10 @@ def _arrow(file: DataFile) -> Iterator[tuple[Any, Callable[[Sequence[str]], Iter
                 pyarrow.memory_map(str(file.path))
             if KINDS[file.suffix] == "parquet":
                 table = parquet.ParquetFile(content)
-                size = sum(table.metadata.row_group(n).total_byte_size
-                           for n in range(table.num_row_groups))
+                size = sum(_row_groups(table))
                 yield table.schema_arrow, lambda names: table.iter_batches(
-                    records_at_once(size, table.metadata.num_rows), columns=list(names))
+                    records_at_once(size, table.metadata.num_rows), columns=list(names),
+                    row_groups=range(*file.part or (0, table.num_row_groups)))
                 return
             try:
                 batches = ipc.open_stream(content)
@@ -243,6 +268,26 @@ def _arrow(file: DataFile) -> Iterator[tuple[Any, Callable[[Sequence[str]], Iter
             yield batches.schema, lambda _: batches
         except pyarrow.ArrowException as error:
             raise InputError(f"{file}: cannot be read: {' '.join(str(error).split())}") from None
+
+
+def _row_groups(table: Any) -> list[int]:
+    return [table.metadata.row_group(n).total_byte_size for n in range(table.num_row_groups)]
+
+
+def row_group_bytes(file: DataFile) -> list[int]:
+    """Bytes of each row group of a Parquet file, before compression.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    with open_bytes(file) as stream:
+        try:
+            return _row_groups(parquet.ParquetFile(stream))
+        except pyarrow.ArrowException as error:
+            raise InputError(f"{file}: cannot be read: {error}") from None
 
 
 def _arrow_rows(file: DataFile, names: Sequence[str]) -> Iterator[tuple[Any, ...]]:

@@ -44,6 +44,9 @@ class DataFile:
     """Its path relative to the folder that was given."""
     member: str | None = None
     """Its name in the archive at `path`; None if `path` is the file itself."""
+    part: tuple[int, int] | None = None
+    """The first and the end of the bytes that are read, from one line's beginning to another's, of
+    UTF-8 text; of the row groups of a Parquet file; None: all."""
 
     @property
     def plain_name(self) -> PurePath:
@@ -54,6 +57,11 @@ class DataFile:
     def suffix(self) -> str:
         """The ending that decides how it is read, in lower case: .jsonl for a.JSONL.gz."""
         return self.plain_name.suffix.lower()
+
+    @property
+    def begins(self) -> bool:
+        """Whether what is read begins where the file does."""
+        return self.part is None or self.part[0] == 0
 
     def __str__(self) -> str:
         return printable(self.path if self.member is None else self.path / self.member)
@@ -97,6 +105,23 @@ def _open(file: DataFile) -> Iterator[IO[bytes]]:
             yield stream
 
 
+class _Part(io.RawIOBase):
+    """Bytes `begin` to `end` - 1 of a file."""
+
+    def __init__(self, file: IO[bytes], begin: int, end: int) -> None:
+        self._file, self._left = file, end - begin
+        file.seek(begin)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._file.read(min(len(buffer), self._left))
+        buffer[:len(content)] = content
+        self._left -= len(content)
+        return len(content)
+
+
 def _uncompressed(stream: IO[bytes], ending: str) -> IO[bytes]:
     if ending == ".gz":
         return cast(IO[bytes], gzip.open(stream))
@@ -122,9 +147,10 @@ def open_text(file: DataFile, encoding: str | None) -> Iterator[IO[str]]:
             message has their position.
     """
     with open_bytes(file) as stream:
-        buffered = io.BufferedReader(cast(Any, stream), BLOCK)
-        head = buffered.peek(HEAD)[:HEAD]
-        used = _encoding(head, encoding)
+        buffered = io.BufferedReader(cast(Any, stream if file.part is None else
+                                          _Part(stream, *file.part)), BLOCK)
+        head = buffered.peek(HEAD)[:HEAD] if file.begins else b""
+        used = _encoding(head, encoding) if file.begins else "utf-8"
         if used == "utf-8-sig" and head.count(0) > len(head) // 5:
             raise InputError(f"{file}: not UTF-8 text (byte 0x00 at position {head.index(0)}, and "
                              "many more: UTF-16 without its mark?); try --encoding utf-16-le "
@@ -133,6 +159,13 @@ def open_text(file: DataFile, encoding: str | None) -> Iterator[IO[str]]:
             yield io.TextIOWrapper(buffered, encoding=used)
         except UnicodeError as error:
             raise InputError(f"{file}: {_not_text(file, used, error)}") from error
+
+
+def is_cut_at_lines(file: DataFile, encoding: str | None) -> bool:
+    """Whether a file that is text may be read in parts: UTF-8, in which a line end is one byte that
+    is part of no other character."""
+    with open_bytes(file) as stream:
+        return _encoding(stream.read(HEAD), encoding) == "utf-8-sig"
 
 
 def is_text(file: DataFile, encoding: str | None) -> bool:

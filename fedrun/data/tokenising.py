@@ -22,8 +22,8 @@ from fedrun.common.log import log
 from fedrun.data import tokenising_pool
 from fedrun.data.partial_entry import PartialEntry, sync_file
 from fedrun.data.stored_rows import StoredRows
-from fedrun.data.tokenising_pool import Encoded, Encodes, TokenisingPool
-from fedrun.data.tokenising_process import Encoder
+from fedrun.data.tokenising_pool import Encodes, TokenisingPool
+from fedrun.data.tokenising_process import Encoded, Encoder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -2,29 +2,22 @@
 transformers, so that it starts in a third of a second.
 
     asked       number of ranges of rows, then the ranges: int64
-    answers     number of tokens and of rows: int64; then the ids, and the tokens of each row,
-                int64; or -1 and the length of an error's line, and the line
-
-It ends when nobody can ask any more, also if the other process is killed.
+    answers     (helper_process.py) number of tokens: int64; then the ids, and the tokens of each
+                row, int64
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fedrun.common.errors import FedrunError, InputError
+from fedrun.data.helper_process import HelperProcess, Parts, answer_with
 from fedrun.data.stored_rows import RowFiles, StoredRows
 from fedrun.data.tokenizer import encode, load_tokenizer, separated
 
@@ -33,16 +26,8 @@ if TYPE_CHECKING:
 
 BATCH_CHARACTERS = 1 << 18  # tokenised at once: 100 bytes a token until it is a number
 BATCH_ROWS = 1 << 13
-SECONDS_TO_END = 10.0
-PROGRAM = ("import json, sys; sys.path[:] = json.loads(sys.argv[1])\n"  # this process's packages
-           "from fedrun.data.tokenising_process import main; main(*sys.argv[2:])")
-
-
-class HelperEnded(FedrunError, RuntimeError):
-    """A process that tokenises was killed, or does not answer."""
-
-    code = "memory"  # by far the most frequent reason
-    may_pass = True
+Encoded = tuple[np.ndarray, np.ndarray]
+"""Token ids of a block, and the number of tokens of each of its rows."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +44,7 @@ class Encoder:
     separator: str
     """The value of --row_separator."""
 
-    def encoded(self, tokenizer: Tokenizer, rows: StoredRows) -> tuple[np.ndarray, np.ndarray]:
+    def encoded(self, tokenizer: Tokenizer, rows: StoredRows) -> Encoded:
         """The token ids of rows, concatenated, and the number of tokens of each row.
 
         Raises:
@@ -87,82 +72,35 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
-class Helper:
-    """A process that tokenises. Ends with the block of a `with` statement."""
+class Helper(HelperProcess[np.ndarray, Encoded]):
+    """A process that tokenises."""
+
+    does = "tokenises"
 
     def __init__(self, encoder: Encoder) -> None:
+        super().__init__("tokenising_process", str(encoder.rows), str(encoder.tokenizer),
+                         encoder.dtype.str, encoder.flag, encoder.separator)
         self._dtype = encoder.dtype
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", PROGRAM, json.dumps(sys.path), str(encoder.rows),
-             str(encoder.tokenizer), encoder.dtype.str, encoder.flag, encoder.separator],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
 
-    def ask(self, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What `Encoder.encoded` makes of these ranges of rows. Raises its errors, and HelperEnded
-        if the process was killed."""
-        asked, answers = self._process.stdin, self._process.stdout
-        assert asked is not None
-        assert answers is not None
-        try:
-            asked.write(np.int64(len(spans)).tobytes() + spans.astype(np.int64).tobytes())
-            asked.flush()
-            size, n_rows = np.frombuffer(_exactly(answers, 16), np.int64).tolist()
-            if size < 0:
-                raise InputError(_exactly(answers, n_rows).decode())
-            ids = np.frombuffer(_exactly(answers, size * self._dtype.itemsize), self._dtype)
-            return ids, np.frombuffer(_exactly(answers, 8 * n_rows), np.int64)
-        except (EOFError, OSError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            code = self._process.poll()
-            raise HelperEnded("a process that tokenises has ended" + (
-                f" with code {code}" if code is not None else "") + "; if the machine is short of "
-                "memory, fewer cores need less (taskset -c 0 fedrun ...); the next "
-                "start continues where this one ended") from None
-
-    def end(self) -> None:
-        """End the process now."""
-        self._process.kill()
-
-    def __enter__(self) -> Helper:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        self.end()
-        self._process.wait(SECONDS_TO_END)
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with suppress(OSError):  # what was not asked any more
-                pipe.close()
-
-
-def _exactly(pipe: IO[bytes], size: int) -> bytes:
-    content = pipe.read(size)
-    if len(content) < size:
-        raise EOFError
-    return content
+    def ask(self, asked: np.ndarray) -> Encoded:
+        """What `Encoder.encoded` makes of these ranges of rows."""
+        content = self.answered(np.int64(len(asked)).tobytes() + asked.astype(np.int64).tobytes())
+        n_tokens = int(np.frombuffer(content, np.int64, 1)[0])
+        return np.frombuffer(content, self._dtype, n_tokens, 8), np.frombuffer(
+            content, np.int64, offset=8 + n_tokens * self._dtype.itemsize)
 
 
 def main(rows: str, tokenizer_json: str, dtype: str, flag: str, separator: str) -> None:
     """The process: answer until nobody asks."""
     encoder = Encoder(Path(rows), Path(tokenizer_json), np.dtype(dtype), flag, separator)
     files, tokenizer = RowFiles(encoder.rows, whole=True), load_tokenizer(encoder.tokenizer)
-    asked, answers = sys.stdin.buffer, sys.stdout.buffer
+    asked = sys.stdin.buffer
     while head := asked.read(8):
         spans = np.frombuffer(asked.read(16 * int(np.frombuffer(head, np.int64)[0])), np.int64)
-        try:
+
+        def encoded(spans: np.ndarray = spans) -> Parts:
             ids, counts = encoder.encoded(tokenizer, StoredRows(files, spans.reshape(-1, 2)))
-        except InputError as error:
-            line = str(error).encode(errors="replace")
-            parts: list[bytes | memoryview] = [np.array([-1, len(line)]).tobytes(), line]
-        else:
-            parts = [np.array([len(ids), len(counts)]).tobytes(), ids.data, counts.data]
-        try:
-            for part in parts:
-                answers.write(part)
-            answers.flush()
-        except BrokenPipeError:  # nobody reads any more; Python would flush again at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return np.int64(len(ids)).tobytes(), ids.data, counts.data
+
+        if not answer_with(encoded):
             return

@@ -1,22 +1,25 @@
 """Tokenising a text file of some size, beside `datasets.map` with as many processes.
 
     python -m tests.benchmarks.corpus 50 200 --folder DIR    # MB of text; minutes; markdown
-    python -m tests.benchmarks.corpus 30 --folder DIR --reading    # what reading takes beside it
+    python -m tests.benchmarks.corpus 40 --folder DIR --reading    # what one process does of it
+    python -m tests.benchmarks.corpus 1000 --folder DIR --tokenizer words --ours_alone
 
 The text is made from ../shared/data/books: the books over and over, each time with other numbers in
 them. Memory is the proportional set size of the process and of those that it starts, sampled five
 times a second; what it takes after a megabyte of text, with all libraries and the tokenizer, is
 subtracted. Each side has a process of its own. DIR needs six times the room of the text.
 
---reading: the text in eight files of each kind, read as a corpus is, and then all of an entry of
-the cache. Processor seconds; since one process reads and all cores tokenise, the share that reading
-has of the elapsed time is worked out for several numbers of cores.
+--tokenizer words: a word-level one of the books' most frequent words, several times as fast as BPE.
+
+--reading: the text in eight files of each kind, made into an entry of the cache. Processor seconds
+of the process that deals out pieces, appends what comes back, and does all else that one process
+does, and those of the processes that read and tokenise; for several numbers of cores, the share of
+the former in the elapsed time if nothing overlapped. Beside it what reading takes in one process.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import gzip
 import json
 import os
@@ -26,8 +29,9 @@ import shutil
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import psutil
@@ -43,9 +47,10 @@ KINDS = ("txt", "jsonl", "jsonl.gz", "parquet")
 SHARDS = 8
 CORES = (2, 8, 32)
 READING = f"""\
-| files | text (MB) | reading (CPU s) | tokenising (CPU s) | \
-{" | ".join(f"share on {cores} cores" for cores in CORES)} |
-|---|---|---|---|{"---|" * len(CORES)}"""
+| files | text (MB) | read by one process (CPU s) | the process that asks (CPU s) | the \
+others (CPU s) | {" | ".join(f"its share on {cores} cores" for cores in CORES)} |
+|---|---|---|---|---|{"---|" * len(CORES)}"""
+WORDS = 30_000
 
 
 def write_text(path: Path, megabytes: int) -> None:
@@ -75,10 +80,11 @@ def ours(tokenizer: str, folder: Path) -> dict[str, Callable[[], Any]]:
 
 def theirs(tokenizer: str, folder: Path, processes: int) -> dict[str, Callable[[], Any]]:
     import datasets
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     datasets.disable_progress_bars()
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded = PreTrainedTokenizerFast(tokenizer_file=tokenizer) if tokenizer.endswith(".json") else \
+        AutoTokenizer.from_pretrained(tokenizer)
 
     def read_and_map(name: str) -> None:
         rows = datasets.load_dataset("text", data_files=str(folder / f"{name}.txt"), split="train",
@@ -154,21 +160,19 @@ def write_shards(text: Path, folder: Path, kind: str) -> None:
             path.write_bytes(gzip.compress(content) if kind.endswith(".gz") else content)
 
 
-def processor_seconds(work: Callable[[], object]) -> float:
-    """Of this process and of those that it starts and waits for."""
-    def so_far() -> float:
-        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-        return sum(each.ru_utime + each.ru_stime for each in used)
-
-    before = so_far()
-    work()
-    return so_far() - before
+def processor_seconds(who: int) -> float:
+    used = resource.getrusage(who)
+    return used.ru_utime + used.ru_stime
 
 
 def compare_reading(megabytes: int, tokenizer: str, folder: Path) -> None:
-    from fedrun.data.corpora import load_corpus
+    from fedrun.data.reading import Reading
     from fedrun.data.stored_rows import RowFiles
+    from fedrun.data.text_files import DataFile
     from fedrun.data.tokens import prepare
+
+    def by_both() -> tuple[float, ...]:
+        return tuple(map(processor_seconds, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
 
     print(f"\n{READING}")
     write_text(folder / "small.txt", SMALL)
@@ -178,13 +182,30 @@ def compare_reading(megabytes: int, tokenizer: str, folder: Path) -> None:
     for kind in KINDS:
         shards = folder / kind.replace(".", "_")
         write_shards(folder / "large.txt", shards, kind)
-        reading = processor_seconds(functools.partial(
-            load_corpus, str(shards), RowFiles(folder / "rows")))
-        whole = processor_seconds(functools.partial(
-            prepare, str(shards), tokenizer, 1024, folder / f"{shards.name}-cache"))
-        shares = (reading / (reading + (whole - reading) / cores) for cores in CORES)
-        print(f"| 8 .{kind} | {megabytes} | {reading:.2f} | {whole - reading:.1f} | "
+        files = [DataFile(path, PurePath(path.name)) for path in sorted(shards.iterdir())]
+        start = by_both()
+        Reading(None, () if kind == "txt" else ("text",)).read(files, RowFiles(folder / "rows"))
+        read = by_both()
+        prepare(str(shards), tokenizer, 1024, folder / f"{shards.name}-cache")
+        alone = read[0] - start[0]
+        one, others = (after - before for after, before in zip(by_both(), read, strict=True))
+        shares = (one / (one + others / cores) for cores in CORES)
+        print(f"| 8 .{kind} | {megabytes} | {alone:.2f} | {one:.2f} | {others:.1f} | "
               f"{' | '.join(f'{share:.0%}' for share in shares)} |", flush=True)
+
+
+def word_level(folder: Path) -> str:
+    """The file of a tokenizer that cuts at white space and knows the most frequent words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    counts = Counter(word for book in sorted((DATA / "books").rglob("*.txt")) for word in
+                     book.read_text(encoding="utf-8", errors="replace").split())
+    known = ["<unk>", "\n", *(word for word, _ in counts.most_common(WORDS))]
+    made = Tokenizer(models.WordLevel({word: n for n, word in enumerate(known)}, "<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder.mkdir(parents=True, exist_ok=True)
+    made.save(str(folder / "tokenizer.json"))
+    return str(folder / "tokenizer.json")
 
 
 def main() -> None:
@@ -202,6 +223,8 @@ def main() -> None:
         answer(ours(args.tokenizer, args.folder) if args.side == "fedrun" else
                theirs(args.tokenizer, args.folder, args.processes))
         return
+    if args.tokenizer == "words":
+        args.tokenizer = word_level(args.folder)
     print(f"{machine()}; {time.strftime('%Y-%m-%d')}; Python {sys.version.split()[0]}")
     if args.reading:
         for megabytes in args.megabytes:

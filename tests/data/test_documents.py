@@ -25,7 +25,7 @@ from fedrun.data.documents import Documents, find_documents
 from fedrun.data.partition import client_shards, deal_topics
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.data.topics import find_topics
-from tests.support.texts import GPT2, WIKITEXT, load, needs_shared_data
+from tests.support.texts import GPT2, WIKITEXT, load, needs_shared_data, on_disk
 
 # ---- documents ----------------------------------------------------------------------------------
 
@@ -48,13 +48,13 @@ def test_a_sequence_belongs_where_most_of_its_tokens_come_from(lengths: list[int
 def test_wikitext_articles_begin_at_top_headings() -> None:
     rows = ["", " = One = \n", "", " Text . \n", " = = Section = = \n", "", " x\n", " = y = \n",
             " where y is a formula\n", "", " = Two ( song ) = \n", "", " Text . \n"]
-    found = find_documents(rows, [])
+    found = find_documents(on_disk(rows), [])
     assert (found.kind, found.sources) == ("an article", ["One", "Two ( song )"])
     assert found.starts.tolist() == [0, 10, 13]
 
 
 def test_rows_without_headings_are_documents() -> None:
-    found = find_documents(["a story\n\nof two parts", "", "another"], [])
+    found = find_documents(on_disk(["a story\n\nof two parts", "", "another"]), [])
     assert (found.kind, len(found), found.sources) == ("a row", 3, [])
 
 

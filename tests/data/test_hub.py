@@ -21,7 +21,7 @@ from fedrun.data.documents import find_documents
 from fedrun.data.tokens import prepare
 from fedrun.model.pretrained import find_pretrained
 from tests.support.runs import fresh_python
-from tests.support.texts import load, text_file
+from tests.support.texts import load, on_disk, text_file
 
 WITHOUT_NETWORK = "--dataset pydocs --tokenizer bpe:8192"
 
@@ -158,7 +158,8 @@ def test_what_the_hubs_cache_holds_works_without_a_network(
     closed = "http://127.0.0.1:9"
     printed = prepare_with_hub("wikitext-2", "gpt2", tmp_path, HF_ENDPOINT=closed,
                                HOME=str(tmp_path), **env)
-    assert corpora.Corpus("", rows, rows, "", find_documents(rows, [])).fingerprint in printed
+    held = on_disk(rows)
+    assert corpora.Corpus("", held, held, "", find_documents(held, [])).fingerprint in printed
     tokenizer = bpe.load_tokenizer()
     assert f"'train_tokens': {sum(len(tokenizer(row)['input_ids']) for row in rows)}" in printed
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -30,15 +29,16 @@ from fedrun.data import (
     tokenising_pool,
 )
 from fedrun.data.documents import TextFile, find_documents
+from fedrun.data.helper_process import HelperEnded
 from fedrun.data.partial_entry import PartialEntry
 from fedrun.data.stored_rows import RowFiles, StoredRows, joined
 from fedrun.data.text_options import TextOptions
-from fedrun.data.tokenising_process import Helper, HelperEnded
+from fedrun.data.tokenising_process import Helper
 from fedrun.data.tokens import prepare
 from tests.support.disk import full, no_space
 from tests.support.killed_building import BLOCK_BYTES
 from tests.support.runs import ROOT, fresh_python
-from tests.support.texts import load
+from tests.support.texts import entry_files, load, on_disk
 
 ROWS = st.lists(st.text(alphabet="aé漢\n \N{GRINNING FACE}", max_size=9), max_size=30)
 
@@ -80,7 +80,7 @@ def test_rows_on_disk_are_what_a_list_is(texts: list[str], start: int, stop: int
 @pytest.mark.parametrize("n_rows", [8, 9, 33, 70])
 def test_of_very_many_documents_neighbours_count_as_one(n_rows: int,
                                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = ["x", ""] * n_rows
+    rows = on_disk(["x", ""] * n_rows)
     lone = [TextFile(Path("a.txt"), len(rows))]
     of_rows, of_lines = find_documents(rows, []), find_documents(rows, lone)
     assert (len(of_rows), len(of_lines)) == (2 * n_rows, n_rows)
@@ -91,6 +91,26 @@ def test_of_very_many_documents_neighbours_count_as_one(n_rows: int,
         assert 4 < len(found) <= 8
         assert bin(together).count("1") == 1
         assert found.starts.tolist() == [*whole.starts[:-1:together].tolist(), len(rows)]
+
+
+@given(st.lists(st.text(st.sampled_from("".join(map(chr, range(0x3001))).translate({10: None})
+                                        + "é漢\n \t"), max_size=4), max_size=30),
+       st.integers(1, 50), st.integers(1, 9))
+def test_paragraphs_begin_behind_rows_without_text(texts: list[str], at_once: int, most: int
+                                                   ) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stored_rows, "READ_BYTES", at_once)
+        patch.setattr(documents, "MOST_DOCUMENTS", most)
+        found = find_documents(on_disk(texts), [TextFile(Path("a.txt"), len(texts))])
+    begins = [0, *(n for n in range(1, len(texts)) if texts[n].strip()
+                   and not texts[n - 1].strip())]
+    step = next(2**n for n in range(9) if len(begins[::2**n]) <= most)
+    assert found.starts.tolist() == [*begins[::step], len(texts)]
+
+
+def test_white_space_begins_with_the_bytes_that_are_said() -> None:
+    begins = {chr(code).encode()[0] for code in range(sys.maxunicode + 1) if chr(code).isspace()}
+    assert begins <= set(np.flatnonzero(documents.SPACE_BEGINS).tolist())
 
 
 def test_long_records_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -119,13 +139,6 @@ def test_long_records_are_read_a_few_at_a_time(tmp_path: Path, monkeypatch: pyte
 
 
 # ---- blocks and processes -----------------------------------------------------------------------
-
-def entry_files(cache: Path) -> dict[str, str]:
-    """SHA-256 of the files of the one entry in a cache that is otherwise empty."""
-    (entry,) = [path for path in (cache / "tokens").iterdir() if path.is_dir()]
-    return {str(file.relative_to(entry)): hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in sorted(entry.rglob("*")) if file.is_file()}
-
 
 def tale(folder: Path, n_lines: int = 600) -> Path:
     """A text of paragraphs, with empty lines and letters of several bytes."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 from fedrun.data.corpora import Corpus, load_corpus
 from fedrun.data.documents import Documents
-from fedrun.data.stored_rows import FILES, RowFiles
+from fedrun.data.stored_rows import FILES, RowFiles, StoredRows
 from fedrun.data.text_options import TextOptions
 from tests.support.runs import ROOT
 
@@ -87,6 +89,12 @@ def in_memory(corpus: Corpus) -> Loaded:
                   corpus.documents, corpus.read, corpus.fingerprint)
 
 
+def on_disk(texts: Sequence[str]) -> StoredRows:
+    """Rows as a corpus has them."""
+    with tempfile.TemporaryDirectory() as folder:  # open files stay until nobody has them
+        return RowFiles(Path(folder)).extend(texts)
+
+
 def load(path: Path | str, **reading: Any) -> Loaded:
     folder = Path(tempfile.mkdtemp())
     try:
@@ -95,3 +103,10 @@ def load(path: Path | str, **reading: Any) -> Loaded:
         for name in FILES:  # tests break what else could empty a folder
             (folder / name).unlink()
         folder.rmdir()
+
+
+def entry_files(cache: Path) -> dict[str, str]:
+    """SHA-256 of the files of the one entry in a cache that is otherwise empty."""
+    (entry,) = [path for path in (cache / "tokens").iterdir() if path.is_dir()]
+    return {str(file.relative_to(entry)): hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in sorted(entry.rglob("*")) if file.is_file()}

@@ -59,6 +59,7 @@ MOVED = slice(0, None, 1009)  # the elements that a client changes
 STEP = 2.0**-12
 SEQUENCES = 4  # of a client
 GPT2 = 50257  # its vocabulary
+PAUSE = {"seconds": 0.0}  # of a client's training, which takes no time of this processor
 # Where other parts are put in place of those of a run.
 PROTOCOL: Any = protocol
 WORKER: Any = worker
@@ -189,6 +190,7 @@ class FloorWorker(worker.Worker):
 
 def move(self: Client, *_: Any, **__: Any) -> LocalLosses:
     """Replaces local training."""
+    time.sleep(PAUSE["seconds"])
     self.flat.vector[MOVED].add_(STEP)
     return LocalLosses(torch.zeros((), dtype=torch.float64), 1)
 
@@ -242,12 +244,15 @@ class TimedServer(server.Server):
 
 def measure_floor(arguments: argparse.Namespace) -> tuple[FederatedConfig, TokenData]:
     """Rounds without local training, and their floor."""
-    PROTOCOL.Worker = FloorWorker
+    PAUSE["seconds"] = arguments.pause
+    if not arguments.overlap:  # the floor's buffer would be on its way
+        PROTOCOL.Worker, TimedServer.uncounted = FloorWorker, 1
     CLIENT.train, CLIENT.gradient = move, gradient
     WORKER.mean_entropy = lambda *_: 1.0
-    FloorWorker.block, TimedServer.uncounted = arguments.block, 1
+    FloorWorker.block = arguments.block
     sequences = np.zeros((SEQUENCES * arguments.clients, 2), dtype=np.uint16)
-    config = settings(arguments, arguments.method, batch_size=1, sequence_length=2)
+    config = settings(arguments, arguments.method, batch_size=1, sequence_length=2,
+                      overlap=arguments.overlap)
     config = dataclasses.replace(config, model=shape(arguments.params))
     return config, TokenData(sequences, sequences[:1], 1, {}, Path())
 
@@ -296,6 +301,9 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=3, help="rounds per command")
     parser.add_argument("--params", type=float, help="million; rounds without training")
     parser.add_argument("--method", default="fed_avg")
+    parser.add_argument("--pause", type=float, default=0.0,
+                        help="with --params: seconds that a client waits in place of its training")
+    parser.add_argument("--overlap", action="store_true", help="with --params; without its floor")
     parser.add_argument("--apart", action="store_true",
                         help="as if every worker had its own machine")
     parser.add_argument("--train", help="a preset; complete rounds of fedrun")

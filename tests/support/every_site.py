@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from fedrun.config import FederatedConfig
 from fedrun.data.partition import Shards
@@ -32,10 +33,18 @@ from fedrun.experiment import Experiment
 from fedrun.federation.schedule import Schedule
 from fedrun.federation.site_keys import digest_of
 from fedrun.federation.worker import Worker
+from fedrun.flags import configs_dir
 from fedrun.protecting import secure
 from fedrun.protocol import make_worker
 from tests.support.made_data import made
 from tests.support.site_runs import config_with
+
+
+def preset(name: str) -> dict[str, str]:
+    """The flags of a preset, but for its model."""
+    given = yaml.safe_load((configs_dir() / "models" / f"{name}.yaml").read_text())
+    return {flag: str(value) for flag, value in given.items() if flag != "model"}
+
 
 METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "fed_avg": ("fed_avg", {}), "uniform": ("fed_avg", {"weighting": "uniform"}),
@@ -47,6 +56,7 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "int8": ("fed_avg", {"aggregation": "int8"}),
     "int8_moments": ("fed_avg", {"aggregation": "int8", "client_moments": "average_sqrt",
                                  "grad_clip": "1", "moments_every": "1,2"}),
+    "fast": ("fed_avg", preset("federated_fast")),
     "fed_momentum": ("fed_momentum", {}), "diloco": ("diloco", {}), "fed_adam": ("fed_adam", {}),
     "fed_yogi": ("fed_yogi", {}), "fed_adagrad": ("fed_adagrad", {}),
     "fed_fisher": ("fed_fisher", {}),

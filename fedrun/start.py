@@ -309,8 +309,18 @@ def _check_length(config: RunConfig, length: Length, found: Checkpoint) -> bool:
                              "allows that")
         log(f"training further from step {found.step} with the learning rates of a run of {now} "
             "steps: the result differs from that of one long run", WARNING)
+    elif before != now and found.step == before and getattr(config, "overlap", False):
+        if not config.extend:
+            raise InputError(f"{length.flag}: this run was started with {before} steps, and waited "
+                             "for the last one's sum (--overlap): trained further, it differs from "
+                             f"one run of {now} steps; --extend allows that")
+        log(f"training further from step {found.step}, whose sum clients have not trained beside: "
+            "the result differs from that of one long run", WARNING)
     if found.step < now:
         return False
+    if before is not None and found.step < before and getattr(config, "overlap", False):
+        raise InputError(f"{length.flag}: the run has already done {now} steps, but with --overlap "
+                         "its model is without the last one's update; must be more")
     last = found.server["history"][-1:]
     if not last or read_field(last[0], "step") != now:
         raise InputError(f"{length.flag}: the run has already done {now} steps, and was stopped "

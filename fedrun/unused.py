@@ -63,7 +63,7 @@ IDLE: dict[str, Callable[[Any], str]] = {
     "num_clients": _batches_all,
     "alpha": lambda c: _batches_all(c) or (
         "" if c.partition == "dirichlet" else "without --partition dirichlet"),
-    "extend": lambda c: "" if c.lr_schedule != "constant" else
+    "extend": lambda c: "" if c.lr_schedule != "constant" or getattr(c, "overlap", False) else
     "with --lr_schedule constant: such a run can be trained further without it",
     "prox_mu": lambda c: "with --local_updates 1" if c.local_updates == 1 else "",
     "client_store": _nothing_to_store,

@@ -30,6 +30,8 @@ def check_own(config: Any) -> None:
 def _check_holdout(config: Any) -> None:
     held = config.client_holdout
     require(held is None or 0 < held < 1, "--client_holdout", held, "in (0, 1), or none")
+    require(held is None or config.eval_clients, "--client_holdout", held, "none without "
+            "--eval_clients, which measures clients' own models on it")
     require(held is None or config.sites is None, "--client_holdout", held, f"none with --sites "
             f"{config.sites}: nothing of a single client's model leaves its site (--site_holdout "
             "measures on the text of all)")

@@ -145,7 +145,8 @@ class RunConfig:
     of its own."""
     extend: bool = False
     """Allow training a run further although its learning rate depends on its length (--lr_schedule
-    cosine). The result differs from one long run's."""
+    cosine), or its last round was not like the others (--overlap). The result differs from one long
+    run's."""
     checkpoint_freq: int | None = 30
     """Save a checkpoint every N global steps and after the last one, in the background; the two
     newest are kept. none: no checkpoints, so the run cannot be resumed or trained further."""

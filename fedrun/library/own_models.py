@@ -32,9 +32,12 @@ def of_client(found: Pretrained, client: int | None) -> Pretrained:
             f"a client of {folder}: from 0, below its {count} clients")
     from fedrun.records.checkpoint import GLOBAL, client_file, latest_valid
     from fedrun.training.params import FlatParams
-    checkpoint = latest_valid(folder)
+    try:
+        checkpoint = latest_valid(folder)
+    except InputError:  # which says how to train further
+        checkpoint = None
     if checkpoint is None:
-        raise InputError(f"--client {client}: {folder} has no checkpoint, where clients' own "
+        raise InputError(f"--client {client}: {folder} has no valid checkpoint, where clients' own "
                          "parameters are")
     if client_file(client) not in checkpoint.checksums:
         raise InputError(f"--client {client}: the own parameters of a site's clients are at the "

@@ -190,6 +190,8 @@ class LocalOptimizer:
                           ("exp_avg_sq", self.state["exp_avg_sq"][shared:])):
             if name in state:
                 own.copy_(state[name])
+                if state[name].is_cuda:  # memory of the store's stream: see Client.forget
+                    state[name].record_stream(torch.cuda.current_stream())
             else:
                 own.zero_()
 

@@ -6,6 +6,8 @@ FAULT=kill|stop|term|launcher|disk: at FAULT_AT, `stage:step`, on rank FAULT_RAN
     the file FAULT_ONCE is made then. SIGKILL, SIGSTOP or SIGTERM to this process, SIGKILL to its
     parent, or the error of a full disk.
 
+TWO_MACHINES: as if even and odd ranks were on two.
+
 Stages of workers: train, reduce, between (two sums of a round), reduced, evaluate, half-written. Of
 the server: decide, record, before-manifest, after-manifest, finish. Of a central run: step.
 """
@@ -23,6 +25,7 @@ from fedrun.aggregation.weiszfeld import WeiszfeldAggregator
 from fedrun.federation import server, worker
 from fedrun.federation.client import Client
 from fedrun.records import checkpoint_writer
+from tests.support import two_machines
 
 SIGNALS = {"kill": signal.SIGKILL, "launcher": signal.SIGKILL, "stop": signal.SIGSTOP,
            "term": signal.SIGTERM}
@@ -131,4 +134,6 @@ else:
     after(central.Training, "step", "step", lambda training: training.done)
 
 if __name__ == "__main__":
+    if "TWO_MACHINES" in os.environ:
+        two_machines.pretend()
     __main__.main()

@@ -15,8 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+from fedrun import cli
 from fedrun.config import FederatedConfig
 from fedrun.data.partition import Shards
 from fedrun.data.tokens import TokenData
@@ -33,6 +35,19 @@ from fedrun.protocol import make_worker
 from fedrun.tools.plan_memory import worker
 from fedrun.tools.plan_ranks import Layout, of_worker
 from fedrun.training.evaluate import BATCH_SEQUENCES
+
+GPT2 = {"model_type": "gpt2", "n_layer": 3, "n_embd": 64, "n_head": 4, "n_positions": 64}
+# Its logits are limited after the head.
+GEMMA2 = {"model_type": "gemma2", "num_hidden_layers": 3, "hidden_size": 64, "head_dim": 16,
+          "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+          "final_logit_softcapping": 30.0, "max_position_embeddings": 64}
+PLAN = ("plan", "fed_avg", "--config", "tiny", "--dataset", "pydocs", "--tokenizer", "bpe:400",
+        "--sequence_length", "32", "--cache_dir", "cache")
+
+
+def printed(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    assert cli.main([*PLAN, *flags]) == 0
+    return capsys.readouterr().out
 
 
 def config_of(method: str, **flags: object) -> FederatedConfig:

@@ -47,7 +47,16 @@ from fedrun.tools.plan_report import report
 from fedrun.tools.plan_text import Text, text_of
 from fedrun.tools.plan_time import Seconds, published
 from tests.support.allocations import peak_bytes
-from tests.support.planned import config_of, experiment_of, made, rounds
+from tests.support.planned import (
+    GEMMA2,
+    GPT2,
+    PLAN,
+    config_of,
+    experiment_of,
+    made,
+    printed,
+    rounds,
+)
 from tests.support.private import PRIVATE
 from tests.support.runs import Outcome, Run, execute
 
@@ -65,11 +74,6 @@ def _fresh_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 SLOW = pytest.mark.slow
-GPT2 = {"model_type": "gpt2", "n_layer": 3, "n_embd": 64, "n_head": 4, "n_positions": 64}
-# Its logits are limited after the head.
-GEMMA2 = {"model_type": "gemma2", "num_hidden_layers": 3, "hidden_size": 64, "head_dim": 16,
-          "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
-          "final_logit_softcapping": 30.0, "max_position_embeddings": 64}
 CASES = [("fed_avg", {}), ("fed_avg", {"micro_batch": 1, "checkpoint_activations": True}),
          ("fed_avg", {"moments_dtype": "bf16", "prox_mu": 0.1}),
          ("fed_avg", {"local_optimizer": "muon"}), ("fed_avg", {"aggregation": "int4"}),
@@ -213,15 +217,6 @@ def test_a_large_model_is_planned_without_its_memory() -> None:
 
 
 # ---- the command ---------------------------------------------------------------------------------
-
-PLAN = ("plan", "fed_avg", "--config", "tiny", "--dataset", "pydocs", "--tokenizer", "bpe:400",
-        "--sequence_length", "32", "--cache_dir", "cache")
-
-
-def printed(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    assert cli.main([*PLAN, *flags]) == 0
-    return capsys.readouterr().out
-
 
 def test_a_plan_from_a_measured_step(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = printed(capsys, "--rounds", "4")

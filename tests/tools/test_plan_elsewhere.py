@@ -27,8 +27,9 @@ from fedrun.tools import plan_time
 from fedrun.tools.plan_ranks import starting_bytes
 from fedrun.tools.plan_report import amount
 from tests.support.allocations import peak_bytes
-from tests.support.planned import config_of
-from tests.tools.test_plan import GEMMA2, GPT2, PLAN, VOCAB, printed
+from tests.support.planned import GEMMA2, GPT2, PLAN, config_of, printed
+
+VOCAB = 1000
 
 
 @pytest.fixture(autouse=True)

@@ -22,14 +22,12 @@ from fedrun.tools.plan_protected import journal_bytes, log_bytes, word_bytes
 from fedrun.tools.plan_ranks import Layout, of_worker, ranks
 from fedrun.tools.plan_report import report
 from fedrun.tools.plan_text import Text, text_of
-from tests.support.planned import config_of
+from tests.support.planned import PLAN, config_of
 from tests.support.private import PRIVATE
 from tests.support.real_sites import NAMES, Institutions
 from tests.support.runs import CORPUS, Run
 from tests.support.site_files import THREE, sites_file, sites_of, texts_of
 
-PLAN = ("plan", "fed_avg", "--config", "tiny", "--dataset", "pydocs", "--tokenizer", "bpe:400",
-        "--sequence_length", "32", "--cache_dir", "cache")
 OF_CLIENTS = tuple(part for name, value in PRIVATE.items() for part in (f"--{name}", value))
 OF_SEQUENCES = ("--dp", "example", "--dp_clip", "1", "--dp_noise", "0.8", "--dp_delta", "1e-4")
 

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import errno
 import resource
+from pathlib import Path
+
+import psutil
 
 from fedrun.common.errors import InputError, one_line
 
@@ -61,3 +64,11 @@ def memory_limit() -> str:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     return "" if limit == resource.RLIM_INFINITY else (
         f", of which a process may have {limit >> 20} MiB here (`ulimit -v`)")
+
+def machine_memory() -> int:
+    """The most bytes of memory and swap that this process may use."""
+    have = int(psutil.virtual_memory().total) + int(psutil.swap_memory().total)
+    try:
+        return min(have, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+    except (OSError, ValueError):  # no control groups, or "max"
+        return have

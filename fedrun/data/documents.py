@@ -139,16 +139,18 @@ def named_documents(kind: str, starts: Iterable[int] | np.ndarray, end: int,
 
 def _paragraphs(rows: StoredRows) -> np.ndarray:
     """The first row, and those with text behind one without; at most MOST_DOCUMENTS of them."""
-    found, step, number, first, after_blank = np.zeros(1, np.int64), 1, 0, 0, False
+    kept, held, step, number, first, after_blank = [np.zeros(1, np.int64)], 1, 1, 0, 0, False
     for content, cuts in rows.contents():
         blank = _blank(content, cuts)
         begins = np.flatnonzero(~blank & np.append(after_blank, blank[:-1]))
         numbers = np.arange(number + 1, number + 1 + len(begins))
-        found = np.append(found, first + begins[numbers % step == 0])
-        while len(found) > MOST_DOCUMENTS:
-            found, step = found[::2], 2 * step
+        kept.append(first + begins[numbers % step == 0])
+        held += len(kept[-1])
+        while held > MOST_DOCUMENTS:
+            kept, step = [np.concatenate(kept)[::2]], 2 * step
+            held = len(kept[0])
         number, first, after_blank = number + len(begins), first + len(blank), bool(blank[-1])
-    return found
+    return np.concatenate(kept)
 
 
 def _blank(content: bytes, cuts: np.ndarray) -> np.ndarray:

@@ -37,7 +37,7 @@ class HelperPool(Generic[Asked, Answer]):
             for helper in helpers:
                 self._stack.callback(helper.end)
                 self._free.put(helper)
-            self._does = helpers[0].does
+            self._helper = helpers[0]
             self._stack = self._stack.pop_all()
 
     def __len__(self) -> int:
@@ -59,10 +59,12 @@ class HelperPool(Generic[Asked, Answer]):
             try:
                 return first.result(ANSWER_SECONDS)
             except WaitedTooLong:
+                if first.done():  # a file system's own TimeoutError
+                    raise
                 if not self._goes_on():
-                    raise HelperEnded(
-                        f"a process that {self._does} has not answered for {ANSWER_SECONDS:.0f} s; "
-                        "start again, and it goes on with what is not done yet") from None
+                    raise HelperEnded(f"a process that {self._helper.does} has not answered for "
+                                      f"{ANSWER_SECONDS:.0f} s; {self._helper.continues}"
+                                      ) from None
 
     def _ask_helper(self, asked: Asked) -> Answer:
         helper = self._free.get()

@@ -43,7 +43,8 @@ class HelperProcess(ABC, Generic[Asked, Answer]):
     """A process that answers. Ends with the block of a `with` statement."""
 
     does: str
-    """What it does, for messages."""
+    """What it does, and this: what the next start does with what is done, for messages."""
+    continues: str
 
     def __init__(self, module: str, *given: str) -> None:
         """module: in this package, whose `main` is called with what is given."""
@@ -76,8 +77,8 @@ class HelperProcess(ABC, Generic[Asked, Answer]):
             code = self._process.poll()
             raise HelperEnded(f"a process that {self.does} has ended" + (
                 f" with code {code}" if code is not None else "") + "; if the machine is short of "
-                "memory, fewer cores need less (taskset -c 0 fedrun ...); the next "
-                "start continues where this one ended") from None
+                f"memory, fewer cores need less (taskset -c 0 fedrun ...); {self.continues}"
+                ) from None
         if kind == REFUSED:
             raise InputError(content.decode())
         if kind == FAILED:

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from fedrun.common.errors import InputError
+from fedrun.common.limits import machine_memory
 from fedrun.data import helper_pool
 from fedrun.data.documents import TextFile
 from fedrun.data.helper_pool import HelperPool
@@ -36,6 +37,7 @@ from fedrun.data.validation import Rows
 PIECE_BYTES = 1 << 23
 BYTES_A_PROCESS = 1 << 23  # less is read before another process has started
 COMPRESSED_TO = 4  # bytes of text for each of a compressed file, about
+MEMORY_OF_WHOLE = 8  # bytes, at the most, of each byte of a file that is read as a whole
 LINE_END_BYTES = 1 << 16  # looked through at once
 
 
@@ -62,7 +64,12 @@ def read_shards(shards: Sequence[DataFile], reading: Reading, files: RowFiles) -
         pieces = list(cut(shards, reading)) if processes > 1 else []
     except (OSError, InputError):  # reading has the words for what is wrong
         return reading.read(shards, files)
-    if len(pieces) < 2:
+    # Some kinds of files take several times their size in memory where they are read as a whole.
+    whole = max((_about_bytes(shard) for piece in pieces for shard in piece if shard.part is None),
+                default=0)
+    if whole > PIECE_BYTES:
+        processes = min(processes, machine_memory() // (MEMORY_OF_WHOLE * whole))
+    if len(pieces) < 2 or processes < 2:
         return reading.read(shards, files)
     folder = Path(tempfile.mkdtemp(prefix="pieces-", dir=files.folder))
     try:
@@ -94,7 +101,7 @@ def _appended(pieces: Sequence[Piece], reading: Reading, files: RowFiles,
         files.append_files(RowFiles(piece.folder, whole=True))
         if reading.source_column:
             new = [numbers.setdefault(name, len(numbers)) for name in read.sources]
-            source.append(np.array(new, np.int32)[np.load(piece.folder / SOURCE)])
+            source.append(np.array(new, np.int32)[np.fromfile(piece.folder / SOURCE, np.int32)])
         shutil.rmtree(piece.folder)
         for shard, lines in zip(piece.shards, read.lines, strict=not reading.columns):
             before = 0 if shard.begins else texts.pop().lines

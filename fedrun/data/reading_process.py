@@ -18,12 +18,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fedrun.common.files import write_atomic
 from fedrun.data.helper_process import HelperProcess, Parts, answer_with
 from fedrun.data.reading import Reading
 from fedrun.data.stored_rows import RowFiles
 from fedrun.data.text_files import DataFile
 
-SOURCE = "source.npy"
+SOURCE = "source"  # of a piece: int32
 
 
 class Piece(NamedTuple):
@@ -47,7 +48,7 @@ class PieceRead(NamedTuple):
 class Reader(HelperProcess[Piece, PieceRead]):
     """A process that reads."""
 
-    does = "reads text"
+    does, continues = "reads text", "the next start reads it from the beginning"
 
     def __init__(self, reading: Reading) -> None:
         super().__init__("reading_process", json.dumps(
@@ -86,7 +87,8 @@ def main(how: str) -> None:
             rows = reading.read(shards, files)
             files.flush()
             if rows.source is not None:
-                np.save(folder / SOURCE, rows.source)
+                numbers = rows.source.astype(np.int32)
+                write_atomic(folder / SOURCE, numbers.tobytes(), durable=False)
             return [json.dumps([rows.sources, [text.lines for text in rows.files]]).encode()]
 
         if not answer_with(read):

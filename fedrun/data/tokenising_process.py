@@ -75,7 +75,7 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
 class Helper(HelperProcess[np.ndarray, Encoded]):
     """A process that tokenises."""
 
-    does = "tokenises"
+    does, continues = "tokenises", "the next start continues where this one ended"
 
     def __init__(self, encoder: Encoder) -> None:
         super().__init__("tokenising_process", str(encoder.rows), str(encoder.tokenizer),

@@ -26,13 +26,13 @@ import psutil
 from torch import Tensor
 
 from fedrun.common.errors import FedrunError
+from fedrun.common.limits import machine_memory
 from fedrun.config import FederatedConfig
 from fedrun.data.sites import Sites
 from fedrun.distributed.data_plane import DataPlane, Mask
 from fedrun.federation.messages import RoundPlan
 from fedrun.federation.schedule import Schedule
 from fedrun.federation.site_keys import JournalRefused, RoundRefused
-from fedrun.model.memory import machine_memory
 from fedrun.secure import fewest_sites
 from fedrun.strategies.base import ClientReport
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import psutil
-
 from fedrun.common.errors import InputError
+from fedrun.common.limits import machine_memory
 
 BYTES_TO_LOAD = 4  # per parameter: float32
 
@@ -25,12 +22,3 @@ def require_memory(count: int, bytes_per_parameter: int, where: str) -> None:
     if needed > have:
         raise InputError(f"{where}: a model of {count:,} parameters needs at least "
                          f"{needed / 1e9:,.1f} GB, and this machine has {have / 1e9:,.1f} GB")
-
-
-def machine_memory() -> int:
-    """The most bytes of memory and swap that this process may use."""
-    have = int(psutil.virtual_memory().total) + int(psutil.swap_memory().total)
-    try:
-        return min(have, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
-    except (OSError, ValueError):  # no control groups, or "max"
-        return have

@@ -78,7 +78,8 @@ def bf16_products(tensor: Tensor, enabled: bool) -> AbstractContextManager[objec
 
 
 _PRODUCTS = {F.linear, F.conv1d, torch.conv1d, torch.einsum, torch.matmul, torch.mm, torch.bmm,
-             torch.addmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm}
+             torch.mv, torch.addmm, torch.addbmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__,
+             Tensor.mm, Tensor.bmm, Tensor.mv, Tensor.addmm, Tensor.addbmm, Tensor.baddbmm}
 _WIDE_ON_GPUS = {F.softmax, F.log_softmax, F.layer_norm, F.softplus, torch.softmax, Tensor.softmax}
 
 

@@ -105,8 +105,9 @@ class Pretrained:
 
     @property
     def stored_bytes(self) -> int:
-        """Of the weight files."""
-        return sum(file.stat().st_size for file in self._files())
+        """Of the weight files that are read: of two formats, the newer."""
+        files = sorted(self.folder.glob("*.safetensors")) or self._files()
+        return sum(file.stat().st_size for file in files)
 
     def digest(self) -> str:
         """A short digest of the weight files, to check that all machines have the same."""

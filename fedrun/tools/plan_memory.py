@@ -23,6 +23,7 @@ from fedrun.aggregation.keeping import KeepingAggregator
 from fedrun.aggregation.making import make_aggregator
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.aggregation.weiszfeld import WeiszfeldAggregator
+from fedrun.common.errors import InputError, one_line
 from fedrun.config import FederatedConfig, RunConfig
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.federation.client import OWN_PART, Client
@@ -144,11 +145,20 @@ def _counted(config: RunConfig, vocab_size: int, sequences: int, gpu: bool, trai
         count.name(PARAMETERS, ids)
         count.begin()
         with count.item(ACTIVATIONS if trains else EVALUATION):
-            if trains:
-                model.compute_grad(ids)
-            else:
-                with torch.no_grad():
-                    model.loss(ids)
+            try:
+                if trains:
+                    model.compute_grad(ids)
+                else:
+                    with torch.no_grad():
+                        model.loss(ids)
+            except RuntimeError as error:
+                if isinstance(model, Mamba2LM):
+                    raise
+                where = f"--config {config.config}" if config.init_from is None else \
+                    f"--init_from {config.init_from}"
+                raise InputError(f"{where}: a model of this architecture cannot be planned: torch "
+                                 f"does not compute it without memory ({one_line(error)})"
+                                 ) from error
     items = count.peak
     del items[PARAMETERS]
     return Gradient(items, count.flop * sequences // few)

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from fedrun.aggregation.int4 import Int4Aggregator
+from fedrun.common.limits import machine_memory
 from fedrun.config import CentralConfig, Dtype, FederatedConfig, RunConfig
 from fedrun.data.sites import Site
 from fedrun.distributed.launch import Launch
 from fedrun.distributed.runtime import choose_device
 from fedrun.experiment import require_names, resolve_dtype
 from fedrun.model.hardware import hardware
-from fedrun.model.memory import machine_memory
 from fedrun.model.pretrained import Pretrained
 from fedrun.tools import plan_central
 from fedrun.tools.plan_disk import Sent, evaluations, files, sent

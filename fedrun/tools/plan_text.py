@@ -39,13 +39,15 @@ class Text:
     """Of the validation split, as a server hands it out to such sites."""
 
     def schedule(self, config: FederatedConfig) -> Schedule:
-        """The run's rounds: from shards as small as a round needs, where they are not known, and
+        """The run's rounds: from shards as small as they may be, where they are not known, and
         one round where their number is not known. InputError as the run would raise it."""
+        least = config.batch_size * (1 if config.rounds and config.sync == "round"
+                                     else config.local_updates)
         if self.shards is None:
             config = dataclasses.replace(config, rounds=config.rounds or 1)
         if not self.knows_noise(config):
             config = dataclasses.replace(config, dp_noise=1.0, dp_epsilon=None)
-        shards = self.shards or [config.batch_size * config.local_updates] * config.num_clients
+        shards = self.shards or [least] * config.num_clients
         return Schedule(config, shards, self.sites)
 
     def knows_noise(self, config: FederatedConfig) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from fedrun import cli
+from fedrun.common.errors import InputError
 from fedrun.model.build import uninitialised_model
 from fedrun.model.config import TransformersShape
 from fedrun.model.pretrained import Pretrained, parameters_of
@@ -23,7 +25,7 @@ from fedrun.model.transformers_lm import (
     one_layer,
     require_trainable,
 )
-from fedrun.tools import plan_time
+from fedrun.tools import plan_memory, plan_time
 from fedrun.tools.plan_ranks import starting_bytes
 from fedrun.tools.plan_report import amount
 from tests.support.allocations import peak_bytes
@@ -93,3 +95,20 @@ def test_a_preset_of_transformers(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert "snapshots" not in out
     assert cli.main([*PLAN, *flags, "--save_client_deltas", "true"]) == 2
     assert "--save_client_deltas true: must be false" in capsys.readouterr().err
+
+
+def test_bloom_is_planned_in_bf16() -> None:
+    """Its attention multiplies by a method of a tensor."""
+    shape = TransformersShape({"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4})
+    config = dataclasses.replace(config_of("fed_avg", sequence_length=16), model=shape,
+                                 dtype="bf16")
+    assert plan_memory.gradient(config, 300, 2, gpu=False).flop > 0
+
+
+def test_an_architecture_that_has_no_outline_is_one_line() -> None:
+    shape = TransformersShape({"model_type": "mixtral", "hidden_size": 64, "num_hidden_layers": 2,
+                               "intermediate_size": 64, "num_attention_heads": 4,
+                               "num_key_value_heads": 2, "num_local_experts": 2})
+    config = dataclasses.replace(config_of("fed_avg", sequence_length=16), model=shape)
+    with pytest.raises(InputError, match=r"^--config \S+: a model of this architecture cannot be"):
+        plan_memory.gradient(config, 300, 2, gpu=False)

@@ -85,20 +85,19 @@ def test_bytes_and_files_of_sites(institutions: Institutions, name: str, flags: 
 
 
 @pytest.mark.parametrize("flags", [OF_CLIENTS, pytest.param(OF_SEQUENCES, marks=pytest.mark.slow)])
-def test_the_log_of_what_a_run_has_spent(run_here: Run, tmp_path: Path, flags: tuple[str, ...],
-                                         cache_dir: Path) -> None:
+def test_the_log_of_what_a_run_has_spent(run_here: Run, tmp_path: Path, flags: tuple[str, ...]
+                                         ) -> None:
     """To the byte: rates of sequences, which stand in it, come from the shards."""
     run = run_here("fed_avg", "--num_clients", 4, "--cohort", 2, "--rounds", 3, *flags,
                    "--dp_dir", tmp_path / "keys")
     assert run.code == 0, run.output
     given = {flag[2:]: value for flag, value in zip(flags[::2], flags[1::2], strict=True)}
     config = resolve("fed_avg", {name: run.config[name] for name in (
-        "config", "num_clients", "cohort", "rounds", "batch_size", "sequence_length")} | given)
+        "config", "dataset", "tokenizer", "val_fraction", "cache_dir", "num_clients", "cohort",
+        "rounds", "batch_size", "sequence_length")} | given)
     config = dataclasses.replace(config, dtype="fp32")
     assert isinstance(config, FederatedConfig)
-    text = text_of(dataclasses.replace(config, dataset=str(CORPUS), tokenizer="bpe:400",
-                                       cache_dir=cache_dir, val_fraction=0.02), None)
-    schedule = text.schedule(config)
+    schedule = text_of(config, None).schedule(config)
     found = plan_memory.worker(config, 400, False, schedule=schedule)
     assert found.level is not None
     assert log_bytes(schedule, found.level, 3, None) == (

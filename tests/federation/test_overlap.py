@@ -208,6 +208,12 @@ def test_a_model_is_recorded_without_the_update_of_its_round(run_here: Run) -> N
     assert first["step_norm"] == 0
     assert "update_cosine" not in first
     assert first["server_val_loss"] > one.history[0]["server_val_loss"]
+    # Clients have not trained beside the last sum, as they would have in a longer run.
+    longer = (*flags, "--rounds", 3, "--overlap", "true")
+    refused = run_here("fed_avg", *longer, after=overlapped)
+    assert refused.code == 2
+    assert "--rounds 3: this run was started with 2 steps, and waited for" in refused.output
+    assert run_here("fed_avg", *longer, "--extend", after=overlapped).code == 0
 
 
 @pytest.mark.slow
@@ -238,6 +244,9 @@ def test_a_stopped_run_resumes_with_the_sum_that_travelled(
         stopped = run_here("diloco", *flags, name="stopped")
     held, = stopped.run_dir.glob("checkpoints/step_*2/global.*")
     assert bool(load_file(held)[SUM].any())
+    ended = run_here("diloco", *flags, "--rounds", 2, after=stopped)
+    assert ended.code == 2
+    assert "its model is without the last one's update; must be more" in ended.output
     resumed = run_here("diloco", *flags, after=stopped)
     assert "resuming from step 2" in resumed.output
     assert resumed.bits == whole.bits

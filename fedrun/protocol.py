@@ -107,9 +107,10 @@ def rounds(server: Server | None, worker: Worker | None, runtime: Runtime, stopp
             if not report.failure:
                 if plan.evaluate:
                     report = worker.evaluate(report)
+                saves = bool(decision.stop) or (plan.save and not plan.last)
                 if writes:
-                    report = worker.check_replicas(report)
-                if decision.stop or (plan.save and not plan.last):
+                    report = worker.check_replicas(report, saves)
+                if saves:
                     worker.save(plan)
                 if decision.stop or plan.save:
                     report = worker.announce_state(report)
@@ -151,7 +152,7 @@ def save_recorded(plan: RoundPlan, server: Server | None, worker: Worker | None,
     """All ranks: make a checkpoint of the plan's round, which is recorded already."""
     report = RoundReport()
     if worker is not None:
-        report = worker.announce_state(worker.check_replicas(report))
+        report = worker.announce_state(worker.check_replicas(report, saves=True))
         worker.save(plan)
     reports = gather(runtime.control, report)
     check = share(runtime.control, RoundDecision,

@@ -313,13 +313,15 @@ class Worker:
         return validation_pieces(self.model, self.data.validation, self.runtime.device, part, parts,
                                  self._check_peers)
 
-    def check_replicas(self, report: RoundReport) -> RoundReport:
+    def check_replicas(self, report: RoundReport, saves: bool = False) -> RoundReport:
         """Digests of all that every worker holds (see replicas.py), from the workers that hold a
-        replica of their own."""
-        if self.runtime.data_plane.node_rank > 0:
+        replica of their own. saves: with --overlap, of the sum that a checkpoint will hold too."""
+        first = self.runtime.data_plane.node_rank == 0
+        held = self.overlap.held(first) if saves and self.overlap is not None else {}
+        if not first:
             return report
         state = self.global_state.replicated()
-        return replace(report, replicas=replicas.digests(state),
+        return replace(report, replicas=replicas.digests(state | held),
                        not_finite=replicas.not_finite(state))
 
     def save(self, plan: RoundPlan) -> None:

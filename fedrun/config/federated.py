@@ -96,9 +96,9 @@ class FederatedConfig(PrivacySettings, RunConfig):
     """Also evaluate every client's own model, as the round's training leaves it, at each evaluation
     (client_val_ppls)."""
     client_holdout: float | None = None
-    """Share of each client's sequences, the last of its shard, that it does not train on (0.05).
-    With --eval_clients its own model is evaluated on them too (client_own_ppls). none: all are
-    trained on."""
+    """Share of each client's sequences, the last of its shard, that it does not train on (0.05):
+    --eval_clients, which it needs, evaluates its own model on them too (client_own_ppls). none: all
+    are trained on."""
     save_client_deltas: bool = False
     """Also save every client's parameters and their change whenever the global model's are
     saved."""

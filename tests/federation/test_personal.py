@@ -184,7 +184,7 @@ def test_only_a_run_with_such_parameters_has_clients_models(run_here: Run) -> No
     with pytest.raises(ValueError, match=r"--client 0: must be left out for .*plain"):
         fedrun.open_run(plain.run_dir).model(0)
     gone = run_here("fed_avg", *FLAGS, "--rounds", 1, "--checkpoint_freq", "none", name="gone")
-    with pytest.raises(ValueError, match=r"--client 0: .*gone has no checkpoint"):
+    with pytest.raises(ValueError, match=r"--client 0: .*gone has no valid checkpoint"):
         fedrun.open_run(gone.run_dir).model(0)
 
 
@@ -217,8 +217,9 @@ def test_a_client_that_is_left_out_keeps_what_it_had(run_here: Run,
     ("fed_avg", {"personal": "*norm*", "dp": "client", "dp_clip": "1", "dp_noise": "1",
                  "dp_delta": "0.01"}, "--personal *norm*: must be none with --dp client"),
     ("fed_avg", {"client_holdout": "1"}, "--client_holdout 1.0: must be in (0, 1)"),
-    ("fed_entropy", {"client_holdout": "0.1"}, "--client_holdout 0.1: must be none with "
-                                               "--entropy_on holdout")])
+    ("fed_avg", {"client_holdout": "0.1"}, "--client_holdout 0.1: must be none without --eval_cl"),
+    ("fed_entropy", {"client_holdout": "0.1", "eval_clients": "true"},
+     "--client_holdout 0.1: must be none with --entropy_on holdout")])
 def test_what_does_not_go_together_is_refused(method: str, flags: dict[str, str], message: str
                                               ) -> None:
     with pytest.raises(ValueError, match="--") as refused:

@@ -83,10 +83,10 @@ class FederatedConfig(PrivacySettings, RunConfig):
     (4 bits each way, 0.51 bytes a parameter; the sum is rounded too, and the server adds that error
     to its next sum)."""
     overlap: bool = False
-    """Let a round's sum travel while the next round trains, in which each client goes on from its
-    own part of it; the others' parts come one round late (Kale et al. 2025). What is recorded and
-    saved after a round is the model without that round's own update, except after the last. Takes 4
-    bytes a parameter more, and as much again in each client's state."""
+    """Send a round's sum while clients train the next round. Each client starts that one from its
+    own part of the sum; the others' parts come one round late (Kale et al. 2025). What is recorded
+    and saved after a round is the model without that round's own update, except after the last.
+    Takes 4 bytes a parameter more, and as much again in each client's state."""
     client_clip: str | None = None
     """Longest update of a client, in L2 norm: a longer one is scaled down to it, so that no client
     can move the model further however it trained. A number, or the median of the round's norms

@@ -42,7 +42,7 @@ LINE_END_BYTES = 1 << 16  # looked through at once
 
 
 def processes_for(size: int) -> int:
-    """How many processes read files of so many bytes; 1: this one does."""
+    """How many processes read files of this size together; with 1, no other is started."""
     return max(1, min(len(os.sched_getaffinity(0)), size // BYTES_A_PROCESS))
 
 
@@ -150,7 +150,7 @@ def _about_bytes(shard: DataFile) -> int:
 
 
 def _cuts(shard: DataFile, reading: Reading, size: int) -> list[int]:
-    """Where the parts of a large file begin, and its end; empty if it has none."""
+    """Where the parts of a large file begin, and its end; empty if it cannot be cut."""
     kind = KINDS[shard.suffix] if reading.columns else "text"
     if shard.plain_name != shard.name:
         return []

@@ -212,8 +212,8 @@ class DataPlane:
         return tuple(parts)
 
     def _sum_in_node(self, parts: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Once all workers of the site have filled their parts: those of this node, summed if the
-        sum goes on to other nodes or sites."""
+        """Wait until all workers of the site have filled their parts; returns those of this node,
+        or their sum where other nodes or sites come in."""
         self.barrier()
         if self.inter_node_group is None and not self.of_site:
             return parts

@@ -91,6 +91,9 @@ def launch(argv: Sequence[str]) -> int:
     scratch = tempfile.TemporaryDirectory(prefix="fedrun-launch-", ignore_cleanup_errors=True)
     refused = Path(scratch.name) / "refused"
     os.environ[REFUSED] = str(refused)
+    # torchrun forwards signals to the ranks and waits for them; `interruptible` would end this
+    # process, and all ranks with it, a second later.
+    wakeup = signal.set_wakeup_fd(-1)
     try:
         torchrun.run(args)
         return 0
@@ -113,6 +116,7 @@ def launch(argv: Sequence[str]) -> int:
             _say(f"rank {rank} (process {failure.pid}) ended {how}"
                  f"{hint and f': out of memory{hint}?'}")
     finally:
+        signal.set_wakeup_fd(wakeup)
         scratch.cleanup()
     return 1
 

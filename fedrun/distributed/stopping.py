@@ -39,8 +39,6 @@ STOP_FILE_BYTES = 1000  # a larger file is not a stop request
 HEARTBEAT_THREAD = "fedrun-heartbeat"  # name of the thread in control_plane.py
 SECONDS_BETWEEN_LOOKS = 1.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-# Signals within this time count as one: launchers forward what the terminal has sent as well.
-SECONDS_OF_ONE_REQUEST = 0.5
 SECONDS_TO_RAISE = 1.0
 SECONDS_BETWEEN_SIGNALS = 0.2
 _INTERRUPTED = "interrupted; run the same command again to start over or resume"
@@ -59,6 +57,14 @@ def end_process(code: int) -> NoReturn:
             with suppress(AttributeError, OSError, ValueError):  # none, or closed
                 stream.flush()
     os._exit(code)
+
+
+def seconds_of_one_request() -> float:
+    """Signals within this time count as one: launchers forward what the terminal has sent as well.
+    In a SLURM job, scancel signals launcher and ranks alike, and a launcher that is short of
+    processor time forwards its own seconds later; nobody waits at a terminal there to send a second
+    one."""
+    return 10.0 if "SLURM_JOB_ID" in os.environ else 0.5
 
 
 class StopRequest:
@@ -122,13 +128,13 @@ class StopRequest:
             here.close()
 
     def _listen(self, signals: socket.socket) -> None:
-        first = 0.0
+        first, one_request = 0.0, seconds_of_one_request()
         while received := signals.recv(1):
             number = received[0]
             if number not in SIGNALS or self._last_signal:
                 continue  # not ours, or the one that `_end` has sent
             name = signal.Signals(number).name
-            if self.signal and time.monotonic() - first > SECONDS_OF_ONE_REQUEST:
+            if self.signal and time.monotonic() - first > one_request:
                 self._end(number, f"second signal ({name}): exiting now")
             if not self.signal:
                 self.signal, first = name, time.monotonic()

@@ -66,9 +66,9 @@ from fedrun.config import RunConfig
 from fedrun.distributed.launch import Launch, detect, without_rank
 from fedrun.distributed.stopping import (
     LAUNCHER,
-    SECONDS_OF_ONE_REQUEST,
     StopRequest,
     end_process,
+    seconds_of_one_request,
 )
 from fedrun.flags import Parser, add_flags, method_flags, methods
 from fedrun.records.outcome import START_VARIABLE, read_outcome, write_outcome
@@ -195,7 +195,7 @@ class Signals:
         if not self.first:
             self.first = time.monotonic()
             raise Stopped(signal.Signals(number).name, 128 + number, self.left)
-        if time.monotonic() - self.first > SECONDS_OF_ONE_REQUEST:
+        if time.monotonic() - self.first > seconds_of_one_request():
             end_process(128 + number)
 
 

@@ -30,9 +30,9 @@ from fedrun.distributed.launch import detect, without_rank
 from fedrun.distributed.stopping import (
     LAUNCHER,
     REFUSED,
-    SECONDS_OF_ONE_REQUEST,
     SIGNALS,
     hangup_ignored,
+    seconds_of_one_request,
 )
 from fedrun.flags import config_of
 from fedrun.library.opened_run import Run
@@ -111,7 +111,7 @@ class Children:
         if not self.stopped_by:
             self.code = 128 + number
             self.stop(signal.Signals(number).name, " (send it again to end them now)")
-        elif time.monotonic() - self._first > SECONDS_OF_ONE_REQUEST:
+        elif time.monotonic() - self._first > seconds_of_one_request():
             for child in list(self._running):
                 child.kill()
 

@@ -17,7 +17,7 @@ from fedrun.distributed.stopping import StopRequest, hangup_ignored
 from fedrun.records import checkpoint
 from fedrun.records.outcome import read_outcome, write_failure
 from fedrun.torchrun import wanted_signals
-from tests.support.runs import ROOT, SMALL, Run, read_json, wait_until
+from tests.support.runs import ROOT, SMALL, Run, read_json, torchrun, wait_until
 
 pytestmark = pytest.mark.usefixtures("signals_of_a_terminal")
 
@@ -83,6 +83,33 @@ def test_a_second_signal_ends_at_once(endless: subprocess.Popen[str]) -> None:
     assert endless.returncode == 128 + signal.SIGTERM
 
 
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_the_launcher_waits_for_ranks_in_the_middle_of_a_round(sent: signal.Signals, tmp_path: Path
+                                                               ) -> None:
+    (tmp_path / "rank.py").write_text(
+        "import pathlib, signal, time\n"
+        "asked = []\n"
+        f"signal.signal({int(sent)}, lambda *_: asked.append(1))\n"
+        "pathlib.Path('began').touch()\n"
+        "while not asked:\n"
+        "    time.sleep(0.05)\n"
+        "time.sleep(2.5)\n"
+        "pathlib.Path('written').touch()\n")
+    process = subprocess.Popen([*torchrun(2), "rank.py"], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        wait_until((tmp_path / "began").exists, 60)
+        process.send_signal(sent)
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert (tmp_path / "written").exists(), output
+    assert f"{sent.name}: all processes have ended" in output
+    assert process.returncode == 1
+
+
 @pytest.mark.parametrize(("sent", "raised"), [(signal.SIGTERM, SystemExit),
                                               (signal.SIGINT, KeyboardInterrupt)])
 def test_in_one_process_a_second_signal_raises(sent: signal.Signals, raised: type[BaseException],
@@ -104,6 +131,18 @@ def test_in_one_process_a_second_signal_raises(sent: signal.Signals, raised: typ
     assert time.monotonic() - began < 10  # although a signal may arrive before the wait begins
     if isinstance(caught.value, SystemExit):
         assert caught.value.code == 128 + sent
+
+
+def test_in_a_slurm_job_a_late_second_signal_is_the_forwarded_first_one(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """scancel signals every process, and a busy launcher passes its own on seconds later."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    (tmp_path / "lock").touch()
+    with StopRequest(tmp_path, tmp_path / "lock", list, Launch()).listening() as stopping:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.7)  # does not raise
+        assert stopping.asked_by() == "SIGTERM"
 
 
 def test_under_nohup_a_closed_terminal_has_no_effect(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.slices import Slices
 from fedrun.distributed.data_plane import DataPlane, Mask
+from fedrun.distributed.waiting import Travelling
 
 
 class Aggregator(ABC):
@@ -138,3 +139,39 @@ class Aggregator(ABC):
         for other in others:
             first = torch.add(first, other, out=out[:b - a])
         return first
+
+
+class TravellingAggregator(Aggregator):
+    """One that sums once, and can do something else while the sum travels (--overlap)."""
+
+    _travelling: Travelling | None = None
+
+    def reduce(self) -> None:
+        super().reduce()
+        self.settle()
+
+    def send(self) -> None:
+        """Workers: begin `reduce`, whose sum travels while they do something else, to `receive`."""
+        self._travelling = self.plane.send(self._buffers)
+
+    def receive(self) -> None:
+        """Workers: wait for a sum that travels; afterwards all is as after `reduce`, but for what
+        `settle` does."""
+        assert self._travelling is not None, "`send` comes first"
+        self._reduced, self._travelling = self.plane.receive(self._travelling), None
+
+    def settle(self) -> None:
+        """Workers, once after the sum: draw from it what `carried` needs for the next one."""
+
+    def total(self) -> Tensor:
+        """After the sum: all of it, as long as the buffer, in memory of its own."""
+        total = self._reduced[0].clone()
+        for other in self._reduced[1:]:
+            total.add_(other)
+        return total
+
+    def restore(self, total: Tensor) -> None:
+        """Workers, after `begin` as in its round: all is as after the `receive` that brought this
+        total."""
+        self.plane.write(self._buffers[0], total)
+        self._reduced = self._buffers[:1]

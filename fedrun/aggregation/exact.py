@@ -22,12 +22,11 @@ from itertools import cycle
 import torch
 from torch import Tensor
 
-from fedrun.aggregation.base import Aggregator
+from fedrun.aggregation.base import TravellingAggregator
 from fedrun.aggregation.bounds import Bounds, bound_exceeded
 from fedrun.aggregation.slices import Peaks, slice_width
 from fedrun.common.pinned import brought
 from fedrun.distributed.data_plane import DataPlane
-from fedrun.distributed.waiting import Travelling
 from fedrun.model.kernels import current_device, uses_triton
 from fedrun.strategies.base import CLIENT_VECTORS, Strategy
 
@@ -37,7 +36,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 SECOND = ("exp_avg_sq", "rms")  # of averaged moments, those that AdamW divides by
 
 
-class ExactAggregator(Aggregator):
+class ExactAggregator(TravellingAggregator):
     """Client terms at full precision: integers on the round's grid, or (`exact` false) floats.
 
     `buffer` is (number of sums * size + 1,): the method's vectors one after the other, then the
@@ -70,7 +69,6 @@ class ExactAggregator(Aggregator):
         self._all_moments = tuple(moments)
         self._lay_out(self._all_moments)
         self._stale = True  # the buffer still holds the previous round's sum
-        self._travelling: Travelling | None = None
         self._rounded = torch.empty(width, dtype=dtype, device=like.device)
         self._bounds = dict.fromkeys(CLIENT_VECTORS, torch.finfo(like.dtype).max)
         self._table = self.slices.table(strategy.global_means, like.device
@@ -106,27 +104,8 @@ class ExactAggregator(Aggregator):
         super().reduce()
 
     def send(self) -> None:
-        """Workers: begin `reduce`, whose sum travels while they do something else, to `receive`."""
         self._zero_if_stale()
-        self._travelling = self.plane.send(self._buffers)
-
-    def receive(self) -> None:
-        """Workers: wait for a sum that travels; afterwards all is as after `reduce`."""
-        assert self._travelling is not None, "`send` comes first"
-        self._reduced, self._travelling = self.plane.receive(self._travelling), None
-
-    def total(self) -> Tensor:
-        """After the sum: all of it, as long as the buffer, in memory of its own."""
-        total = self._reduced[0].clone()
-        for other in self._reduced[1:]:
-            total.add_(other)
-        return total
-
-    def restore(self, total: Tensor) -> None:
-        """Workers, after `begin` with the bounds of its round: all is as after the `reduce` that
-        made this total."""
-        self.plane.write(self._buffers[0], total)
-        self._reduced = self._buffers[:1]
+        super().send()
 
     def begin(self, bounds: Bounds, moments: Sequence[str] | None = None) -> None:
         self._stale = True

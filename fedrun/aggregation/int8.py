@@ -71,7 +71,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fedrun.aggregation.base import Aggregator
+from fedrun.aggregation.base import TravellingAggregator
 from fedrun.aggregation.blocks import (
     BLOCK,
     FULL,
@@ -96,7 +96,7 @@ FIRST = 1 / 4  # step, as a share of what equal clients at the bound need
 FIRST_OF_MOMENTS = 1.0
 
 
-class Int8Aggregator(Aggregator):
+class Int8Aggregator(TravellingAggregator):
     """The sum of an update, and of differences of averaged moments, over a cohort of at most
     INT8_COHORT clients.
 
@@ -208,9 +208,8 @@ class Int8Aggregator(Aggregator):
             return torch.sub(client[name][a:b], brought(self.averages[name][a:b], out), out=out)
         return update_slice(client, start, a, b, self._scratch[1])
 
-    def reduce(self) -> None:
-        """Workers: sum over all of them, and choose the next round's steps."""
-        super().reduce()
+    def settle(self) -> None:
+        """Workers, after the sum: choose the next round's steps."""
         mine = self.plane.section(len(self.steps))
         for part in self._moving.values():
             clipped, full = (self._sum(where).view(torch.uint8)[mine.start:mine.stop]

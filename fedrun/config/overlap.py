@@ -25,8 +25,8 @@ def check_overlap(config: Any) -> None:
     require(not config.averaged_moments, "--client_moments", config.client_moments,
             "keep, reset or reset_epoch with --overlap")
     require(config.sync == "round", "--sync", config.sync, "round with --overlap")
-    require(not config.sends_few_bits, "--aggregation", config.aggregation,
-            "exact or float with --overlap")
+    require(config.aggregation != "int4", "--aggregation", config.aggregation,
+            "exact, float or int8 with --overlap")
     require(config.client_clip is None, "--client_clip", config.client_clip, "none with --overlap")
     require(config.sites is None, "--sites", config.sites, "none with --overlap")
     require(config.dp == "none", "--dp", config.dp, "none with --overlap")

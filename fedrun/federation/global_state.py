@@ -37,9 +37,10 @@ class GlobalState:
     """
 
     def __init__(self, config: FederatedConfig, vector: Tensor, plane: DataPlane,
-                 aggregator: Aggregator) -> None:
+                 aggregator: Aggregator, odd: Aggregator | None = None) -> None:
         """Workers: as it is before the first round. vector: the model's, (size,), of which as much
-        is shared as the aggregator sums; the rest (--personal) stays as it is."""
+        is shared as the aggregator sums; the rest (--personal) stays as it is. odd: with --overlap,
+        what sums every other round."""
         self._pinned = PinnedMemory() if (config.offload == "global"
                                           and vector.device.type == "cuda") else None
         self._plane = plane
@@ -55,7 +56,8 @@ class GlobalState:
         self.moments = {name: self._replica(torch.zeros_like(shared))
                         for name in config.averaged_moments} or None
         """AdamW's moments as they were averaged last, if clients share them."""
-        self.carried = {f"{config.aggregation}.{n}": t for n, t in aggregator.carried.items()}
+        self.carried = {f"{config.aggregation}.{n}": t for n, t in aggregator.carried.items()} | {
+            f"{config.aggregation}.odd.{n}": t for n, t in (odd.carried if odd else {}).items()}
         """What the aggregator makes the next round's steps of, with int8 and int4."""
         self.sections = {f"{config.aggregation}.{n}": t
                          for n, t in aggregator.carried_in_sections.items()}

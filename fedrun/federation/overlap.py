@@ -11,7 +11,9 @@ with its own part of it, and starts from there,
 and its update of round t + 1 is d_k' = w_k - start_k. A client that was not in round t, or was left
 out of it, starts from G_(t-1). After its training S_t has arrived, and is applied; then S_(t+1)
 sets out. So the model after round t is G_(t-1), except after the last round, which waits for its
-own sum too. Two aggregators are used in turn: one sums while the other's sum travels.
+own sum too. Two aggregators are used in turn: one sums while the other's sum travels. With int8
+each has steps of its own, which follow what its own rounds have told, every other one; a client has
+one residual.
 
 Kale et al. (2025), "Eager Updates For Overlapped Communication and Computation in DiLoCo", arXiv
 2502.12996. Their clients apply to a model and an outer optimizer of their own the delayed mean,
@@ -30,8 +32,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedrun.aggregation.base import TravellingAggregator
 from fedrun.aggregation.bounds import Bounds
-from fedrun.aggregation.exact import ExactAggregator
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.federation.client import OWN_PART, Client
 from fedrun.federation.global_state import GlobalState
@@ -67,7 +69,7 @@ class Overlap:
         self._state, self._updates = state, updates
         self._sent: _Sent | None = None
 
-    def aggregator(self, number: int) -> ExactAggregator:
+    def aggregator(self, number: int) -> TravellingAggregator:
         """What sums round `number`."""
         return _sums_of(self._updates[number % 2])
 
@@ -109,6 +111,7 @@ class Overlap:
         self._wait()
         assert self._sent is not None
         sent, self._sent = self._sent, None
+        _sums_of(sent.update).settle()
         return sent.update.apply(self._state.shared, self._state.server, sent.context,
                                  measure=measure)
 
@@ -140,6 +143,6 @@ class Overlap:
         self._sent = _Sent(update, context, arrived=True)
 
 
-def _sums_of(update: ServerUpdate) -> ExactAggregator:
-    assert isinstance(update.aggregator, ExactAggregator), "--overlap refuses the others"
+def _sums_of(update: ServerUpdate) -> TravellingAggregator:
+    assert isinstance(update.aggregator, TravellingAggregator), "--overlap refuses the others"
     return update.aggregator

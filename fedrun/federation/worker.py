@@ -78,15 +78,13 @@ class Worker:
         most = min(config.cohort_size, len(hosted)) if config.sites else \
             self.placement.most(config.cohort_size)
         self.aggregator = make_aggregator(config, self.flat.shared, plane, most)
-        self.global_state = GlobalState(config, vector, plane, self.aggregator)
+        odd = make_aggregator(config, self.flat.shared, plane, most) if config.overlap else None
+        self.global_state = GlobalState(config, vector, plane, self.aggregator, odd)
         self.global_model = self.global_state.model
         self.server_update = ServerUpdate(self.strategy, self.aggregator)
-        self.overlap: Overlap | None = None
+        self.overlap = None if odd is None else Overlap(
+            self.global_state, (self.server_update, ServerUpdate(self.strategy, odd)))
         """With --overlap: the sum that travels while clients train (see overlap.py)."""
-        if config.overlap:
-            other = make_aggregator(config, self.flat.shared, plane, most)
-            self.overlap = Overlap(self.global_state, (
-                self.server_update, ServerUpdate(self.strategy, other)))
         self.fisher = FisherEstimate(self.flat, self.strategy.fisher_settings
                                      ) if "fisher" in self.strategy.inputs else None
         self.terms = Terms(config, self.aggregator, self.global_state, self.fisher)

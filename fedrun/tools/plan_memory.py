@@ -232,12 +232,12 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
                 count.name(UPDATES, *aggregator.rows)
             if isinstance(aggregator, WeiszfeldAggregator):
                 count.name(CENTRE, aggregator.centre)
-            state = GlobalState(config, flat.vector, plane, aggregator)
+            odd = make_aggregator(config, flat.shared, plane, most) if config.overlap else None
+            state = GlobalState(config, flat.vector, plane, aggregator, odd)
             ServerUpdate(strategy, aggregator)
-            if config.overlap:
-                second = make_aggregator(config, flat.shared, plane, most)
-                count.name(BUFFER, second.buffer)
-                ServerUpdate(strategy, second)
+            if odd is not None:
+                count.name(BUFFER, odd.buffer)
+                ServerUpdate(strategy, odd)
         count.name(GLOBAL_MODEL, state.model)
         count.name(SERVERS, *state.server.values())
         count.name(SERVER_RESIDUAL, *state.sections.values())

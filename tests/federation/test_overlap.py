@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from fedrun.config import FederatedConfig
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.distributed.stopping import StopRequest
 from fedrun.federation.messages import RoundDecision, RoundPlan, WorkerReport
 from fedrun.federation.overlap import SUM
+from fedrun.federation.schedule import Schedule
 from fedrun.federation.server import Server
 from fedrun.flags import resolve
 from fedrun.model.config import ModelConfig
@@ -160,13 +163,47 @@ def outer_steps_by_hand(hand: ByHand) -> Tensor:
     return server.detach()
 
 
+def in_eight_bits(hand: ByHand) -> Tensor:
+    """With w + S on the server, in the words of int8.py: of even and of odd rounds each has steps,
+    from the sums of two rounds before."""
+    config = resolve("fed_avg", dict(zip((flag[2:] for flag in map(str, SHORT[::2])),
+                                         map(str, SHORT[1::2]), strict=True)) | {"lr": str(LR)})
+    assert isinstance(config, FederatedConfig)
+    plan = Schedule(config, [1000] * CLIENTS).plan
+    levels = [1 + math.floor((127 - CLIENTS) * p) for p in hand.weights]
+    equal = 1 / (CLIENTS * (1 + math.floor((127 - CLIENTS) / CLIENTS)))
+    blocks = -(-len(hand.first) // 256)
+    shares = [torch.full((blocks,), equal / 4).double() for _ in range(2)]
+    rest = [torch.zeros_like(hand.first) for _ in range(CLIENTS)]
+    model, travelling, parts = hand.first, torch.zeros(()), [torch.zeros(())] * CLIENTS
+    for number in range(1, ROUNDS + 1):
+        updates = [hand.train(k, model + part) for k, part in enumerate(parts)]
+        model = model + travelling
+        share = shares[number % 2]
+        step_of = (share * plan(number, 0.0).bound).repeat_interleave(256)[:len(model)]
+        travelling, reach = torch.zeros_like(model), torch.zeros(CLIENTS, blocks).double()
+        for k, (update, c) in enumerate(zip(updates, levels, strict=True)):
+            rest[k] += hand.weights[k] * update
+            steps = rest[k] / step_of
+            sent = steps.round().clamp(-c, c) * step_of
+            rest[k], travelling = rest[k] - sent, travelling + sent
+            padded = torch.nn.functional.pad(steps.abs(), (0, blocks * 256 - len(model)))
+            reach[k] = padded.view(blocks, 256).amax(1) / (c + 0.5)
+        share[reach.amax(0) <= 0.7] *= 0.75
+        share[reach.amax(0) > 1] *= 2
+        share.clamp_(equal / 256, 2 / (127 - CLIENTS))
+        parts = [p * update for p, update in zip(hand.weights, updates, strict=True)]
+    return model + travelling
+
+
 def step(optimizer: torch.optim.SGD, vector: torch.nn.Parameter, update: Tensor) -> None:
     vector.grad = -update
     optimizer.step()
 
 
 @pytest.mark.parametrize(("method", "flags", "reference"), [
-    ("fed_avg", (), eager_by_paper), ("diloco", DILOCO, outer_steps_by_hand)])
+    ("fed_avg", (), eager_by_paper), ("diloco", DILOCO, outer_steps_by_hand),
+    ("fed_avg", ("--aggregation", "int8"), in_eight_bits)])
 def test_rounds_by_hand_equal_rounds_of_fedrun(method: str, flags: tuple[object, ...],
                                                reference: object, run: Run, data: TokenData
                                                ) -> None:
@@ -227,10 +264,13 @@ def test_the_same_bits_in_every_world(processes: int, script: str, run: Run, alo
     assert without_clocks(other) == without_clocks(alone)
 
 
+@pytest.mark.parametrize("aggregation", ["exact", "int8"])
 def test_a_stopped_run_resumes_with_the_sum_that_travelled(
-        run_here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also the clients' own parts of it: the last bits depend on both."""
-    flags = (*FLAGS, "--rounds", 4, "--checkpoint_freq", "none", "--val_freq", 100)
+        aggregation: str, run_here: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also the clients' own parts of it: the last bits depend on both; and with int8 on the steps
+    of even and of odd rounds."""
+    flags = (*FLAGS, "--rounds", 4, "--checkpoint_freq", "none", "--val_freq", 100,
+             "--aggregation", aggregation)
     whole = run_here("diloco", *flags, name="whole")
     healthy = Server.decide
 
@@ -250,6 +290,15 @@ def test_a_stopped_run_resumes_with_the_sum_that_travelled(
     resumed = run_here("diloco", *flags, after=stopped)
     assert "resuming from step 2" in resumed.output
     assert resumed.bits == whole.bits
+
+
+@pytest.mark.slow
+def test_in_eight_bits_too(run: Run) -> None:
+    flags = ("fed_avg", *FLAGS, "--aggregation", "int8")
+    alone = run(*flags)
+    apart = run(*flags, processes=5, script="tests.support.two_machines", name="apart")
+    assert apart.bits == alone.bits
+    assert without_clocks(apart) == without_clocks(alone)
 
 
 @pytest.mark.slow
@@ -315,7 +364,7 @@ def test_a_worker_lost_while_a_sum_travels_ends_the_run(kind: str, run: Run, tmp
     ("fed_avg", {"weighting": "trained"}, "--weighting trained: must be samples or uniform with"),
     ("fed_avg", {"client_moments": "average"}, "--client_moments average: must be keep, reset or"),
     ("fed_avg", {"sync": "epoch"}, "--sync epoch: must be round with --overlap"),
-    ("fed_avg", {"aggregation": "int8"}, "--aggregation int8: must be exact or float with --ov"),
+    ("fed_avg", {"aggregation": "int4"}, "--aggregation int4: must be exact, float or int8 with"),
     ("fed_avg", {"client_clip": "1"}, "--client_clip 1: must be none with --overlap"),
     ("fed_avg", {"dp": "client", "dp_clip": "1", "dp_noise": "1"}, "--dp client: must be none wi"),
 ])

@@ -1,12 +1,13 @@
 """What a round's messages cost the server, by the number of workers: the control plane alone.
 
-    python -m tests.benchmarks.control              # a minute or two, 2 GB of memory; markdown
+    python -m tests.benchmarks.control              # minutes, 8 GB of memory; markdown
     python -m tests.benchmarks.control 10 100       # other numbers of workers
 
-Every rank is a process, forked from one that has imported torch, so that hundreds fit a machine.
-They speak the messages of a round (federation/messages.py) over the run's own ControlPlane and do
-nothing else. gloo connects two of them when they first have something to say to each other
-(TORCH_GLOO_LAZY_INIT); in a run all connect to all, which is what the start costs, not a round.
+Every rank is a process, forked from one that has imported torch, so that a thousand fit a machine.
+They begin together when all are there: a rank that waits is not idle, since gloo wakes a thread of
+it a hundred times a second. They speak the messages of a round (federation/messages.py) over the
+run's own ControlPlane and do nothing else. gloo connects two of them when they first have something
+to say to each other (TORCH_GLOO_LAZY_INIT).
 
 The seconds that count are the server's own CPU seconds, of all its threads: those of the clock are
 of one machine that runs all ranks on its few cores.
@@ -18,6 +19,7 @@ import argparse
 import gc
 import json
 import os
+import select
 import signal
 import statistics
 import sys
@@ -27,10 +29,12 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
+from fedrun.common.limits import require_files
 from fedrun.distributed.connect import LOOPBACK, listen, serve
 from fedrun.distributed.control_plane import ControlPlane
 from fedrun.federation.messages import (
@@ -46,8 +50,9 @@ from fedrun.federation.messages import (
 from fedrun.strategies.base import ClientReport
 from tests.benchmarks.common import machine
 
-ROUNDS = 2  # that are measured, after one in which ranks connect
-LIMIT = timedelta(seconds=240)
+ROUNDS = 3  # that are measured, after one in which ranks connect
+LIMIT = timedelta(seconds=300)  # for all of them to be ready, and then for their rounds
+MEMORY_OF_A_RANK = 8 << 20  # bytes
 HEADER = """\
 | workers | CPU ms of the server a round | ms of the clock | the plan (kB) |
 |---|---|---|---|"""
@@ -55,7 +60,7 @@ HEADER = """\
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
-    parser.add_argument("workers", nargs="*", type=int, default=[10, 100, 300])
+    parser.add_argument("workers", nargs="*", type=int, default=[10, 100, 300, 1000])
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.environ |= {"TORCH_GLOO_LAZY_INIT": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -94,15 +99,23 @@ def fit(found: dict[int, float]) -> tuple[float, float]:
 def measure(workers: int) -> dict[str, Any]:
     """Of the server, by round: CPU seconds (`cpu`) and seconds of the clock (`clock`); bytes of the
     `plan`."""
+    require_files(workers + 1)
+    if (free := psutil.virtual_memory().available) < workers * MEMORY_OF_A_RANK:
+        sys.exit(f"{workers} workers take {workers * MEMORY_OF_A_RANK >> 20} MiB of memory, and "
+                 f"{free >> 20} are free")
     listening = listen(LOOPBACK, 0, one_machine=True)
     port = listening.getsockname()[1]
-    out, into = os.pipe()
-    ranks = [fork(lambda: rank_of(0, workers, serve(listening, LIMIT), into))]
-    listening.close()
-    os.close(into)
+    (out, into), (gate, closed) = os.pipe(), os.pipe()
+    ranks: list[int] = []
     try:
+        ranks.append(fork(lambda: rank_of(0, workers, serve(listening, LIMIT), into), gate, closed))
+        listening.close()
+        os.close(into)
         for rank in range(1, workers + 1):
-            ranks.append(fork(partial(worker_of, rank, workers, port)))
+            ranks.append(fork(partial(worker_of, rank, workers, port), gate, closed))
+        os.close(closed)  # opens the gate
+        if not select.select([out], [], [], LIMIT.seconds)[0]:
+            sys.exit(f"{workers} workers: no answer of the server within {LIMIT.seconds} s")
         with os.fdopen(out) as answer:
             line = answer.readline()
         if not line:
@@ -110,8 +123,10 @@ def measure(workers: int) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(line)
         return found
     finally:
+        os.close(gate)
         for process in ranks:
             os.kill(process, signal.SIGKILL)
+        for process in ranks:
             os.waitpid(process, 0)
 
 
@@ -119,13 +134,18 @@ def worker_of(rank: int, workers: int, port: int) -> None:
     rank_of(rank, workers, TCPStore(LOOPBACK, port, None, False, LIMIT, wait_for_workers=False))
 
 
-def fork(work: Callable[[], None]) -> int:
-    """The ID of a process that does this and ends."""
+def fork(work: Callable[[], None], gate: int, closed: int) -> int:
+    """The ID of a process that does this, when the other end of a pipe is closed, and ends.
+
+    gate: the end that it reads. closed: the other one.
+    """
     if process := os.fork():
         return process
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.alarm(2 * LIMIT.seconds)
+        os.close(closed)
+        os.read(gate, 1)
         work()
     finally:
         os._exit(0)

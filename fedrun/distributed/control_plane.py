@@ -57,6 +57,16 @@ class ControlPlane:
         self._copy: Tensor | None = None
         self._copy_sent: dist.Work | None = None
 
+    def meet(self) -> None:
+        """All ranks, first: connect those that speak to each other, while what goes wrong is still
+        the start's: each with the server, and some to pass on what the server shares."""
+        byte = torch.zeros(1, dtype=torch.uint8)
+        if self.rank:
+            dist.send(byte, 0, group=self.group)
+        else:
+            self._receive({rank: _empty(1) for rank in range(1, self.world_size)})
+        dist.broadcast(byte, 0, group=self.group)
+
     def share(self, message: Any = None) -> Any:
         """All ranks: return the server's message. The argument of other ranks is ignored."""
         if self.group is None:

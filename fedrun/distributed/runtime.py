@@ -33,6 +33,7 @@ from fedrun.distributed.connect import (
     NoAnswer,
     NotConnected,
     answered,
+    connecting_late,
     explain_wait,
     listen,
     named,
@@ -207,11 +208,12 @@ def connect(launch: Launch, dedicated_server: bool, timeout: float, proof: Proof
     heartbeat = Heartbeat(PrefixStore(prefix, heartbeat_store), launch.rank, launch.world_size)
     wait = timedelta(seconds=timeout) + (EXTRA_WORKER_TIMEOUT if launch.rank else timedelta())
     with creating_groups(heartbeat):
-        # all ranks, in this order
-        dist.init_process_group("gloo", store=PrefixStore(prefix, store), rank=launch.rank,
-                                world_size=launch.world_size, timeout=bound)
-        control = ControlPlane(dist.new_group(backend="gloo", timeout=wait), heartbeat, wait,
-                               first_worker=int(dedicated_server))
+        with connecting_late():  # all ranks, in this order; nothing is sent in the first group
+            dist.init_process_group("gloo", store=PrefixStore(prefix, store), rank=launch.rank,
+                                    world_size=launch.world_size, timeout=bound)
+            control = ControlPlane(dist.new_group(backend="gloo", timeout=wait), heartbeat, wait,
+                                   first_worker=int(dedicated_server))
+        answered(control.meet, bound)
     try:
         if proof is not None:
             control.membership = _membership(control, proof, prefix)

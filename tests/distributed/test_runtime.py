@@ -16,6 +16,7 @@ from fedrun.distributed.comparison import compare, difference, idle_gpus
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.distributed.launch import Launch
 from fedrun.distributed.runtime import choose_interfaces, device_index, probe
+from tests.support.prepared import run_ranks
 
 
 def first(local_rank: int, local: int, world: int | None = None) -> Launch:
@@ -183,3 +184,14 @@ def test_the_first_sums_are_of_numbers_that_need_every_bit(
     monkeypatch.setattr(dist, "get_rank", lambda _: 0)
     group: Any = object()
     assert DataPlane(group).probe(torch.device("cpu")) == wrong
+
+
+def test_ranks_connect_with_those_that_they_speak_to_alone() -> None:
+    """And all of these at the start, where a rank that is lost is named."""
+    code, output = run_ranks(6, [], 120, "tests.support.met_ranks")
+    assert code == 0, output
+    line = next(line for line in output.splitlines() if line.startswith("results "))
+    met, spoken = zip(*json.loads(line.removeprefix("results ")), strict=True)
+    assert met == spoken
+    assert met[0] == 5  # the server with each, in one of the two groups
+    assert sum(met) / 2 < 2 * 5, met  # all with all: 15 pairs, in each group

@@ -41,10 +41,15 @@ def loss_halves(config: RunConfig) -> list[float] | None:
     if differences:
         raise InputError(f"study: {folder} holds a run with another {', '.join(differences)}; "
                          "remove it, or give the study another name")
-    if (folder / FAILED).exists():
+    failed = (folder / FAILED).exists()
+    if not failed and run.outcome != "finished":
+        return None  # the run itself compares what it resumes from
+    sites = getattr(config, "sites", None)
+    if sites is not None and not _same_sites(config):
+        raise InputError(f"study: {folder} holds a run with other sites than --sites {sites} has "
+                         "now; remove it, or give the study another name")
+    if failed:
         return [math.inf, math.inf]
-    if run.outcome != "finished":
-        return None
     halves = history(config)[-1].get("val_loss_halves")
     if not isinstance(halves, list) or len(halves) != 2:
         raise _damaged(f"{folder / 'training_history.json'} has no val_loss_halves at its end")
@@ -98,7 +103,7 @@ def _same_corpus(config: RunConfig) -> bool:
 
 
 def _same_sites(config: RunConfig) -> bool:
-    """Whether a run had the sites of `config`, named by a file under another path."""
+    """Whether a run had the sites that the file of `config` has now."""
     path = getattr(config, "sites", None)
     return path is not None and _made_with(config).get("sites") == read_sites(path).digest()[:16]
 

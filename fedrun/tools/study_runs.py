@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from safetensors import SafetensorError
 from fedrun.common.errors import InputError, one_line
 from fedrun.common.files import DamagedFile, read_json
 from fedrun.common.old_names import renamed
+from fedrun.common.perplexity import perplexity
 from fedrun.config import RunConfig
 from fedrun.data.sites import read_sites
 from fedrun.data.text_options import TextOptions
 from fedrun.library.opened_run import Run
 from fedrun.records.provenance import INPUT_DIGESTS, corpus_digests, differing_settings
 from fedrun.records.run_dir import ENVIRONMENT
+from fedrun.records.schema import CLIENTS_HALVES, read_field
 from fedrun.tools.study_records import FAILED, PARAMETERS, count_parameters
 
 
@@ -27,6 +30,7 @@ def loss_halves(config: RunConfig) -> list[float] | None:
     """A finished run's losses on the two halves of the validation split, in nats per token; None if
     it is not finished.
 
+    Of the global model, or with --personal and --eval_clients the mean of clients' own models.
     Infinite for a run that failed, for example because its learning rate is too large. Raises
     ValueError if the folder holds a run with other settings, or damaged files.
     """
@@ -50,10 +54,19 @@ def loss_halves(config: RunConfig) -> list[float] | None:
                          "now; remove it, or give the study another name")
     if failed:
         return [math.inf, math.inf]
-    halves = history(config)[-1].get("val_loss_halves")
+    last = history(config)[-1]
+    halves = last.get(CLIENTS_HALVES, last.get("val_loss_halves"))
     if not isinstance(halves, list) or len(halves) != 2:
         raise _damaged(f"{folder / 'training_history.json'} has no val_loss_halves at its end")
     return [number(loss) for loss in halves]
+
+
+def val_ppl(record: Mapping[str, Any]) -> float:
+    """The perplexity of a record on the whole validation split, of the same models."""
+    ppls = record.get("client_val_ppls")
+    if CLIENTS_HALVES in record and isinstance(ppls, list) and ppls:
+        return perplexity(statistics.fmean(math.log(number(ppl)) for ppl in ppls))
+    return number(read_field(record, "val_ppl"))
 
 
 def history(config: RunConfig) -> list[dict[str, Any]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from fedrun.common.errors import InputError
+from fedrun.common.files import write_json
 from fedrun.federation.messages import RoundPlan
 from fedrun.federation.noise_keeper import Keeper, Standing, TooMuchSpent, level_of, settings_of
 from fedrun.federation.spending import Spending
@@ -162,6 +165,23 @@ def test_an_epsilon_that_the_sampler_cannot_vouch_for_says_so(tmp_path: Path) ->
     assert refused == ("--dp_epsilon 1000: the run would come to epsilon inf: the noise as it is "
                        "drawn is not exact enough for so much epsilon, or so small a "
                        "--dp_delta as 0.001")
+
+
+def test_an_infinite_epsilon_is_null_in_files_and_the_page_says_so(tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"num_clients": 12, "cohort": 4, "rounds": 9, "data_dir": tmp_path,
+                             "dp_noise": 0.02}
+    config, schedule = private_config(**flags), private_schedule(**flags)
+    spending = Spending(config, schedule, level_of(config, schedule, SIZE), Standing([], [], 0.0),
+                        0)
+    config.run_dir.mkdir()
+    spending.begin(torch.zeros(SIZE))
+    spending.charge(plan(), {"": True})
+    assert spending.epsilon == math.inf
+    write_json(tmp_path / "event.json", spending.event(True))
+    assert json.loads((tmp_path / "event.json").read_text()) == {"epsilon": None}
+    page = (config.run_dir / "privacy.md").read_text()
+    assert "client: epsilon inf at delta" in page
+    assert "`null` there is infinite: nothing is guaranteed" in page
 
 
 def test_two_processes_that_make_one_run_at_once_both_count_its_rounds(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def join(experiment: Experiment, control: ControlPlane, check: CorpusCheck, devi
     joined = experiment.with_text(data, place(shards, sizes, sites, site.name),
                                   partition=sizes_digest(sites, sizes), sites=sites.digest()[:16])
     try:
-        _ = joined.length  # refused if there is nothing to do
+        _ = joined.length, joined.schedule  # refused if there is nothing to do, or no noise
     except InputError as error:
         raise RunRefused(str(error)) from None
     return joined
@@ -296,10 +296,13 @@ def agree_on_start(control: ControlPlane, experiment: Experiment, workers: Mappi
     if control.rank == 0:
         try:
             require_alike(workers, config.deterministic)
-            message = dataclasses.asdict(decide_start(
+            start = decide_start(
                 config, experiment.length, lambda c: resolve_dtype(c, workers.values()),
-                experiment.provenance, holdings))
-        except RunRefused as error:
+                experiment.provenance, holdings)
+            if experiment.pretrained is not None and start.step is None and not start.finished:
+                experiment.pretrained.build()  # refused before an earlier run is removed
+            message = dataclasses.asdict(start)
+        except InputError as error:
             message = {"refused": str(error)}
     message = control.share(message)
     if "refused" in message:

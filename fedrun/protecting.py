@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fedrun.common.errors import FedrunError, explain
 from fedrun.common.log import ERROR, log
+from fedrun.config import FederatedConfig
 from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.runtime import Runtime
 from fedrun.experiment import Experiment, identity
-from fedrun.federation.early_end import RunEnded, RunNotBegun
+from fedrun.federation.early_end import RunEnded
 from fedrun.federation.example_spending import ExampleSpending
 from fedrun.federation.messages import RoundDecision, decode, encode
 from fedrun.federation.noise import Noise
@@ -26,8 +28,10 @@ from fedrun.federation.site_noise import hiding_between_sites, site_keeper_of, t
 from fedrun.federation.spending import Spending
 from fedrun.federation.worker import Worker
 from fedrun.joining import problem_of
+from fedrun.model.pretrained import parameters_of
 from fedrun.privacy.example_level import ExampleLevel
 from fedrun.records.checkpoint import Checkpoint
+from fedrun.start import RunRefused
 
 REFUSED = "refused"  # in place of what a keeper says
 
@@ -62,18 +66,31 @@ def secure(experiment: Experiment, schedule: Schedule, server: Server | None,
                                   runtime.launch.local_world_size)
 
 
-def protect(experiment: Experiment, schedule: Schedule, server: Server | None,
-            worker: Worker | None, runtime: Runtime, checkpoint: Checkpoint | None) -> None:
-    """All ranks, with --dp: the first worker, or that of each site, opens the log of what was
-    spent, and the server hears of it. RunNotBegun on all of them if there is no noise to be had, or
-    no round to be made."""
-    config, control, here = experiment.federated, runtime.control, worker or server
+@dataclass(frozen=True)
+class Protection:
+    """What --dp needs in this start of a run, as `arrange` has found it."""
+
+    level: Level
+    keeper: Keeper | None
+    """On the first worker, or that of each site: the log of what was spent."""
+    spending: Spending | None
+    """On the server."""
+
+
+def arrange(experiment: Experiment, runtime: Runtime, checkpoint: Checkpoint | None
+            ) -> Protection | None:
+    """All ranks, before anything in the run's folder is touched: with --dp the first worker, or
+    that of each site, opens the log of what was spent, and the server hears of it. RunRefused on
+    all of them if there is no noise to be had, or no round to be made."""
+    if not isinstance(experiment.config, FederatedConfig) or not experiment.config.private:
+        return None
+    config, control, schedule = experiment.config, runtime.control, experiment.schedule
     level, keeper, said = None, None, dict[str, Any]()
-    assert here is not None
-    earlier = earlier_runs(control, server, checkpoint)
+    earlier = earlier_runs(control, runtime.is_server, checkpoint)
     try:
-        level = level_of(config, schedule, here.flat.size)
-        if worker is not None and runtime.data_plane.site_leader:
+        level = level_of(config, schedule, parameters_of(
+            config.model, config.model.rows(experiment.data.vocab_size)))
+        if runtime.worker is not None and runtime.data_plane.site_leader:
             keeper = make_keeper(experiment, level, schedule, checkpoint, earlier)
             said = encode(keeper.standing)
     except (FedrunError, OSError) as error:
@@ -81,26 +98,35 @@ def protect(experiment: Experiment, schedule: Schedule, server: Server | None,
         if level is not None and experiment.at_site and experiment.site is not None:
             log(said[REFUSED], ERROR)  # the line stays there
             said = {REFUSED: problem_of(experiment.site.name, "noise")}
-    everyone = control.gather(said)
+    everyone, spending = control.gather(said), None
     if everyone is not None:
         told = [one for one in everyone if one]
         said = next((one for one in told if REFUSED in one), {}) or encode(together(
             [decode(Standing, one) for one in told], schedule))
-    if server is not None and level is not None and REFUSED not in said:
-        spending = Spending if config.dp == "client" else ExampleSpending
-        server.spending = spending(config, schedule, level, server.flat.vector, decode(
-            Standing, said), checkpoint.step if checkpoint is not None else 0)
-        if refused := server.spending.start():
+    if runtime.is_server and level is not None and REFUSED not in said:
+        spending = (Spending if config.dp == "client" else ExampleSpending)(
+            config, schedule, level, decode(Standing, said),
+            checkpoint.step if checkpoint is not None else 0)
+        if refused := spending.refusal():
             said = {REFUSED: refused}
-    said = control.share(said if server is not None else None)
+    said = control.share(said if runtime.is_server else None)
     if REFUSED in said:
-        if server is not None:
-            server.announce(RoundDecision(said[REFUSED]))
-        control.share()  # all ranks: nobody leaves before the reason is printed
-        raise RunNotBegun(said[REFUSED])
+        raise RunRefused(said[REFUSED])
+    assert level is not None
+    return Protection(level, keeper, spending)
+
+
+def protect(experiment: Experiment, found: Protection, server: Server | None,
+            worker: Worker | None, runtime: Runtime) -> None:
+    """All ranks, with --dp: the server records what the run will cost, and each worker gets its
+    part of the noise."""
+    if server is not None:
+        assert found.spending is not None
+        server.spending = found.spending
+        server.spending.begin(server.flat.vector)
     if worker is not None:                                              # workers <-> workers
-        assert level is not None
-        worker.noise = hiding(experiment, level, worker, runtime, keeper)
+        assert found.level.size == worker.flat.size
+        worker.noise = hiding(experiment, found.level, worker, runtime, found.keeper)
 
 
 def hiding(experiment: Experiment, level: Level, worker: Worker, runtime: Runtime,
@@ -114,14 +140,14 @@ def hiding(experiment: Experiment, level: Level, worker: Worker, runtime: Runtim
     return hiding_between_sites(level, plane, keeper, sites, worker.secure)
 
 
-def earlier_runs(control: ControlPlane, server: Server | None, checkpoint: Checkpoint | None
+def earlier_runs(control: ControlPlane, is_server: bool, checkpoint: Checkpoint | None
                  ) -> list[str]:
     """All ranks, between sites of their own: the runs that the model of the checkpoint has come
     from, which the server knows."""
     if control.membership is None:
         return []
-    known = [] if server is None or checkpoint is None else checkpoint.server.get(RUNS, [])
-    return list(control.share(None if server is None else known))
+    known = checkpoint.server.get(RUNS, []) if is_server and checkpoint is not None else []
+    return list(control.share(known if is_server else None))
 
 
 def make_keeper(experiment: Experiment, level: Level, schedule: Schedule,

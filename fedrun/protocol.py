@@ -36,7 +36,7 @@ from fedrun.federation.site_keys import (
     RoundRefused,
 )
 from fedrun.federation.worker import PeerFailed, Worker
-from fedrun.protecting import protect, secure
+from fedrun.protecting import Protection, protect, secure
 from fedrun.records.checkpoint import Checkpoint
 from fedrun.records.recorder import OnRound
 from fedrun.records.site_states import SiteStates
@@ -44,10 +44,12 @@ from fedrun.records.site_states import SiteStates
 
 def train_federated(experiment: Experiment, runtime: Runtime, stopping: StopRequest,
                     checkpoint: Checkpoint | None = None, on_round: OnRound | None = None,
-                    site_states: SiteStates | None = None) -> str:
+                    site_states: SiteStates | None = None,
+                    protection: Protection | None = None) -> str:
     """All ranks: train all rounds, or those that are left after a checkpoint.
 
     site_states: at a real site. on_round: called on the server when a round is recorded.
+    protection: with --dp.
     Returns who asked to stop before the last round, or "" after it. Raises RunEnded on every rank
     if one rank fails.
     """
@@ -58,8 +60,8 @@ def train_federated(experiment: Experiment, runtime: Runtime, stopping: StopRequ
     try:
         if experiment.federated.secure_sum:
             secure(experiment, schedule, server, worker, runtime, done)
-        if experiment.federated.private:
-            protect(experiment, schedule, server, worker, runtime, checkpoint)
+        if protection is not None:
+            protect(experiment, protection, server, worker, runtime)
         return rounds(server, worker, runtime, stopping, done)
     finally:
         # A single process may live on, and its caller releases the run's folder. One of several

@@ -26,7 +26,7 @@ from fedrun.distributed.connect import NotConnected, decline, exposure
 from fedrun.distributed.handshake import Proof
 from fedrun.distributed.launch import Launch, detect
 from fedrun.distributed.runtime import Runtime, build_runtime, choose_device, connect
-from fedrun.distributed.stopping import StopRequest, refuse
+from fedrun.distributed.stopping import StopRequest
 from fedrun.experiment import (
     CorpusCheck,
     Experiment,
@@ -34,7 +34,7 @@ from fedrun.experiment import (
     identity,
     prepare_experiment,
 )
-from fedrun.federation.early_end import RunEnded, RunNotBegun
+from fedrun.federation.early_end import RunEnded
 from fedrun.joining import (
     agree_on_start,
     hardware_of_workers,
@@ -48,6 +48,8 @@ from fedrun.model.compilation import compile_kernels, use_local_cache
 from fedrun.model.hardware import Hardware, hardware, together
 from fedrun.model.kernels import import_warning
 from fedrun.model.precision import exact_fp32, make_deterministic
+from fedrun.privacy.accountant import require_accounting
+from fedrun.protecting import arrange
 from fedrun.records.checkpoint import latest_step
 from fedrun.records.outcome import read_outcome, write_failure
 from fedrun.records.privacy import write_privacy
@@ -99,10 +101,7 @@ def run(config: RunConfig, site: Site | None = None) -> int:
         raise
     except Exception as error:
         report(error, launch, prepared.experiment.at_site)
-        if not isinstance(error, RunNotBegun):
-            return 1
-        refuse()
-        return 2
+        return 1
     folder = config.run_dir
     if launch.rank == 0 and read_outcome(folder).get("outcome") == "finished":
         log(next_commands(folder))
@@ -160,6 +159,8 @@ def prepare(config: RunConfig, launch: Launch, data: GivenData | None = None,
         _ = experiment.length
         if isinstance(config, FederatedConfig):
             _ = experiment.schedule
+    elif experiment.federated.dp == "example":
+        require_accounting()
     return Prepared(config, experiment, check, launch, device, proof)
 
 
@@ -221,6 +222,7 @@ def _connect_and_train(prepared: Prepared, on_round: OnRound | None) -> str:
             return (f"finished already: {config.run_dir} (a larger --rounds or --n_epochs trains "
                     "it further, --overwrite starts over)")
         checkpoint = take_up(control, experiment, start, states)
+        protection = arrange(experiment, runtime, checkpoint)
         if launch.rank == 0:
             move_obstacles(config.run_dir)
             members = control.membership
@@ -245,7 +247,7 @@ def _connect_and_train(prepared: Prepared, on_round: OnRound | None) -> str:
             compile_in_turn(experiment, runtime, workers)
             if isinstance(config, FederatedConfig):
                 stopped = protocol.train_federated(experiment, runtime, stopping, checkpoint,
-                                                   on_round, states)
+                                                   on_round, states, protection)
             else:
                 stopped = central.train_central(experiment, device, stopping, checkpoint, on_round)
         if states is not None:

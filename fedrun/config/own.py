@@ -25,6 +25,9 @@ def check_own(config: Any) -> None:
             "make no steps that could train parameters of their own")
     require(not config.private, "--personal", given, f"none with --dp {config.dp}, whose "
             "log of what was spent does not cover parameters that only a client has")
+    require(config.keep == "last" or config.eval_clients, "--keep", config.keep, "last with "
+            "--personal, or given with --eval_clients, which measures clients' own models: the "
+            "global one is that of no client")
 
 
 def _check_holdout(config: Any) -> None:

@@ -152,7 +152,8 @@ class RunConfig:
     newest are kept. none: no checkpoints, so the run cannot be resumed or trained further."""
     keep: Literal["last", "best"] = "last"
     """Which models to keep: the last one, or also the one with the lowest validation loss (best),
-    in the folder best/, which every command accepts as a run."""
+    in the folder best/, which every command accepts as a run. With --personal the loss is the mean
+    of clients' own models, on text of their own where they hold it out."""
     track: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Also send the numbers of every round to this tracker, which must be installed (an extra)."""
 

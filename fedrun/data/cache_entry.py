@@ -11,6 +11,8 @@ import hashlib
 import importlib.metadata
 import json
 import re
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,6 +36,7 @@ from fedrun.data.tokenizer import (
 
 MANIFEST = "entry.json"
 LAYOUT = 3  # raise it when the same text would give different files; old entries are then ignored
+STALE_DAYS = 14.0  # in which nobody has gone on with an entry that a start has left unfinished
 LOCK_SECONDS = 3600.0  # how long to wait for another process that prepares the same tokens
 TOKEN_FILES = ("train.bin", "validation.bin")
 
@@ -169,8 +172,33 @@ def lock_entry(entry: Path, what: str) -> Iterator[None]:
         lock.release()
 
 
+def remove_stale(entry: Path) -> None:
+    """Remove what starts that were killed have left beside `entry`, a line for each: entries under
+    other names that are not finished, that nobody holds the lock of, and that nothing was written
+    to for STALE_DAYS. Their text may have changed since, and nobody would ask for them again."""
+    for folder in sorted(entry.parent.glob("*.partial")):
+        other = folder.with_suffix("")
+        with suppress(OSError, locks.Busy):  # another user's, or in use
+            if other == entry or not _is_stale(other):
+                continue
+            lock = locks.acquire(Path(f"{other}.lock"), 0)
+            try:
+                if _is_stale(other):  # nobody has gone on with it before we had the lock
+                    shutil.rmtree(folder)
+                    log(visible(f"removed {folder}, which a start that was ended has left; nothing "
+                                f"was written there for {STALE_DAYS:.0f} days"))
+            finally:
+                lock.release()
+
+
+def _is_stale(entry: Path) -> bool:
+    written = _last_written(entry)
+    return 0 < written < (time.time() - STALE_DAYS * 24 * 3600) * 1e9
+
+
 def _last_written(entry: Path) -> int:
-    """When a file of the entry that is being made was last written; 0 if there is none."""
+    """When a file or folder in the entry that is being made was last written; 0 if there is none.
+    """
     times = [0]
     with suppress(OSError):  # it may be finished at any moment
         for file in Path(f"{entry}.partial").rglob("*"):

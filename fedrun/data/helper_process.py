@@ -21,7 +21,8 @@ from typing import IO, Generic, Self, TypeVar
 
 import numpy as np
 
-from fedrun.common.errors import FedrunError, InputError
+from fedrun.common.errors import FedrunError, InputError, explain
+from fedrun.common.limits import shortage
 
 REFUSED, FAILED = -1, -2  # in place of an answer's size: an InputError, an OSError
 SECONDS_TO_END = 10.0
@@ -33,7 +34,7 @@ Answer = TypeVar("Answer")
 
 
 class HelperEnded(FedrunError, RuntimeError):
-    """A process that reads or tokenises text was killed, or does not answer."""
+    """A process that reads or tokenises text cannot be started, was killed, or does not answer."""
 
     code = "memory"  # by far the most frequent reason
     may_pass = True
@@ -47,11 +48,18 @@ class HelperProcess(ABC, Generic[Asked, Answer]):
     continues: str
 
     def __init__(self, module: str, *given: str) -> None:
-        """module: in this package, whose `main` is called with what is given."""
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", PROGRAM.format(module=module), json.dumps(sys.path),
-             *given], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
-            env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
+        """module: in this package, whose `main` is called with what is given. HelperEnded if the
+        process cannot be started."""
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", PROGRAM.format(module=module), json.dumps(sys.path),
+                 *given], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
+                env=os.environ | {"TOKENIZERS_PARALLELISM": "false"})
+        except OSError as error:  # which would be taken for one of the text or of the cache
+            raise HelperEnded(
+                f"a process that {self.does} cannot be started: {shortage(error) or explain(error)}"
+                f"; on one core none is needed (taskset -c 0 fedrun ...); {self.continues}"
+                ) from None
 
     @abstractmethod
     def ask(self, asked: Asked) -> Answer:

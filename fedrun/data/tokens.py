@@ -9,6 +9,7 @@
         entry.json          manifest with checksums (cache_entry.py), written last; it does not list
                             the topics, which carry a checksum of their own
     cache_dir/tokens/<...>.partial/     while it is made, with a copy of the text (partial_entry.py)
+                                        what a killed start has left is removed after two weeks
 
 The key is a digest of the request: names, and for local files their sizes and times. A warm start
 therefore reads no text, and a changed file never gets stale tokens. What came from the hub stays
@@ -42,6 +43,7 @@ from fedrun.data.cache_entry import (
     lock_entry,
     naming_cache_dir,
     read_manifest,
+    remove_stale,
 )
 from fedrun.data.documents import Documents
 from fedrun.data.given import GivenData, Source
@@ -271,4 +273,5 @@ def _load_or_build(entry: Path, dataset: Source, tokenizer: str, options: TextOp
                     return meta  # another process has built it
             if damage:  # reported by the process that repairs it, not by every rank
                 log(visible(f"{damage}; rebuilding it"), WARNING)
+            remove_stale(entry)
             return build_entry(entry, dataset, tokenizer, options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +20,8 @@ from fedrun.federation.spending import Spending
 from fedrun.federation.tail import Tail
 from fedrun.federation.used import UseLog
 from fedrun.records.events import cohort_event
-from fedrun.records.history import cohort_record
+from fedrun.records.history import cohort_record, half_losses
+from fedrun.records.schema import CLIENTS_HALVES, CLIENTS_LOSS
 from fedrun.strategies.base import ClientReport
 from fedrun.strategies.robust import Robust
 from fedrun.training.evaluate import mean_loss
@@ -85,6 +87,12 @@ class CohortLog:
             if self.config.eval_clients and self.config.client_holdout:
                 fields["client_own_ppls"] = [perplexity(mean_loss(client.on_own))
                                              for client in clients]
+            if self.config.eval_clients and self.config.personal:
+                loss = statistics.fmean(
+                    mean_loss(client.on_own or client.validation) for client in taken)
+                fields[CLIENTS_LOSS] = loss if math.isfinite(loss) else math.inf
+                fields[CLIENTS_HALVES] = [*map(statistics.fmean, zip(*(
+                    half_losses(client.validation) for client in taken), strict=True))]
             return fields
 
         return RoundSums(math.fsum(c.loss_sum for c in taken), sum(c.tokens for c in taken), {

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
-from fedrun.common.errors import Diverged, FedrunError, InputError
+from fedrun.common.errors import Diverged, FedrunError
 from fedrun.distributed.control_plane import UnresponsiveRanks
 from fedrun.distributed.runtime import Runtime
 from fedrun.federation.messages import RoundDecision, RoundReport, gather
@@ -25,10 +25,6 @@ class RunEnded(FedrunError, RuntimeError):
     """All ranks have agreed to end, and the server has printed the reason."""
 
     on_all_ranks = True
-
-
-class RunNotBegun(RunEnded, InputError):
-    """The same before the first round, for what the user has to change."""
 
 
 class RunDiverged(RunEnded, Diverged):

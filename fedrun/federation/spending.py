@@ -30,9 +30,9 @@ class Spending:
     snr_of = "mean"
 
     def __init__(self, config: FederatedConfig, schedule: Schedule, level: Level,
-                 start: Tensor, standing: Standing, done: int) -> None:
-        """start: the model before the run's first round, (size,). standing: what the first worker's
-        log said at this start. done: rounds before the first that is to come."""
+                 standing: Standing, done: int) -> None:
+        """standing: what the first worker's log said at this start. done: rounds before the first
+        that is to come."""
         self.config, self.schedule, self.level = config, schedule, level
         self.runs, self._on_text = standing.runs, standing.on_text
         assert config.dp_delta is not None
@@ -45,9 +45,7 @@ class Spending:
                 self._shown.add(*charge)
             else:
                 self._ahead.setdefault(number, []).append(charge)
-        # Only there is the model's way from the start the sum of what was released.
-        sums = type(config.strategy).server_update is FedAvg.server_update
-        self._start = start.clone() if sums else None
+        self._start: Tensor | None = None
         self.snr: dict[str, float] = {}
         """Signal-to-noise ratios at the last evaluation."""
 
@@ -57,11 +55,9 @@ class Spending:
         the log, shows what the undisturbed run showed."""
         return self._shown.epsilon
 
-    def start(self) -> str:
-        """Say what the run is going to cost, on the screen and in its folder; why it cannot start,
-        if so."""
-        config, rounds, done = self.config, self.schedule.rounds, self._done
-        first, planned = self._after(done + 1), self._after(*range(done + 1, rounds + 1))
+    def refusal(self) -> str:
+        """Why the run cannot start; empty if it can. It touches nothing in the run's folder."""
+        config, done, planned = self.config, self._done, self._planned()
         if config.dp_epsilon is not None and not planned.epsilon <= config.dp_epsilon * EXCEEDS:
             why = ("rounds of it were released with another noise, or it was shorter when the "
                    "noise was chosen (--dp_noise trains further)")
@@ -72,13 +68,24 @@ class Spending:
                     f"{planned.epsilon:.3g}: {why}")
         if self.ends_before(done + 1) and done == 0:
             return (f"--max_epsilon {config.max_epsilon:g}: must be more: the first round would "
-                    f"bring what is spent to {first.epsilon:.4g}")
+                    f"bring what is spent to {self._after(done + 1).epsilon:.4g}")
+        return ""
+
+    def begin(self, start: Tensor) -> None:
+        """Say what the run is going to cost, on the screen and in its folder. start: the model
+        before the run's first round, (size,)."""
+        # Only there is the model's way from the start the sum of what was released.
+        if type(self.config.strategy).server_update is FedAvg.server_update:
+            self._start = start.clone()
         line, warning = self._write_page(max(self._spent.epsilon, min(
-            planned.epsilon, config.max_epsilon or math.inf)))
+            self._planned().epsilon, self.config.max_epsilon or math.inf)))
         log(line)
         if warning:
             log(warning, WARNING)
-        return ""
+
+    def _planned(self) -> Spent | SpentOnSequences:
+        """What is spent after the last round."""
+        return self._after(*range(self._done + 1, self.schedule.rounds + 1))
 
     def _write_page(self, planned: float) -> tuple[str, str]:
         """Write what holds into the run's folder; a line and a warning for the screen. planned:

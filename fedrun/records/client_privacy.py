@@ -67,9 +67,10 @@ def page(g: ClientGuarantee) -> str:
 {weak}
 **The guarantee.** Differential privacy of a client: {g.cost} over all
 {g.rounds} rounds, as planned. What was spent by then is `epsilon` in every line of `events.jsonl`
-and every record of `training_history.json`. Whoever has the global models of all rounds, the
-history and the events can hardly tell whether a client's updates were in the sums or zeros in their
-place: the odds change by a factor of at most e^epsilon, but for a probability of delta.
+and every record of `training_history.json`; `null` there is infinite: nothing is guaranteed.
+Whoever has the global models of all rounds, the history and the events can hardly tell whether a
+client's updates were in the sums or zeros in their place: the odds change by a factor of at most
+e^epsilon, but for a probability of delta.
 
 | | |
 |---|---|

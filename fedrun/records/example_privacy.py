@@ -182,10 +182,10 @@ def _guarantee(g: ExampleGuarantee) -> str:
 **The guarantee.** Differential privacy of a sequence of {g.length} tokens: {g.cost} over all
 {g.rounds} rounds, as planned, for the sequences that cost most, of any client. What was spent by
 then is `epsilon` in the lines of evaluated rounds in `events.jsonl` and in every record of
-`training_history.json`. Whoever has the global models of all rounds, the updates and moments of all
-clients, the history and the events, but for the times in them, can hardly tell whether a sequence's
-gradients were in the sums or zeros in their place: the odds change by a factor of at most
-e^epsilon, but for a probability of delta.
+`training_history.json`; `null` there is infinite: nothing is guaranteed. Whoever has the global
+models of all rounds, the updates and moments of all clients, the history and the events, but for
+the times in them, can hardly tell whether a sequence's gradients were in the sums or zeros in their
+place: the odds change by a factor of at most e^epsilon, but for a probability of delta.
 
 | | |
 |---|---|

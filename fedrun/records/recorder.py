@@ -37,7 +37,7 @@ from fedrun.records.events import Events, Progress
 from fedrun.records.history import COHORT_NUMBERS, RunTotals, half_losses
 from fedrun.records.outcome import write_outcome
 from fedrun.records.sample_texts import SampleTexts, Stopwatch
-from fedrun.records.schema import SITE_VAL_PPL, Schema
+from fedrun.records.schema import CLIENTS_LOSS, SITE_VAL_PPL, Schema
 from fedrun.records.snapshots import SnapshotWriter, save_model, tracked_parameters
 from fedrun.training.evaluate import Piece, mean_loss
 from fedrun.training.params import FlatParams
@@ -114,8 +114,8 @@ class Recorder:
                                  self.totals.now()["seconds"])
         self.checkpoints = CheckpointCoordinator(config, provenance, workers,
                                                  self._write_unwritten, members)
-        losses = [(record[schema.step], record[schema.val_loss]) for record in self.history
-                  if record[schema.val_loss] is not None]
+        losses = [(record[schema.step], loss) for record in self.history
+                  if (loss := self._deciding(record)) is not None]
         self._best = BestModel(config, losses) if config.keep == "best" else None
         self._flat = flat
         self._snapshots = SnapshotWriter(config.run_dir / schema.snapshots, self.start)
@@ -268,8 +268,7 @@ class Recorder:
         try:
             self.save_model(model)
             if self._best is not None:
-                self._best.offer(number, record[self.schema.val_loss],
-                                 self._flat.views(model))
+                self._best.offer(number, self._deciding(record), self._flat.views(model))
             self._write_history(number)
             self._snapshots.write()
         except OSError as error:
@@ -277,6 +276,10 @@ class Recorder:
                 raise
             log(f"{self.schema.unit} {number} could not be written to {run_dir} "
                 f"({error.strerror}); the next evaluation tries again", WARNING)
+
+    def _deciding(self, record: Mapping[str, Any]) -> Any:
+        """The loss of a record by which --keep best decides."""
+        return record.get(CLIENTS_LOSS, record[self.schema.val_loss])
 
     def _write_history(self, number: int) -> None:
         """Write the records until a round or step."""

@@ -30,6 +30,12 @@ CENTRAL = Schema("step", "step", "val_loss", "val_ppl", ".")
 SITE_VAL_PPL: Final = "site_val_ppl"
 """Key of a record, and of an event, of a run with --site_holdout: the perplexity over all sites on
 what they hold out."""
+CLIENTS_LOSS: Final = "client_mean_loss"
+"""Key of a record of a run with --personal and --eval_clients, whose global model is that of no
+client: the mean loss of the round's clients' own models, on the text that each holds out, or
+without --client_holdout on the validation split. --keep best looks at it."""
+CLIENTS_HALVES: Final = "client_val_loss_halves"
+"""The same, always on the validation split, as two losses on its halves. Studies look at them."""
 HELD_OUT = "held out by the sites"
 """What readers call it."""
 

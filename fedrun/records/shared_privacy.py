@@ -65,10 +65,10 @@ def part(g: ClientGuarantee, sites: int, colluding: int) -> str:
 {weak}
 **The guarantee.** {g.cost.capitalize()} over all {g.rounds} rounds, as planned, against the server
 and {_those(colluding)}. What was spent by then is `epsilon` in every line
-of `events.jsonl` and every record of `training_history.json`. Whoever has the global models of all
-rounds, the history and the events, and all that those sites know, can hardly tell whether another
-site's client had its updates in the sums or zeros in their place: the odds change by a factor of at
-most e^epsilon, but for a probability of delta.
+of `events.jsonl` and every record of `training_history.json`; `null` there is infinite: nothing is
+guaranteed. Whoever has the global models of all rounds, the history and the events, and all that
+those sites know, can hardly tell whether another site's client had its updates in the sums or zeros
+in their place: the odds change by a factor of at most e^epsilon, but for a probability of delta.
 
 | | |
 |---|---|

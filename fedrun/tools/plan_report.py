@@ -245,7 +245,7 @@ def _time(config: RunConfig, text: Text, layout: Layout, found: Trains, seconds:
           rounds: int | None) -> Iterator[str]:
     yield f"  {seconds.how}"
     yield _row("a local step", arithmetic(found.flop + found.muon_flop), duration(seconds.step))
-    one = seconds.of_round(config, layout)
+    one, once = seconds.of_round(config, layout), 0.0
     tokens, unit = config.batch_size * config.sequence_length, "steps"
     if isinstance(config, FederatedConfig):
         tokens, unit = tokens * config.cohort_size * config.local_updates, "rounds"
@@ -255,12 +255,17 @@ def _time(config: RunConfig, text: Text, layout: Layout, found: Trains, seconds:
             yield _row("the masks of a site", "", duration(seconds.masks))
             yield "  made beside the training where a core is left over, else besides"
         yield _row("a round", f"{tokens:,} tokens", duration(one))
+        if config.overlap and seconds.wire is not None:
+            waited, once = seconds.waited_for(config, layout)
+            yield (f"  its sum travels for {duration(seconds.wire)} while the next round trains, "
+                   f"which waits for it {duration(waited)} more; the last one {duration(once)}")
     if seconds.wire is None and layout.processes > 1:
-        yield "  besides what is sent between workers, and evaluations"
+        longer = " longer than the next round trains" * getattr(config, "overlap", False)
+        yield f"  besides what is sent between workers{longer}, and evaluations"
     if rounds is None:
         yield (f"  how many {unit}: unknown until the text is tokenised, or given as --rounds N")
         return
-    total = rounds * one
+    total = rounds * one + once
     if seconds.evaluation is not None and text.validation is not None:
         batches = -(-text.validation // BATCH_SEQUENCES)
         pass_ = seconds.evaluation * -(-batches // layout.workers)

@@ -68,11 +68,23 @@ class Seconds:
     free."""
 
     def of_round(self, config: RunConfig, layout: Layout) -> float:
-        """Of a round, or of a central run's step; without an evaluation."""
+        """Of a round, or of a central run's step; without an evaluation. With --overlap of one
+        beside which the sum of the round before travels."""
         if not isinstance(config, FederatedConfig):
             return self.step
-        of_client = config.local_updates * self.step + self.term
-        return layout.turns(config) * of_client + (self.wire or 0.0) + self.noise
+        training, wire = self._training(config, layout), self.wire or 0.0
+        return ((max(training, wire) if config.overlap else training + wire)
+                + layout.turns(config) * self.term + self.noise)
+
+    def waited_for(self, config: FederatedConfig, layout: Layout) -> tuple[float, float]:
+        """What workers wait for a sum with --overlap: in a round, for that of the round before it;
+        and after the last round, for its own, besides what `of_round` counts: no sum travels beside
+        the first round, and no training beside the last sum."""
+        training, wire = self._training(config, layout), self.wire or 0.0
+        return max(0.0, wire - training), min(training, wire)
+
+    def _training(self, config: FederatedConfig, layout: Layout) -> float:
+        return layout.turns(config) * config.local_updates * self.step
 
 
 def published(config: RunConfig, found: Trains, layout: Layout, sent: float, name: str,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+import statistics
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from safetensors import SafetensorError
 from fedrun.common.errors import InputError, one_line
 from fedrun.common.files import DamagedFile, read_json
 from fedrun.common.old_names import renamed
+from fedrun.common.perplexity import perplexity
 from fedrun.config import RunConfig
 from fedrun.data.sites import read_sites
 from fedrun.data.text_options import TextOptions
 from fedrun.library.opened_run import Run
 from fedrun.records.provenance import INPUT_DIGESTS, corpus_digests, differing_settings
 from fedrun.records.run_dir import ENVIRONMENT
+from fedrun.records.schema import CLIENTS_HALVES, read_field
 from fedrun.tools.study_records import FAILED, PARAMETERS, count_parameters
 
 
@@ -27,6 +30,7 @@ def loss_halves(config: RunConfig) -> list[float] | None:
     """A finished run's losses on the two halves of the validation split, in nats per token; None if
     it is not finished.
 
+    Of the global model, or with --personal and --eval_clients the mean of clients' own models.
     Infinite for a run that failed, for example because its learning rate is too large. Raises
     ValueError if the folder holds a run with other settings, or damaged files.
     """
@@ -41,14 +45,28 @@ def loss_halves(config: RunConfig) -> list[float] | None:
     if differences:
         raise InputError(f"study: {folder} holds a run with another {', '.join(differences)}; "
                          "remove it, or give the study another name")
-    if (folder / FAILED).exists():
+    failed = (folder / FAILED).exists()
+    if not failed and run.outcome != "finished":
+        return None  # the run itself compares what it resumes from
+    sites = getattr(config, "sites", None)
+    if sites is not None and not _same_sites(config):
+        raise InputError(f"study: {folder} holds a run with other sites than --sites {sites} has "
+                         "now; remove it, or give the study another name")
+    if failed:
         return [math.inf, math.inf]
-    if run.outcome != "finished":
-        return None
-    halves = history(config)[-1].get("val_loss_halves")
+    last = history(config)[-1]
+    halves = last.get(CLIENTS_HALVES, last.get("val_loss_halves"))
     if not isinstance(halves, list) or len(halves) != 2:
         raise _damaged(f"{folder / 'training_history.json'} has no val_loss_halves at its end")
     return [number(loss) for loss in halves]
+
+
+def val_ppl(record: Mapping[str, Any]) -> float:
+    """The perplexity of a record on the whole validation split, of the same models."""
+    ppls = record.get("client_val_ppls")
+    if CLIENTS_HALVES in record and isinstance(ppls, list) and ppls:
+        return perplexity(statistics.fmean(math.log(number(ppl)) for ppl in ppls))
+    return number(read_field(record, "val_ppl"))
 
 
 def history(config: RunConfig) -> list[dict[str, Any]]:
@@ -98,7 +116,7 @@ def _same_corpus(config: RunConfig) -> bool:
 
 
 def _same_sites(config: RunConfig) -> bool:
-    """Whether a run had the sites of `config`, named by a file under another path."""
+    """Whether a run had the sites that the file of `config` has now."""
     path = getattr(config, "sites", None)
     return path is not None and _made_with(config).get("sites") == read_sites(path).digest()[:16]
 

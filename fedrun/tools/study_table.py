@@ -10,10 +10,10 @@ from typing import Any
 
 from fedrun.common.files import finite, write_atomic, write_json
 from fedrun.common.perplexity import perplexity
-from fedrun.records.schema import HELD_OUT, SITE_VAL_PPL, read_field
+from fedrun.records.schema import HELD_OUT, SITE_VAL_PPL
 from fedrun.tools.study_file import Study
 from fedrun.tools.study_records import write_records
-from fedrun.tools.study_runs import history, loss_halves, number, parameters
+from fedrun.tools.study_runs import history, loss_halves, number, parameters, val_ppl
 from fedrun.tools.study_setting import Point, StudySetting
 
 FP32 = 4  # bytes
@@ -40,7 +40,7 @@ def table(study: Study) -> list[dict[str, Any]]:
             if not math.isfinite(mine[1]):
                 continue
             records = history(config)
-            curve = [number(read_field(r, "val_ppl")) for r in records]
+            curve = [*map(val_ppl, records)]
             if SITE_VAL_PPL in records[-1]:
                 at_sites.append(number(records[-1][SITE_VAL_PPL]))
             final.append(curve[-1])

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import itertools
 import json
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -263,6 +266,33 @@ def test_a_process_that_is_killed_is_named_and_the_text_is_read_again(
     assert all(helper._process.returncode is not None for helper in started)
     prepare(folder, "bpe:300", 16, tmp_path / "cache")
     assert entry_files(tmp_path / "cache") == entry_files(tmp_path / "one")
+
+
+@pytest.mark.parametrize(("number", "said"), [
+    (errno.ENOENT, f"{sys.executable}: No such file or directory"),
+    (errno.EAGAIN, "no more threads, or no memory for them"),
+    (errno.EMFILE, "too many open files"), (errno.ENOMEM, "out of memory")])
+def test_a_process_that_cannot_be_started_is_not_blamed_on_the_cache(
+        number: int, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(shards_of("txt", tmp_path / "shards"))
+    in_pieces(monkeypatch, 2000)
+    start, started = subprocess.Popen, list[Any]()
+
+    def one(argv: list[str], **how: Any) -> Any:
+        if started:
+            raise OSError(number, os.strerror(number), argv[0] if number == errno.ENOENT else None)
+        started.append(start(argv, **how))
+        return started[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", one)
+        with pytest.raises(HelperEnded) as raised:
+            prepare(folder, "bpe:300", 16, tmp_path / "cache")
+    line = str(raised.value)
+    assert line.startswith(f"a process that reads text cannot be started: {said}")
+    assert line.endswith("(taskset -c 0 fedrun ...); the next start reads it from the beginning")
+    assert "--cache_dir" not in line
+    assert started[0].returncode is not None, "the one that did start has ended"
 
 
 def test_a_process_that_reads_ends_with_the_one_that_asks(tmp_path: Path) -> None:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import math
+import statistics
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 import fedrun
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.federation.client import Client, LocalLosses
-from fedrun.flags import resolve
+from fedrun.flags import config_of, resolve
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.model.pretrained import find_pretrained
+from fedrun.records.run_files import MARK
+from fedrun.tools.study_runs import loss_halves, val_ppl
 from fedrun.training.params import FlatParams
 from tests.support.personal_by_hand import LENGTH, LOCAL_UPDATES, rounds_by_hand
 from tests.support.runs import (
@@ -154,6 +160,28 @@ def test_clients_are_measured_on_text_of_their_own(run_here: Run) -> None:
     assert all(ppl < 400 for ppl in record["client_own_ppls"])
 
 
+def test_the_best_model_and_a_study_go_by_what_clients_have(run_here: Run) -> None:
+    """By their own models, which get better; with embeddings of their own the global one, which has
+    those of the start, hardly does."""
+    found = run_here("fed_avg", *FLAGS, "--rounds", 3, "--val_freq", 1, "--lr", 2e-2, "--personal",
+                     "*embedding*", "--eval_clients", "--client_holdout", 0.1, "--keep", "best")
+    assert found.code == 0, found.output
+    losses = [statistics.fmean(map(math.log, record["client_own_ppls"]))
+              for record in found.history]
+    with safe_open(found.run_dir / "best" / "model.safetensors", "pt") as file:
+        held = json.loads(file.metadata()["fedrun"])
+    assert held == {"step": 1 + losses.index(min(losses)), "val_loss": pytest.approx(min(losses))}
+    last = found.history[-1]
+    assert min(losses) < last["server_val_loss"] - 0.3
+    config = config_of({k: v for k, v in found.config.items() if k != MARK})
+    halves = loss_halves(config)
+    assert halves is not None
+    mean = statistics.fmean(map(math.log, last["client_val_ppls"]))
+    assert (16 * halves[0] + 21 * halves[1]) / 37 == pytest.approx(mean), "by their sequences"
+    assert val_ppl(last) == pytest.approx(math.exp(mean))
+    assert mean < last["server_val_loss"] - 0.3
+
+
 def test_a_clients_own_model_can_be_had(run_here: Run, data: TokenData, tmp_path: Path) -> None:
     """The global model with its parameters in it; before its first round, those of the start."""
     found = run_here("fed_avg", *FLAGS, "--rounds", 1, "--cohort", 2)
@@ -216,6 +244,8 @@ def test_a_client_that_is_left_out_keeps_what_it_had(run_here: Run,
     ("fed_sgd", {"personal": "*norm*"}, "--personal *norm*: must be none for fed_sgd"),
     ("fed_avg", {"personal": "*norm*", "dp": "client", "dp_clip": "1", "dp_noise": "1",
                  "dp_delta": "0.01"}, "--personal *norm*: must be none with --dp client"),
+    ("fed_avg", {"personal": "*norm*", "keep": "best"},
+     "--keep best: must be last with --personal, or given with --eval_clients"),
     ("fed_avg", {"client_holdout": "1"}, "--client_holdout 1.0: must be in (0, 1)"),
     ("fed_avg", {"client_holdout": "0.1"}, "--client_holdout 0.1: must be none without --eval_cl"),
     ("fed_entropy", {"client_holdout": "0.1", "eval_clients": "true"},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from fedrun.common.errors import InputError
+from fedrun.common.files import write_json
 from fedrun.federation.messages import RoundPlan
 from fedrun.federation.noise_keeper import Keeper, Standing, TooMuchSpent, level_of, settings_of
 from fedrun.federation.spending import Spending
@@ -109,7 +112,7 @@ def test_what_was_released_with_other_software_is_not_taken_for_the_rounds_to_co
     resumed = keeper(tmp_path, provenance={"versions": {"torch": "2"}}, earlier=before.runs, done=1)
     config = private_config(num_clients=12, cohort=4, rounds=9, dp_dir=tmp_path / "keys")
     level = level_of(config, private_schedule(), SIZE)
-    spending = Spending(config, private_schedule(), level, torch.zeros(SIZE), resumed.standing, 1)
+    spending = Spending(config, private_schedule(), level, resumed.standing, 1)
     before_it = spending.epsilon
     resumed.release(plan(2), "model", TERMS)
     spending.charge(plan(2), {"": True})
@@ -129,8 +132,7 @@ def test_rounds_that_come_out_differently_are_planned_as_paid_again(tmp_path: Pa
     planned = {}
     for repeatable in (True, False):
         known = dataclasses.replace(keeper(tmp_path).standing, repeatable=repeatable)
-        spending = Spending(config, schedule, level_of(config, schedule, SIZE), torch.zeros(SIZE),
-                            known, 1)
+        spending = Spending(config, schedule, level_of(config, schedule, SIZE), known, 1)
         planned[repeatable] = spending._after(2, 3).epsilon
         assert bool(spending.ends_before(2, 3)) == (not repeatable)
     assert planned[True] == spending._spent.epsilon < planned[False]
@@ -145,9 +147,10 @@ def test_no_less_is_planned_than_is_spent(tmp_path: Path) -> None:
         further.release(plan(number), "model", TERMS)
     config, schedule = private_config(**flags), private_schedule()
     config.run_dir.mkdir()
-    spending = Spending(config, schedule, level_of(config, schedule, SIZE), torch.zeros(SIZE),
+    spending = Spending(config, schedule, level_of(config, schedule, SIZE),
                         keeper(tmp_path).standing, 3)
-    assert not spending.start()
+    assert not spending.refusal()
+    spending.begin(torch.zeros(SIZE))
     page = (config.run_dir / "privacy.md").read_text()
     assert "client: epsilon 3.75 at delta 0.001 over all\n9 rounds" in page
     assert "| spent before this start | epsilon 3.75 by this run |" in page
@@ -158,10 +161,27 @@ def test_an_epsilon_that_the_sampler_cannot_vouch_for_says_so(tmp_path: Path) ->
                              "dp_noise": None, "dp_epsilon": 1000}
     config, schedule = private_config(**flags), private_schedule(**flags)
     level = level_of(config, schedule, SIZE)
-    refused = Spending(config, schedule, level, torch.zeros(SIZE), Standing([], [], 0.0), 0).start()
+    refused = Spending(config, schedule, level, Standing([], [], 0.0), 0).refusal()
     assert refused == ("--dp_epsilon 1000: the run would come to epsilon inf: the noise as it is "
                        "drawn is not exact enough for so much epsilon, or so small a "
                        "--dp_delta as 0.001")
+
+
+def test_an_infinite_epsilon_is_null_in_files_and_the_page_says_so(tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"num_clients": 12, "cohort": 4, "rounds": 9, "data_dir": tmp_path,
+                             "dp_noise": 0.02}
+    config, schedule = private_config(**flags), private_schedule(**flags)
+    spending = Spending(config, schedule, level_of(config, schedule, SIZE), Standing([], [], 0.0),
+                        0)
+    config.run_dir.mkdir()
+    spending.begin(torch.zeros(SIZE))
+    spending.charge(plan(), {"": True})
+    assert spending.epsilon == math.inf
+    write_json(tmp_path / "event.json", spending.event(True))
+    assert json.loads((tmp_path / "event.json").read_text()) == {"epsilon": None}
+    page = (config.run_dir / "privacy.md").read_text()
+    assert "client: epsilon inf at delta" in page
+    assert "`null` there is infinite: nothing is guaranteed" in page
 
 
 def test_two_processes_that_make_one_run_at_once_both_count_its_rounds(tmp_path: Path) -> None:
@@ -217,7 +237,7 @@ def test_the_server_counts_as_the_log_does(tmp_path: Path) -> None:
                             dp_dir=tmp_path / "keys")
     schedule = private_schedule()
     level = level_of(config, schedule, SIZE)
-    spending = Spending(config, schedule, level, torch.zeros(SIZE), kept.standing, 0)
+    spending = Spending(config, schedule, level, kept.standing, 0)
     number = 1
     while not spending.ends_before(number):
         kept.release(plan(number), "model", TERMS)
@@ -226,8 +246,7 @@ def test_the_server_counts_as_the_log_does(tmp_path: Path) -> None:
     with pytest.raises(TooMuchSpent):
         kept.release(plan(number), "model", TERMS)
     assert number % 3 == 1, "a turn of all clients is three rounds"
-    again = Spending(config, schedule, level, torch.zeros(SIZE),
-                     keeper(tmp_path, max_epsilon=5).standing, 2)
+    again = Spending(config, schedule, level, keeper(tmp_path, max_epsilon=5).standing, 2)
     assert 0 < again.epsilon < spending.epsilon, "of two rounds"
     assert again.ends_before(number)
     assert not again.ends_before(3), "to repeat a round costs nothing"

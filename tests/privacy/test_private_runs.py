@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,9 +16,9 @@ from typing import Any
 import pytest
 
 from fedrun.privacy.accountant import gaussian_epsilon
-from fedrun.records.outcome import read_outcome
-from fedrun.records.run_files import manifest_checksum
+from fedrun.records.run_files import LOCK, manifest_checksum
 from fedrun.secure.ledger import Ledger, Release
+from fedrun.start import RunRefused
 from tests.support.private import PRIVATE, releases, run_private
 from tests.support.runs import (
     FAULTY,
@@ -72,31 +73,32 @@ def test_max_epsilon_ends_a_run_with_a_checkpoint_before_the_round_that_would_pa
     ({"dp_noise": 1e-8}, "--dp_noise 1e-08, or what --dp_epsilon leads to: must be larger"),
     ({"dp_dir": "/dev/null/keys"}, "--dp_dir /dev/null/keys: "),
 ])
-def test_a_run_that_cannot_make_a_round_says_so(
-        flags: dict[str, Any], message: str, tmp_path: Path, cache_dir: Path,
-        caplog: pytest.LogCaptureFixture) -> None:
-    assert run_private(tmp_path, cache_dir, **flags).code == 2, "no launcher starts it again"
-    assert caplog.text.count(message) == 1
-    assert read_outcome(tmp_path / "run")["reason"].startswith(message)
+def test_a_run_that_cannot_make_a_round_says_so_and_replaces_none(
+        flags: dict[str, Any], message: str, tmp_path: Path, cache_dir: Path) -> None:
+    earlier = run_private(tmp_path, cache_dir, dp_dir=tmp_path / "of_the_earlier_run")
+    assert earlier.code == 0
+    left = {path: path.read_bytes() for path in earlier.run_dir.rglob("*")
+            if path.is_file() and path.name != LOCK}
+    with pytest.raises(RunRefused, match=f"^{re.escape(message)}"):
+        run_private(tmp_path, cache_dir, **flags, overwrite=True)
+    assert {path: path.read_bytes() for path in left} == left
     assert not releases(tmp_path)
 
 
-def test_a_key_that_others_can_read_is_refused(tmp_path: Path, cache_dir: Path,
-                                               caplog: pytest.LogCaptureFixture) -> None:
+def test_a_key_that_others_can_read_is_refused(tmp_path: Path, cache_dir: Path) -> None:
     (tmp_path / "keys").mkdir(0o700)
     (tmp_path / "keys/noise.key").write_bytes(bytes(32))
     (tmp_path / "keys/noise.key").chmod(0o644)
-    assert run_private(tmp_path, cache_dir).code == 2
-    assert "noise.key" in caplog.text
+    with pytest.raises(RunRefused, match=r"noise\.key"):
+        run_private(tmp_path, cache_dir)
     assert not releases(tmp_path)
 
 
 def test_without_cryptography_it_says_what_to_install(
-        tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch,
-        caplog: pytest.LogCaptureFixture) -> None:
+        tmp_path: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fedrun.secure.ledger", None)
-    assert run_private(tmp_path, cache_dir).code == 2
-    assert "pip install 'fedrun[secure]'" in caplog.text
+    with pytest.raises(RunRefused, match=r"pip install 'fedrun\[secure\]'"):
+        run_private(tmp_path, cache_dir)
 
 
 @pytest.mark.slow
@@ -155,7 +157,7 @@ def test_all_ranks_end_with_one_line_where_the_noise_does_not_fit_the_grid(run: 
     assert ended.code == 2
     (line,) = error_lines(ended.output)
     assert "--dp_noise 1e+08" in line
-    assert "must be smaller" in ended.outcome["reason"]
+    assert "must be smaller" in line
 
 
 @pytest.mark.slow

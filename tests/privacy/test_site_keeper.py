@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from fedrun.config import FederatedConfig
 from fedrun.data.sites import Sites, read_sites
@@ -54,8 +53,7 @@ class Run:
                         for name, text in zip(self.sites.names, texts, strict=True)}
         standing = together([one.standing for one in self.keepers.values()], self.schedule)
         self.runs = standing.runs
-        self.spending = ExampleSpending(config, self.schedule, level, torch.zeros(SIZE), standing,
-                                        done)
+        self.spending = ExampleSpending(config, self.schedule, level, standing, done)
 
     def make(self, number: int, model: str = "", without: str = "") -> dict[str, bool]:
         """A round, before which the site `without` is killed; which of the others charged it."""

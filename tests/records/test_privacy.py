@@ -88,7 +88,7 @@ def test_with_noise_between_sites_the_page_says_both(tmp_path: Path, colluding: 
     page = words((tmp_path / run_files.PRIVACY).read_text(encoding="utf-8"))
     for piece in (SHARED_CLAIM, "simulated its sites", "Epsilon 4.5 at delta 0.001 over all 9",
                  *said, "each of 5 sites a share", "| 3 at most, of 9,",
-                 "| epsilon 0.25 by this run |"):
+                 "`null` there is infinite", "| epsilon 0.25 by this run |"):
         assert page.count(words(piece)) == 1, piece
     assert "differential privacy is not part of this" not in page
     assert "no protection" not in page
@@ -109,7 +109,8 @@ def test_with_noise_in_gradients_the_page_says_both(tmp_path: Path, real: bool, 
     for piece in (EXAMPLE_CLAIM, "epsilon 4.5 at delta 0.001 over all 9 rounds",
                   "| rate | 0.02 to 0.25: each", "A document is more than a sequence",
                   "| by all runs with `--dp example` on a site's text | in the log of that site |",
-                  "| epsilon 0.25 by this run |", "Losses of clients leave no site"):
+                  "`null` there is infinite", "| epsilon 0.25 by this run |",
+                  "Losses of clients leave no site"):
         assert page.count(words(piece)) == 1, piece
     for wrong in ("differential privacy is not part of this", "sums over a round's clients of "
                   "losses", "workers and the machines they run on are trusted", "epsilon 7",

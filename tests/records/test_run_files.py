@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from fedrun import start
 from fedrun.common.errors import is_component
@@ -99,6 +102,21 @@ def test_overwrite_refuses_a_run_with_files_of_the_user_and_names_one(run_here: 
     assert refused.code == 2
     assert f"--overwrite: {thesis} is not written by a run" in refused.output
     assert refused.bits == first.bits
+
+
+def test_weights_that_do_not_fit_are_refused_before_an_earlier_run_is_removed(
+        run_here: Run, tmp_path: Path) -> None:
+    flags = ("fed_avg", "--rounds", 1, "--num_clients", 2)
+    earlier = run_here(*flags)
+    assert earlier.code == 0, earlier.output
+    bits, ended = earlier.bits, earlier.outcome
+    other = Path(shutil.copytree(earlier.run_dir, tmp_path / "of_another"))
+    weights = load_file(other / "model.safetensors")
+    save_file(weights | {"backbone.norm_f.weight": torch.ones(3)}, other / "model.safetensors")
+    refused = run_here(*flags, "--init_from", other, "--overwrite")
+    assert refused.code == 2
+    assert f"{other}: weights and config.json do not belong together" in refused.output
+    assert (refused.bits, refused.outcome) == (bits, ended)
 
 
 def test_an_empty_folder_of_the_user_counts(tmp_path: Path) -> None:

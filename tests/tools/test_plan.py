@@ -274,6 +274,38 @@ def test_seconds_of_a_round_by_hand() -> None:
     assert "NOT MEASURED" in bf16.how
 
 
+@pytest.mark.parametrize(("wire", "round_", "waited", "last"), [
+    (0.5, 8 + 1, 0, 0.5), (11.0, 11 + 1, 3, 8)])
+def test_with_overlap_a_sum_takes_time_only_where_it_outlasts_the_training(
+        wire: float, round_: float, waited: float, last: float) -> None:
+    """Three rounds as they follow each other: a round trains for 8 s, and adds and updates for 1;
+    its sum sets out behind that, and is there when the next one has trained, or later."""
+    config = config_of("diloco", config="tiny", num_clients=4, local_updates=4, overlap=True)
+    four = Layout(processes=5, machines=1, colocated=False, gpu=True)
+    seconds = Seconds(step=2, term=1, wire=wire, evaluation=None, how="")
+    assert seconds.of_round(config, four) == round_
+    assert seconds.waited_for(config, four) == (waited, last)
+    clock = 0.0
+    for number in range(3):
+        arrives = clock + wire if number else 0.0
+        clock = max(clock + 8, arrives) + 1
+    assert 3 * round_ + last == clock + wire
+
+
+def test_a_plan_says_what_travels_beside_the_training(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = (*PLAN[1:], "--num_clients", "4", "--processes", "5", "--device_rates", "h100",
+             "--rounds", "10")
+    printed = []
+    for overlap in ("false", "true"):
+        assert cli.main(["plan", *flags, "--overlap", overlap]) == 0
+        printed.append(capsys.readouterr().out)
+    assert "travels" not in printed[0]
+    assert "while the next round trains" in printed[1]
+    assert cli.main(["plan", *PLAN[1:], "--processes", "5", "--overlap", "true"]) == 0
+    assert ("besides what is sent between workers longer than the next round trains, and "
+            "evaluations") in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("argv", "message"), [
     (("plan", "fed_av"), "did you mean fed_avg?"),
     ((*PLAN, "--device_memory", "8 apples"), "--device_memory 8 apples: must be a size"),

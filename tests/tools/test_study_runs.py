@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from fedrun.common.errors import InputError
 from fedrun.flags import resolve
 from fedrun.records.outcome import write_outcome
 from fedrun.run import run
 from fedrun.tools import study_runs
 from tests.support.runs import SMALL
+from tests.support.site_files import THREE, sites_file, sites_of
 
 
 @pytest.mark.parametrize(("name", "content", "said"), [
@@ -60,3 +62,28 @@ def test_the_same_text_by_another_path_is_the_same_run(tmp_path: Path, cache_dir
     (tmp_path / "other.txt").write_text(Path(flags["dataset"]).read_text() + "more\n")
     with pytest.raises(ValueError, match="holds a run with another dataset"):
         study_runs.loss_halves(resolve("central", flags | {"dataset": str(tmp_path / "other.txt")}))
+
+
+def test_a_file_of_sites_that_has_changed_makes_another_run(tmp_path: Path) -> None:
+    """As it does for a run that is resumed; a comment changes nothing."""
+    flags: dict[str, Any] = {"data_dir": tmp_path, "run_name": "run", "rounds": 2,
+                             "sites": sites_file(tmp_path, THREE)}
+    config = resolve("fed_avg", flags)
+    config.run_dir.mkdir()
+    for name, content in (("config.json", config.to_dict()),
+                          ("training_history.json", [{"val_loss_halves": [1.5, 2.5]}]),
+                          ("environment.json", {"made_with": {
+                              "sites": sites_of(THREE).digest()[:16]}})):
+        (config.run_dir / name).write_text(json.dumps(content))
+    assert study_runs.loss_halves(config) is None
+    write_outcome(config.run_dir, "finished", 2)
+    assert study_runs.loss_halves(config) == [1.5, 2.5]
+    flags["sites"].write_text("# the same\n" + flags["sites"].read_text())
+    assert study_runs.loss_halves(config) == [1.5, 2.5]
+    changed = {**THREE, "east": {**THREE["east"], "size_skew": 0.4}}
+    sites_file(tmp_path, changed)
+    with pytest.raises(InputError, match=r"holds a run with other sites than --sites \S+ has now"):
+        study_runs.loss_halves(resolve("fed_avg", flags))
+    (config.run_dir / "failed.txt").write_text("diverged")
+    with pytest.raises(InputError, match="holds a run with other sites"):
+        study_runs.loss_halves(resolve("fed_avg", flags))

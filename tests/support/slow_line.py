@@ -112,13 +112,14 @@ def open_end(address: str) -> int:
 
 def size_on_the_line(packet: bytes) -> int:
     """Bytes that a packet takes there, with the headers of all parts that it would be split into.
-    packet: after its virtio_net_hdr."""
+    packet: with the virtio_net_hdr before it."""
     _, kind, _, part, tcp, _ = HEADER.unpack_from(packet)
     size = len(packet) - HEADER.size
     if not kind:
         return size
     headers = tcp + 4 * (packet[HEADER.size + tcp + 12] >> 4)  # IP's, and TCP's by its data offset
-    return size + (math.ceil((size - headers) / part) - 1) * headers
+    parts: int = math.ceil((size - headers) / part)
+    return size + (parts - 1) * headers
 
 
 def relay(ends: Sequence[int], places: Mapping[bytes, int], rate: float, delay: float) -> None:

@@ -8,8 +8,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -28,6 +29,7 @@ from tests.support.slow_line import (
 RATE, DELAY = 2e7, 0.02  # bits a second; seconds
 SO_RCVBUFFORCE = 33  # of asm-generic/socket.h
 LIMIT = 20  # seconds
+TRIES = 20  # until nothing else has held up what is timed
 
 Found = dict[str, int]  # the namespaces' processes, by address
 
@@ -94,21 +96,23 @@ def test_packets_keep_their_order_and_the_rate(found: Found) -> None:
     """All arrive, and the last one when all have left at the rate, or a little later."""
     number, size = 400, 1400
     expected = number * size * 8 / RATE + DELAY
-    took = []
     with (closing(socket_in(found, "10.79.0.1", socket.SOCK_DGRAM)) as here,
           closing(socket_in(found, "10.79.0.2", socket.SOCK_DGRAM)) as there):
         def send() -> None:
             for place in range(number):  # beside headers of IP and UDP
                 here.sendto(place.to_bytes(size - 28, "big"), there.getsockname())
 
-        for _ in range(3):
+        for _ in range(TRIES):
             began = time.monotonic()
             sending = beside(send)
             assert [int.from_bytes(there.recv(size), "big") for _ in range(number)] == [
                 *range(number)]
-            took.append(time.monotonic() - began)
+            took = time.monotonic() - began
             sending.join(LIMIT)
-    assert expected <= min(took) < 1.05 * expected
+            assert took >= expected
+            if took < 1.05 * expected:
+                return
+    pytest.fail(f"{took:.3f} s at the {TRIES}th time; expected {expected:.3f}")
 
 
 def test_streams_arrive_whole_at_the_rate_with_their_headers(found: Found) -> None:
@@ -116,35 +120,44 @@ def test_streams_arrive_whole_at_the_rate_with_their_headers(found: Found) -> No
     text = os.urandom(1_000_000)
     parts = len(text) / (1500 - 52)  # 20 bytes of IP, 32 of TCP with its time stamps
     least = (len(text) + 52 * parts) * 8 / RATE + DELAY
-    took = {}
+    for _ in range(TRIES):
+        took = streamed(found, text, ("10.79.0.1", "10.79.0.3"), "10.79.0.2")
+        assert len(took) == 2
+        assert min(took) >= least
+        if max(took) < 1.5 * least:  # windows grow over some round trips
+            return
+    pytest.fail(f"{took} s at the {TRIES}th time; expected {least:.3f}")
 
-    def send(address: str, where: tuple[str, int]) -> None:
-        with closing(socket_in(found, address, socket.SOCK_STREAM)) as here:
-            here.connect(where)
-            here.sendall(text)
 
-    def receive(stream: socket.socket, began: float) -> None:
-        arrived = bytearray()
-        with closing(stream):
-            while read := stream.recv(1 << 20):
-                arrived += read
-                last = time.monotonic()
-        if arrived == text:
-            took[stream] = last - began
+def streamed(found: Found, text: bytes, senders: Sequence[str], receiver: str) -> list[float]:
+    """Send a text from each of these at once; when each has arrived as it was, in seconds."""
+    took = []
+    with closing(socket_in(found, receiver, socket.SOCK_STREAM)) as there:
+        where = there.getsockname()
 
-    with closing(socket_in(found, "10.79.0.2", socket.SOCK_STREAM)) as there:
+        def send(address: str) -> None:
+            with closing(socket_in(found, address, socket.SOCK_STREAM)) as here:
+                here.connect(where)
+                here.sendall(text)
+
+        def receive(stream: socket.socket) -> None:
+            arrived = bytearray()
+            with closing(stream):
+                while read := stream.recv(1 << 20):
+                    arrived += read
+            if arrived == text:
+                took.append(time.monotonic() - began)
+
         there.listen()
         began = time.monotonic()
-        threads = [beside(lambda address=address: send(address, there.getsockname()))
-                   for address in ("10.79.0.1", "10.79.0.3")]
-        for _ in range(2):
+        threads = [beside(partial(send, address)) for address in senders]
+        for _ in senders:
             stream, _ = there.accept()
             stream.settimeout(LIMIT)
-            threads.append(beside(lambda stream=stream: receive(stream, began)))
+            threads.append(beside(partial(receive, stream)))
         for thread in threads:
             thread.join(LIMIT)
-    assert len(took) == 2
-    assert least <= min(took.values()) < 1.5 * least  # the windows grow over some round trips
+    return took
 
 
 def test_what_is_split_by_the_card_counts_with_all_its_headers() -> None:

@@ -45,7 +45,7 @@ from tests.support.slow_line import bare_namespaces, within
 BAR = 1.8  # times the plain sum, with 3 sites
 NETWORK = "10.78.0"
 ENTER = ('holder=$(echo $HOLDERS | cut -d" " -f$((RANK + 1)))\n'
-         'exec nsenter --net=/proc/$holder/ns/net "$@"')
+         'exec setpriv --pdeathsig=KILL nsenter --net=/proc/$holder/ns/net "$@"')
 
 
 # ---- sites ---------------------------------------------------------------------------------------

@@ -126,6 +126,7 @@ def relay(ends: Sequence[int], places: Mapping[bytes, int], rate: float, delay: 
     """Until this process is killed. places: the index of the end for an address of four bytes;
     packets to others, and those of IPv6, are dropped."""
     left = dict.fromkeys(ends, 0.0)  # when the last packet of each end has left
+    empty = set(ends)  # nothing was waiting there after that
     under_way: dict[int, deque[tuple[float, int, bytes]]] = {end: deque() for end in ends}
     while True:
         now = time.monotonic()
@@ -133,18 +134,24 @@ def relay(ends: Sequence[int], places: Mapping[bytes, int], rate: float, delay: 
             while queue and queue[0][0] <= now:
                 _, there, packet = queue.popleft()
                 os.write(there, packet)
-        waiting = [end for end in ends if left[end] - now < AHEAD]
-        times = [queue[0][0] for queue in under_way.values() if queue]
-        times += [left[end] - AHEAD for end in ends if end not in waiting]
-        pause = max(0.0, min(times) - time.monotonic()) if times else None
-        for end in select.select(waiting, [], [], pause)[0]:
+        open_ends = [end for end in ends if left[end] - now < AHEAD]
+        ready = select.select(open_ends, [], [], 0)[0]
+        empty |= {end for end in open_ends if end not in ready}
+        for end in ready:
             packet = os.read(end, LARGEST)
             place = places.get(packet[HEADER.size + 16:HEADER.size + 20])
             if packet[HEADER.size] >> 4 != 4 or place is None:
                 continue
-            left[end] = (max(left[end], time.monotonic())
-                         + 8 * size_on_the_line(packet) / rate)
+            # One that was waiting sets out when the last has left, also if this process is late.
+            begins = max(left[end], time.monotonic()) if end in empty else left[end]
+            empty.discard(end)
+            left[end] = begins + 8 * size_on_the_line(packet) / rate
             under_way[end].append((left[end] + delay, ends[place], packet))
+        if not ready:
+            times = [queue[0][0] for queue in under_way.values() if queue]
+            times += [left[end] - AHEAD for end in ends if end not in open_ends]
+            pause = max(0.0, min(times) - time.monotonic()) if times else None
+            select.select(open_ends, [], [], pause)
 
 
 def main() -> None:

@@ -113,12 +113,15 @@ def open_end(address: str) -> int:
 def size_on_the_line(packet: bytes) -> int:
     """Bytes that a packet takes there, with the headers of all parts that it would be split into.
     packet: with the virtio_net_hdr before it."""
+    kind: int
+    part: int
+    tcp: int
     _, kind, _, part, tcp, _ = HEADER.unpack_from(packet)
     size = len(packet) - HEADER.size
     if not kind:
         return size
     headers = tcp + 4 * (packet[HEADER.size + tcp + 12] >> 4)  # IP's, and TCP's by its data offset
-    parts: int = math.ceil((size - headers) / part)
+    parts = math.ceil((size - headers) / part)
     return size + (parts - 1) * headers
 
 

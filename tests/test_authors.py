@@ -10,7 +10,15 @@ import torch
 
 import fedrun
 from fedrun.data.tokens import prepare
-from tests.benchmarks.authors import Models, authors_of, kept, measured, table
+from tests.benchmarks.authors import (
+    Models,
+    authors_of,
+    kept,
+    measured,
+    measured_at_the_end,
+    personal_table,
+    table,
+)
 
 FLAGS: dict[str, Any] = {
     "method": "fed_avg", "config": "tiny_1_layer", "tokenizer": "bpe:300", "num_clients": 2,
@@ -79,6 +87,27 @@ def test_of_clients_with_parameters_of_their_own_each_has_its_own_model(
     expected = [(ends[0]["0"] + ends[1]["1"]) / 2, (ends[0]["1"] + ends[1]["0"]) / 2,
                 (ends[0]["unseen"] + ends[1]["unseen"]) / 2]
     assert [float(cell) for cell in last.split("|")[2:5]] == pytest.approx(expected, abs=0.05)
+
+
+def test_the_table_of_what_stays_at_a_client(books: Path, tmp_path: Path) -> None:
+    """Embeddings of their own teach clients their own words, and nothing of the others'."""
+    found = {what: measured_at_the_end(
+        FLAGS | flags, books, tmp_path / what, tmp_path / "cache") for what, flags in (
+            ("nothing", {}), ("words", {"personal": "backbone.embedding.weight"}))}
+    assert set(found["nothing"]) == {"the end"}
+    assert set(found["words"]) == {"the end, client 0", "the end, client 1"}
+    *_, shared, own = personal_table("a setting", found).splitlines()
+    one, other = (found["words"][f"the end, client {client}"] for client in "01")
+    mean = (one["0"] + other["1"]) / 2
+    world = found["nothing"]["the end"]
+    ratio = mean / ((world["0"] + world["1"]) / 2)
+    assert [float(cell) for cell in own.split("|")[2:-1]] == pytest.approx(
+        [one["0"], other["1"], mean, ratio, (one["1"] + other["0"]) / 2,
+         (one["unseen"] + other["unseen"]) / 2], abs=0.005)
+    assert one["1"] > 2 * one["0"]
+    assert shared.split("|")[5].strip() == "1.0000"
+    assert [float(cell) for cell in shared.split("|")[2:4]] == pytest.approx(
+        [world["0"], world["1"]], abs=0.005)
 
 
 def test_whose_authors_are_whose(books: Path, tmp_path: Path) -> None:

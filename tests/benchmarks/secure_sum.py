@@ -40,11 +40,12 @@ from tests.benchmarks.common import machine
 from tests.benchmarks.peers.environments import python_of
 from tests.benchmarks.ranks import Ranks
 from tests.support.sites import NAMES, Sites
+from tests.support.slow_line import bare_namespaces, within
 
 BAR = 1.8  # times the plain sum, with 3 sites
 NETWORK = "10.78.0"
 ENTER = ('holder=$(echo $HOLDERS | cut -d" " -f$((RANK + 1)))\n'
-         'exec nsenter --net=/proc/$holder/ns/net "$@"')
+         'exec setpriv --pdeathsig=KILL nsenter --net=/proc/$holder/ns/net "$@"')
 
 
 # ---- sites ---------------------------------------------------------------------------------------
@@ -60,33 +61,21 @@ def may_make_namespaces() -> bool:
 @contextmanager
 def namespaces(count: int, rate: str | None) -> Iterator[list[int]]:
     """Network namespaces at one switch, each with an eth0, for the time of the block; yields the
-    processes that hold them. They end with these, and these with this one. rate: what each sends
-    at most, as tc writes it."""
-    with ExitStack() as stack:
-        def start() -> int:
-            holder = stack.enter_context(subprocess.Popen(
-                ["setpriv", "--pdeathsig=KILL", "unshare", "--net", "sh", "-c",
-                 "ip link set lo up && echo ready && exec sleep infinity"],
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE))
-            stack.callback(holder.kill)
-            assert holder.stdout
-            assert holder.stdout.readline() == b"ready\n"
-            return holder.pid
+    processes that hold them. rate: what each sends at most, as tc writes it."""
+    with bare_namespaces(count + 1) as (switch, *holders):
+        def ip(holder: int, words: str) -> None:
+            within(holder, "ip", *words.split())
 
-        def within(holder: int, command: str) -> None:
-            subprocess.run(["nsenter", f"--net=/proc/{holder}/ns/net", *command.split()],
-                           check=True, timeout=10)
-
-        switch, holders = start(), [start() for _ in range(count)]
-        within(switch, "ip link add switch type bridge")
-        within(switch, "ip link set switch up")
+        ip(switch, "link add switch type bridge")
+        ip(switch, "link set switch up")
         for place, holder in enumerate(holders, 1):
-            within(switch, f"ip link add port{place} type veth peer name eth0 netns {holder}")
-            within(switch, f"ip link set port{place} master switch up")
-            within(holder, f"ip addr add {NETWORK}.{place}/24 dev eth0")
-            within(holder, "ip link set eth0 up")
+            ip(switch, f"link add port{place} type veth peer name eth0 netns {holder}")
+            ip(switch, f"link set port{place} master switch up")
+            ip(holder, f"addr add {NETWORK}.{place}/24 dev eth0")
+            ip(holder, "link set eth0 up")
             if rate:
-                within(holder, f"tc qdisc add dev eth0 root tbf rate {rate} burst 1mb latency 50ms")
+                within(holder, "tc", *f"qdisc add dev eth0 root tbf rate {rate} burst 1mb "
+                                       "latency 50ms".split())
         yield holders
 
 

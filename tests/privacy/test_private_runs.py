@@ -150,12 +150,12 @@ def test_all_ranks_end_where_the_first_worker_has_no_noise(run: Run, tmp_path: P
 
 
 @pytest.mark.slow
-def test_all_ranks_end_with_one_line_where_the_noise_does_not_fit_the_grid(run: Run, tmp_path: Path
-                                                                           ) -> None:
+def test_all_ranks_end_with_a_line_where_the_noise_does_not_fit_the_grid(run: Run, tmp_path: Path
+                                                                         ) -> None:
     ended = run("fed_avg", *FLAGS, "--dp_noise", 1e8, "--dp_dir", tmp_path / "keys", processes=3,
                 limit=60)
     assert ended.code == 2
-    (line,) = error_lines(ended.output)
+    line = error_lines(ended.output)[0]  # on a busy machine the others say that rank 0 has ended
     assert "--dp_noise 1e+08" in line
     assert "must be smaller" in line
 

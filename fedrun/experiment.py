@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import platform
@@ -320,6 +321,7 @@ def resolve_dtype(config: RunConfig, workers: Iterable[Hardware]) -> Dtype:
     return config.dtype
 
 
+@functools.cache  # packages have long files of metadata, which are parsed each time
 def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {
         name: version(name) for name in ("torch", "numpy", "transformers", "datasets",

@@ -48,7 +48,8 @@ def signals_of_a_terminal() -> Iterator[None]:
 def run(cache_dir: Path, tmp_path: Path) -> Run:
     """run("fed_avg", "--rounds", 4, processes=3): a whole run on SMALL, in its own processes.
 
-    With a launcher if anything is given that needs one: `script`, `restarts`, `env`, `launcher`.
+    Forked ones (`tests.support.prepared`), also of a `script` or with an `env`; with a launcher, or
+    alone with a Python of its own, if `restarts` or `launcher` asks for it.
     """
 
     def run_it(method: str, *flags: object, processes: int = 1, name: str = "run",
@@ -56,12 +57,12 @@ def run(cache_dir: Path, tmp_path: Path) -> Run:
                env: dict[str, str] | None = None, launcher: bool = False) -> Outcome:
         arguments = [method, *SMALL, "--data_dir", str(tmp_path), "--cache_dir", str(cache_dir),
                      "--run_name", name, *map(str, flags)]
-        if launcher or restarts or env or script != "fedrun":
+        if launcher or restarts:
             program = [str(script)] if isinstance(script, Path) else ["-m", script]
             code, output = execute([*torchrun(processes, restarts), *program, *arguments], limit,
                                    env)
         else:
-            code, output = run_ranks(processes, arguments, limit)
+            code, output = run_ranks(processes, arguments, limit, script, env)
         return Outcome(code, output, tmp_path / name)
 
     return run_it
@@ -103,10 +104,10 @@ def run_here(little_text: tuple[str, ...], tmp_path: Path, capfd: pytest.Capture
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Outcome:
     """The run that those that are killed are compared with."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    subprocess.run([sys.executable, "-m", "fedrun", "fed_avg", *SMALL, *map(str, FLAGS),
-                    "--data_dir", str(folder), "--cache_dir", str(cache_dir), "--run_name", "run"],
-                   check=True, cwd=ROOT, timeout=250, capture_output=True)
-    return Outcome(0, "", folder / "run")
+    code, output = run_ranks(1, ["fed_avg", *SMALL, *map(str, FLAGS), "--data_dir", str(folder),
+                                 "--cache_dir", str(cache_dir), "--run_name", "run"], 250)
+    assert code == 0, output
+    return Outcome(code, output, folder / "run")
 
 
 @pytest.fixture

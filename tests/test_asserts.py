@@ -80,6 +80,6 @@ def test_a_cohort_below_the_number_of_workers_without_asserts(
     assert (code, reported) == (0, "1\n")
     flags = (*little_text, "--num_clients", 3, "--cohort", 1, "--rounds", 4)
     alone = run_here("fed_avg", *flags, name="alone")
-    optimized = run("fed_avg", *flags, processes=4, env={"PYTHONOPTIMIZE": "1"})
+    optimized = run("fed_avg", *flags, processes=4, launcher=True, env={"PYTHONOPTIMIZE": "1"})
     assert alone.code == optimized.code == 0, alone.output + optimized.output
     assert optimized.bits == alone.bits

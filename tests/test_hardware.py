@@ -169,8 +169,8 @@ def test_a_run_on_pretended_gpus_tells_of_them(run: Run, pretended_cuda: dict[st
                                                tmp_path: Path) -> None:
     """Which its server does not use; and compiled kernels have a folder on the local disk."""
     found = run("fed_avg", "--device", "cuda", "--num_clients", 2, "--rounds", 1, processes=3,
-                env=pretended_cuda | {"TMPDIR": str(tmp_path), "TRITON_CACHE_DIR": "",
-                                      "PRETENDED_GPUS": "2"})
+                launcher=True, env=pretended_cuda | {
+                    "TMPDIR": str(tmp_path), "TRITON_CACHE_DIR": "", "PRETENDED_GPUS": "2"})
     assert found.code == 0, found.output
     environment = read_json(found.run_dir / "environment.json")
     assert environment["device"] == "cuda"

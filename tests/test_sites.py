@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.real_sites import NAMES, Institutions, Ranks
 from tests.support.runs import error_lines, read_json, without_clocks
-from tests.support.windows import found
+from tests.support.windows import Pieces
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +56,19 @@ def test_nothing_of_a_sites_text_is_sent_or_reaches_the_server(
     assert len(text) > 1000
     assert len(tokens) > 1000
     folder = institutions.root / site
+    searched = [Pieces(text), Pieces(tokens)]
     paths = [str(folder).encode(), f"{site}00.txt".encode(), b"identity.pem"]
     looked_at = [*messages.iterdir(), *(path for path in (institutions.root / "server").rglob("*")
                                         if path.is_file() and path.name != "identity.pem")]
     assert {f"rank{rank}" for rank in range(4)} <= {path.name for path in looked_at}
     for path in looked_at:
         content = path.read_bytes()
-        assert not found(content, text), path
-        assert not found(content, tokens), path
+        for wanted in searched:
+            assert not wanted.found(content), path
         assert not [one for one in paths if one in content], path
     # The same search finds what is there.
-    assert found(b"..." + (folder / "text" / f"{site}00.txt").read_bytes(), text)
-    assert found(b"." + next(folder.glob("site/tokens/*/train.bin")).read_bytes(), tokens)
+    assert searched[0].found(b"..." + (folder / "text" / f"{site}00.txt").read_bytes())
+    assert searched[1].found(b"." + next(folder.glob("site/tokens/*/train.bin")).read_bytes())
 
 
 def test_a_site_writes_for_nobody_else_and_into_its_own_folder_alone(

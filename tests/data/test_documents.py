@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -221,6 +222,9 @@ def test_few_or_equal_documents_have_fewer_topics(n_documents: int) -> None:
 def test_topics_are_found_once_and_alike_whatever_the_threads(
         tmp_path: Path, pydocs_tokens: TokenData, caplog: pytest.LogCaptureFixture,
         monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = pydocs_tokens.tokenizer_path.parent
+    shutil.copytree(entry, tmp_path / "tokens" / entry.name,  # tokens, without their topics
+                    ignore=shutil.ignore_patterns("topics*"))
     code = ("from pathlib import Path; from fedrun.common.log import print_log\n"
             "from fedrun.data.tokens import prepare\nprint_log(to_stderr=True)\n"
             f"data = prepare('pydocs', 'bpe:4096', 64, Path({str(tmp_path)!r}))\n"
@@ -228,6 +232,7 @@ def test_topics_are_found_once_and_alike_whatever_the_threads(
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
                           env={"PATH": "", "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"})
     assert "found topics among" in done.stderr
+    assert "tokenising" not in done.stderr
     assert json.loads(done.stdout) == pydocs_tokens.load_topics().of_document.tolist()
     caplog.set_level("INFO", "fedrun")
     caplog.clear()

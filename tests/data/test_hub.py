@@ -52,7 +52,8 @@ def prepare_with_hub(dataset: str, tokenizer: str, cache: Path, **env: str) -> s
     ("dataset", "tokenizer", "asked"),
     [
         ("wikitext-2", "gpt2", "--dataset wikitext-2:"),
-        ("owner/name:config", "gpt2", "--dataset owner/name:config:"),
+        pytest.param("owner/name:config", "gpt2", "--dataset owner/name:config:",
+                     marks=pytest.mark.slow),
         ("TEXT", "gpt2", "--tokenizer gpt2:"),
     ],
 )

@@ -52,6 +52,7 @@ def test_an_empty_corpus(run: Run, tmp_path: Path) -> None:
     assert "--dataset" in error_line(outcome.output)
 
 
+@pytest.mark.slow
 def test_under_torchrun_the_error_is_printed_once(run: Run) -> None:
     outcome = run("fed_avg", "--lr", "-1", processes=3, launcher=True)
     assert outcome.code == 2

@@ -12,7 +12,8 @@ from tests.support.every_method import METHODS
 from tests.support.offloaded import BESIDES
 from tests.support.runs import Run, execute
 
-QUICK = ("average", "diloco", "int8_moments", "int4")
+QUICK = ("average", "diloco")
+NEXT = ("int8_moments", "int4")
 
 
 def compared(gpus: dict[str, str], *names: str, limit: float) -> list[dict[str, Any]]:
@@ -32,10 +33,12 @@ def check(found: dict[str, Any]) -> None:
     assert pinned == [name for name in kept if not name.startswith(("int8.", "int4."))]
 
 
-def test_same_bits_and_less_memory_on_the_device(pretended_cuda: dict[str, str]) -> None:
+@pytest.mark.parametrize("names", [QUICK, pytest.param(NEXT, marks=pytest.mark.slow)])
+def test_same_bits_and_less_memory_on_the_device(pretended_cuda: dict[str, str],
+                                                 names: tuple[str, ...]) -> None:
     """By as much as waits on the host, and as the plan says: model and averaged moments, or the
     server's momentum."""
-    for found in compared(pretended_cuda, *QUICK, limit=100):
+    for found in compared(pretended_cuda, *names, limit=100):
         check(found)
         held, planned, peak = (found["without"][what] - found["with"][what]
                                for what in ("held", "planned", "counted"))
@@ -49,7 +52,7 @@ def test_same_bits_and_less_memory_on_the_device(pretended_cuda: dict[str, str])
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_same_bits_with_every_method(pretended_cuda: dict[str, str]) -> None:
-    others = [name for name in METHODS | BESIDES if name not in QUICK]
+    others = [name for name in METHODS | BESIDES if name not in QUICK + NEXT]
     for found in compared(pretended_cuda, *others, limit=280):
         check(found)
 

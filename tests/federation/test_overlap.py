@@ -352,8 +352,9 @@ def test_a_worker_lost_while_a_sum_travels_ends_the_run(kind: str, run: Run, tmp
     found at the timeout."""
     lost = run("fed_avg", "--num_clients", 2, "--rounds", 5, "--local_updates", 2, "--overlap",
                "true", "--timeout", 8, processes=3, script="tests.support.faulty_fedrun",
-               env=APART | fault(tmp_path, kind, "train:5", rank=2), limit=150)
-    assert lost.code == 1
+               launcher=kind == "stop", env=APART | fault(tmp_path, kind, "train:5", rank=2),
+               limit=150)
+    assert lost.code != 0
     assert any("rank 2" in line for line in error_lines(lost.output)), lost.output
 
 

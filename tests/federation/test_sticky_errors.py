@@ -39,7 +39,7 @@ def test_it_is_reported_as_itself_and_the_last_model_comes_from_another_worker(
 
 @pytest.mark.slow
 def test_a_worker_that_does_not_answer_is_waited_for_only_shortly(run: Run) -> None:
-    outcome = run("fed_avg", *FLAGS, processes=3, script=STICKY,
+    outcome = run("fed_avg", *FLAGS, processes=3, script=STICKY, launcher=True,
                   env={"STICKY_RANK": "1", "SILENT_RANK": "2"}, limit=90)
     ended(outcome, 1)
     shorter = run("fed_avg", *FLAGS, "--rounds", 1, name="shorter")

@@ -11,7 +11,6 @@ from fedrun.privacy.accountant import zcdp_epsilon
 from tests.support.private import PRIVATE, PUBLIC
 from tests.support.private_sites import (
     KILLS,
-    REFUSALS,
     logs,
     recorded,
     require_nothing_sent,
@@ -63,13 +62,13 @@ def test_nothing_but_masked_integers_leaves_a_site(institutions: Institutions, u
 
 
 @pytest.mark.parametrize(("kind", "at", "module", "rank"), [
-    KILLS[0], pytest.param(*KILLS[1], marks=pytest.mark.soak), KILLS[2]])
+    *(pytest.param(*kill, marks=pytest.mark.soak) for kill in KILLS[:2]), KILLS[2]])
 def test_a_kill_costs_no_bit_and_no_epsilon(kind: str, at: str, module: str, rank: int,
                                             institutions: Institutions, undisturbed: Ranks) -> None:
     require_repeated(institutions, undisturbed, FLAGS, kind, at, module, rank)
 
 
-@pytest.mark.parametrize("kind", REFUSALS)
+@pytest.mark.parametrize("kind", ["full", pytest.param("spent", marks=pytest.mark.soak)])
 def test_a_site_that_must_not_let_it_cost_more_ends_the_run(
         kind: str, institutions: Institutions, undisturbed: Ranks) -> None:
     """Or that cannot write it down."""

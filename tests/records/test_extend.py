@@ -13,7 +13,7 @@ from fedrun.records.outcome import read_outcome, write_outcome
 from fedrun.tools.watch import Follower, RunState
 from tests.support.runs import Outcome, Run, numbers, outcome_of, steps
 
-VAL_FREQ = ("--val_freq", 5)
+VAL_FREQ = ("--val_freq", 3)
 FEDERATED = ("--num_clients", 3, *VAL_FREQ)
 
 
@@ -29,7 +29,7 @@ def states(run: Outcome) -> dict[str, Any]:
     ("fed_avg", (*FEDERATED, "--cohort", 2, "--client_store", "disk")),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in [
         ("central", (*VAL_FREQ, "--batches", "clients", "--batch_size", 4)),
-        ("diloco", (*FEDERATED, "--client_moments", "average", "--warmup", 8)),
+        ("diloco", (*FEDERATED, "--client_moments", "average", "--warmup", 4)),
         ("fed_avg", (*FEDERATED, "--aggregation", "int8")),
         ("fed_avg", (*FEDERATED, "--sync", "epoch", "--epoch_passes", 0.01)),
         ("fed_entropy", FEDERATED)]),
@@ -38,33 +38,33 @@ def states(run: Outcome) -> dict[str, Any]:
         ("fed_yogi", (*FEDERATED, "--sampling", "replacement")),
         ("fed_sgd", (*FEDERATED, "--warmup", 3))]),
 ])
-def test_six_rounds_extended_by_six_have_the_bits_of_twelve(
+def test_four_rounds_extended_by_four_have_the_bits_of_eight(
         run_here: Run, method: str, flags: tuple[object, ...]) -> None:
-    whole = run_here(method, *flags, "--rounds", 12, name="whole")
-    half = run_here(method, *flags, "--rounds", 6, name="half")
-    further = run_here(method, *flags, "--rounds", 12, after=half)
+    whole = run_here(method, *flags, "--rounds", 8, name="whole")
+    half = run_here(method, *flags, "--rounds", 4, name="half")
+    further = run_here(method, *flags, "--rounds", 8, after=half)
     assert further.code == 0, further.output
-    assert "resuming from step 6" in further.output
+    assert "resuming from step 4" in further.output
     assert further.bits == whole.bits != half.bits
     assert states(further) == states(whole)  # of every client, and the server
-    assert steps(whole) == [1, 5, 10, 12]
-    assert steps(further) == [1, 5, 6, 10, 12]  # the sixth was the last one at first
+    assert steps(whole) == [1, 3, 6, 8]
+    assert steps(further) == [1, 3, 4, 6, 8]  # the fourth was the last one at first
     assert further.history[-1]["val_loss_halves"] == whole.history[-1]["val_loss_halves"]
-    assert numbers(further) == list(range(1, 13))
+    assert numbers(further) == list(range(1, 9))
     followed = RunState("run")
     for event in Follower(further.run_dir / "events.jsonl").new():
         followed.update(event)
-    assert (followed.number, followed.total, followed.ended) == (12, 12, True)
-    assert read_outcome(further.run_dir)["step"] == 12
+    assert (followed.number, followed.total, followed.ended) == (8, 8, True)
+    assert read_outcome(further.run_dir)["step"] == 8
     assert outcome_of(further) == "finished"
-    assert further.config["rounds"] == 12
-    again = run_here(method, *flags, "--rounds", 12, after=further)
+    assert further.config["rounds"] == 8
+    again = run_here(method, *flags, "--rounds", 8, after=further)
     assert "finished already" in again.output
     assert again.bits == whole.bits
-    fewer = run_here(method, *flags, "--rounds", 7, after=further)
+    fewer = run_here(method, *flags, "--rounds", 5, after=further)
     assert fewer.code == 2
-    assert "--rounds 7: " in fewer.output
-    assert "is finished after 12 steps, more than 7" in fewer.output
+    assert "--rounds 5: " in fewer.output
+    assert "is finished after 8 steps, more than 5" in fewer.output
     assert fewer.bits == whole.bits
 
 

@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,10 @@ from fedrun.flags import resolve
 from fedrun.records import checkpoint
 from fedrun.records.outcome import read_outcome
 from fedrun.start import prepare_run_dir
+from tests.support.prepared import run_ranks
 from tests.support.runs import (
     FAULTY,
     FLAGS,
-    ROOT,
     SMALL,
     Outcome,
     Run,
@@ -42,10 +40,10 @@ from tests.support.runs import (
     *(pytest.param(*case, marks=pytest.mark.slow) for case in [
         ("diloco", (*FLAGS, "--client_moments", "average", "--local_updates", 2,
                     "--server_momentum_warmup", "true")),
-        ("central", ("--rounds", 7, "--checkpoint_freq", 2)),
-        ("fed_avg", (*FLAGS, "--sync", "epoch", "--epoch_passes", 0.01)),
-        ("fed_fisher", (*FLAGS, "--client_moments", "reset"))]),
+        ("fed_avg", (*FLAGS, "--sync", "epoch", "--epoch_passes", 0.01))]),
     *(pytest.param(*case, marks=pytest.mark.soak) for case in [
+        ("central", ("--rounds", 7, "--checkpoint_freq", 2)),
+        ("fed_fisher", (*FLAGS, "--client_moments", "reset")),
         ("fed_yogi", (*FLAGS, "--sampling", "replacement")),
         ("fed_entropy", FLAGS),
         ("fed_sgd", FLAGS)]),
@@ -107,11 +105,11 @@ def test_a_launcher_that_is_killed_leaves_no_orphans(run: Run, tmp_path: Path,
 def killed(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Path:
     """The folder of a run that was killed after its checkpoint of round 6."""
     folder = tmp_path_factory.mktemp("killed")
-    done = subprocess.run(
-        [sys.executable, "-m", FAULTY, "fed_avg", *SMALL, *map(str, FLAGS), "--data_dir",
-         str(folder), "--cache_dir", str(cache_dir), "--run_name", "run"], cwd=ROOT, timeout=100,
-        capture_output=True, env={**os.environ, **fault(folder, "kill", "after-manifest:6")})
-    assert done.returncode == -signal.SIGKILL
+    code, output = run_ranks(
+        1, ["fed_avg", *SMALL, *map(str, FLAGS), "--data_dir", str(folder), "--cache_dir",
+            str(cache_dir), "--run_name", "run"], 100, FAULTY,
+        fault(folder, "kill", "after-manifest:6"))
+    assert code == signal.SIGKILL, output
     checkpoints = folder / "run" / "checkpoints"
     shutil.rmtree(checkpoints / "step_000007", ignore_errors=True)  # half-written, if it was begun
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step_000004", "step_000006"]
@@ -307,7 +305,7 @@ def test_the_type_of_products_is_one_that_all_workers_have_and_stays(run: Run, t
                   name="workers", env={"HAS_BF16": "1 2"})
     assert workers.code == 0, workers.output
     assert workers.config["dtype"] == "bf16"
-    env = fault(tmp_path, "term", "record:4") | {"HAS_BF16": "none", "PYTHONPATH": str(ROOT)}
+    env = fault(tmp_path, "term", "record:4") | {"HAS_BF16": "none"}
     script.write_text(script.read_text().replace(
         "main()\n", "from tests.support import faulty_fedrun\nfaulty_fedrun.__main__.main()\n"))
     begun = run("fed_avg", *FLAGS, "--dtype", "auto", script=script, env=env)

@@ -35,13 +35,15 @@ _context.set_forkserver_preload([
     "torch.fx.experimental.symbolic_shapes"])  # and sympy: torch imports them at the first backward
 
 
-def run_ranks(processes: int, arguments: Sequence[str], limit: float, module: str = "fedrun"
+def run_ranks(processes: int, arguments: Sequence[str], limit: float,
+              module: str | Path = "fedrun", env: Mapping[str, str] | None = None
               ) -> tuple[int, str]:
-    """Run `python -m MODULE` with these arguments on this many ranks of one machine. Returns the
-    exit code of the first rank that failed, or 0, and all that they printed. Past the limit
-    (seconds) they are killed, and the test fails."""
+    """Run `python -m MODULE` with these arguments, or a script, on this many ranks of one machine.
+    Returns the exit code of the first rank that failed (the number of the signal that killed it),
+    or 0, and all that they printed. Past the limit (seconds) they are killed, and the test fails.
+    env: variables of all ranks, which take effect after Python's start."""
     with tempfile.NamedTemporaryFile(prefix="fedrun-output-") as output:
-        ranks = start_ranks(arguments, [{}] * processes, [output.name] * processes,
+        ranks = start_ranks(arguments, [env or {}] * processes, [output.name] * processes,
                             module)
         first, late = join_ranks(ranks, limit)
         printed = Path(output.name).read_text(encoding="utf-8")
@@ -52,11 +54,11 @@ def run_ranks(processes: int, arguments: Sequence[str], limit: float, module: st
 
 
 def start_ranks(arguments: Sequence[str], env: Sequence[Mapping[str, str]],
-                output: Sequence[str | Path], module: str = "fedrun", uid: Sequence[int] = ()
-                ) -> list[ForkServerProcess]:
-    """Start `python -m MODULE` with these arguments on as many ranks of one machine as there are
-    environments, beside this process's own. All that a rank prints is appended to its output.
-    uid: of each rank's user; only root can start ranks of others."""
+                output: Sequence[str | Path], module: str | Path = "fedrun",
+                uid: Sequence[int] = ()) -> list[ForkServerProcess]:
+    """Start `python -m MODULE` with these arguments, or a script, on as many ranks of one machine
+    as there are environments, beside this process's own. All that a rank prints is appended to its
+    output. uid: of each rank's user; only root can start ranks of others."""
     port, processes = free_port(), len(env)
     ranks = [_context.Process(target=_be_rank, daemon=True, args=(
         {**os.environ, **(_variables(rank, processes, port) if processes > 1 else {}), **env[rank]},
@@ -89,10 +91,10 @@ def join_ranks(ranks: Sequence[ForkServerProcess], limit: float) -> tuple[int, l
     return first or next((abs(rank.exitcode) for rank in ranks if rank.exitcode), 0), late
 
 
-def _be_rank(env: dict[str, str], arguments: list[str], output: str, module: str, uid: int
+def _be_rank(env: dict[str, str], arguments: list[str], output: str, module: str | Path, uid: int
              ) -> None:
-    """Become `python -m MODULE` with these arguments; in the forked process, which dies with the
-    one that it is forked from."""
+    """Become `python -m MODULE`, or a script, with these arguments; in the forked process, which
+    dies with the one that it is forked from."""
     os.setsid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.chdir(ROOT)
@@ -105,5 +107,8 @@ def _be_rank(env: dict[str, str], arguments: list[str], output: str, module: str
         become(uid)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a change of user has undone it
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__")
+    sys.argv = [str(module), *arguments]
+    if isinstance(module, Path):
+        runpy.run_path(str(module), run_name="__main__")
+    else:
+        runpy.run_module(module, run_name="__main__")

@@ -19,7 +19,8 @@ from fedrun.common.terminal import visible
 from fedrun.model.config import ModelConfig
 from fedrun.model.mamba2 import Mamba2LM
 from fedrun.model.pretrained import find_pretrained
-from tests.support.runs import CORPUS, ROOT, SMALL, Outcome, execute, read_json, torchrun
+from tests.support.prepared import run_ranks
+from tests.support.runs import CORPUS, ROOT, SMALL, Outcome, execute, read_json
 
 IDS = torch.randint(0, 400, (2, 37), generator=torch.Generator().manual_seed(0))
 
@@ -28,9 +29,8 @@ IDS = torch.randint(0, 400, (2, 37), generator=torch.Generator().manual_seed(0))
 def trained(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> Outcome:
     """A run of two rounds."""
     data_dir = tmp_path_factory.mktemp("trained")
-    code, output = execute([*torchrun(1), "-m", "fedrun", "fed_avg", *SMALL, "--rounds", "2",
-                            "--data_dir", str(data_dir), "--cache_dir", str(cache_dir),
-                            "--run_name", "run"])
+    code, output = run_ranks(1, ["fed_avg", *SMALL, "--rounds", "2", "--data_dir", str(data_dir),
+                                 "--cache_dir", str(cache_dir), "--run_name", "run"], 250)
     assert code == 0, output
     return Outcome(code, output, data_dir / "run")
 
@@ -121,10 +121,9 @@ def test_training_starts_from_a_model(trained: Outcome, tmp_path: Path, cache_di
         start = tmp_path / "start"
         assert cli.main(["export", str(trained.run_dir), "--to", form, str(start)]) == 0
     data = [flag for flag in SMALL if flag not in ("--tokenizer", "bpe:400", "--config", "tiny")]
-    code, output = execute(
-        [*torchrun(processes), "-m", "fedrun", "fed_avg", *data, "--lr", "1e-12",
-         "--rounds", "1", "--init_from", str(start), "--data_dir", str(tmp_path), "--cache_dir",
-         str(cache_dir)])
+    code, output = run_ranks(
+        processes, ["fed_avg", *data, "--lr", "1e-12", "--rounds", "1", "--init_from", str(start),
+                    "--data_dir", str(tmp_path), "--cache_dir", str(cache_dir)], 250)
     assert code == 0, output
     outcome = Outcome(code, output, tmp_path / f"federated_config_{start.name}_lu_1_seed_0")
     for name, tensor in trained.model.items():
@@ -282,7 +281,7 @@ def test_an_unusual_model_has_the_same_bits_in_every_world(
     bits = []
     for processes in (1, 3):
         flags = unusual_flags(unusual, tmp_path, cache_dir, f"w{processes}", "2e-3")
-        code, output = execute([*torchrun(processes), "-m", "fedrun", *flags])
+        code, output = run_ranks(processes, flags, 250)
         assert code == 0, output
         bits.append((tmp_path / f"w{processes}" / "model.safetensors").read_bytes())
     assert bits[0] == bits[1]

@@ -105,6 +105,11 @@ def load(path: Path | str, **reading: Any) -> Loaded:
         folder.rmdir()
 
 
+def entries(cache_dir: Path) -> list[Path]:
+    """The folders in the token cache."""
+    return [path for path in (cache_dir / "tokens").iterdir() if path.is_dir()]
+
+
 def entry_files(cache: Path) -> dict[str, str]:
     """SHA-256 of the files of the one entry in a cache that is otherwise empty."""
     (entry,) = [path for path in (cache / "tokens").iterdir() if path.is_dir()]

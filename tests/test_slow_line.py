@@ -131,7 +131,7 @@ def test_streams_arrive_whole_at_the_rate_with_their_headers(found: Found) -> No
 
 def streamed(found: Found, text: bytes, senders: Sequence[str], receiver: str) -> list[float]:
     """Send a text from each of these at once; when each has arrived as it was, in seconds."""
-    took = []
+    took: list[float] = []
     with closing(socket_in(found, receiver, socket.SOCK_STREAM)) as there:
         where = there.getsockname()
 

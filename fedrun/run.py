@@ -222,7 +222,8 @@ def _connect_and_train(prepared: Prepared, on_round: OnRound | None) -> str:
             return (f"finished already: {config.run_dir} (a larger --rounds or --n_epochs trains "
                     "it further, --overwrite starts over)")
         checkpoint = take_up(control, experiment, start, states)
-        protection = arrange(experiment, runtime, checkpoint)
+        # What is fully trained draws no more noise, and needs no folder for it.
+        protection = None if start.fully_trained else arrange(experiment, runtime, checkpoint)
         if launch.rank == 0:
             move_obstacles(config.run_dir)
             members = control.membership

@@ -162,6 +162,11 @@ class FederatedConfig(PrivacySettings, RunConfig):
         return max(1, round(share))
 
     @property
+    def measures_own_models(self) -> bool:
+        """With --personal the global model is that of no client."""
+        return self.personal is not None and self.eval_clients
+
+    @property
     def averaged_moments(self) -> dict[str, int]:
         """The moments (see CLIENT_VECTORS) that are averaged besides the method's vectors, and the
         rounds from one average to the next."""

@@ -28,6 +28,9 @@ def check_own(config: Any) -> None:
     require(config.keep == "last" or config.eval_clients, "--keep", config.keep, "last with "
             "--personal, or given with --eval_clients, which measures clients' own models: the "
             "global one is that of no client")
+    require(config.keep == "last" or config.cohort_size == config.num_clients, "--keep",
+            config.keep, "last with --personal and --cohort, for whose rounds other clients are "
+            "measured each time")
 
 
 def _check_holdout(config: Any) -> None:

@@ -220,6 +220,11 @@ class RunConfig:
                 "a folder name without slashes, not . or ..")
 
     @property
+    def measures_own_models(self) -> bool:
+        """Whether clients have models of their own that are measured, and are what counts."""
+        return False
+
+    @property
     def text_options(self) -> TextOptions:
         """The flags that decide which text is read."""
         return text_options_of(vars(self))

@@ -181,7 +181,7 @@ def remove_stale(entry: Path) -> None:
         with suppress(OSError, locks.Busy):  # another user's, or in use
             if other == entry or not _is_stale(other):
                 continue
-            lock = locks.acquire(Path(f"{other}.lock"), 0)
+            lock = locks.acquire(Path(f"{other}.lock"), 0, _left_to_it)
             try:
                 if _is_stale(other):  # nobody has gone on with it before we had the lock
                     shutil.rmtree(folder)
@@ -189,6 +189,11 @@ def remove_stale(entry: Path) -> None:
                                 f"was written there for {STALE_DAYS:.0f} days"))
             finally:
                 lock.release()
+
+
+def _left_to_it(owner: str) -> None:
+    """Not to be waited for, also where that is how one finds out whether the owner still runs."""
+    raise locks.Busy(owner)
 
 
 def _is_stale(entry: Path) -> bool:

@@ -59,12 +59,11 @@ def end_process(code: int) -> NoReturn:
     os._exit(code)
 
 
-def seconds_of_one_request() -> float:
-    """Signals within this time count as one: launchers forward what the terminal has sent as well.
-    In a SLURM job, scancel signals launcher and ranks alike, and a launcher that is short of
-    processor time forwards its own seconds later; nobody waits at a terminal there to send a second
-    one."""
-    return 10.0 if "SLURM_JOB_ID" in os.environ else 0.5
+def seconds_of_one_request(number: int) -> float:
+    """Signals within this time after the first count as one: launchers forward what the terminal
+    has sent as well. scancel sends SIGTERM to launcher and ranks alike, and a launcher that is
+    short of processor time forwards its own seconds later."""
+    return 10.0 if number == signal.SIGTERM and "SLURM_JOB_ID" in os.environ else 0.5
 
 
 class StopRequest:
@@ -128,13 +127,14 @@ class StopRequest:
             here.close()
 
     def _listen(self, signals: socket.socket) -> None:
-        first, one_request = 0.0, seconds_of_one_request()
+        first = 0.0
         while received := signals.recv(1):
             number = received[0]
             if number not in SIGNALS or self._last_signal:
                 continue  # not ours, or the one that `_end` has sent
             name = signal.Signals(number).name
-            if self.signal and time.monotonic() - first > one_request:
+            if self.signal and time.monotonic() - first > seconds_of_one_request(
+                    number):
                 self._end(number, f"second signal ({name}): exiting now")
             if not self.signal:
                 self.signal, first = name, time.monotonic()

@@ -21,7 +21,7 @@ from fedrun.federation.tail import Tail
 from fedrun.federation.used import UseLog
 from fedrun.records.events import cohort_event
 from fedrun.records.history import cohort_record, half_losses
-from fedrun.records.schema import CLIENTS_HALVES, CLIENTS_LOSS
+from fedrun.records.schema import CLIENTS_HALVES, CLIENTS_LOSS, CLIENTS_VAL_LOSS
 from fedrun.strategies.base import ClientReport
 from fedrun.strategies.robust import Robust
 from fedrun.training.evaluate import mean_loss
@@ -87,10 +87,12 @@ class CohortLog:
             if self.config.eval_clients and self.config.client_holdout:
                 fields["client_own_ppls"] = [perplexity(mean_loss(client.on_own))
                                              for client in clients]
-            if self.config.eval_clients and self.config.personal:
-                loss = statistics.fmean(
-                    mean_loss(client.on_own or client.validation) for client in taken)
-                fields[CLIENTS_LOSS] = loss if math.isfinite(loss) else math.inf
+            if self.config.measures_own_models:
+                for name, losses in (
+                        (CLIENTS_LOSS, [mean_loss(c.on_own or c.validation) for c in taken]),
+                        (CLIENTS_VAL_LOSS, [mean_loss(c.validation) for c in taken])):
+                    loss = statistics.fmean(losses)
+                    fields[name] = loss if math.isfinite(loss) else math.inf
                 fields[CLIENTS_HALVES] = [*map(statistics.fmean, zip(*(
                     half_losses(client.validation) for client in taken), strict=True))]
             return fields

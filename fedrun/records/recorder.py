@@ -279,7 +279,9 @@ class Recorder:
 
     def _deciding(self, record: Mapping[str, Any]) -> Any:
         """The loss of a record by which --keep best decides."""
-        return record.get(CLIENTS_LOSS, record[self.schema.val_loss])
+        if self.config.measures_own_models:  # one kind of loss, also if an earlier start had not
+            return record.get(CLIENTS_LOSS)
+        return record[self.schema.val_loss]
 
     def _write_history(self, number: int) -> None:
         """Write the records until a round or step."""

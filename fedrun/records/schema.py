@@ -34,8 +34,10 @@ CLIENTS_LOSS: Final = "client_mean_loss"
 """Key of a record of a run with --personal and --eval_clients, whose global model is that of no
 client: the mean loss of the round's clients' own models, on the text that each holds out, or
 without --client_holdout on the validation split. --keep best looks at it."""
+CLIENTS_VAL_LOSS: Final = "client_val_loss"
+"""The same, always on the validation split."""
 CLIENTS_HALVES: Final = "client_val_loss_halves"
-"""The same, always on the validation split, as two losses on its halves. Studies look at them."""
+"""That as two losses, on the split's halves. Studies look at them."""
 HELD_OUT = "held out by the sites"
 """What readers call it."""
 

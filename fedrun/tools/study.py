@@ -195,7 +195,7 @@ class Signals:
         if not self.first:
             self.first = time.monotonic()
             raise Stopped(signal.Signals(number).name, 128 + number, self.left)
-        if time.monotonic() - self.first > seconds_of_one_request():
+        if time.monotonic() - self.first > seconds_of_one_request(number):
             end_process(128 + number)
 
 

@@ -111,7 +111,7 @@ class Children:
         if not self.stopped_by:
             self.code = 128 + number
             self.stop(signal.Signals(number).name, " (send it again to end them now)")
-        elif time.monotonic() - self._first > seconds_of_one_request():
+        elif time.monotonic() - self._first > seconds_of_one_request(number):
             for child in list(self._running):
                 child.kill()
 

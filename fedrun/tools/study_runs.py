@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from fedrun.data.text_options import TextOptions
 from fedrun.library.opened_run import Run
 from fedrun.records.provenance import INPUT_DIGESTS, corpus_digests, differing_settings
 from fedrun.records.run_dir import ENVIRONMENT
-from fedrun.records.schema import CLIENTS_HALVES, read_field
+from fedrun.records.schema import CLIENTS_HALVES, CLIENTS_VAL_LOSS, read_field
 from fedrun.tools.study_records import FAILED, PARAMETERS, count_parameters
 
 
@@ -55,7 +54,11 @@ def loss_halves(config: RunConfig) -> list[float] | None:
     if failed:
         return [math.inf, math.inf]
     last = history(config)[-1]
-    halves = last.get(CLIENTS_HALVES, last.get("val_loss_halves"))
+    own = config.measures_own_models
+    if own and CLIENTS_HALVES not in last:
+        raise InputError(f"study: {folder} holds a run that has measured its global model alone, "
+                         "not clients' own ones; remove it, or give the study another name")
+    halves = last.get(CLIENTS_HALVES if own else "val_loss_halves")
     if not isinstance(halves, list) or len(halves) != 2:
         raise _damaged(f"{folder / 'training_history.json'} has no val_loss_halves at its end")
     return [number(loss) for loss in halves]
@@ -63,9 +66,8 @@ def loss_halves(config: RunConfig) -> list[float] | None:
 
 def val_ppl(record: Mapping[str, Any]) -> float:
     """The perplexity of a record on the whole validation split, of the same models."""
-    ppls = record.get("client_val_ppls")
-    if CLIENTS_HALVES in record and isinstance(ppls, list) and ppls:
-        return perplexity(statistics.fmean(math.log(number(ppl)) for ppl in ppls))
+    if CLIENTS_VAL_LOSS in record:
+        return perplexity(number(record[CLIENTS_VAL_LOSS]))
     return number(read_field(record, "val_ppl"))
 
 

@@ -19,7 +19,12 @@ from fedrun.records.outcome import read_outcome, write_failure
 from fedrun.torchrun import wanted_signals
 from tests.support.runs import ROOT, SMALL, Run, read_json, torchrun, wait_until
 
-pytestmark = pytest.mark.usefixtures("signals_of_a_terminal")
+pytestmark = pytest.mark.usefixtures("signals_of_a_terminal", "no_slurm_job")
+
+
+@pytest.fixture
+def no_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
 
 
 @pytest.fixture
@@ -133,16 +138,28 @@ def test_in_one_process_a_second_signal_raises(sent: signal.Signals, raised: typ
         assert caught.value.code == 128 + sent
 
 
-def test_in_a_slurm_job_a_late_second_signal_is_the_forwarded_first_one(
+@pytest.mark.usefixtures("no_slurm_job")
+def test_in_a_slurm_job_a_late_second_sigterm_is_the_forwarded_first_one(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """scancel signals every process, and a busy launcher passes its own on seconds later."""
+    """scancel signals every process, and a busy launcher passes its own on seconds later. Ctrl-C is
+    a user's there too."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     (tmp_path / "lock").touch()
-    with StopRequest(tmp_path, tmp_path / "lock", list, Launch()).listening() as stopping:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.7)  # does not raise
-        assert stopping.asked_by() == "SIGTERM"
+
+    def send() -> None:
+        with StopRequest(tmp_path, tmp_path / "lock", list, Launch()).listening() as stopping:
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.7)
+            assert stopping.asked_by() == "SIGTERM"
+            asked.append(1)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(20)
+
+    asked = list[int]()
+    with pytest.raises(KeyboardInterrupt):
+        send()
+    assert asked
 
 
 def test_under_nohup_a_closed_terminal_has_no_effect(tmp_path: Path) -> None:

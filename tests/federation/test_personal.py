@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fedrun
+from fedrun.common.files import write_json
 from fedrun.data.tokens import TokenData, prepare
 from fedrun.federation.client import Client, LocalLosses
 from fedrun.flags import config_of, resolve
@@ -180,6 +181,10 @@ def test_the_best_model_and_a_study_go_by_what_clients_have(run_here: Run) -> No
     assert (16 * halves[0] + 21 * halves[1]) / 37 == pytest.approx(mean), "by their sequences"
     assert val_ppl(last) == pytest.approx(math.exp(mean))
     assert mean < last["server_val_loss"] - 0.3
+    del last["client_val_loss_halves"]  # as of a run that did not measure them
+    write_json(found.run_dir / "training_history.json", [last])
+    with pytest.raises(ValueError, match="has measured its global model alone"):
+        loss_halves(config)
 
 
 def test_a_clients_own_model_can_be_had(run_here: Run, data: TokenData, tmp_path: Path) -> None:
@@ -246,6 +251,8 @@ def test_a_client_that_is_left_out_keeps_what_it_had(run_here: Run,
                  "dp_delta": "0.01"}, "--personal *norm*: must be none with --dp client"),
     ("fed_avg", {"personal": "*norm*", "keep": "best"},
      "--keep best: must be last with --personal, or given with --eval_clients"),
+    ("fed_avg", {"personal": "*norm*", "keep": "best", "eval_clients": "true", "cohort": "2",
+                 "num_clients": "3"}, "--keep best: must be last with --personal and --cohort"),
     ("fed_avg", {"client_holdout": "1"}, "--client_holdout 1.0: must be in (0, 1)"),
     ("fed_avg", {"client_holdout": "0.1"}, "--client_holdout 0.1: must be none without --eval_cl"),
     ("fed_entropy", {"client_holdout": "0.1", "eval_clients": "true"},

@@ -24,6 +24,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Sequence
 from datetime import timedelta
@@ -43,6 +44,8 @@ from fedrun.distributed.stopping import (
 
 NAME = "fedrun"
 SECONDS_FOR_MACHINES = 600  # until all machines have connected; torchrun's value
+SECONDS_TO_STOP = 600  # a round, and its checkpoint
+SECONDS_TO_END = 3.0  # once no rank is left
 
 
 class NotRestarted(FedrunError):
@@ -91,9 +94,8 @@ def launch(argv: Sequence[str]) -> int:
     scratch = tempfile.TemporaryDirectory(prefix="fedrun-launch-", ignore_cleanup_errors=True)
     refused = Path(scratch.name) / "refused"
     os.environ[REFUSED] = str(refused)
-    # torchrun forwards signals to the ranks and waits for them; `interruptible` would end this
-    # process, and all ranks with it, a second later.
-    wakeup = signal.set_wakeup_fd(-1)
+    # From a signal until ranks that have not ended are killed; torchrun's default is 30 seconds.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SECONDS_TO_STOP))
     try:
         torchrun.run(args)
         return 0
@@ -116,9 +118,17 @@ def launch(argv: Sequence[str]) -> int:
             _say(f"rank {rank} (process {failure.pid}) ended {how}"
                  f"{hint and f': out of memory{hint}?'}")
     finally:
-        signal.set_wakeup_fd(wakeup)
         scratch.cleanup()
     return 1
+
+
+def ranks_left() -> bool:
+    """After a signal: whether ranks still run. torchrun forwards it to them and waits. Once there
+    is none, it needs a moment to end, unless it waits for another machine."""
+    import psutil
+    if not (left := bool(psutil.Process().children())):
+        time.sleep(SECONDS_TO_END)
+    return left
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -210,4 +220,4 @@ if __name__ == "__main__":
     outlive_terminal()
     if LAUNCHER in os.environ:  # ranks of a study's run
         die_with_launcher()
-    sys.exit(interruptible(main))
+    sys.exit(interruptible(main, ranks_left))

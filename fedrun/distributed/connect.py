@@ -228,18 +228,27 @@ def roll_call(store: Store, number: int, count: int, bound: timedelta, noun: str
 @contextmanager
 def connecting_late() -> Iterator[None]:
     """gloo's groups of the block connect two ranks when one of them first has something for the
-    other, if the user has not set TORCH_GLOO_LAZY_INIT.
+    other, if `connects_late`.
 
     By default all connect with all when the group is made. Then every rank reads from the store
     what every other one has to say to each: of a thousand ranks eight gigabytes.
     """
-    ours = _LATE not in os.environ
-    os.environ.setdefault(_LATE, "1")
+    ours = _LATE not in os.environ and connects_late()
+    if ours:
+        os.environ[_LATE] = "1"
     try:
         yield
     finally:
         if ours:
             del os.environ[_LATE]
+
+
+def connects_late() -> bool:
+    """Whether the user has not set TORCH_GLOO_LAZY_INIT to the contrary, and there is one interface.
+    Of several gloo takes another one for every other message, and `ControlPlane.meet` would not
+    connect them all."""
+    several = "," in os.environ.get("GLOO_SOCKET_IFNAME", "")
+    return os.environ.get(_LATE, "0" if several else "1").lower() in ("1", "true", "yes", "y", "t")
 
 
 def decline(launch: Launch, why: str) -> None:
@@ -254,7 +263,8 @@ def decline(launch: Launch, why: str) -> None:
 
 def prefix_of(launch: Launch, connection: int) -> str:
     """What the keys of this connection of the ranks, counted from 0, begin with."""
-    return f"attempt{launch.attempt}.{connection}"
+    # With the way in which they connect: gloo ends a process whose peer connects in the other one.
+    return f"attempt{launch.attempt}.{connection}.{'late' if connects_late() else 'at-once'}"
 
 
 def port_of(text: str) -> int:

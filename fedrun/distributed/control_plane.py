@@ -98,9 +98,12 @@ class ControlPlane:
     def _receive(self, buffers: dict[int, Tensor]) -> None:
         """Server: fill one buffer from each rank; raise UnresponsiveRanks if any does not send."""
         deadline = time.monotonic() + self.timeout.total_seconds()
-        works = {rank: cast(dist.Work, dist.irecv(buffer, rank, group=self.group))
-                 for rank, buffer in buffers.items()}
-        failures = {}
+        works, failures = dict[int, dist.Work](), dict[int, str]()
+        for rank, buffer in buffers.items():
+            try:
+                works[rank] = cast(dist.Work, dist.irecv(buffer, rank, group=self.group))
+            except RuntimeError as error:  # its connection is gone
+                failures[rank] = str(error).splitlines()[0]
         for rank, work in works.items():
             left = max(deadline - time.monotonic(), 0.001)
             try:

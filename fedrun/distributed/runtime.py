@@ -213,7 +213,8 @@ def connect(launch: Launch, dedicated_server: bool, timeout: float, proof: Proof
                                     world_size=launch.world_size, timeout=bound)
             control = ControlPlane(dist.new_group(backend="gloo", timeout=wait), heartbeat, wait,
                                    first_worker=int(dedicated_server))
-        answered(control.meet, bound)
+        longer = EXTRA_WORKER_TIMEOUT if launch.rank else timedelta()  # the server says it first
+        answered(control.meet, bound + longer, control.peer_failed)
     try:
         if proof is not None:
             control.membership = _membership(control, proof, prefix)

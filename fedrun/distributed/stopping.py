@@ -235,12 +235,14 @@ def hangup_ignored() -> bool:
     return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
-def interruptible(command: Callable[[], int]) -> int:
+def interruptible(command: Callable[[], int], is_handled: Callable[[], bool] = lambda: False
+                  ) -> int:
     """Run the command of a single process; return its exit code, also if it raises SystemExit.
     After Ctrl-C print one line and return 130.
 
     Python raises KeyboardInterrupt only between its own instructions. If the main thread does not
-    reach one within SECONDS_TO_RAISE, as while it trains a tokenizer, a thread ends the process.
+    reach one within SECONDS_TO_RAISE, as while it trains a tokenizer, a thread ends the process,
+    unless it finds that the signal `is_handled` by others than this function.
     """
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         return command()  # a background job of the shell
@@ -257,7 +259,8 @@ def interruptible(command: Callable[[], int]) -> int:
             number = received[0]
             # Either SIGINT before the run, or the signal that ends the run at once, which its
             # StopRequest forwards.
-            if number in SIGNALS and not raised.wait(SECONDS_TO_RAISE):
+            if (number in SIGNALS and not raised.wait(SECONDS_TO_RAISE)
+                    and not is_handled()):
                 if number == signal.SIGINT:
                     log(_INTERRUPTED, WARNING)
                 end_process(128 + number)

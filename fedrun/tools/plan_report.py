@@ -258,7 +258,7 @@ def _time(config: RunConfig, text: Text, layout: Layout, found: Trains, seconds:
         if config.overlap and seconds.wire is not None:
             waited, once = seconds.waited_for(config, layout)
             yield (f"  its sum travels for {duration(seconds.wire)} while the next round trains, "
-                   f"which waits for it {duration(waited)} more; the last one {duration(once)}")
+                   f"which waits for it {duration(waited)} more")
     if seconds.wire is None and layout.processes > 1:
         longer = " longer than the next round trains" * getattr(config, "overlap", False)
         yield f"  besides what is sent between workers{longer}, and evaluations"

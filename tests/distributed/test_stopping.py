@@ -92,10 +92,10 @@ def test_a_second_signal_ends_at_once(endless: subprocess.Popen[str]) -> None:
 def test_the_launcher_waits_for_ranks_in_the_middle_of_a_round(sent: signal.Signals, tmp_path: Path
                                                                ) -> None:
     (tmp_path / "rank.py").write_text(
-        "import pathlib, signal, time\n"
+        "import os, pathlib, signal, time\n"
         "asked = []\n"
         f"signal.signal({int(sent)}, lambda *_: asked.append(1))\n"
-        "pathlib.Path('began').touch()\n"
+        "pathlib.Path('began' + os.environ['RANK']).touch()\n"
         "while not asked:\n"
         "    time.sleep(0.05)\n"
         "time.sleep(2.5)\n"
@@ -104,7 +104,7 @@ def test_the_launcher_waits_for_ranks_in_the_middle_of_a_round(sent: signal.Sign
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                env={**os.environ, "PYTHONPATH": str(ROOT)})
     try:
-        wait_until((tmp_path / "began").exists, 60)
+        wait_until(lambda: all((tmp_path / f"began{rank}").exists() for rank in range(2)), 60)
         process.send_signal(sent)
         output, _ = process.communicate(timeout=30)
     finally:

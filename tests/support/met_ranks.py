@@ -40,6 +40,7 @@ def main() -> None:
             control.receive_copy(100_000, torch.float32, launch.world_size - 1)
         counts.append(connections())
         found = control.gather(counts)
+        control.share()  # nobody leaves before all have counted
     if launch.rank == 0:
         sys.stdout.write(f"results {json.dumps(found)}\n")
 

@@ -244,8 +244,8 @@ def connecting_late() -> Iterator[None]:
 
 
 def connects_late() -> bool:
-    """Whether the user has not set TORCH_GLOO_LAZY_INIT to the contrary, and there is one interface.
-    Of several gloo takes another one for every other message, and `ControlPlane.meet` would not
+    """Whether there is one network interface, or what the user has set TORCH_GLOO_LAZY_INIT to. Of
+    several, gloo takes another one for every other message, and `ControlPlane.meet` would not
     connect them all."""
     several = "," in os.environ.get("GLOO_SOCKET_IFNAME", "")
     return os.environ.get(_LATE, "0" if several else "1").lower() in ("1", "true", "yes", "y", "t")

@@ -142,7 +142,7 @@ def test_srun_without_torchrun(cluster: Cluster, flags: list[str], undisturbed: 
                                tmp_path: Path) -> None:
     code, output = cluster.run(
         "srun", "--nodes=2", "--ntasks=3", "--overcommit", sys.executable, "-m", "fedrun",
-        "fed_avg", *flags, "--data_dir", tmp_path, "--run_name", "run")
+        "fed_avg", *flags, "--data_dir", tmp_path, "--run_name", "run", limit=200)
     assert code == 0, output
     assert read_json(tmp_path / "run" / "environment.json")["processes"] == 3
     assert parameters(tmp_path / "run") == undisturbed

@@ -15,7 +15,7 @@ from fedrun.data.tokens import prepare
 
 
 def leave(folder: Path, days: float) -> Path:
-    """What a killed start leaves, last written to so many days ago."""
+    """An unfinished entry of a start that was killed, last written to this many days ago."""
     (folder / "rows").mkdir(parents=True)
     (folder / "entry").mkdir()
     (folder / "rows" / "rows.text").write_text("a copy of the text")

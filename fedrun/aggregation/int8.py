@@ -57,10 +57,11 @@ differences from the last average A, which is the same everywhere,
     r_k <- r_k + p_k (m_k - A);  ...;  A <- A + s sum_k q_k / sum_k p_k
 
 No plan knows how large a block's moments are, and they span many powers of ten. So their steps are
-shares of a scale that is public too: the clients' largest root of a second moment in the block,
-averaged over the cohort of the round before, four bytes a block in every round of a run that
-averages moments (which begins with the second). Of that root first shares are such that equal
-clients just fit. An average of roots is at least one step, because AdamW divides by it.
+shares of a scale that is public too: the clients' largest root of a second moment in the block, or
+of matrices that Muon updates their largest momentum, averaged over the cohort of the round before,
+four bytes a block in every round of a run that averages moments (which begins with the second). Of
+that scale first shares are such that equal clients just fit. An average of roots is at least one
+step, because AdamW divides by it.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ class Int8Aggregator(TravellingAggregator):
     def add(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None = None) -> str:
         """As `Aggregator.add`; the client's residuals (see `residual_of`), (size,) each, take up
         what is weighted and give off what is sent. They do not change if the client is left out.
-        With moments, its `peaks` are the blocks' largest `rms`, (blocks,)."""
+        With moments, its `peaks` are the blocks' scales, (blocks,)."""
         peaks = Peaks()
         for name in self._moving:
             for a, b in self.slices.ranges:

@@ -58,11 +58,11 @@ class FederatedConfig(PrivacySettings, RunConfig):
     patterns with *, separated by commas (*norm*,lm_head.weight); all others are averaged. none: all
     of them are."""
     client_moments: Literal["keep", "reset", "reset_epoch", "average", "average_sqrt"] = "keep"
-    """What happens to a client's AdamW moments after a round: kept for its next one (keep), set to
-    zero (reset; reset_epoch: only at the start of each epoch), or averaged over the cohort together
-    with the updates (average), which sends 24 bytes per parameter instead of 4 (12 with
-    --aggregation float). average_sqrt averages the root of the second moment instead: 12 bytes (3
-    with --aggregation int8), on a grid that --grad_clip fixes; it needs that flag."""
+    """What happens to a client's moments after a round: kept for its next one (keep), set to zero
+    (reset; reset_epoch: only at the start of each epoch), or averaged over the cohort together with
+    the updates (average), which sends 24 bytes per parameter instead of 4 (12 with --aggregation
+    float). average_sqrt averages the root of AdamW's second moment instead, and Muon's momentum: 12
+    bytes (3 with --aggregation int8), on a grid that --grad_clip fixes; it needs that flag."""
     moments_every: str = "1,1"
     """Rounds from one average of the first moment to the next, and of the second (3,6), with
     --client_moments average_sqrt, beginning with the second round; the updates are averaged in
@@ -139,9 +139,10 @@ class FederatedConfig(PrivacySettings, RunConfig):
                 self.moments_dtype, f"fp32 with --client_moments {self.client_moments}, which sums "
                 "moments as they are")
         if self.local_optimizer == "muon":
-            require(not self.averaged_moments, "--client_moments", self.client_moments,
-                    "keep, reset or reset_epoch with --local_optimizer muon, which has no second "
-                    "moment of matrices to average")
+            require(self.client_moments != "average", "--client_moments", "average",
+                    "average_sqrt, keep, reset or reset_epoch with --local_optimizer muon")
+            require(not self.averaged_moments or self.personal is None, "--personal", self.personal,
+                    f"none with --local_optimizer muon and --client_moments {self.client_moments}")
             require(not {"exp_avg", "exp_avg_sq"} & {*self.strategy.inputs}, "--local_optimizer",
                     "muon", f"adamw for {self.method}, which takes AdamW's moments")
         if self.sends_few_bits:

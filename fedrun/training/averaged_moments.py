@@ -8,6 +8,9 @@ different rounds do: so m is cut to it whenever one of them is loaded.
 
 All are corrected for their bias, and all clients have one count of steps, that of the run.
 
+With --local_optimizer muon a matrix has one moment, Muon's momentum. It is `momentum` there, which
+the clip bounds as well; nothing divides it, so nothing cuts it, and `rms` is zero.
+
 DES-LOC (Iacob et al. 2025, arXiv:2505.22549) averages parameters and moments each at their own
 intervals, there v itself.
 """
@@ -26,7 +29,7 @@ from fedrun.training.optimizer import LocalOptimizer
 
 def take(optimizer: LocalOptimizer, names: Collection[str]) -> dict[str, Tensor]:
     """The moments with these names after local training, (shared_size,) each. In the optimizer's
-    memory: they have to be loaded again before the next step."""
+    memory, or in flat.grad: they have to be loaded again before the next step."""
     if "exp_avg" in names:
         return optimizer.bias_corrected_moments()
     config, state, found = optimizer.config, optimizer.state, {}
@@ -39,20 +42,27 @@ def take(optimizer: LocalOptimizer, names: Collection[str]) -> dict[str, Tensor]
             found["momentum"] = state["exp_avg"][:shared].div_(
                 1 - config.beta1**steps).clamp_(-clip, clip)
         if "rms" in names:
-            found["rms"] = state["exp_avg_sq"][:shared].div_(
-                1 - config.beta2**steps).sqrt_().clamp_(max=clip)
+            found["rms"] = optimizer.flat.grad[:shared].zero_()
+            for part, v in optimizer.shared_squares():
+                torch.div(v, 1 - config.beta2**steps, out=found["rms"][part]).sqrt_().clamp_(
+                    max=clip)
     return found
 
 
 def peaks(optimizer: LocalOptimizer, block: int) -> Tensor:
-    """The largest `rms` in each block of this many elements, (blocks,): before `take`."""
-    v, config = optimizer.state["exp_avg_sq"][:optimizer.flat.shared_size], optimizer.config
-    whole = len(v) // block * block
-    found = v[:whole].view(-1, block).amax(1)
-    if whole < len(v):
-        found = torch.cat([found, v[whole:].amax(0, keepdim=True)])
+    """The largest `rms` in each block of this many elements, or `momentum` where matrices are that
+    Muon updates, (blocks,): before `take`. Overwrites flat.grad."""
+    config, steps, shared = optimizer.config, optimizer.steps, optimizer.flat.shared_size
+    sizes = torch.abs(optimizer.state["exp_avg"][:shared], out=optimizer.flat.grad[:shared])
+    sizes.div_(1 - config.beta1**steps)
+    for part, v in optimizer.shared_squares():
+        torch.div(v, 1 - config.beta2**steps, out=sizes[part]).sqrt_()
+    whole = shared // block * block
+    found = sizes[:whole].view(-1, block).amax(1)
+    if whole < shared:
+        found = torch.cat([found, sizes[whole:].amax(0, keepdim=True)])
     assert config.grad_clip is not None
-    return found.div_(1 - config.beta2**optimizer.steps).sqrt_().clamp_(max=config.grad_clip)
+    return found.clamp_(max=config.grad_clip)
 
 
 def _not_above(limit: float, dtype: torch.dtype) -> float:
@@ -77,15 +87,15 @@ def load(optimizer: LocalOptimizer, averages: Mapping[str, Tensor], steps: int,
 
 def _load_bounded(optimizer: LocalOptimizer, averages: Mapping[str, Tensor], steps: int) -> None:
     """Load all of these, `momentum` or `rms` or both. Overwrites flat.grad."""
-    config, state = optimizer.config, optimizer.begin_at(steps)
-    shared = optimizer.flat.shared_size
-    m, v = state["exp_avg"][:shared], state["exp_avg_sq"][:shared]
+    config, m = optimizer.config, optimizer.begin_at(steps)["exp_avg"]
     if "momentum" in averages:
-        torch.mul(brought(averages["momentum"], m), 1 - config.beta1**steps, out=m)
-    if "rms" in averages:
-        rms = brought(averages["rms"], v)
-        torch.mul(rms, rms, out=v).mul_(1 - config.beta2**steps)
-    largest = torch.sqrt(v, out=optimizer.flat.grad[:shared]).mul_(
-        adamw_ratio(config.beta1, config.beta2, steps))
-    torch.minimum(m, largest, out=m)
-    torch.maximum(m, largest.neg_(), out=m)
+        shared = m[:optimizer.flat.shared_size]
+        torch.mul(brought(averages["momentum"], shared), 1 - config.beta1**steps, out=shared)
+    ratio = adamw_ratio(config.beta1, config.beta2, steps)
+    for part, v in optimizer.shared_squares():
+        if "rms" in averages:
+            rms = brought(averages["rms"][part], v)
+            torch.mul(rms, rms, out=v).mul_(1 - config.beta2**steps)
+        largest = torch.sqrt(v, out=optimizer.flat.grad[part]).mul_(ratio)
+        torch.minimum(m[part], largest, out=m[part])
+        torch.maximum(m[part], largest.neg_(), out=m[part])

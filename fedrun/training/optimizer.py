@@ -125,6 +125,15 @@ class LocalOptimizer:
         else:
             self._update_in_slices(rate)
 
+    def shared_squares(self) -> Iterator[tuple[slice, Tensor]]:
+        """The second moments of what is shared: which part of the vector, and its `exp_avg_sq`."""
+        done = 0
+        for part in self._between:
+            shared = slice(part.start, min(part.stop, self.flat.shared_size))
+            if shared.start < shared.stop:
+                yield shared, self.state["exp_avg_sq"][done:done + shared.stop - shared.start]
+            done += part.stop - part.start
+
     def _adamw(self, rate: float | Tensor, vector: Tensor, grad: Tensor, m: Tensor, v: Tensor,
                step: Tensor) -> None:
         config = self.config

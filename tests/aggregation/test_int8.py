@@ -306,8 +306,8 @@ def test_moments_against_the_formulas_in_float64(weights: list[float], groups: i
             worker.reduce()
         ServerUpdate(FedAvg(), workers[0]).apply(torch.zeros(SIZE, dtype=torch.float64), {},
                                                  ServerRound(1), averages)
-        naive.round({"m": [one["momentum"].numpy() for one in held],
-                     "s": [one["rms"].numpy() for one in held]},
+        roots = [one["rms"].numpy() for one in held]
+        naive.round({"m": [one["momentum"].numpy() for one in held], "s": roots, "sizes": roots},
                     [{"momentum": "m", "rms": "s"}[name] for name in names])
         for worker in workers:
             np.testing.assert_allclose(worker.scales, naive.scales, rtol=1e-8)

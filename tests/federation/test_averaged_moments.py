@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from fedrun.federation.client import Client
 from fedrun.federation.worker import Worker
 from fedrun.flags import resolve
 from fedrun.strategies.base import ADAMW_EPS
+from fedrun.training.params import ParamSlice
 from tests.support import experiments
 from tests.support.made_data import made
 from tests.support.naive_int8 import Naive, NaiveMoments
+from tests.support.naive_muon import by_svd
 from tests.support.runs import FAULTY, Run, fault, without_clocks
 
 LR, DECAY, CLIP, BETA1, BETA2, STEPS = 1e-2, 0.1, 0.5, 0.8, 0.95, 3
@@ -79,6 +82,10 @@ def go(worker: Worker, rounds: int) -> list[tuple[list[int], list[float], int]]:
     return trained
 
 
+def of_muon(worker: Worker) -> list[ParamSlice]:
+    return worker.flat.matrices if worker.config.local_optimizer == "muon" else []
+
+
 class Exactly:
     """Means over a cohort, as they are."""
 
@@ -108,19 +115,23 @@ class InEightBits:
 
 
 def by_hand(start: Tensor, rounds: list[tuple[list[int], list[float], int]],
-            every: tuple[int, int], means: Exactly | InEightBits) -> tuple[dict[str, Tensor], int]:
+            every: tuple[int, int], means: Exactly | InEightBits, matrices: Sequence[ParamSlice]
+            ) -> tuple[dict[str, Tensor], int]:
     """The same in float64 from the formulas: the model, both averages, and how many elements of the
-    first moment were cut."""
+    first moment were cut. matrices: what Muon updates."""
     w, size = start.double(), len(start)
     ratio = BETA1**2 / BETA2
     limit = (1 - BETA1) / math.sqrt((1 - BETA2) * (1 - ratio))
     averages = {name: torch.from_numpy(a.copy()) for name, a in means.averages.items()}
     made_in = {"m": 0, "s": 0}  # rounds
     own: dict[int, tuple[int, Tensor, Tensor]] = {}  # client -> its last round, m, v
-    cut = 0
+    cut, by_adamw = 0, torch.ones(size, dtype=torch.bool)
+    for part in matrices:
+        by_adamw[part.start:part.stop] = False
+    beta = torch.where(by_adamw, torch.tensor(BETA1, dtype=torch.float64), 0.95)
     for number, (cohort, weights, _) in enumerate(rounds, 1):
         t = (number - 1) * STEPS
-        deltas, ms, ss = [], [], []
+        deltas, ms, ss, sizes = [], [], [], []
         for k in cohort:
             last, m, v = own.get(k, (0, averages["m"], averages["s"]))
             missed = last < number - 1 or number == 1
@@ -131,6 +142,7 @@ def by_hand(start: Tensor, rounds: list[tuple[list[int], list[float], int]],
                 v = averages["s"]**2 * (1 - BETA2**t)
             if loaded:
                 largest = limit * math.sqrt(1 - ratio**t) * v.sqrt()
+                largest[~by_adamw] = math.inf
                 cut += int((m.abs() > largest * (1 + 1e-6)).sum())
                 m = torch.sign(m) * torch.minimum(m.abs(), largest)
             x = w
@@ -138,17 +150,24 @@ def by_hand(start: Tensor, rounds: list[tuple[list[int], list[float], int]],
                 g = gradient(size, k, step)
                 g = g * min(1.0, CLIP / (g.norm().item() + 1e-6))
                 x = x * (1 - LR * DECAY)
-                m, v = BETA1 * m + (1 - BETA1) * g, BETA2 * v + (1 - BETA2) * g * g
-                x = x - LR * (m / (1 - BETA1**(step + 1))) / (
+                m, v = beta * m + (1 - beta) * g, BETA2 * v + (1 - BETA2) * g * g * by_adamw
+                moved = (m / (1 - BETA1**(step + 1))) / (
                     (v / (1 - BETA2**(step + 1))).sqrt() + ADAMW_EPS)
+                for part in matrices:
+                    it = slice(part.start, part.stop)
+                    mixed = by_svd((0.05 * g + 0.95 * m)[it].view(part.shape).numpy())
+                    moved[it] = torch.from_numpy(mixed.ravel()) * 0.2 * math.sqrt(max(part.shape))
+                x = x - LR * moved
             deltas.append(x - w)
             ms.append(m / (1 - BETA1**(t + STEPS)))
             ss.append((v / (1 - BETA2**(t + STEPS))).sqrt())
+            sizes.append(torch.where(by_adamw, ss[-1], ms[-1].abs()))
             own[k] = number, m, v
         moving = [name for name, period in zip("ms", every, strict=True)
                   if number >= means.first and (number - 2) % period == 0]
         w = w + torch.from_numpy(means.round(weights, [d.numpy() for d in deltas], {
-            "m": [one.numpy() for one in ms], "s": [one.numpy() for one in ss]}, moving))
+            "m": [one.numpy() for one in ms], "s": [one.numpy() for one in ss],
+            "sizes": [one.numpy() for one in sizes]}, moving))
         averages = {name: torch.from_numpy(a.copy()) for name, a in means.averages.items()}
         made_in |= dict.fromkeys(moving, number)
     return {"model": w, "momentum": averages["m"], "rms": averages["s"]}, cut
@@ -157,13 +176,15 @@ def by_hand(start: Tensor, rounds: list[tuple[list[int], list[float], int]],
 @pytest.mark.parametrize(("every", "flags", "rounds"), [
     ((1, 1), {"num_clients": 2}, 3), ((2, 3), {"num_clients": 2}, 5),
     ((3, 2), {"num_clients": 3, "cohort": 2}, 7), ((3, 6), {"num_clients": 2}, 3),
-    ((2, 3), {"num_clients": 2, "aggregation": "float"}, 5)])
+    ((2, 3), {"num_clients": 2, "aggregation": "float"}, 5),
+    ((3, 2), {"num_clients": 3, "cohort": 2, "local_optimizer": "muon"}, 7)])
 def test_rounds_by_hand(every: tuple[int, int], flags: dict[str, Any], rounds: int) -> None:
     """In float64, where the grid is fine; and in float32, within the grid's steps."""
     for dtype, tolerance in (("fp64", 1e-9), ("fp32", 3e-2)):
         worker = worker_of(moments_every=f"{every[0]},{every[1]}", dtype=dtype, **flags)
         start = worker.global_model.clone()
-        expected, cut = by_hand(start, go(worker, rounds), every, Exactly(len(start)))
+        expected, cut = by_hand(start, go(worker, rounds), every, Exactly(len(start)),
+                                of_muon(worker))
         assert (cut > 0) == (max(every) > 1 and rounds > 3)
         moved = worker.global_model.double() - start.double()
         assert moved.abs().max() > LR
@@ -177,21 +198,27 @@ def test_rounds_by_hand(every: tuple[int, int], flags: dict[str, Any], rounds: i
             assert bool((wrong <= 4 * grid + 1e-5 * expected[name].abs()).all()), name
 
 
-@pytest.mark.parametrize(("every", "rounds"), [((1, 1), 3), ((2, 3), 6)])
-def test_rounds_in_eight_bits_by_hand(every: tuple[int, int], rounds: int) -> None:
+@pytest.mark.parametrize(("every", "rounds", "optimizer"), [
+    ((1, 1), 3, "adamw"), ((2, 3), 6, "adamw"), ((2, 3), 6, "muon")])
+def test_rounds_in_eight_bits_by_hand(every: tuple[int, int], rounds: int, optimizer: str) -> None:
     worker = worker_of(moments_every=f"{every[0]},{every[1]}", dtype="fp64", num_clients=2,
-                       aggregation="int8")
+                       aggregation="int8", local_optimizer=optimizer)
     start, ratio = worker.global_model.clone(), BETA1**2 / BETA2
-    step = LR * ((1 - BETA1) / math.sqrt((1 - BETA2) * (1 - ratio)) + 64 * DECAY)
+    farthest = max([(1 - BETA1) / math.sqrt((1 - BETA2) * (1 - ratio))] + [
+        1.21 * 0.2 * math.sqrt(max(part.shape)) for part in of_muon(worker)])
+    step = LR * (farthest + 64 * DECAY)
     made = go(worker, rounds)
     means = InEightBits(len(start), made[0][1], STEPS * step)
-    expected, cut = by_hand(start, made, every, means)
+    expected, cut = by_hand(start, made, every, means, of_muon(worker))
     assert (cut > 0) == (rounds > 3)
     assert worker.global_state.moments is not None
     found = {"model": worker.global_model, **worker.global_state.moments}
     for name, vector in found.items():
         origin = start if name == "model" else torch.zeros(())
         wrong = (vector - expected[name]).abs()
+        if name == "rms":  # that of a matrix is nothing but ties
+            for part in of_muon(worker):
+                wrong[part.start:part.stop] = 0
         # A quotient that lies on a tie may be rounded either way.
         apart = wrong > 1e-6 * (expected[name] - origin).abs() + 1e-9 * LR
         assert apart.double().mean() < 1e-3, name
@@ -227,14 +254,14 @@ FLAGS = ("--num_clients", 5, "--cohort", 4, "--rounds", 6, "--local_updates", 2,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("aggregation", "kind", "at"), [
-    pytest.param("exact", "term", "record:4", marks=pytest.mark.soak),
-    ("exact", "kill", "reduce:6"), ("int8", "kill", "reduce:5")])
+@pytest.mark.parametrize(("aggregation", "optimizer", "kind", "at"), [
+    pytest.param("exact", "adamw", "term", "record:4", marks=pytest.mark.soak),
+    ("exact", "adamw", "kill", "reduce:6"), ("int8", "muon", "kill", "reduce:5")])
 def test_the_same_bits_in_1_and_3_processes_and_after_a_stop(
-        run: Run, tmp_path: Path, aggregation: str, kind: str, at: str) -> None:
+        run: Run, tmp_path: Path, aggregation: str, optimizer: str, kind: str, at: str) -> None:
     """Stopped or killed where the clients have moments of their own and there is an average of an
     earlier round, and resumed in another world."""
-    flags = (*FLAGS, "--aggregation", aggregation)
+    flags = (*FLAGS, "--aggregation", aggregation, "--local_optimizer", optimizer)
     alone = run("fed_avg", *flags, name="alone")
     three = run("fed_avg", *flags, processes=3, name="three")
     assert alone.code == three.code == 0, three.output

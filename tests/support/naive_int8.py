@@ -56,7 +56,8 @@ class NaiveMoments:
         self.scales = np.zeros(-(-size // 256))
 
     def round(self, clients: dict[str, list[np.ndarray]], moving: Sequence[str]) -> None:
-        """clients: all their moments after a round, by name; moving: those that are averaged."""
+        """clients: all their moments after a round, by name, and as `sizes` what a block's scale is
+        the largest of; moving: those that are averaged."""
         for name in moving:
             average, sums = self.averages[name], self.sums[name]
             steps = np.repeat(np.array(sums.steps) * self.scales, 256)[:len(average)]
@@ -66,5 +67,5 @@ class NaiveMoments:
         blocks = range(0, len(self.averages["s"]), 256)
         grid = 2.0 ** (math.ceil(math.log2(self.clip)) - 30)
         summed = sum(np.round(w * np.array([one[a:a + 256].max() for a in blocks]) / grid)
-                     for w, one in zip(self.weights, clients["s"], strict=True))
+                     for w, one in zip(self.weights, clients["sizes"], strict=True))
         self.scales = np.maximum(summed, 1) * grid / sum(self.weights)

@@ -28,10 +28,10 @@ from fedrun.model.transformers_lm import TransformersLM, build
 from fedrun.training.muon import COEFFICIENTS, ITERATIONS, orthogonalise
 from fedrun.training.optimizer import LocalOptimizer
 from fedrun.training.params import FlatParams
+from tests.support.naive_muon import A, B, C, by_svd, polynomial
 from tests.support.runs import Run
 
 LR, DECAY, CLIP = 1e-2, 0.1, 2.0
-A, B, C = COEFFICIENTS
 
 
 class Two(nn.Module):
@@ -48,20 +48,6 @@ class Two(nn.Module):
 def optimizer_of(model: nn.Module | Mamba2LM, **flags: Any) -> LocalOptimizer:
     config = resolve("fed_avg", {"lr": LR, "local_optimizer": "muon", **flags})
     return LocalOptimizer(FlatParams(model), config, 10**6)
-
-
-def polynomial(s: np.ndarray) -> np.ndarray:
-    """What the iterations make of singular values."""
-    for _ in range(ITERATIONS):
-        s = A * s + B * s**3 + C * s**5
-    return s
-
-
-def by_svd(matrix: np.ndarray) -> np.ndarray:
-    """The same as `orthogonalise`, by another way."""
-    u, s, v = np.linalg.svd(matrix, full_matrices=False)
-    found: np.ndarray = (u * polynomial(s / np.linalg.norm(matrix))) @ v
-    return found
 
 
 @pytest.mark.parametrize("shape", [(7, 20), (20, 7), (9, 9), (1, 6), (6, 1)])
@@ -208,8 +194,9 @@ def test_the_grid_of_a_round_holds_both_kinds_of_steps(shape: ModelShape, matric
 
 
 @pytest.mark.parametrize(("method", "flags", "message"), [
-    ("fed_avg", {"client_moments": "average"}, "--client_moments average: must be keep, reset or "),
-    ("fed_avg", {"client_moments": "average_sqrt", "grad_clip": 1}, "--client_moments average_sqr"),
+    ("fed_avg", {"client_moments": "average"}, "--client_moments average: must be average_sqrt, k"),
+    ("fed_avg", {"client_moments": "average_sqrt", "grad_clip": 1, "personal": "*norm*",
+                 "eval_clients": True}, "--personal .norm.: must be none with --local_optimizer m"),
     ("central", {"moments_dtype": "bf16"}, "--moments_dtype bf16: must be fp32 with --local_optim"),
     ("fed_sgd", {}, "--local_optimizer muon: must be adamw for fed_sgd")])
 def test_where_it_does_not_fit_it_is_refused(method: str, flags: dict[str, Any], message: str

@@ -65,6 +65,10 @@ IDLE: dict[str, Callable[[Any], str]] = {
         "" if c.partition == "dirichlet" else "without --partition dirichlet"),
     "extend": lambda c: "" if c.lr_schedule != "constant" or getattr(c, "overlap", False) else
     "with --lr_schedule constant: such a run can be trained further without it",
+    "local_updates_schedule": lambda c: "with --local_updates 1" if c.local_updates == 1 else (
+        "" if c.lr_schedule != "constant" else "with --lr_schedule constant"),
+    "muon_momentum": lambda c: "" if c.local_optimizer == "muon" else "without --local_optimizer "
+    "muon",
     "prox_mu": lambda c: "with --local_updates 1" if c.local_updates == 1 else "",
     "client_store": _nothing_to_store,
     "moments_every": lambda c: "" if c.client_moments == "average_sqrt"

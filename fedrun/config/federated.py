@@ -47,6 +47,10 @@ class FederatedConfig(PrivacySettings, RunConfig):
     (0.1). none: all of them."""
     local_updates: int = 1
     """Optimizer steps that a client makes in a round. More of them mean less communication."""
+    local_updates_schedule: Literal["constant", "inverse_lr"] = "constant"
+    """Whether each round has --local_updates steps (constant), or that many on average, fewer while
+    the learning rate is high and more as --lr_schedule lowers it (inverse_lr), so that clients
+    drift apart about as far in each round: a better model for the same communication."""
     sync: Literal["round", "epoch"] = "round"
     """When clients receive the global model: at the start of every round, or only of every epoch
     (epoch), to reproduce a study in which the server averaged models that no client received."""
@@ -123,6 +127,10 @@ class FederatedConfig(PrivacySettings, RunConfig):
             require(self.sync == "round", "--cohort", shown,
                     "none with --sync epoch, where all clients train in every round")
         require(self.local_updates >= 1, "--local_updates", self.local_updates, "an integer >= 1")
+        require(self.local_updates_schedule == "constant" or (
+            self.sync == "round" and self.dp != "example" and not self.extend),
+                "--local_updates_schedule", self.local_updates_schedule,
+                "constant with --sync epoch, --dp example or --extend")
         require(0 <= self.prox_mu < math.inf, "--prox_mu", self.prox_mu, ">= 0")
         require(self.prox_mu == 0 or self.sync == "round", "--prox_mu", self.prox_mu,
                 "0 with --sync epoch, where clients do not know the global model")
@@ -143,6 +151,9 @@ class FederatedConfig(PrivacySettings, RunConfig):
                     "average_sqrt, keep, reset or reset_epoch with --local_optimizer muon")
             require(not self.averaged_moments or self.personal is None, "--personal", self.personal,
                     f"none with --local_optimizer muon and --client_moments {self.client_moments}")
+            require(not self.averaged_moments or self.muon_momentum >= self.beta1,
+                    "--muon_momentum", self.muon_momentum, f"at least --beta1 {self.beta1} with "
+                    f"--client_moments {self.client_moments}")
             require(not {"exp_avg", "exp_avg_sq"} & {*self.strategy.inputs}, "--local_optimizer",
                     "muon", f"adamw for {self.method}, which takes AdamW's moments")
         if self.sends_few_bits:

@@ -52,6 +52,9 @@ class RunConfig:
     all else, embedding and head too (muon). Of an averaged gradient Muon makes all directions about
     equally long, so that rare ones are learned as well. Its steps are as large as AdamW's, so --lr
     and --weight_decay serve both; it keeps one moment of a matrix, not two."""
+    muon_momentum: float = 0.95
+    """Muon's decay rate for the average of gradients. Where clients keep it for many local updates
+    a lower one is better: an old average leads each of them its own way."""
     beta1: float = 0.9
     """AdamW's decay rate for the average of gradients, its first moment."""
     beta2: float = 0.999
@@ -195,6 +198,7 @@ class RunConfig:
         require(0 < self.lr < math.inf, "--lr", self.lr, "> 0")
         require(0 < self.epoch_passes < math.inf, "--epoch_passes", self.epoch_passes,
                 "a finite number > 0")
+        require(0 <= self.muon_momentum < 1, "--muon_momentum", self.muon_momentum, "in [0, 1)")
         require(0 <= self.beta1 < 1, "--beta1", self.beta1, "in [0, 1)")
         require(self.beta1**2 < self.beta2 < 1, "--beta2", self.beta2,
                 "above the square of --beta1 and below 1 (otherwise AdamW's steps are unbounded)")

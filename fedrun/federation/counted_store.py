@@ -23,18 +23,19 @@ class Counted(ClientStore):
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
         self._counted = 0  # rounds
-        self._turns: Counter[int] = Counter()  # of each client in them
+        self._steps: Counter[int] = Counter()  # of each client in them
 
     def begin(self, number: int) -> None:
         for earlier in range(self._counted + 1, number):
-            self._turns.update(self._schedule.cohort(earlier))
+            self._steps.update(dict.fromkeys(self._schedule.cohort(earlier),
+                                             self._schedule.steps(earlier)))
         self._counted = max(self._counted, number - 1)
 
     def prefetch(self, client: int) -> None:
         pass
 
     def checkout(self, client: int) -> ClientState:
-        return {STEPS_DONE: torch.tensor(self._turns[client] * self._schedule.config.local_updates)}
+        return {STEPS_DONE: torch.tensor(self._steps[client])}
 
     def checkin(self, client: int, state: ClientState) -> None:
         pass

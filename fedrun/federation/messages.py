@@ -29,6 +29,10 @@ class RoundPlan:
 
     round: int
     """Counted from 1: the global step."""
+    steps: int
+    """Local steps that each client makes in this round."""
+    first_step: int
+    """How many of a client that trains in every round come before it."""
     cohort: list[int]
     """The clients that train in this round."""
     weights: list[float]

@@ -15,9 +15,11 @@ from fedrun.model.build import longest_side
 from fedrun.privacy import client_level, example_level
 from fedrun.privacy.shares import spread
 from fedrun.secure import FEWEST_SITES, fewest_sites
+from fedrun.training.optimizer import scheduled_lr
 
 COHORT_STREAM = 1  # the stream of random numbers that cohorts are drawn from
 BALANCED = 0  # key of the permutations that cohorts are cut from; rounds have keys from 1
+LEAST_RATE = 0.1  # share of --lr: so the last rounds are at most 11 times as long as the first
 REDRAWN = 64  # draws of a cohort, until it has clients of three sites, or of as many as it needs
 
 
@@ -39,6 +41,25 @@ def rounds_per_epoch(config: FederatedConfig, shard_sizes: list[int]) -> int:
     return rounds
 
 
+def round_starts(config: FederatedConfig, rounds: int) -> list[int]:
+    """The first local step of each round, and last their number; empty if all rounds have as many.
+
+    A round ends where the learning rates so far, each as a share of --lr plus LEAST_RATE, have
+    reached its part of their sum. Gu et al. (2024, arXiv:2310.14423) let rounds grow as the
+    rate falls likewise, with its square. Steps of the warmup count in full: a new model moves fast.
+    """
+    steps = rounds * config.local_updates
+    if config.local_updates_schedule == "constant" or config.local_updates == 1:
+        return []
+    rates = np.array([scheduled_lr(config, step, steps) for step in range(steps)])
+    rates /= config.lr
+    rates[:config.warmup] = 1
+    reached = np.cumsum(rates + LEAST_RATE)
+    # A part is at least 2 (1/2 + LEAST_RATE), and a step at most 1 + LEAST_RATE: no round is empty.
+    ends = np.searchsorted(reached, reached[-1] * np.arange(1, rounds) / rounds) + 1
+    return [0, *ends.tolist(), steps]
+
+
 class Schedule:
     """The plans of all rounds, from the config and the sizes of the clients' shards."""
 
@@ -50,6 +71,7 @@ class Schedule:
         self.sites = sites
         self.rounds_per_epoch = rounds_per_epoch(config, shard_sizes)
         self.rounds = config.rounds or config.n_epochs * self.rounds_per_epoch
+        self._starts = round_starts(config, self.rounds)
         self._muon_side = longest_side(config.model) if config.local_optimizer == "muon" else 0
         self.noise = 0.0
         """The noise multiplier of --dp."""
@@ -72,9 +94,9 @@ class Schedule:
         cohort = self.cohort(number)
         weights = config.strategy.plan_weights(
             [self.shard_sizes[k] * length for k in cohort],
-            config.local_updates * config.batch_size * (length - 1))
-        bound = update_bound(drift * config.local_updates, config.lr, config.weight_decay,
-                             config.beta1, config.beta2, self._muon_side)
+            self.steps(number) * config.batch_size * (length - 1))
+        bound = update_bound(*self._way(number, drift), config.weight_decay, config.beta1,
+                             config.beta2, self._muon_side)
         if config.dp == "client":
             assert config.dp_clip is not None
             weights = [1 / len(cohort)] * len(cohort)
@@ -83,12 +105,35 @@ class Schedule:
             bound = client_level.update_bound(config.dp_clip, of_sum, len(cohort))
         last = number >= self.rounds
         return RoundPlan(
-            number, cohort, weights, bound=bound,
+            number, self.steps(number), self.first_step(number), cohort, weights, bound=bound,
             gradient_bound=gradient_bound(config.strategy, config.batch_size, length),
             entropy_reference=entropy_reference,
             start_from_global=every_round or in_epoch == 0,
             evaluate=number == 1 or number % config.val_freq == 0 or last,
             save=save, last=last)
+
+    def first_step(self, number: int) -> int:
+        """The local steps before round `number` of a client that trains in every round."""
+        if self._starts:
+            return self._starts[number - 1]
+        return (number - 1) * self.config.local_updates
+
+    def steps(self, number: int) -> int:
+        """The local steps of each client in round `number`."""
+        return self.first_step(number + 1) - self.first_step(number)
+
+    def _way(self, number: int, rounds: int) -> tuple[int, float]:
+        """Steps of which none exceeds a learning rate, that lead at least as far as those of this
+        many rounds like round `number`."""
+        config = self.config
+        if not self._starts:
+            return rounds * config.local_updates, config.lr
+        # As rates fall so does how far a step leads: with one rate for all the grid would be coarse
+        # where rounds are long. Rounded up, as all ranks shall find the same.
+        total = self.rounds * config.local_updates
+        way = math.fsum(scheduled_lr(config, step, total) for step in range(
+            self.first_step(number), self.first_step(number + 1)))
+        return rounds, config.lr * math.ceil(1024 * way / config.lr) / 1024
 
     def moments(self, number: int) -> tuple[str, ...]:
         """The moments that a round averages besides the updates. Round 0, before the first, is one

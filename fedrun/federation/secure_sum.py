@@ -144,7 +144,7 @@ class SecureSum:
     def _require_fitting(self, plan: RoundPlan) -> None:
         """Masked sums wrap around by design: the sum of all terms has to fit by itself."""
         config, strategy = self.config, self.config.strategy
-        tokens = config.local_updates * config.batch_size * (config.sequence_length - 1)
+        tokens = plan.steps * config.batch_size * (config.sequence_length - 1)
         most = math.fsum(strategy.client_weight(weight, ClientReport(client, tokens, 0.0),
                                                 plan.entropy_reference)
                          for client, weight in zip(plan.cohort, plan.weights, strict=True))
@@ -173,8 +173,7 @@ class SecureSum:
         refused, mask = None, None
         if self.leader is not None:
             try:
-                self.leader.record(self._plan,
-                                   (self._plan.round - 1) * self.config.local_updates,
+                self.leader.record(self._plan, self._plan.first_step,
                                    self.config.strategy.reweighted)
                 mask = self.mask(COUNT, 64)
             except JournalRefused as error:

@@ -238,15 +238,15 @@ class Server:
                              if c.entropy is not None and not c.left_out]:
                 self.entropy_reference = self.config.strategy.next_entropy_reference(entropies)
             sums = self.cohorts.of_clients(plan, clients)
-        steps = self.config.local_updates
-        per_client = steps * self.config.batch_size * self.config.sequence_length
+        per_client = plan.steps * self.config.batch_size * self.config.sequence_length
         self.recorder.totals.add(
             len(plan.cohort) * per_client, sums.loss_sum, sums.tokens,
             local_training_seconds=max(r.local_training_seconds for r in trained),
             aggregation_seconds=max(r.aggregation_seconds for r in reports),
             evaluation_seconds=max(r.evaluation_seconds for r in reports))
         self.recorder.totals.bytes += sum(report.bytes for report in trained)
-        lr = scheduled_lr(self.config, (plan.round - 1) * steps, self.schedule.rounds * steps)
+        lr = scheduled_lr(self.config, plan.first_step,
+                          self.schedule.rounds * self.config.local_updates)
         record = None if model is None else self._evaluated(plan, sums, reports, model)
         train_ppl = perplexity(sums.loss_sum / sums.tokens) if sums.tokens else None
         self.recorder.step(plan.round, train_ppl, lr, record, **sums.event)

@@ -181,8 +181,6 @@ class Worker:
             own = origin = self.overlap.start(client, plan.round > 1 and client.index
                                               in self.schedule.cohort(plan.round - 1))
         client.begin_round(self.global_model, own)
-        steps = self.config.local_updates
-        first_step = (plan.round - 1) * steps
         hidden = self.noise if isinstance(self.noise, SequenceNoise) else None
         gradients = None if hidden is None else hidden.gradients
         if self.strategy.trains:
@@ -191,13 +189,13 @@ class Worker:
                                       and self.schedule.in_epoch(plan.round) == 0):
                 client.optimizer.reset()
             if self.global_state.moments is not None:
-                averaged_moments.load(client.optimizer, self.global_state.moments, first_step,
+                averaged_moments.load(client.optimizer, self.global_state.moments, plan.first_step,
                                       self.schedule.moments(plan.round - 1))
             if self.fisher is not None:
                 self.fisher.begin()
             if hidden is not None:
                 hidden.begin(client, plan.round)
-            losses = client.train(self.model, steps, first_step, self._check_peers,
+            losses = client.train(self.model, plan.steps, plan.first_step, self._check_peers,
                                   anchor=origin, prox_mu=self.config.prox_mu,
                                   fisher=self.fisher, gradients=gradients)
         else:

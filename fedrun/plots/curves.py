@@ -56,5 +56,7 @@ def curve(group: Group, measure: Measure, axis: Axis) -> Curve | None:
         return None
     x, y = np.moveaxis(np.array([[points[s] for s in steps] for points in chosen.values()]), 2, 0)
     std = y.std(axis=0, ddof=1) if len(y) > 1 else None
+    one = next(run for run in group.runs if run.seed in chosen and run.name not in left_out)
+    local_steps = {record.step: one.local_steps(record) for record in one.history}
     return Curve(x.mean(axis=0), y.mean(axis=0), std, sorted(chosen),
-                 np.array(steps) * group.local_updates, left_out)
+                 np.array([local_steps[step] for step in steps]), left_out)

@@ -96,11 +96,23 @@ class Run:
     def _evaluated(self) -> list[Record]:
         return [r for r in self.history if math.isfinite(r.val_ppl)]
 
+    def local_steps(self, record: Record) -> float:
+        """Optimizer steps by then of a client that trains in every round; nan if the settings are
+        damaged."""
+        settings = self.settings
+        if settings.get("local_updates_schedule", "constant") == "constant":
+            return record.step * self.local_updates
+        clients = number(settings.get("num_clients"))
+        cohort = clients if settings.get("cohort") is None else number(settings["cohort"])
+        cohort = max(1, round(cohort * clients)) if cohort < 1 else cohort
+        return record.tokens / (cohort * number(settings.get("batch_size"))
+                                * number(settings.get("sequence_length")))
+
     def points(self, measure: Measure, axis: Axis) -> dict[int, tuple[float, float]]:
         """Global step -> (x, perplexity), in order, of the records that have both values."""
         def position(record: Record) -> float:
             if axis == "steps":
-                return record.step * self.local_updates
+                return self.local_steps(record)
             return float(record.step if axis == "rounds" else getattr(record, axis))
 
         points = {r.step: (position(r), getattr(r, measure)) for r in self.history}

@@ -210,7 +210,8 @@ def _clip_and_noise(config: FederatedConfig, level: ClientLevel, device: torch.d
     bound = update_bound(level.clip, level.spread, level.cohort)
     aggregator.begin(Bounds(bound))
     noise = Noise(level, plane, None)
-    plan = RoundPlan(1, [0], [1.0], bound, 1.0, 0.0, True, evaluate=False, save=False, last=True)
+    plan = RoundPlan(1, 1, 0, [0], [1.0], bound, 1.0, 0.0, True, evaluate=False, save=False,
+                     last=True)
     seconds = []
     for work in (lambda: noise.clip(0, update),
                  lambda: noise.add_to(aggregator, plan, update)):

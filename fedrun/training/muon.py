@@ -14,7 +14,6 @@ from torch import Tensor
 
 from fedrun.strategies.base import muon_scale
 
-MOMENTUM = 0.95
 COEFFICIENTS = 3.4445, -4.7750, 2.0315
 ITERATIONS = 5
 SMALLEST_NORM = 1e-7
@@ -37,11 +36,12 @@ def orthogonalise(matrix: Tensor) -> Tensor:
 
 
 def muon_step(matrix: Tensor, grad: Tensor, momentum: Tensor, rate: float | Tensor,
-              weight_decay: float) -> None:
-    """Update a matrix and its momentum, (rows, columns) each, in place. rate: the learning rate."""
-    momentum.lerp_(grad, 1 - MOMENTUM)
+              weight_decay: float, decay: float) -> None:
+    """Update a matrix and its momentum, (rows, columns) each, in place. rate: the learning rate;
+    decay: --muon_momentum."""
+    momentum.lerp_(grad, 1 - decay)
     # Made here, so it lies as it does in every process; a client's state may come from a file, with
     # bytes that lie otherwise, and products may then round otherwise.
-    step = orthogonalise(grad.lerp(momentum, MOMENTUM))  # as Nesterov's momentum
+    step = orthogonalise(grad.lerp(momentum, decay))  # as Nesterov's momentum
     matrix.mul_(1 - rate * weight_decay)
     matrix.sub_(step.mul_(rate * muon_scale(max(matrix.shape))))

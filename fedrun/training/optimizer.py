@@ -146,7 +146,8 @@ class LocalOptimizer:
         for place in flat.matrices:
             matrix, grad, momentum = (vector[place.start:place.stop].view(place.shape)
                                       for vector in (flat.vector, flat.grad, moment))
-            muon_step(matrix, grad, momentum, rate, self.config.weight_decay)
+            muon_step(matrix, grad, momentum, rate, self.config.weight_decay,
+                      self.config.muon_momentum)
         before, done = self.state["step"].clone(), 0
         for part in self._between:
             size = part.stop - part.start

@@ -32,8 +32,10 @@ def settings(clients: int, cohort: int, **flags: str) -> FederatedConfig:
     return config
 
 
-def test_a_clients_place_is_how_often_it_was_drawn() -> None:
-    schedule = Schedule(settings(7, 3), [10] * 7)
+@pytest.mark.parametrize("lengths", ["constant", "inverse_lr"])
+def test_a_clients_place_follows_from_the_rounds_in_which_it_was_drawn(lengths: str) -> None:
+    schedule = Schedule(settings(7, 3, lr_schedule="cosine", local_updates_schedule=lengths),
+                        [10] * 7)
     trained = collections.Counter[int]()
     straight = Counted(schedule)
     for number in range(1, 21):
@@ -42,9 +44,10 @@ def test_a_clients_place_is_how_often_it_was_drawn() -> None:
         resumed.begin(number)
         for client in schedule.cohort(number):
             for store in (straight, resumed):
-                assert int(store.checkout(client)[STEPS_DONE]) == 3 * trained[client]
-            trained[client] += 1
+                assert int(store.checkout(client)[STEPS_DONE]) == trained[client]
+            trained[client] += schedule.plan(number, 0.0).steps
     assert len(trained) == 7
+    assert sum(trained.values()) == (180 if lengths == "constant" else 3 * schedule.first_step(21))
 
 
 @pytest.mark.parametrize(("flags", "keeps"), [

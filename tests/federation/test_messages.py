@@ -21,7 +21,7 @@ from fedrun.strategies.base import ClientReport
 CLIENTS = [ClientReport(4, 254, 1021.7, entropy=5.25, weight=0.1 + 0.2, norm=3e-3),
            ClientReport(1, 254, 1e-300, left_out="entropy not finite"),
            ClientReport(2, 0, 0.0, validation=[[0, 2.5, 31], [1, 2.25, 17]])]  # type: ignore[list-item]
-PLAN = RoundPlan(7, [1, 2, 4], [0.25, 0.25, 0.5], 1e-3, 16.0, 5.99, True, False, True, False)
+PLAN = RoundPlan(7, 8, 48, [1, 2, 4], [0.25, 0.25, 0.5], 1e-3, 16.0, 5.99, True, False, True, False)
 
 
 @pytest.mark.parametrize("message", [

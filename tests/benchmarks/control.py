@@ -268,8 +268,8 @@ def round_of(control: ControlPlane, rank: int, workers: int, number: int) -> Rou
     serves = rank == 0
     plan = share(control, RoundPlan, RoundPlan(
         number, 8, 8 * number, list(range(workers)), [1 / workers] * workers, bound=1e-3,
-        gradient_bound=1.0, entropy_reference=0.0, start_from_global=True, evaluate=True, save=False,
-        last=False) if serves else None)
+        gradient_bound=1.0, entropy_reference=0.0, start_from_global=True, evaluate=True,
+        save=False, last=False) if serves else None)
     clients = [] if serves else [ClientReport(rank - 1, 2048, 8765.4321 + number,
                                               weight=1 / workers, norm=0.123456789)]
     trained = gather(control, WorkerReport(clients, bytes=10**8, local_training_seconds=1.25))

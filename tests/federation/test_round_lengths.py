@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_which_steps_a_round_has(rounds: int, updates: int, warmup: int) -> None
     if updates > 2 and rounds > 10:
         assert lengths[0] < 0.65 * updates
         assert lengths[-1] > 5 * updates
-        assert all(a <= b + 1 for a, b in zip(lengths, lengths[1:], strict=False))
+        assert all(a <= b + 1 for a, b in itertools.pairwise(lengths))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

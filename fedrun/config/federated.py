@@ -50,7 +50,8 @@ class FederatedConfig(PrivacySettings, RunConfig):
     local_updates_schedule: Literal["constant", "inverse_lr"] = "constant"
     """Whether each round has --local_updates steps (constant), or that many on average, fewer while
     the learning rate is high and more as --lr_schedule lowers it (inverse_lr), so that clients
-    drift apart about as far in each round: a better model for the same communication."""
+    drift apart about as far in each round: a better model for the same communication. The last
+    round has five to seven times as many as the average: --timeout must leave it the time."""
     sync: Literal["round", "epoch"] = "round"
     """When clients receive the global model: at the start of every round, or only of every epoch
     (epoch), to reproduce a study in which the server averaged models that no client received."""
@@ -127,10 +128,11 @@ class FederatedConfig(PrivacySettings, RunConfig):
             require(self.sync == "round", "--cohort", shown,
                     "none with --sync epoch, where all clients train in every round")
         require(self.local_updates >= 1, "--local_updates", self.local_updates, "an integer >= 1")
-        require(self.local_updates_schedule == "constant" or (
-            self.sync == "round" and self.dp != "example" and not self.extend),
-                "--local_updates_schedule", self.local_updates_schedule,
-                "constant with --sync epoch, --dp example or --extend")
+        for given, why in ((self.sync == "epoch", "--sync epoch"), (self.extend, "--extend"), (
+                self.client_moments == "reset_epoch", "--client_moments reset_epoch"), (
+                self.dp == "example", "--dp example, which counts steps of equal rounds")):
+            require(self.local_updates_schedule == "constant" or not given,
+                    "--local_updates_schedule", self.local_updates_schedule, f"constant with {why}")
         require(0 <= self.prox_mu < math.inf, "--prox_mu", self.prox_mu, ">= 0")
         require(self.prox_mu == 0 or self.sync == "round", "--prox_mu", self.prox_mu,
                 "0 with --sync epoch, where clients do not know the global model")

@@ -47,7 +47,7 @@ class Client:
 
     The clients of a worker share its model and its optimizer. Only the state is a client's own: it
     is loaded for the client's turn and released after it, and client_store.py keeps it in between.
-    It includes AdamW's moments unless `keeps_moments` is false.
+    It includes the optimizer's moments unless `keeps_moments` is false.
     """
 
     def __init__(self, index: int, shard: np.ndarray, sequences: np.ndarray, flat: FlatParams,

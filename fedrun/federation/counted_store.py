@@ -15,7 +15,7 @@ from fedrun.records.checkpoint_writer import CheckpointWriter
 
 
 class Counted(ClientStore):
-    """No states: how often a client was in a cohort says where it is in its text.
+    """No states: in which rounds a client was drawn says where it is in its text.
 
     So any worker can train any client, and ten thousand clients need neither memory nor files.
     """

@@ -55,7 +55,7 @@ class GlobalState:
         """The method's own, by name."""
         self.moments = {name: self._replica(torch.zeros_like(shared))
                         for name in config.averaged_moments} or None
-        """AdamW's moments as they were averaged last, if clients share them."""
+        """The optimizer's moments as they were averaged last, if clients share them."""
         self.carried = {f"{config.aggregation}.{n}": t for n, t in aggregator.carried.items()} | {
             f"{config.aggregation}.odd.{n}": t for n, t in (odd.carried if odd else {}).items()}
         """What the aggregator makes the next round's steps of, with int8 and int4."""

@@ -19,7 +19,7 @@ from fedrun.training.optimizer import scheduled_lr
 
 COHORT_STREAM = 1  # the stream of random numbers that cohorts are drawn from
 BALANCED = 0  # key of the permutations that cohorts are cut from; rounds have keys from 1
-LEAST_RATE = 0.1  # share of --lr: so the last rounds are at most 11 times as long as the first
+LEAST_RATE = 0.1  # share of --lr, or the last round would have nearly all steps with a low rate
 REDRAWN = 64  # draws of a cohort, until it has clients of three sites, or of as many as it needs
 
 
@@ -49,9 +49,10 @@ def round_starts(config: FederatedConfig, rounds: int) -> list[int]:
     rate falls likewise, with its square. Steps of the warmup count in full: a new model moves fast.
     """
     steps = rounds * config.local_updates
-    if config.local_updates_schedule == "constant" or config.local_updates == 1:
+    if (config.local_updates_schedule == "constant" or config.local_updates == 1
+            or config.lr_schedule == "constant"):
         return []
-    rates = np.array([scheduled_lr(config, step, steps) for step in range(steps)])
+    rates = np.fromiter((scheduled_lr(config, step, steps) for step in range(steps)), float, steps)
     rates /= config.lr
     rates[:config.warmup] = 1
     reached = np.cumsum(rates + LEAST_RATE)
@@ -114,12 +115,11 @@ class Schedule:
 
     def first_step(self, number: int) -> int:
         """The local steps before round `number` of a client that trains in every round."""
-        if self._starts:
-            return self._starts[number - 1]
-        return (number - 1) * self.config.local_updates
+        before = max(number, 1) - 1
+        return self._starts[before] if self._starts else before * self.config.local_updates
 
     def steps(self, number: int) -> int:
-        """The local steps of each client in round `number`."""
+        """The local steps of each client in round `number`; none in round 0."""
         return self.first_step(number + 1) - self.first_step(number)
 
     def _way(self, number: int, rounds: int) -> tuple[int, float]:

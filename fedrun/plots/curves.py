@@ -44,19 +44,19 @@ def curve(group: Group, measure: Measure, axis: Axis) -> Curve | None:
     """
     longest = max(run.history[-1].step for run in group.runs)
     chosen: dict[int, dict[int, tuple[float, float]]] = {}
-    left_out = []
+    left_out, first = [], None
     for run in group.runs:
         points = run.points(measure, axis)
         if run.history[-1].step < longest or run.seed in chosen:
             left_out.append(run.name)
         elif points:
             chosen[run.seed] = points
+            first = first or run
     steps = sorted(set.intersection(*map(set, chosen.values()))) if chosen else []
-    if not steps:
+    if first is None or not steps:
         return None
     x, y = np.moveaxis(np.array([[points[s] for s in steps] for points in chosen.values()]), 2, 0)
     std = y.std(axis=0, ddof=1) if len(y) > 1 else None
-    one = next(run for run in group.runs if run.seed in chosen and run.name not in left_out)
-    local_steps = {record.step: one.local_steps(record) for record in one.history}
+    local_steps = {record.step: first.local_steps(record) for record in first.history}
     return Curve(x.mean(axis=0), y.mean(axis=0), std, sorted(chosen),
                  np.array([local_steps[step] for step in steps]), left_out)

@@ -102,11 +102,13 @@ class Run:
         settings = self.settings
         if settings.get("local_updates_schedule", "constant") == "constant":
             return record.step * self.local_updates
-        clients = number(settings.get("num_clients"))
+        clients, batch, length = (number(settings.get(name)) for name in (
+            "num_clients", "batch_size", "sequence_length"))
         cohort = clients if settings.get("cohort") is None else number(settings["cohort"])
+        if not min(clients, cohort, batch, length) > 0 or not math.isfinite(clients):
+            return math.nan
         cohort = max(1, round(cohort * clients)) if cohort < 1 else cohort
-        return record.tokens / (cohort * number(settings.get("batch_size"))
-                                * number(settings.get("sequence_length")))
+        return record.tokens / (cohort * batch * length)
 
     def points(self, measure: Measure, axis: Axis) -> dict[int, tuple[float, float]]:
         """Global step -> (x, perplexity), in order, of the records that have both values."""

@@ -13,15 +13,15 @@ from fedrun.records.run_files import PRIVACY
 
 EXAMPLE_CLAIM = """\
 **Who learns what, with `--sites`, `--site_dir`, `--secure_sum` and `--dp example`.** Every site and
-the server learn the weighted sum of all sites' updates in each round (of AdamW's moments too if
-clients average them), which are made of gradients with noise, and so every global model; sums over
-a round's clients of weights, and of norms of updates and noised gradients, and how many clients
-were left out, by reason; with `--aggregation int8` also, for each 256 parameters, how many clients
-clipped and how many came near it; how many sequences each client has and when it is drawn; which
-rounds each site's log has charged; how long each process took, and when a site was there. Losses of
-clients leave no site, not even in a sum. Those who put together what they know learn the sum over
-the others, and nothing else of them. Nobody else learns more than the size and time of what is
-sent.
+the server learn the weighted sum of all sites' updates in each round (of the optimizer's moments
+too if clients average them), which are made of gradients with noise, and so every global model;
+sums over a round's clients of weights, and of norms of updates and noised gradients, and how many
+clients were left out, by reason; with `--aggregation int8` also, for each 256 parameters, how many
+clients clipped and how many came near it; how many sequences each client has and when it is drawn;
+which rounds each site's log has charged; how long each process took, and when a site was there.
+Losses of clients leave no site, not even in a sum. Those who put together what they know learn the
+sum over the others, and nothing else of them. Nobody else learns more than the size and time of
+what is sent.
 
 **Under these assumptions.** Everybody follows the protocol. At least two sites do not share what
 they know with the adversary, or updates are not hidden in a sum, and the guarantee below is all

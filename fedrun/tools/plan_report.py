@@ -255,6 +255,11 @@ def _time(config: RunConfig, text: Text, layout: Layout, found: Trains, seconds:
             yield _row("the masks of a site", "", duration(seconds.masks))
             yield "  made beside the training where a core is left over, else besides"
         yield _row("a round", f"{tokens:,} tokens", duration(one))
+        if config.local_updates_schedule != "constant" and rounds is not None:
+            schedule = text.schedule(config)
+            most = max(map(schedule.steps, range(1, rounds + 1)))
+            more = layout.turns(config) * (most - config.local_updates) * seconds.step
+            yield _row("the longest round", f"{most} local updates", duration(one + more))
         if config.overlap and seconds.wire is not None:
             waited, once = seconds.waited_for(config, layout)
             yield (f"  its sum travels for {duration(seconds.wire)} while the next round trains, "

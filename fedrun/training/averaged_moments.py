@@ -9,7 +9,8 @@ different rounds do: so m is cut to it whenever one of them is loaded.
 All are corrected for their bias, and all clients have one count of steps, that of the run.
 
 With --local_optimizer muon a matrix has one moment, Muon's momentum. It is `momentum` there, which
-the clip bounds as well; nothing divides it, so nothing cuts it, and `rms` is zero.
+the clip bounds as well; nothing divides it, so nothing cuts it, and a client reports `rms` of zero,
+of whose average nothing is read.
 
 DES-LOC (Iacob et al. 2025, arXiv:2505.22549) averages parameters and moments each at their own
 intervals, there v itself.

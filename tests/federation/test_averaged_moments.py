@@ -29,7 +29,7 @@ from tests.support.naive_int8 import Naive, NaiveMoments
 from tests.support.naive_muon import by_svd
 from tests.support.runs import FAULTY, Run, fault, without_clocks
 
-LR, DECAY, CLIP, BETA1, BETA2, STEPS = 1e-2, 0.1, 0.5, 0.8, 0.95, 3
+LR, DECAY, CLIP, BETA1, BETA2, MUON, STEPS = 1e-2, 0.1, 0.5, 0.8, 0.95, 0.85, 3
 DATA = made([400, 300, 500])
 
 
@@ -37,7 +37,8 @@ def worker_of(plane: DataPlane | None = None, **flags: Any) -> Worker:
     config = resolve("fed_avg", {
         "config": "tiny", "rounds": 9, "batch_size": 2, "sequence_length": 4, "device": "cpu",
         "client_moments": "average_sqrt", "grad_clip": CLIP, "lr": LR, "weight_decay": DECAY,
-        "beta1": BETA1, "beta2": BETA2, "local_updates": STEPS, **flags})
+        "beta1": BETA1, "beta2": BETA2, "local_updates": STEPS,
+        **({"muon_momentum": MUON} if "muon" in flags.values() else {}), **flags})
     assert isinstance(config, FederatedConfig)
     runtime = Runtime(detect({}), torch.device("cpu"), (0,), ControlPlane(), plane or DataPlane())
     return experiments.worker_of(config, DATA, runtime)
@@ -128,7 +129,7 @@ def by_hand(start: Tensor, rounds: list[tuple[list[int], list[float], int]],
     cut, by_adamw = 0, torch.ones(size, dtype=torch.bool)
     for part in matrices:
         by_adamw[part.start:part.stop] = False
-    beta = torch.where(by_adamw, torch.tensor(BETA1, dtype=torch.float64), 0.95)
+    beta = torch.where(by_adamw, torch.tensor(BETA1, dtype=torch.float64), MUON)
     for number, (cohort, weights, _) in enumerate(rounds, 1):
         t = (number - 1) * STEPS
         deltas, ms, ss, sizes = [], [], [], []
@@ -155,7 +156,7 @@ def by_hand(start: Tensor, rounds: list[tuple[list[int], list[float], int]],
                     (v / (1 - BETA2**(step + 1))).sqrt() + ADAMW_EPS)
                 for part in matrices:
                     it = slice(part.start, part.stop)
-                    mixed = by_svd((0.05 * g + 0.95 * m)[it].view(part.shape).numpy())
+                    mixed = by_svd(((1 - MUON) * g + MUON * m)[it].view(part.shape).numpy())
                     moved[it] = torch.from_numpy(mixed.ravel()) * 0.2 * math.sqrt(max(part.shape))
                 x = x - LR * moved
             deltas.append(x - w)

@@ -42,24 +42,34 @@ def test_which_steps_a_round_has(rounds: int, updates: int, warmup: int) -> None
     schedule, steps = schedule_of(rounds=rounds, local_updates=updates, warmup=warmup), 0
     counted = [1.1 if t < warmup else rate(t, rounds * updates, warmup) + 0.1
                for t in range(rounds * updates)]
-    part, reached = math.fsum(counted) / rounds, 0.0
+    part = math.fsum(counted) / rounds
     lengths = []
     for number in range(1, rounds + 1):
         plan = schedule.plan(number, 0.0)
         assert plan.first_step == steps
         steps += plan.steps
         lengths.append(plan.steps)
-        before, reached = reached, math.fsum(counted[:steps])
+        reached = math.fsum(counted[:steps])
         # The step with which the part is reached is the round's last.
         assert reached >= number * part * (1 - 1e-12)
         assert reached - counted[steps - 1] < number * part
-        assert reached > before
     assert steps == rounds * updates
     assert min(lengths) >= 1
     if updates > 2 and rounds > 10:
         assert lengths[0] < 0.65 * updates
         assert lengths[-1] > 5 * updates
         assert all(a <= b + 1 for a, b in itertools.pairwise(lengths))
+
+
+@pytest.mark.parametrize("warmup", [0, 9])
+def test_at_a_constant_rate_rounds_are_equal(warmup: int) -> None:
+    """So that a run can be trained further, as one of any length."""
+    for rounds in (6, 12):
+        flags = {"rounds": rounds, "local_updates": 8, "warmup": warmup, "lr_schedule": "constant"}
+        schedule = schedule_of(**flags)
+        assert [schedule.first_step(n) for n in range(1, 7)] == [0, 8, 16, 24, 32, 40]
+        plain = schedule_of(**flags, local_updates_schedule="constant")
+        assert schedule.plan(1, 0.0) == plain.plan(1, 0.0)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -121,8 +131,9 @@ def _config(folder: Path) -> FederatedConfig:
 @pytest.mark.parametrize(("flags", "message"), [
     ({"sync": "epoch"}, "--local_updates_schedule inverse_lr: must be constant with --sync epoch"),
     ({"dp": "example", "dp_clip": 1, "dp_noise": 1, "dp_delta": 1e-5},
-     "--local_updates_schedule inverse_lr: must be constant with"),
-    ({"extend": True}, "--local_updates_schedule inverse_lr: must be constant with"),
+     "--local_updates_schedule inverse_lr: must be constant with --dp example"),
+    ({"extend": True}, "--local_updates_schedule inverse_lr: must be constant with --extend"),
+    ({"client_moments": "reset_epoch"}, "inverse_lr: must be constant with --client_moments rese"),
     ({"local_optimizer": "muon", "muon_momentum": 1.0}, "--muon_momentum 1.0: must be in .0, 1."),
     ({"local_optimizer": "muon", "client_moments": "average_sqrt", "grad_clip": 1,
       "muon_momentum": 0.8}, "--muon_momentum 0.8: must be at least --beta1 0.9 with --client_mom"),

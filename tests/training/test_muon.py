@@ -66,9 +66,11 @@ def test_singular_values_become_those_of_the_polynomial(shape: tuple[int, int]) 
     assert not orthogonalise(torch.zeros(shape)).any()
 
 
-def test_three_steps_by_hand() -> None:
+@pytest.mark.parametrize("beta", [0.95, 0.7])
+def test_three_steps_by_hand(beta: float) -> None:
     """The formulas in numpy: clipping of the whole gradient, both momenta, both steps."""
-    optimizer = optimizer_of(Two(), weight_decay=DECAY, grad_clip=CLIP, warmup=2)
+    optimizer = optimizer_of(Two(), weight_decay=DECAY, grad_clip=CLIP, warmup=2,
+                             muon_momentum=beta)
     random = np.random.default_rng(0)
     w = random.normal(size=23)
     optimizer.flat.vector.copy_(torch.from_numpy(w))
@@ -83,8 +85,8 @@ def test_three_steps_by_hand() -> None:
         w[rest] -= lr * (DECAY * w[rest]
                          + m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8))
         of_matrix = g[matrix].reshape(5, 3)
-        buffer = 0.95 * buffer + 0.05 * of_matrix
-        step = by_svd(0.05 * of_matrix + 0.95 * buffer) * 0.2 * math.sqrt(5)
+        buffer = beta * buffer + (1 - beta) * of_matrix
+        step = by_svd((1 - beta) * of_matrix + beta * buffer) * 0.2 * math.sqrt(5)
         w[matrix] -= lr * (DECAY * w[matrix] + step.ravel())
     np.testing.assert_allclose(optimizer.flat.vector.numpy(), w, rtol=0, atol=1e-13)
     assert {name: len(t) for name, t in optimizer.state.items() if t.ndim} == {

@@ -15,7 +15,7 @@ from fedrun.config import FederatedConfig
 from fedrun.federation.schedule import Schedule
 from fedrun.flags import resolve
 from fedrun.model.build import longest_side
-from fedrun.plots.run_folder import read_run
+from fedrun.plots.run_folder import Record, from_settings, read_run
 from tests.support.runs import FAULTY, Run, fault, without_clocks
 
 LR = 0.016
@@ -117,6 +117,20 @@ def test_the_same_bits_in_any_world_and_after_a_stop(run: Run, tmp_path: Path,
     positions = [round(x, 9) for x, _ in shown.points("val_ppl", "steps").values()]
     assert positions[-6:] == [steps.first_step(number + 1) for number in range(1, 7)]
     assert positions[-1] == 18
+
+
+@pytest.mark.parametrize("damage", [
+    {"batch_size": 0}, {"num_clients": None}, {"sequence_length": "x"}, {"cohort": 0},
+    {"num_clients": None, "cohort": 0.1}])
+def test_a_position_that_settings_do_not_tell_is_none(damage: dict[str, Any]) -> None:
+    settings = {"method": "fed_avg", "config": "tiny", "seed": 0, "local_updates": 4,
+                "local_updates_schedule": "inverse_lr", "num_clients": 5, "batch_size": 2,
+                "sequence_length": 8}
+    record = Record(3, 1.0, 1.0, 1.0, 3200.0, 1.0, 1.0, None, None)
+    found = [from_settings(Path("x"), settings | more, "").local_steps(record)
+             for more in ({}, {"cohort": 0.5}, {"cohort": 1}, damage)]
+    assert found[:3] == [40, 100, 200]
+    assert math.isnan(found[3])
 
 
 def _config(folder: Path) -> FederatedConfig:

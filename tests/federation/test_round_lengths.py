@@ -99,7 +99,7 @@ FLAGS = ("--num_clients", 5, "--cohort", 3, "--rounds", 6, "--local_updates", 3,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", [
-    ("--client_moments", "reset"),  # whose clients' places are counted
+    pytest.param(("--client_moments", "reset"), marks=pytest.mark.soak),  # places are counted
     ("--aggregation", "int4", "--local_optimizer", "muon", "--muon_momentum", 0.8)])
 def test_the_same_bits_in_any_world_and_after_a_stop(run: Run, tmp_path: Path,
                                                      flags: tuple[Any, ...]) -> None:

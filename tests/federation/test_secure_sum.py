@@ -57,8 +57,9 @@ def sites(tmp_path: Path) -> Sites:
 
 
 CHANGES: dict[str, Any] = {
-    "round": 2, "cohort": [0, 2, 3, 5], "weights": [0.25, 0.25, 0.25, 0.25, 1e-9, 0.1],
-    "bound": 1.0, "gradient_bound": 1.0, "entropy_reference": 0.5, "start_from_global": False}
+    "round": 2, "steps": 2, "first_step": 3, "cohort": [0, 2, 3, 5],
+    "weights": [0.25, 0.25, 0.25, 0.25, 1e-9, 0.1], "bound": 1.0, "gradient_bound": 1.0,
+    "entropy_reference": 0.5, "start_from_global": False}
 SERVERS: dict[str, Any] = {"evaluate": False, "save": True, "last": True, "stop": "SIGTERM"}
 
 

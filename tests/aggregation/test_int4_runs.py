@@ -43,7 +43,7 @@ def test_both_residuals_are_part_of_a_checkpoint(run: Run, tmp_path: Path) -> No
     """Also on two machines, of which each has its section alone of what the server keeps."""
     flags = (*FLAGS, "--cohort", 3, "--checkpoint_freq", 1)
     alone = run("diloco", *flags, name="alone")
-    stopped = run("diloco", *flags, script=FAULTY, env=fault(tmp_path, "kill", "record:3"))
+    stopped = run("diloco", *flags, script=FAULTY, env=fault(tmp_path, "kill", "record:4"))
     assert stopped.code != 0
     held = [load_file(file) for file in stopped.run_dir.glob("checkpoints/*/client_*")]
     assert sum("residual" in client for client in held) >= 3

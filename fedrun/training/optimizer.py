@@ -125,14 +125,20 @@ class LocalOptimizer:
         else:
             self._update_in_slices(rate)
 
-    def shared_squares(self) -> Iterator[tuple[slice, Tensor]]:
-        """The second moments of what is shared: which part of the vector, and its `exp_avg_sq`."""
+    def _squares(self) -> Iterator[tuple[slice, Tensor]]:
+        """Each part of the vector that AdamW updates, and its second moments."""
         done = 0
         for part in self._between:
-            shared = slice(part.start, min(part.stop, self.flat.shared_size))
-            if shared.start < shared.stop:
-                yield shared, self.state["exp_avg_sq"][done:done + shared.stop - shared.start]
-            done += part.stop - part.start
+            size = part.stop - part.start
+            yield part, self.state["exp_avg_sq"][done:done + size]
+            done += size
+
+    def shared_squares(self) -> Iterator[tuple[slice, Tensor]]:
+        """The same of what is shared alone."""
+        for part, squares in self._squares():
+            size = min(part.stop, self.flat.shared_size) - part.start
+            if size > 0:
+                yield slice(part.start, part.start + size), squares[:size]
 
     def _adamw(self, rate: float | Tensor, vector: Tensor, grad: Tensor, m: Tensor, v: Tensor,
                step: Tensor) -> None:
@@ -142,18 +148,16 @@ class LocalOptimizer:
               weight_decay=config.weight_decay, amsgrad=False, maximize=False)
 
     def _update_with_muon(self, rate: float | Tensor) -> None:
-        flat, moment, squares = self.flat, self.state["exp_avg"], self.state["exp_avg_sq"]
+        flat, moment = self.flat, self.state["exp_avg"]
         for place in flat.matrices:
             matrix, grad, momentum = (vector[place.start:place.stop].view(place.shape)
                                       for vector in (flat.vector, flat.grad, moment))
             muon_step(matrix, grad, momentum, rate, self.config.weight_decay,
                       self.config.muon_momentum)
-        before, done = self.state["step"].clone(), 0
-        for part in self._between:
-            size = part.stop - part.start
-            self._adamw(rate, flat.vector[part], flat.grad[part], moment[part],
-                        squares[done:done + size], self.state["step"].copy_(before))
-            done += size
+        before = self.state["step"].clone()
+        for part, squares in self._squares():
+            self._adamw(rate, flat.vector[part], flat.grad[part], moment[part], squares,
+                        self.state["step"].copy_(before))
 
     def _update_in_slices(self, rate: float | Tensor) -> None:
         """The same with the first moment in bf16: a slice at a time is widened, updated, rounded,

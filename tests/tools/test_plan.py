@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -227,6 +228,15 @@ def test_a_plan_from_a_measured_step(capsys: pytest.CaptureFixture[str], tmp_pat
     assert "2,048 tokens" in out
     assert "nothing: there is one worker" in out
     assert not list(tmp_path.iterdir())  # nothing was written
+
+
+def test_a_plan_names_the_longest_round(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--rounds", "40", "--local_updates", "8", "--lr_schedule", "cosine")
+    growing = printed(capsys, *flags, "--local_updates_schedule", "inverse_lr")
+    longest = re.search(r"the longest round +([0-9]+) local updates", growing)
+    assert longest is not None
+    assert 5 * 8 <= int(longest[1]) <= 7 * 8
+    assert "the longest round" not in printed(capsys, *flags)
 
 
 def test_a_plan_from_published_rates(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from filelock import FileLock
@@ -19,6 +20,13 @@ from fedrun.data.tokens import TokenData, prepare
 from tests.pretended_cuda.build import NotHere, environment
 from tests.support.prepared import run_ranks
 from tests.support.runs import FLAGS, ROOT, SMALL, Outcome, Run, execute, torchrun
+
+
+@pytest.fixture(autouse=True)
+def environment_as_before() -> Iterator[None]:
+    """What a test, or a command in its process, sets in the environment no later test inherits."""
+    with patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")

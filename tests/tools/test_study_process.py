@@ -66,6 +66,7 @@ def test_a_run_is_no_rank_of_the_study_and_may_have_ranks_of_its_own(
                         "TORCHELASTIC_RUN_ID": "none", "MASTER_PORT": "1",
                         "FEDRUN_REFUSED": "/x"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
     monkeypatch.setattr(subprocess, "Popen", Recorded)
     monkeypatch.setattr(study_process, "LOADED", ["my_method.py"])
 

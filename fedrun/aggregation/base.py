@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -33,6 +34,12 @@ class Aggregator(ABC):
     """Sums over all workers that `reduce` makes."""
     moments: tuple[str, ...] = ()
     """AdamW's moments that are averaged in this round, besides the method's own sums."""
+    moment_steps: Mapping[str, Tensor] = MappingProxyType({})
+    """With few bits, of a run that averages moments: the next round's step of each block of theirs,
+    by name. Then a client's `peaks` are asked for in every round."""
+    averages: Mapping[str, Tensor] = MappingProxyType({})
+    """With these: the moments' last averages, (size,) each, from which differences are sent. The
+    caller sets them."""
 
     def __init__(self, size: int, plane: DataPlane | None, length: int, dtype: torch.dtype,
                  scratch: Tensor) -> None:
@@ -59,6 +66,11 @@ class Aggregator(ABC):
     def buffer(self) -> Tensor:
         """The sum over this worker's clients so far."""
         return self._buffer
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        """All of this worker's memory for sums."""
+        return (self._buffer,)
 
     @property
     def device(self) -> torch.device:

@@ -46,6 +46,9 @@ What is sent. With one client a worker and machine: 129 bytes a block to the own
 4.06 bits a parameter on average; and a word for the sum of the weights. The workers of a machine
 send their clients' sum together: with up to 18 clients in a byte an element, with more in two. It
 is the same back.
+
+**Averaged moments** travel in eight bits beside the updates, by sums of their own (int8.py): a
+moment is seldom sent, and where many rounds lie between two averages seven levels are few.
 """
 
 from __future__ import annotations
@@ -70,6 +73,7 @@ from fedrun.aggregation.blocks import (
     update_slice,
 )
 from fedrun.aggregation.bounds import Bounds, bound_exceeded
+from fedrun.aggregation.int8 import Int8Aggregator
 from fedrun.aggregation.packing import LEVELS, TYPES, as_numbers, bits_of_sum, pack, unpack
 from fedrun.aggregation.slices import Peaks, slice_width
 from fedrun.distributed.data_plane import DataPlane
@@ -85,16 +89,17 @@ _WEIGHT_BYTES = 8
 
 
 class Int4Aggregator(Aggregator):
-    """The sum of an update over a cohort, in four bits.
+    """The sum of an update over a cohort, in four bits, and of averaged moments, in eight.
 
     `buffer` is int8, or int16 on workers of more than 18 clients: the sum of q_k, then a number
     for each block: the largest that one of the clients said.
     """
 
     def __init__(self, strategy: Strategy, size: int, like: Tensor, cohort: int, clients: int,
-                 most: int, plane: DataPlane | None = None) -> None:
+                 most: int, plane: DataPlane | None = None, moments: Sequence[str] = ()) -> None:
         """like: a tensor with the model's type and device; cohort: clients in a round, of all the
-        run's `clients`; most: how many of them one worker may train."""
+        run's `clients`; most: how many of them one worker may train; moments: that are averaged
+        besides."""
         assert set(strategy.sums) == {"delta"}, "checked with the config"
         plane = plane or DataPlane()
         blocks, nodes = -(-size // BLOCK), len(plane.nodes)
@@ -127,14 +132,22 @@ class Int4Aggregator(Aggregator):
         self._round_steps = torch.empty_like(self.steps)
         self._bound = math.inf
         self._weight = self._total = 0
+        self._of_moments = Int8Aggregator(strategy, size, like, cohort, clients, plane, moments,
+                                          updates=False) if moments else None
+        if self._of_moments is not None:
+            self.moment_steps = self._of_moments.moment_steps
+
+    @property
+    def buffers(self) -> tuple[Tensor, ...]:
+        return self._buffer, *(self._of_moments.buffers if self._of_moments else ())
 
     @property
     def residuals(self) -> tuple[str, ...]:
-        return ("delta",)
+        return ("delta", *self.moments)
 
     @property
     def carried(self) -> dict[str, Tensor]:
-        return {"steps": self.steps}
+        return {"steps": self.steps} | (self._of_moments.carried if self._of_moments else {})
 
     @property
     def carried_in_sections(self) -> dict[str, Tensor]:
@@ -142,11 +155,15 @@ class Int4Aggregator(Aggregator):
 
     @property
     def bytes_sent(self) -> int:
-        return self._blocks * (_PACKED + 1) + _WEIGHT_BYTES
+        return self._blocks * (_PACKED + 1) + _WEIGHT_BYTES + self._bytes_of_moments
 
     @property
     def bytes_received(self) -> int:
-        return self._blocks * _ROW + _WEIGHT_BYTES
+        return self._blocks * _ROW + _WEIGHT_BYTES + self._bytes_of_moments
+
+    @property
+    def _bytes_of_moments(self) -> int:
+        return self._of_moments.bytes_sent if self._of_moments else 0
 
     def exchanged_bytes(self, nodes: int, clients: int) -> int:
         """Bytes of a node's two buffers, for sending and for receiving, if there are this many
@@ -161,16 +178,23 @@ class Int4Aggregator(Aggregator):
         torch.mul(self.steps, bounds.update, out=self._round_steps)
         self.buffer.zero_()
         self._weight = 0
+        if self._of_moments is not None:
+            self._of_moments.averages = self.averages
+            self._of_moments.begin(bounds, moments)
+            self.moments = self._of_moments.moments
 
     def add(self, client: Mapping[str, Tensor], weight: float, start: Tensor | None = None) -> str:
         """As `Aggregator.add`; the client's `residual`, (size,), takes up what is weighted and
-        gives off what is sent. It does not change if the client is left out."""
+        gives off what is sent. It does not change if the client is left out. With moments more is
+        asked for, as by `Int8Aggregator.add`."""
         peaks = Peaks()
         for a, b in self.slices.ranges:
             peaks.add(update_slice(client, start, a, b, self._scratch[1]))
         for peak in peaks.read():
             if left_out := bound_exceeded("delta", peak, self._bound):
                 return left_out
+        if self._of_moments is not None and (left_out := self._of_moments.add(client, weight)):
+            return left_out
         residual, rank = client[residual_of("delta")], self.plane.node_rank
         for a, b in self.slices.ranges:
             residual[a:b].add_(update_slice(client, start, a, b, self._scratch[1]), alpha=weight)
@@ -203,6 +227,8 @@ class Int4Aggregator(Aggregator):
         said = self._results[mine.start:mine.stop, -1]
         follow(self.steps[mine.start:mine.stop], said >= HAS_CLIPPED, said >= IS_FULL, self._shrink,
                self._range)
+        if self._of_moments is not None:
+            self._of_moments.reduce()
 
     def complete(self) -> None:
         if len(self.plane.nodes) > 1:
@@ -272,7 +298,8 @@ class Int4Aggregator(Aggregator):
         mean.copy_(unpack(rows[:, :_PACKED], 4))
         steps = as_numbers(rows[:, _PACKED:-1], torch.bfloat16)
         mean.mul_(steps.to(mean.dtype)).div_(weight)
-        return {"delta": mean.view(-1)[:b - a]}, {}
+        averages = self._of_moments.means(a, b, weight)[1] if self._of_moments else {}
+        return {"delta": mean.view(-1)[:b - a]}, averages
 
 
 def _sent_row(bits: int) -> int:

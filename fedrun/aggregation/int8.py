@@ -108,17 +108,20 @@ class Int8Aggregator(TravellingAggregator):
     """
 
     def __init__(self, strategy: Strategy, size: int, like: Tensor, cohort: int, clients: int,
-                 plane: DataPlane | None = None, moments: Sequence[str] = ()) -> None:
+                 plane: DataPlane | None = None, moments: Sequence[str] = (), *,
+                 updates: bool = True) -> None:
         """like: a tensor with the model's type and device; cohort: clients in a round, of all the
-        run's `clients`; moments: that are averaged besides."""
+        run's `clients`; moments: that are averaged besides, or alone if updates travel in another
+        way."""
         assert set(strategy.sums) == {"delta"}, "checked with the config"
         assert cohort <= min(INT8_COHORT, clients)
         blocks = -(-size // BLOCK)
         width = -(-slice_width(size, like) // BLOCK) * BLOCK
         each = _Part.length(blocks)
         scales = blocks if moments else 0
-        super().__init__(size, plane, (1 + len(moments)) * each + scales + 2, torch.int32,
-                         torch.empty(2 + len(moments), width, dtype=like.dtype, device=like.device))
+        super().__init__(size, plane, (updates + len(moments)) * each + scales + 2, torch.int32,
+                         torch.empty(1 + updates + len(moments), width, dtype=like.dtype,
+                                     device=like.device))
         self.cohort = cohort
         self._words = torch.empty(width // 4, dtype=torch.int32, device=like.device)
         equal = 1.0 / (cohort * _levels(cohort, 1.0 / cohort))
@@ -129,6 +132,7 @@ class Int8Aggregator(TravellingAggregator):
             return self.plane.replicated(torch.full((blocks,), first * equal, dtype=like.dtype,
                                                     device=like.device))
 
+        self._updates = ("delta",) if updates else ()
         self.steps = shares(FIRST)
         """The next round's steps of updates, (blocks,), as shares of its bound: the same on every
         worker, and part of what a run resumes from."""
@@ -138,9 +142,6 @@ class Int8Aggregator(TravellingAggregator):
         """The last round's scales of the moments, (blocks,); part of that too."""
         if scales:
             self.scales = self.plane.replicated(self.scales)
-        self.averages: Mapping[str, Tensor] = {}
-        """The moments' last averages, (size,) each, from which the differences are. The caller sets
-        them."""
         self._parts = {"delta": _Part(self.steps)} | {
             name: _Part(each) for name, each in self.moment_steps.items()}
         self._lay_out(tuple(moments))
@@ -152,13 +153,14 @@ class Int8Aggregator(TravellingAggregator):
 
     @property
     def carried(self) -> dict[str, Tensor]:
-        return {"steps": self.steps} | {f"steps.{n}": t for n, t in self.moment_steps.items()} | (
-            {"scales": self.scales} if self.moment_steps else {})
+        moments = {f"steps.{n}": t for n, t in self.moment_steps.items()}
+        return ({"steps": self.steps} if self._updates else {}) | moments | (
+            {"scales": self.scales} if moments else {})
 
     def _lay_out(self, moments: tuple[str, ...]) -> None:
         """Make the buffer that of a round which averages these moments."""
         self.moments = moments
-        self._moving = {name: self._parts[name] for name in ("delta", *moments)}
+        self._moving = {name: self._parts[name] for name in (*self._updates, *moments)}
         each = _Part.length(len(self.steps))
         end = len(self._moving) * each
         self._scales_at = slice(end, end + len(self.scales))
@@ -179,15 +181,8 @@ class Int8Aggregator(TravellingAggregator):
         """As `Aggregator.add`; the client's residuals (see `residual_of`), (size,) each, take up
         what is weighted and give off what is sent. They do not change if the client is left out.
         With moments, its `peaks` are the blocks' scales, (blocks,)."""
-        peaks = Peaks()
-        for name in self._moving:
-            for a, b in self.slices.ranges:
-                peaks.add(self._difference(name, client, start, a, b))
-        found = iter(peaks.read())
-        for name in self._moving:
-            for _ in self.slices.ranges:
-                if left_out := bound_exceeded(name, next(found), self._bounds[name]):
-                    return left_out
+        if left_out := self._left_out(client, start):
+            return left_out
         levels = _levels(self.cohort, weight)
         for name, part in self._moving.items():
             residual = client[residual_of(name)]
@@ -200,6 +195,16 @@ class Int8Aggregator(TravellingAggregator):
         self.buffer[-2] += round(weight * 2**WEIGHT_BITS)
         self.buffer[-1] += levels
         return ""
+
+    def _left_out(self, client: Mapping[str, Tensor], start: Tensor | None) -> str:
+        """Why a client is, or an empty string."""
+        peaks, names = Peaks(), [name for name in self._moving for _ in self.slices.ranges]
+        for name in self._moving:
+            for a, b in self.slices.ranges:
+                peaks.add(self._difference(name, client, start, a, b))
+        reasons = (bound_exceeded(name, peak, self._bounds[name])
+                   for name, peak in zip(names, peaks.read(), strict=True))
+        return next(filter(None, reasons), "")
 
     def _difference(self, name: str, client: Mapping[str, Tensor], start: Tensor | None, a: int,
                     b: int) -> Tensor:
@@ -250,7 +255,7 @@ class Int8Aggregator(TravellingAggregator):
                 if name == "rms":
                     torch.maximum(mean, step, out=mean)
             found[name] = mean.view(-1)[:b - a]
-        return {"delta": found.pop("delta")}, found
+        return {name: found.pop(name) for name in self._updates}, found
 
 
 class _Part:

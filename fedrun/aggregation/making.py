@@ -33,6 +33,6 @@ def make_aggregator(config: FederatedConfig, vector: Tensor, plane: DataPlane, m
                               config.num_clients, plane, averaged)
     if config.aggregation == "int4":
         return Int4Aggregator(config.strategy, len(vector), vector, config.cohort_size,
-                              config.num_clients, most, plane)
+                              config.num_clients, most, plane, averaged)
     return ExactAggregator(config.strategy, len(vector), vector, config.aggregation == "exact",
                            averaged, plane)

@@ -78,7 +78,7 @@ class Peaks:
 
     def read(self) -> list[float]:
         """One for each vector, in order; NaN if an element is NaN."""
-        extremes = iter(torch.stack(self._found).tolist())
+        extremes = iter(torch.stack(self._found).tolist() if self._found else ())
         return [max(-low, high) for low, high in zip(extremes, extremes, strict=True)]
 
 

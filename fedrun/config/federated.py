@@ -67,7 +67,8 @@ class FederatedConfig(PrivacySettings, RunConfig):
     (reset; reset_epoch: only at the start of each epoch), or averaged over the cohort together with
     the updates (average), which sends 24 bytes per parameter instead of 4 (12 with --aggregation
     float). average_sqrt averages the root of AdamW's second moment instead, and Muon's momentum: 12
-    bytes (3 with --aggregation int8), on a grid that --grad_clip fixes; it needs that flag."""
+    bytes (3 with --aggregation int8, 2.6 with int4), on a grid that --grad_clip fixes; it needs
+    that flag."""
     moments_every: str = "1,1"
     """Rounds from one average of the first moment to the next, and of the second (3,6), with
     --client_moments average_sqrt, beginning with the second round; the updates are averaged in
@@ -203,7 +204,7 @@ class FederatedConfig(PrivacySettings, RunConfig):
     def keeps_moments(self) -> bool:
         """Whether a client has moments of its own from one round to the next."""
         if self.client_moments == "average_sqrt":
-            return self.moments_every != "1,1" or self.aggregation == "int8"
+            return self.moments_every != "1,1" or self.sends_few_bits
         return self.client_moments in ("keep", "reset_epoch")
 
     @property
@@ -227,13 +228,12 @@ class FederatedConfig(PrivacySettings, RunConfig):
         fits = set(self.strategy.sums) == {"delta"} and not self.strategy.weight_headroom
         require(fits, "--aggregation", given,
                 f"exact or float for {self.method} ({given} carries only updates)")
-        roots = ", reset_epoch or average_sqrt" if given == "int8" else " or reset_epoch"
-        require(not self.averaged_moments or (
-            given == "int8" and self.client_moments == "average_sqrt"), "--client_moments",
-                self.client_moments, f"keep, reset{roots} with --aggregation {given}")
-        most = INT8_COHORT if given == "int8" else INT4_COHORT
+        require(self.client_moments != "average", "--client_moments", "average",
+                f"keep, reset, reset_epoch or average_sqrt with --aggregation {given}")
+        most = INT8_COHORT if given == "int8" or self.averaged_moments else INT4_COHORT
+        beside = " and averaged moments" if given == "int4" and self.averaged_moments else ""
         require(self.cohort_size <= most, "--cohort", self.cohort_size,
-                f"at most {most} clients in a round with --aggregation {given}")
+                f"at most {most} clients in a round with --aggregation {given}{beside}")
         require(self.sync == "round", "--sync", self.sync, f"round with --aggregation {given}")
 
     def warnings(self) -> list[str]:

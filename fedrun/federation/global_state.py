@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fedrun.aggregation.base import Aggregator
-from fedrun.aggregation.int8 import Int8Aggregator
 from fedrun.common.errors import InputError
 from fedrun.common.log import WARNING, log
 from fedrun.common.pinned import PinnedMemory
@@ -62,8 +61,7 @@ class GlobalState:
         self.sections = {f"{config.aggregation}.{n}": t
                          for n, t in aggregator.carried_in_sections.items()}
         """What is the same on all only after the aggregator's `complete`."""
-        if isinstance(aggregator, Int8Aggregator):
-            aggregator.averages = self.moments or {}
+        aggregator.averages = self.moments or {}
 
     def _replica(self, vector: Tensor) -> Tensor:
         if self._pinned is None:

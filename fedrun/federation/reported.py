@@ -7,26 +7,24 @@ from torch import Tensor
 from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.blocks import BLOCK, residual_of
 from fedrun.aggregation.exact import MOMENTS
-from fedrun.aggregation.int8 import Int8Aggregator
 from fedrun.federation.client import Client
 from fedrun.strategies.base import Strategy
 from fedrun.training import averaged_moments
 from fedrun.training.fisher import FisherEstimate
 
 
-def reported_vectors(client: Client, strategy: Strategy, aggregator: Aggregator, averages: bool,
+def reported_vectors(client: Client, strategy: Strategy, aggregator: Aggregator,
                      fisher: FisherEstimate | None) -> dict[str, Tensor]:
     """The vectors by name, (shared_size,) each; its trained `parameters` stand for its update
     `delta`.
 
-    aggregator: of this round. averages: whether the run averages moments. fisher: of the client's
-    training, for a method that asks for it.
+    aggregator: of this round. fisher: of the client's training, for a method that asks for it.
     """
     vectors: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     averaged = aggregator.moments
     besides = {name: client.residual(name) for name in map(residual_of, aggregator.residuals)}
-    if averages and isinstance(aggregator, Int8Aggregator):
+    if aggregator.moment_steps:
         besides["peaks"] = averaged_moments.peaks(client.optimizer, BLOCK)
     if averaged != MOMENTS and set(MOMENTS) & set(strategy.inputs):
         moments = client.optimizer.bias_corrected_moments(copy=True)  # it keeps using its own

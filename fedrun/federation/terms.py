@@ -74,8 +74,7 @@ class Terms:
             return replace(report, left_out=str(error))
         if self.config.client_clip is not None or isinstance(self.aggregator, KeepingAggregator):
             return self._add_checked(client, weight, plan, report)
-        vectors = reported_vectors(client, self.config.strategy, self.aggregator,
-                                   self.state.moments is not None, self.fisher)
+        vectors = reported_vectors(client, self.config.strategy, self.aggregator, self.fisher)
         if left_out := self.aggregator.add(vectors, weight, start=origin):
             return replace(report, left_out=left_out)
         report = replace(report, weight=weight)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.blocks import residual_of
-from fedrun.aggregation.int8 import Int8Aggregator
 from fedrun.aggregation.keeping import KeepingAggregator
 from fedrun.aggregation.making import make_aggregator
 from fedrun.aggregation.update import ServerUpdate
@@ -227,7 +226,7 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
         plane = DataPlane()
         with count.item(SCRATCH):
             aggregator = make_aggregator(config, flat.shared, plane, most)
-            count.name(BUFFER, aggregator.buffer)
+            count.name(BUFFER, *aggregator.buffers)
             if isinstance(aggregator, KeepingAggregator):
                 count.name(UPDATES, *aggregator.rows)
             if isinstance(aggregator, WeiszfeldAggregator):
@@ -236,7 +235,7 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
             state = GlobalState(config, flat.vector, plane, aggregator, odd)
             ServerUpdate(strategy, aggregator)
             if odd is not None:
-                count.name(BUFFER, odd.buffer)
+                count.name(BUFFER, *odd.buffers)
                 ServerUpdate(strategy, odd)
         count.name(GLOBAL_MODEL, state.model)
         count.name(SERVERS, *state.server.values())
@@ -274,7 +273,7 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
             if config.overlap:
                 client.vectors[OWN_PART] = torch.empty_like(flat.shared)
         with count.item(TEMPORARY):
-            reported_vectors(client, strategy, aggregator, state.moments is not None, fisher)
+            reported_vectors(client, strategy, aggregator, fisher)
         count.besides(evaluated.items)
     steps = 2 if strategy.trains else 1
     kept = state.named() | ({SUM: aggregator.buffer} if config.overlap else {})
@@ -303,5 +302,5 @@ def client_of(config: RunConfig, flat: FlatParams, gpu: bool, keeps_moments: boo
 
 def _residuals(client: Client, aggregator: Aggregator) -> list[str]:
     """The vectors that a client keeps of what it has not sent, with --aggregation int8 or int4."""
-    moments = aggregator.moment_steps if isinstance(aggregator, Int8Aggregator) else ()
-    return [residual_of(name) for name in dict.fromkeys((*aggregator.residuals, *moments))]
+    every = dict.fromkeys((*aggregator.residuals, *aggregator.moment_steps))
+    return [residual_of(name) for name in every]

@@ -260,7 +260,7 @@ def _term(config: FederatedConfig, device: torch.device) -> float:
             update.apply(state.model, state.server, ServerRound(number))
             seconds = (time.monotonic() - began) / config.cohort_size
             continue
-        vectors = reported_vectors(client, strategy, aggregator, state.moments is not None, fisher)
+        vectors = reported_vectors(client, strategy, aggregator, fisher)
         aggregator.add(vectors, 1 / config.cohort_size, start=state.model)
         aggregator.reduce()
         update.apply(state.model, state.server, ServerRound(number), state.moments)

@@ -10,12 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedrun.aggregation.blocks import BLOCK, FULL, SHRINK, SMALLEST
+from fedrun.aggregation.base import Aggregator
+from fedrun.aggregation.blocks import BLOCK, FULL, SHRINK, SMALLEST, residual_of
 from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.int4 import Int4Aggregator
+from fedrun.aggregation.int8 import Int8Aggregator
 from fedrun.aggregation.packing import LEVELS, MOST, bits_of_sum, pack, unpack
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.config import INT4_COHORT
+from fedrun.distributed.data_plane import DataPlane
 from fedrun.strategies import FedAvg
 from fedrun.strategies.base import ServerRound
 from tests.support.hostile_updates import (
@@ -207,6 +210,63 @@ def test_all_that_is_sent(groups: list[list[int]], bits: int) -> None:
                                      section * (workers - 1) * (128 + 3)]
         assert worker.bytes_sent == 129 * blocks + 8 < 0.506 * SIZE
         assert worker.bytes_received == 131 * blocks + 8 < 0.514 * SIZE
+
+
+def moments_of(seed: int, clients: int) -> list[dict[str, Tensor]]:
+    """Of each client, with its blocks' scales."""
+    found = []
+    for momentum, rms in zip(drawn(clients, seed=seed), drawn(clients, seed=seed + 1), strict=True):
+        rms = rms.abs() + 1e-6
+        padded = torch.nn.functional.pad(rms, (0, -SIZE % BLOCK))
+        found.append({"momentum": momentum, "rms": rms, "peaks": padded.view(-1, BLOCK).amax(1)})
+    return found
+
+
+def test_averaged_moments_are_those_of_eight_bits_and_change_no_update() -> None:
+    """Their sums, steps and bytes too, in rounds that average all, one or none of them; a client
+    whose moments are not finite is left out of both sums."""
+    names, plane = ("momentum", "rms"), DataPlane()
+    both = Int4Aggregator(FedAvg(), SIZE, torch.zeros(1), 3, 3, 3, plane, names)
+    updates = Int4Aggregator(FedAvg(), SIZE, torch.zeros(1), 3, 3, 3)
+    moments = Int8Aggregator(FedAvg(), SIZE, torch.zeros(1), 3, 3, plane, names)
+    sums: tuple[Aggregator, ...] = both, updates, moments
+    for one in sums:
+        one.averages = {name: torch.zeros(SIZE) for name in names}
+    residuals = [[{residual_of(name): torch.zeros(SIZE) for name in ("delta", *names)}
+                  for _ in range(3)] for _ in sums]
+    spoiled = {"momentum": torch.full((SIZE,), math.nan)}
+    for number, moving in enumerate([(), names, names, ("momentum",), ()]):
+        deltas, theirs = drawn(3, seed=number), moments_of(10 + number, 3)
+        for one, kept in zip(sums, residuals, strict=True):
+            one.begin(Bounds(BOUND, clip=1.0), moving)
+            for k, weight in enumerate((0.5, 0.3, 0.2)):
+                given = {"delta": deltas[k]} | theirs[k] | kept[k]
+                if number == 2 and k == 1 and one is not updates:
+                    assert one.add(given | spoiled, weight) == "momentum not finite"
+                elif number != 2 or k != 1:
+                    assert not one.add(given, weight)
+            one.reduce()
+        assert both.residuals == ("delta", *moving)
+        assert both.total_weight() == updates.total_weight() == moments.total_weight()
+        assert both.bytes_sent - updates.bytes_sent == both.bytes_received - updates.bytes_received
+        of_one = 256 * 274 + 2 * 276  # a byte an element, two a block in words of four
+        assert moments.bytes_sent == (1 + len(moving)) * of_one + 4 * 274 + 8
+        assert both.bytes_sent - updates.bytes_sent == moments.bytes_sent - of_one
+        for a, b in both.slices.ranges:
+            weight = both.total_weight()
+            mean, averages = (dict(found) for found in both.means(a, b, weight))
+            assert torch.equal(mean["delta"], updates.means(a, b, weight)[0]["delta"])
+            expected = moments.means(a, b, weight)[1]
+            assert averages.keys() == expected.keys() == {*moving}
+            for name in moving:
+                assert torch.equal(averages[name], expected[name])
+        for name in ("steps.momentum", "steps.rms", "scales"):
+            assert torch.equal(both.carried[name], moments.carried[name])
+        assert torch.equal(both.steps, updates.steps)
+        for k in range(3):
+            for name in map(residual_of, ("delta", *names)):
+                other = residuals[1 if name == residual_of("delta") else 2]
+                assert torch.equal(residuals[0][k][name], other[k][name])
 
 
 def test_one_worker_sends_nothing() -> None:

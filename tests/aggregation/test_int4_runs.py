@@ -40,17 +40,20 @@ def test_half_the_bytes_of_int8_for_nearly_the_same_model(run_here: Run) -> None
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_both_residuals_are_part_of_a_checkpoint(run: Run, tmp_path: Path) -> None:
-    """Also on two machines, of which each has its section alone of what the server keeps."""
-    flags = (*FLAGS, "--cohort", 3, "--checkpoint_freq", 1)
+    """Also on two machines, of which each has its section alone of what the server keeps; and those
+    of averaged moments."""
+    flags = (*FLAGS, "--cohort", 3, "--checkpoint_freq", 1, "--client_moments", "average_sqrt",
+             "--moments_every", "2,1", "--grad_clip", 1, "--local_optimizer", "muon")
     alone = run("diloco", *flags, name="alone")
     stopped = run("diloco", *flags, script=FAULTY, env=fault(tmp_path, "kill", "record:4"))
     assert stopped.code != 0
     held = [load_file(file) for file in stopped.run_dir.glob("checkpoints/*/client_*")]
     assert sum("residual" in client for client in held) >= 3
+    assert sum("residual.momentum" in client for client in held) >= 3
     first, *_, last = (load_file(file) for file in
                        sorted(stopped.run_dir.glob("checkpoints/*/global.safetensors")))
     assert last["int4.residual"].shape == last["model"].shape
-    for name in ("int4.residual", "int4.steps"):
+    for name in ("int4.residual", "int4.steps", "int4.scales", "moments.momentum"):
         assert not torch.equal(first[name], last[name])
     resumed = run("diloco", *flags, processes=4, limit=200, script="tests.support.two_machines")
     assert resumed.code == 0, resumed.output
@@ -66,10 +69,10 @@ def test_both_residuals_are_part_of_a_checkpoint(run: Run, tmp_path: Path) -> No
     ("fed_entropy", {}, "--aggregation int4: must be exact or float for fed_entropy"),
     ("fed_sgd", {}, "--aggregation int4: must be exact or float for fed_sgd"),
     ("fed_median", {}, "--aggregation int4: must be exact with fed_median"),
-    ("fed_avg", {"client_moments": "average"}, "--client_moments average: must be keep, reset or "
-     "reset_epoch with --aggregation int4"),
-    ("fed_avg", {"client_moments": "average_sqrt", "grad_clip": "1"},
-     "--client_moments average_sqrt: must be keep, reset or reset_epoch with --aggregation int4"),
+    ("fed_avg", {"client_moments": "average"}, "--client_moments average: must be keep, reset, "
+     "reset_epoch or average_sqrt with --aggregation int4"),
+    ("fed_avg", {"client_moments": "average_sqrt", "grad_clip": "1", "num_clients": "127"},
+     "--cohort 127: must be at most 126 clients in a round with --aggregation int4 and averaged"),
     ("fed_avg", {"sync": "epoch"}, "--sync epoch: must be round with --aggregation int4"),
     ("fed_avg", {"num_clients": "4682"}, "--cohort 4682: must be at most 4681 clients"),
 ])

@@ -23,9 +23,8 @@ from fedrun.federation.worker import Worker
 from fedrun.flags import resolve
 from fedrun.strategies.base import ADAMW_EPS
 from fedrun.training.params import ParamSlice
-from tests.support import experiments
+from tests.support import experiments, naive_int4, naive_int8
 from tests.support.made_data import made
-from tests.support.naive_int8 import Naive, NaiveMoments
 from tests.support.naive_muon import by_svd
 from tests.support.runs import FAULTY, Run, fault, without_clocks
 
@@ -102,21 +101,25 @@ class Exactly:
         return mean
 
 
-class InEightBits:
-    """The same in eight bits, for a cohort that stays the same."""
+class InFewBits:
+    """The same with updates in eight bits or in four and moments in eight, for a cohort that stays
+    the same."""
 
-    def __init__(self, size: int, weights: list[float], bound: float) -> None:
-        self.deltas, self.moments = Naive(weights, size), NaiveMoments(weights, size, CLIP)
+    def __init__(self, aggregation: str, size: int, weights: list[float], bound: float) -> None:
+        of_updates = {"int8": naive_int8.Naive, "int4": naive_int4.Naive}[aggregation]
+        self.deltas = of_updates(weights, size)
+        self.moments = naive_int8.NaiveMoments(weights, size, CLIP)
         self.averages, self.bound, self.first = self.moments.averages, bound, 2
 
     def round(self, _: list[float], deltas: list[np.ndarray],
               moments: dict[str, list[np.ndarray]], moving: list[str]) -> np.ndarray:
         self.moments.round(moments, moving)
-        return self.deltas.round(deltas, self.bound)
+        mean: np.ndarray = self.deltas.round(deltas, self.bound)
+        return mean
 
 
 def by_hand(start: Tensor, rounds: list[tuple[list[int], list[float], int]],
-            every: tuple[int, int], means: Exactly | InEightBits, matrices: Sequence[ParamSlice]
+            every: tuple[int, int], means: Exactly | InFewBits, matrices: Sequence[ParamSlice]
             ) -> tuple[dict[str, Tensor], int]:
     """The same in float64 from the formulas: the model, both averages, and how many elements of the
     first moment were cut. matrices: what Muon updates."""
@@ -199,17 +202,19 @@ def test_rounds_by_hand(every: tuple[int, int], flags: dict[str, Any], rounds: i
             assert bool((wrong <= 4 * grid + 1e-5 * expected[name].abs()).all()), name
 
 
-@pytest.mark.parametrize(("every", "rounds", "optimizer"), [
-    ((1, 1), 3, "adamw"), ((2, 3), 6, "adamw"), ((2, 3), 6, "muon")])
-def test_rounds_in_eight_bits_by_hand(every: tuple[int, int], rounds: int, optimizer: str) -> None:
+@pytest.mark.parametrize(("every", "rounds", "optimizer", "aggregation"), [
+    ((1, 1), 3, "adamw", "int8"), ((2, 3), 6, "adamw", "int8"), ((2, 3), 6, "muon", "int8"),
+    ((2, 3), 6, "muon", "int4")])
+def test_rounds_in_few_bits_by_hand(every: tuple[int, int], rounds: int, optimizer: str,
+                                    aggregation: str) -> None:
     worker = worker_of(moments_every=f"{every[0]},{every[1]}", dtype="fp64", num_clients=2,
-                       aggregation="int8", local_optimizer=optimizer)
+                       aggregation=aggregation, local_optimizer=optimizer)
     start, ratio = worker.global_model.clone(), BETA1**2 / BETA2
     farthest = max([(1 - BETA1) / math.sqrt((1 - BETA2) * (1 - ratio))] + [
         1.21 * 0.2 * math.sqrt(max(part.shape)) for part in of_muon(worker)])
     step = LR * (farthest + 64 * DECAY)
     made = go(worker, rounds)
-    means = InEightBits(len(start), made[0][1], STEPS * step)
+    means = InFewBits(aggregation, len(start), made[0][1], STEPS * step)
     expected, cut = by_hand(start, made, every, means, of_muon(worker))
     assert (cut > 0) == (rounds > 3)
     assert worker.global_state.moments is not None
@@ -275,7 +280,8 @@ def test_the_same_bits_in_1_and_3_processes_and_after_a_stop(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("aggregation", [pytest.param("exact", marks=pytest.mark.soak), "int8"])
+@pytest.mark.parametrize("aggregation", [pytest.param("exact", marks=pytest.mark.soak), "int8",
+                                         "int4"])
 def test_the_same_bits_in_5_processes_and_from_a_disk(run: Run, aggregation: str) -> None:
     alone, five, disk = (run("fed_avg", *FLAGS, "--aggregation", aggregation, *more, processes=n,
                              name=f"in_{n}_{len(more)}")

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from fedrun import cli
+from fedrun.aggregation.base import Aggregator
 from fedrun.config import FederatedConfig
 from fedrun.experiment import prepare_experiment
 from fedrun.federation.schedule import Schedule
@@ -77,7 +78,8 @@ def _fresh_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 SLOW = pytest.mark.slow
 CASES = [("fed_avg", {}), ("fed_avg", {"micro_batch": 1, "checkpoint_activations": True}),
          ("fed_avg", {"moments_dtype": "bf16", "prox_mu": 0.1}),
-         ("fed_avg", {"local_optimizer": "muon"}), ("fed_avg", {"aggregation": "int4"}),
+         ("fed_avg", {"local_optimizer": "muon"}),
+         ("fed_avg", {"aggregation": "int4", "client_moments": "average_sqrt", "grad_clip": 1}),
          ("fed_avg", {"aggregation": "int8", "client_moments": "average_sqrt", "grad_clip": 1,
                       "moments_every": "2,1"}),
          ("fed_avg", {"client_moments": "average"}), ("diloco", {"client_moments": "reset"}),
@@ -105,6 +107,10 @@ def test_memory_of_a_worker_is_what_it_allocates(method: str, flags: dict[str, o
         config, VOCAB, gpu=False, schedule=experiment.schedule), CLIENTS, gpu=False)
     seen: dict[str, int] = {}
 
+    def parts(aggregator: Aggregator) -> list[Aggregator]:
+        beside = vars(aggregator).get("_of_moments")
+        return [aggregator] if beside is None else [aggregator, beside]
+
     def look(worker: Worker) -> None:
         state, kept = worker.global_state, [worker.store.checkout(k) for k in range(CLIENTS)]
         own = [sum(t.nbytes for t in one.values()) for one in kept]
@@ -115,7 +121,8 @@ def test_memory_of_a_worker_is_what_it_allocates(method: str, flags: dict[str, o
         seen.update({
             PARAMETERS: worker.flat.vector.nbytes, GRADIENTS: worker.flat.grad.nbytes,
             GLOBAL_MODEL: state.model.nbytes,
-            BUFFER: worker.aggregator._memory[0].nbytes * (1 if worker.overlap is None else 2),
+            BUFFER: sum(part._memory[0].nbytes for part in parts(worker.aggregator))
+            * (1 if worker.overlap is None else 2),
             SERVERS: sum(t.nbytes for t in state.server.values()),
             SERVER_RESIDUAL: sum(t.nbytes for t in state.sections.values()),
             AVERAGED: sum(t.nbytes for t in (state.moments or {}).values()),
@@ -151,7 +158,8 @@ def test_activations_of_a_gradient(gpu: bool, flags: dict[str, object],
 
 SENT = [("fed_avg", ()), ("fed_avg", ("--client_moments", "average_sqrt", "--grad_clip", 1,
                                       "--moments_every", "2,3", "--aggregation", "int8")),
-        ("fed_avg", ("--aggregation", "int4")),
+        ("fed_avg", ("--aggregation", "int4", "--client_moments", "average_sqrt", "--grad_clip", 1,
+                     "--local_optimizer", "muon")),
         ("diloco", ("--keep", "best", "--save_client_deltas", "true"))]
 
 
@@ -162,8 +170,8 @@ def test_traffic_and_files_are_those_that_a_run_leaves(run_here: Run, method: st
     assert run.code == 0, run.output
     config = resolve(method, {name: value for name, value in run.config.items() if name in (
         "config", "num_clients", "rounds", "checkpoint_freq", "client_moments", "grad_clip",
-        "moments_every", "aggregation", "keep", "save_client_deltas", "batch_size",
-        "sequence_length", "val_freq")})
+        "moments_every", "aggregation", "local_optimizer", "keep", "save_client_deltas",
+        "batch_size", "sequence_length", "val_freq")})
     config = dataclasses.replace(config, dtype="fp32")
     assert isinstance(config, FederatedConfig)
     rows = len(run.model["backbone.embedding.weight"])

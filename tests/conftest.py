@@ -31,8 +31,11 @@ def environment_as_before() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokenised text for all tests of this session."""
-    return tmp_path_factory.mktemp("cache")
+    """Tokenised text for all tests of this session, also of pytest's other processes."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cache"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +84,10 @@ def little_text(cache_dir: Path) -> tuple[str, ...]:
     """Flags for runs on so little text that evaluating it takes no time."""
     from pydoc_data.topics import topics
     path = cache_dir / "little.txt"
-    path.write_text("\n\n".join(topics[name] for name in sorted(topics)[:25]), encoding="utf-8")
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            path.write_text("\n\n".join(topics[name] for name in sorted(topics)[:25]),
+                            encoding="utf-8")
     return (*SMALL, "--dataset", str(path), "--cache_dir", str(cache_dir))
 
 

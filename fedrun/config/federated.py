@@ -67,7 +67,7 @@ class FederatedConfig(PrivacySettings, RunConfig):
     (reset; reset_epoch: only at the start of each epoch), or averaged over the cohort together with
     the updates (average), which sends 24 bytes per parameter instead of 4 (12 with --aggregation
     float). average_sqrt averages the root of AdamW's second moment instead, and Muon's momentum: 12
-    bytes (3 with --aggregation int8, 2.6 with int4), on a grid that --grad_clip fixes; it needs
+    bytes (3 with --aggregation int8, 2.5 with int4), on a grid that --grad_clip fixes; it needs
     that flag."""
     moments_every: str = "1,1"
     """Rounds from one average of the first moment to the next, and of the second (3,6), with

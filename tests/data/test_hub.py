@@ -130,7 +130,7 @@ def test_a_name_that_the_hub_does_not_know_is_the_users_error(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("folder", "env"), [
-    ("hf", {}),  # HF_HOME
+    pytest.param("hf", {}, marks=pytest.mark.slow),  # HF_HOME
     ("", {"HOME_ALONE": "1"}),  # --cache_dir
     pytest.param(".cache/huggingface", {"HOME_ALONE": "1"}, marks=pytest.mark.slow)])  # by itself
 def test_what_the_hubs_cache_holds_works_without_a_network(

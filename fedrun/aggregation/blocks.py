@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fedrun.common.pinned import brought
 
-BLOCK = 256  # elements that share a step
 SMALLEST = 1 / 256  # step, as a share of what equal clients at the bound need
 FULL, SHRINK = 0.7, 0.75  # FULL < SHRINK: what has just shrunk does not clip at once
 WEIGHT_BITS = 30
@@ -25,9 +24,9 @@ def residual_of(name: str) -> str:
     return "residual" if name == "delta" else f"residual.{name}"
 
 
-def block_range(a: int, b: int) -> tuple[int, int]:
-    """The blocks that hold elements a to b; a is the first element of one."""
-    return a // BLOCK, -(-b // BLOCK)
+def block_range(a: int, b: int, block: int) -> tuple[int, int]:
+    """The blocks of this many elements that hold elements a to b; a is the first of one."""
+    return a // block, -(-b // block)
 
 
 def update_slice(client: Mapping[str, Tensor], start: Tensor | None, a: int, b: int, out: Tensor
@@ -40,19 +39,20 @@ def update_slice(client: Mapping[str, Tensor], start: Tensor | None, a: int, b: 
     return torch.sub(client["parameters"][a:b], brought(start[a:b], out), out=out)
 
 
-def give_off(residual: Tensor, steps: Tensor, levels: int, a: int, b: int, scratch: Tensor
-             ) -> tuple[Tensor, Tensor]:
+def give_off(residual: Tensor, steps: Tensor, block: int, levels: int, a: int, b: int,
+             scratch: Tensor) -> tuple[Tensor, Tensor]:
     """Take from elements a to b of a residual the multiple of its block's step that is nearest, of
     at most `levels` steps.
 
-    steps: (blocks,) of all; scratch: two slices. Returns the multiples, (blocks of the slice,
-    BLOCK), in scratch memory, and for each block how many steps the furthest element was from zero.
+    steps: (blocks,) of all, for each `block` elements; scratch: two slices. Returns the multiples,
+    (blocks of the slice, block), in scratch memory, and for each block how many steps the furthest
+    element was from zero.
     """
-    first, last = block_range(a, b)
-    blocks = scratch[0, :(last - first) * BLOCK]
+    first, last = block_range(a, b, block)
+    blocks = scratch[0, :(last - first) * block]
     blocks[:b - a] = residual[a:b]
     blocks[b - a:] = 0
-    blocks = blocks.view(-1, BLOCK)
+    blocks = blocks.view(-1, block)
     step = steps[first:last, None]
     q = torch.div(blocks, step, out=scratch[1, :blocks.numel()].view_as(blocks))
     furthest = torch.maximum(q.amax(1), q.amin(1).neg_())

@@ -14,11 +14,13 @@ memory. Of an update nothing is lost, only delayed: in the client's residual r_k
 R. Tang et al. (2019), "DoubleSqueeze: Parallel Stochastic Gradient Descent with Double-Pass
 Error-Compensated Compression", there with gradients and one server.
 
-Blocks of 256 elements have a step of their own, and sections end where blocks do. A client's step s
-is the same for all clients and known before the round, as in int8.py and by the same law: it is
-doubled where any client clipped, and shrinks where none came near it. So a byte goes with each
-block that says which of the three it was; the owner sends back the largest. The step t of the sum
-is chosen from the sum itself, and sent with it in two bytes (bfloat16).
+Blocks of 64 elements have a step of their own, and sections end where blocks do: shorter ones than
+in int8.py, since seven levels tell apart less where a row that hardly moves shares its step with
+one that moves far, as rows of an embedding do. A client's step s is the same for all clients and
+known before the round, as in int8.py and by the same law: it is doubled where any client clipped,
+and shrinks where none came near it. So a byte goes with each block that says which of the three it
+was; the owner sends back the largest. The step t of the sum is chosen from the sum itself, and sent
+with it in two bytes (bfloat16).
 
 Client's residual. All clients have seven levels, whatever their weights p_k. Of K equal clients at
 the bound B of the plan, B / (7 K) would just fit each; the first step is an eighth of it, since
@@ -42,8 +44,8 @@ makes no difference. R is part of the run's state, an element a parameter; every
 it in memory and its own section up to date, the others after `complete`, which a checkpoint needs.
 When a run resumes on other workers it is cut into their sections.
 
-What is sent. With one client a worker and machine: 129 bytes a block to the owner, and 131 back,
-4.06 bits a parameter on average; and a word for the sum of the weights. The workers of a machine
+What is sent. With one client a worker and machine: 33 bytes a block to the owner, and 35 back, 4.25
+bits a parameter on average; and a word for the sum of the weights. The workers of a machine
 send their clients' sum together: with up to 18 clients in a byte an element, with more in two. It
 is the same back.
 
@@ -61,7 +63,6 @@ from torch import Tensor
 
 from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.blocks import (
-    BLOCK,
     FULL,
     SHRINK,
     SMALLEST,
@@ -79,6 +80,7 @@ from fedrun.aggregation.slices import Peaks, slice_width
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.strategies.base import Strategy
 
+BLOCK = 64  # elements that share a step
 FIRST = 1 / 8  # step, as a share of what equal clients at the bound need
 FITS = LEVELS + 0.5  # steps from zero
 IS_FULL, HAS_CLIPPED = 1, 2  # what a client says of a block, if it is not 0
@@ -198,8 +200,9 @@ class Int4Aggregator(Aggregator):
         residual, rank = client[residual_of("delta")], self.plane.node_rank
         for a, b in self.slices.ranges:
             residual[a:b].add_(update_slice(client, start, a, b, self._scratch[1]), alpha=weight)
-            q, furthest = give_off(residual, self._round_steps, LEVELS, a, b, self._scratch)
-            first, last = block_range(a, b)
+            q, furthest = give_off(residual, self._round_steps, BLOCK, LEVELS, a, b,
+                                   self._scratch)
+            first, last = block_range(a, b, BLOCK)
             self._sums[rank][first:last].add_(q.to(self._buffer.dtype))
             said = self._said[rank][first:last]
             says = (furthest > FULL * FITS) * IS_FULL + (furthest > FITS) * (HAS_CLIPPED - IS_FULL)
@@ -292,7 +295,7 @@ class Int4Aggregator(Aggregator):
         return self._total / 2.0**WEIGHT_BITS
 
     def means(self, a: int, b: int, weight: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        first, last = block_range(a, b)
+        first, last = block_range(a, b, BLOCK)
         rows = self._results[first:last]
         mean = self._scratch[0, :(last - first) * BLOCK].view(-1, BLOCK)
         mean.copy_(unpack(rows[:, :_PACKED], 4))

@@ -74,7 +74,6 @@ from torch import Tensor
 
 from fedrun.aggregation.base import TravellingAggregator
 from fedrun.aggregation.blocks import (
-    BLOCK,
     FULL,
     SHRINK,
     SMALLEST,
@@ -92,6 +91,7 @@ from fedrun.config import INT8_COHORT
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.strategies.base import Strategy
 
+BLOCK = 256  # elements that share a step
 LEVELS = INT8_COHORT + 1  # of all clients together, on either side of zero: their sum fits a byte
 FIRST = 1 / 4  # step, as a share of what equal clients at the bound need
 FIRST_OF_MOMENTS = 1.0
@@ -240,7 +240,7 @@ class Int8Aggregator(TravellingAggregator):
 
     def means(self, a: int, b: int, weight: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         levels, found = self._total(-1), {}
-        first, last = block_range(a, b)
+        first, last = block_range(a, b, BLOCK)
         for row, (name, part) in zip((0, *range(2, len(self._scratch))), self._moving.items(),
                                      strict=False):
             words = self._sum_over_workers(part.start + first * BLOCK // 4,
@@ -290,8 +290,8 @@ class _Part:
 
     def send(self, residual: Tensor, levels: int, a: int, b: int, scratch: Tensor) -> None:
         """Move what fits the grid from a slice of a client's residual to the buffer."""
-        q, furthest = give_off(residual, self.steps, levels, a, b, scratch)
-        first, last = block_range(a, b)
+        q, furthest = give_off(residual, self.steps, BLOCK, levels, a, b, scratch)
+        first, last = block_range(a, b, BLOCK)
         fits = levels + 0.5
         self._clipped[first:last].add_(furthest > fits)
         self._full[first:last].add_(furthest > FULL * fits)

@@ -86,7 +86,7 @@ class FederatedConfig(PrivacySettings, RunConfig):
     """How updates are summed: exact (integers on a grid: the same bits in any number of processes;
     4 bytes a parameter, more for some methods), float (floating point, no bound on an update), int8
     (8 bits, 1.01 bytes a parameter; a client adds its rounding error to its next update), or int4
-    (4 bits each way, 0.51 bytes a parameter; the sum is rounded too, and the server adds that error
+    (4 bits each way, 0.53 bytes a parameter; the sum is rounded too, and the server adds that error
     to its next sum)."""
     overlap: bool = False
     """Send a round's sum while clients train the next round. Each client starts that one from its

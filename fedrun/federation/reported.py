@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from fedrun.aggregation.base import Aggregator
-from fedrun.aggregation.blocks import BLOCK, residual_of
+from fedrun.aggregation.blocks import residual_of
 from fedrun.aggregation.exact import MOMENTS
+from fedrun.aggregation.int8 import BLOCK
 from fedrun.federation.client import Client
 from fedrun.strategies.base import Strategy
 from fedrun.training import averaged_moments

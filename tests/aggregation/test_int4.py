@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from fedrun.aggregation.base import Aggregator
-from fedrun.aggregation.blocks import BLOCK, FULL, SHRINK, SMALLEST, residual_of
+from fedrun.aggregation.blocks import FULL, SHRINK, SMALLEST, residual_of
 from fedrun.aggregation.bounds import Bounds
-from fedrun.aggregation.int4 import Int4Aggregator
+from fedrun.aggregation.int4 import BLOCK, Int4Aggregator
+from fedrun.aggregation.int8 import BLOCK as BLOCK_OF_MOMENTS
 from fedrun.aggregation.int8 import Int8Aggregator
 from fedrun.aggregation.packing import LEVELS, MOST, bits_of_sum, pack, unpack
 from fedrun.aggregation.update import ServerUpdate
@@ -201,15 +202,15 @@ def test_a_left_out_client_adds_nothing_and_keeps_its_residual(last: float, why:
 def test_all_that_is_sent(groups: list[list[int]], bits: int) -> None:
     """In blocks: of every worker's sum what is not its own section, and its section of the result
     to all others."""
-    clients, workers, blocks = sum(map(len, groups)), len(groups), 274
+    clients, workers, blocks = sum(map(len, groups)), len(groups), 1094
     world = World(groups, [1 / clients] * clients)
     world.round(drawn(clients))
     section = -(-blocks // workers)
     for worker, plane in zip(world.workers, world.planes, strict=True):
-        assert plane.handed_over == [section * (workers - 1) * (32 * bits + 1),
-                                     section * (workers - 1) * (128 + 3)]
-        assert worker.bytes_sent == 129 * blocks + 8 < 0.506 * SIZE
-        assert worker.bytes_received == 131 * blocks + 8 < 0.514 * SIZE
+        assert plane.handed_over == [section * (workers - 1) * (8 * bits + 1),
+                                     section * (workers - 1) * (32 + 3)]
+        assert worker.bytes_sent == 33 * blocks + 8 < 0.516 * SIZE
+        assert worker.bytes_received == 35 * blocks + 8 < 0.548 * SIZE
 
 
 def moments_of(seed: int, clients: int) -> list[dict[str, Tensor]]:
@@ -217,8 +218,8 @@ def moments_of(seed: int, clients: int) -> list[dict[str, Tensor]]:
     found = []
     for momentum, rms in zip(drawn(clients, seed=seed), drawn(clients, seed=seed + 1), strict=True):
         rms = rms.abs() + 1e-6
-        padded = torch.nn.functional.pad(rms, (0, -SIZE % BLOCK))
-        found.append({"momentum": momentum, "rms": rms, "peaks": padded.view(-1, BLOCK).amax(1)})
+        peaks = torch.stack([block.max() for block in rms.split(BLOCK_OF_MOMENTS)])
+        found.append({"momentum": momentum, "rms": rms, "peaks": peaks})
     return found
 
 

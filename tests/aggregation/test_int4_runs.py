@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedrun.aggregation.blocks import BLOCK
+from fedrun.aggregation.int4 import BLOCK
 from fedrun.flags import resolve
 from tests.support.runs import FAULTY, Run, fault, without_clocks
 
@@ -30,8 +30,8 @@ def test_half_the_bytes_of_int8_for_nearly_the_same_model(run_here: Run) -> None
     size = sum(t.numel() for t in int4.model.values())
     blocks = -(-size // BLOCK)
     # Half a byte an element each way, a byte or three a block, the sum of the weights.
-    assert int4.history[-1]["bytes"] == 5 * 5 * (129 * blocks + 8 + 131 * blocks + 8)
-    assert int4.history[-1]["bytes"] < 0.51 * int8.history[-1]["bytes"]
+    assert int4.history[-1]["bytes"] == 5 * 5 * (33 * blocks + 8 + 35 * blocks + 8)
+    assert int4.history[-1]["bytes"] < 0.53 * int8.history[-1]["bytes"]
     losses = [one.history[-1]["server_val_loss"] for one in (exact, int8, int4)]
     assert losses[2] == pytest.approx(losses[0], rel=0.02)
     assert losses[2] == pytest.approx(losses[1], rel=0.02)

@@ -11,9 +11,9 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fedrun.aggregation.blocks import BLOCK, FULL, SHRINK, SMALLEST
+from fedrun.aggregation.blocks import FULL, SHRINK, SMALLEST
 from fedrun.aggregation.bounds import Bounds
-from fedrun.aggregation.int8 import Int8Aggregator
+from fedrun.aggregation.int8 import BLOCK, Int8Aggregator
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.config import INT8_COHORT
 from fedrun.distributed.data_plane import DataPlane, Mask

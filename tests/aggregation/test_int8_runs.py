@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedrun.aggregation.blocks import BLOCK
+from fedrun.aggregation.int8 import BLOCK
 from fedrun.federation import replicas
 from fedrun.federation.client import Client
 from fedrun.federation.global_state import STEPS

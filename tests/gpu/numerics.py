@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedrun.aggregation.base import Aggregator
-from fedrun.aggregation.blocks import BLOCK, residual_of
+from fedrun.aggregation.blocks import residual_of
 from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.exact import MOMENTS, ExactAggregator
 from fedrun.aggregation.int4 import Int4Aggregator
-from fedrun.aggregation.int8 import Int8Aggregator
+from fedrun.aggregation.int8 import BLOCK, Int8Aggregator
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.flags import resolve
 from fedrun.model.config import ModelConfig

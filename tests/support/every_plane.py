@@ -18,12 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fedrun.aggregation.base import Aggregator
-from fedrun.aggregation.blocks import BLOCK, residual_of
+from fedrun.aggregation.blocks import residual_of
 from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.exact import MOMENTS, ExactAggregator
 from fedrun.aggregation.gathering import GatheringAggregator
+from fedrun.aggregation.int4 import BLOCK as BLOCK_OF_INT4
 from fedrun.aggregation.int4 import Int4Aggregator
-from fedrun.aggregation.int8 import Int8Aggregator
+from fedrun.aggregation.int8 import BLOCK, Int8Aggregator
 from fedrun.aggregation.keeping import KeepingAggregator
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.aggregation.weiszfeld import WeiszfeldAggregator
@@ -79,10 +80,12 @@ CASES: dict[str, tuple[Strategy, Made]] = {
     "int8 apart": (FedAvg(), lambda strategy, plane: Int8Aggregator(
         strategy, SIZE, torch.zeros(()), CLIENTS, CLIENTS, plane, ("momentum", "rms"))),
     "int4": (FedAvg(), lambda strategy, plane: Int4Aggregator(
-        strategy, SIZE, torch.zeros(()), CLIENTS, CLIENTS, -(-CLIENTS // plane.workers), plane))}
+        strategy, SIZE, torch.zeros(()), CLIENTS, CLIENTS, -(-CLIENTS // plane.workers), plane,
+        ("momentum", "rms")))}
 BOUND, WEIGHT = 1e-3, 1 / CLIENTS
 APART = {"apart": [("rms",), ("momentum", "rms"), ()],
-         "int8 apart": [(), ("momentum", "rms"), ("rms",)]}
+         "int8 apart": [(), ("momentum", "rms"), ("rms",)],
+         "int4": [(), ("momentum", "rms"), ("momentum",)]}
 """The moments that each round averages."""
 
 
@@ -106,8 +109,7 @@ def result(case: str, plane: DataPlane, mine: range) -> dict[str, Tensor]:
     state = {n: plane.replicated(torch.full((SIZE,), v)) for n, v in strategy.state.items()}
     moments = {name: plane.replicated(torch.zeros(SIZE))
                for name in (*MOMENTS, "momentum", "rms")}
-    if isinstance(terms, Int8Aggregator):
-        terms.averages = moments
+    terms.averages = moments
     measured: dict[str, float] = {}
     sent, due = plane.bytes_sent, 0
     for number in range(ROUNDS):
@@ -125,7 +127,7 @@ def result(case: str, plane: DataPlane, mine: range) -> dict[str, Tensor]:
             inputs = ["parameters" if name == "delta" else name for name in strategy.inputs]
             wanted = [*inputs, *terms.moments]
             wanted += map(residual_of, terms.residuals)
-            if isinstance(terms, Int8Aggregator):
+            if terms.moment_steps:
                 wanted.append("peaks")
             reported["parameters"] = reported.pop("delta").add_(model)
             assert not terms.add({n: reported[n] for n in wanted}, WEIGHT, start=model)
@@ -135,7 +137,8 @@ def result(case: str, plane: DataPlane, mine: range) -> dict[str, Tensor]:
     if isinstance(terms, GatheringAggregator):
         measured |= {str(client): used for client, used in terms.used.items()}
     elif isinstance(terms, Int4Aggregator):
-        assert plane.bytes_sent - sent == in_four_bits(plane), case
+        of_updates = ROUNDS * (33 * math.ceil(SIZE / BLOCK_OF_INT4) + 8)
+        assert plane.bytes_sent - sent - in_four_bits(plane) in (0, due - of_updates), case
     else:
         assert plane.bytes_sent - sent in (0, due), case
     terms.complete()
@@ -145,13 +148,13 @@ def result(case: str, plane: DataPlane, mine: range) -> dict[str, Tensor]:
 
 
 def in_four_bits(plane: DataPlane) -> int:
-    """What this worker sends in ROUNDS rounds of "int4": the sum of the weights, and to the other
-    machines all that is in their sections, and twice what is in its own."""
+    """What this worker sends of updates in ROUNDS rounds of "int4": the sum of the weights, and to
+    the other machines all that is in their sections, and twice what is in its own."""
     nodes = len(plane.nodes)
     sends = nodes > 1 and plane.node_rank == 0
-    section = math.ceil(math.ceil(SIZE / BLOCK) / nodes)
+    section = math.ceil(math.ceil(SIZE / BLOCK_OF_INT4) / nodes)
     bits = 4 if max(map(len, plane.nodes)) * -(-CLIENTS // plane.workers) == 1 else 8
-    of_round = 8 * (plane.workers > 1) + sends * (nodes - 1) * section * (32 * bits + 1 + 131)
+    of_round = 8 * (plane.workers > 1) + sends * (nodes - 1) * section * (8 * bits + 1 + 35)
     return ROUNDS * of_round
 
 

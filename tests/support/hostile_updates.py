@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from fedrun.aggregation.blocks import BLOCK
+from fedrun.aggregation.int8 import BLOCK
 
 SIZE = 70_001  # more than one slice, a part of a block at the end
 BOUND = 2.0**-6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+BLOCK = 64
 
 class Naive:
     """A run in which all clients of a cohort stay the same."""
@@ -12,7 +13,7 @@ class Naive:
         """turns: cohorts that the run's clients make."""
         self.weights, self.shrink = weights, 0.75 ** (1 / turns)
         self.equal = 1 / (7 * len(weights))
-        self.steps = [self.equal / 8] * -(-size // 256)
+        self.steps = [self.equal / 8] * -(-size // BLOCK)
         self.residuals = [np.zeros(size) for _ in weights]
         self.server = np.zeros(size)
 
@@ -22,7 +23,7 @@ class Naive:
         for residual, weight, delta in zip(self.residuals, self.weights, deltas, strict=True):
             residual += weight * delta
         for number, share in enumerate(self.steps):
-            block, step = slice(256 * number, 256 * (number + 1)), share * bound
+            block, step = slice(BLOCK * number, BLOCK * (number + 1)), share * bound
             clipped = full = False
             for residual in self.residuals:
                 ratios = residual[block] / step

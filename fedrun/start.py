@@ -308,7 +308,7 @@ def _check_length(config: RunConfig, length: Length, found: Checkpoint) -> bool:
                              f"trained further, it differs from one run of {now} steps; "
                              + ("--extend allows that" if getattr(
                                  config, "local_updates_schedule", "constant") == "constant" else
-                                "and so do its rounds (--local_updates_schedule inverse_lr)"))
+                                "and so do its rounds (--local_updates_schedule quadratic)"))
         log(f"training further from step {found.step} with the learning rates of a run of {now} "
             "steps: the result differs from that of one long run", WARNING)
     elif before != now and found.step == before and getattr(config, "overlap", False):

@@ -47,11 +47,11 @@ class FederatedConfig(PrivacySettings, RunConfig):
     (0.1). none: all of them."""
     local_updates: int = 1
     """Optimizer steps that a client makes in a round. More of them mean less communication."""
-    local_updates_schedule: Literal["constant", "inverse_lr"] = "constant"
+    local_updates_schedule: Literal["constant", "quadratic"] = "constant"
     """Whether each round has --local_updates steps (constant), or that many on average, fewer while
-    the learning rate is high and more as --lr_schedule lowers it (inverse_lr), so that clients
-    drift apart about as far in each round: a better model for the same communication. The last
-    round has five to seven times as many as the average: --timeout must leave it the time."""
+    the learning rate is high and more as --lr_schedule lowers it, in inverse proportion to its
+    square (quadratic; Gu et al. 2024): a better model for the same communication. The last round
+    has five times as many as the average: --timeout must leave it the time."""
     sync: Literal["round", "epoch"] = "round"
     """When clients receive the global model: at the start of every round, or only of every epoch
     (epoch), to reproduce a study in which the server averaged models that no client received."""

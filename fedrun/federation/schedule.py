@@ -19,7 +19,7 @@ from fedrun.training.optimizer import scheduled_lr
 
 COHORT_STREAM = 1  # the stream of random numbers that cohorts are drawn from
 BALANCED = 0  # key of the permutations that cohorts are cut from; rounds have keys from 1
-LEAST_RATE = 0.1  # share of --lr, or the last round would have nearly all steps with a low rate
+LEAST_SQUARE = 0.1  # or the last round would have nearly all steps with a low rate
 REDRAWN = 64  # draws of a cohort, until it has clients of three sites, or of as many as it needs
 
 
@@ -44,9 +44,10 @@ def rounds_per_epoch(config: FederatedConfig, shard_sizes: list[int]) -> int:
 def round_starts(config: FederatedConfig, rounds: int) -> list[int]:
     """The first local step of each round, and last their number; empty if all rounds have as many.
 
-    A round ends where the learning rates so far, each as a share of --lr plus LEAST_RATE, have
-    reached its part of their sum. Gu et al. (2024, arXiv:2310.14423) let rounds grow as the
-    rate falls likewise, with its square. Steps of the warmup count in full: a new model moves fast.
+    A round ends where the squares of the learning rates so far, each as a share of --lr, plus
+    LEAST_SQUARE have reached its part of their sum: so its length is inverse to the square, as in
+    Gu et al. (2024), "A Quadratic Synchronization Rule", arXiv:2310.14423. Steps of the warmup
+    count in full: a new model moves fast.
     """
     steps = rounds * config.local_updates
     if (config.local_updates_schedule == "constant" or config.local_updates == 1
@@ -55,9 +56,10 @@ def round_starts(config: FederatedConfig, rounds: int) -> list[int]:
     rates = np.fromiter((scheduled_lr(config, step, steps) for step in range(steps)), float, steps)
     rates /= config.lr
     rates[:config.warmup] = 1
-    reached = np.cumsum(rates + LEAST_RATE)
-    # A part is at least 2 (1/2 + LEAST_RATE), and a step at most 1 + LEAST_RATE: no round is empty.
-    ends = np.searchsorted(reached, reached[-1] * np.arange(1, rounds) / rounds) + 1
+    reached, before = np.cumsum(rates**2 + LEAST_SQUARE), np.arange(1, rounds)
+    ends = np.searchsorted(reached, reached[-1] * before / rounds) + 1
+    # With 2 local updates a step may be more than a round's part; no round is empty.
+    ends = np.maximum.accumulate(ends - before) + before
     return [0, *ends.tolist(), steps]
 
 

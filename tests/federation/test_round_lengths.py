@@ -23,7 +23,7 @@ LR = 0.016
 
 def schedule_of(**flags: Any) -> Schedule:
     config = resolve("fed_avg", {"config": "tiny", "lr": LR, "lr_schedule": "cosine",
-                                 "local_updates_schedule": "inverse_lr", **flags})
+                                 "local_updates_schedule": "quadratic", **flags})
     assert isinstance(config, FederatedConfig)
     return Schedule(config, [10**5] * config.num_clients)
 
@@ -40,7 +40,7 @@ def rate(step: int, steps: int, warmup: int) -> float:
 def test_which_steps_a_round_has(rounds: int, updates: int, warmup: int) -> None:
     """Each has about its part of the sum, no round is empty, and there are as many steps in all."""
     schedule, steps = schedule_of(rounds=rounds, local_updates=updates, warmup=warmup), 0
-    counted = [1.1 if t < warmup else rate(t, rounds * updates, warmup) + 0.1
+    counted = [1.1 if t < warmup else rate(t, rounds * updates, warmup)**2 + 0.1
                for t in range(rounds * updates)]
     part = math.fsum(counted) / rounds
     lengths = []
@@ -50,14 +50,14 @@ def test_which_steps_a_round_has(rounds: int, updates: int, warmup: int) -> None
         steps += plan.steps
         lengths.append(plan.steps)
         reached = math.fsum(counted[:steps])
-        # The step with which the part is reached is the round's last.
+        # The step with which the part is reached is the round's last; or its only one.
         assert reached >= number * part * (1 - 1e-12)
-        assert reached - counted[steps - 1] < number * part
+        assert reached - counted[steps - 1] < number * part or plan.steps == 1
     assert steps == rounds * updates
     assert min(lengths) >= 1
     if updates > 2 and rounds > 10:
-        assert lengths[0] < 0.65 * updates
-        assert lengths[-1] > 5 * updates
+        assert lengths[0] <= updates / 2
+        assert 4.9 * updates < lengths[-1] < 5.1 * updates
         assert all(a <= b + 1 for a, b in itertools.pairwise(lengths))
 
 
@@ -89,11 +89,11 @@ def test_the_bound_of_a_round_is_that_of_its_rates(optimizer: str) -> None:
         constant = plain.plan(number, 0.0)
         assert (constant.steps, constant.first_step) == (60, 60 * (number - 1))
         assert constant.bound == pytest.approx(60 * LR * one, rel=1e-12)
-        assert plan.bound < 0.65 * constant.bound
+        assert plan.bound < 0.7 * constant.bound
 
 
 FLAGS = ("--num_clients", 5, "--cohort", 3, "--rounds", 6, "--local_updates", 3, "--lr_schedule",
-         "cosine", "--local_updates_schedule", "inverse_lr", "--checkpoint_freq", 1,
+         "cosine", "--local_updates_schedule", "quadratic", "--checkpoint_freq", 1,
          "--val_freq", 1)
 
 
@@ -124,7 +124,7 @@ def test_the_same_bits_in_any_world_and_after_a_stop(run: Run, tmp_path: Path,
     {"num_clients": None, "cohort": 0.1}])
 def test_a_position_that_settings_do_not_tell_is_none(damage: dict[str, Any]) -> None:
     settings = {"method": "fed_avg", "config": "tiny", "seed": 0, "local_updates": 4,
-                "local_updates_schedule": "inverse_lr", "num_clients": 5, "batch_size": 2,
+                "local_updates_schedule": "quadratic", "num_clients": 5, "batch_size": 2,
                 "sequence_length": 8}
     record = Record(3, 1.0, 1.0, 1.0, 3200.0, 1.0, 1.0, None, None)
     found = [from_settings(Path("x"), settings | more, "").local_steps(record)
@@ -143,11 +143,11 @@ def _config(folder: Path) -> FederatedConfig:
 
 
 @pytest.mark.parametrize(("flags", "message"), [
-    ({"sync": "epoch"}, "--local_updates_schedule inverse_lr: must be constant with --sync epoch"),
+    ({"sync": "epoch"}, "--local_updates_schedule quadratic: must be constant with --sync epoch"),
     ({"dp": "example", "dp_clip": 1, "dp_noise": 1, "dp_delta": 1e-5},
-     "--local_updates_schedule inverse_lr: must be constant with --dp example"),
-    ({"extend": True}, "--local_updates_schedule inverse_lr: must be constant with --extend"),
-    ({"client_moments": "reset_epoch"}, "inverse_lr: must be constant with --client_moments rese"),
+     "--local_updates_schedule quadratic: must be constant with --dp example"),
+    ({"extend": True}, "--local_updates_schedule quadratic: must be constant with --extend"),
+    ({"client_moments": "reset_epoch"}, "quadratic: must be constant with --client_moments rese"),
     ({"local_optimizer": "muon", "muon_momentum": 1.0}, "--muon_momentum 1.0: must be in .0, 1."),
     ({"local_optimizer": "muon", "client_moments": "average_sqrt", "grad_clip": 1,
       "muon_momentum": 0.8}, "--muon_momentum 0.8: must be at least --beta1 0.9 with --client_mom"),
@@ -155,4 +155,4 @@ def _config(folder: Path) -> FederatedConfig:
 def test_what_does_not_go_with_it_is_refused(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         resolve("fed_avg", {"local_updates": 8, "lr_schedule": "cosine",
-                            "local_updates_schedule": "inverse_lr"} | flags)
+                            "local_updates_schedule": "quadratic"} | flags)

@@ -23,7 +23,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "personal_muon": ("fed_fisher", "--personal", "*out_proj*", "--local_optimizer", "muon"),
     "fed_momentum": ("fed_momentum",),
     "diloco": ("diloco", "--warmup", "2", "--lr_schedule", "cosine",
-               "--local_updates_schedule", "inverse_lr"),
+               "--local_updates_schedule", "quadratic"),
     "fed_entropy": ("fed_entropy", "--temperature", "0.1"),
     "fed_fisher": ("fed_fisher",),
     "sequence": ("fed_fisher", "--fisher", "sequence", "--fisher_scope", "mixers"),

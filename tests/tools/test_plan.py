@@ -240,7 +240,7 @@ def test_a_plan_from_a_measured_step(capsys: pytest.CaptureFixture[str], tmp_pat
 
 def test_a_plan_names_the_longest_round(capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--rounds", "40", "--local_updates", "8", "--lr_schedule", "cosine")
-    growing = printed(capsys, *flags, "--local_updates_schedule", "inverse_lr")
+    growing = printed(capsys, *flags, "--local_updates_schedule", "quadratic")
     longest = re.search(r"the longest round +([0-9]+) local updates", growing)
     assert longest is not None
     assert 5 * 8 <= int(longest[1]) <= 7 * 8

@@ -23,7 +23,7 @@ from fedrun.distributed.data_plane import DataPlane
 from fedrun.records.checkpoint import DTYPES, GLOBAL, Checkpoint
 
 State = Mapping[str, Tensor]
-STEPS = "int8.steps"
+STEPS = "int8.steps", "int4.steps"
 _TYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
@@ -82,10 +82,12 @@ class GlobalState:
         """Workers: take what a checkpoint holds. warns: whether this one says what is missing."""
         tensors = checkpoint.tensors(GLOBAL)
         for name, tensor in self.named().items():
-            if name == STEPS and name not in tensors:  # made when steps were a maximum over clients
+            # Of versions whose int8 took a maximum over clients, or whose int4 had longer blocks.
+            if name in STEPS and (name not in tensors or len(tensors[name]) != len(tensor)):
                 if warns:
-                    log(f"checkpoint {checkpoint.folder} has no steps for --aggregation int8; they "
-                        "start over, so the results are not those of the run that made it", WARNING)
+                    log(f"checkpoint {checkpoint.folder} has no steps for --aggregation {name[:4]} "
+                        "as this version makes them; they start over, so the results are not those "
+                        "of the run that made it", WARNING)
                 continue
             self._plane.write(tensor, tensors[name])
 

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from fedrun.aggregation.int8 import BLOCK
 from fedrun.federation import replicas
 from fedrun.federation.client import Client
-from fedrun.federation.global_state import STEPS
 from fedrun.flags import resolve
 from fedrun.records.checkpoint import GLOBAL, MANIFEST, write_tensors
 from fedrun.records.run_files import manifest_checksum
@@ -81,7 +80,7 @@ def test_residuals_and_steps_are_part_of_a_checkpoint(run: Run, tmp_path: Path) 
     stopped = run("diloco", *flags, script=FAULTY, env=fault(tmp_path, "term", "record:3"))
     held = [load_file(file) for file in stopped.run_dir.glob("checkpoints/*/client_*")]
     assert sum("residual" in client for client in held) >= 3
-    steps = [load_file(file)[STEPS] for file in
+    steps = [load_file(file)["int8.steps"] for file in
              sorted(stopped.run_dir.glob("checkpoints/*/global.safetensors"))]
     assert not torch.equal(steps[0], steps[-1])
     resumed = run("diloco", *flags, processes=3)
@@ -89,20 +88,25 @@ def test_residuals_and_steps_are_part_of_a_checkpoint(run: Run, tmp_path: Path) 
     assert resumed.bits == alone.bits
 
 
-def test_a_checkpoint_without_steps_resumes_with_a_warning(run_here: Run) -> None:
-    """Those made when steps were a maximum over the clients; its residuals are still right."""
-    flags = ("--aggregation", "int8", "--num_clients", 3, "--checkpoint_freq", 2)
+@pytest.mark.parametrize("aggregation", ["int8", "int4"])
+def test_a_checkpoint_without_steps_resumes_with_a_warning(run_here: Run, aggregation: str) -> None:
+    """Those made when int8 took a maximum over the clients, and int4 had blocks of 256; residuals
+    are still right."""
+    flags = ("--aggregation", aggregation, "--num_clients", 3, "--checkpoint_freq", 2)
     first = run_here("fed_avg", *flags, "--rounds", 2)
     whole = run_here("fed_avg", *flags, "--rounds", 4, name="whole")
     made, = first.run_dir.glob("checkpoints/step_*")
     held = load_file(made / GLOBAL)
-    del held[STEPS]
+    if aggregation == "int8":
+        del held["int8.steps"]
+    else:
+        held["int4.steps"] = held["int4.steps"][::4].clone()
     manifest = json.loads((made / MANIFEST).read_text())
     manifest["files"] |= write_tensors(made, {GLOBAL: held})
     (made / MANIFEST).write_text(json.dumps(manifest | {"sha256": manifest_checksum(manifest)}))
     further = run_here("fed_avg", *flags, "--rounds", 4, after=first)
     assert further.code == 0, further.output
-    assert further.output.count("has no steps for --aggregation int8; they start over") == 1
+    assert further.output.count(f"has no steps for --aggregation {aggregation} as this") == 1
     assert further.bits != whole.bits
     last = [one.history[-1]["server_val_loss"] for one in (further, whole)]
     assert last[0] == pytest.approx(last[1], rel=0.01)
@@ -116,7 +120,7 @@ def test_replicas_are_compared_with_their_steps(run_here: Run, monkeypatch: pyte
                         lambda held: seen.append(set(held)) or healthy(held))  # type: ignore[func-returns-value]
     assert run_here("fed_avg", "--aggregation", "int8", "--rounds", 1).code == 0
     assert seen
-    assert all(STEPS in names for names in seen)
+    assert all("int8.steps" in names for names in seen)
 
 
 @pytest.mark.parametrize(("method", "flags", "message"), [

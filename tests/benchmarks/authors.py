@@ -48,19 +48,22 @@ Models = dict[str, dict[str, Tensor]]
 
 
 @contextlib.contextmanager
-def kept(number: int, local_updates: int, models: Models) -> Iterator[None]:
+def kept(number: int, models: Models) -> Iterator[None]:
     """In the block, models of a run are put here: the clients' after their training in this round,
     and the average of that round, which the next one starts from; if clients have parameters of
     their own, one for each."""
     healthy, patched = Client.train, Client  # type: Any, Any
+    starts: list[int] = []  # of the rounds so far
 
     def train(client: Client, model: Any, steps: int, first_step: int, *args: Any, **how: Any
               ) -> Any:
-        if first_step == number * local_updates:
+        if first_step not in starts:
+            starts.append(first_step)
+        if len(starts) == number + 1:
             whose = f", client {client.index}" if client.flat.own.numel() else ""
             models.setdefault(f"average{whose}", copied(client))
         losses = healthy(client, model, steps, first_step, *args, **how)
-        if first_step == (number - 1) * local_updates:
+        if len(starts) == number:
             models[f"client {client.index}"] = copied(client)
         return losses
 
@@ -136,7 +139,7 @@ def measured(flags: Mapping[str, Any], partition: str, books: Path, runs: Path, 
              ) -> dict[str, dict[str, float]]:
     """Perplexities of a run's models, in the middle and at the end. runs: a folder for the run."""
     models = Models()
-    with kept(flags["rounds"] // 2, flags["local_updates"], models):
+    with kept(flags["rounds"] // 2, models):
         run = trained(flags, partition, books, runs, cache)
     models |= at_the_end(run, flags)
     return perplexities(run.folder, models, held_out(flags, books, cache), cache)

@@ -68,9 +68,9 @@ class Aggregator(ABC):
         return self._buffer
 
     @property
-    def buffers(self) -> tuple[Tensor, ...]:
-        """All of this worker's memory for sums."""
-        return (self._buffer,)
+    def memory(self) -> tuple[Tensor, ...]:
+        """This worker's buffers as long as any round needs them."""
+        return (self._memory[self.plane.node_rank],)
 
     @property
     def device(self) -> torch.device:

@@ -140,8 +140,8 @@ class Int4Aggregator(Aggregator):
             self.moment_steps = self._of_moments.moment_steps
 
     @property
-    def buffers(self) -> tuple[Tensor, ...]:
-        return self._buffer, *(self._of_moments.buffers if self._of_moments else ())
+    def memory(self) -> tuple[Tensor, ...]:
+        return *super().memory, *(self._of_moments.memory if self._of_moments else ())
 
     @property
     def residuals(self) -> tuple[str, ...]:

@@ -122,7 +122,7 @@ class Int8Aggregator(TravellingAggregator):
         super().__init__(size, plane, (updates + len(moments)) * each + scales + 2, torch.int32,
                          torch.empty(1 + updates + len(moments), width, dtype=like.dtype,
                                      device=like.device))
-        self.cohort = cohort
+        self.cohort, self._blocks = cohort, blocks
         self._words = torch.empty(width // 4, dtype=torch.int32, device=like.device)
         equal = 1.0 / (cohort * _levels(cohort, 1.0 / cohort))
         self._range = SMALLEST * equal, 2.0 / (LEVELS - cohort)
@@ -133,7 +133,7 @@ class Int8Aggregator(TravellingAggregator):
                                                     device=like.device))
 
         self._updates = ("delta",) if updates else ()
-        self.steps = shares(FIRST)
+        self.steps = shares(FIRST) if updates else torch.empty(0)
         """The next round's steps of updates, (blocks,), as shares of its bound: the same on every
         worker, and part of what a run resumes from."""
         self.moment_steps = {name: shares(FIRST_OF_MOMENTS) for name in moments}
@@ -142,8 +142,8 @@ class Int8Aggregator(TravellingAggregator):
         """The last round's scales of the moments, (blocks,); part of that too."""
         if scales:
             self.scales = self.plane.replicated(self.scales)
-        self._parts = {"delta": _Part(self.steps)} | {
-            name: _Part(each) for name, each in self.moment_steps.items()}
+        self._parts = {name: _Part(each) for name, each in (
+            dict.fromkeys(self._updates, self.steps) | self.moment_steps).items()}
         self._lay_out(tuple(moments))
         self._bounds = {"delta": math.inf}
 
@@ -161,7 +161,7 @@ class Int8Aggregator(TravellingAggregator):
         """Make the buffer that of a round which averages these moments."""
         self.moments = moments
         self._moving = {name: self._parts[name] for name in (*self._updates, *moments)}
-        each = _Part.length(len(self.steps))
+        each = _Part.length(self._blocks)
         end = len(self._moving) * each
         self._scales_at = slice(end, end + len(self.scales))
         self._shorten(end + len(self.scales) + 2)
@@ -171,7 +171,8 @@ class Int8Aggregator(TravellingAggregator):
     def begin(self, bounds: Bounds, moments: Sequence[str] | None = None) -> None:
         self._lay_out(tuple(self.moment_steps) if moments is None else tuple(moments))
         self._bounds = {"delta": bounds.update} | dict.fromkeys(self.moments, math.inf)
-        self._parts["delta"].begin(bounds.update)
+        for name in self._updates:
+            self._parts[name].begin(bounds.update)
         for name in self.moments:
             self._parts[name].begin(self.scales)
         self._grid = 2.0 ** (WEIGHT_BITS - math.ceil(math.log2(bounds.clip)))  # of the scales
@@ -216,7 +217,7 @@ class Int8Aggregator(TravellingAggregator):
 
     def settle(self) -> None:
         """Workers, after the sum: choose the next round's steps."""
-        mine = self.plane.section(len(self.steps))
+        mine = self.plane.section(self._blocks)
         for part in self._moving.values():
             clipped, full = (self._sum(where).view(torch.uint8)[mine.start:mine.stop]
                              for where in part.counts)

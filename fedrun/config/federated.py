@@ -51,7 +51,8 @@ class FederatedConfig(PrivacySettings, RunConfig):
     """Whether each round has --local_updates steps (constant), or that many on average, fewer while
     the learning rate is high and more as --lr_schedule lowers it, in inverse proportion to its
     square (quadratic; Gu et al. 2024): a better model for the same communication. The last round
-    has five times as many as the average: --timeout must leave it the time."""
+    has three to eight times as many as the average, which `fedrun plan` says: --timeout must leave
+    it the time."""
     sync: Literal["round", "epoch"] = "round"
     """When clients receive the global model: at the start of every round, or only of every epoch
     (epoch), to reproduce a study in which the server averaged models that no client received."""
@@ -67,7 +68,7 @@ class FederatedConfig(PrivacySettings, RunConfig):
     (reset; reset_epoch: only at the start of each epoch), or averaged over the cohort together with
     the updates (average), which sends 24 bytes per parameter instead of 4 (12 with --aggregation
     float). average_sqrt averages the root of AdamW's second moment instead, and Muon's momentum: 12
-    bytes (3 with --aggregation int8, 2.5 with int4), on a grid that --grad_clip fixes; it needs
+    bytes (3 with --aggregation int8, 2.6 with int4), on a grid that --grad_clip fixes; it needs
     that flag."""
     moments_every: str = "1,1"
     """Rounds from one average of the first moment to the next, and of the second (3,6), with

@@ -142,9 +142,9 @@ class Schedule:
         that has averaged all: every client starts from them, zeros.
 
         Moments that are not averaged in every round are so from the second on: those of the first,
-        of a model that knows nothing, mislead for rounds. In eight bits all are, because they need
-        a round before, whose sums say how large moments are."""
-        first = 2 if self.config.aggregation == "int8" else 1
+        of a model that knows nothing, mislead for rounds. In few bits all are, because they need a
+        round before, whose sums say how large moments are."""
+        first = 2 if self.config.sends_few_bits else 1
         return tuple(name for name, every in self.config.averaged_moments.items()
                      if number == 0 or (number >= first and (number - 2) % every == 0))
 

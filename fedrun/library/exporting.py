@@ -136,7 +136,7 @@ def _origin(settings: dict[str, Any]) -> str:
     how = "trained centrally" if settings["method"] == "central" else (
         f"trained by federated learning ({settings['method']}, {settings.get('num_clients')} "
         f"clients, local updates per round: {settings.get('local_updates')}"
-        + " on average" * (settings.get("local_updates_schedule") == "quadratic") + ")")
+        + " on average" * (settings.get("local_updates_schedule", "constant") != "constant") + ")")
     text = "the texts of its sites" if settings.get("sites") else settings.get("dataset")
     return f"{how} on {text} from scratch with fedrun" if not settings.get("init_from") else (
         f"{how} on {text} with fedrun, starting from {settings['init_from']}")

@@ -226,7 +226,7 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
         plane = DataPlane()
         with count.item(SCRATCH):
             aggregator = make_aggregator(config, flat.shared, plane, most)
-            count.name(BUFFER, *aggregator.buffers)
+            count.name(BUFFER, *aggregator.memory)
             if isinstance(aggregator, KeepingAggregator):
                 count.name(UPDATES, *aggregator.rows)
             if isinstance(aggregator, WeiszfeldAggregator):
@@ -235,7 +235,7 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
             state = GlobalState(config, flat.vector, plane, aggregator, odd)
             ServerUpdate(strategy, aggregator)
             if odd is not None:
-                count.name(BUFFER, *odd.buffers)
+                count.name(BUFFER, *odd.memory)
                 ServerUpdate(strategy, odd)
         count.name(GLOBAL_MODEL, state.model)
         count.name(SERVERS, *state.server.values())

@@ -294,7 +294,7 @@ def _wire(config: RunConfig, text: Text, found: Trains, layout: Layout, traffic:
             yield _row("in a round that averages moments", amount(traffic.most))
         if isinstance(found, Worker) and isinstance(found.aggregator, Int4Aggregator):
             yield (f"  by each of {traffic.senders} workers, if it has one client: a sum of "
-                   "several takes a byte for each parameter, or two")
+                   "several updates takes a byte for each parameter, or two")
         else:
             yield (f"  by each of {traffic.senders} workers, once; a ring of them passes on nearly "
                    "twice that")

@@ -62,6 +62,7 @@ def test_both_residuals_are_part_of_a_checkpoint(run: Run, tmp_path: Path) -> No
     ends = [load_file(one.run_dir / "checkpoints/step_000005/global.safetensors")
             for one in (alone, resumed)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    assert all(bool(vector.isfinite().all()) for vector in ends[0].values())
 
 
 @pytest.mark.parametrize(("method", "flags", "message"), [

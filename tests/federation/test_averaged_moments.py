@@ -204,7 +204,7 @@ def test_rounds_by_hand(every: tuple[int, int], flags: dict[str, Any], rounds: i
 
 @pytest.mark.parametrize(("every", "rounds", "optimizer", "aggregation"), [
     ((1, 1), 3, "adamw", "int8"), ((2, 3), 6, "adamw", "int8"), ((2, 3), 6, "muon", "int8"),
-    ((2, 3), 6, "muon", "int4")])
+    ((1, 1), 3, "muon", "int4"), ((2, 3), 6, "muon", "int4")])
 def test_rounds_in_few_bits_by_hand(every: tuple[int, int], rounds: int, optimizer: str,
                                     aggregation: str) -> None:
     worker = worker_of(moments_every=f"{every[0]},{every[1]}", dtype="fp64", num_clients=2,

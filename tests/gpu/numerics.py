@@ -107,7 +107,8 @@ METHODS: dict[str, tuple[Strategy, tuple[str, ...]]] = {  # and the moments that
     "fed_avg": (FedAvg(), ()), "averaged moments": (FedAvg(), MOMENTS),
     "averaged roots": (FedAvg(), BOUNDED), "fed_fisher": (FedFisher(), ()),
     "fed_entropy": (FedEntropy(), ()), "fed_adam": (FedAdam(), ()), "int8": (FedAvg(), ()),
-    "int8, averaged roots": (FedAvg(), BOUNDED), "int4": (FedAvg(), ())}
+    "int8, averaged roots": (FedAvg(), BOUNDED), "int4": (FedAvg(), ()),
+    "int4, averaged roots": (FedAvg(), BOUNDED)}
 
 
 def client_vectors(size: int) -> Iterator[dict[str, Tensor]]:
@@ -138,14 +139,15 @@ def summed(name: str, size: int, device: torch.device) -> dict[str, Any]:
     terms: Aggregator
     if name.startswith("int8"):
         terms = Int8Aggregator(strategy, size, like, CLIENTS, CLIENTS, moments=averaged)
-        terms.averages = moments
-        terms.scales.fill_(1.0)
-        wanted += ["peaks", *map(residual_of, ("delta", *averaged))]
-    elif name == "int4":
-        terms = Int4Aggregator(strategy, size, like, CLIENTS, CLIENTS, CLIENTS)
-        wanted.append(residual_of("delta"))
+    elif name.startswith("int4"):
+        terms = Int4Aggregator(strategy, size, like, CLIENTS, CLIENTS, CLIENTS, moments=averaged)
     else:
         terms = ExactAggregator(strategy, size, like, True, averaged)
+    if isinstance(terms, Int8Aggregator | Int4Aggregator):
+        terms.averages = moments
+        wanted += ["peaks", *map(residual_of, ("delta", *averaged))]
+    if averaged and "scales" in terms.carried:
+        terms.carried["scales"].fill_(1.0)
     terms.begin(Bounds(BOUND))
     left_out = []
     for vectors in client_vectors(size):

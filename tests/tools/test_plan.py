@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from fedrun import cli
-from fedrun.aggregation.base import Aggregator
 from fedrun.config import FederatedConfig
 from fedrun.experiment import prepare_experiment
 from fedrun.federation.schedule import Schedule
@@ -107,10 +106,6 @@ def test_memory_of_a_worker_is_what_it_allocates(method: str, flags: dict[str, o
         config, VOCAB, gpu=False, schedule=experiment.schedule), CLIENTS, gpu=False)
     seen: dict[str, int] = {}
 
-    def parts(aggregator: Aggregator) -> list[Aggregator]:
-        beside = vars(aggregator).get("_of_moments")
-        return [aggregator] if beside is None else [aggregator, beside]
-
     def look(worker: Worker) -> None:
         state, kept = worker.global_state, [worker.store.checkout(k) for k in range(CLIENTS)]
         own = [sum(t.nbytes for t in one.values()) for one in kept]
@@ -121,7 +116,7 @@ def test_memory_of_a_worker_is_what_it_allocates(method: str, flags: dict[str, o
         seen.update({
             PARAMETERS: worker.flat.vector.nbytes, GRADIENTS: worker.flat.grad.nbytes,
             GLOBAL_MODEL: state.model.nbytes,
-            BUFFER: sum(part._memory[0].nbytes for part in parts(worker.aggregator))
+            BUFFER: sum(part.nbytes for part in worker.aggregator.memory)
             * (1 if worker.overlap is None else 2),
             SERVERS: sum(t.nbytes for t in state.server.values()),
             SERVER_RESIDUAL: sum(t.nbytes for t in state.sections.values()),

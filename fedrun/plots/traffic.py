@@ -12,8 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
+from matplotlib.transforms import Bbox
 
 from fedrun.common.files import number
 from fedrun.plots import style
@@ -25,8 +28,10 @@ HEADROOM = 1.15
 """The perplexity, as a multiple of the worst on the front or of the reference, above which points
 are drawn at the edge."""
 
-NEAR = 0.05
-"""Points are near each other within this share of the y-axis, and of a decade of bytes."""
+MARKER = 7  # points
+BESIDE = [((5, 4), "left", "bottom"), ((-5, 4), "right", "bottom"), ((5, -4), "left", "top"),
+          ((-5, -4), "right", "top"), ((0, 7), "center", "bottom"), ((0, -7), "center", "top")]
+"""Where a point's name may stand: its distance in points, and how it is aligned."""
 
 
 class Point(NamedTuple):
@@ -83,14 +88,13 @@ def figures(folder: Path) -> dict[str, Result]:
 
 def _draw(found: Sequence[Point], every_step: float) -> Result:
     """every_step: bytes a token of summing fp32 gradients at every step; nan if settings differ."""
-    fig = style.figure(8.6, 5.6)
+    fig = style.figure(9.6, 6.6)
     ax = fig.subplots()
     best = front(found)
     ends = [*best, best[-1]._replace(bytes=max(p.bytes for p in found))]
     ax.step([p.bytes for p in ends], [p.ratio for p in ends], where="post", color="#666666",
             linewidth=1.2, zorder=1)
     top = HEADROOM * max(1.0, *(p.ratio for p in best))
-    left = _named_on_the_left(found, top)
     for point in found:
         look, inside = style.look(point.method), point.ratio <= top
         y = min(point.ratio, top)
@@ -98,12 +102,8 @@ def _draw(found: Sequence[Point], every_step: float) -> Result:
             ax.errorbar([point.bytes], [y], [[y - point.low], [min(point.high, top) - y]],
                         color=look.colour, capsize=2.5, linewidth=1.0)
         ax.plot([point.bytes], [y], linestyle="none", color=look.colour,
-                marker=look.marker if inside else "^", markersize=7,
+                marker=look.marker if inside else "^", markersize=MARKER,
                 markerfacecolor=look.colour if point.repeated else "white", zorder=2)
-        beyond = "" if inside else f" ({point.ratio:.3g})"
-        side = -1 if point.name in left else 1
-        ax.annotate(style.text(point.name + beyond, 40), (point.bytes, y), (5 * side, 4),
-                    textcoords="offset points", fontsize=7.5, ha="left" if side > 0 else "right")
     ax.axhline(1.0, color=style.look("central").colour, linewidth=1.0, linestyle=(0, (4, 2)))
     if math.isfinite(every_step):  # a line and no point: the reference need not be trained so
         ax.axvline(every_step, color=style.look("central").colour, linewidth=1.0,
@@ -129,22 +129,32 @@ def _draw(found: Sequence[Point], every_step: float) -> Result:
         notes.append("white: the tuning seed alone")
     if any(p.ratio > top for p in found):
         notes.append("at the upper edge: above it, with its value")
+    notes.append("without a name: where there is no room for it")
     style.legend_below(fig, handles, 5, style.lines(1.2 * fig.get_figwidth(), "; ".join(notes)))
+    _write_names(ax, [*best, *sorted({*found} - {*best}, key=lambda p: p.ratio)], top)
     return fig
 
 
-def _named_on_the_left(found: Sequence[Point], top: float) -> set[str]:
-    """The points whose names would lie on those of others to their right. top: the upper edge."""
-    def height(point: Point) -> float:
-        return min(point.ratio, top)
-
-    close = NEAR * (max(map(height, found)) - min(1.0, *map(height, found)))
-    left: set[str] = set()
-    placed: list[Point] = []
-    for point in sorted(found, key=lambda p: (p.bytes, height(p))):
-        near = [p for p in placed if abs(math.log10(p.bytes / point.bytes)) < NEAR
-                and abs(height(p) - height(point)) <= close]
-        if near and near[-1].name not in left:
-            left.add(point.name)
-        placed.append(point)
-    return left
+def _write_names(ax: Axes, found: Sequence[Point], top: float) -> None:
+    """Write the names of points, in this order, beside them where there is room: not on another's,
+    on a point, or beyond the edge. top: the ratio at the upper edge."""
+    fig = ax.figure
+    assert isinstance(fig, Figure)
+    fig.draw_without_rendering()  # so that places on the paper are known
+    places = [(p.bytes, min(p.ratio, top)) for p in found]
+    half = MARKER / 2 * fig.dpi / 72
+    taken = [note.get_window_extent() for note in ax.texts] + [
+        Bbox([(x - half, y - half), (x + half, y + half)])
+        for x, y in ax.transData.transform(places)]
+    for point, place in zip(found, places, strict=True):
+        beyond = "" if point.ratio <= top else f" ({point.ratio:.3g})"
+        for (right, up), ha, va in BESIDE:
+            note = ax.annotate(style.text(point.name + beyond, 40), place, (right, up),
+                               textcoords="offset points", fontsize=7.5, ha=ha, va=va)
+            note.set_in_layout(False)
+            box = note.get_window_extent()
+            within = ax.bbox.x0 <= box.x0 and box.x1 <= ax.bbox.x1
+            if within and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            note.remove()

@@ -45,7 +45,7 @@ def test_tracked_studies_are_read(folder: Path) -> None:
     reported = set(map(int, seeds[1].split(", ")))
     for row in json.loads((folder / "table.json").read_text()):
         runs = [run for run in found.runs if run.seed in reported
-                and re.fullmatch(rf"{row['setting']}(_(server_)?lr_[\d.e-]+)+_seed_\d", run.name)]
+                and re.fullmatch(rf"{row['setting']}(_(server_)?(lr|momentum)_[\d.e-]+)+_seed_\d", run.name)]
         assert {run.method for run in runs} == {row["flags"]["method"]} or not runs
         assert {run.settings["lr"] for run in runs} == {row["best"]["lr"]} or not runs
         if "final_ppl" in row:

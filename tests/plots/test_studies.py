@@ -43,9 +43,10 @@ def test_tracked_studies_are_read(folder: Path) -> None:
     seeds = re.search(r"Ratio: seeds ([\d, ]+),", (folder / "table.md").read_text())
     assert seeds
     reported = set(map(int, seeds[1].split(", ")))
+    values = r"(_(server_)?(lr|momentum)_[\d.e-]+)+"
     for row in json.loads((folder / "table.json").read_text()):
         runs = [run for run in found.runs if run.seed in reported
-                and re.fullmatch(rf"{row['setting']}(_(server_)?(lr|momentum)_[\d.e-]+)+_seed_\d", run.name)]
+                and re.fullmatch(f"{row['setting']}{values}_seed_\\d", run.name)]
         assert {run.method for run in runs} == {row["flags"]["method"]} or not runs
         assert {run.settings["lr"] for run in runs} == {row["best"]["lr"]} or not runs
         if "final_ppl" in row:

@@ -71,8 +71,8 @@ IDLE: dict[str, Callable[[Any], str]] = {
     "muon",
     "prox_mu": lambda c: "with --local_updates 1" if c.local_updates == 1 else "",
     "client_store": _nothing_to_store,
-    "moments_every": lambda c: "" if c.client_moments == "average_sqrt"
-    else "without --client_moments average_sqrt",
+    "moments_every": lambda c: "" if c.client_moments in ("average_sqrt", "average_rows")
+    else "without --client_moments average_sqrt or average_rows",
     "dp_dir": lambda c: "" if c.private else "without --dp client or example",
     "weighting": _one_client,
     "temperature": _one_client,

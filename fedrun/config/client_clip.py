@@ -29,7 +29,7 @@ def check_client_clip(config: Any) -> None:
             "--dp_clip")
     require(not config.sends_few_bits, "--aggregation", config.aggregation, f"exact or float with "
             f"{flag}: in few bits a client also sends what earlier rounds have left")
-    require(not config.averaged_moments, "--client_moments", config.client_moments,
+    require(not config.averages_moments, "--client_moments", config.client_moments,
             f"keep, reset or reset_epoch with {flag}: moments are not clipped")
     require(config.sync == "round", "--sync", config.sync, f"round with {flag}")
     require(given != MEDIAN or config.sites is None, "--client_clip", given, "a number with "

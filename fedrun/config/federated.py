@@ -63,18 +63,21 @@ class FederatedConfig(PrivacySettings, RunConfig):
     """Parameters that never leave a client, each of which keeps and trains its own: names or
     patterns with *, separated by commas (*norm*,lm_head.weight); all others are averaged. none: all
     of them are."""
-    client_moments: Literal["keep", "reset", "reset_epoch", "average", "average_sqrt"] = "keep"
+    client_moments: Literal["keep", "reset", "reset_epoch", "average", "average_sqrt",
+                            "average_rows"] = "keep"
     """What happens to a client's moments after a round: kept for its next one (keep), set to zero
     (reset; reset_epoch: only at the start of each epoch), or averaged over the cohort together with
     the updates (average), which sends 24 bytes per parameter instead of 4 (12 with --aggregation
     float). average_sqrt averages the root of AdamW's second moment instead, and Muon's momentum: 12
     bytes (3 with --aggregation int8, 2.6 with int4), on a grid that --grad_clip fixes; it needs
-    that flag."""
+    that flag. average_rows needs it too: clients keep their moments, and average how large AdamW's
+    second one is in each row of a parameter: 8 bytes a row, of an embedding 8 a token (after Liu et
+    al. 2025, FedAdamW)."""
     moments_every: str = "1,1"
     """Rounds from one average of the first moment to the next, and of the second (3,6), with
-    --client_moments average_sqrt, beginning with the second round; the updates are averaged in
-    every round. In between a client keeps its own moments, unless it missed a round: then it starts
-    from the last averages."""
+    --client_moments average_sqrt, or from one average of rows to the next (3), with average_rows;
+    the updates are averaged in every round. Beginning with the second round. In between a client
+    keeps its own moments; one that missed a round starts from the last averages."""
     client_store: Literal["memory", "disk"] = "memory"
     """Where the state of clients that are not training is kept: in the host's memory, or in files
     in the run's folder (disk), so that hundreds of clients take the memory of two."""
@@ -138,21 +141,26 @@ class FederatedConfig(PrivacySettings, RunConfig):
         require(0 <= self.prox_mu < math.inf, "--prox_mu", self.prox_mu, ">= 0")
         require(self.prox_mu == 0 or self.sync == "round", "--prox_mu", self.prox_mu,
                 "0 with --sync epoch, where clients do not know the global model")
-        require(re.fullmatch("[1-9][0-9]{0,5},[1-9][0-9]{0,5}", self.moments_every) is not None,
-                "--moments_every", self.moments_every, "two integers >= 1: 3,6")
-        require(not self.averaged_moments or self.sync == "round", "--client_moments",
+        rows = self.client_moments == "average_rows"
+        periods = re.fullmatch("([1-9][0-9]{0,5})(,[1-9][0-9]{0,5})?", self.moments_every)
+        require(periods is not None and (not rows or periods[2] in (None, f",{periods[1]}")),
+                "--moments_every", self.moments_every, "an integer >= 1 with --client_moments "
+                "average_rows" if rows else "one or two integers >= 1: 3,6")
+        require(not self.averages_moments or self.sync == "round", "--client_moments",
                 self.client_moments, "keep, reset or reset_epoch with --sync epoch")
         require(self.client_moments != "reset_epoch" or self.cohort is None, "--client_moments",
                 self.client_moments, "keep, reset or average with --cohort, where a client may not "
                 "train in an epoch's first round")
-        require(self.client_moments != "average_sqrt" or self.grad_clip is not None, "--grad_clip",
-                "none", "a number > 0 with --client_moments average_sqrt, whose grid it fixes")
-        require(self.moments_dtype == "fp32" or not self.averaged_moments, "--moments_dtype",
-                self.moments_dtype, f"fp32 with --client_moments {self.client_moments}, which sums "
-                "moments as they are")
+        require(self.grad_clip is not None or self.client_moments not in (
+            "average_sqrt", "average_rows"), "--grad_clip", "none",
+                f"a number > 0 with --client_moments {self.client_moments}, whose grid it fixes")
+        require(self.moments_dtype == "fp32" or not self.averages_moments, "--moments_dtype",
+                self.moments_dtype, f"fp32 with --client_moments {self.client_moments}, which takes"
+                " moments as they are")
         if self.local_optimizer == "muon":
             require(self.client_moments != "average", "--client_moments", "average",
-                    "average_sqrt, keep, reset or reset_epoch with --local_optimizer muon")
+                    "average_sqrt, keep, reset, reset_epoch or average_rows with --local_optimizer "
+                    "muon")
             require(not self.averaged_moments or self.personal is None, "--personal", self.personal,
                     f"none with --local_optimizer muon and --client_moments {self.client_moments}")
             require(not self.averaged_moments or self.muon_momentum >= self.beta1,
@@ -187,9 +195,21 @@ class FederatedConfig(PrivacySettings, RunConfig):
         """The moments (see CLIENT_VECTORS) that are averaged besides the method's vectors, and the
         rounds from one average to the next."""
         if self.client_moments == "average_sqrt":
-            momentum, rms = self.moments_every.split(",")
-            return {"momentum": int(momentum), "rms": int(rms)}
+            periods = [int(period) for period in self.moments_every.split(",")]
+            return {"momentum": periods[0], "rms": periods[-1]}
         return {"exp_avg": 1, "exp_avg_sq": 1} if self.client_moments == "average" else {}
+
+    @property
+    def rows_every(self) -> int | None:
+        """The rounds from one average of rows to the next; None: none are averaged."""
+        if self.client_moments != "average_rows":
+            return None
+        return int(self.moments_every.split(",")[0])
+
+    @property
+    def averages_moments(self) -> bool:
+        """Whether clients average anything of their moments."""
+        return bool(self.averaged_moments or self.rows_every)
 
     @property
     def longest_update(self) -> float | None:
@@ -205,8 +225,8 @@ class FederatedConfig(PrivacySettings, RunConfig):
     def keeps_moments(self) -> bool:
         """Whether a client has moments of its own from one round to the next."""
         if self.client_moments == "average_sqrt":
-            return self.moments_every != "1,1" or self.sends_few_bits
-        return self.client_moments in ("keep", "reset_epoch")
+            return set(self.averaged_moments.values()) != {1} or self.sends_few_bits
+        return self.client_moments in ("keep", "reset_epoch", "average_rows")
 
     @property
     def keeps_states(self) -> bool:
@@ -230,7 +250,8 @@ class FederatedConfig(PrivacySettings, RunConfig):
         require(fits, "--aggregation", given,
                 f"exact or float for {self.method} ({given} carries only updates)")
         require(self.client_moments != "average", "--client_moments", "average",
-                f"keep, reset, reset_epoch or average_sqrt with --aggregation {given}")
+                "keep, reset, reset_epoch, average_sqrt or average_rows with "
+                f"--aggregation {given}")
         most = INT8_COHORT if given == "int8" or self.averaged_moments else INT4_COHORT
         beside = " and averaged moments" if given == "int4" and self.averaged_moments else ""
         require(self.cohort_size <= most, "--cohort", self.cohort_size,

@@ -22,7 +22,7 @@ def check_overlap(config: Any) -> None:
             f"false for {config.method}: it is for {', '.join(METHODS)}")
     require(config.strategy.weighting != "trained", "--weighting", "trained",
             "samples or uniform with --overlap, where a client knows its weight before the sum")
-    require(not config.averaged_moments, "--client_moments", config.client_moments,
+    require(not config.averages_moments, "--client_moments", config.client_moments,
             "keep, reset or reset_epoch with --overlap")
     require(config.sync == "round", "--sync", config.sync, "round with --overlap")
     require(config.aggregation != "int4", "--aggregation", config.aggregation,

@@ -36,10 +36,11 @@ class GlobalState:
     """
 
     def __init__(self, config: FederatedConfig, vector: Tensor, plane: DataPlane,
-                 aggregator: Aggregator, odd: Aggregator | None = None) -> None:
+                 aggregator: Aggregator, odd: Aggregator | None = None,
+                 rows: Tensor | None = None) -> None:
         """Workers: as it is before the first round. vector: the model's, (size,), of which as much
         is shared as the aggregator sums; the rest (--personal) stays as it is. odd: with --overlap,
-        what sums every other round."""
+        what sums every other round. rows: with --client_moments average_rows, their means."""
         self._pinned = PinnedMemory() if (config.offload == "global"
                                           and vector.device.type == "cuda") else None
         self._plane = plane
@@ -47,7 +48,7 @@ class GlobalState:
         """The global model, (size,). In place of personal parameters it has what the run started
         from: no other values are everybody's, since clients' own never leave them."""
         self.shared = self.model[:aggregator.size]
-        """What is averaged of it; this and all others but `carried`: (shared_size,)."""
+        """What is averaged of it; this and all others but `carried` and `rows`: (shared_size,)."""
         shared = vector[:aggregator.size]
         self.server = {name: self._replica(torch.full_like(shared, value))
                        for name, value in config.strategy.state.items()}
@@ -55,6 +56,8 @@ class GlobalState:
         self.moments = {name: self._replica(torch.zeros_like(shared))
                         for name in config.averaged_moments} or None
         """The optimizer's moments as they were averaged last, if clients share them."""
+        self.rows = {} if rows is None else {"moments.rows": rows}
+        """The means of `row_averages`, (rows,), if clients share those."""
         self.carried = {f"{config.aggregation}.{n}": t for n, t in aggregator.carried.items()} | {
             f"{config.aggregation}.odd.{n}": t for n, t in (odd.carried if odd else {}).items()}
         """What the aggregator makes the next round's steps of, with int8 and int4."""
@@ -76,7 +79,8 @@ class GlobalState:
         """What is the same on all workers after every round."""
         return {"model": self.model} | {
             f"server.{name}": t for name, t in self.server.items()} | {
-            f"moments.{name}": t for name, t in (self.moments or {}).items()} | self.carried
+            f"moments.{name}": t for name, t in (self.moments or {}).items()
+            } | self.rows | self.carried
 
     def load(self, checkpoint: Checkpoint, warns: bool) -> None:
         """Workers: take what a checkpoint holds. warns: whether this one says what is missing."""

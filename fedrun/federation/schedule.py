@@ -148,6 +148,11 @@ class Schedule:
         return tuple(name for name, every in self.config.averaged_moments.items()
                      if number == 0 or (number >= first and (number - 2) % every == 0))
 
+    def averages_rows(self, number: int) -> bool:
+        """Whether a round averages rows (--client_moments average_rows)."""
+        every = self.config.rows_every
+        return every is not None and number >= 2 and (number - 2) % every == 0
+
     def in_epoch(self, number: int) -> int:
         """A round's place in its epoch, from 0; an epoch shorter than a round has that one."""
         return (number - 1) % max(self.rounds_per_epoch, 1)

@@ -41,9 +41,10 @@ if TYPE_CHECKING:
 
 LARGEST_SHARE = 0.9
 """Of a round's weights, that one site may have: of more, the sum would be nearly its term."""
-COUNT, VECTOR, TAIL, HOLDOUT = "count", "vector", "tail", "holdout"
-"""The masked sums of a round, in this order; the last in evaluated rounds with --site_holdout. A
-method that sums the vectors again has more of the second kind (`vector_masks`)."""
+COUNT, VECTOR, ROWS, TAIL, HOLDOUT = "count", "vector", "rows", "tail", "holdout"
+"""The masked sums of a round, in this order; the third with --client_moments average_rows, the last
+in evaluated rounds with --site_holdout. A method that sums the vectors again has more of the second
+kind (`vector_masks`)."""
 REFUSED = "refused"
 """In place of the first, from a site that refuses the round."""
 MEMORY_SHARE = 1 / 8

@@ -20,6 +20,7 @@ from fedrun.federation.global_state import GlobalState
 from fedrun.federation.messages import RoundPlan
 from fedrun.federation.noise import Noise
 from fedrun.federation.reported import reported_vectors
+from fedrun.federation.row_averages import RowAverages
 from fedrun.strategies.base import ClientReport
 from fedrun.training.fisher import FisherEstimate
 
@@ -34,8 +35,9 @@ class Terms:
     """
 
     def __init__(self, config: FederatedConfig, aggregator: Aggregator, state: GlobalState,
-                 fisher: FisherEstimate | None) -> None:
+                 fisher: FisherEstimate | None, rows: RowAverages | None = None) -> None:
         self.config, self.aggregator, self.state, self.fisher = config, aggregator, state, fisher
+        self._rows = rows
         self._waiting: list[tuple[int, Tensor, float, float]] = []  # client, update, norm, weight
 
     def begin(self, turns: Sequence[Sequence[int]], aggregator: Aggregator) -> None:
@@ -74,9 +76,13 @@ class Terms:
             return replace(report, left_out=str(error))
         if self.config.client_clip is not None or isinstance(self.aggregator, KeepingAggregator):
             return self._add_checked(client, weight, plan, report)
+        if self._rows is not None and (left_out := self._rows.take(client)):
+            return replace(report, left_out=left_out)
         vectors = reported_vectors(client, self.config.strategy, self.aggregator, self.fisher)
         if left_out := self.aggregator.add(vectors, weight, start=origin):
             return replace(report, left_out=left_out)
+        if self._rows is not None:
+            self._rows.add(weight)
         report = replace(report, weight=weight)
         if not plan.evaluate:
             return report

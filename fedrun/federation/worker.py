@@ -29,6 +29,7 @@ from fedrun.federation.messages import RoundPlan, RoundReport, WorkerReport
 from fedrun.federation.noise import Noise
 from fedrun.federation.overlap import Overlap
 from fedrun.federation.placement import Placement, hosted_clients
+from fedrun.federation.row_averages import RowAverages
 from fedrun.federation.schedule import Schedule
 from fedrun.federation.secure_sum import TAIL, PlanRefused, SecureSum
 from fedrun.federation.sequence_noise import SequenceNoise
@@ -79,7 +80,9 @@ class Worker:
             self.placement.most(config.cohort_size)
         self.aggregator = make_aggregator(config, self.flat.shared, plane, most)
         odd = make_aggregator(config, self.flat.shared, plane, most) if config.overlap else None
-        self.global_state = GlobalState(config, vector, plane, self.aggregator, odd)
+        self.rows = RowAverages(config, self.flat, plane) if config.rows_every else None
+        self.global_state = GlobalState(config, vector, plane, self.aggregator, odd,
+                                        None if self.rows is None else self.rows.means)
         self.global_model = self.global_state.model
         self.server_update = ServerUpdate(self.strategy, self.aggregator)
         self.overlap = None if odd is None else Overlap(
@@ -87,7 +90,7 @@ class Worker:
         """With --overlap: the sum that travels while clients train (see overlap.py)."""
         self.fisher = FisherEstimate(self.flat, self.strategy.fisher_settings
                                      ) if "fisher" in self.strategy.inputs else None
-        self.terms = Terms(config, self.aggregator, self.global_state, self.fisher)
+        self.terms = Terms(config, self.aggregator, self.global_state, self.fisher, self.rows)
         self._memory = BatchMemory(vector.device)
         self.optimizer = LocalOptimizer(self.flat, config, schedule.rounds * config.local_updates)
         self.clients = {k: self._new_client(k) for k in hosted}
@@ -143,6 +146,8 @@ class Worker:
         if self.overlap is not None:
             self.aggregator = self.overlap.aggregator(plan.round)
         self.aggregator.begin(self._bounds(plan), self.schedule.moments(plan.round))
+        if self.rows is not None:
+            self.rows.begin(self.schedule.averages_rows(plan.round))
         self.terms.begin(self.placement.turns(plan.cohort), self.aggregator)
         if self.secure is not None:
             self.secure.begin(plan, self.global_model)
@@ -162,9 +167,14 @@ class Worker:
         self._added = [report.client for report in reports if not report.left_out]
         self._ready = plan.round
         return WorkerReport([] if self.config.sites or self.config.dp == "client" else reports,
-                            bytes=len(reports) * (self.aggregator.bytes_sent
-                                                  + self.aggregator.bytes_received),
+                            bytes=len(reports) * self._bytes_of_client,
                             local_training_seconds=time.monotonic() - began)
+
+    @property
+    def _bytes_of_client(self) -> int:
+        """Payload of this round for a client that has a worker to itself, there and back."""
+        rows = 0 if self.rows is None else 2 * self.rows.bytes_sent
+        return self.aggregator.bytes_sent + self.aggregator.bytes_received + rows
 
     def _hosted(self, cohort: list[int]) -> list[int]:
         """The clients of a cohort that train here: those whose states are here; without states, an
@@ -191,6 +201,10 @@ class Worker:
             if self.global_state.moments is not None:
                 averaged_moments.load(client.optimizer, self.global_state.moments, plan.first_step,
                                       self.schedule.moments(plan.round - 1))
+            if self.rows is not None and (
+                    self.schedule.averages_rows(plan.round - 1)
+                    or client.index not in self.schedule.cohort(plan.round - 1)):
+                self.rows.scale(client)
             if self.fisher is not None:
                 self.fisher.begin()
             if hidden is not None:
@@ -267,6 +281,8 @@ class Worker:
         if not plan.last and (turns := self._hosted(self.schedule.cohort(plan.round + 1))):
             self.store.prefetch(turns[0])
         context, state = self._server_round(plan.round), self.global_state
+        if self.rows is not None:
+            self.rows.renew(self.aggregator.total_weight())
         measured = self.server_update.apply(
             state.model, state.server, context, state.moments, measure=plan.evaluate
             ) if self.overlap is None else self.overlap.aggregate(context, plan)
@@ -284,6 +300,8 @@ class Worker:
         if self.noise is not None:
             self.noise.add_to(aggregator, plan, self.global_model)
         aggregator.reduce()
+        if self.rows is not None:
+            self.rows.reduce(secure)
         if not self.config.sites or self.config.dp == "client":
             return None
         own = Tail.of(self._trained, len(plan.cohort))

@@ -132,7 +132,7 @@ def _check_terms(config: Any) -> None:
     _require(config, "aggregation", config.aggregation == "exact", "exact with --dp client: its "
              "noise is of integers")
     _require(config, "dtype", config.dtype != "fp64", "auto, fp32 or bf16 with --dp client")
-    _require(config, "client_moments", not config.averaged_moments, "keep, reset or "
+    _require(config, "client_moments", not config.averages_moments, "keep, reset or "
              "reset_epoch with --dp client: of moments nothing is clipped")
     _require(config, "sync", config.sync == "round", "round with --dp client")
 

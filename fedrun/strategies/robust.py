@@ -24,7 +24,7 @@ def require_kept_updates(config: Any) -> None:
     require(config.aggregation == "exact", "--aggregation", config.aggregation,
             f"exact with {method}")
     require(config.sync == "round", "--sync", config.sync, f"round with {method}")
-    require(not config.averaged_moments, "--client_moments", config.client_moments,
+    require(not config.averages_moments, "--client_moments", config.client_moments,
             f"keep, reset or reset_epoch with {method}: an average of moments is not robust")
 
 

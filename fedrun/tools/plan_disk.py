@@ -121,14 +121,16 @@ def sent(config: FederatedConfig, found: Worker, layout: Layout, rounds: int, sc
     """Of this many rounds."""
     bounds = Bounds(1.0)
     of_round = dict[tuple[str, ...], tuple[int, int]]()
+    rows = 0 if found.rows is None else found.rows.buffer.nbytes
     terms, both_ways = [], 0
     for number in range(1, rounds + 1):
         moments = schedule.moments(number)
         if moments not in of_round:
             found.aggregator.begin(bounds, moments)
             of_round[moments] = found.aggregator.bytes_sent, found.aggregator.bytes_received
-        terms.append(of_round[moments][0])
-        both_ways += sum(of_round[moments])
+        besides = rows if schedule.averages_rows(number) else 0
+        terms.append(of_round[moments][0] + besides)
+        both_ways += sum(of_round[moments]) + 2 * besides
     senders = layout.workers if layout.gpu else min(layout.machines, layout.workers)
     if layout.sites:
         senders = len(layout.sites.sites)

@@ -31,6 +31,7 @@ from fedrun.federation.noise_keeper import Level, level_of
 from fedrun.federation.overlap import SUM
 from fedrun.federation.private_gradient import PrivateGradient
 from fedrun.federation.reported import reported_vectors
+from fedrun.federation.row_averages import RowAverages
 from fedrun.federation.schedule import Schedule
 from fedrun.model.build import outlined_model
 from fedrun.model.mamba2 import Mamba2LM
@@ -113,6 +114,7 @@ class Worker(Trains):
     aggregator: Aggregator
     level: Level | None
     """With --dp."""
+    rows: RowAverages | None
 
 
 def bytes_of(tensors: dict[str, Tensor]) -> int:
@@ -232,7 +234,9 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
             if isinstance(aggregator, WeiszfeldAggregator):
                 count.name(CENTRE, aggregator.centre)
             odd = make_aggregator(config, flat.shared, plane, most) if config.overlap else None
-            state = GlobalState(config, flat.vector, plane, aggregator, odd)
+            rows = RowAverages(config, flat, plane) if config.rows_every else None
+            state = GlobalState(config, flat.vector, plane, aggregator, odd,
+                                None if rows is None else rows.means)
             ServerUpdate(strategy, aggregator)
             if odd is not None:
                 count.name(BUFFER, *odd.memory)
@@ -240,7 +244,9 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
         count.name(GLOBAL_MODEL, state.model)
         count.name(SERVERS, *state.server.values())
         count.name(SERVER_RESIDUAL, *state.sections.values())
-        count.name(AVERAGED, *(state.moments or {}).values())
+        count.name(AVERAGED, *(state.moments or {}).values(), *state.rows.values())
+        if rows is not None:
+            count.name(BUFFER, rows.buffer)
         with count.item(FISHER):
             fisher = FisherEstimate(flat, strategy.fisher_settings
                                     ) if "fisher" in strategy.inputs else None
@@ -278,7 +284,7 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
     steps = 2 if strategy.trains else 1
     kept = state.named() | ({SUM: aggregator.buffer} if config.overlap else {})
     return Worker(flat, +count.peak, dict(client.state()), kept, model.flop // steps,
-                  muon_flop // steps, aggregator, level)
+                  muon_flop // steps, aggregator, level, rows)
 
 
 def _sequences(config: FederatedConfig) -> set[int]:

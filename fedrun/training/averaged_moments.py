@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from fedrun.common.pinned import brought
-from fedrun.strategies.base import adamw_ratio
 from fedrun.training.optimizer import LocalOptimizer
 
 
@@ -92,11 +91,8 @@ def _load_bounded(optimizer: LocalOptimizer, averages: Mapping[str, Tensor], ste
     if "momentum" in averages:
         shared = m[:optimizer.flat.shared_size]
         torch.mul(brought(averages["momentum"], shared), 1 - config.beta1**steps, out=shared)
-    ratio = adamw_ratio(config.beta1, config.beta2, steps)
-    for part, v in optimizer.shared_squares():
-        if "rms" in averages:
+    if "rms" in averages:
+        for part, v in optimizer.shared_squares():
             rms = brought(averages["rms"][part], v)
             torch.mul(rms, rms, out=v).mul_(1 - config.beta2**steps)
-        largest = torch.sqrt(v, out=optimizer.flat.grad[part]).mul_(ratio)
-        torch.minimum(m[part], largest, out=m[part])
-        torch.maximum(m[part], largest.neg_(), out=m[part])
+    optimizer.cut_first_moment(steps)

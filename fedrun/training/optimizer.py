@@ -178,6 +178,15 @@ class LocalOptimizer:
             limit = limit.to(torch.bfloat16)
             torch.clamp(m.to(torch.bfloat16), -limit, limit, out=moment[part])
 
+    def cut_first_moment(self, steps: int) -> None:
+        """Cut m, of what is shared and AdamW updates, to the largest that it can be beside v after
+        this many steps, because one of them was loaded or scaled. Overwrites flat.grad."""
+        m, ratio = self.state["exp_avg"], adamw_ratio(self.config.beta1, self.config.beta2, steps)
+        for part, v in self.shared_squares():
+            largest = torch.sqrt(v, out=self.flat.grad[part]).mul_(ratio)
+            torch.minimum(m[part], largest, out=m[part])
+            torch.maximum(m[part], largest.neg_(), out=m[part])
+
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore a saved state; tensors already on the device are used in place."""
         device = self.flat.vector.device

@@ -99,7 +99,7 @@ def test_a_gradient_that_is_not_finite_stays_visible() -> None:
 
 
 @pytest.mark.parametrize(("method", "flags", "message"), [
-    ("fed_avg", {"client_moments": "average"}, "fp32 with --client_moments average, which sums"),
+    ("fed_avg", {"client_moments": "average"}, "fp32 with --client_moments average, which takes"),
     ("fed_avg", {"client_moments": "average_sqrt", "grad_clip": 1}, "fp32 with --client_moments"),
     ("central", {"dtype": "fp64"}, "fp32 with --dtype fp64"),
     ("fed_sgd", {}, "fp32 for fed_sgd")])

@@ -54,6 +54,7 @@ def test_a_clients_place_follows_from_the_rounds_in_which_it_was_drawn(lengths: 
     ({}, False), ({"client_moments": "average"}, False),
     ({"client_moments": "average_sqrt", "grad_clip": "1"}, False),
     ({"client_moments": "average_sqrt", "grad_clip": "1", "moments_every": "3,6"}, True),
+    ({"client_moments": "average_rows", "grad_clip": "1"}, True),
     ({"client_moments": "keep"}, True), ({"aggregation": "int8"}, True),
     ({"personal": "*norm*"}, True)])
 def test_which_clients_keep_a_state(flags: dict[str, str], keeps: bool) -> None:

@@ -108,6 +108,7 @@ CASES = [
     ("fed_avg", {"client_moments": "average"}, 1), ("fed_avg", {"aggregation": "float"}, 1),
     ("fed_avg", {"client_moments": "average_sqrt", "grad_clip": "1"}, 1),
     ("fed_avg", {"client_moments": "average_sqrt", "grad_clip": "1", "moments_every": "3,2"}, 1),
+    ("fed_avg", {"client_moments": "average_rows", "grad_clip": "1"}, 1),
     ("fed_avg", {"sync": "epoch"}, 2),  # the clients' own models, kept and loaded
     ("fed_momentum", {}, 1), ("diloco", {}, 1), ("fed_adam", {}, 1), ("fed_yogi", {}, 1),
     ("fed_adagrad", {}, 1), ("fed_entropy", {}, 1), ("fed_fisher", {}, 1),

@@ -29,7 +29,7 @@ def run_cases(folder: Path, ranks: int, cases: list[str], limit: float) -> None:
 def test_masked_sums_are_the_plain_ones(tmp_path: Path) -> None:
     """Of int32, int64 and four bytes to a word, between three workers of as many sites."""
     run_cases(tmp_path, 4, ["fed_avg:3:none:gloo", "clipped:3:4:gloo", "average:3:4:gloo",
-                            "average_sqrt:3:4:gloo", "int8:3:4:gloo",
+                            "average_sqrt:3:4:gloo", "average_rows:3:4:gloo", "int8:3:4:gloo",
                             "int8_moments:3:4:gloo", "fast:3:4:gloo"], 100)
 
 

@@ -88,6 +88,8 @@ def test_killed_and_resumed_on_other_gpus(pretended_cuda: Gpus, run: Run, alone:
     pytest.param("diloco", ("--aggregation", "int4"), marks=pytest.mark.soak),
     pytest.param("diloco", ("--aggregation", "int8"), marks=pytest.mark.soak),
     pytest.param("fed_avg", ("--client_moments", "average"), marks=pytest.mark.soak),
+    pytest.param("fed_avg", ("--client_moments", "average_rows", "--grad_clip", 1, "--aggregation",
+                             "int4"), marks=pytest.mark.soak),
     ("fed_avg", ("--client_moments", "average_sqrt", "--grad_clip", 1, "--moments_every", "2,1",
                  "--aggregation", "int8")),
     pytest.param("fed_fisher", ("--client_moments", "reset", "--eval_clients",

@@ -17,6 +17,8 @@ METHODS: dict[str, tuple[str, ...]] = {
                      "--grad_clip", "1"),
     "muon": ("fed_avg", "--local_optimizer", "muon", "--client_moments", "average_sqrt",
              "--moments_every", "2,3", "--grad_clip", "1"),
+    "average_rows": ("fed_avg", "--local_optimizer", "muon", "--client_moments", "average_rows",
+                     "--moments_every", "2", "--grad_clip", "1", "--personal", "*layers.1*"),
     "clipped": ("fed_avg", "--client_clip", "median"),
     "personal": ("fed_avg", "--personal", "*norm*,*embedding*", "--client_moments", "average"),
     "personal_int4": ("diloco", "--personal", "*layers.1*", "--aggregation", "int4"),

@@ -54,6 +54,7 @@ METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "average": ("fed_avg", {"client_moments": "average"}),
     "average_sqrt": ("fed_avg", {"client_moments": "average_sqrt", "grad_clip": "1",
                                  "moments_every": "1,2"}),
+    "average_rows": ("fed_avg", {"client_moments": "average_rows", "grad_clip": "1"}),
     "int8": ("fed_avg", {"aggregation": "int8"}),
     "int8_moments": ("fed_avg", {"aggregation": "int8", "client_moments": "average_sqrt",
                                  "grad_clip": "1", "moments_every": "1,2"}),

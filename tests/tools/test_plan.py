@@ -155,6 +155,7 @@ SENT = [("fed_avg", ()), ("fed_avg", ("--client_moments", "average_sqrt", "--gra
                                       "--moments_every", "2,3", "--aggregation", "int8")),
         ("fed_avg", ("--aggregation", "int4", "--client_moments", "average_sqrt", "--grad_clip", 1,
                      "--local_optimizer", "muon")),
+        ("fed_avg", ("--client_moments", "average_rows", "--moments_every", 2, "--grad_clip", 1)),
         ("diloco", ("--keep", "best", "--save_client_deltas", "true"))]
 
 

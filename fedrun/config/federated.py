@@ -71,7 +71,7 @@ class FederatedConfig(PrivacySettings, RunConfig):
     float). average_sqrt averages the root of AdamW's second moment instead, and Muon's momentum: 12
     bytes (3 with --aggregation int8, 2.6 with int4), on a grid that --grad_clip fixes; it needs
     that flag. average_rows needs it too: clients keep their moments, and average how large AdamW's
-    second one is in each row of a parameter: 8 bytes a row, of an embedding 8 a token (after Liu et
+    second one is in each row of a parameter: 4 bytes a row, of an embedding 4 a token (after Liu et
     al. 2025, FedAdamW)."""
     moments_every: str = "1,1"
     """Rounds from one average of the first moment to the next, and of the second (3,6), with

@@ -60,6 +60,10 @@ class RunConfig:
     beta2: float = 0.999
     """AdamW's decay rate for the average of squared gradients, its second moment; must exceed the
     square of --beta1."""
+    eps: float = 1e-8
+    """What AdamW adds to the root of its second moment, by which it divides. A larger one (1e-5)
+    lets parameters move less whose gradients are small, as those of rare tokens: of them clients
+    with different texts know least."""
     moments_dtype: Literal["fp32", "bf16"] = "fp32"
     """Type in which AdamW's first moment is kept between steps: bf16 takes 2 bytes a parameter less
     of each client. The second moment stays in fp32, since its steps are too small for bf16."""
@@ -202,6 +206,7 @@ class RunConfig:
         require(0 <= self.beta1 < 1, "--beta1", self.beta1, "in [0, 1)")
         require(self.beta1**2 < self.beta2 < 1, "--beta2", self.beta2,
                 "above the square of --beta1 and below 1 (otherwise AdamW's steps are unbounded)")
+        require(0 < self.eps < math.inf, "--eps", self.eps, "> 0")
         require(self.moments_dtype == "fp32" or self.dtype != "fp64", "--moments_dtype",
                 self.moments_dtype, "fp32 with --dtype fp64")
         require(self.moments_dtype == "fp32" or self.local_optimizer == "adamw", "--moments_dtype",

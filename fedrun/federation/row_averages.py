@@ -8,9 +8,10 @@ are in each row of a parameter (see training/row_moments.py), beside the sum of 
     rows.reduce(secure)                 # workers <-> workers
     rows.renew(total_weight)
 
-No number exceeds --grad_clip, so the grid is known before training: integers of 64 bits are summed,
-and the means have the same bits in any world. A row whose mean is below the grid's step has none,
-0, and stays as clients have it.
+No number exceeds --grad_clip, so the grid is known before training: integers are summed, and the
+means have the same bits in any world. They have 32 bits: at a clip of 1 the grid's step is a tenth
+of what AdamW adds to each root, so of a smaller one nothing depends; and 64 in float64, or where
+weights are not known ahead. A row whose mean is 0 there has none, and stays as clients have it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from fedrun.federation.secure_sum import ROWS, SecureSum
 from fedrun.training.params import FlatParams
 from fedrun.training.row_moments import count_rows, row_roots, scale_rows
 
-BITS = 64  # of a number that is sent
 ROOM = 1 + 2**-10  # for rounding, above --grad_clip; the grid has room for twice as much
 
 
@@ -41,9 +41,11 @@ class RowAverages:
         assert config.grad_clip is not None, "checked with the config"
         self._clip, self._plane = config.grad_clip, plane
         count = count_rows(flat, config.local_optimizer == "muon")
-        self._grid = 2.0 ** (BITS - 2 - config.strategy.weight_headroom
-                             - math.ceil(math.log2(self._clip)))
-        self._buffers = plane.allocate(count, torch.int64, flat.vector.device)
+        headroom = config.strategy.weight_headroom
+        wide = bool(headroom) or flat.vector.dtype == torch.float64
+        self._type, self._bits = (torch.int64, 64) if wide else (torch.int32, 32)
+        self._grid = 2.0 ** (self._bits - 2 - headroom - math.ceil(math.log2(self._clip)))
+        self._buffers = plane.allocate(count, self._type, flat.vector.device)
         self._reduced = self._buffers
         self.means = plane.replicated(flat.vector.new_zeros(count))
         """The last means, (rows,), the same on every worker, and part of the global state; 0 before
@@ -80,18 +82,19 @@ class RowAverages:
         """Add what was taken last, times the client's weight."""
         if self._averages:
             terms = torch.mul(self._roots, weight * self._grid).round_()
-            self.buffer.add_(terms.to(torch.int64))
+            self.buffer.add_(terms.to(self._type))
 
     def reduce(self, secure: SecureSum | None) -> None:
         """Workers: sum over all of them."""
         if self._averages:
             self._reduced = self._plane.reduce(
-                self._buffers, None if secure is None else secure.mask(ROWS, BITS))
+                self._buffers, None if secure is None else secure.mask(ROWS, self._bits))
 
     def renew(self, weight: float) -> None:
         """Workers: write this one's section of the means, for this total weight. The others' are
         done after the next barrier."""
         if self._averages:
             mine = self._plane.section(len(self.means))
-            total = torch.stack([part[mine.start:mine.stop] for part in self._reduced]).sum(0)
+            total = torch.stack([part[mine.start:mine.stop] for part in self._reduced]).sum(
+                0, dtype=self._type)
             self.means[mine.start:mine.stop] = total.to(self.means.dtype).div_(self._grid * weight)

@@ -135,7 +135,7 @@ class Worker:
     def _server_round(self, number: int) -> ServerRound:
         config = self.config
         return ServerRound(number, scheduled_lr(config, number - 1, self.schedule.rounds),
-                           config.beta1, config.beta2, config.weight_decay)
+                           config.beta1, config.beta2, config.weight_decay, config.eps)
 
     # ---- local training --------------------------------------------------------------------------
 

@@ -20,7 +20,6 @@ from fedrun.common.errors import require
 if TYPE_CHECKING:
     from torch import Tensor
 
-ADAMW_EPS = 1e-8  # torch.optim.AdamW's default; of local training and of methods that run AdamW
 
 
 def adamw_ratio(beta1: float, beta2: float, steps: float = math.inf) -> float:
@@ -121,10 +120,11 @@ class ServerRound:
     number: int
     """The round, counted from 1."""
     lr: float = 0.0
-    """--lr by its schedule; this and the next three are for methods that run AdamW here."""
+    """--lr by its schedule; this and the next four are for methods that run AdamW here."""
     beta1: float = 0.9
     beta2: float = 0.999
     weight_decay: float = 0.0
+    eps: float = 1e-8
     global_mean: Mapping[str, float] | None = None
     """Means over all elements of the vectors that the method lists in `global_means`."""
 

@@ -14,13 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from fedrun.strategies.base import (
-    ADAMW_EPS,
-    BoundExponents,
-    ClientReport,
-    ServerRound,
-    Strategy,
-)
+from fedrun.strategies.base import BoundExponents, ClientReport, ServerRound, Strategy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,5 +50,5 @@ class FedSGD(Strategy):
         model.mul_(1 - context.lr * context.weight_decay)
         m.lerp_(g, 1 - context.beta1)
         v.mul_(context.beta2).addcmul_(g, g, value=1 - context.beta2)
-        denominator = v.sqrt().div_(math.sqrt(1 - context.beta2**t)).add_(ADAMW_EPS)
+        denominator = v.sqrt().div_(math.sqrt(1 - context.beta2**t)).add_(context.eps)
         model.addcdiv_(m, denominator, value=-context.lr / (1 - context.beta1**t))

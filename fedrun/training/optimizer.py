@@ -15,7 +15,7 @@ from torch.optim.adamw import adamw
 
 from fedrun.common.pinned import brought
 from fedrun.config import FederatedConfig, RunConfig
-from fedrun.strategies.base import ADAMW_EPS, adamw_ratio
+from fedrun.strategies.base import adamw_ratio
 from fedrun.training.muon import muon_step
 from fedrun.training.params import FlatParams
 
@@ -144,7 +144,7 @@ class LocalOptimizer:
                step: Tensor) -> None:
         config = self.config
         adamw([vector], [grad], [m], [v], [], [step], **ADAMW_IMPLEMENTATION, lr=rate,
-              beta1=config.beta1, beta2=config.beta2, eps=ADAMW_EPS,
+              beta1=config.beta1, beta2=config.beta2, eps=config.eps,
               weight_decay=config.weight_decay, amsgrad=False, maximize=False)
 
     def _update_with_muon(self, rate: float | Tensor) -> None:

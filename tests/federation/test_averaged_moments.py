@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.flags import resolve
-from fedrun.strategies.base import ADAMW_EPS
 from fedrun.training.params import ParamSlice
 from tests.support import naive_int4, naive_int8
 from tests.support.given_gradients import (
@@ -23,6 +22,7 @@ from tests.support.given_gradients import (
     BETA2,
     CLIP,
     DECAY,
+    EPS,
     LR,
     MUON,
     STEPS,
@@ -105,7 +105,7 @@ def by_hand(start: Tensor, rounds: list[tuple[list[int], list[float], int]],
                 x = x * (1 - LR * DECAY)
                 m, v = beta * m + (1 - beta) * g, BETA2 * v + (1 - BETA2) * g * g * by_adamw
                 moved = (m / (1 - BETA1**(step + 1))) / (
-                    (v / (1 - BETA2**(step + 1))).sqrt() + ADAMW_EPS)
+                    (v / (1 - BETA2**(step + 1))).sqrt() + EPS)
                 for part in matrices:
                     it = slice(part.start, part.stop)
                     mixed = by_svd(((1 - MUON) * g + MUON * m)[it].view(part.shape).numpy())

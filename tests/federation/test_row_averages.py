@@ -15,12 +15,13 @@ from torch import Tensor
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.federation.worker import Worker
 from fedrun.flags import resolve
-from fedrun.strategies.base import ADAMW_EPS, adamw_ratio
+from fedrun.strategies.base import adamw_ratio
 from tests.support.given_gradients import (
     BETA1,
     BETA2,
     CLIP,
     DECAY,
+    EPS,
     LR,
     MUON,
     STEPS,
@@ -71,7 +72,7 @@ def by_hand(worker: Worker, start: Tensor, rounds: list[tuple[list[int], list[fl
                 g = g * min(1.0, CLIP / (g.norm().item() + 1e-6))
                 x, t = x * (1 - LR * DECAY), t + 1
                 m, v = beta * m + (1 - beta) * g, BETA2 * v + (1 - BETA2) * g * g * by_adamw
-                moved = (m / (1 - BETA1**t)) / ((v / (1 - BETA2**t)).sqrt() + ADAMW_EPS)
+                moved = (m / (1 - BETA1**t)) / ((v / (1 - BETA2**t)).sqrt() + EPS)
                 for part in muon:
                     it = slice(part.start, part.stop)
                     mixed = by_svd(((1 - MUON) * g + MUON * m)[it].view(part.shape).numpy())
@@ -121,7 +122,7 @@ def test_scaling_changes_the_model() -> None:
 @pytest.mark.parametrize("flags", [{}, {"aggregation": "int8"}, {"local_optimizer": "muon"}])
 def test_what_is_sent_over_a_schedule(flags: dict[str, Any], monkeypatch: pytest.MonkeyPatch
                                       ) -> None:
-    """At one client a worker: what the collectives are given in each round, eight bytes a row."""
+    """At one client a worker: what the collectives are given in each round, four bytes a row."""
     sent: list[int] = []
     monkeypatch.setattr(dist, "get_world_size", lambda group: 5)
     monkeypatch.setattr(dist, "get_rank", lambda group: 0)
@@ -132,8 +133,8 @@ def test_what_is_sent_over_a_schedule(flags: dict[str, Any], monkeypatch: pytest
     rows = sum(part.shape[:-1].numel() for part in worker.flat.slices if part not in muon)
     reported = [number for _, _, number in go(worker, 6)]
     update = worker.aggregator.bytes_sent
-    assert sent == [update, update, 8 * rows, update, update, update, 8 * rows, update]
-    assert reported == [2 * (update + besides) for besides in (0, 8 * rows, 0, 0, 8 * rows, 0)]
+    assert sent == [update, update, 4 * rows, update, update, update, 4 * rows, update]
+    assert reported == [2 * (update + besides) for besides in (0, 4 * rows, 0, 0, 4 * rows, 0)]
 
 
 def test_a_client_whose_second_moment_is_none_is_left_out() -> None:

@@ -20,7 +20,7 @@ from fedrun.training.params import ParamSlice
 from tests.support import experiments
 from tests.support.made_data import made
 
-LR, DECAY, CLIP, BETA1, BETA2, MUON, STEPS = 1e-2, 0.1, 0.5, 0.8, 0.95, 0.85, 3
+LR, DECAY, CLIP, BETA1, BETA2, EPS, MUON, STEPS = 1e-2, 0.1, 0.5, 0.8, 0.95, 1e-4, 0.85, 3
 DATA = made([400, 300, 500])
 
 
@@ -28,7 +28,7 @@ def worker_of(plane: DataPlane | None = None, **flags: Any) -> Worker:
     config = resolve("fed_avg", {
         "config": "tiny", "rounds": 9, "batch_size": 2, "sequence_length": 4, "device": "cpu",
         "client_moments": "average_sqrt", "grad_clip": CLIP, "lr": LR, "weight_decay": DECAY,
-        "beta1": BETA1, "beta2": BETA2, "local_updates": STEPS,
+        "beta1": BETA1, "beta2": BETA2, "eps": EPS, "local_updates": STEPS,
         **({"muon_momentum": MUON} if "muon" in flags.values() else {}), **flags})
     assert isinstance(config, FederatedConfig)
     runtime = Runtime(detect({}), torch.device("cpu"), (0,), ControlPlane(), plane or DataPlane())

@@ -26,7 +26,7 @@ SHAPES = {"embedding": (30, 7), "in_proj": (5, 11), "A_log": (3,)}
 SIZE = sum(math.prod(shape) for shape in SHAPES.values())
 UPDATE, GRADIENT = 0.02, 16.0
 ROUND_TOKENS = 1000
-LR, BETA1, BETA2, WEIGHT_DECAY = 3e-3, 0.9, 0.999, 0.01
+LR, BETA1, BETA2, WEIGHT_DECAY, EPS = 3e-3, 0.9, 0.999, 0.01, 1e-3
 
 Dict = dict[str, Tensor]
 
@@ -92,7 +92,7 @@ class Server:
             assert not terms.add(vectors, 0.0 if k in zeroed else weight)
         self.reference = self.strategy.next_entropy_reference([o.entropy for o in outputs])
         ServerUpdate(self.strategy, terms).apply(self.model, self.state,
-                    ServerRound(self.number, LR, BETA1, BETA2, WEIGHT_DECAY), self.averaged)
+                    ServerRound(self.number, LR, BETA1, BETA2, WEIGHT_DECAY, EPS), self.averaged)
         return terms
 
 
@@ -188,7 +188,8 @@ def adamw(model: Dict, memory: Dict, outputs: Sequence[Output], number: int) -> 
     for name in model:
         p = torch.nn.Parameter(model[name].clone())
         p.grad = g[name]
-        optimizer = torch.optim.AdamW([p], lr=LR, betas=(BETA1, BETA2), weight_decay=WEIGHT_DECAY)
+        optimizer = torch.optim.AdamW([p], lr=LR, betas=(BETA1, BETA2), eps=EPS,
+                                      weight_decay=WEIGHT_DECAY)
         if number > 1:
             optimizer.state[p] = {"step": torch.tensor(float(number - 1)),
                                   "exp_avg": memory[f"m {name}"], "exp_avg_sq": memory[f"v {name}"]}

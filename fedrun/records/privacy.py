@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 CLAIM = """\
 **Who learns what, with `--sites`, `--site_dir` and `--secure_sum`.** Every site and the server
 learn the weighted sum of all sites' updates in each round (of the optimizer's moments too if
-clients average them), and so every global model; sums over a round's clients of losses, tokens,
-weights and norms, how many were left out, by reason; with `--site_holdout` the loss on what all
-sites hold out; with `--aggregation int8`, for each 256 parameters, how many clients clipped, how
-many came near it, and of averaged moments the mean of clients' largest; how many sequences each
-client has and when it is drawn; how long each process took, and when a site was there. Those who
-put together what they know learn the sum over the others, and nothing else of them. Nobody else
-learns more than the size and time of what is sent.
+clients average them, or of their size in each row), and so every global model; sums over a round's
+clients of losses, tokens, weights and norms, how many were left out, by reason; with
+`--site_holdout` the loss on what all sites hold out; with `--aggregation int8`, for each 256
+parameters, how many clients clipped, how many came near it, and of averaged moments the mean of
+clients' largest; how many sequences each client has and when it is drawn; how long each process
+took, and when a site was there. Those who put together what they know learn the sum over the
+others, and nothing else of them. Nobody else learns more than the size and time of what is sent.
 
 **Under these assumptions.** Everybody follows the protocol. At least two sites do not share what
 they know with the adversary. The keys in the file of the sites are theirs, compared by another way.

@@ -30,7 +30,8 @@ are drawn at the edge."""
 
 MARKER = 7  # points
 BESIDE = [((5, 4), "left", "bottom"), ((-5, 4), "right", "bottom"), ((5, -4), "left", "top"),
-          ((-5, -4), "right", "top"), ((0, 7), "center", "bottom"), ((0, -7), "center", "top")]
+          ((-5, -4), "right", "top"), ((0, 7), "center", "bottom"), ((0, -7), "center", "top"),
+          ((5, -11), "left", "top"), ((5, 11), "left", "bottom")]
 """Where a point's name may stand: its distance in points, and how it is aligned."""
 
 
@@ -131,7 +132,8 @@ def _draw(found: Sequence[Point], every_step: float) -> Result:
         notes.append("at the upper edge: above it, with its value")
     notes.append("without a name: where there is no room for it")
     style.legend_below(fig, handles, 5, style.lines(1.2 * fig.get_figwidth(), "; ".join(notes)))
-    _write_names(ax, [*best, *sorted({*found} - {*best}, key=lambda p: p.ratio)], top)
+    _write_names(ax, [*sorted(best, key=lambda p: not p.repeated),
+                      *sorted({*found} - {*best}, key=lambda p: p.ratio)], top)
     return fig
 
 

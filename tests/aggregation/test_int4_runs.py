@@ -71,7 +71,7 @@ def test_both_residuals_are_part_of_a_checkpoint(run: Run, tmp_path: Path) -> No
     ("fed_sgd", {}, "--aggregation int4: must be exact or float for fed_sgd"),
     ("fed_median", {}, "--aggregation int4: must be exact with fed_median"),
     ("fed_avg", {"client_moments": "average"}, "--client_moments average: must be keep, reset, "
-     "reset_epoch or average_sqrt with --aggregation int4"),
+     "reset_epoch, average_sqrt or average_rows with --aggregation int4"),
     ("fed_avg", {"client_moments": "average_sqrt", "grad_clip": "1", "num_clients": "127"},
      "--cohort 127: must be at most 126 clients in a round with --aggregation int4 and averaged"),
     ("fed_avg", {"sync": "epoch"}, "--sync epoch: must be round with --aggregation int4"),

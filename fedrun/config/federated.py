@@ -71,13 +71,14 @@ class FederatedConfig(PrivacySettings, RunConfig):
     float). average_sqrt averages the root of AdamW's second moment instead, and Muon's momentum: 12
     bytes (3 with --aggregation int8, 2.6 with int4), on a grid that --grad_clip fixes; it needs
     that flag. average_rows needs it too: clients keep their moments, and average how large AdamW's
-    second one is in each row of a parameter: 4 bytes a row, of an embedding 4 a token (after Liu et
-    al. 2025, FedAdamW)."""
+    second one is in each row of a parameter, in an embedding of each token: 4 bytes a row, 8 in a
+    large cohort (after Liu et al. 2025, FedAdamW)."""
     moments_every: str = "1,1"
-    """Rounds from one average of the first moment to the next, and of the second (3,6), with
-    --client_moments average_sqrt, or from one average of rows to the next (3), with average_rows;
-    the updates are averaged in every round. Beginning with the second round. In between a client
-    keeps its own moments; one that missed a round starts from the last averages."""
+    """Rounds from one average of the first moment to the next, and of the second (3,6; one number
+    is for both), with --client_moments average_sqrt, or from one average of rows to the next (3),
+    with average_rows; the updates are averaged in every round. In between a client keeps its own
+    moments; one that missed a round takes up the last averages. Those that are not made in every
+    round begin with the second."""
     client_store: Literal["memory", "disk"] = "memory"
     """Where the state of clients that are not training is kept: in the host's memory, or in files
     in the run's folder (disk), so that hundreds of clients take the memory of two."""
@@ -151,7 +152,7 @@ class FederatedConfig(PrivacySettings, RunConfig):
         require(self.client_moments != "reset_epoch" or self.cohort is None, "--client_moments",
                 self.client_moments, "keep, reset or average with --cohort, where a client may not "
                 "train in an epoch's first round")
-        require(self.grad_clip is not None or self.client_moments not in (
+        require(self.grad_clip is not None or self.dp == "example" or self.client_moments not in (
             "average_sqrt", "average_rows"), "--grad_clip", "none",
                 f"a number > 0 with --client_moments {self.client_moments}, whose grid it fixes")
         require(self.moments_dtype == "fp32" or not self.averages_moments, "--moments_dtype",

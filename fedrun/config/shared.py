@@ -206,7 +206,8 @@ class RunConfig:
         require(0 <= self.beta1 < 1, "--beta1", self.beta1, "in [0, 1)")
         require(self.beta1**2 < self.beta2 < 1, "--beta2", self.beta2,
                 "above the square of --beta1 and below 1 (otherwise AdamW's steps are unbounded)")
-        require(0 < self.eps < math.inf, "--eps", self.eps, "> 0")
+        # With a smaller one a square that float32 cannot hold would no longer bound a step.
+        require(1e-12 <= self.eps < math.inf, "--eps", self.eps, "at least 1e-12")
         require(self.moments_dtype == "fp32" or self.dtype != "fp64", "--moments_dtype",
                 self.moments_dtype, "fp32 with --dtype fp64")
         require(self.moments_dtype == "fp32" or self.local_optimizer == "adamw", "--moments_dtype",

@@ -9,9 +9,10 @@ are in each row of a parameter (see training/row_moments.py), beside the sum of 
     rows.renew(total_weight)
 
 No number exceeds --grad_clip, so the grid is known before training: integers are summed, and the
-means have the same bits in any world. They have 32 bits: at a clip of 1 the grid's step is a tenth
-of what AdamW adds to each root, so of a smaller one nothing depends; and 64 in float64, or where
-weights are not known ahead. A row whose mean is 0 there has none, and stays as clients have it.
+means have the same bits in any world. They have 32 bits if what a cohort loses by rounding, half a
+step each, is at most half of --eps, which AdamW adds to each root: on less nothing depends; else,
+in float64, and where weights are not known ahead, 64. A row whose mean is 0 there has none, and
+stays as clients have it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import math
 import torch
 from torch import Tensor
 
-from fedrun.aggregation.bounds import bound_exceeded
 from fedrun.aggregation.slices import max_abs
+from fedrun.common.errors import require
 from fedrun.config import FederatedConfig
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.federation.client import Client
@@ -41,10 +42,14 @@ class RowAverages:
         assert config.grad_clip is not None, "checked with the config"
         self._clip, self._plane = config.grad_clip, plane
         count = count_rows(flat, config.local_optimizer == "muon")
+        require(count > 0, "--personal", config.personal, "fewer names with --client_moments "
+                "average_rows: AdamW updates nothing that clients share")
         headroom = config.strategy.weight_headroom
-        wide = bool(headroom) or flat.vector.dtype == torch.float64
-        self._type, self._bits = (torch.int64, 64) if wide else (torch.int32, 32)
-        self._grid = 2.0 ** (self._bits - 2 - headroom - math.ceil(math.log2(self._clip)))
+        largest = headroom + math.ceil(math.log2(self._clip))  # of a sum, in bits
+        narrow = (flat.vector.dtype == torch.float32 and not headroom
+                  and config.cohort_size * 2.0 ** (largest - 30) <= config.eps)
+        self._type, self._bits = (torch.int32, 32) if narrow else (torch.int64, 64)
+        self._grid = 2.0 ** (self._bits - 2 - largest)
         self._buffers = plane.allocate(count, self._type, flat.vector.device)
         self._reduced = self._buffers
         self.means = plane.replicated(flat.vector.new_zeros(count))
@@ -76,7 +81,10 @@ class RowAverages:
         if not self._averages:
             return ""
         self._roots = row_roots(client.optimizer)
-        return bound_exceeded("second moment", max_abs(self._roots), ROOM * self._clip)
+        peak = max_abs(self._roots)
+        if not math.isfinite(peak):
+            return "second moment not finite"
+        return "second moment exceeds --grad_clip" if peak > ROOM * self._clip else ""
 
     def add(self, weight: float) -> None:
         """Add what was taken last, times the client's weight."""

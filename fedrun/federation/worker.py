@@ -201,7 +201,7 @@ class Worker:
             if self.global_state.moments is not None:
                 averaged_moments.load(client.optimizer, self.global_state.moments, plan.first_step,
                                       self.schedule.moments(plan.round - 1))
-            if self.rows is not None and (
+            if self.rows is not None and plan.round > 1 and (
                     self.schedule.averages_rows(plan.round - 1)
                     or client.index not in self.schedule.cohort(plan.round - 1)):
                 self.rows.scale(client)

@@ -157,8 +157,9 @@ def _check_example(config: Any) -> None:
     plain = "fisher" not in method.inputs and not method.holdout_batches
     _require(config, "dp", plain, f"none or client with {config.method}, which measures more of a "
              "client's text than the gradients of its steps")
-    _require(config, "client_moments", config.client_moments != "average_sqrt", "another with --dp "
-             "example: it rests on --grad_clip, and noise exceeds that")
+    _require(config, "client_moments", config.client_moments not in (
+        "average_sqrt", "average_rows"), "another with --dp example: it rests on --grad_clip, and "
+             "noise exceeds that")
     _require(config, "grad_clip", config.grad_clip is None, "none with --dp example: --dp_clip is "
              "for every sequence")
     _require(config, "sampling", config.sampling == "shuffle", "shuffle with --dp example, whose "

@@ -11,6 +11,8 @@ So clients agree on how far AdamW moves a row, which depends on how often its to
 texts; within the row each keeps what it knows. Liu et al. (2025), "FedAdamW", arXiv:2510.27486,
 average means of v over blocks, with which the next round begins in place of each element.
 
+A client that was left out has begun anew, and has nothing to scale before the next average.
+
 A row's v may shrink by that, and m does not: it is cut to what AdamW's could be beside such a v, as
 where averages of whole moments are loaded, so no step is longer than its bound.
 """
@@ -62,7 +64,8 @@ def _rows(optimizer: LocalOptimizer) -> Iterator[Tensor]:
     """Of each shared parameter that AdamW updates its second moment, (rows, width): a view."""
     for part, squares in optimizer.shared_squares():
         for one in _within(optimizer.flat, part):
-            yield squares[one.start - part.start:one.stop - part.start].view(-1, one.shape[-1])
+            width = one.shape[-1] if one.shape else 1
+            yield squares[one.start - part.start:one.stop - part.start].view(-1, width)
 
 
 def _within(flat: FlatParams, part: slice) -> Iterator[ParamSlice]:

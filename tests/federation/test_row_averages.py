@@ -10,12 +10,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
+from fedrun.common.errors import InputError
+from fedrun.config import FederatedConfig
 from fedrun.distributed.data_plane import DataPlane
+from fedrun.federation.client import Client
+from fedrun.federation.row_averages import RowAverages
 from fedrun.federation.worker import Worker
 from fedrun.flags import resolve
 from fedrun.strategies.base import adamw_ratio
+from fedrun.training.params import FlatParams
+from fedrun.training.row_moments import row_roots
 from tests.support.given_gradients import (
     BETA1,
     BETA2,
@@ -138,24 +144,55 @@ def test_what_is_sent_over_a_schedule(flags: dict[str, Any], monkeypatch: pytest
 
 
 def test_a_client_whose_second_moment_is_none_is_left_out() -> None:
-    """And the others' means are as without it."""
-    ends = []
-    for spoils in (True, False):
-        worker = rows_worker(1, dtype="fp64", num_clients=3)
-        go(worker, 1)
-        state = worker.store.checkout(2)
-        if spoils:
-            state["adamw.exp_avg_sq"][7] = math.inf  # its step is zero, and its update finite
-        worker.store.checkin(2, state)
-        plan = worker.schedule.plan(2, 0.0)
+    """And the means are those of the others; it begins anew."""
+    worker = rows_worker(1, dtype="fp64", num_clients=3)
+    go(worker, 1)
+    state = worker.store.checkout(2)
+    state["adamw.exp_avg_sq"][7] = math.inf  # its step is zero, and its update finite
+    worker.store.checkin(2, state)
+    plan, found, taken = worker.schedule.plan(2, 0.0), dict[int, Tensor](), RowAverages.take
+
+    def take(rows: RowAverages, client: Client) -> str:
+        found[client.index] = row_roots(client.optimizer)
+        return taken(rows, client)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RowAverages, "take", take)
         report = worker.train(plan)
-        left_out = [one.left_out for one in report.clients]
-        assert ("second moment" in left_out[2]) == spoils
-        assert left_out[:2] == ["", ""]
-        worker.aggregate(plan)
-        assert worker.rows is not None
-        ends.append(worker.rows.means.clone())
-    assert bool(ends[0].isfinite().all())
+    assert [one.left_out for one in report.clients] == ["", "", "second moment not finite"]
+    worker.aggregate(plan)
+    assert worker.rows is not None
+    a, b = plan.weights[:2]
+    torch.testing.assert_close(worker.rows.means, (a * found[0] + b * found[1]) / (a + b),
+                               rtol=1e-9, atol=2.0**-60)
+    assert not worker.store.checkout(2)["adamw.exp_avg_sq"].any()
+
+
+@pytest.mark.parametrize(("clients", "eps", "clip", "bits"), [
+    (8, 1e-8, 1, 32), (12, 1e-8, 1, 64), (12, 1e-5, 1, 32), (8, 1e-8, 8, 64), (300, 1e-6, 1, 32)])
+def test_what_rounding_loses_is_at_most_half_of_eps(clients: int, eps: float, clip: float, bits: int
+                                                    ) -> None:
+    """Where all clients' shares are rounded the same way."""
+    config = resolve("fed_avg", {"config": "tiny", "num_clients": clients, "grad_clip": clip,
+                                 "client_moments": "average_rows", "eps": eps})
+    assert isinstance(config, FederatedConfig)
+    flat = FlatParams(nn.Linear(4, 30, bias=False))
+    for root in (0.49 * eps, 0.7 * eps, 4.5 * eps, 1e3 * eps, clip):
+        rows = RowAverages(config, flat, DataPlane())
+        rows.begin(averages=True)
+        assert rows.bytes_sent == 30 * bits // 8
+        rows._roots = torch.full((30,), root)
+        for _ in range(clients):
+            rows.add(1 / clients)
+        rows.reduce(None)
+        rows.renew(1.0)
+        assert (rows.means - root).abs().max() <= 0.5 * eps + 1e-6 * root
+
+
+def test_a_run_without_rows_is_refused() -> None:
+    with pytest.raises(InputError, match=r"--personal \*embedding\*,.*: must be fewer names"):
+        rows_worker(1, num_clients=2, dtype="fp32", local_optimizer="muon",
+                    personal="*embedding*,*norm*,*conv1d*,*A_log,*D,*dt_bias")
 
 
 FLAGS = ("--num_clients", 5, "--cohort", 4, "--rounds", 6, "--local_updates", 2, "--grad_clip", 1,
@@ -174,8 +211,9 @@ def test_the_same_bits_in_any_world_and_after_a_kill(
     assert alone.code == three.code == five.code == 0, three.output + five.output
     assert alone.bits == three.bits == five.bits
     assert without_clocks(alone) == without_clocks(three)
-    run(method, *flags, script=FAULTY, env=fault(tmp_path, "kill", "record:3"))
-    resumed = run(method, *flags, processes=2)
+    run(method, *flags, "--client_store", "disk", script=FAULTY,
+        env=fault(tmp_path, "kill", "record:3"))
+    resumed = run(method, *flags, "--client_store", "disk", processes=2)
     assert "resuming from step" in resumed.output
     assert resumed.bits == alone.bits
 

@@ -60,6 +60,8 @@ from tests.support.private import EXAMPLE, PRIVATE, private_config, private_sche
     ("fed_avg", EXAMPLE | {"dp_delta": 1e-12}, "--dp_delta 1e-12: must be given with --dp example"),
     ("fed_avg", EXAMPLE | {"grad_clip": 1, "client_moments": "average_sqrt"}, "--client_moments "
      "average_sqrt: must be another with --dp example"),
+    ("fed_avg", EXAMPLE | {"client_moments": "average_rows"}, "--client_moments average_rows: must "
+     "be another with --dp example"),
     ("fed_avg", EXAMPLE | {"grad_clip": 1}, "--grad_clip 1: must be none with --dp example: "
      "--dp_clip"),
     ("fed_avg", EXAMPLE | {"sampling": "replacement"}, "--sampling replacement: must be shuffle "

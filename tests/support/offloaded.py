@@ -28,6 +28,7 @@ BESIDES = {"int8": ("fed_avg", "--aggregation", "int8"),
            "int8_moments": ("fed_avg", "--client_moments", "average_sqrt", "--moments_every", "2,1",
                             "--grad_clip", "1", "--aggregation", "int8"),
            "int4": ("fed_avg", "--aggregation", "int4"),
+           "rows": ("fed_avg", "--client_moments", "average_rows", "--grad_clip", "1"),
            "clipped_to_a_number": ("fed_avg", "--client_clip", "0.01"),
            "float": ("fed_avg", "--aggregation", "float")}
 SHAPE = {"num_clients": "3", "batch_size": "2", "sequence_length": "32", "rounds": "3",

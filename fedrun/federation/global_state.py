@@ -57,7 +57,7 @@ class GlobalState:
                         for name in config.averaged_moments} or None
         """The optimizer's moments as they were averaged last, if clients share them."""
         self.rows = {} if rows is None else {"moments.rows": rows}
-        """The means of `row_averages`, (rows,), if clients share those."""
+        """The means of `row_averages`, (rows,), if clients share those; always on the device."""
         self.carried = {f"{config.aggregation}.{n}": t for n, t in aggregator.carried.items()} | {
             f"{config.aggregation}.odd.{n}": t for n, t in (odd.carried if odd else {}).items()}
         """What the aggregator makes the next round's steps of, with int8 and int4."""

@@ -244,7 +244,7 @@ def worker(config: FederatedConfig, vocab_size: int, gpu: bool, most: int | None
         count.name(GLOBAL_MODEL, state.model)
         count.name(SERVERS, *state.server.values())
         count.name(SERVER_RESIDUAL, *state.sections.values())
-        count.name(AVERAGED, *(state.moments or {}).values(), *state.rows.values())
+        count.name(AVERAGED, *(state.moments or {}).values())
         if rows is not None:
             count.name(BUFFER, rows.buffer)
         with count.item(FISHER):

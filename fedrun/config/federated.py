@@ -77,8 +77,8 @@ class FederatedConfig(PrivacySettings, RunConfig):
     """Rounds from one average of the first moment to the next, and of the second (3,6; one number
     is for both), with --client_moments average_sqrt, or from one average of rows to the next (3),
     with average_rows; the updates are averaged in every round. In between a client keeps its own
-    moments; one that missed a round takes up the last averages. Those that are not made in every
-    round begin with the second."""
+    moments; one that missed a round takes up the last averages. Averages of rows, and those that
+    are not made in every round, begin with the second round."""
     client_store: Literal["memory", "disk"] = "memory"
     """Where the state of clients that are not training is kept: in the host's memory, or in files
     in the run's folder (disk), so that hundreds of clients take the memory of two."""

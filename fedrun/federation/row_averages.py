@@ -9,10 +9,10 @@ are in each row of a parameter (see training/row_moments.py), beside the sum of 
     rows.renew(total_weight)
 
 No number exceeds --grad_clip, so the grid is known before training: integers are summed, and the
-means have the same bits in any world. They have 32 bits if what a cohort loses by rounding, half a
-step each, is at most half of --eps, which AdamW adds to each root: on less nothing depends; else,
-in float64, and where weights are not known ahead, 64. A row whose mean is 0 there has none, and
-stays as clients have it.
+means have the same bits in any world. Rounding changes each client's number by half a step of the
+grid at most. An integer has 32 bits if all clients of a cohort together lose no more than half of
+--eps by it, since AdamW adds --eps to each root. Otherwise it has 64 bits, as in float64 and where
+weights are not known ahead. Where a mean is 0, clients leave the row as it is.
 """
 
 from __future__ import annotations

@@ -11,7 +11,8 @@ So clients agree on how far AdamW moves a row, which depends on how often its to
 texts; within the row each keeps what it knows. Liu et al. (2025), "FedAdamW", arXiv:2510.27486,
 average means of v over blocks, with which the next round begins in place of each element.
 
-A client that was left out has begun anew, and has nothing to scale before the next average.
+The moments of a client that was left out of a round are zeros again. It trains the next round
+without scaling them, and scales them after the next average.
 
 A row's v may shrink by that, and m does not: it is cut to what AdamW's could be beside such a v, as
 where averages of whole moments are loaded, so no step is longer than its bound.

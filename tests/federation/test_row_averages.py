@@ -144,7 +144,7 @@ def test_what_is_sent_over_a_schedule(flags: dict[str, Any], monkeypatch: pytest
 
 
 def test_a_client_whose_second_moment_is_none_is_left_out() -> None:
-    """And the means are those of the others; it begins anew."""
+    """The means are those of the other two clients, and its own moments become zeros."""
     worker = rows_worker(1, dtype="fp64", num_clients=3)
     go(worker, 1)
     state = worker.store.checkout(2)

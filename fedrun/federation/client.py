@@ -195,18 +195,3 @@ class Client:
         """A batch of token ids, (sequences, sequence_length) int64, in memory that the next one of
         its shape overwrites."""
         return self.memory.load(torch.from_numpy(batch))
-
-
-def mean_entropy(model: Model, sequences: np.ndarray, numbers: np.ndarray,
-                 batch_size: int, batches: int) -> float:
-    """Mean predictive entropy in nats per token over at most `batches` batches of the sequences
-    with these numbers, from the first on."""
-    device = next(model.parameters()).device
-    entropy, tokens = 0.0, 0
-    for start in range(0, len(numbers), batch_size)[:batches]:
-        rows = numbers[start:start + batch_size]
-        batch = torch.from_numpy(sequences[rows].astype(np.int64)).to(device)
-        summed, count = model.entropy(batch)
-        entropy += float(summed)
-        tokens += count
-    return entropy / tokens

@@ -11,8 +11,6 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-import numpy as np
-
 from fedrun.aggregation.bounds import Bounds
 from fedrun.aggregation.making import make_aggregator
 from fedrun.aggregation.update import ServerUpdate
@@ -21,7 +19,8 @@ from fedrun.data.partition import Shards
 from fedrun.data.tokens import TokenData
 from fedrun.distributed.runtime import Runtime
 from fedrun.federation import replicas
-from fedrun.federation.client import Client, mean_entropy
+from fedrun.federation.client import Client
+from fedrun.federation.client_measures import ClientMeasures
 from fedrun.federation.client_store import make_store
 from fedrun.federation.counted_store import Counted
 from fedrun.federation.global_state import GlobalState, layout
@@ -41,7 +40,6 @@ from fedrun.records.checkpoint import GLOBAL, Checkpoint
 from fedrun.records.checkpoint_writer import CheckpointWriter
 from fedrun.records.folders import Folders
 from fedrun.records.site_states import SiteStates
-from fedrun.records.snapshots import save_snapshot, tracked_parameters
 from fedrun.strategies.base import ClientReport, ServerRound
 from fedrun.training import averaged_moments
 from fedrun.training.batch_memory import BatchMemory
@@ -91,6 +89,8 @@ class Worker:
         self.fisher = FisherEstimate(self.flat, self.strategy.fisher_settings
                                      ) if "fisher" in self.strategy.inputs else None
         self.terms = Terms(config, self.aggregator, self.global_state, self.fisher, self.rows)
+        self.measures = ClientMeasures(config, data, shards, self.folders, model, self.flat,
+                                       self.global_model, self._check_peers)
         self._memory = BatchMemory(vector.device)
         self.optimizer = LocalOptimizer(self.flat, config, schedule.rounds * config.local_updates)
         self.clients = {k: self._new_client(k) for k in hosted}
@@ -98,8 +98,6 @@ class Worker:
         self.store = make_store(config, self.folders, {
             k: c.state() for k, c in self.clients.items()}, runtime.device
             ) if config.keeps_states else Counted(schedule)
-        self.start = tracked_parameters(self.flat, self.global_model
-                                        ) if config.save_client_deltas else {}
         self.checkpoint_writer = CheckpointWriter(None if site_states is None else
                                                   site_states.seal)
         self.secure: SecureSum | None = None
@@ -222,9 +220,9 @@ class Worker:
         if self.config.sync == "epoch":
             client.keep_parameters()
         report = ClientReport(client.index, losses.tokens, losses.loss_sum.item(),
-                              self._entropy(client))
+                              self.measures.entropy(client))
         if plan.evaluate:
-            report = self._measure(client, report, plan.round)
+            report = self.measures.add(client, report, plan.round)
         report = self.terms.add(client, planned, plan, report, origin,
                                 self.noise if self.config.dp == "client" else None)
         if report.left_out:
@@ -235,31 +233,6 @@ class Worker:
                 self.overlap.keep(client, origin, report.weight)
         if hidden is not None:  # of its text nothing is known but how long it is
             report = replace(report, tokens=0, noised_norm=hidden.gradients.norm)
-        return report
-
-    def _entropy(self, client: Client) -> float | None:
-        """The mean entropy of its trained model on its holdout, or without one on the validation
-        split, if the method measures it."""
-        if not self.strategy.holdout_batches:
-            return None
-        sequences, rows = self.data.validation, np.arange(len(self.data.validation))
-        if self.strategy.holdout:
-            sequences, rows = self.data.train, self.shards.holdout[client.index]
-        return mean_entropy(self.model, sequences, rows, self.config.batch_size,
-                            self.strategy.holdout_batches)
-
-    def _measure(self, client: Client, report: ClientReport, number: int) -> ClientReport:
-        """In rounds that are evaluated: what the flags ask for of a client's own model."""
-        if self.config.save_client_deltas:
-            assert self.folders.run is not None
-            save_snapshot(self.folders.run / f"client_{client.index}", number,
-                          tracked_parameters(self.flat, self.flat.vector), self.start)
-        if self.config.eval_clients:
-            report = replace(report, validation=self._validate(0, 1))
-            if self.config.client_holdout is not None:
-                held = client.sequences[self.shards.holdout[client.index]]
-                report = replace(report, on_own=validation_pieces(
-                    self.model, held, self.runtime.device, between_batches=self._check_peers))
         return report
 
     # ---- aggregation -----------------------------------------------------------------------------

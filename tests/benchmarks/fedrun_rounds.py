@@ -44,9 +44,10 @@ from fedrun.distributed.launch import detect
 from fedrun.distributed.runtime import build_runtime, connect
 from fedrun.distributed.stopping import StopRequest
 from fedrun.experiment import resolve_dtype
-from fedrun.federation import server, worker
+from fedrun.federation import client_measures, server
 from fedrun.federation.client import Client, LocalLosses
 from fedrun.federation.messages import RoundDecision, RoundPlan, RoundReport, WorkerReport
+from fedrun.federation.worker import Worker
 from fedrun.flags import resolve
 from fedrun.model.config import ModelConfig
 from fedrun.model.hardware import hardware
@@ -62,7 +63,7 @@ GPT2 = 50257  # its vocabulary
 PAUSE = {"seconds": 0.0}  # of a client's training, which takes no time of this processor
 # Where other parts are put in place of those of a run.
 PROTOCOL: Any = protocol
-WORKER: Any = worker
+MEASURES: Any = client_measures
 CLIENT: Any = Client
 RUNTIME: Any = runtime
 
@@ -97,7 +98,7 @@ class Floor:
     a 64-bit sum use float64 in place of int64. Nothing is checked, rounded or loaded.
     """
 
-    def __init__(self, side: worker.Worker) -> None:
+    def __init__(self, side: Worker) -> None:
         self.side = side
         self.group = side.runtime.data_plane.group
         size, buffer = side.flat.size, side.aggregator.buffer
@@ -145,7 +146,7 @@ class Floor:
             first.mul_(0.5)
 
 
-class KeepingWorker(worker.Worker):
+class KeepingWorker(Worker):
     """A worker that saves the global model after the last round that was asked for.
 
     The run's last round, which the end of the commands starts, comes after it.
@@ -159,7 +160,7 @@ class KeepingWorker(worker.Worker):
         return super().train(plan)
 
 
-class FloorWorker(worker.Worker):
+class FloorWorker(Worker):
     """A worker that measures the floor in the round after every block."""
 
     block: int
@@ -248,7 +249,7 @@ def measure_floor(arguments: argparse.Namespace) -> tuple[FederatedConfig, Token
     if not arguments.overlap:  # the floor's buffer would be on its way
         PROTOCOL.Worker, TimedServer.uncounted = FloorWorker, 1
     CLIENT.train, CLIENT.gradient = move, gradient
-    WORKER.mean_entropy = lambda *_: 1.0
+    MEASURES.mean_entropy = lambda *_: 1.0
     FloorWorker.block = arguments.block
     sequences = np.zeros((SEQUENCES * arguments.clients, 2), dtype=np.uint16)
     config = settings(arguments, arguments.method, batch_size=1, sequence_length=2,

@@ -23,7 +23,7 @@ from fedrun.distributed.control_plane import ControlPlane
 from fedrun.distributed.data_plane import DataPlane
 from fedrun.distributed.launch import detect
 from fedrun.distributed.runtime import Runtime
-from fedrun.federation import worker as worker_module
+from fedrun.federation import client_measures
 from fedrun.federation.client import Client, LocalLosses
 from fedrun.federation.worker import Worker
 from fedrun.flags import resolve
@@ -55,7 +55,7 @@ def gradient(client: Client, _model: Any, _gradients: Any) -> LocalLosses:
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Client, "train", train)
     monkeypatch.setattr(Client, "gradient", gradient)
-    monkeypatch.setattr(worker_module, "mean_entropy", lambda *_: 5.0)
+    monkeypatch.setattr(client_measures, "mean_entropy", lambda *_: 5.0)
 
 
 def worker_of(method: str, flags: dict[str, str], plane: DataPlane | None = None) -> Worker:

@@ -44,7 +44,7 @@ def test_a_client_beyond_the_bound_is_left_out(
 def test_a_client_whose_weight_cannot_be_summed_is_left_out(
         run_here: Run, monkeypatch: pytest.MonkeyPatch, entropy: float, why: str) -> None:
     drawn = iter([6.0, 6.0, 6.0, 6.0, entropy, 6.0])
-    monkeypatch.setattr("fedrun.federation.worker.mean_entropy", lambda *_: next(drawn))
+    monkeypatch.setattr("fedrun.federation.client_measures.mean_entropy", lambda *_: next(drawn))
     outcome = run_here("fed_entropy", "--num_clients", 3, "--rounds", 2, "--temperature", 0.1)
     assert outcome.code == 0, outcome.output
     assert outcome.history[-1]["left_out"] == [[2, 1]]

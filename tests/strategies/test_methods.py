@@ -14,7 +14,7 @@ from fedrun.data.batches import DrawnBatches
 from fedrun.data.partition import split_holdout
 from fedrun.data.tokens import TokenData
 from fedrun.experiment import shards_of
-from fedrun.federation.client import mean_entropy
+from fedrun.federation.client_measures import mean_entropy
 from fedrun.federation.schedule import Schedule
 from fedrun.flags import resolve
 from fedrun.strategies import STRATEGIES
@@ -129,7 +129,7 @@ def test_entropy_is_measured_on_the_text_that_was_asked_for(
         seen.append((sequences, numbers))
         return mean_entropy(model, sequences, numbers, *rest)
 
-    monkeypatch.setattr("fedrun.federation.worker.mean_entropy", spy)
+    monkeypatch.setattr("fedrun.federation.client_measures.mean_entropy", spy)
     flags = ("--num_clients", 2, "--rounds", 1, "--entropy_holdout", 0.25)
     held, shared = (run_here("fed_entropy", *flags, "--entropy_on", text, name=text)
                     for text in ("holdout", "validation"))

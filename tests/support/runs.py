@@ -170,6 +170,18 @@ def children_of(launcher: subprocess.Popen[bytes]) -> Iterator[Callable[[], list
             launcher.wait()
 
 
+@contextmanager
+def suspended(process: psutil.Process) -> Iterator[None]:
+    """Stop a process inside the block, so that it cannot come to its end before others have begun,
+    however slow the machine is."""
+    process.suspend()
+    try:
+        yield
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            process.resume()
+
+
 def listening(root: psutil.Process) -> set[str]:
     """The addresses at which a process and its descendants listen."""
     processes = {root.pid, *(p.pid for p in root.children(recursive=True))}

@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from fedrun.federation.client import Client
-from tests.benchmarks import leak
+from tests.benchmarks import leak, leak_rows
 from tests.benchmarks.leak import HEADER, Found, Row, auc, measure, precision, scores, telling_end
 from tests.support.made_data import made
 from tests.support.runs import ROOT
@@ -160,3 +160,31 @@ def test_a_clipped_term_is_as_long_as_the_clip() -> None:
     for term in leak.terms(worker, 1):
         assert np.linalg.norm(term.integers[:-1].astype(float)) / scale == pytest.approx(
             leak.CLIP, rel=1e-3)
+
+
+def test_sizes_of_rows_show_all_that_a_client_has_trained_on() -> None:
+    """Rows of tokens that it never had have the size 0; the others' say how often."""
+    few = made([600] * 6, sequence_length=8, vocab_size=100)  # so that some occur several times
+    worker = leak.make_worker(few, 2, 0, **leak_rows.ROWS, **ONE_FORM)
+    plan = dataclasses.replace(worker.schedule.plan(1, 0.0), evaluate=False)
+    worker.train(plan)
+    worker.aggregate(plan)
+    for one in leak_rows.shown(worker, 2):
+        assert one.sizes.shape == (100, 1)
+        assert one.now.sum() == 2 * 2 * 8  # steps of batches of sequences
+        assert one.so_far.sum() == 2 * one.now.sum()
+        assert np.all(one.so_far >= one.now)
+    found = leak_rows.attacked(few, 2, 2, [0], sums=(3,), **ONE_FORM)
+
+    def mean(seen: str, against: str, name: str) -> float:
+        return float(np.mean([one[name] for one in found[leak_rows.Row(seen, against)]]))
+
+    own = ("a client's term", "one client's, all rounds")
+    assert mean(*own, "AUC sizes") > 0.95
+    assert mean(*own, "AUC sizes") > mean(*own, "AUC update")
+    assert mean(*own, "often sizes") > 0.5
+    assert mean("a client's term", "a stranger's, all rounds", "AUC sizes") < 0.7
+    assert [len(samples) for samples in found.values()] == 4 * [6] + [6, 6, 2, 2]
+    lines = leak_rows.table(2, 2, found).splitlines()
+    assert [line.count("|") for line in lines] == \
+        [leak_rows.HEADER.splitlines()[0].count("|")] * len(found)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Train on one machine: a worker for each GPU, and the server. Without GPUs, CLIENTS workers.
+# Train on one machine: a worker for each GPU, and the server. Without GPUs, a worker for each client, at
+# most one a core. CLIENTS: this many workers instead.
 #
 #   launch/run.sh fed_avg --num_clients 8
 #   launch/run.sh study configs/experiments/original.yaml    # a run on each GPU at a time

@@ -100,19 +100,19 @@ class FederatedConfig(PrivacySettings, RunConfig):
     Takes 4 bytes a parameter more (1 with int8), and 4 in each client's state."""
     client_clip: str | None = None
     """Longest update of a client, in L2 norm: a longer one is scaled down to it, so that no client
-    can move the model further however it trained. A number, or the median of the round's norms
-    (median), for which each worker keeps its clients' updates until all have trained: 4 bytes a
-    parameter and client."""
+    can move the model further however it trained. A number (1e-6 to 1e6), or the median of the
+    round's norms (median), for which each worker keeps its clients' updates until all have trained:
+    4 bytes a parameter and client."""
     eval_clients: bool = False
-    """Also evaluate every client's own model, as the round's training leaves it, at each evaluation
-    (client_val_ppls)."""
+    """At each evaluation also evaluate the own model of each client that trains in that round, as
+    its training leaves it (client_val_ppls)."""
     client_holdout: float | None = None
     """Share of each client's sequences, the last of its shard, that it does not train on (0.05):
     --eval_clients, which it needs, evaluates its own model on them too (client_own_ppls). none: all
     are trained on."""
     save_client_deltas: bool = False
-    """Also save every client's parameters and their change whenever the global model's are
-    saved."""
+    """Whenever parameters of the global model and their change are saved for plots, save them of
+    each client too that trains in that round. Of Mamba-2 alone."""
     server: Literal["dedicated", "colocated"] = "dedicated"
     """Under torchrun: rank 0 is only the server (dedicated), or a worker too (colocated), which
     uses every process for training."""

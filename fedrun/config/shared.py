@@ -49,9 +49,10 @@ class RunConfig:
     """Peak learning rate of the local optimizer. The first setting to tune."""
     local_optimizer: Literal["adamw", "muon"] = "adamw"
     """What makes the local steps: AdamW, or Muon for the matrices inside the layers and AdamW for
-    all else, embedding and head too (muon). Of an averaged gradient Muon makes all directions about
-    equally long, so that rare ones are learned as well. Its steps are as large as AdamW's, so --lr
-    and --weight_decay serve both; it keeps one moment of a matrix, not two."""
+    all else, embedding and head too (muon). Muon averages a matrix's gradients and makes all
+    directions of its step about equally long, so that rare ones are learned as well. Its steps are
+    as large as AdamW's, so --lr and --weight_decay serve both. It keeps one moment of a matrix,
+    not two."""
     muon_momentum: float = 0.95
     """Muon's decay rate for the average of gradients. Where clients keep it for many local updates
     a lower one is better: an old average leads each of them its own way."""
@@ -63,10 +64,11 @@ class RunConfig:
     eps: float = 1e-8
     """What AdamW adds to the root of its second moment, by which it divides. A larger one (1e-5)
     lets parameters move less whose gradients are small, as those of rare tokens: of them clients
-    with different texts know least."""
+    with different texts know least. At least 1e-12."""
     moments_dtype: Literal["fp32", "bf16"] = "fp32"
     """Type in which AdamW's first moment is kept between steps: bf16 takes 2 bytes a parameter less
-    of each client. The second moment stays in fp32, since its steps are too small for bf16."""
+    of each client. The second moment stays in fp32, since its steps are too small for bf16. Not
+    with Muon, averages of moments, fed_sgd or --dtype fp64."""
     weight_decay: float = 0.01
     """Weight decay: each local step shrinks the parameters by the learning rate times this."""
     grad_clip: float | None = None

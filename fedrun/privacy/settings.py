@@ -45,7 +45,8 @@ class PrivacySettings:
     divided by the sequences of the largest shard."""
     dp_colluding: int = 1
     """With --dp client and --sites: how many other sites a site, or the server, may put together
-    what it knows with. The noise of the remaining sites alone is then as much as is charged."""
+    what it knows with, at most all but two. The noise of the remaining sites alone is then as much
+    as is charged."""
     max_epsilon: float | None = None
     """End the run, with a checkpoint, before the round that would cost a client or sequence more
     than this. Of this run: others on the same text cost too."""

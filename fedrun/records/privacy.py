@@ -36,11 +36,12 @@ memory, swap or folder, and each site keeps its journal.
 **Not covered.** What the sums of many rounds, and of several runs over the same text, show
 together: a sum still shows which tokens were trained on (`python -m tests.benchmarks.leak` measures
 how well, and `leak_rows` there what sizes of rows show: also how often each was), and differential
-privacy is not part of this. A site with nearly all the weight, which is nearly the sum. Updates
-that are wrong on purpose. A server that does not follow the protocol: it can stop a run and spoil
-its model. A stranger who gets through the tunnel gets neither plan nor model, but can stop a run.
-Without `--secure_sum` the server's machine, which forwards everything, can read every update. One
-user's processes on one machine hide nothing from that user: that is a demonstration.
+privacy is not part of this. A site with nearly all the weight, which is nearly the sum (more than
+nine tenths are refused). Updates that are wrong on purpose. A server that does not follow the
+protocol: it can stop a run and spoil its model. A stranger who gets through the tunnel gets neither
+plan nor model, but can stop a run. Without `--secure_sum` the server's machine, which forwards
+everything, can read every update. One user's processes on one machine hide nothing from that user:
+that is a demonstration.
 """
 
 SIMULATION = """\

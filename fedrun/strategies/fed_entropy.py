@@ -40,7 +40,7 @@ class FedEntropy(Strategy):
     or the validation split, the same for all (validation), from which the run's validation loss is
     then not independent. Clients train on their whole shards with validation."""
     entropy_holdout: float = 0.1
-    """Fraction of a client's shard that is held out to measure its entropy."""
+    """Fraction of a client's shard, between 0 and 1, that is held out to measure its entropy."""
 
     weight_headroom: ClassVar[int] = 20
 

@@ -35,7 +35,7 @@ class FedFisher(FedAvg):
     fisher_microbatches: int = 2
     """Microbatches that a batch is split into for --fisher corrected; at least 2."""
     fisher_floor: float = 1e-8
-    """Added to every element of the Fisher diagonal."""
+    """Added to every element of the Fisher diagonal: above 0, at most 1."""
     fisher_floor_mode: Literal["absolute", "relative"] = "absolute"
     """Whether the floor is a number (absolute) or a multiple of the cohort's mean of F (relative;
     this sums a third vector)."""

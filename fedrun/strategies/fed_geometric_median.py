@@ -37,8 +37,8 @@ class FedGeometricMedian(FedAvg):
     than half of the weights: a few weighted sums of the same updates in each round."""
 
     weiszfeld_steps: int = 3
-    """Steps of Weiszfeld's algorithm towards the median. Each is a sum of its own, of 4 bytes a
-    parameter. With --secure_sum a round needs clients of two more sites than this."""
+    """Steps of Weiszfeld's algorithm towards the median, 1 to 32. Each is a sum of its own, of 4
+    bytes a parameter. With --secure_sum a round needs clients of two more sites than this."""
 
     @property
     def reweighted(self) -> int:

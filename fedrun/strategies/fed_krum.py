@@ -26,8 +26,8 @@ class FedKrum(Robust):
     anything."""
 
     krum_clients: int | None = None
-    """How many updates are taken, those with the lowest scores: 1 is Krum. none: the clients of the
-    round less --byzantine and 2."""
+    """How many updates are taken, those with the lowest scores: 1 is Krum, the
+    clients of the round less --byzantine are the most. none: 2 less than that."""
 
     by_distance: ClassVar[bool] = True
 

@@ -28,7 +28,7 @@ from fedrun.tools.plan_time import Seconds, measured, protected, published
 from fedrun.training.evaluate import BATCH_SEQUENCES
 
 WIDTH = 34  # of the first column
-# What spares memory: shown if a run does not fit, in this order. The last changes the training.
+# What spares memory: shown if a run does not fit, in this order. The last two change the training.
 SPARING = ({"micro_batch": 1}, {"checkpoint_activations": True}, {"offload": "global"},
            {"client_store": "disk"}, {"moments_dtype": "bf16"}, {"client_moments": "reset"})
 

@@ -1,7 +1,7 @@
 """A run is killed, or its disk is full, at any call that changes a file: the same command, run
 again, ends with the bits of the undisturbed run.
 
-12 calls, spread over a start and a checkpoint; `make soak` takes the first 100 of each, with an
+8 calls, spread over a start and a checkpoint; `make soak` takes the first 100 of each, with an
 empty cache too.
 """
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import datetime
 import difflib
 import functools
 import inspect
+import os
 import textwrap
 import types
 import typing
@@ -32,6 +34,9 @@ from fedrun.model.config import ModelConfig, ModelShape, TransformersShape, reco
 from fedrun.strategies import STRATEGIES, Strategy, strategy_class
 from fedrun.strategies.plugins import load_installed
 
+_TEXT = (str, os.PathLike, int, float, datetime.date)
+"""What is given as text: in YAML a name may look like a number or a date."""
+
 
 @dataclass(frozen=True)
 class Flag:
@@ -51,6 +56,8 @@ class Flag:
         """
         if self.optional and (value is None or value == "none"):
             return None
+        if self.kind is str and not isinstance(value, _TEXT):
+            raise InputError(f"{where}is of type {type(value).__name__}; must be text")
         try:
             if self.kind is bool:
                 return {"true": True, "false": False}[str(value).lower()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedrun.aggregation.base import Aggregator
 from fedrun.aggregation.slices import double_norm
+from fedrun.common.errors import FedrunError
 from fedrun.strategies.base import ServerRound, Strategy
 
 
@@ -60,7 +61,12 @@ class ServerUpdate:
                     table.write(name, index, count)
                 if self._measured:
                     table.write("mean_norm", index, double_norm(mean[self._measured]))
-            strategy.server_update(new, new_state, mean, context)
+            update: Callable[..., object] = strategy.server_update  # a plugin's may return anything
+            returned = update(new, new_state, mean, context)
+            if returned is not None and returned is not new:
+                raise FedrunError(f"{type(strategy).__name__}.server_update: returns a "
+                                  f"{type(returned).__name__}, which nobody uses; it must change "
+                                  "`model` in place, as model.add_(...) does")
             if measure:
                 table.write("step_norm", index, double_norm(before.sub_(new)))
             mine.copy_(new, non_blocking=True)  # nothing to do unless it was brought over

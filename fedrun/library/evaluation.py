@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,9 @@ def evaluate(found: Pretrained, dataset: str | None = None, split: str | None = 
     if length < 2:
         raise InputError(f"--sequence_length {length}: must be an integer >= 2")
     require_positions(found.model, length)
+    if not isinstance(dataset, str | os.PathLike | None):
+        raise InputError(f"dataset: is of type {type(dataset).__name__}; must be a name or a path "
+                         "(data= takes token ids and texts)")
     if data is not None and (dataset is not None or split is not None):
         raise InputError("data: must be left out with dataset= and split=")
     name, options = _text_to_read(found.settings, dataset if data is None else GIVEN, split,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from fedrun.common.errors import InputError, naming
 from fedrun.common.files import read_json
@@ -131,7 +131,9 @@ class Run:
         """A figure of the run's perplexities, train and validation, against tokens, steps, rounds,
         seconds or bytes. InputError if nothing has been evaluated yet."""
         from fedrun.plots.one_run import figure
-        from fedrun.plots.run_folder import Damaged, read_run
+        from fedrun.plots.run_folder import Axis, Damaged, read_run
+        if x not in get_args(Axis):
+            raise InputError(f"x={x}: must be one of {', '.join(get_args(Axis))}")
         try:
             return figure(read_run(self.folder), x)
         except Damaged as damaged:

@@ -46,6 +46,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -80,6 +81,7 @@ from fedrun.tools.study_process import handling_signals
 from fedrun.tools.study_queue import Member, Stopped, run_all
 from fedrun.tools.study_records import RECORDS, take_records
 from fedrun.tools.study_runs import loss_halves
+from fedrun.tools.study_setting import Point, StudySetting
 from fedrun.tools.study_table import write
 
 SECONDS_FOR_FIGURES = 600.0  # in which another process that has finished as well may draw them
@@ -100,7 +102,18 @@ def tune(study: Study, member: Member) -> None:
                 halves = loss_halves(configs[setting.name, point])
                 assert halves is not None
                 setting.tuned[point] = halves[0]
-        growing = [setting for setting in growing if setting.extend()]
+        growing = [setting for setting in growing
+                   if setting.extend(functools.partial(_is_possible, study, setting))]
+
+
+def _is_possible(study: Study, setting: StudySetting, point: Point) -> bool:
+    """Whether a grid may grow to this point; if a run with it would be refused, a line says so."""
+    try:
+        study.config(setting, point, study.tune_seed)
+    except InputError as error:
+        log(f"study: the grid of {setting.name} ends at its edge: {error}")
+        return False
+    return True
 
 
 def _is_tuned(study: Study) -> bool:
@@ -320,6 +333,9 @@ def main(argv: Sequence[str]) -> int:
     if print_config:
         print(yaml.safe_dump(study.to_dict(), sort_keys=False), end="")
         return 0
+    if recorded:
+        require((study.folder / RECORDS).exists(), "--recorded", "true",
+                f"left out: there is no {RECORDS} in {study.folder}")
     if recorded and (taken := take_records(study.folder)):
         log(f"{taken} finished runs of {study.folder / RECORDS} are not repeated")
     if partly:

@@ -144,14 +144,18 @@ def read(path: Path, results: Path, overrides: Mapping[str, Any]) -> Study:
     references = values["reference"] if isinstance(values["reference"], list) else [
         values["reference"]]
     for name in references or [None]:
-        require(name in values["settings"], f"{where}reference", name,
+        require(isinstance(name, str) and name in values["settings"], f"{where}reference", name,
                 "one of " + ", ".join(values["settings"]) + ", or a list of them")
     refuse_unread("study", values["base"], f"{where}base: ")
     expanded: list[StudySetting] = []
     for name, own in values["settings"].items():
         expanded += rows_of(f"{where}settings.{name}", str(name), own, values, flags,
                             number("extensions", int, 0))
-    settings = {setting.name: setting for setting in expanded}
+    settings: dict[str, StudySetting] = {}
+    for setting in expanded:
+        require(setting.name not in settings, f"{where}settings.{setting.of}", setting.name,
+                "another name, or fewer values of an axis: two rows of the table have this one")
+        settings[setting.name] = setting
     for name in values["repeat"]:
         require(name in settings or name in values["settings"], f"{where}repeat", name,
                 "one of " + ", ".join(values["settings"]))
@@ -229,6 +233,10 @@ def _only(names: Sequence[str], values: Mapping[str, Any]) -> dict[str, Any]:
     for name in names:
         require(name in known, "--settings", name, "one of " + ", ".join(known))
     several = isinstance(values["reference"], list)
+    references = values["reference"] if several else [values["reference"]]
+    require(any(name in names for name in references), "--settings", ",".join(names),
+            f"names with {' or '.join(map(str, references))} among them, to which others are "
+            "compared")
     return {"settings": {name: own for name, own in known.items() if name in names},
             "repeat": [name for name in values["repeat"] if name in names],
             "reference": [name for name in values["reference"] if name in names] if several
@@ -267,10 +275,15 @@ def _check_kinds(where: str, values: Mapping[str, Any]) -> None:
 
 
 def _seeds(where: str, values: Mapping[str, Any]) -> list[int]:
+    listed = values["report_seeds"]
     try:
-        return [int(seed) for seed in values["report_seeds"]]
-    except (TypeError, ValueError):
-        raise InputError(f"{where} {values['report_seeds']}: must be integers") from None
+        seeds = [int(seed) for seed in listed]
+        right = len(seeds) == len({*seeds}) and all(
+            float(given) == seed for given, seed in zip(listed, seeds, strict=True))
+    except (TypeError, ValueError, OverflowError):
+        right = False
+    require(right, where, listed, "different integers")
+    return seeds
 
 
 def _refuse_unknown(what: str, flag: str, settings: Collection[StudySetting]) -> None:
@@ -288,7 +301,8 @@ def _refuse_without_effect(path: Path, study: Study, overrides: Collection[str])
         if any(flag in setting.axis for setting in settings):
             raise InputError(f"--{flag}: an axis of {path}; --axes {flag}=VALUE,VALUE replaces its "
                              "values")
-        if all(flag in setting.grid for setting in settings):
+        having = [s for s in settings if flag in method_flags(s.flags["method"])]
+        if all(flag in setting.grid for setting in having):
             raise InputError(f"--{flag}: every setting of {path} has a grid for it, which "
                              "overrides the flag; change the grid in the file")
         reached = [s for s in settings if flag in s.flags and flag not in s.grid]

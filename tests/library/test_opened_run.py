@@ -86,6 +86,8 @@ def test_what_a_folder_holds(trained: Outcome, tmp_path: Path, capfd: pytest.Cap
         run.export(out)
     with pytest.raises(InputError, match="hf or mamba_ssm"):
         run.export(tmp_path / "other", to="onnx")
+    with pytest.raises(InputError, match=r"dataset: is of type list; must .*data= takes token"):
+        run.evaluate([1, 2, 3])  # type: ignore[arg-type]
 
 
 def test_its_figure(tmp_path: Path) -> None:
@@ -100,6 +102,8 @@ def test_its_figure(tmp_path: Path) -> None:
     assert axes.get_xlabel() == "training tokens seen"
     assert run.plot("rounds").axes[0].lines[0].get_xdata() == pytest.approx(
         [record["global_step"] for record in run.history])
+    with pytest.raises(InputError, match="x=epochs: must be one of tokens, steps, rounds"):
+        run.plot("epochs")  # type: ignore[arg-type]
 
 
 def test_what_a_notebook_shows(tmp_path: Path) -> None:

@@ -169,6 +169,7 @@ def test_a_config_and_a_plugin(flags: dict[str, Any], tmp_path: Path,
     ("fed_avg", {"lrr": 1}, "unknown flag --lrr, did you mean lr"),
     ("fed_avg", {"lr": -1}, "--lr -1.0: must be > 0"),
     ("fed_avg", {"lr": None}, "--lr None: must be a number"),
+    ("fed_avg", {"init_from": fedrun.FedAvg()}, "--init_from is of type FedAvg; must be text"),
     ("fed_avgg", {}, "unknown method 'fed_avgg', did you mean fed_avg"),
     (fedrun.FedAvg(), {}, r"method: is of type FedAvg; must be a name \(central, fed_avg, "),
     ("central", {"timeout": 3}, "--timeout: not used by central")])

@@ -153,6 +153,18 @@ def test_installed_packages(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogC
     sys.modules.pop("installed_half")
 
 
+def test_an_update_that_is_returned_ends_the_run(run_here: Run, tmp_path: Path) -> None:
+    """Only a change in place counts; a model that never moves would look like a finished run."""
+    plugin = write(tmp_path)
+    plugin.write_text(plugin.read_text().replace("model.add_(", "return model.add("))
+    flags = ("--plugin", plugin, "--rounds", 2, "--num_clients", 2)
+    done = run_here("half", *flags)
+    assert done.code == 1
+    assert "Half.server_update: returns a Tensor, which nobody uses" in done.output
+    plugin.write_text(plugin.read_text().replace("model.add(", "model.add_("))
+    assert run_here("half", *flags, "--overwrite").code == 0
+
+
 def test_a_run_resumes_with_the_same_code_alone(run: Run, tmp_path: Path) -> None:
     """And it is asked for by name: nothing in the folder leads to the code."""
     plugin = write(tmp_path)

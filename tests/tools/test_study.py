@@ -206,7 +206,9 @@ def test_the_better_of_two_references_and_the_table_of_what_is_finished(
     assert only.reference_of(only.settings["b_averaged"]).name == "c_long"
     with pytest.raises(ValueError, match="--settings lang: must be one of a_short, b_averaged"):
         study_file.read(path, tmp_path, {"settings": "lang"})
-    with pytest.raises(ValueError, match="reference None: must be one of b_averaged"):
+    with pytest.raises(ValueError, match="--recorded true: must be left out: there is no"):
+        study.main([*argv, "--name", "other", "--recorded"])
+    with pytest.raises(ValueError, match="--settings b_averaged: must be names with a_short or c"):
         study_file.read(path, tmp_path, {"settings": "b_averaged"})
     assert found.references == ["a_short", "c_long"]
 

@@ -35,6 +35,25 @@ def test_grids_grow_at_their_edges_alone() -> None:
     assert not hopeless.extend()
 
 
+def test_grids_end_where_there_is_no_way_on() -> None:
+    """At 0, at integers that are there already, and where a run would be refused."""
+    def grown(values: list[float], best: float, most: float = 99, whole: bool = False
+              ) -> list[float]:
+        setting = StudySetting("s", {}, {"x": [*values]}, extensions=1,
+                               whole=frozenset({"x"} if whole else ()))
+        setting.tuned = {p: abs(dict(p)["x"] - best) for p in setting.points()}
+        assert setting.extend(lambda point: dict(point)["x"] < most) == (len(values) < len(
+            setting.grid["x"])) == (setting.extensions == 0)
+        return setting.grid["x"]
+
+    assert grown([0.5, 0.9], 0.9) == [0.5, 0.9, pytest.approx(1.62)]
+    assert grown([0.5, 0.9], 0.9, most=1) == [0.5, 0.9]
+    assert grown([0.0, 0.1], 0.1) == grown([0.0, 0.1], 0.0) == [0.0, 0.1]
+    assert grown([2, 3], 3, whole=True) == [2, 3, 4]
+    assert grown([2, 3], 2, whole=True) == [2, 3, 1]
+    assert grown([1, 2], 1, whole=True) == [1, 2, 0]
+
+
 def test_the_original_grid(tmp_path: Path) -> None:
     found = study_file.read(ORIGINAL, tmp_path, {})
     configs = {config.name: config for config in study.unfinished(found)}
@@ -129,6 +148,14 @@ def test_axes_make_rows_with_a_reference_each(tmp_path: Path) -> None:
     assert settings["entropy_tiny"]["temperature"] == 2  # which only this method has
     assert study_file.read(path, tmp_path, {"name": "mine"}).folder == tmp_path / "mine"
 
+    path.write_text("{reference: a, settings: {a: {method: central}, b: {method: fed_avg, "
+                    "grid: {local_updates: [1, 2]}}}}")
+    with pytest.raises(ValueError, match=r"--local_updates: every setting of .* has a grid"):
+        study_file.read(path, tmp_path, {"num_clients": 2, "local_updates": 3})
+    path.write_text("{reference: a, axes: {dataset: [x/t.txt, y/t.txt, z.txt]}, settings: "
+                    "{a: {method: central}}}")
+    assert [*study_file.read(path, tmp_path, {}).settings] == ["a_x_t.txt", "a_y_t.txt", "a_z.txt"]
+
     path.write_text(AXES.replace("{method: fed_avg}", "{method: fed_avg, config: wide.yaml}"))
     with pytest.raises(ValueError, match=r"wide\.yaml"):
         study_file.read(path, tmp_path, {})
@@ -163,6 +190,14 @@ def test_axes_make_rows_with_a_reference_each(tmp_path: Path) -> None:
     ("{reference: a, figures: [curves], settings: {a: {method: central}}}",
      "figures curves: must be one of perplexities"),
     ("[" * 1100, "cannot be read as YAML"),
+    ("{reference: a, grid: {lr: []}, settings: {a: {method: central}}}", "grid .*different number"),
+    ("{reference: a, grid: {lr: [1, 1]}, settings: {a: {method: central}}}", "different numbers"),
+    ("{reference: a, report_seeds: [1, 1], settings: {a: {method: central}}}", "different integer"),
+    ("{reference: a, report_seeds: [1.5], settings: {a: {method: central}}}", "different integers"),
+    ("{reference: [[a]], settings: {a: {method: central}}}", "reference .*must be one of a, or"),
+    ("{reference: a, axes: {dataset: [x/t.txt, 'x t.txt', y/t.txt]}, "
+     "settings: {a: {method: central}}}", "a_x_t.txt: must be another name"),
+    ("{reference: a, axes: {seq: [1]}, settings: {a: {method: central}}}", "axes seq"),
 ])
 def test_an_invalid_study_is_reported_before_any_run(text: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "wrong.yaml"

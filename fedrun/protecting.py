@@ -43,6 +43,7 @@ def secure(experiment: Experiment, schedule: Schedule, server: Server | None,
     config, control, sites = experiment.federated, runtime.control, experiment.sites
     leader, plan = None, b""
     assert sites is not None
+    require_one_machine(runtime)
     if control.membership is not None:
         if worker is not None and runtime.data_plane.site_leader:
             site, seed = experiment.site, experiment.config.seed
@@ -64,6 +65,15 @@ def secure(experiment: Experiment, schedule: Schedule, server: Server | None,
         worker.secure = SecureSum(config, sites, schedule, experiment.data.vocab_size,
                                   runtime.data_plane, done, leader,
                                   runtime.launch.local_world_size)
+
+
+def require_one_machine(runtime: Runtime) -> None:
+    """FedrunError on the workers of a site that are on several machines: what they sum among
+    themselves, before the mask, would travel in the clear, through the server's machine too."""
+    plane = runtime.data_plane
+    if plane.of_site and plane.machines > 1:
+        raise FedrunError(f"--site_dir: the workers of this site are on {plane.machines} machines; "
+                          "must be on one, since what they sum among themselves has no mask")
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,7 @@ def hiding(experiment: Experiment, level: Level, worker: Worker, runtime: Runtim
            keeper: Keeper | None) -> Noise:
     """Workers: this one's part of the noise. keeper: on those that have one."""
     plane, sites = runtime.data_plane, experiment.sites
+    require_one_machine(runtime)
     if isinstance(level, ExampleLevel):
         return SequenceNoise(level, plane, keeper, worker.flat, sites, worker.secure)
     if sites is None:

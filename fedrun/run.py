@@ -20,6 +20,7 @@ from fedrun.common.log import ERROR, WARNING, log, print_log
 from fedrun.common.terminal import visible
 from fedrun.config import FederatedConfig, RunConfig
 from fedrun.data.given import GivenData
+from fedrun.data.site_settings import require_steps
 from fedrun.data.sites import Site
 from fedrun.data.tokenizer import ids_size
 from fedrun.distributed.connect import NotConnected, decline, exposure
@@ -159,8 +160,10 @@ def prepare(config: RunConfig, launch: Launch, data: GivenData | None = None,
         _ = experiment.length
         if isinstance(config, FederatedConfig):
             _ = experiment.schedule
-    elif experiment.federated.dp == "example":
-        require_accounting()
+    else:  # of text that is not read yet, what the settings alone say
+        require_steps(experiment.federated, experiment.federated.local_updates)
+        if experiment.federated.dp == "example":
+            require_accounting()
     return Prepared(config, experiment, check, launch, device, proof)
 
 
@@ -296,7 +299,8 @@ def _next(config: RunConfig, stopped: str) -> str:
     if stopped.startswith("--max_epsilon"):
         return "its next round would pass that"
     step = latest_step(config.run_dir)
-    return (f"the same command resumes from step {step}" if step else
+    without = " without --overwrite" * config.overwrite
+    return (f"the same command{without} resumes from step {step}" if step else
             "the same command starts over: no checkpoint was written")
 
 

@@ -14,7 +14,9 @@ NEVER_READ: dict[str, dict[str, str]] = {
     "central": {"timeout": "a single process waits for no other"},
     "study": {"seed": "the study's file sets the seeds: tune_seed and report_seeds",
               "run_name": "a study names its runs after their settings",
-              "data_dir": "the runs of a study are in its folder under --results"}}
+              "data_dir": "the runs of a study are in its folder under --results",
+              "overwrite": "a study resumes its runs; to repeat one, remove its folder",
+              "resume": "a study resumes its runs; to repeat one, remove its folder"}}
 """Command -> the flags that it refuses, each with the reason."""
 
 

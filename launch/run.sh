@@ -14,6 +14,9 @@ python=${PYTHON:-python3}
 run_dir=$("$python" -m fedrun "$@" --print_run_dir) || exit
 FEDRUN_START="$$ $RANDOM $(date +%s.%N)" # the run writes it into outcome.json
 export FEDRUN_START
+export FEDRUN_LAUNCHER=$$ # processes that it starts end with this script, however it ends
+again="the same command" # that resumes the run
+[[ " $* " != *" --overwrite"* || " $* " == *" --overwrite false "* ]] || again="the same command without --overwrite"
 
 set -m # a process group for the agent, so that a terminal signals this script alone
 NODES=1 NODE=0 WORKERS_PER_NODE=${CLIENTS:-} RESTARTS=${RESTARTS:-3} "$(dirname "$0")/node.sh" "$@" </dev/null &
@@ -31,7 +34,7 @@ while wait "$agent" 2>/dev/null; code=$?; kill -0 "$agent" 2>/dev/null; do :; do
 outcome=$run_dir/outcome.json
 if ((code != 0)) && grep -q "\"start\": \"$FEDRUN_START\"" "$outcome" 2>/dev/null &&
     grep -q '"outcome": "stopped"' "$outcome"; then
-    echo "launch: stopped in order; the same command resumes it"
+    echo "launch: stopped in order; $again resumes it"
     exit 0
 fi
 exit "$code"

@@ -54,7 +54,7 @@ def test_the_same_bits_in_any_number_of_processes(processes: int, run: Run, give
 
 def test_what_stays_at_clients_is_in_no_sum_of_sites(run_here: Run, given: list[str]) -> None:
     """Masked or not, sums are of what is shared, to the same bits; what stays is in no model."""
-    flags = ("--rounds", 2, "--cohort", 4, *given, "--personal", "*out_proj*")
+    flags = ("--rounds", 2, "--cohort", 4, *given, "--personal", "*out_proj*", "--local_updates", 2)
     plain = run_here("fed_avg", *flags, name="plain")
     masked = run_here("fed_avg", *flags, "--secure_sum", name="masked")
     assert plain.code == masked.code == 0, plain.output + masked.output
@@ -76,7 +76,7 @@ def test_what_stays_at_clients_is_in_no_sum_of_sites(run_here: Run, given: list[
 def test_the_loss_of_all_sites_on_what_they_hold_out(
         processes: int, run: Run, run_here: Run, given: list[str], tmp_path: Path) -> None:
     """Against the final model's losses in float64, a sequence at a time."""
-    flags = ("--rounds", 2, "--secure_sum", "--site_holdout", 0.2, *given)
+    flags = ("--rounds", 2, "--secure_sum", "--site_holdout", 0.2, "--local_updates", 2, *given)
     made = (run_here if processes == 1 else run)("fed_avg", *flags)
     assert made.code == 0, made.output
     if processes > 1:
@@ -165,9 +165,9 @@ def test_from_python(given: list[str], run_here: Run, little_text: tuple[str, ..
     _, path, _, data = given
     flags: dict[str, Any] = {name[2:]: value for name, value in zip(
         little_text[::2], little_text[1::2], strict=True)}
-    made = fedrun.train("fed_avg", sites=Path(path), site_data=data, rounds=2,
+    made = fedrun.train("fed_avg", sites=Path(path), site_data=data, rounds=2, local_updates=2,
                         data_dir=str(tmp_path), run_name="library", **flags)
-    command = run_here("fed_avg", *given, "--rounds", 2, "--secure_sum")
+    command = run_here("fed_avg", *given, "--rounds", 2, "--local_updates", 2, "--secure_sum")
     assert command.bits == (made.folder / "model.safetensors").read_bytes()
     assert "--secure_sum hides nothing here" in command.output
     with pytest.raises(InputError, match="needs --site_data, where the text of the sites is"):
@@ -177,7 +177,7 @@ def test_from_python(given: list[str], run_here: Run, little_text: tuple[str, ..
 def test_a_method_that_weighs_clients_anew_tells_nothing_of_one(given: list[str], run_here: Run
                                                                ) -> None:
     outcome = run_here("fed_geometric_median", *given, "--rounds", 2, "--weiszfeld_steps", 1,
-                       "--secure_sum")
+                       "--local_updates", 2, "--secure_sum")
     assert outcome.code == 0, outcome.output
     for record in outcome.history:
         # A cosine would be one by the planned weights, which the sum does not have.
@@ -251,7 +251,7 @@ def test_several_sums_of_the_same_updates_need_more_sites(steps: int, tmp_path: 
     """And every round has clients of at least that number of sites."""
     dealing = {name: {"clients": 2} for name in NAMES[:4]}
     flags = {"sites": str(sites_file(tmp_path, dealing)), "secure_sum": True, "rounds": 50,
-             "weiszfeld_steps": steps}
+             "local_updates": 2, "weiszfeld_steps": steps}
     if steps == 3:
         with pytest.raises(InputError, match=r"--secure_sum true: must be false with the 4 sites.*"
                            r"at least 5 have to be in the 3 sums of fed_geometric_median"):

@@ -160,7 +160,7 @@ def test_a_study_refuses_flags_without_effect(study_file: str, tmp_path: Path,
     content["axes"] = {"config": ["tiny"]}
     path.write_text(yaml.safe_dump(content))
     argv = ["study", study_file, "--results", str(tmp_path), "--print_config"]
-    assert cli.main([*argv, "--lr", "5e-4", "--num_clients", "2", "--overwrite"]) == 0
+    assert cli.main([*argv, "--lr", "5e-4", "--num_clients", "2"]) == 0
     captured = capsys.readouterr()
     assert "--lr does not apply to central_tiny, tuned on a grid of it" in captured.err
     rows = yaml.safe_load(captured.out)["settings"]
@@ -176,7 +176,8 @@ def test_a_study_refuses_flags_without_effect(study_file: str, tmp_path: Path,
                         (["--axes", "seed=1", "--report_seeds", "2"], "--report_seeds 2: must be"),
                         (["--axes", "momentum=1"], "axes momentum: must be a flag of a setting"),
                         (["--scale", "huge"], "--scale huge: must be one of"),
-                        (["--report_seeds", "1,a"], "must be integers"),
+                        (["--report_seeds", "1,a"], "must be different integers"),
+                        (["--overwrite"], "--overwrite: not used by study (a study resumes its"),
                         (["--seed", "5", "--lr", "0.01"], "--seed: not used by study")):
         assert cli.main([*argv, *flags]) == 2
         assert message in capsys.readouterr().err

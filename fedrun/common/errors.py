@@ -22,7 +22,7 @@ ERROR_TEXTS: dict[ErrorCode, str] = {
     "plan": "the server's plan is not the one that the settings give",
     "few": "fewer than three sites have a finite update, or than --weiszfeld_steps and two",
     "masks": "the masks or their keys do not match",
-    "journal": "its journal refuses the sum, or cannot be written",
+    "journal": "its journal refuses the sum (a new run needs another --seed), or cannot be written",
     "diverged": "the loss or the parameters are not finite",
     "noise": "the noise cannot be drawn, or what it costs not be written down",
     "spent": "it would cost more than --max_epsilon",

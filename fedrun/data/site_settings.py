@@ -7,7 +7,7 @@ from typing import Any
 
 from fedrun.common.errors import require
 from fedrun.data.sites import Sites
-from fedrun.secure import FEWEST_SITES, fewest_sites
+from fedrun.secure import FEWEST_SITES, FEWEST_STEPS, fewest_sites
 
 DEALT_BY_SITES = ("partition", "alpha", "size_skew")  # settings that the file has, for each site
 
@@ -34,6 +34,18 @@ def check_sites(config: Any) -> None:
             "integers alone")
     require(config.aggregation != "int4", "--aggregation", "int4", f"exact, float or int8 with "
             f"--sites {config.sites}, where the first worker of each site sends for all of its own")
+
+
+def require_steps(config: Any, fewest: int) -> None:
+    """InputError if some round of a federated run has too few local updates, `fewest`, for a sum to
+    hide them, and no noise does. Runs that have been made so can still be read."""
+    if not config.secure_sum or config.private or not config.strategy.trains:
+        return
+    why = (f"at least {FEWEST_STEPS} in each round with --secure_sum: a sum after one shows the "
+           "signs of each client's gradient")
+    require(config.local_updates >= FEWEST_STEPS, "--local_updates", config.local_updates, why)
+    require(fewest >= FEWEST_STEPS, "--local_updates_schedule", config.local_updates_schedule,
+            f"constant, or --local_updates more: {why}")
 
 
 def refuse_dealt(config: Any, name: str, given: bool) -> None:

@@ -70,6 +70,8 @@ class DataPlane:
         self.inter_node_group = self.group
         """The group of the node leaders. The caller sets it if it is neither all workers nor a
         single one."""
+        self.machines = 1
+        """On how many machines these workers are, of those that are known by an ID."""
         self.cannot_map = False
         """Whether this worker failed to map the memory of other workers on its machine."""
         self._sharing = False  # whether any node has more than one worker
@@ -81,8 +83,9 @@ class DataPlane:
     def _discover_neighbours(self, machine: int) -> None:
         """Find the workers of this node: those on one machine, if each can map the memory of all
         others."""
-        machines = [number or -1 - worker
-                    for worker, (number,) in enumerate(self._all_gather(machine))]
+        numbers = [number for number, in self._all_gather(machine)]
+        self.machines = max(1, len({*numbers} - {0}))
+        machines = [number or -1 - worker for worker, number in enumerate(numbers)]
         self._sharing = True
         self.node_workers = group_by_node(machines, [True] * len(machines))[self.worker]
         try:

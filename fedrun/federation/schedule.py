@@ -9,6 +9,7 @@ import numpy as np
 from fedrun.aggregation.bounds import gradient_bound, update_bound
 from fedrun.common.errors import InputError
 from fedrun.config import FederatedConfig
+from fedrun.data.site_settings import require_steps
 from fedrun.data.sites import Sites
 from fedrun.federation.messages import RoundPlan
 from fedrun.model.build import longest_side
@@ -75,6 +76,8 @@ class Schedule:
         self.rounds_per_epoch = rounds_per_epoch(config, shard_sizes)
         self.rounds = config.rounds or config.n_epochs * self.rounds_per_epoch
         self._starts = round_starts(config, self.rounds)
+        require_steps(config, min(map(int.__sub__, self._starts[1:], self._starts),
+                                  default=config.local_updates))
         self._muon_side = longest_side(config.model) if config.local_optimizer == "muon" else 0
         self.noise = 0.0
         """The noise multiplier of --dp."""

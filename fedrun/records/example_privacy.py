@@ -15,27 +15,27 @@ EXAMPLE_CLAIM = """\
 **Who learns what, with `--sites`, `--site_dir`, `--secure_sum` and `--dp example`.** Every site and
 the server learn the weighted sum of all sites' updates in each round (of the optimizer's moments
 too if clients average them), which are made of gradients with noise, and so every global model;
-sums over a round's clients of weights, and of norms of updates and noised gradients, and how many
-clients were left out, by reason; with `--aggregation int8` also, for each 256 parameters, how many
-clients clipped and how many came near it; how many sequences each client has and when it is drawn;
-which rounds each site's log has charged; how long each process took, and when a site was there.
-Losses of clients leave no site, not even in a sum. Those who put together what they know learn the
-sum over the others, and nothing else of them. Nobody else learns more than the size and time of
-what is sent.
+sums over a round's clients of weights, and of norms of updates and noised gradients and their
+squares, and how many clients were left out, by reason; with `--aggregation int8` also, for each 256
+parameters, how many clients clipped and how many came near it; how many sequences each client has
+and when it is drawn; which rounds each site's log has charged; how long each process took, and when
+a site was there. Losses of clients leave no site, not even in a sum. Those who put together what
+they know learn these sums over the others, and nothing else of them. Nobody else learns more than
+the size and time of what is sent.
 
-**Under these assumptions.** Everybody follows the protocol. At least two sites do not share what
-they know with the adversary, or updates are not hidden in a sum, and the guarantee below is all
-that protects them. The keys in the file of the sites are theirs, compared by another way. AES-256,
-ChaCha20, X25519, HKDF-SHA256 and Ed25519 do what they are made for. Nobody else reads a site's
-memory, swap or folder, and each site keeps its journal, the secret of its noise and the log beside
-it.
+**Under these assumptions.** Everybody follows the protocol. Of the sites whose clients are in a
+sum, at least two do not share what they know with the adversary, or updates are not hidden in a
+sum, and the guarantee below is all that protects them. The keys in the file of the sites are
+theirs, compared by another way. AES-256, ChaCha20, X25519, HKDF-SHA256 and Ed25519 do what they are
+made for. Nobody else reads a site's memory, swap or folder, and each site keeps its journal, the
+secret of its noise and the log beside it.
 
 **Not covered.** A site with nearly all the weight, which is nearly the sum. Updates that are wrong
 on purpose. A server that does not follow the protocol: it can stop a run and spoil its model. A
-stranger who gets through the tunnel gets neither plan nor model, but can stop a run. That a run has
-ended by an error, and at which site. Without `--secure_sum` the server's machine, which forwards
-everything, can read every update. One user's processes on one machine hide nothing from that user:
-that is a demonstration.
+stranger in the tunnel who only connects gets neither plan nor model, but can stop a run; one who
+can change what others send gets both. That a run has ended by an error, and at which site. Without
+`--secure_sum` the server's machine, which forwards everything, can read every update. One user's
+processes on one machine hide nothing from that user: that is a demonstration.
 """
 
 DOCUMENTS = """\

@@ -19,6 +19,7 @@ from fedrun.records.run_files import OUTCOME
 from fedrun.records.run_lock import holds_lock
 
 START_VARIABLE = "FEDRUN_START"
+RESTART_VARIABLE = "FEDRUN_RESTART"  # how often a script has started the run again after failures
 Standing = Literal["running", "finished", "stopped", "failed"]
 
 
@@ -36,12 +37,14 @@ def write_outcome(run_dir: Path, outcome: Standing, step: int, reason: str = "",
 
 
 def write_failure(run_dir: Path, reason: str, kind: Failure = "error") -> None:
-    """Record that this process's run ends with an error. Nothing changes if the run is already
+    """Record that this process's run ends with an error, and the step of its newest checkpoint, if
+    there is one. Nothing changes if the run is already
     finished or stopped, or if another process holds the folder."""
+    from fedrun.records.checkpoint import latest_step  # imports torch, which a run has by now
     with suppress(OSError, FolderLost):
         recorded = read_outcome(run_dir)
         if holds_lock(run_dir) and recorded.get("outcome") == "running":
-            write_outcome(run_dir, "failed", recorded["step"], reason, kind)
+            write_outcome(run_dir, "failed", latest_step(run_dir) or recorded["step"], reason, kind)
 
 
 def read_outcome(run_dir: Path) -> dict[str, Any]:
@@ -67,6 +70,6 @@ def launch_id() -> str:
 
 def is_restart(run_dir: Path) -> bool:
     """Whether a launcher restarts the job whose run is in this folder."""
-    restarted = any(os.environ.get(name, "0") != "0"
-                    for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    restarted = any(os.environ.get(name, "0") != "0" for name in (
+        "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", RESTART_VARIABLE))
     return restarted and read_outcome(run_dir).get("launch") == launch_id()

@@ -20,26 +20,30 @@ if TYPE_CHECKING:
 CLAIM = """\
 **Who learns what, with `--sites`, `--site_dir` and `--secure_sum`.** Every site and the server
 learn the weighted sum of all sites' updates in each round (of the optimizer's moments too if
-clients average them, or of their size in each row), and so every global model; sums over a round's
-clients of losses, tokens, weights and norms, how many were left out, by reason; with
+clients average them, or of their size in each row; with `fed_fisher` of Fisher information, with
+`fed_sgd` of gradients), and so every global model; sums over a round's clients of losses, tokens
+and weights, and of norms and their squares, how many were left out, by reason; with
 `--site_holdout` the loss on what all sites hold out; with `--aggregation int8`, for each 256
 parameters, how many clients clipped, how many came near it, and of averaged moments the mean of
 clients' largest; how many sequences each client has and when it is drawn; how long each process
-took, and when a site was there. Those who put together what they know learn the sum over the
+took, and when a site was there. Those who put together what they know learn these sums over the
 others, and nothing else of them. Nobody else learns more than the size and time of what is sent.
 
-**Under these assumptions.** Everybody follows the protocol. At least two sites do not share what
-they know with the adversary. The keys in the file of the sites are theirs, compared by another way.
-AES-256, X25519, HKDF-SHA256 and Ed25519 do what they are made for. Nobody else reads a site's
-memory, swap or folder, and each site keeps its journal.
+**Under these assumptions.** Everybody follows the protocol. Of the sites whose clients are in a
+sum, at least two do not share what they know with the adversary. The keys in the file of the sites
+are theirs, compared by another way. AES-256, X25519, HKDF-SHA256 and Ed25519 do what they are made
+for. Nobody else reads a site's memory, swap or folder, and each site keeps its journal.
 
-**Not covered.** What the sums of many rounds, and of several runs over the same text, show
-together: a sum still shows which tokens were trained on (`python -m tests.benchmarks.leak` measures
-how well, and `leak_rows` there what sizes of rows show: also how often each was), and differential
-privacy is not part of this. A site with nearly all the weight, which is nearly the sum (more than
-nine tenths are refused). Updates that are wrong on purpose. A server that does not follow the
-protocol: it can stop a run and spoil its model. A stranger who gets through the tunnel gets neither
-plan nor model, but can stop a run. Without `--secure_sum` the server's machine, which forwards
+**Not covered.** What sums show. A sum of few sites can tell much of one: the sums of norms and
+squares give each client's norm if there are few, sums after one local update would give each one's
+gradient (so two are needed without `--dp`), and after a few it has not been ruled out. A sum still
+shows which tokens were trained on (`python -m tests.benchmarks.leak` measures how well, and
+`leak_rows` there what sizes of rows show: also how often each was), the sums of many rounds, and of
+several runs over the same text, more. Differential privacy is not part of this. A site with nearly
+all the weight, which is nearly the sum (more than nine tenths are refused). Updates that are wrong
+on purpose. A server that does not follow the protocol: it can stop a run and spoil its model. A
+stranger in the tunnel who only connects gets neither plan nor model, but can stop a run; one who
+can change what others send gets both. Without `--secure_sum` the server's machine, which forwards
 everything, can read every update. One user's processes on one machine hide nothing from that user:
 that is a demonstration.
 """

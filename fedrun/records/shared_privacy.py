@@ -29,9 +29,10 @@ or folder, and each site keeps its journal, the secret of its noise and the log 
 **Not covered.** More sites that share what they know: down to one that does not, its term is hidden
 by its own share alone. Updates that are wrong on purpose: one client moves the model by its clip at
 most, one site by as much as it likes. A server that does not follow the protocol: it can stop a run
-and spoil its model. A stranger who gets through the tunnel gets neither plan nor model, but can
-stop a run. That a run has ended by an error, and at which site. One user's processes on one machine
-hide nothing from that user: that is a demonstration.
+and spoil its model. A stranger in the tunnel who only connects gets neither plan nor model, but can
+stop a run; one who can change what others send gets both. That a run has ended by an error, and at
+which site. One user's processes on one machine hide nothing from that user: that is a
+demonstration.
 """
 
 

@@ -5,6 +5,12 @@ from fedrun.common.errors import FedrunError
 
 FEWEST_SITES = 3  # in a sum that hides its terms: of two, each would learn the other's
 
+FEWEST_STEPS = 2
+"""Local updates of a client in a round whose sum hides its update. One of AdamW from zero moments
+has the length of the learning rate in every element, so that the sum, with weights that all know,
+has the sign of each client's gradient in it; and of averaged moments after one, each client's
+gradient follows."""
+
 
 def fewest_sites(sums: int) -> int:
     """In a round that makes this many sums of the same vectors, each with other weights. One site's

@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from fedrun.records import checkpoint
-from fedrun.records.outcome import Standing, read_outcome, write_outcome
+from fedrun.records.outcome import Standing, is_restart, read_outcome, write_outcome
 from tests.support.launch_programs import STEP, Programs
-from tests.support.runs import ROOT, SMALL, listening, start, wait_until
+from tests.support.runs import ROOT, SMALL, alive, listening, start, wait_until
 
 RUN, NODE, SBATCH = (ROOT / "launch" / name for name in ("run.sh", "node.sh", "slurm.sbatch"))
 
@@ -107,6 +107,7 @@ def test_node_makes_a_run_of_a_study_on_each_gpu(
     (["nothing 1"], {}, 1, "not retried: the run failed before training started", ["n1,n2"], False),
     (["failed 1"], {}, 0, "requeued: the run failed; restart 1 of 2", ["n1,n2"], True),
     (["running 137"], {}, 0, "requeued: the run failed", ["n1,n2"], True),  # it could not even say
+    (["diverged 1"], {}, 1, "not retried: the run diverged, and would again", ["n1,n2"], False),
     (["nothing 1"], {"SLURM_RESTART_COUNT": "1"}, 0, "restart 2 of 2", ["n1,n2"], True),
     (["nothing 0"], {}, 0, "done: the run had already finished", ["n1,n2"], False),
     (["failed 1", "finished 0"], {"REQUEUE": "0"}, 0, "started again on n1 n2", ["n1,n2"] * 2,
@@ -131,6 +132,7 @@ def test_a_job_is_finished_requeued_or_restarted_by_the_outcome_of_its_step(
     assert (ended, message in output) == (code, True), output
     started = [line.split()[-1] for line in output.splitlines() if line.startswith("SRUN")]
     assert started == sruns
+    assert re.findall("^RESTART (.*)$", output, re.M) == [*map(str, range(len(sruns)))]
     assert ("REQUEUE 7" in output) == requeued
 
 
@@ -178,6 +180,8 @@ def leave(run_dir: Path, outcome: Standing) -> None:
     (signal.SIGUSR2, {}, 0, "requeued: stopped for the time limit", True),
     (signal.SIGUSR2, {"SLURM_RESTART_COUNT": "9"}, 0, "requeued: stopped for the time limit", True),
     (signal.SIGUSR2, {"REQUEUE": "0"}, 1, "done: submit the job again to resume the run", False),
+    (signal.SIGUSR2, {"REQUEUE": "0", "MORE": "--overwrite"}, 1,
+     "done: submit the job again without --overwrite to resume the run", False),
     (signal.SIGTERM, {}, 0, "not requeued: cancelled", False),
 ])
 def test_a_signal_becomes_a_stop_for_this_attempt_of_this_job(
@@ -205,12 +209,25 @@ def test_a_round_that_is_too_long_for_the_time_limit_is_given_up(
 def signalled(programs: Programs, tmp_path: Path, sign: int, **env: str) -> tuple[int, str]:
     """Start a job whose run waits for STOP, and send a signal to its shell."""
     (tmp_path / "steps").write_text("until-STOP 0\n")
-    process = programs.start(SBATCH, "fed_avg", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="n[1-2]",
-                             RESTARTS="2", **env)
+    more = env.pop("MORE", "").split()
+    process = programs.start(SBATCH, "fed_avg", *more, SLURM_JOB_ID="7",
+                             SLURM_JOB_NODELIST="n[1-2]", RESTARTS="2", **env)
     wait_until((tmp_path / "run" / "outcome.json").exists, 10)
     process.send_signal(sign)
     output, _ = process.communicate(timeout=20)
     return process.returncode, output
+
+
+def test_what_a_script_starts_again_after_a_failure_resumes(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever --overwrite says: to the run it is a restart by its launcher."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    write_outcome(tmp_path, "failed", 3)
+    for tries, restart in (("0", False), ("1", True)):
+        monkeypatch.setenv("FEDRUN_RESTART", tries)
+        assert is_restart(tmp_path) == restart
+    monkeypatch.setenv("SLURM_JOB_ID", "8")  # another's
+    assert not is_restart(tmp_path)
 
 
 # ---- run.sh --------------------------------------------------------------------------------------
@@ -252,6 +269,28 @@ def test_run_survives_a_killed_rank_and_stops_in_order(cache_dir: Path, tmp_path
     found = checkpoint.latest_valid(tmp_path / "run")
     assert found
     assert found.step == read_outcome(tmp_path / "run")["step"] >= 8
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="orphans are ended by Linux's kernel")
+def test_nothing_outlives_run(cache_dir: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    script = start(
+        [RUN, "fed_avg", *SMALL, "--num_clients", "2", "--rounds", "100000", "--val_freq",
+         "100000", "--data_dir", tmp_path, "--cache_dir", cache_dir, "--run_name", "run"], log,
+        {"PYTHON": sys.executable, "CLIENTS": "2"})
+    family: list[psutil.Process] = []
+    try:
+        rounds(tmp_path / "run", 1, log)
+        family = psutil.Process(script.pid).children(recursive=True)
+        assert len(family) >= 4
+        script.kill()
+        wait_until(lambda: not any(map(alive, family)), 10, log.read_text)
+    finally:
+        script.kill()
+        script.wait()
+        for process in filter(alive, family):
+            process.kill()
 
 
 def rounds(run_dir: Path, number: int, log: Path) -> None:

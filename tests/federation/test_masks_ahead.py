@@ -216,7 +216,8 @@ def test_a_run_that_fails_in_training_ends_it(
         (texts / name).mkdir(parents=True)
         (texts / name / "a.txt").write_text(f"{name} has a text of its own. " * 200)
     ended = run_here("fed_avg", "--sites", tmp_path / SITES, "--site_data",
-                     texts / "{site}" / "*.txt", "--secure_sum", "--rounds", 1)
+                     texts / "{site}" / "*.txt", "--secure_sum", "--rounds", 1,
+                     "--local_updates", 2)
     assert ended.code == 1
     assert "a client fails" in ended.output
     assert len(closed) == 1

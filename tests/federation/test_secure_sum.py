@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedrun.common.errors import ErrorCode, error_code
+from fedrun.common.errors import ErrorCode, InputError, error_code
 from fedrun.config import FederatedConfig
 from fedrun.data.sites import Sites
 from fedrun.distributed.data_plane import DataPlane
@@ -57,7 +57,7 @@ def sites(tmp_path: Path) -> Sites:
 
 
 CHANGES: dict[str, Any] = {
-    "round": 2, "steps": 2, "first_step": 3, "cohort": [0, 2, 3, 5],
+    "round": 2, "steps": 3, "first_step": 3, "cohort": [0, 2, 3, 5],
     "weights": [0.25, 0.25, 0.25, 0.25, 1e-9, 0.1], "bound": 1.0, "gradient_bound": 1.0,
     "entropy_reference": 0.5, "start_from_global": False}
 SERVERS: dict[str, Any] = {"evaluate": False, "save": True, "last": True, "stop": "SIGTERM"}
@@ -82,8 +82,28 @@ def test_a_plan_that_the_settings_do_not_give_is_refused(tmp_path: Path, sites: 
     secure.begin(plan, MODEL)  # and the right one is taken
 
 
+@pytest.mark.parametrize(("flags", "message"), [
+    ({"local_updates": "1"}, "--local_updates 1: must be at least 2 in each round with --secure"),
+    ({"local_updates": "3", "rounds": "40", "lr_schedule": "cosine",
+      "local_updates_schedule": "quadratic"}, "--local_updates_schedule quadratic: must be const")])
+def test_rounds_of_one_local_update_are_refused(tmp_path: Path, sites: Sites, message: str,
+                                                flags: dict[str, str]) -> None:
+    """But where nothing is hidden."""
+    sizes = [20] * 6
+    with pytest.raises(InputError, match=message):
+        Schedule(config_with(tmp_path, flags=flags), sizes)
+    assert Schedule(config_with(tmp_path, flags=flags | {"secure_sum": "false"}), sizes)
+
+
+def test_one_local_update_is_enough_where_noise_hides_it_or_no_step_is_made(
+        tmp_path: Path, sites: Sites) -> None:
+    flags = {name: str(value) for name, value in PRIVATE.items()} | {"local_updates": "1"}
+    assert Schedule(config_with(tmp_path, flags=flags), [20] * 6).steps(1) == 1
+    assert Schedule(config_with(tmp_path, "fed_sgd"), [20] * 6).steps(1) == 1
+
+
 @pytest.mark.parametrize("flags", [{"seed": "1"}, {"cohort": "3"}, {"weighting": "uniform"},
-                                   {"lr": "1e-3"}, {"local_updates": "2"}])
+                                   {"lr": "1e-3"}, {"local_updates": "3"}])
 def test_the_plan_of_other_settings_is_refused(tmp_path: Path, sites: Sites,
                                                flags: dict[str, str]) -> None:
     cohorts = {"cohort": "4"}

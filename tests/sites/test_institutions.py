@@ -25,8 +25,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 SITES = NAMES[1:]
 LIMIT = 300  # seconds for a run
 TEXT = "letters-of-{site}.txt"
-ON_THE_PAGE = "--tokenizer bpe:4096 --rounds 100 --checkpoint_freq 10"
-TINY = ("--config tiny --tokenizer bpe:400 --rounds 8 --checkpoint_freq 2 --val_freq 2 --lr 2e-3 "
+ON_THE_PAGE = "--tokenizer bpe:4096 --rounds 100 --local_updates 8 --checkpoint_freq 10"
+TINY = ("--config tiny --tokenizer bpe:400 --rounds 8 --local_updates 2 --checkpoint_freq 2 "
+        "--val_freq 2 --lr 2e-3 "
         "--sequence_length 32 --batch_size 2 --dtype fp32 --device cpu --timeout 60")
 
 

@@ -34,11 +34,14 @@ SRUN = """#!/bin/bash
 nodes=$(sed 's/.*--nodelist \\([^ ]*\\).*/\\1/' <<<"$*")
 if [[ $* == *printenv* ]]; then [[ " $ALIVE " == *" $nodes "* ]] && echo "$nodes"; exit; fi
 echo "SRUN on $nodes"
+echo "RESTART ${FEDRUN_RESTART:-}"
 [[ $* != *--kill-on-bad-exit=0* ]] || echo "(a node goes on without the others)"
 outcome() {
     mkdir -p "$RUN_DIR"
-    printf '{\\n "outcome": "%s",\\n "step": 5,\\n "start": "%s"\\n}\\n' "$1" "$FEDRUN_START" \\
-        >"$RUN_DIR/new"
+    local end=$1 kind=null
+    [[ $end != diverged ]] || end=failed kind='"diverged"'
+    printf '{\\n "outcome": "%s",\\n "step": 5,\\n "kind": %s,\\n "start": "%s"\\n}\\n' \\
+        "$end" "$kind" "$FEDRUN_START" >"$RUN_DIR/new"
     mv "$RUN_DIR/new" "$RUN_DIR/outcome.json"
 }
 trap 'echo "SRUN got TERM"; exit 143' TERM

@@ -24,7 +24,8 @@ TEXT, TOKENS = 24, 16  # bytes of a window of text, and of eight tokens
 FIRST_UID = 64_100  # of users that exist in no file, and need not
 SETTINGS = ("--config", "tiny", "--tokenizer", "bpe:400", "--sequence_length", "32",
             "--batch_size", "2", "--val_freq", "2", "--lr", "2e-3", "--dtype", "fp32",
-            "--device", "cpu", "--rounds", "3", "--checkpoint_freq", "none", "--timeout", "60")
+            "--device", "cpu", "--rounds", "3", "--local_updates", "2", "--checkpoint_freq", "none",
+            "--timeout", "60")
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ def config_with(folder: Path, method: str = "fed_avg", flags: Mapping[str, str] 
                 ) -> FederatedConfig:
     """The config of a small run with secure sums over the sites that `make_sites` made there."""
     config = resolve(method, {
-        "config": "tiny", "rounds": "3", "batch_size": "2", "sequence_length": "4", "lr": "2e-3",
+        "config": "tiny", "rounds": "3", "local_updates": "1" if method == "fed_sgd" else "2",
+        "batch_size": "2", "sequence_length": "4", "lr": "2e-3",
         "val_freq": "2", "dtype": "fp32", "device": "cpu", "checkpoint_freq": "none",
         "data_dir": str(folder), "run_name": "run", "sites": str(folder / SITES),
         "secure_sum": "true", **(flags or {})})

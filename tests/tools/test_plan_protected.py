@@ -119,8 +119,8 @@ def test_memory_that_gpus_and_masks_need_of_the_host() -> None:
         assert host[DIGESTED] == bytes_each * found.flat.size
         assert device[CLIPPED] == (8 * found.flat.size if one is example else 0)
         assert not of_worker(one, found, 1, gpu=False)[1][DIGESTED]
-    masked = dataclasses.replace(config_of("fed_avg", config="tiny", num_clients=4, rounds=3),
-                                 sites=Path("x"), secure_sum=True)
+    masked = dataclasses.replace(config_of("fed_avg", config="tiny", num_clients=4, rounds=3,
+                                           local_updates=2), sites=Path("x"), secure_sum=True)
     found = plan_memory.worker(masked, 400, gpu=True)
     layout = Layout(4, 1, False, True, sites_of(THREE))
     server, first = ranks(masked, found, layout)
@@ -160,7 +160,8 @@ def test_a_simulation_is_planned_from_the_text_of_its_sites(tmp_path: Path) -> N
 
 def test_plans_of_sites_and_noise(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = str(sites_file(tmp_path, THREE))
-    own = ("--sites", file, "--secure_sum", "true", "--site_dir", "x", "--rounds", "2")
+    own = ("--sites", file, "--secure_sum", "true", "--site_dir", "x", "--rounds", "2",
+           "--local_updates", "2")
     assert cli.main([*PLAN, *own, "--processes", "4", *OF_CLIENTS]) == 0
     out = capsys.readouterr().out
     for shown in ("a server, and 1 for each of 3 sites", "memory of the first worker of a site",

@@ -49,7 +49,7 @@ def preset(name: str) -> dict[str, str]:
 METHODS: dict[str, tuple[str, dict[str, str]]] = {
     "fed_avg": ("fed_avg", {}), "uniform": ("fed_avg", {"weighting": "uniform"}),
     "trained": ("fed_avg", {"weighting": "trained"}),
-    "clipped": ("fed_avg", {"client_clip": "0.05", "lr_schedule": "cosine", "local_updates": "2",
+    "clipped": ("fed_avg", {"client_clip": "0.05", "lr_schedule": "cosine", "local_updates": "6",
                             "local_updates_schedule": "quadratic"}),
     "average": ("fed_avg", {"client_moments": "average"}),
     "average_sqrt": ("fed_avg", {"client_moments": "average_sqrt", "grad_clip": "1",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 import pytest
@@ -188,3 +188,28 @@ def test_sizes_of_rows_show_all_that_a_client_has_trained_on() -> None:
     lines = leak_rows.table(2, 2, found).splitlines()
     assert [line.count("|") for line in lines] == \
         [leak_rows.HEADER.splitlines()[0].count("|")] * len(found)
+
+
+@pytest.mark.parametrize(("local_updates", "decodes"), [(1, True), (2, False)])
+def test_a_sum_after_one_local_update_gives_single_gradients_away(
+        local_updates: int, decodes: bool) -> None:
+    """Why --secure_sum wants two: the first step of AdamW has one length in every element, so that
+    a sum with known weights is one of eight numbers, each of them other signs of three clients."""
+    weights = np.array([0.62, 0.28, 0.1])
+    worker = leak.make_worker(DATA, local_updates, 0, num_clients=3, batch_size=2)
+    plan, config = dataclasses.replace(worker.schedule.plan(1, 0.0), evaluate=False), worker.config
+    steps = []
+    for client, weight in enumerate(weights):
+        alone = dataclasses.replace(plan, cohort=[client], weights=[float(weight)])
+        assert not worker.train(alone).clients[0].left_out
+        (scale,) = worker.aggregator._scales  # type: ignore[attr-defined]
+        term = worker.aggregator.buffer[:worker.flat.size].double().numpy() / scale
+        # In learning rates, without what weight decay does, which all know.
+        decayed = config.weight_decay * worker.global_model.double().numpy()
+        steps.append(-term / (weight * config.lr) - decayed)
+    signs = np.array(list(product((-1, 1), repeat=3)))
+    seen = weights @ np.array(steps)
+    found = signs[np.abs(seen[:, None] - signs @ weights).argmin(1)].T
+    right = [float(np.mean(np.sign(own) == guess)) for own, guess in zip(steps, found, strict=True)]
+    assert (min(right[1:]) > 0.99) == decodes, right
+    assert (max(right[1:]) < 0.9) != decodes, right

@@ -13,7 +13,8 @@ from typing import Any
 from fedrun import __main__
 from fedrun.aggregation.update import ServerUpdate
 from fedrun.distributed.data_plane import DataPlane
-from fedrun.federation import worker
+from fedrun.federation import client_measures
+from fedrun.federation.worker import Worker
 
 SECONDS = 0.25
 
@@ -33,9 +34,9 @@ def late(owner: Any, name: str, after: bool = False) -> None:
 
 if os.environ["RANK"] == os.environ["LATE_RANK"]:
     late(DataPlane, "barrier", after=True)
-    late(worker, "tracked_parameters")  # copies the model at the start
+    late(client_measures, "tracked_parameters")  # copies the model at the start
     late(ServerUpdate, "apply")
-    late(worker.Worker, "evaluate")
+    late(Worker, "evaluate")
 
 if __name__ == "__main__":
     __main__.main()

@@ -3,7 +3,9 @@ without a mask."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -11,12 +13,14 @@ import torch
 
 from fedrun.common.errors import FedrunError
 from fedrun.distributed.data_plane import DataPlane
+from fedrun.distributed.runtime import Runtime
 from fedrun.federation.client import Client
 from fedrun.federation.messages import RoundDecision
 from fedrun.federation.schedule import Schedule
 from fedrun.federation.secure_sum import SecureSum
 from fedrun.federation.server import Server
 from fedrun.federation.site_keys import Leader
+from fedrun.protecting import require_one_machine
 from tests.support.runs import Run
 from tests.support.site_runs import config_with, make_sites
 
@@ -52,3 +56,15 @@ def test_a_worker_sums_no_round_that_it_has_not_trained(
     assert "round 2: the server continues, but this worker has not trained its clients" in (
         ended.output)
     assert [record["global_step"] for record in ended.history] == [1]
+
+
+@pytest.mark.parametrize(("of_site", "machines", "refused"), [
+    (True, 2, True), (True, 1, False), (False, 2, False)])
+def test_workers_of_a_site_are_on_one_machine(of_site: bool, machines: int, refused: bool) -> None:
+    """What they sum among themselves would leave the machine without a mask."""
+    plane = DataPlane(of_site=of_site)
+    plane.machines = machines
+    runtime = cast(Runtime, SimpleNamespace(data_plane=plane))
+    with pytest.raises(FedrunError, match="on 2 machines; must be on one"
+                       ) if refused else nullcontext():
+        require_one_machine(runtime)

@@ -35,17 +35,17 @@ are theirs, compared by another way. AES-256, X25519, HKDF-SHA256 and Ed25519 do
 for. Nobody else reads a site's memory, swap or folder, and each site keeps its journal.
 
 **Not covered.** What sums show. A sum of few sites can tell much of one: the sums of norms and
-squares give each client's norm if there are few, sums after one local update would give each one's
-gradient (so two are needed without `--dp`), and after a few it has not been ruled out. A sum still
-shows which tokens were trained on (`python -m tests.benchmarks.leak` measures how well, and
-`leak_rows` there what sizes of rows show: also how often each was), the sums of many rounds, and of
-several runs over the same text, more. Differential privacy is not part of this. A site with nearly
-all the weight, which is nearly the sum (more than nine tenths are refused). Updates that are wrong
-on purpose. A server that does not follow the protocol: it can stop a run and spoil its model. A
-stranger in the tunnel who only connects gets neither plan nor model, but can stop a run; one who
-can change what others send gets both. Without `--secure_sum` the server's machine, which forwards
-everything, can read every update. One user's processes on one machine hide nothing from that user:
-that is a demonstration.
+squares give each client's norm if there are few, sums after one local update would give the signs
+of each one's gradient (so two are needed without `--dp`), and what sums after a few give of single
+updates has not been bounded. A sum still shows which tokens were trained on (`python -m
+tests.benchmarks.leak` measures how well, and `leak_rows` there what sizes of rows show: also how
+often each was), the sums of many rounds, and of several runs over the same text, more. Differential
+privacy is not part of this. A site with nearly all the weight, which is nearly the sum (more than
+nine tenths are refused). Updates that are wrong on purpose. A server that does not follow the
+protocol: it can stop a run and spoil its model. A stranger in the tunnel who only connects gets
+neither plan nor model, but can stop a run; one who can change what others send gets both. Without
+`--secure_sum` the server's machine, which forwards everything, can read every update. One user's
+processes on one machine hide nothing from that user: that is a demonstration.
 """
 
 SIMULATION = """\
